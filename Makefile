@@ -1,0 +1,46 @@
+# Every target makes .venv when it is absent, and again when pyproject.toml has changed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    few labels, many unlabelled images: a student from the cache against one on labels"
+	@echo "make test    ruff, mypy and pytest (ARGS='-k replay' goes to pytest)"
+	@echo "make lint    ruff and mypy only"
+	@echo "make format  let ruff mend what it can"
+	@echo "make bench   every script in benchmarks/"
+	@echo "make clean   remove what these made, .venv included"
+
+$(INSTALLED): pyproject.toml
+	@echo "Installing into $(VENV): a few minutes, once"
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(INSTALLED)
+	@$(PY) -m logitcache demo $(ARGS)
+
+lint: $(INSTALLED)
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff format --check --quiet .
+	@$(PY) -m mypy --no-error-summary
+
+test: lint
+	@$(PY) -m pytest --quiet $(ARGS)
+
+format: $(INSTALLED)
+	@$(PY) -m ruff check --fix --quiet .
+	@$(PY) -m ruff format --quiet .
+
+bench: $(INSTALLED)
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script $(ARGS); done
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -type d -name __pycache__ -not -path './.git/*' -exec rm -rf {} +

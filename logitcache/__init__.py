@@ -1,0 +1,93 @@
+"""Run a teacher once, keep its answers in a Zarr cache, train students on the pixels it saw."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from logitcache.cache.reader import Cache, open_cache
+    from logitcache.errors import (
+        CacheError,
+        DataError,
+        LogitCacheError,
+        MismatchError,
+        MissingExtraError,
+        RecipeError,
+        ReplayMismatchError,
+        Stopped,
+    )
+    from logitcache.recipe import load_recipe
+    from logitcache.student import losses
+    from logitcache.student.evaluation import evaluate
+    from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+    from logitcache.student.training import train
+    from logitcache.targets import Batch, Targets
+    from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+    from logitcache.views.keys import ViewKey
+    from logitcache.views.spec import ViewSpec
+
+__all__ = [
+    "Batch",
+    "Cache",
+    "CacheError",
+    "DataError",
+    "LogitCacheError",
+    "MismatchError",
+    "MissingExtraError",
+    "PrecomputeRecipe",
+    "RecipeError",
+    "ReplayMismatchError",
+    "Stopped",
+    "StudentRecipe",
+    "Targets",
+    "TeacherRecipe",
+    "ViewKey",
+    "ViewSpec",
+    "__version__",
+    "evaluate",
+    "load_recipe",
+    "losses",
+    "open_cache",
+    "precompute",
+    "train",
+]
+
+_MODULES = {
+    "logitcache.cache.reader": ("Cache", "open_cache"),
+    "logitcache.errors": (
+        "CacheError",
+        "DataError",
+        "LogitCacheError",
+        "MismatchError",
+        "MissingExtraError",
+        "RecipeError",
+        "ReplayMismatchError",
+        "Stopped",
+    ),
+    "logitcache.recipe": ("load_recipe",),
+    "logitcache.student.evaluation": ("evaluate",),
+    "logitcache.student.recipes": ("StudentRecipe", "TeacherRecipe"),
+    "logitcache.student.training": ("train",),
+    "logitcache.targets": ("Batch", "Targets"),
+    "logitcache.teacher.precompute": ("PrecomputeRecipe", "precompute"),
+    "logitcache.views.keys": ("ViewKey",),
+    "logitcache.views.spec": ("ViewSpec",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used; `import logitcache` loads no torch."""
+    if name == "losses":
+        value: Any = import_module("logitcache.student.losses")
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
+        raise AttributeError(f"module 'logitcache' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

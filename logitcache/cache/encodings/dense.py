@@ -1,0 +1,31 @@
+"""Every logit, as it is."""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from logitcache.cache.encodings.base import RowArray, Storage
+from logitcache.recipe import Component
+from logitcache.targets import Logits
+
+
+class Dense(Component):
+    """All C logits of a row; float16 rounds to 11 bits, float32 is exact."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+
+    kind: Literal["dense"] = "dense"
+    dtype: Literal["float16", "float32"] = "float16"
+    storage: Storage = "hot"
+
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row of `num_classes` logits takes."""
+        return (RowArray("", (num_classes,), self.dtype, ("class",)),)
+
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Encode logits [B, C]."""
+        return {"": logits.half() if self.dtype == "float16" else logits.float()}
+
+    def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
+        """Return logits [B, C] in the stored dtype; the losses compute in float32."""
+        return rows[""]

@@ -1,0 +1,188 @@
+"""Layout: which arrays a manifest implies, how they are cut into shards and where their bytes lie."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from logitcache.cache.encodings.base import Storage
+from logitcache.cache.manifest import Manifest, TeacherEntry
+from logitcache.errors import RecipeError
+
+PAGE = 4096
+SHARD_BYTES = 32 << 20
+MAX_SHARD_ROWS = 65_536
+INNER_BYTES = 128 << 10
+MIN_PACKED_INNER_ROWS = 1024
+RECORD_BYTES = 40
+"""A commit record: the stored size of a shard's bytes (uint64, little endian), then their sha256."""
+
+FLAT_KEYS = {"name": "default", "separator": "."}
+"""Shards lie side by side in their array's folder."""
+
+INDEX_ENTRY_BYTES, INDEX_CHECKSUM_BYTES = 16, 4
+
+
+class Shard(NamedTuple):
+    """The unit of work, of writing, of committing and of resuming: rows start..stop of a view."""
+
+    view: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ArrayLayout:
+    """One array of rows: [view, sample, *row_shape], sharded along samples only."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    dims: tuple[str, ...]
+    num_views: int
+    num_images: int
+    shard_rows: int
+    storage: Storage
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row, uncompressed."""
+        return math.prod(self.row_shape) * self.dtype.itemsize
+
+    @cached_property
+    def inner_rows(self) -> int:
+        """Rows of an inner chunk: the largest divisor of a shard that keeps it near 128 KiB."""
+        wanted = max(1, INNER_BYTES // self.row_bytes)
+        if self.storage == "packed":
+            wanted = max(wanted, MIN_PACKED_INNER_ROWS)
+        return max(rows for rows in range(1, min(wanted, self.shard_rows) + 1) if self.shard_rows % rows == 0)
+
+    def hot_bytes(self, rows: int) -> int:
+        """Stored bytes of a hot shard that holds `rows` rows: whole inner chunks, then the index."""
+        inner_chunks = -(-rows // self.inner_rows)
+        index = self.shard_rows // self.inner_rows * INDEX_ENTRY_BYTES + INDEX_CHECKSUM_BYTES
+        return inner_chunks * self.inner_rows * self.row_bytes + index
+
+    def file(self, shard: Shard) -> str:
+        """Return the key of a shard's bytes in the store."""
+        return f"{self.name}/c.{shard.view}.{shard.start // self.shard_rows}" + ".0" * len(self.row_shape)
+
+    def zarr_options(self) -> dict[str, Any]:
+        """Return the arguments of zarr.create_array."""
+        tail = self.row_shape
+        packed = [{"name": "zstd", "configuration": {"level": 5, "checksum": True}}]
+        return {
+            "name": self.name,
+            "shape": (self.num_views, self.num_images, *tail),
+            "shards": (1, self.shard_rows, *tail),
+            "chunks": (1, self.inner_rows, *tail),
+            "dtype": self.dtype,
+            "compressors": packed if self.storage == "packed" else None,
+            "fill_value": float("nan") if self.dtype.kind == "f" else 0,
+            "dimension_names": ("view", "sample", *self.dims),
+            "chunk_key_encoding": FLAT_KEYS,
+            "config": {"write_empty_chunks": True},
+        }
+
+
+@dataclass(frozen=True)
+class TeacherLayout:
+    """The arrays of one teacher, and the records that commit them."""
+
+    name: str
+    entry: TeacherEntry
+    arrays: tuple[ArrayLayout, ...]
+
+    @property
+    def commits(self) -> str:
+        """Name of the array of commit records."""
+        return f"{self.name}.commits"
+
+    def record_file(self, shard: Shard) -> str:
+        """Return the key of a shard's commit record in the store."""
+        return f"{self.commits}/c.{shard.view}.{shard.start // self.arrays[0].shard_rows}.0.0"
+
+    def suffix(self, array: ArrayLayout) -> str:
+        """Return the encoding's own name for an array."""
+        return array.name.removeprefix(f"{self.name}.logits").removeprefix(".")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All of a cache's arrays and shards."""
+
+    num_views: int
+    num_images: int
+    shard_rows: int
+    teachers: tuple[TeacherLayout, ...]
+
+    @property
+    def shards_per_view(self) -> int:
+        """Shards of one array in one view."""
+        return -(-self.num_images // self.shard_rows)
+
+    def shards(self) -> Iterator[Shard]:
+        """Yield every shard, view by view."""
+        for view in range(self.num_views):
+            for start in range(0, self.num_images, self.shard_rows):
+                yield Shard(view, start, min(start + self.shard_rows, self.num_images))
+
+    def commit_options(self, teacher: TeacherLayout) -> dict[str, Any]:
+        """Return the arguments of zarr.create_array for a teacher's commit records; an absent one is all zero."""
+        records = (len(teacher.arrays), RECORD_BYTES)
+        return {
+            "name": teacher.commits,
+            "shape": (self.num_views, self.shards_per_view, *records),
+            "chunks": (1, 1, *records),
+            "dtype": "uint8",
+            "compressors": None,
+            "fill_value": 0,
+            "chunk_key_encoding": FLAT_KEYS,
+            "dimension_names": ("view", "shard", f"{teacher.name}.array", "record"),
+        }
+
+
+def layout_of(manifest: Manifest) -> Layout:
+    """Derive the layout from a manifest: the one place that knows it."""
+    teachers = []
+    for name, entry in manifest.teachers.items():
+        arrays = tuple(
+            ArrayLayout(
+                name=".".join(part for part in (name, "logits", row.suffix) if part),
+                row_shape=row.shape,
+                dtype=np.dtype(row.dtype).newbyteorder("<"),
+                dims=tuple(f"{name}.{dim}" for dim in row.dims),
+                num_views=manifest.views.num_views,
+                num_images=manifest.num_images,
+                shard_rows=manifest.shard_rows,
+                storage=entry.logits.storage,
+            )
+            for row in entry.logits.arrays(entry.num_classes)
+        )
+        teachers.append(TeacherLayout(name, entry, arrays))
+    return Layout(manifest.views.num_views, manifest.num_images, manifest.shard_rows, tuple(teachers))
+
+
+def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: int | None) -> int:
+    """Choose the rows of a shard: a power of two, pages full for every hot array, and the largest array near 32 MiB.
+
+    Shard files of a hot array map one after another into one address range only if each fills whole pages.
+    """
+    sizes = [(entry.logits.storage, row.num_bytes) for entry in entries for row in entry.logits.arrays(entry.num_classes)]
+    largest = max(size for _, size in sizes)
+    step = max((PAGE // math.gcd(PAGE, size) for storage, size in sizes if storage == "hot"), default=1)
+    if asked is not None:
+        if asked % step:
+            near = max(step, round(asked / step) * step)
+            raise RecipeError(
+                f"shard_rows = {asked}: rows of this cache fill whole pages of {PAGE} bytes only in multiples of {step}. "
+                f"Fix: shard_rows: {near}, or leave it out"
+            )
+        return asked
+    rows = MAX_SHARD_ROWS
+    while rows > step and (rows * largest > SHARD_BYTES or rows // 2 >= num_images):
+        rows //= 2
+    return rows

@@ -1,0 +1,124 @@
+"""The manifest: all that replaying pixels and decoding targets needs, and the check that a recipe agrees with it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue, ValidationError
+
+from logitcache.cache.encodings import Encoding
+from logitcache.device import Precision
+from logitcache.errors import CacheError, MismatchError
+from logitcache.models import Preprocessing
+from logitcache.recipe import Component, Count, Name
+from logitcache.views.canaries import Canary
+from logitcache.views.datasets import Dataset, Fingerprint
+from logitcache.views.spec import ViewSpec
+
+FORMAT_VERSION = 1
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class TeacherEntry(Component):
+    """Who answered, and how the answers are kept."""
+
+    model: JsonValue
+    weights: Digest
+    preprocessing: Preprocessing
+    precision: Precision
+    num_classes: Count
+    logits: Encoding
+
+
+class Manifest(Component):
+    """The contract between the two stages, stored in the root attributes under `logitcache`."""
+
+    format_version: Literal[1] = 1
+    dataset: Dataset | None
+    fingerprint: Fingerprint
+    views: ViewSpec
+    image_shape: tuple[Count, Count, Count]
+    shard_rows: Count
+    teachers: Annotated[dict[Name, TeacherEntry], Field(min_length=1)]
+    canaries: tuple[Canary, ...]
+    versions: dict[str, str]
+
+    @property
+    def num_images(self) -> int:
+        """Images in the data set."""
+        return self.fingerprint.num_images
+
+    def digest(self) -> str:
+        """Return the sha256 that identifies the cache, as hex."""
+        return _digest(self.model_dump(mode="json"))
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the stored form, with its own sha256."""
+        stored = self.model_dump(mode="json")
+        return {"format_version": FORMAT_VERSION, "manifest": stored, "sha256": _digest(stored)}
+
+
+def _digest(stored: object) -> str:
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
+
+
+def parse_manifest(attributes: Mapping[str, Any], where: str) -> Manifest:
+    """Read the stored form; raise CacheError when it is of another format or was changed."""
+    entry = attributes.get("logitcache")
+    if not isinstance(entry, dict):
+        raise CacheError(f"{where} is a Zarr store, but not a logitcache cache: its attributes have no 'logitcache'")
+    if entry.get("format_version") != FORMAT_VERSION:
+        raise CacheError(
+            f"{where} has format version {entry.get('format_version')!r}, this release reads {FORMAT_VERSION}. "
+            "Fix: install the release of logitcache that wrote it"
+        )
+    if entry.get("sha256") != _digest(entry.get("manifest")):
+        raise CacheError(f"{where}: the manifest is damaged (its sha256 differs). Fix: restore zarr.json, or precompute again")
+    try:
+        return Manifest.model_validate_json(json.dumps(entry["manifest"]))
+    except ValidationError as error:
+        raise CacheError(f"{where}: the manifest is not valid: {error.errors()[0]['msg']}") from error
+
+
+def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
+    lines = []
+    for key in ("seed", "plan_version", "augmentations", "num_views"):
+        old, new = getattr(recorded.views, key), getattr(wanted.views, key)
+        if old != new:
+            lines.append(f"views.{key}: the cache has {_short(old)}, the recipe {_short(new)}")
+    if recorded.image_shape != wanted.image_shape:
+        lines.append(f"view shape: the cache has {recorded.image_shape}, the recipe gives {wanted.image_shape}")
+    if recorded.shard_rows != wanted.shard_rows:
+        lines.append(f"shard_rows: the cache has {recorded.shard_rows}, the recipe {wanted.shard_rows}")
+    for name in sorted(recorded.teachers.keys() | wanted.teachers.keys()):
+        lines += _teacher_differences(name, recorded.teachers.get(name), wanted.teachers.get(name))
+    return lines
+
+
+def _teacher_differences(name: str, recorded: TeacherEntry | None, wanted: TeacherEntry | None) -> list[str]:
+    if recorded is None or wanted is None:
+        return [f"teachers.{name}: only in the {'recipe' if recorded is None else 'cache'}"]
+    fields = ("weights", "preprocessing", "precision", "num_classes", "logits")
+    pairs = [(key, getattr(recorded, key), getattr(wanted, key)) for key in fields]
+    return [f"teachers.{name}.{key}: the cache has {_short(a)}, the recipe {_short(b)}" for key, a, b in pairs if a != b]
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(_short(item) for item in value) + "]"
+    if isinstance(value, Component):
+        text = json.dumps(value.model_dump(mode="json", exclude={"ratio_knots"}, exclude_defaults=False))
+        return text if len(text) < 200 else text[:200] + "…"
+    return repr(value)
+
+
+def require_same(recorded: Manifest, wanted: Manifest, where: str) -> None:
+    """Raise MismatchError listing every way in which a recipe differs from the cache it would continue."""
+    lines = _differences(recorded, wanted)
+    if lines:
+        raise MismatchError(
+            f"{where} was made by another recipe:\n  "
+            + "\n  ".join(lines)
+            + "\n  Fix: change the recipe back to continue this cache, or give the new one another `cache:` path"
+        )

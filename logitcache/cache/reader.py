@@ -1,0 +1,169 @@
+"""`Cache`: a finished cache, opened for training."""
+
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from numpy.typing import NDArray
+from zarr.storage import LocalStore
+
+from logitcache.cache.create import CANARIES, DIGESTS, LABELS, read_manifest
+from logitcache.cache.layout import Layout, TeacherLayout, layout_of
+from logitcache.cache.manifest import Manifest
+from logitcache.cache.rows import PACKED_MEMORY, HotRows, PackedRows, RowSource
+from logitcache.cache.verify import check_metadata, committed, require_intact
+from logitcache.errors import CacheError, MismatchError, RecipeError
+from logitcache.targets import Targets
+from logitcache.versions import versions
+from logitcache.views import canaries
+from logitcache.views.datasets import Custom, explain_difference, fingerprint, open_dataset
+from logitcache.views.datasets.base import ImageDataset
+from logitcache.views.epochs import EpochLoader
+from logitcache.views.keys import ViewKey
+from logitcache.views.loader import StartMethod
+from logitcache.views.spec import Views
+
+
+class Cache:
+    """Targets of every view of every image, by key. Opening runs no code of the cache and writes nothing."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.layout: Layout = layout_of(manifest)
+
+    @property
+    def num_views(self) -> int:
+        """Views per image."""
+        return self.layout.num_views
+
+    def __len__(self) -> int:
+        return self.layout.num_images
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """Labels as stage one saw them, [N]; -1 where there is none."""
+        return np.asarray(self._array(LABELS)[:], dtype=np.int64)
+
+    @cached_property
+    def _sources(self) -> dict[str, RowSource]:
+        shards = list(self.layout.shards())
+        return {
+            array.name: HotRows(self.path, array, shards) if array.storage == "hot" else PackedRows(self.path, array)
+            for teacher in self.layout.teachers
+            for array in teacher.arrays
+        }
+
+    def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
+        """Gather the targets of a batch of keys, by teacher, in the cache's dtypes."""
+        pairs = np.array(keys, dtype=np.int64).reshape(-1, 2)
+        views, indices = pairs[:, 0], pairs[:, 1]
+        low, high = pairs.min(axis=0, initial=0), pairs.max(axis=0, initial=0)
+        if min(low) < 0 or high[0] >= self.num_views or high[1] >= len(self):
+            raise IndexError(f"keys run from {tuple(low)} to {tuple(high)}; the cache has {self.num_views} views of {len(self)} images")
+        return {teacher.name: self._targets(teacher, views, indices) for teacher in self.layout.teachers}
+
+    def _targets(self, teacher: TeacherLayout, views: NDArray[np.int64], indices: NDArray[np.int64]) -> Targets:
+        arrays = {a: self._sources[a.name].take(views, indices) for a in teacher.arrays}
+        tensors = {teacher.suffix(array): torch.from_numpy(rows) for array, rows in arrays.items()}
+        return Targets(teacher.entry.logits.decode(tensors, teacher.entry.num_classes))
+
+    def views(self, dataset: object | None = None, verify: canaries.Level = "strict") -> Views:
+        """Bind the cache's view specification to its images, wherever they are now, and prove that the pixels are the same.
+
+        `dataset` is a data set or its component; by default the images are looked for where stage one read them. Raises
+        MismatchError or ReplayMismatchError with the reason and the fix.
+        """
+        opened = self._open_dataset(dataset)
+        self.require_dataset(opened)
+        views = Views(opened, self.manifest.views)
+        if verify != "off":
+            self.require_canaries(views, verify)
+        return views
+
+    def require_dataset(self, dataset: ImageDataset) -> None:
+        """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
+        if fingerprint(dataset) != self.manifest.fingerprint:
+            digests = np.asarray(self._array(DIGESTS)[:], dtype=np.uint64)
+            raise MismatchError(f"{self.path}: {explain_difference(self.manifest.fingerprint, digests, dataset)}")
+
+    def require_canaries(self, views: Views, verify: canaries.Level = "strict") -> None:
+        """Raise ReplayMismatchError unless views rendered here are those that the teacher saw."""
+        pixels = torch.from_numpy(np.asarray(self._array(CANARIES)[...]))
+        warning = canaries.judge(canaries.compare(views, self.manifest.canaries, pixels), verify, self._provenance())
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+
+    def _open_dataset(self, dataset: object | None) -> ImageDataset:
+        recorded = self.manifest.dataset
+        if dataset is None and (recorded is None or isinstance(recorded, Custom)):
+            raise RecipeError(
+                f"{self.path} was made from a data set of the user's own code, and a cache never names code to run. "
+                "Fix: give the data set: `dataset:` in the recipe, or cache.loader(dataset=…)"
+            )
+        return open_dataset(recorded if dataset is None else dataset)
+
+    def _provenance(self) -> str:
+        recorded, here = self.manifest.versions, versions()
+        changed = ", ".join(f"{key} {recorded.get(key)} -> {here[key]}" for key in here if here[key] != recorded.get(key))
+        return f"{self.path}, spec {self.manifest.views.digest()[:8]}; versions: {changed or 'as recorded'}"
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        return zarr.open_array(LocalStore(self.path / name, read_only=True), mode="r")
+
+    def loader(
+        self,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        *,
+        dataset: object | None = None,
+        seed: int = 0,
+        verify: canaries.Level = "strict",
+        drop_last: bool = False,
+        start_method: StartMethod = "forkserver",
+    ) -> EpochLoader:
+        """Stream batches of images and targets, once the images are proved to be those of the cache."""
+        return EpochLoader(
+            self.views(dataset, verify),
+            self.rows,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            drop_last=drop_last,
+            shuffle_block=self.shuffle_block,
+            start_method=start_method,
+        )
+
+    @property
+    def shuffle_block(self) -> int | None:
+        """Rows to shuffle among where a packed view does not fit in memory; None for all."""
+        packed = [array.row_bytes for teacher in self.layout.teachers for array in teacher.arrays if array.storage == "packed"]
+        if max(packed, default=0) * len(self) <= PACKED_MEMORY:
+            return None
+        shards = PACKED_MEMORY // (2 * self.layout.shard_rows * max(packed))
+        return max(1, shards) * self.layout.shard_rows
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a finished cache; raise CacheError when it is damaged or incomplete.
+
+    Every shard's stored bytes are compared with its commit record; files that this machine has compared before and that
+    were not touched since are not read again.
+    """
+    root = Path(path)
+    cache = Cache(root, read_manifest(root))
+    check_metadata(root, cache.manifest)
+    missing = [shard for shard in cache.layout.shards() if not committed(root, cache.layout, shard)]
+    if missing:
+        total = cache.num_views * cache.layout.shards_per_view
+        raise CacheError(
+            f"{root} is incomplete: {len(missing)} of {total} shards are not committed. "
+            "Fix: run the same `logitcache precompute` command again, it continues"
+        )
+    require_intact(root, cache.layout)
+    return cache

@@ -1,0 +1,79 @@
+"""Write whole shards behind the teacher: data first, the commit record last."""
+
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from logitcache.cache.layout import ArrayLayout, Layout, Shard, TeacherLayout
+from logitcache.files import write_atomically
+
+Rows = dict[str, NDArray[Any]]
+"""A shard's rows of every array, by array name."""
+
+
+class ShardEncoder:
+    """Turn rows into the stored bytes of a shard, as zarr-python writes them, without touching the disk."""
+
+    def __init__(self, array: ArrayLayout) -> None:
+        self._layout = array
+        self._bytes: dict[str, Buffer] = {}
+        self._array = zarr.create_array(MemoryStore(store_dict=self._bytes), **array.zarr_options())
+
+    def encode(self, shard: Shard, rows: NDArray[Any]) -> memoryview:
+        """Return the bytes of the shard that holds `rows`, [stop - start, *row_shape]."""
+        self._array[shard.view, shard.start : shard.stop] = rows
+        return memoryview(self._bytes.pop(self._layout.file(shard)).as_buffer_like())
+
+
+class CacheWriter:
+    """Write shards in the background, one at a time: at most one shard waits while the next is filled."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        self._path = path
+        self._teachers = layout.teachers
+        self._encoders = {array.name: ShardEncoder(array) for teacher in layout.teachers for array in teacher.arrays}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="logitcache-writer")
+        self._pending: Future[None] | None = None
+
+    def submit(self, shard: Shard, rows: Rows) -> None:
+        """Hand over a full shard, once the one before is committed; raise what went wrong with that one."""
+        self.flush()
+        self._pending = self._thread.submit(self._write, shard, rows)
+
+    def flush(self) -> None:
+        """Wait until every shard handed over is committed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Finish the shard that is being written and end the thread."""
+        self._thread.shutdown(wait=True)
+
+    def _write(self, shard: Shard, rows: Rows) -> None:
+        for teacher in self._teachers:
+            records = [self._write_array(array, shard, rows[array.name]) for array in teacher.arrays]
+            write_atomically(self._path / teacher.record_file(shard), b"".join(records))
+
+    def _write_array(self, array: ArrayLayout, shard: Shard, rows: NDArray[Any]) -> bytes:
+        stored = self._encoders[array.name].encode(shard, rows)
+        write_atomically(self._path / array.file(shard), stored)
+        return commit_record(stored)
+
+
+def commit_record(stored: memoryview) -> bytes:
+    """Return the record of a shard's stored bytes: their size and their sha256."""
+    return stored.nbytes.to_bytes(8, "little") + hashlib.sha256(stored).digest()
+
+
+def empty_rows(teachers: tuple[TeacherLayout, ...], shard: Shard) -> Rows:
+    """Allocate a shard's rows of every array."""
+    count = shard.stop - shard.start
+    return {array.name: np.empty((count, *array.row_shape), array.dtype) for teacher in teachers for array in teacher.arrays}

@@ -1,0 +1,132 @@
+"""`main`: run one command, print its answer or its error, give its exit code."""
+
+import contextlib
+import errno
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from typer import BadParameter
+
+from logitcache import console
+from logitcache.cli.commands import app
+from logitcache.cli.common import Answer
+from logitcache.errors import LogitCacheError
+
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
+
+# The class of all usage errors: Typer exports only this one of its members.
+UsageError: type[Exception] = BadParameter.__mro__[1]
+
+# The machine's answers, not bugs: a full, read-only or forbidden place, a file in the way.
+_USER_ERRNOS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line without the program's name; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    return code
+
+
+def _run(arguments: list[str]) -> int:
+    as_json = "--json" in arguments
+    # Whatever a library or the user's own code prints must not spoil the one document.
+    aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    try:
+        with aside:
+            answer = app(arguments or ["--help"], prog_name="logitcache", standalone_mode=False)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        console.finish()
+        code, message = _explain(error, debug="--debug" in arguments)
+        _print_errors([message])
+        if as_json:
+            _print_json({"error": _error_entry(type(error).__name__, message, code)})
+        return code
+    # Typer gives a number for --help and --version.
+    return _print(answer, as_json) if isinstance(answer, Answer) else int(answer or 0)
+
+
+def _print(answer: Answer, as_json: bool) -> int:
+    if as_json:
+        document = answer.document
+        if answer.errors:
+            error = _error_entry(answer.error_type, "\n".join(answer.errors), answer.exit_code)
+            document = {**document, "error": error}
+        _print_json(document)
+    else:
+        sys.stdout.write(_text(answer))
+    sys.stdout.flush()
+    _print_errors(answer.errors)
+    return answer.exit_code
+
+
+def _text(answer: Answer) -> str:
+    if answer.text is not None:
+        return answer.text
+    from logitcache.report.tables import as_text
+
+    return as_text(answer.document)
+
+
+def _explain(error: Exception, debug: bool) -> tuple[int, str]:
+    """Choose the exit code and the message; a bug leaves its traceback in a file."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, LogitCacheError):
+        return error.exit_code, str(error)
+    if isinstance(error, UsageError):
+        return EXIT_USAGE, f"{_usage_message(error)}\n  Fix: see `logitcache --help`"
+    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
+        return EXIT_USAGE, f"{error.filename or 'the file system'}: {error.strerror}"
+    summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if debug:
+        return EXIT_BUG, f"this is a bug in logitcache or in your own code: {summary}"
+    with tempfile.NamedTemporaryFile("w", prefix="logitcache-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        traceback.print_exception(error, file=file)
+    return EXIT_BUG, f"this is a bug: {summary} (traceback in {file.name}; --debug shows it)"
+
+
+def _usage_message(error: Any) -> str:
+    return str(error.format_message())
+
+
+def _print_errors(messages: Sequence[str]) -> None:
+    for message in messages:
+        print(f"Error: {message}", file=sys.stderr, flush=True)
+
+
+def _error_entry(kind: str, message: str, code: int) -> dict[str, Any]:
+    return {"type": kind, "message": message, "exit_code": code}
+
+
+def _print_json(document: Any) -> None:
+    from pydantic_core import to_jsonable_python
+
+    # JSON has no NaN; numpy's numbers and tensors become plain ones.
+    plain = to_jsonable_python(document, inf_nan_mode="null", fallback=lambda value: value.tolist(), by_alias=True)
+    print(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False))

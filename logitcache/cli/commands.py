@@ -1,0 +1,167 @@
+"""The commands: each parses its arguments, calls one verb and returns the answer.
+
+Verbs are imported inside the functions: `--help` must not wait for torch.
+"""
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Exit, Option, Typer, echo
+
+from logitcache.cli.common import Answer, Overrides, command
+
+app = Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run a teacher once, then train any number of students on the pixels it saw.",
+)
+recipe_app = Typer(rich_markup_mode=None, help="Look after recipes.")
+app.add_typer(recipe_app, name="recipe")
+
+
+class Verify(StrEnum):
+    """How exactly the pixels rendered here must be those that the teacher saw."""
+
+    STRICT = "strict"
+    NUMERIC = "numeric"
+    OFF = "off"
+
+
+Recipe = Annotated[Path, Argument(metavar="RECIPE", help="A YAML file.")]
+CachePath = Annotated[Path, Argument(metavar="CACHE", help="A folder made by precompute.")]
+Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import logitcache
+
+        echo(f"logitcache {logitcache.__version__}")
+        raise Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@command(app, "demo")
+def demo(
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Where the cache and the students go.")] = Path(
+        "logitcache-demo"
+    ),
+    quick: Annotated[bool, Option("--quick", help="A few seconds; the numbers mean little.")] = False,
+) -> Answer:
+    """Tell the whole story on the bundled images, in about a minute."""
+    from logitcache.report.demo import run_demo
+
+    return Answer(asdict(run_demo(out, quick=quick)))
+
+
+@command(app, "precompute")
+def precompute(recipe: Recipe, overrides: Overrides) -> Answer:
+    """Run the teachers once over every view; the same command continues after a stop."""
+    from logitcache.recipe import load_recipe
+    from logitcache.teacher.precompute import PrecomputeRecipe
+    from logitcache.teacher.precompute import precompute as run
+
+    return Answer(asdict(run(load_recipe(recipe, PrecomputeRecipe, overrides))))
+
+
+@command(app, "train-student")
+def train_student(
+    recipe: Recipe,
+    overrides: Overrides,
+    resume: Resume = False,
+    online: Annotated[bool, Option("--online", help="Put the teacher back in the loop, to compare.")] = False,
+    verify: Annotated[
+        Verify | None,
+        Option("--verify", help="How exactly the pixels must be those that the teacher saw."),
+    ] = None,
+) -> Answer:
+    """Train a student from a cache, with no teacher in the loop."""
+    from logitcache.recipe import load_recipe
+    from logitcache.student.recipes import StudentRecipe
+    from logitcache.student.training import train
+
+    changes = overrides if verify is None else [*overrides, f"verify={verify}"]
+    student = load_recipe(recipe, StudentRecipe, changes)
+    live = None
+    if online:
+        from logitcache.report.online import live_teachers
+
+        live = live_teachers(student)
+    return Answer(asdict(train(student, resume=resume, live=live)))
+
+
+@command(app, "train-teacher")
+def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> Answer:
+    """Train a teacher on labels, by the same loop."""
+    from logitcache.recipe import load_recipe
+    from logitcache.student.recipes import TeacherRecipe
+    from logitcache.student.training import train
+
+    return Answer(asdict(train(load_recipe(recipe, TeacherRecipe, overrides), resume=resume)))
+
+
+@command(app, "evaluate")
+def evaluate(
+    run: Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")],
+    overrides: Overrides,
+) -> Answer:
+    """Measure a trained model again, on its own or (--set validation.…) on other images."""
+    from logitcache.student.evaluation import evaluate as measure
+
+    return Answer(asdict(measure(run, overrides)))
+
+
+@command(app, "inspect")
+def inspect(cache: CachePath) -> Answer:
+    """Show what a cache is, what made it and how large it is."""
+    from logitcache.report.inspect import inspect_cache
+
+    return Answer(inspect_cache(cache))
+
+
+@command(app, "verify")
+def verify(cache: CachePath, overrides: Overrides) -> Answer:
+    """Read a whole cache again; --set dataset.root=DIR says where its images are now."""
+    from logitcache.errors import CacheError
+    from logitcache.report.verification import verify as check
+
+    result = check(cache, overrides)
+    code = CacheError.exit_code if result.problems else 0
+    return Answer(asdict(result), None, result.problems, CacheError.__name__, code)
+
+
+@command(recipe_app, "check")
+def recipe_check(
+    recipes: Annotated[list[Path], Argument(metavar="RECIPE", help="YAML files of any kind.")],
+    overrides: Overrides,
+) -> Answer:
+    """Say whether recipes are valid, with every mistake in them; reads no images."""
+    from logitcache.errors import RecipeError
+    from logitcache.report.recipes import check_recipes
+
+    checked = check_recipes(recipes, overrides)
+    errors = tuple(recipe.error for recipe in checked if recipe.error is not None)
+    text = "".join(f"OK {r.path} ({r.command})\n" for r in checked if r.error is None)
+    document = {"recipes": [asdict(recipe) for recipe in checked]}
+    code = RecipeError.exit_code if errors else 0
+    return Answer(document, text, errors, RecipeError.__name__, code)
+
+
+@command(app, "env")
+def env() -> Answer:
+    """Show the versions and devices that decide results."""
+    from logitcache.report.environment import environment
+
+    return Answer(environment())

@@ -1,0 +1,93 @@
+"""What every command shares: its answer, its output options, its overrides."""
+
+import inspect
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from types import FrameType
+from typing import Annotated, Any
+
+from typer import Option, Typer
+
+from logitcache import console
+from logitcache.errors import Stopped
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command found; `text` is for human eyes, by default a table of the document."""
+
+    document: Mapping[str, Any]
+    text: str | None = None
+    errors: tuple[str, ...] = ()
+    error_type: str = ""
+    exit_code: int = 0
+
+
+Overrides = Annotated[
+    list[str],
+    Option(
+        "--set",
+        default_factory=list,
+        show_default=False,
+        metavar="KEY=VALUE",
+        help="Change one key, as in optimizer.lr=0.1; repeatable.",
+    ),
+]
+
+_Quiet = Annotated[bool, Option("-q", "--quiet", help="Show no progress.")]
+_Verbose = Annotated[bool, Option("-v", "--verbose", help="Show more about what happens.")]
+# `main` reads these two itself, since they matter when the rest cannot be parsed.
+_Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
+_Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
+
+_OUTPUT_OPTIONS = {"quiet": _Quiet, "verbose": _Verbose, "json": _Json, "debug": _Debug}
+
+
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into Stopped, outside the loops that stop in their own way."""
+    received: list[int] = [signal.SIGINT]
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        received[0] = signum
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        # Cleaning up may take long, and a second Ctrl-C must not wait for it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        message = "interrupted; what was finished is kept, the same command continues"
+        raise Stopped(message, received[0]) from None
+
+
+def command(app: Typer, name: str) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+    """Register a function under a name, with the output options added to its own."""
+
+    def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
+        @wraps(function)
+        def run(**options: Any) -> Answer:
+            output = {option: options.pop(option) for option in _OUTPUT_OPTIONS}
+            console.configure(quiet=output["quiet"], verbose=output["verbose"])
+            with _signals_stop():
+                return function(**options)
+
+        signature = inspect.signature(function)
+        added = [
+            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+            for option, kind in _OUTPUT_OPTIONS.items()
+        ]
+        parameters = [*signature.parameters.values(), *added]
+        # Typer reads both.
+        run.__dict__["__signature__"] = signature.replace(parameters=parameters)
+        run.__annotations__ = function.__annotations__ | _OUTPUT_OPTIONS
+        app.command(name)(run)
+        return run
+
+    return register

@@ -1,0 +1,83 @@
+"""Devices: the one module that knows which there are and how to feed them."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from logitcache.errors import RecipeError
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device that is there.
+
+    "auto" takes the first CUDA device, else MPS, else the CPU. Raises RecipeError when the device
+    is unknown or absent.
+    """
+    if name == "auto":
+        return _best_device()
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"device '{name}' is unknown.\n  Fix: say auto, cpu, cuda, cuda:N or mps."
+        ) from error
+    if device.type == "cuda":
+        _require_cuda(name, device.index or 0)
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise RecipeError(f"device '{name}' is not available here.\n  Fix: device: auto.")
+    elif device != torch.device("cpu"):
+        raise RecipeError(f"device '{name}' is not supported.\n  Fix: say auto, cpu, cuda or mps.")
+    return device
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _require_cuda(name: str, index: int) -> None:
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if index >= num_devices:
+        raise RecipeError(
+            f"device '{name}' is not available: this machine shows {num_devices} CUDA devices.\n"
+            "  Fix: device: auto takes what there is."
+        )
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
+    """Run a forward pass in a lower precision; float32 changes nothing."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, precision))
+
+
+def grad_scaler(device: torch.device, precision: Precision) -> torch.amp.GradScaler:
+    """Return a gradient scaler, which acts only in float16: the others have the range."""
+    return torch.amp.GradScaler(device.type, enabled=precision == "float16")
+
+
+def pin(tensor: Tensor, device: torch.device) -> Tensor:
+    """Page-lock a CPU tensor bound for a CUDA device, so that its copy can overlap with compute."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Move a tensor to a device; from pinned memory to CUDA the copy does not wait.
+
+    Never asynchronous towards the CPU: its bytes would be read before they arrive.
+    """
+    return pin(tensor, device).to(device, non_blocking=device.type == "cuda")
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's queue, as a timing needs."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,59 @@
+"""Errors a user can meet, and the exit code the command line gives each.
+
+    ValueError
+    └── LogitCacheError              any of these; `except ValueError` still works
+        ├── RecipeError          2   a recipe, an option or their combination is wrong
+        ├── DataError            2   an image or a label cannot be read
+        ├── MissingExtraError    2   an optional dependency is not installed
+        ├── CacheError           3   a cache is damaged, incomplete, busy or not a cache
+        ├── MismatchError        4   sound, but made from other images, pixels or teachers
+        │   └── ReplayMismatchError  the pixels rendered here are not those the teacher saw
+        └── Stopped         75/130   SIGTERM or Ctrl-C; the same command continues
+"""
+
+import signal
+
+
+class LogitCacheError(ValueError):
+    """Base of every error that a user can cause and mend."""
+
+    exit_code = 2
+
+
+class RecipeError(LogitCacheError):
+    """A recipe, an option or their combination is wrong."""
+
+
+class DataError(LogitCacheError):
+    """An image or a label cannot be read; the message names it."""
+
+
+class MissingExtraError(LogitCacheError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs an optional dependency: pip install 'logitcache[{extra}]'")
+
+
+class CacheError(LogitCacheError):
+    """A cache is damaged, incomplete, busy or not a cache."""
+
+    exit_code = 3
+
+
+class MismatchError(LogitCacheError):
+    """A cache is sound, but was made from other images, pixels or teachers."""
+
+    exit_code = 4
+
+
+class ReplayMismatchError(MismatchError):
+    """The pixels rendered here are not those that the teacher saw."""
+
+
+class Stopped(LogitCacheError):
+    """A signal asked for a stop; what was finished is kept and the same command continues."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_code = 130 if signum == signal.SIGINT else 75

@@ -1,0 +1,209 @@
+"""Files: writes that happen whole or not at all, and digests that are remembered between runs."""
+
+import contextlib
+import errno
+import hashlib
+import itertools
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from logitcache import stamps
+from logitcache.console import track
+from logitcache.errors import CacheError, DataError, LogitCacheError
+
+_BLOCK = 256  # files a thread takes at a time: enough to hide the cost of handing them out
+_THREADS = min(32, 4 * (os.cpu_count() or 1))  # more than cores: network disks answer late
+_LEFTOVER = ".logitcache-tmp"
+_LONGEST_STEM = 80  # characters of the final name in a temporary one: a name may hold 255 bytes
+_KEPT = b"logitcache kept 1\n"
+
+
+def write_atomically(path: Path, data: bytes | bytearray | memoryview, sync: bool = True) -> None:
+    """Write a file so that readers see the old bytes or the new ones, also after a power cut.
+
+    `sync=False` leaves out the flush to the disk. Raises CacheError when the disk is full or the
+    folder may not be written; nothing is left behind then.
+    """
+    part = path.with_name(f"{path.name[:_LONGEST_STEM]}.{os.getpid()}-{secrets.token_hex(4)}{_LEFTOVER}")
+    try:
+        with _removed_on_failure(part):
+            with open(part, "xb") as file:
+                file.write(data)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.replace(part, path)
+        if sync:
+            _sync_directory(path.parent)
+    except OSError as cause:
+        raise CacheError(_why_not_written(path, cause)) from cause
+
+
+def remove_leftovers(directory: Path) -> list[Path]:
+    """Remove what killed writers left anywhere below a directory; returns the paths.
+
+    The caller must be the only writer there.
+    """
+    leftovers = [
+        Path(parent, name) for parent, _, names in os.walk(directory) for name in names if name.endswith(_LEFTOVER)
+    ]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+def file_digests(
+    paths: Sequence[str | Path],
+    *,
+    what: str,
+    fresh: bool = False,
+    error: type[LogitCacheError] = DataError,
+) -> list[bytes]:
+    """Return the sha256 (32 bytes) of each file, hashing only those that changed since last time.
+
+    Stamps and digests are remembered in the user's cache directory. `fresh` reads every byte
+    again, for damage that leaves no stamp. `what` names one such file ("image", "shard"). Raises
+    `error` for the first file that cannot be read.
+    """
+    if not paths:
+        return []
+    names = [os.path.abspath(path) for path in paths]
+    store = _index_path(names)
+    index = stamps.StampIndex(kept(store) or b"")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = pool.map(lambda block: _stamp_rows(block, what, error), _blocks(names))
+        rows = stamps.as_rows(list(itertools.chain.from_iterable(found)))
+        known = np.zeros(len(rows), bool) if fresh else index.fill(rows)
+        todo = [names[i] for i in np.flatnonzero(~known)]
+        hashed = pool.map(lambda block: _hashed_rows(block, what, error), _blocks(todo))
+        done: list[stamps.Row] = []
+        try:
+            every = itertools.chain.from_iterable(hashed)
+            done.extend(track(every, f"hashing {what}s", len(todo), unit=f"{what}s"))
+        finally:
+            # A long first pass that is interrupted is not lost.
+            if done:
+                keep(store, index.merged(stamps.as_rows(done)))
+    digests = rows["digest"]
+    if done:
+        digests[~known] = stamps.as_rows(done)["digest"]
+    return [digest.tobytes() for digest in digests]
+
+
+def user_cache_directory() -> Path | None:
+    """Return the folder for what can be computed again; None for a user without a home."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(named):  # the standard says to ignore a relative one
+        return Path(named, "logitcache")
+    try:
+        return Path.home() / ".cache" / "logitcache"
+    except RuntimeError:
+        return None
+
+
+def keep(path: Path | None, payload: bytes) -> None:
+    """Keep bytes that can be computed again, beside their own digest, where that is possible."""
+    if path is None:
+        return
+    with contextlib.suppress(OSError, LogitCacheError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, _KEPT + hashlib.sha256(payload).digest() + payload, sync=False)
+
+
+def kept(path: Path | None) -> bytes | None:
+    """Return bytes kept before; None when there are none or they are damaged."""
+    try:
+        data = path.read_bytes() if path else b""
+    except OSError:
+        return None
+    head = len(_KEPT) + 32
+    payload = data[head:]
+    return payload if data[:head] == _KEPT + hashlib.sha256(payload).digest() else None
+
+
+def _index_path(names: Sequence[str]) -> Path | None:
+    """Return where the stamps of the folder that holds all of these absolute paths are kept."""
+    # The first and the last in order share what all of them share.
+    folder = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])
+    directory = user_cache_directory()
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+    return directory / f"{name}.stamps" if directory else None
+
+
+def _blocks(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (names[start : start + _BLOCK] for start in range(0, len(names), _BLOCK))
+
+
+def _stamp_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -> list[stamps.Row]:
+    rows = []
+    for name in names:
+        with _readable(name, what, error):
+            status = os.stat(name)
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise error(f"{what} '{name}' is not a regular file. Remove it and run again.")
+        rows.append((stamps.key(name), *stamps.stamp(status), bytes(32)))
+    return rows
+
+
+def _hashed_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -> list[stamps.Row]:
+    rows = []
+    for name in names:
+        with _readable(name, what, error), open(name, "rb") as file:
+            started = stamps.now_ns()
+            before = stamps.stamp(os.fstat(file.fileno()))
+            digest = hashlib.file_digest(file, "sha256").digest()
+            after = stamps.stamp(os.fstat(file.fileno()))
+        lasting = before == after and stamps.settled(before, started)
+        rows.append((stamps.key(name), *(before if lasting else stamps.NO_STAMP), digest))
+    return rows
+
+
+@contextlib.contextmanager
+def _readable(name: str, what: str, error: type[LogitCacheError]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as cause:
+        raise error(
+            f"{what} '{name}' cannot be read: {cause.strerror or cause}.\n"
+            "  Fix: put the file back or make it readable, then run the same command again."
+        ) from cause
+
+
+@contextlib.contextmanager
+def _removed_on_failure(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _why_not_written(path: Path, cause: OSError) -> str:
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        fix = f"free space on the disk that holds '{path.parent}', then run the same command again."
+    elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        fix = f"make '{path.parent}' writable for this user, or choose another output path."
+    else:
+        fix = "mend the cause, then run the same command again."
+    return f"'{path}' cannot be written: {cause.strerror or cause}.\n  Fix: {fix}"
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename durable, where the file system can."""
+    unsupported = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR)
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as cause:
+        if cause.errno not in unsupported:
+            raise

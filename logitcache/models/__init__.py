@@ -1,0 +1,59 @@
+"""Models, for teachers and students alike: recipe entries from which a network is built."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from logitcache.models.base import (
+    BuiltModel,
+    Classifier,
+    Preprocessing,
+    default_preprocessing,
+    resolve_preprocessing,
+)
+from logitcache.models.custom import Custom
+from logitcache.models.small_cnn import SmallCNN
+from logitcache.models.stored import (
+    Architecture,
+    Bundled,
+    Checkpoint,
+    Run,
+    StoredModel,
+    bundled_directory,
+    load_model,
+    read_stored,
+    save_model,
+)
+from logitcache.models.timm import Timm
+from logitcache.models.torchvision import Torchvision
+from logitcache.models.weights import load_weights, read_state, save_weights, weights_digest
+
+__all__ = [
+    "Architecture",
+    "BuiltModel",
+    "Bundled",
+    "Checkpoint",
+    "Classifier",
+    "Custom",
+    "Model",
+    "Preprocessing",
+    "Run",
+    "SmallCNN",
+    "StoredModel",
+    "Timm",
+    "Torchvision",
+    "bundled_directory",
+    "default_preprocessing",
+    "load_model",
+    "load_weights",
+    "read_state",
+    "read_stored",
+    "resolve_preprocessing",
+    "save_model",
+    "save_weights",
+    "weights_digest",
+]
+
+Model = Annotated[
+    Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | Custom, Field(discriminator="kind")
+]

@@ -1,0 +1,134 @@
+"""What every model owns: its network, its normalisation and its input size."""
+
+from typing import Annotated, NamedTuple, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from logitcache.errors import RecipeError
+from logitcache.recipe import Component, Count, Fraction, Positive
+
+
+class Preprocessing(Component):
+    """How a model takes its pixels: (x / 255 - mean) / std, a number per channel, at `input_size`.
+
+    `input_size` is (height, width), one number for both, or None when any size will do.
+    """
+
+    mean: Annotated[tuple[Fraction, ...], Field(min_length=1)]
+    std: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    input_size: Count | tuple[Count, Count] | None = None
+
+    @model_validator(mode="after")
+    def _same_channels(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(
+                f"mean has {len(self.mean)} channels and std has {len(self.std)}: one number each"
+            )
+        return self
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width, or None when the model takes any."""
+        if isinstance(self.input_size, int):
+            return self.input_size, self.input_size
+        return self.input_size
+
+
+class BuiltModel(NamedTuple):
+    """A network, float [B, C, h, w] to logits [B, K], and its preprocessing where that is known."""
+
+    module: nn.Module
+    preprocessing: Preprocessing | None
+
+
+class Classifier(nn.Module):
+    """A network that takes the pixels as they are stored: uint8 [B, C, H, W] in, logits [B, K] out.
+
+    Normalisation runs in float32 on the module's device. The mean and std are not part of its
+    state.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, module: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.module = module
+        self.preprocessing = preprocessing
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
+            self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalise, resize when the model has a size and the pixels another, and predict."""
+        logits = self.module(self.normalize(pixels))
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            what = (
+                list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            )
+            raise RecipeError(
+                f"the model returned {what}, not logits [B, K].\n"
+                "  Fix: wrap it in a module whose forward returns the logits alone."
+            )
+        return logits
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Turn uint8 [B, C, H, W] into the float32 [B, C, h, w] that the network takes."""
+        _check_pixels(pixels, len(self.mean))
+        values = pixels.to(torch.float32)
+        size = self.preprocessing.size
+        if size is not None and values.shape[2:] != size:
+            values = functional.interpolate(values, size, mode="bilinear", antialias=True)
+        return values.div_(255).sub_(self.mean).div_(self.std)
+
+
+def _check_pixels(pixels: Tensor, num_channels: int) -> None:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+        raise RecipeError(
+            f"a model takes uint8 pixels [B, C, H, W], not {pixels.dtype} {list(pixels.shape)}.\n"
+            "  Fix: pass the images as they were read; the model normalises them itself."
+        )
+    if pixels.shape[1] != num_channels:
+        raise RecipeError(
+            f"the images have {pixels.shape[1]} channels, the model's mean and std have"
+            f" {num_channels}.\n  Fix: {channels_fix(num_channels)}"
+        )
+
+
+def channels_fix(num_channels: int) -> str:
+    """Word how to get images with the channels that a model takes."""
+    modes = {1: "L", 3: "RGB"}
+    if num_channels in modes:
+        mode = modes[num_channels]
+        return f"dataset: {{mode: {mode}}} reads every image with {num_channels} channels."
+    return f"give images with {num_channels} channels, or a model made for these."
+
+
+def default_preprocessing(in_channels: int) -> Preprocessing:
+    """Return mean 0.5 and std 0.5 per channel: a student learns under what it is given."""
+    return Preprocessing(mean=(0.5,) * in_channels, std=(0.5,) * in_channels)
+
+
+def resolve_preprocessing(
+    built: BuiltModel,
+    given: Preprocessing | None,
+    *,
+    who: str,
+    default: Preprocessing | None = None,
+) -> Preprocessing:
+    """Choose what the recipe says, else what the model's source says, else the default.
+
+    `who` names the model as the recipe does ("teachers.resnet"). Raises RecipeError when none of
+    the three is there: a trained network under a guessed normalisation is quietly a worse one.
+    """
+    chosen = given or built.preprocessing or default
+    if chosen is None:
+        raise RecipeError(
+            f"{who} does not know how its pixels were normalised in training.\n"
+            f"  Fix: say so beside its model, as in {who}.preprocessing: {{mean: [0.485, 0.456,"
+            " 0.406], std: [0.229, 0.224, 0.225]}, of pixels in 0..1."
+        )
+    return chosen

@@ -1,0 +1,36 @@
+"""Models from the user's own code."""
+
+from typing import Literal
+
+from pydantic import Field, JsonValue
+from torch import nn
+
+from logitcache.errors import RecipeError
+from logitcache.factories import call_factory
+from logitcache.models.base import BuiltModel
+from logitcache.recipe import Component
+
+
+class Custom(Component):
+    """What `factory` ("pkg.mod:fn") returns: an nn.Module, float [B, C, H, W] to logits [B, K].
+
+    The number of classes and of channels are the factory's own business: give them as arguments.
+    """
+
+    kind: Literal["custom"] = "custom"
+    factory: str
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
+        """Call the factory."""
+        module = call_factory(self.factory, self.arguments)
+        if not isinstance(module, nn.Module):
+            raise RecipeError(
+                f"factory '{self.factory}' returned a {type(module).__name__}.\n"
+                "  Fix: return an nn.Module."
+            )
+        return BuiltModel(module, None)
+
+    def architecture(self) -> "Custom":
+        """Return itself: what the factory loads is its own business."""
+        return self

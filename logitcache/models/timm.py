@@ -1,0 +1,102 @@
+"""Models of timm, by name: an optional dependency."""
+
+from types import ModuleType
+from typing import Any, Literal, Self
+
+from pydantic import Field, JsonValue
+from torch import nn
+
+from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
+from logitcache.models.base import BuiltModel, Preprocessing
+from logitcache.models.torchvision import another_count
+from logitcache.models.weights import did_you_mean
+from logitcache.recipe import Component
+
+# timm looks these up itself, outside its list of names.
+_OUTSIDE = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+class Timm(Component):
+    """A classifier of timm: `name` with or without its weights' tag ("resnet50.a1_in1k").
+
+    `options` go to timm.create_model. `new_head: true` keeps pretrained weights under another
+    number of classes, with a new random final layer.
+    """
+
+    kind: Literal["timm"] = "timm"
+    name: str
+    pretrained: bool = True
+    new_head: bool = False
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
+        """Build the network; one with weights brings its own normalisation and size."""
+        timm = _timm()
+        self._check_name(timm)
+        if self.pretrained and not self.new_head:
+            self._check_classes(timm, num_classes)
+        module = self._network(timm, num_classes, in_channels)
+        return BuiltModel(module, self._preprocessing(timm, module, in_channels))
+
+    def architecture(self) -> Self:
+        """Return the same network with random weights."""
+        return self.model_copy(update={"pretrained": False, "new_head": False})
+
+    def _check_name(self, timm: ModuleType) -> None:
+        if self.name.startswith(_OUTSIDE):
+            return
+        known = {*timm.list_models(), *timm.list_pretrained()}
+        if self.name not in known:
+            near = did_you_mean(self.name, known)
+            raise RecipeError(f"timm has no model '{self.name}'.\n  Fix: {near}")
+
+    def _check_classes(self, timm: ModuleType, num_classes: int | None) -> None:
+        """Refuse another number of classes, for which timm would put in a random layer unasked."""
+        config = timm.get_pretrained_cfg(self.name)
+        if num_classes is not None and config is not None and config.num_classes != num_classes:
+            raise another_count(f"timm's {self.name}", config.num_classes, num_classes)
+
+    def _network(self, timm: ModuleType, num_classes: int | None, in_channels: int) -> nn.Module:
+        counts = {} if num_classes is None else {"num_classes": num_classes}
+        try:
+            module: nn.Module = timm.create_model(
+                self.name,
+                pretrained=self.pretrained,
+                in_chans=in_channels,
+                **counts,
+                **self.options,
+            )
+        except OSError as error:
+            raise LogitCacheError(
+                f"the weights of timm's {self.name} could not be had: {error}.\n"
+                "  Fix: run once where there is a network and bring its HF_HOME along, or use"
+                " `checkpoint` with a file you have."
+            ) from error
+        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            raise RecipeError(
+                f"timm's {self.name} cannot be built: {error}.\n"
+                "  Fix: mend its `options`; pretrained: false starts from random weights."
+            ) from error
+        return module
+
+    def _preprocessing(
+        self, timm: ModuleType, module: nn.Module, in_channels: int
+    ) -> Preprocessing | None:
+        """Return the weights' normalisation, which says nothing of images with other channels."""
+        config: dict[str, Any] = timm.data.resolve_model_data_config(module)
+        if not self.pretrained or len(config["mean"]) != in_channels:
+            return None
+        height, width = config["input_size"][1:]
+        return Preprocessing(
+            mean=tuple(config["mean"]), std=tuple(config["std"]), input_size=(height, width)
+        )
+
+
+def _timm() -> ModuleType:
+    try:
+        import timm
+        import timm.data
+    except ImportError as error:
+        raise MissingExtraError("a model of kind timm", "timm") from error
+    module: ModuleType = timm
+    return module

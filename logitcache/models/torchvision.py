@@ -1,0 +1,118 @@
+"""Models of torchvision, by name."""
+
+from typing import Literal, Self
+
+import torch
+from pydantic import Field, JsonValue
+from torch import nn
+from torchvision import models as zoo
+from torchvision.models import WeightsEnum
+
+from logitcache.errors import LogitCacheError, RecipeError
+from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
+from logitcache.models.weights import did_you_mean
+from logitcache.recipe import Component
+
+# What torchvision sets unasked when it gives these their weights; the network is another without.
+_SET_BY_WEIGHTS: dict[str, dict[str, JsonValue]] = {
+    "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
+    "inception_v3": {"transform_input": True, "init_weights": False},
+}
+
+
+class Torchvision(Component):
+    """A classifier of torchvision, by name.
+
+    `weights` is "DEFAULT", another name ("IMAGENET1K_V2") or null for random ones.
+    `options` go to its constructor. `new_head: true` keeps pretrained weights under another
+    number of classes, with a new random final layer.
+    """
+
+    kind: Literal["torchvision"] = "torchvision"
+    name: str
+    weights: str | None
+    new_head: bool = False
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
+        """Build the network, with the weights' own normalisation and size when it has weights."""
+        if self.name not in zoo.list_models(module=zoo):
+            near = did_you_mean(self.name, zoo.list_models(module=zoo))
+            raise RecipeError(f"torchvision has no classifier '{self.name}'.\n  Fix: {near}")
+        if in_channels != 3:
+            raise RecipeError(
+                f"torchvision's {self.name} takes 3 channels, the images have {in_channels}.\n"
+                f"  Fix: {channels_fix(3)}"
+            )
+        if self.weights is None:
+            return BuiltModel(self._network(None, num_classes), None)
+        return self._pretrained(_find_weights(self.name, self.weights), num_classes)
+
+    def architecture(self) -> Self:
+        """Return the same network with random weights."""
+        unasked = {} if self.weights is None else _SET_BY_WEIGHTS.get(self.name, {})
+        options = {**unasked, **self.options}
+        return self.model_copy(update={"weights": None, "new_head": False, "options": options})
+
+    def _network(self, weights: WeightsEnum | None, num_classes: int | None) -> nn.Module:
+        counts = {} if num_classes is None else {"num_classes": num_classes}
+        try:
+            module: nn.Module = zoo.get_model_builder(self.name)(
+                weights=weights, **counts, **self.options
+            )
+        except OSError as error:
+            assert weights is not None
+            raise LogitCacheError(
+                f"the weights {weights.name} of torchvision's {self.name} could not be had:"
+                f" {error}.\n"
+                f"  Fix: where there is a network, download {weights.url}\n"
+                f"    and put the file into {torch.hub.get_dir()}/checkpoints."
+            ) from error
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RecipeError(
+                f"torchvision's {self.name} cannot be built: {error}.\n  Fix: mend its `options`."
+            ) from error
+        return module
+
+    def _pretrained(self, weights: WeightsEnum, num_classes: int | None) -> BuiltModel:
+        own_classes = len(weights.meta["categories"])
+        wanted = own_classes if num_classes is None else num_classes
+        if wanted != own_classes and not self.new_head:
+            raise another_count(f"torchvision's {self.name}", own_classes, wanted)
+        module = self._network(weights, None)
+        if wanted != own_classes:
+            _replace_head(module, self._network(None, wanted))
+        transforms = weights.transforms()
+        preprocessing = Preprocessing(
+            mean=tuple(transforms.mean),
+            std=tuple(transforms.std),
+            input_size=transforms.crop_size[0],
+        )
+        return BuiltModel(module, preprocessing)
+
+
+def _replace_head(module: nn.Module, fresh: nn.Module) -> None:
+    """Take from a fresh network the layers whose shapes the number of classes decides."""
+    new = fresh.state_dict()
+    changed = [n for n, v in module.state_dict().items() if new[n].shape != v.shape]
+    for layer in {name.rpartition(".")[0] for name in changed}:
+        module.set_submodule(layer, fresh.get_submodule(layer))
+
+
+def another_count(who: str, own_classes: int, wanted: int) -> RecipeError:
+    """Word the refusal of a pretrained classifier for another number of classes."""
+    return RecipeError(
+        f"{who} is pretrained for {own_classes} classes, {wanted} are asked for.\n"
+        f"  Fix: a `checkpoint` trained on these {wanted} classes; or, to fine-tune,"
+        " `new_head: true` or random weights."
+    )
+
+
+def _find_weights(name: str, weights: str) -> WeightsEnum:
+    enum = zoo.get_model_weights(name)
+    if weights not in enum.__members__:
+        raise RecipeError(
+            f"torchvision's {name} has no weights '{weights}'.\n"
+            f"  Fix: say one of {', '.join(enum.__members__)}, or null for random weights."
+        )
+    return enum[weights]

@@ -1,0 +1,240 @@
+"""YAML and `--set` to plain data, and back, with the place where each value was written."""
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from logitcache.errors import RecipeError
+
+Keys = tuple[str | int, ...]
+
+
+class Place(NamedTuple):
+    """Where a value was written; `line` sorts, `prefix` opens the message."""
+
+    line: int
+    prefix: str
+
+
+class Mistake(NamedTuple):
+    """One line of an error message."""
+
+    place: Place
+    text: str
+
+
+class Loader(yaml.SafeLoader):
+    """The plain scalars of YAML 1.2 core: `on` and dates are text, `3e-4` and `010` are numbers."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Quote what either YAML 1.1 or YAML 1.2 takes for something else than text."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        """Write a value again where it occurs again."""
+        return True
+
+
+Loader.yaml_implicit_resolvers = {}
+_TAG = "tag:yaml.org,2002:"
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
+for _name, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", rf"{_FLOAT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+):
+    for _class in (Loader, Dumper):
+        # "" stands for an empty scalar, which only `null` matches.
+        _class.add_implicit_resolver(_TAG + _name, re.compile(f"^(?:{_pattern})$"), [*_first, ""])
+
+_AFTER_THE_FILE = 2**31
+_MAX_VALUES = 100_000  # aliases of aliases make billions out of a page
+_QUOTE = "quote text that holds ': ' or ' #', or begins with one of &*!%@`[]{}"
+
+
+class Source:
+    """A recipe as plain data, the place of each of its values, and the mistakes met so far."""
+
+    def __init__(self, data: Any = None) -> None:
+        self.data = data
+        self.mistakes: list[Mistake] = []
+        self._places: dict[Keys, Place] = {(): Place(0, "")}
+        self._num_values = 0
+
+    def read(self, path: Path) -> None:
+        """Read a file whose top is a mapping. Raises RecipeError."""
+        self._places.clear()
+        self.data = self._parse(_read_text(path), lambda line: Place(line, f"{path}:{line}: "), ())
+        if not isinstance(self.data, dict):
+            found = "is empty" if self.data is None else f"is {show(self.data)}, not a mapping"
+            raise RecipeError(f"{path}:1: the recipe {found}; write lines such as `name: value`")
+
+    def place(self, keys: Keys) -> Place:
+        """Find where a key was written, or else the nearest value around it."""
+        while keys not in self._places:
+            keys = keys[:-1]
+        return self._places[keys]
+
+    def override(self, text: str, default: Callable[[Keys], Any]) -> None:
+        """Apply one `a.b=value`; what is absent on the way starts from `default(keys)`."""
+        place = Place(_AFTER_THE_FILE, f"--set {text}: ")
+        key, equals, value = text.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            self.mistakes.append(Mistake(place, "write key=value, such as optimizer.lr=0.1"))
+            return
+        try:
+            data, keys = self._enter(parts, place, default)
+            parsed = self._parse(value, lambda line: place, keys)
+        except RecipeError as error:
+            self.mistakes.append(Mistake(place, str(error).removeprefix(place.prefix)))
+            return
+        data[keys[-1]] = parsed
+
+    def _enter(self, parts: list[str], place: Place, default: Callable[[Keys], Any]) -> tuple[Any, Keys]:
+        """Walk to the mapping or list that holds the last part; forget the places it replaces."""
+        data, keys = self.data, Keys()
+        for part, after in pairwise(parts):
+            keys = (*keys, _step(data, part, keys))
+            if isinstance(data, dict) and data.get(part) is None:
+                # Another kind has other fields than the default's.
+                data[part] = {} if after == "kind" else default(keys)
+                self._places[keys] = place
+            data = data[keys[-1]]
+        keys = (*keys, _step(data, parts[-1], keys))
+        self._places = {k: v for k, v in self._places.items() if k[: len(keys)] != keys}
+        self._places[keys] = place
+        return data, keys
+
+    def _parse(self, text: str, at: Callable[[int], Place], keys: Keys) -> Any:
+        """Read one YAML document whose top is at `keys`."""
+        try:
+            node = Loader(text).get_single_node()
+            return None if node is None else self._value(node, at, keys, ())
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            hint = "indent with spaces" if r"'\t'" in str(error.problem) else _QUOTE
+            problem = ", ".join(filter(None, (error.context, error.problem)))
+            message = f"{at(line).prefix}not YAML: {problem}; {hint}"
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            message = f"{at(line).prefix}not YAML: a control character; remove it"
+        except RecursionError:
+            message = f"{at(1).prefix}nested too deeply for a recipe; flatten it"
+        raise RecipeError(message)
+
+    def _value(self, node: yaml.Node, at: Callable[[int], Place], keys: Keys, around: tuple[yaml.Node, ...]) -> Any:
+        """Turn a node into plain data, noting the place of everything in it."""
+        place = at(node.start_mark.line + 1)
+        self._places.setdefault(keys, place)
+        self._num_values += 1
+        if node in around or self._num_values > _MAX_VALUES:
+            raise RecipeError(f"{place.prefix}aliases (*name) grow without end; write them out")
+        if isinstance(node, yaml.ScalarNode):
+            return _scalar(node, place)
+        if isinstance(node, yaml.SequenceNode):
+            items = enumerate(node.value)
+            return [self._value(item, at, (*keys, i), (*around, node)) for i, item in items]
+        return {
+            name: self._value(item, at, (*keys, name), (*around, node)) for name, item in self._entries(node, at, keys)
+        }
+
+    def _entries(self, node: yaml.Node, at: Callable[[int], Place], keys: Keys) -> Iterator[tuple[str, yaml.Node]]:
+        """Yield the entries of a mapping; keys are text, and a key that appears twice a mistake."""
+        first: dict[str, int] = {}
+        for key, item in node.value:
+            place = at(key.start_mark.line + 1)
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{place.prefix}a key must be a word, not a list or a mapping")
+            name = key.value
+            if name in first:
+                again = f"key '{dotted((*keys, name))}' appears twice"
+                where = f"first on line {first[name]}; remove one"
+                self.mistakes.append(Mistake(place, f"{again}, {where}"))
+                continue
+            first[name] = key.start_mark.line + 1
+            self._places[(*keys, name)] = place
+            yield name, item
+
+
+def dump(data: Any) -> str:
+    """Write plain data as YAML that both YAML 1.1 and YAML 1.2 read alike."""
+    text: str = yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def dotted(keys: Keys) -> str:
+    """Write a key as `--set` takes it."""
+    return ".".join(map(str, keys))
+
+
+def show(value: Any) -> str:
+    """Write a value on one short line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """Find the name that was probably meant, whatever its case."""
+    by_lower = {name.lower(): name for name in names}
+    # One wrong letter of two or three leaves little alike.
+    cutoff = 0.5 if len(word) < 4 else 0.6
+    found = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[found[0]] if found else None
+
+
+def _read_text(path: Path) -> str:
+    """Read UTF-8 text, with or without a byte order mark. Raises RecipeError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
+        hint = f"did you mean '{path.parent / near}'?" if near else "name a YAML file"
+        raise RecipeError(f"{path}: there is no such file; {hint}") from None
+    except IsADirectoryError:
+        names = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "it holds none"
+        raise RecipeError(f"{path}: is a folder; name a recipe in it ({names})") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}:{line}: not UTF-8; save the file as UTF-8 text") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}; name a file that can be read") from None
+
+
+def _scalar(node: yaml.ScalarNode, place: Place) -> Any:
+    """Convert as YAML 1.2 core does. Raises RecipeError for other tags and impossible numbers."""
+    text: str = node.value
+    try:
+        match node.tag.removeprefix(_TAG):
+            case "str":
+                return text
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int":
+                return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+            case "float":
+                return float(re.sub(r"\.(?=[in])", "", text.lower()))
+    except ValueError:
+        raise RecipeError(f"{place.prefix}{text[:20]} cannot be read as a number") from None
+    raise RecipeError(f"{place.prefix}the tag {node.tag} has no place in a recipe; remove it")
+
+
+def _step(data: Any, part: str, keys: Keys) -> str | int:
+    """Resolve one part of a dotted key in a mapping or a list. Raises RecipeError."""
+    if isinstance(data, dict):
+        return part
+    if not isinstance(data, list):
+        raise RecipeError(f"'{dotted(keys)}' is {show(data)}, which has no key '{part}'")
+    if not part.isdecimal() or int(part) >= len(data):
+        entries = f"0 to {len(data) - 1}" if data else "none"
+        raise RecipeError(f"'{dotted(keys)}' is a list with entries {entries}, not '{part}'")
+    return int(part)

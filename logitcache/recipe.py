@@ -1,0 +1,85 @@
+"""Recipes: YAML and `--set` in, validated frozen objects out, every mistake reported at once."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+from logitcache.diagnosis import default_at, validate
+from logitcache.errors import RecipeError
+from logitcache.notation import Mistake, Source, dump
+
+
+def _lenient_float(value: object) -> object:
+    """Read '3e-4' in quotes as a number; anything else is left for the validation to judge."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+class Component(BaseModel):
+    """A frozen value whose fields are its recipe entry and its stored form.
+
+    Unknown fields are rejected, strings stay strings, and booleans are never numbers.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Float = Annotated[float, BeforeValidator(_lenient_float)]
+Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[Float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def load_recipe(source: str | Path | Mapping[str, Any], model: type[R], overrides: Sequence[str] = ()) -> R:
+    """Read a YAML file or a mapping, apply `a.b=c` overrides, and validate it as `model`.
+
+    Raises RecipeError that lists every mistake with its line (or `--set`), key, value and fix.
+    """
+    recipe = _read(source)
+    for text in overrides:
+        recipe.override(text, lambda keys: default_at(model, recipe.data, keys))
+    accepted, problems = validate(recipe.data, model)
+    mistakes = recipe.mistakes + [Mistake(recipe.place(keys), text) for keys, text in problems]
+    if accepted is None or mistakes:
+        raise RecipeError(_listed(mistakes))
+    return accepted
+
+
+def read_recipe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Read a YAML file or a mapping as plain data, not validated. Raises RecipeError."""
+    recipe = _read(source)
+    if recipe.mistakes:
+        raise RecipeError(_listed(recipe.mistakes))
+    data: dict[str, Any] = recipe.data
+    return data
+
+
+def dump_recipe(recipe: BaseModel) -> str:
+    """Write a recipe as YAML that `load_recipe` reads back to an equal object."""
+    return dump(recipe.model_dump(mode="json", by_alias=True))
+
+
+def _read(source: str | Path | Mapping[str, Any]) -> Source:
+    if not isinstance(source, Mapping):
+        recipe = Source()
+        recipe.read(Path(source))
+        return recipe
+    try:
+        return Source(to_jsonable_python(dict(source), by_alias=True))
+    except PydanticSerializationError as error:
+        raise RecipeError(f"the recipe holds what YAML cannot: {error}; use plain values") from None
+
+
+def _listed(mistakes: Iterable[Mistake]) -> str:
+    lines = [f"{place.prefix}{text}" for place, text in sorted(mistakes)]
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} mistakes:", *lines])

@@ -1,0 +1,56 @@
+"""Which of the three recipes a file is, and whether it is valid."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.errors import RecipeError
+from logitcache.notation import nearest
+from logitcache.recipe import Component, load_recipe, read_recipe
+from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+from logitcache.teacher.precompute import PrecomputeRecipe
+
+RECIPES: dict[str, type[Component]] = {
+    "precompute": PrecomputeRecipe,
+    "train-student": StudentRecipe,
+    "train-teacher": TeacherRecipe,
+}
+
+
+@dataclass(frozen=True)
+class CheckedRecipe:
+    """One file: the command it is for, and what is wrong with it, None when nothing is."""
+
+    path: str
+    command: str | None
+    error: str | None
+
+
+def check_recipes(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> list[CheckedRecipe]:
+    """Validate recipes of any kind; every mistake of every file is in the result."""
+    return [_check(path, overrides) for path in paths]
+
+
+def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
+    command = None
+    try:
+        command = command_of(path)
+        load_recipe(path, RECIPES[command], overrides)
+    except RecipeError as error:
+        return CheckedRecipe(str(path), command, str(error))
+    return CheckedRecipe(str(path), command, None)
+
+
+def command_of(path: str | Path) -> str:
+    """Tell which command a recipe is for from its keys, misspelt ones too. Raises RecipeError."""
+    names = {field for model in RECIPES.values() for field in model.model_fields}
+    keys = {key if key in names else nearest(key, names) for key in read_recipe(path)}
+    # A student's recipe may name teachers too, for --online.
+    if keys & {"model", "out", "epochs"}:
+        return "train-student" if "cache" in keys else "train-teacher"
+    if keys & {"teachers", "views"}:
+        return "precompute"
+    raise RecipeError(
+        f"{path}:1: no recipe has these keys; `precompute` needs teachers, `train-student` "
+        "cache and model, `train-teacher` dataset and model"
+    )

@@ -1,0 +1,92 @@
+"""Results for human eyes: tables on a terminal, aligned text in a pipe."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MISSING = "-"
+
+
+def as_text(document: Mapping[str, Any]) -> str:
+    """Write a result for stdout: scalars as aligned lines, lists of mappings as tables."""
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        _print(console, document)
+    return capture.get()
+
+
+def _print(console: Console, document: Mapping[str, Any]) -> None:
+    scalars = dict(_scalars(document))
+    width = max(map(len, scalars), default=0)
+    for name, value in scalars.items():
+        console.print(f"{name:<{width}}  {value}")
+    for name, rows in _tables(document):
+        console.print()
+        _print_table(console, name, rows)
+
+
+def _scalars(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in document.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{name}.")
+        elif not _is_table(value):
+            yield name, _format(str(key), value)
+
+
+def _tables(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[dict[str, str]]]]:
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _tables(value, f"{prefix}{key}.")
+        elif _is_table(value):
+            yield f"{prefix}{key}", [dict(_scalars(row)) for row in value]
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _print_table(console: Console, title: str, rows: list[dict[str, str]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[row.get(name, MISSING) for name in columns] for row in rows]
+    if console.is_terminal:
+        table = Table(*columns, title=title, title_justify="left")
+        for row in cells:
+            table.add_row(*row)
+        console.print(table)
+        return
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    console.print(f"{title}:")
+    for row in [columns, *cells]:
+        line = "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True))
+        console.print(f"  {line.rstrip()}")
+
+
+def _format(name: str, value: Any) -> str:
+    """Write a number with its unit where the name tells it, a list with commas."""
+    match value:
+        case None:
+            return MISSING
+        case bool():
+            return "yes" if value else "no"
+        case int() if name.endswith("bytes"):
+            return format_bytes(value)
+        case int() | float() if name.endswith("seconds"):
+            return f"{value:.3g} s"
+        case float():
+            return f"{value:.4g}"
+        case list() | tuple():
+            return ", ".join(_format("", item) for item in value) or MISSING
+    return str(value)
+
+
+def format_bytes(count: int) -> str:
+    """Write 12.3 MB: decimal units, three digits."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"

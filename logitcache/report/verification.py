@@ -1,0 +1,60 @@
+"""Everything that can be wrong with a cache, told at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.cache.create import read_manifest
+from logitcache.cache.layout import layout_of
+from logitcache.cache.reader import Cache
+from logitcache.cache.verify import verify_cache
+from logitcache.errors import DataError, RecipeError
+from logitcache.recipe import Component, load_recipe
+from logitcache.views.datasets import Custom, Dataset
+
+
+class _Located(Component):
+    """Where the images are now."""
+
+    dataset: Dataset
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What was compared; `images` says whether the images are those of the cache."""
+
+    cache: str
+    shards: int
+    bytes: int
+    images: str
+    problems: tuple[str, ...]
+
+
+def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
+    """Read every stored byte again, and compare the images where they can be found.
+
+    `overrides` such as `dataset.root=DIR` say where the images are now; without any, images that
+    are gone are reported and are no fault of the cache. Raises MismatchError for other images.
+    """
+    root = Path(path)
+    manifest = read_manifest(root)
+    found = verify_cache(root, manifest, layout_of(manifest))
+    images = "not compared, the cache is damaged"
+    if not found.problems:
+        images = _compare_images(Cache(root, manifest), overrides)
+    return VerifyResult(str(root), found.shards, found.bytes, images, found.problems)
+
+
+def _compare_images(cache: Cache, overrides: Sequence[str]) -> str:
+    recorded = cache.manifest.dataset
+    if overrides:
+        entry = {} if recorded is None else {"dataset": recorded}
+        cache.views(load_recipe(entry, _Located, overrides).dataset)
+        return "the same"
+    if recorded is None or isinstance(recorded, Custom):
+        return "not compared, they came from the user's own code"
+    try:
+        cache.views()
+    except (DataError, RecipeError) as error:
+        return f"not compared, give --set dataset.…: {error}"
+    return "the same"

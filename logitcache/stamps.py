@@ -1,0 +1,89 @@
+"""Stamps: what a file looked like when it was hashed, as git's index keeps them.
+
+A digest is used again as long as size, times and inode of its file are the same. A file that
+changed less than two seconds before it was hashed gets no stamp: another change could leave the
+same one.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Stamp = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
+Row = tuple[int, int, int, int, int, bytes]  # key, stamp, sha256
+Rows = NDArray[np.void]
+
+NO_STAMP: Stamp = (-1, 0, 0, 0)  # no file has this size, so it is never found again
+_ROW = np.dtype(
+    [
+        ("key", "<u8"),
+        ("size", "<i8"),
+        ("mtime_ns", "<i8"),
+        ("ctime_ns", "<i8"),
+        ("inode", "<u8"),
+        ("digest", "u1", (32,)),
+    ]
+)
+_STAMP_FIELDS = ["size", "mtime_ns", "ctime_ns", "inode"]
+_RACY_NS = 2_000_000_000
+_MOST_ROWS = 8_000_000
+
+
+def now_ns() -> int:
+    """Return the wall clock in nanoseconds."""
+    return time.time_ns()
+
+
+def key(name: str) -> int:
+    """Return 64 bits that stand for an absolute path; a collision would need an equal stamp too."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "little")
+
+
+def stamp(status: os.stat_result) -> Stamp:
+    """Return what changes when a file is written, replaced or restored from a copy."""
+    inode = status.st_ino & (2**64 - 1)
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, inode
+
+
+def settled(stamp: Stamp, moment_ns: int) -> bool:
+    """Say whether a file was last changed well before a moment."""
+    return max(stamp[1], stamp[2]) + _RACY_NS < moment_ns
+
+
+def as_rows(values: Sequence[Row]) -> Rows:
+    """Return [n] rows, whose fields are the key, the stamp and the digest."""
+    rows: Rows = np.array([(*row[:5], np.frombuffer(row[5], np.uint8)) for row in values], dtype=_ROW)
+    return rows
+
+
+class StampIndex:
+    """Digests by stamp, in order of the key."""
+
+    def __init__(self, stored: bytes = b"") -> None:
+        """Read an index; bytes of another length than whole rows count as none."""
+        sound = len(stored) % _ROW.itemsize == 0
+        self._rows: Rows = np.frombuffer(stored if sound else b"", _ROW)
+
+    def fill(self, rows: Rows) -> NDArray[np.bool_]:
+        """Fill in the digests of rows whose stamp is known; returns which were."""
+        if len(self._rows) == 0:
+            return np.zeros(len(rows), bool)
+        place = np.searchsorted(self._rows["key"], rows["key"])
+        old = self._rows[np.minimum(place, len(self._rows) - 1)]
+        known = old["key"] == rows["key"]
+        for field in _STAMP_FIELDS:
+            known &= old[field] == rows[field]
+        rows["digest"][known] = old["digest"][known]
+        return np.asarray(known, bool)
+
+    def merged(self, rows: Rows) -> bytes:
+        """Return the bytes of an index that holds these rows and the older ones of other files."""
+        older = self._rows[~np.isin(self._rows["key"], rows["key"])]
+        if len(older) + len(rows) > _MOST_ROWS:
+            older = older[:0]
+        both = np.concatenate([older, rows[rows["size"] >= 0]])
+        return both[np.argsort(both["key"], kind="stable")].tobytes()

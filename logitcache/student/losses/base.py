@@ -1,0 +1,21 @@
+"""What every loss shares."""
+
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import Field
+
+from logitcache.errors import RecipeError
+from logitcache.recipe import Float
+from logitcache.targets import Targets
+
+Weight = Annotated[Float, Field(ge=0.0)]
+
+
+def targets_of(teachers: Mapping[str, Targets], name: str | None) -> Targets:
+    """Return the targets of the named teacher, or of the only one."""
+    if name is None and len(teachers) == 1:
+        return next(iter(teachers.values()))
+    if name is None or name not in teachers:
+        raise RecipeError(f"a loss asks for teacher {name!r}; the cache has {sorted(teachers)}. Fix: set the loss's `teacher`")
+    return teachers[name]

@@ -1,0 +1,31 @@
+"""Logit matching: Ba and Caruana, "Do deep nets really need to be deep?" (2014)."""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from logitcache.recipe import Component, Name
+from logitcache.student.losses.base import Weight, targets_of
+from logitcache.targets import Batch, Targets
+
+
+def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean of (z_s - z_t)² over rows and classes, a float32 scalar; both logits are [B, C]."""
+    return F.mse_loss(student.float(), teacher.float())
+
+
+class MeanSquaredError(Component):
+    """Squared error between logits; needs every logit as it was."""
+
+    needs: ClassVar[str | None] = "dense logits"
+
+    kind: Literal["mean_squared_error"] = "mean_squared_error"
+    weight: Weight = 1.0
+    teacher: Name | None = None
+
+    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+        """Return the unweighted loss of a batch."""
+        logits = targets_of(batch.teachers, self.teacher).logits
+        assert isinstance(outputs.logits, Tensor) and isinstance(logits, Tensor)
+        return mean_squared_error(outputs.logits, logits)

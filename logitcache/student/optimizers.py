@@ -1,0 +1,67 @@
+"""Optimisers and the learning rate as a function of the step."""
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from logitcache.recipe import Component, Float, Fraction, Positive
+
+NonNegative = Annotated[Float, Field(ge=0.0)]
+
+
+class SGD(Component):
+    """Stochastic gradient descent with momentum."""
+
+    kind: Literal["sgd"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Fraction = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = 5e-4
+
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimiser of a module's parameters."""
+        nesterov = self.nesterov and self.momentum > 0
+        return torch.optim.SGD(parameter_groups(module, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=nesterov)
+
+
+class AdamW(Component):
+    """Adam with decoupled weight decay."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: Positive = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    weight_decay: NonNegative = 0.05
+
+    def build(self, module: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimiser of a module's parameters."""
+        return torch.optim.AdamW(parameter_groups(module, self.weight_decay), lr=self.lr, betas=self.betas)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split trainable parameters: weights decay, biases and normalisation do not."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+class Schedule(Component):
+    """Linear warm-up, then a cosine from the optimiser's lr down to `final_lr` times it."""
+
+    warmup_epochs: NonNegative = 0.0
+    final_lr: Fraction = 0.0
+
+    def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
+        """Return lr at a step over the optimiser's lr: a function of the step alone, so that a resumed run agrees."""
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps_per_epoch * epochs - warmup)
+        return self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+
+Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]

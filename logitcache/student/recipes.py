@@ -1,0 +1,93 @@
+"""The recipes of stage two: a student on a cache, and a teacher on labels."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from logitcache.device import Precision
+from logitcache.models import Model, Preprocessing
+from logitcache.recipe import Component, Count, Float, Name, Positive
+from logitcache.student.losses import CrossEntropy, KLDivergence, Loss
+from logitcache.student.optimizers import AdamW, Optimizer, Schedule
+from logitcache.views.augmentations import Augmentation
+from logitcache.views.datasets import Dataset
+from logitcache.views.loader import StartMethod
+from logitcache.views.spec import ViewSpec
+
+Decay = Annotated[Float, Field(gt=0.0, lt=1.0)]
+
+
+class Validation(Component):
+    """Untouched images to measure on: a data set, or a cache of it whose teacher the student is compared with."""
+
+    dataset: Dataset | None = None
+    cache: str | None = None
+    augmentations: tuple[Augmentation, ...] = ()
+    every: Count = 1
+    batch_size: Count = 512
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.dataset is None and self.cache is None:
+            raise ValueError("name a data set (dataset) or a cache of one (cache)")
+        if self.cache is not None and self.augmentations:
+            raise ValueError("a cache brings its own augmentations: leave them out")
+        return self
+
+
+class LiveTeacher(Component):
+    """A teacher of the cache, for --online, where the cache alone cannot say how to build it."""
+
+    model: Model
+    preprocessing: Preprocessing | None = None
+
+
+class TrainingRecipe(Component):
+    """What training on labels and training from a cache share.
+
+    `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory.
+    """
+
+    out: str
+    model: Model
+    preprocessing: Preprocessing | None = None
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
+    epochs: Count
+    batch_size: Count = 256
+    micro_batches: Count = 1
+    drop_last: bool = False
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    optimizer: Optimizer = AdamW()
+    schedule: Schedule = Schedule()
+    clip_norm: Positive | None = None
+    ema: Decay | None = None
+    precision: Precision = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    validation: Validation | None = None
+    checkpoint_steps: Count | None = None
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    start_method: StartMethod = "forkserver"
+    device: str = "auto"
+
+
+class StudentRecipe(TrainingRecipe):
+    """A student that learns from a cache; `dataset` says where its images lie now, when they have moved."""
+
+    cache: str
+    dataset: Dataset | None = None
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (KLDivergence(),)
+    teachers: dict[Name, LiveTeacher] = {}
+    verify: Literal["strict", "numeric", "off"] = "strict"
+
+
+class TeacherRecipe(TrainingRecipe):
+    """A model that learns from labels, on a fresh view of every image in each epoch."""
+
+    dataset: Dataset
+    augmentations: tuple[Augmentation, ...] = ()
+    losses: Annotated[tuple[CrossEntropy, ...], Field(min_length=1)] = (CrossEntropy(),)
+
+    def views(self) -> ViewSpec:
+        """Return the views of all epochs."""
+        return ViewSpec(num_views=self.epochs, seed=self.seed, augmentations=self.augmentations)

@@ -1,0 +1,89 @@
+"""What a run learns from, opened and checked before the first step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from logitcache.cache.manifest import Manifest
+from logitcache.cache.reader import open_cache
+from logitcache.errors import RecipeError
+from logitcache.student.losses import Loss
+from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+from logitcache.targets import Targets
+from logitcache.views.datasets import fingerprint, open_dataset
+from logitcache.views.epochs import EpochLoader, no_targets
+from logitcache.views.spec import Views
+
+LiveTargets = Callable[[Tensor], Mapping[str, Targets]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Batches, the number of classes, and what identifies them; `live` answers in place of the cache."""
+
+    loader: EpochLoader
+    num_classes: int
+    identity: dict[str, Any]
+    live: LiveTargets | None = None
+
+
+def open_source(recipe: StudentRecipe | TeacherRecipe, live: LiveTargets | None) -> Source:
+    """Open what a recipe learns from; raises where images, cache and losses do not belong together."""
+    return _from_cache(recipe, live) if isinstance(recipe, StudentRecipe) else _from_labels(recipe)
+
+
+def _from_cache(recipe: StudentRecipe, live: LiveTargets | None) -> Source:
+    cache = open_cache(recipe.cache)
+    require_served(recipe.losses, cache.manifest, recipe.cache)
+    views = cache.views(recipe.dataset, recipe.verify)
+    targets_of = cache.rows if live is None else no_targets
+    loader = _loader(recipe, views, targets_of=targets_of, shuffle_block=cache.shuffle_block)
+    num_classes = next(iter(cache.manifest.teachers.values())).num_classes
+    return Source(loader, num_classes, {"cache": cache.manifest.digest()}, live)
+
+
+def _from_labels(recipe: TeacherRecipe) -> Source:
+    dataset = open_dataset(recipe.dataset)
+    if dataset.num_classes is None:
+        raise RecipeError("the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache")
+    loader = _loader(recipe, Views(dataset, recipe.views()))
+    return Source(loader, dataset.num_classes, {"dataset": fingerprint(dataset).model_dump(mode="json")})
+
+
+def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any) -> EpochLoader:
+    return EpochLoader(
+        views,
+        batch_size=recipe.batch_size,
+        num_workers=recipe.num_workers,
+        seed=recipe.seed,
+        drop_last=recipe.drop_last,
+        start_method=recipe.start_method,
+        **options,
+    )
+
+
+def require_served(losses: Sequence[Loss], manifest: Manifest, where: str) -> None:
+    """Raise RecipeError listing every loss that asks for what the cache does not hold."""
+    lines = [line for number, loss in enumerate(losses) for line in _unserved(f"losses.{number} ({loss.kind})", loss, manifest)]
+    if lines:
+        raise RecipeError(f"{where} does not serve these losses:\n  " + "\n  ".join(lines))
+
+
+def _unserved(what: str, loss: Loss, manifest: Manifest) -> list[str]:
+    if loss.needs is None:
+        return []
+    name = getattr(loss, "teacher", None)
+    names = sorted(manifest.teachers)
+    if name is None and len(names) > 1:
+        return [f"{what} names no teacher, the cache has {names}. Fix: set `teacher`"]
+    if name is not None and name not in names:
+        return [f"{what} names teacher {name!r}, the cache has {names}. Fix: one of these"]
+    held = manifest.teachers[name or names[0]].logits
+    if loss.needs in held.gives:
+        return []
+    return [
+        f"{what} needs {loss.needs}, the cache keeps {held.kind} logits of {name or names[0]!r}. Fix: another loss "
+        f"(kl_divergence takes any), or precompute with teachers.{name or names[0]}.logits: {{kind: dense}}"
+    ]

@@ -1,0 +1,134 @@
+"""`Targets`: what a teacher says of a batch, whether it came from a cache or from the live teacher."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from logitcache.device import to_device
+
+
+class EncodedLogits(Protocol):
+    """A distribution over classes kept in fewer numbers than classes."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the full distribution."""
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Return log softmax(z / temperature), float32 [B, C]."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copy."""
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+
+
+Logits = Tensor | EncodedLogits
+
+
+def log_probs(logits: Logits, temperature: float = 1.0) -> Tensor:
+    """Return log softmax(logits / temperature) in float32, [B, C], of a tensor [B, C] or an encoded form."""
+    if isinstance(logits, Tensor):
+        return torch.log_softmax(logits.float() / temperature, dim=1)
+    return logits.log_probs(temperature)
+
+
+def top1(logits: Logits) -> Tensor:
+    """Return the most probable class of each row, int64 [B]."""
+    return (logits if isinstance(logits, Tensor) else logits.log_probs(1.0)).argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class TopKLogits:
+    """The k largest log-probabilities, and what is known of the rest.
+
+    log_p: [B, k] descending; index: int64-able [B, k]; tail: [B, 3], of the C - k dropped log-probabilities the log of
+    their total probability, their mean and their variance.
+    """
+
+    log_p: Tensor
+    index: Tensor
+    tail: Tensor
+    num_classes: int
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Return log softmax(z / temperature), float32 [B, C]; the tail's mass is spread evenly.
+
+        With s = 1/T the tail's log mean exp(s x) is its cumulant function K(s). K(0) = 0, K'(0) = mean, K''(0) =
+        variance and K(1) are stored; the cubic through them, held within the bounds that convexity gives
+        (s·mean ≤ K(s) ≤ s·K(1) for s ≤ 1, and s·K(1) ≤ K(s) ≤ s·smallest kept for s ≥ 1), is exact at T = 1 and
+        to second order at high T.
+        """
+        s = 1.0 / temperature
+        kept = self.log_p.float() * s
+        num_dropped = self.num_classes - kept.shape[1]
+        if num_dropped == 0:
+            scores = torch.empty(len(kept), self.num_classes, device=kept.device)
+        else:
+            log_mass, mean, variance = self.tail.float().unbind(1)
+            at_one = log_mass - torch.log(torch.tensor(float(num_dropped)))
+            cubic = s * mean + s**2 * variance / 2 + s**3 * (at_one - mean - variance / 2)
+            low, high = (s * mean, s * at_one) if s <= 1 else (s * at_one, kept[:, -1])
+            tail = torch.minimum(torch.maximum(cubic, low), high)
+            scores = tail[:, None].expand(-1, self.num_classes).clone()
+        return torch.log_softmax(scores.scatter_(1, self.index.long(), kept), dim=1)
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copy."""
+        return replace(self, log_p=to_device(self.log_p, device), index=to_device(self.index, device), tail=to_device(self.tail, device))
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+        return replace(self, log_p=self.log_p[rows], index=self.index[rows], tail=self.tail[rows])
+
+
+@dataclass(frozen=True)
+class Targets:
+    """One teacher's answers for a batch: logits [B, C], and features by name."""
+
+    logits: Logits
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Targets":
+        """Move to a device without waiting for the copies."""
+        logits = to_device(self.logits, device) if isinstance(self.logits, Tensor) else self.logits.to(device)
+        return Targets(logits, {name: to_device(value, device) for name, value in self.features.items()})
+
+    def __getitem__(self, rows: slice) -> "Targets":
+        """Take some rows of the batch."""
+        return Targets(self.logits[rows], {name: value[rows] for name, value in self.features.items()})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images uint8 [B, C, H, W], labels int64 [B] (-1: unlabelled), keys int64 [B, 2], and targets by teacher."""
+
+    images: Tensor
+    labels: Tensor
+    keys: Tensor
+    teachers: Mapping[str, Targets]
+
+    @property
+    def targets(self) -> Targets:
+        """The targets of the only teacher."""
+        if len(self.teachers) != 1:
+            raise ValueError(f"the batch has targets of {sorted(self.teachers)}: take one, as in batch.teachers['name']")
+        return next(iter(self.teachers.values()))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Move to a device without waiting for the copies."""
+        where = torch.device(device)
+        moved: dict[str, Any] = {f.name: to_device(getattr(self, f.name), where) for f in fields(self) if f.name != "teachers"}
+        return Batch(**moved, teachers={name: targets.to(where) for name, targets in self.teachers.items()})
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        """Take some rows of the batch."""
+        teachers = {name: targets[rows] for name, targets in self.teachers.items()}
+        return Batch(self.images[rows], self.labels[rows], self.keys[rows], teachers)

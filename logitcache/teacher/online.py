@@ -1,0 +1,71 @@
+"""The live teacher: the same answers as the cache, computed on a student's own batches."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from logitcache.cache.create import read_manifest
+from logitcache.cache.manifest import TeacherEntry
+from logitcache.device import resolve_device
+from logitcache.errors import MismatchError, RecipeError
+from logitcache.models import Model, Preprocessing, weights_digest
+from logitcache.targets import Targets
+from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
+
+
+class LiveSource(Protocol):
+    """The user's own entry for a teacher that a cache alone cannot rebuild."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def preprocessing(self) -> Preprocessing | None: ...
+
+
+def live_targets(
+    cache: str, device: str = "auto", sources: Mapping[str, LiveSource] | None = None, modules: Mapping[str, nn.Module] | None = None
+) -> Callable[[Tensor], Mapping[str, Targets]]:
+    """Rebuild the teachers of the cache at a path, to answer a student's own batches (`--online`).
+
+    `sources` are the user's own entries, needed for models of the user's code; `modules` the modules themselves. Raises
+    MismatchError where a teacher is not the one that filled the cache.
+    """
+    manifest = read_manifest(Path(cache))
+    unknown = sorted((sources or {}).keys() - manifest.teachers.keys())
+    if unknown:
+        raise RecipeError(f"teachers {unknown} are not in {cache}, which has {sorted(manifest.teachers)}. Fix: use these names")
+    teachers = []
+    for name, entry in manifest.teachers.items():
+        given = (sources or {}).get(name)
+        source = _recorded_source(name, entry, modules) if given is None else TeacherSource(
+            model=given.model, preprocessing=given.preprocessing or entry.preprocessing, precision=entry.precision)
+        teacher = build_teacher(name, source, (modules or {}).get(name), manifest.image_shape[0], resolve_device(device))
+        _require_recorded(teacher, entry)
+        teachers.append(teacher)
+    return lambda pixels: {teacher.name: teacher(pixels) for teacher in teachers}
+
+
+def _require_recorded(teacher: Teacher, entry: TeacherEntry) -> None:
+    found = {"weights": weights_digest(teacher.classifier.module), "preprocessing": teacher.classifier.preprocessing}
+    for key, value in found.items():
+        if value != getattr(entry, key):
+            raise MismatchError(
+                f"teachers.{teacher.name}.{key}: the cache has {getattr(entry, key)!r}, the live teacher {value!r}. "
+                "Fix: give the teacher that filled the cache"
+            )
+
+
+def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Module] | None) -> TeacherSource:
+    """Read a teacher's source from the manifest, which never names code to run."""
+    mine = name in (modules or {})
+    recorded = {"model": None if mine else entry.model, "preprocessing": entry.preprocessing.model_dump(mode="json"), "precision": entry.precision}
+    source = TeacherSource.model_validate_json(json.dumps(recorded))
+    if not mine and (source.model is None or "factory" in json.dumps(entry.model)):
+        raise RecipeError(
+            f"teacher {name!r} was built by the user's own code, and a cache never names code to run. "
+            f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
+        )
+    return source

@@ -1,0 +1,39 @@
+"""Data sets: where images come from; each kind is one file, listed below."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from logitcache.views.datasets.base import (
+    Fingerprint,
+    ImageDataset,
+    fingerprint,
+    pixel_digest,
+)
+from logitcache.views.datasets.bundled import Bundled
+from logitcache.views.datasets.custom import Custom, as_image_dataset
+from logitcache.views.datasets.differences import explain_difference
+from logitcache.views.datasets.image_folder import ImageFolder
+from logitcache.views.datasets.torchvision import Torchvision
+
+__all__ = [
+    "Bundled",
+    "Custom",
+    "Dataset",
+    "Fingerprint",
+    "ImageDataset",
+    "ImageFolder",
+    "Torchvision",
+    "as_image_dataset",
+    "explain_difference",
+    "fingerprint",
+    "open_dataset",
+    "pixel_digest",
+]
+
+Dataset = Annotated[Bundled | Custom | ImageFolder | Torchvision, Field(discriminator="kind")]
+
+
+def open_dataset(given: object) -> ImageDataset:
+    """Open a recipe entry, or take the data set that Python code passed."""
+    return given.open() if isinstance(given, Bundled | Custom | ImageFolder | Torchvision) else as_image_dataset(given)

@@ -1,0 +1,94 @@
+"""Data sets: what every kind offers, and the fingerprint that tells two of them apart."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from logitcache.recipe import Component, Count
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+UNLABELLED = -1
+
+
+class ImageDataset(Protocol):
+    """Decoded images in a fixed order. Instances can be pickled, for workers that are spawned."""
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Unique names in order; the same image keeps its name when the folder moves."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class indices [n]; -1 where there is no label."""
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes; None where no image has a label."""
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, when they have any."""
+
+    def read(self, index: int) -> Tensor:
+        """Return one image, uint8 [C, H, W], contiguous; DataError names one that is unreadable."""
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Return [n] the first 8 bytes, little endian, of the sha256 of each image's content.
+
+        The content is the file's bytes, or `pixel_digest` of an image that is not a file.
+        """
+
+
+class Fingerprint(Component):
+    """What two data sets must share to be the same: names, order, labels and every byte."""
+
+    num_images: Count
+    num_classes: Count | None
+    ids: Sha256
+    labels: Sha256
+    content: Sha256
+
+
+def fingerprint(dataset: ImageDataset) -> Fingerprint:
+    """Return the fingerprint of a data set; reads every image that is not remembered."""
+    return Fingerprint(
+        num_images=len(dataset.ids),
+        num_classes=dataset.num_classes,
+        ids=_ids_digest(dataset.ids),
+        labels=hashlib.sha256(dataset.labels.astype("<i8").tobytes()).hexdigest(),
+        content=content_digest(dataset.digests()),
+    )
+
+
+def content_digest(digests: NDArray[np.uint64]) -> str:
+    """Return the sha256 of the digests of all images, in order."""
+    return hashlib.sha256(digests.astype("<u8").tobytes()).hexdigest()
+
+
+def pixel_digest(image: Tensor) -> int:
+    """Return the first 8 bytes of the sha256 of an image's shape (int64) and pixels."""
+    shape = np.array(image.shape, "<i8").tobytes()
+    return first_word(hashlib.sha256(shape + image.numpy().tobytes()).digest())
+
+
+def first_word(digest: bytes) -> int:
+    """Return the first 8 bytes of a digest as a number."""
+    return int.from_bytes(digest[:8], "little")
+
+
+def as_digests(words: Iterable[int]) -> NDArray[np.uint64]:
+    """Return digests [n] as an array."""
+    return np.fromiter(words, np.uint64)
+
+
+def _ids_digest(ids: Sequence[str]) -> str:
+    state = hashlib.sha256()
+    for number, name in enumerate(ids):
+        # File names need not be valid UTF-8; their own bytes count.
+        state.update(("\n" if number else "").encode() + name.encode(errors="surrogateescape"))
+    return state.hexdigest()

@@ -1,0 +1,100 @@
+"""Bundled: a part of Fashion-MNIST that comes with the package."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+import logitcache
+from logitcache.errors import DataError
+from logitcache.recipe import Component
+from logitcache.views.datasets.base import as_digests, pixel_digest
+from logitcache.views.datasets.ids import PackedIds
+
+_CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_NUM_IMAGES = {"train": 5000, "test": 2000}
+
+
+class Bundled(Component):
+    """5,000 training or 2,000 test images of Fashion-MNIST, grey, 28 × 28, ten classes.
+
+    With `num_images` the first num_images / 10 of each class, in order.
+    """
+
+    kind: Literal["bundled"] = "bundled"
+    split: Literal["train", "test"] = "train"
+    num_images: Annotated[int, Field(ge=10, multiple_of=10)] | None = None
+
+    @model_validator(mode="after")
+    def _enough_images(self) -> "Bundled":
+        held = _NUM_IMAGES[self.split]
+        if self.num_images is not None and self.num_images > held:
+            raise ValueError(f"num_images is {self.num_images}, split '{self.split}' has {held}")
+        return self
+
+    def open(self) -> "BundledImages":
+        """Load the images; raises DataError when the package's data are not there."""
+        with np.load(_find(f"{self.split}.npz")) as stored:
+            images, labels, index = stored["images"], stored["labels"], stored["index"]
+        rows = _balanced(labels, self.num_images or len(labels))
+        return BundledImages(self.split, images[rows], labels[rows], index[rows])
+
+
+class BundledImages:
+    """Fashion-MNIST in memory; an id is the place in the original file."""
+
+    num_classes = len(_CLASS_NAMES)
+    class_names = _CLASS_NAMES
+
+    def __init__(
+        self,
+        split: str,
+        images: NDArray[np.uint8],
+        labels: NDArray[np.uint8],
+        index: NDArray[np.int32],
+    ) -> None:
+        self.ids = PackedIds(f"{split}/{place:05d}" for place in index)
+        self.labels = labels.astype(np.int64)
+        self._images = images
+
+    def read(self, index: int) -> Tensor:
+        """Return uint8 [1, 28, 28]."""
+        return torch.from_numpy(self._images[index][None].copy())
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Return the digests of all images [n]."""
+        return as_digests(pixel_digest(self.read(index)) for index in range(len(self.ids)))
+
+
+def _balanced(labels: NDArray[np.uint8], num_images: int) -> NDArray[np.int64]:
+    """Return the rows of the first num_images / 10 images of each class, in order."""
+    share = num_images // len(_CLASS_NAMES)
+    first = [np.flatnonzero(labels == label)[:share] for label in range(len(_CLASS_NAMES))]
+    return np.sort(np.concatenate(first))
+
+
+def _find(name: str) -> Path:
+    package = Path(logitcache.__file__).parent
+    places = [parent / "data" / "fashion_mnist" / name for parent in (package, package.parent)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise DataError(
+        f"the bundled images '{name}' are missing: neither '{places[0]}' nor '{places[1]}'.\n"
+        "  Fix: install logitcache again."
+    )

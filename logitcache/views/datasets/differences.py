@@ -1,0 +1,93 @@
+"""Differences: why a data set is not the one that a fingerprint was taken of."""
+
+from collections import Counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.views.datasets.base import Fingerprint, ImageDataset, fingerprint
+
+_SHOWN = 3
+
+
+def explain_difference(
+    recorded: Fingerprint,
+    recorded_digests: NDArray[np.uint64] | None,
+    dataset: ImageDataset,
+) -> str:
+    """Say in lines what differs, with the values of both sides, and the fix; "" if nothing does.
+
+    With the recorded digests [n] the images that changed, came or went are named.
+    """
+    here = fingerprint(dataset)
+    lines = [
+        f"  {name}: recorded {_value(then)}, here {_value(now)}"
+        for name, then, now in _fields(recorded, here)
+        if then != now
+    ]
+    if not lines:
+        return ""
+    detail = []
+    if recorded_digests is not None and len(recorded_digests) == recorded.num_images:
+        detail = _images(recorded, here, recorded_digests, dataset)
+    return "\n".join([*lines, *(f"  -> {line}" for line in detail), f"  Fix: {_fix(recorded, here)}"])
+
+
+def _fields(then: Fingerprint, now: Fingerprint) -> list[tuple[str, object, object]]:
+    return [
+        ("number of images", then.num_images, now.num_images),
+        ("number of classes", then.num_classes, now.num_classes),
+        ("ids and their order", then.ids, now.ids),
+        ("labels", then.labels, now.labels),
+        ("content of the images", then.content, now.content),
+    ]
+
+
+def _value(value: object) -> str:
+    return f"{value[:12]}…" if isinstance(value, str) else str(value)
+
+
+def _images(then: Fingerprint, now: Fingerprint, old: NDArray[np.uint64], dataset: ImageDataset) -> list[str]:
+    """Say which images changed, came, went, moved or were renamed."""
+    new = dataset.digests()
+    if then.content == now.content:
+        renamed = then.ids != now.ids
+        return ["the same images in the same order, under other names"] if renamed else []
+    missing, added = _places(old, new), _places(new, old)
+    if len(missing) == len(added) == 0:
+        first = int(np.flatnonzero(old != new)[0])
+        return [f"the same images in another order, from '{dataset.ids[first]}' (row {first}) on"]
+    if then.ids == now.ids:
+        changed = np.flatnonzero(old != new)
+        return [f"{len(changed)} of {len(new)} images changed: {_names(dataset, changed)}"]
+    lines = []
+    if len(added):
+        lines.append(f"{len(added)} images are new or changed: {_names(dataset, added)}")
+    if len(missing):
+        rows = ", ".join(str(row) for row in missing[:_SHOWN])
+        more = ", …" if len(missing) > _SHOWN else ""
+        lines.append(f"{len(missing)} recorded images are missing or changed: rows {rows}{more}")
+    return lines
+
+
+def _places(these: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return where `these` hold what `others` lack; copies of one image are counted."""
+    left = Counter(others.tolist())
+    extra = []
+    for place, word in enumerate(these.tolist()):
+        if left[word] == 0:
+            extra.append(place)
+        left[word] -= 1
+    return np.array(extra, np.int64)
+
+
+def _names(dataset: ImageDataset, places: NDArray[np.int64]) -> str:
+    shown = ", ".join(f"'{dataset.ids[int(place)]}'" for place in places[:_SHOWN])
+    return shown + (", …" if len(places) > _SHOWN else "")
+
+
+def _fix(then: Fingerprint, now: Fingerprint) -> str:
+    if then.num_images == now.num_images and then.ids == now.ids:
+        what = "the original files" if then.content != now.content else "the original labels"
+        return f"put back {what}, or precompute a new cache from the present ones."
+    return "point the data set at the same images with the same names, or precompute a new cache from the present ones."

@@ -1,0 +1,177 @@
+"""Map style: any object with `__len__` and `__getitem__`, as torch's own data sets are."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.console import track
+from logitcache.errors import DataError, LogitCacheError
+from logitcache.views.datasets.base import UNLABELLED, as_digests, pixel_digest
+from logitcache.views.datasets.random_state import elsewhere, position, torch_untouched, untouched
+from logitcache.views.datasets.scan_memory import Scan, ScanMemory
+
+
+class MapStyle(Protocol):
+    """What is indexed: an image, or an image with its class."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> object: ...
+
+
+class MapImages:
+    """A map-style object as a data set; labels and digests are found in one pass, when asked for.
+
+    `decode` turns the image of an item into uint8 [C, H, W] and raises ValueError where it cannot.
+    """
+
+    def __init__(
+        self,
+        source: MapStyle,
+        name: str,
+        ids: Sequence[str],
+        decode: Callable[[object], Tensor],
+        class_names: tuple[str, ...] | None = None,
+        num_classes: int | None = None,
+        memory: ScanMemory | None = None,
+    ) -> None:
+        self.ids = ids
+        self._source = source
+        self._name = name
+        self._decode = decode
+        self._class_names = class_names
+        self._num_classes = num_classes
+        self._memory = memory
+        self._scan: Scan | None = None
+        self._draws = False
+        self._draws = self._check_repeatable()
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class indices [n]; -1 where there is no label."""
+        return self.scan().labels
+
+    @property
+    def num_classes(self) -> int | None:
+        """What the object says, else one more than the largest label."""
+        largest = int(self.labels.max())
+        if largest == UNLABELLED:
+            return None
+        stated = self._num_classes or (len(self._class_names) if self._class_names else None)
+        if stated is not None and largest >= stated:
+            place = int(np.argmax(self.labels))
+            raise DataError(
+                f"image '{self.ids[place]}' of {self._name} has label {largest}, but there are "
+                f"{stated} classes.\n  Fix: count classes from 0, or correct num_classes."
+            )
+        return stated or largest + 1
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes; None where there are none or no image has a label."""
+        names = self._class_names
+        return names if names and self.num_classes == len(names) else None
+
+    def read(self, index: int) -> Tensor:
+        """Return uint8 [C, H, W]; raises DataError naming an image that cannot be read."""
+        return self._item(index)[0]
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Return the digests of all images [n]."""
+        return self.scan().digests
+
+    def scan(self) -> Scan:
+        """Read every image once; the result is kept."""
+        if self._scan is None:
+            self._scan = self._memory.recall(len(self.ids)) if self._memory else None
+        if self._scan is None:
+            self._scan = self._read_all()
+            if self._memory:
+                self._memory.remember(self._scan)
+        return self._scan
+
+    def _read_all(self) -> Scan:
+        num_images = len(self.ids)
+        labels = np.empty(num_images, np.int64)
+
+        def digest(index: int) -> int:
+            image, labels[index] = self._item(index)
+            return pixel_digest(image)
+
+        places = track(range(num_images), f"reading {self._name}", num_images)
+        with untouched():
+            return Scan(digests=as_digests(digest(index) for index in places), labels=labels)
+
+    def _item(self, index: int) -> tuple[Tensor, int]:
+        try:
+            with untouched() if self._draws else torch_untouched():
+                image, label = _split(self._source[index])
+                return self._decode(image), _as_label(label)
+        except LogitCacheError:
+            raise
+        except Exception as cause:  # the object's own code may raise anything
+            reason = str(cause) if isinstance(cause, ValueError) else repr(cause)
+            raise DataError(
+                f"image '{self.ids[index]}' (index {index}) of {self._name} cannot be used: {reason}."
+            ) from cause
+
+    def _check_repeatable(self) -> bool:
+        """Read a few images twice; returns whether that draws from Python's or numpy's generator.
+
+        Raises DataError for an image that comes out different.
+        """
+        draws = False
+        for index in sorted({0, len(self.ids) // 2, len(self.ids) - 1}):
+            with elsewhere(1):
+                before = position()
+                first = self._item(index)
+                draws |= position() != before
+            with elsewhere(2):
+                again = self._item(index)
+            if pixel_digest(first[0]) != pixel_digest(again[0]) or first[1] != again[1]:
+                raise DataError(
+                    f"image '{self.ids[index]}' of {self._name} comes out different when it is "
+                    "read twice.\n  Fix: take random augmentation out of it; the views augment."
+                )
+        return draws
+
+
+def num_items(source: MapStyle, name: str) -> int:
+    """Return the length; raises DataError for an object with none, or with no images."""
+    try:
+        length = len(source)
+    except TypeError as cause:
+        raise DataError(
+            f"{name} has no length.\n  Fix: give it __len__ and __getitem__; a stream of images has no order to replay."
+        ) from cause
+    if length == 0:
+        raise DataError(f"{name} holds no images.\n  Fix: correct where it reads from.")
+    return length
+
+
+def _split(item: object) -> tuple[object, object]:
+    """Return the image and the label of an item; None stands for no label."""
+    if isinstance(item, dict):
+        raise ValueError(f"an item is an image or (image, label), not a dict with {sorted(map(str, item))}")
+    if not isinstance(item, tuple | list):
+        return item, None
+    if len(item) not in (1, 2):
+        raise ValueError(f"an item is an image or (image, label), not {len(item)} values")
+    return item[0], item[1] if len(item) == 2 else None
+
+
+def _as_label(label: object) -> int:
+    """Return a class index; raises ValueError for what is not one whole number."""
+    if label is None:
+        return UNLABELLED
+    value = np.asarray(label)
+    if value.ndim != 0 or value.dtype.kind not in "iu":
+        raise ValueError(
+            f"a label is one whole number, -1 or None, not {label!r} ({type(label).__name__}). "
+            "Return the index of the class"
+        )
+    if int(value) < UNLABELLED:
+        raise ValueError(f"a label is -1 (none), 0 or more, not {int(value)}")
+    return int(value)

@@ -1,0 +1,78 @@
+"""Scan memory: what a pass over all images found, kept until a file below a folder changes."""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache import stamps
+from logitcache.files import keep, kept, user_cache_directory
+
+_MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
+
+
+class Scan(NamedTuple):
+    """Labels and digests [n] of all images."""
+
+    labels: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class ScanMemory:
+    """The memory of one data set that is made of the files below `root` and of nothing else.
+
+    `name` tells apart what is made of the same files: options and the versions that decode them.
+    `opened_ns` is a moment before the files were opened: the data set may hold them in memory, so
+    nothing is said about files that changed since.
+    """
+
+    root: Path
+    name: str
+    opened_ns: int
+
+    def recall(self, num_images: int) -> Scan | None:
+        """Return what was found before, if no file has changed since."""
+        stored = kept(self._path())
+        if stored is None or len(stored) != 32 + 16 * num_images:
+            return None
+        state = self._state()
+        if state is None or stored[:32] != state:
+            return None
+        labels, digests = np.split(np.frombuffer(stored, "<u8", offset=32), 2)
+        return Scan(labels.astype(np.int64), digests.astype(np.uint64))
+
+    def remember(self, scan: Scan) -> None:
+        """Keep what a pass found, unless a file changed around the opening or since."""
+        state = self._state()
+        if state is not None:
+            found = scan.labels.astype("<i8").tobytes() + scan.digests.astype("<u8").tobytes()
+            keep(self._path(), state + found)
+
+    def _path(self) -> Path | None:
+        directory = user_cache_directory()
+        identity = os.fsencode(self.root) + b"\n" + self.name.encode()
+        name = hashlib.sha256(identity).hexdigest()[:32]
+        return directory / f"{name}.scan" if directory else None
+
+    def _state(self) -> bytes | None:
+        """Return the digest of all stamps below the root; None if one is not old enough."""
+        state = hashlib.sha256()
+        num_files = 0
+        for parent, folders, names in os.walk(self.root, followlinks=True):
+            folders.sort()
+            for name in sorted(names):
+                path = os.path.join(parent, name)
+                num_files += 1
+                try:
+                    stamp = stamps.stamp(os.stat(path))
+                except OSError:
+                    stamp = stamps.NO_STAMP
+                if not stamps.settled(stamp, self.opened_ns) or num_files > _MOST_FILES:
+                    return None
+                state.update(os.fsencode(path) + repr(stamp).encode() + b"\n")
+        return state.digest()

@@ -1,0 +1,156 @@
+"""Torchvision: any image classification set of torchvision.datasets, by the name of its class."""
+
+import contextlib
+import difflib
+import functools
+import inspect
+import sys
+from pathlib import Path
+from typing import Literal, cast
+
+import PIL
+import torchvision.datasets
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from logitcache import stamps
+from logitcache.errors import DataError, LogitCacheError, RecipeError
+from logitcache.recipe import Component
+from logitcache.views.datasets.custom import class_names
+from logitcache.views.datasets.ids import NumberedIds
+from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
+from logitcache.views.datasets.pixels import Mode, from_pil
+from logitcache.views.datasets.scan_memory import ScanMemory
+
+Scalar = str | int | float | bool | None
+_OURS = {"self", "root", "download", "transform", "target_transform", "transforms", "loader"}
+_TRAIN = {"train": True, "test": False}
+
+
+class Torchvision(Component):
+    """A class of torchvision.datasets, for instance FashionMNIST.
+
+    `split` goes to the class's `train` (train or test) or `split`, whichever it has; `options` are
+    its other arguments. Nothing is downloaded unless `download` says so.
+    """
+
+    kind: Literal["torchvision"] = "torchvision"
+    name: str
+    root: str | None = None
+    split: str | None = None
+    download: bool = False
+    mode: Mode = "RGB"
+    options: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
+
+    def open(self) -> MapImages:
+        """Build the class; raises RecipeError for wrong arguments, DataError for missing data."""
+        made = _class_named(self.name)
+        arguments = self._arguments(_parameters(made))
+        root = cast(str | None, arguments.get("root"))
+        opened_ns = stamps.now_ns()
+        source = cast(MapStyle, _built(made, arguments, self.download))
+        what = f"torchvision's {self.name}"
+        return MapImages(
+            source,
+            what,
+            NumberedIds(f"{self.split}/" if self.split else "", num_items(source, what)),
+            functools.partial(_decoded, mode=self.mode),
+            class_names=class_names(source),
+            memory=ScanMemory(Path(root), self._identity(), opened_ns) if root else None,
+        )
+
+    def _arguments(self, parameters: set[str]) -> dict[str, object]:
+        arguments: dict[str, object] = {}
+        if "root" in parameters:
+            if self.root is None:
+                raise RecipeError(f"{self.name} reads files. Set root to the folder that holds them.")
+            arguments["root"] = str(Path(self.root).expanduser().absolute())
+        if self.download:
+            if "download" not in parameters:
+                raise RecipeError(
+                    f"torchvision does not download {self.name}. Fetch it by hand and leave out download."
+                )
+            arguments["download"] = True
+        return arguments | self._split(parameters) | self._checked_options(parameters)
+
+    def _split(self, parameters: set[str]) -> dict[str, object]:
+        if self.split is None:
+            return {}
+        if "train" in parameters:
+            if self.split not in _TRAIN:
+                raise RecipeError(f"{self.name} has no split '{self.split}': set train or test.")
+            return {"train": _TRAIN[self.split]}
+        if "split" in parameters:
+            return {"split": self.split}
+        raise RecipeError(f"{self.name} is not divided into splits. Leave out split.")
+
+    def _checked_options(self, parameters: set[str]) -> dict[str, object]:
+        taken = {"train"} if "train" in parameters else {"split"}
+        known = parameters - _OURS - (taken if self.split is not None else set())
+        for name in self.options:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                listed = ", ".join(sorted(known)) or "none"
+                raise RecipeError(f"{self.name} has no option '{name}' (it has: {listed}).{hint}")
+        return dict(self.options)
+
+    def _identity(self) -> str:
+        versions = f"{torchvision.__version__} {PIL.__version__}"
+        return f"{self.model_dump_json(exclude={'root', 'download'})} {versions}"
+
+
+def _decoded(image: object, mode: Mode) -> Tensor:
+    if not isinstance(image, Image.Image):
+        raise ValueError(f"it is of type {type(image).__name__}, not an image")
+    return from_pil(image, mode)
+
+
+def _class_named(name: str) -> type:
+    known = [
+        each
+        for each in torchvision.datasets.__all__
+        if inspect.isclass(getattr(torchvision.datasets, each)) and each != "VisionDataset"
+    ]
+    if name not in known:
+        lower = {each.lower(): each for each in known}
+        close = difflib.get_close_matches(name.lower(), lower, n=1)
+        hint = f" Did you mean '{lower[close[0]]}'?" if close else ""
+        raise RecipeError(f"torchvision.datasets has no '{name}'.{hint}")
+    return cast(type, getattr(torchvision.datasets, name))
+
+
+def _parameters(made: type) -> set[str]:
+    """Return the names of a class's arguments, with those it passes on to its bases."""
+    names: set[str] = set()
+    for owner in inspect.getmro(made):
+        parameters = inspect.signature(owner).parameters.values()
+        names |= {each.name for each in parameters if each.kind != each.VAR_KEYWORD}
+        if all(each.kind != each.VAR_KEYWORD for each in parameters):
+            break
+    return names
+
+
+def _built(made: type, arguments: dict[str, object], download: bool) -> object:
+    name = made.__name__
+    try:
+        # What it prints must not mix with the result that goes to standard output.
+        with contextlib.redirect_stdout(sys.stderr):
+            built: object = made(**arguments)
+        return built
+    except LogitCacheError:
+        raise
+    except ImportError as cause:
+        raise RecipeError(f"{name} needs a package that is not installed: {cause}") from cause
+    except (TypeError, ValueError) as cause:
+        raise RecipeError(f"{name} does not take these arguments: {cause}") from cause
+    except Exception as cause:  # torchvision raises RuntimeError, OSError and what parsers raise
+        fix = (
+            "check the network, or put the files there by hand."
+            if download
+            else "correct root, or set download: true where torchvision can fetch it."
+        )
+        raise DataError(
+            f"{name} cannot be opened in '{arguments.get('root')}': {str(cause).strip() or repr(cause)}\n  Fix: {fix}"
+        ) from cause

@@ -1,0 +1,155 @@
+import json
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+
+from logitcache import console
+from logitcache.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    out: str
+    top1: float = 0.5
+
+
+@pytest.fixture(autouse=True)
+def _silent_again():
+    yield
+    console.configure(quiet=True)
+
+
+@pytest.fixture
+def verb(monkeypatch):
+    """Replace a verb by one that records its arguments; its module needs not be imported."""
+
+    def verb(module, name, result):
+        calls = []
+
+        def record(*args, **kwargs):
+            calls.append((args, kwargs))
+            return result
+
+        stand_in = ModuleType(module)
+        setattr(stand_in, name, record)
+        monkeypatch.setitem(sys.modules, module, stand_in)
+        return calls
+
+    return verb
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def recipe(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return recipe
+
+
+PRECOMPUTE = "cache: a.zarr\nteachers: {t: {model: {kind: small_cnn}}}\n"
+STUDENT = "cache: a.zarr\nout: runs/s\nepochs: 2\nmodel: {kind: small_cnn}\n"
+TEACHER = "dataset: {kind: bundled}\nout: runs/t\nepochs: 2\nmodel: {kind: small_cnn}\n"
+
+
+def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, recipe):
+    seen = []
+    monkeypatch.setattr("logitcache.teacher.precompute.precompute", lambda r: seen.append(r) or Result(r.cache))
+    path = recipe(PRECOMPUTE)
+    assert main(["precompute", path, "--set", "cache=b.zarr", "--set", "batch_size=7"]) == 0
+    assert (seen[0].cache, seen[0].batch_size) == ("b.zarr", 7)
+    assert capsys.readouterr().out == "out   b.zarr\ntop1  0.5\n"
+
+
+def test_train_student_passes_its_options_on(capsys, verb, recipe):
+    calls = verb("logitcache.student.training", "train", Result("runs/s"))
+    assert main(["train-student", recipe(STUDENT), "--resume", "--verify", "numeric", "--json"]) == 0
+    (args, kwargs), *_ = calls
+    assert (args[0].cache, args[0].verify) == ("a.zarr", "numeric")
+    assert kwargs == {"resume": True, "live": None}
+    assert json.loads(capsys.readouterr().out) == {"out": "runs/s", "top1": 0.5}
+
+
+def test_online_training_asks_the_live_teachers(verb, recipe):
+    live = verb("logitcache.report.online", "live_teachers", "live")
+    calls = verb("logitcache.student.training", "train", Result("runs/s"))
+    assert main(["train-student", recipe(STUDENT), "--online"]) == 0
+    assert calls[0][1]["live"] == "live"
+    assert live[0][0] == calls[0][0]
+
+
+def test_train_teacher_runs_the_same_loop(verb, recipe):
+    calls = verb("logitcache.student.training", "train", Result("runs/t"))
+    assert main(["train-teacher", recipe(TEACHER), "--set", "epochs=5", "-q"]) == 0
+    assert calls[0][0][0].epochs == 5
+    assert calls[0][1] == {"resume": False}
+
+
+def test_evaluate_and_inspect_and_demo_call_their_verbs(tmp_path, verb):
+    evaluated = verb("logitcache.student.evaluation", "evaluate", Result("runs/s"))
+    inspected = verb("logitcache.report.inspect", "inspect_cache", {"views": 4})
+    told = verb("logitcache.report.demo", "run_demo", Result("demo"))
+    assert main(["evaluate", str(tmp_path), "--set", "validation.every=2"]) == 0
+    assert evaluated == [((tmp_path, ["validation.every=2"]), {})]
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert inspected == [((tmp_path,), {})]
+    assert main(["demo", "--out", str(tmp_path)]) == 0
+    assert told == [((tmp_path,), {"quick": False})]
+
+
+def test_verify_tells_every_problem_and_exits_3(capsys, monkeypatch, tmp_path):
+    from logitcache.report.verification import VerifyResult
+
+    result = VerifyResult("a.zarr", 2, 10, "not compared", ("shard 0 differs", "shard 1 is gone"))
+    monkeypatch.setattr("logitcache.report.verification.verify", lambda *args: result)
+    assert main(["verify", str(tmp_path), "--set", "dataset.root=x"]) == 3
+    out, err = capsys.readouterr()
+    assert "shards" in out
+    assert err == "Error: shard 0 differs\nError: shard 1 is gone\n"
+
+
+def test_a_folder_that_is_no_cache_is_refused_with_exit_3(capsys, tmp_path):
+    assert main(["verify", str(tmp_path)]) == 3
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_recipe_check_knows_the_three_kinds(capsys, tmp_path):
+    for name, text in [("p", PRECOMPUTE), ("s", STUDENT), ("t", TEACHER)]:
+        (tmp_path / name).write_text(text)
+    assert main(["recipe", "check", *(str(tmp_path / name) for name in "pst")]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"OK {tmp_path / 'p'} (precompute)",
+        f"OK {tmp_path / 's'} (train-student)",
+        f"OK {tmp_path / 't'} (train-teacher)",
+    ]
+
+
+def test_recipe_check_reports_every_mistake_of_every_file(capsys, tmp_path):
+    good, bad, worse, other = (tmp_path / f"{name}.yaml" for name in ("good", "bad", "worse", "x"))
+    good.write_text(STUDENT)
+    bad.write_text(STUDENT.replace("epochs", "epoch") + "emma: 0.9\n")
+    worse.write_text("teacher: {}\ncache: 3\n")
+    other.write_text("colour: red\n")
+    paths = [str(path) for path in (good, bad, worse, other, tmp_path / "absent.yaml")]
+    assert main(["recipe", "check", *paths, "--json"]) == 2
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert [r["error"] is None for r in document["recipes"]] == [True, False, False, False, False]
+    assert [r["command"] for r in document["recipes"]][:3] == [
+        "train-student",
+        "train-student",
+        "precompute",
+    ]
+    for expected in ("'epochs'?", "'ema'?", "'teachers'?", "no recipe has these keys", "no such"):
+        assert expected in err
+    assert document["error"]["exit_code"] == 2
+
+
+def test_env_is_shown_as_text_and_as_json(capsys):
+    assert main(["env"]) == 0
+    assert "libraries.torch" in capsys.readouterr().out
+    assert main(["env", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["libraries"]["zarr"]

@@ -1,0 +1,36 @@
+import pytest
+
+from logitcache.report.tables import as_text, format_bytes
+
+
+def test_results_are_aligned_text_in_a_pipe():
+    text = as_text(
+        {
+            "cache": {"path": "a.zarr", "bytes": 12_345_678, "seconds": 1.2345},
+            "complete": True,
+            "teacher": None,
+            "problems": [],
+            "students": [{"name": "cached", "top1": 0.79012}, {"name": "labels", "seeds": 3}],
+        }
+    )
+    assert text.splitlines() == [
+        "cache.path     a.zarr",
+        "cache.bytes    12.3 MB",
+        "cache.seconds  1.23 s",
+        "complete       yes",
+        "teacher        -",
+        "problems       -",
+        "",
+        "students:",
+        "  name    top1    seeds",
+        "  cached  0.7901  -",
+        "  labels  -       3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_600, "1 MB"), (5 * 10**15, "5e+03 TB")],
+)
+def test_bytes_have_three_digits_and_a_unit(count, text):
+    assert format_bytes(count) == text

@@ -1,0 +1,110 @@
+"""Imports point down: cli → report → teacher | student → cache → views → everything else."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "logitcache"
+BASE = 0
+LAYERS = {"views": 1, "cache": 2, "teacher": 3, "student": 3, "report": 4, "cli": 5}
+# They name the public objects and the command line, lazily.
+ENTRANCES = {"logitcache", "logitcache.__main__"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(tree: ast.AST, importer: str, is_package: bool) -> Iterator[str]:
+    """Name all that a module imports of the package: in functions and for type checkers too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = importer.split(".")
+                kept = len(parents) - node.level + is_package
+                base = ".".join([*parents[:kept], *filter(None, [node.module])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "logitcache":
+            yield f"logitcache.{node.attr}"
+
+
+def unit(name: str) -> str:
+    """Return the second part of a dotted name: the package's folder or its top module."""
+    return [*name.split("."), ""][1]
+
+
+def violations(source: str, importer: str, is_package: bool = False) -> list[str]:
+    own = unit(importer)
+    level = LAYERS.get(own, BASE)
+    found = []
+    for name in imported(ast.parse(source), importer, is_package):
+        other = unit(name)
+        if name.split(".")[0] != "logitcache" or not other or other.startswith("__"):
+            continue
+        upward = LAYERS.get(other, BASE) > level
+        sideways = other != own and other in LAYERS and LAYERS[other] == level
+        exists = any((PACKAGE / part).exists() for part in (other, f"{other}.py"))
+        if upward or sideways or (not exists and own != "cli"):
+            found.append(f"{importer} imports {name}")
+    return found
+
+
+def test_imports_point_down() -> None:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = module_name(path)
+        if name not in ENTRANCES:
+            found += violations(path.read_text(), name, path.name == "__init__.py")
+    assert not found, "\n".join(found)
+
+
+def test_errors_import_nothing_of_the_package() -> None:
+    tree = ast.parse((PACKAGE / "errors.py").read_text())
+    assert not [n for n in imported(tree, "logitcache.errors", False) if "logitcache" in n]
+
+
+def test_every_folder_has_a_layer() -> None:
+    base_packages = {"models", "data"}
+    folders = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert folders - base_packages == set(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("importer", "line"),
+    [
+        ("logitcache.teacher.precompute", "from logitcache.student import training"),
+        ("logitcache.teacher.precompute", "import logitcache.student.training as t"),
+        ("logitcache.student.training", "from ..teacher import precompute"),
+        ("logitcache.views.spec", "def f():\n    from logitcache.cache import reader"),
+        ("logitcache.recipe", "if TYPE_CHECKING:\n    from logitcache.views import spec"),
+        ("logitcache.views.keys", "importlib.import_module('logitcache.report.demo')"),
+        ("logitcache.report.demo", "from logitcache import open_cache"),
+        ("logitcache.report.demo", "import logitcache\nlogitcache.open_cache('a')"),
+    ],
+)
+def test_an_import_that_points_up_or_sideways_is_found(importer: str, line: str) -> None:
+    assert violations(line, importer)
+
+
+@pytest.mark.parametrize(
+    ("importer", "line"),
+    [
+        ("logitcache.teacher.precompute", "from logitcache.cache.writer import CacheWriter"),
+        ("logitcache.cli.app", "from logitcache.report import demo"),
+        ("logitcache.cache.reader", "from . import manifest"),
+        ("logitcache.models.stored", "from logitcache.errors import RecipeError"),
+        ("logitcache.report.environment", "from logitcache import __version__"),
+        ("logitcache.report.environment", "import logitcache\nprint(logitcache.__file__)"),
+        ("logitcache.cli.commands", "from logitcache import open_cache"),
+    ],
+)
+def test_an_import_that_points_down_is_let_through(importer: str, line: str) -> None:
+    assert not violations(line, importer)

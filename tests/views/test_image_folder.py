@@ -1,0 +1,266 @@
+"""Image folders: every format, every mode, and what is refused."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from logitcache.errors import DataError
+from logitcache.views.datasets import ImageFolder, fingerprint
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 4), dtype=np.uint8)
+RGB = Image.fromarray(PIXELS[..., :3])
+FORMATS = {
+    "rgb.jpg": RGB,
+    "rgb.JPEG": RGB,
+    "grey.jpg": RGB.convert("L"),
+    "cmyk.jpg": RGB.convert("CMYK"),
+    "rgb.png": RGB,
+    "bits.png": RGB.convert("1"),
+    "grey.png": RGB.convert("L"),
+    "grey_alpha.png": RGB.convert("LA"),
+    "palette.png": RGB.quantize(32),
+    "alpha.png": Image.fromarray(PIXELS),
+    "rgb.webp": RGB,
+    "alpha.webp": Image.fromarray(PIXELS),
+    "rgb.bmp": RGB,
+    "rgb.tif": RGB,
+    "cmyk.tiff": RGB.convert("CMYK"),
+    "rgb.ppm": RGB,
+    "grey.pgm": RGB.convert("L"),
+}
+
+
+def save(image: Image.Image, path: Path, **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def opened(root: Path, **fields: object):
+    return ImageFolder(root=str(root), **fields).open()
+
+
+def read_one(root: Path, **fields: object) -> torch.Tensor:
+    dataset = opened(root, labelled=False, **fields)
+    assert len(dataset.ids) == 1
+    return dataset.read(0)
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    for number, name in enumerate(("dog/b.png", "dog/a.png", "cat/z.PNG", "cat/in/a.png")):
+        save(Image.new("RGB", (4, 4), (number, 0, 0)), tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_every_format_has_the_pixels_and_the_order_of_torchvision(tmp_path: Path) -> None:
+    for number, (name, image) in enumerate(FORMATS.items()):
+        save(image, tmp_path / f"class{number % 3}" / ("nested" if number % 2 else "") / name)
+    theirs = datasets.ImageFolder(str(tmp_path))
+    ours = opened(tmp_path)
+    assert list(ours.ids) == [Path(path).relative_to(tmp_path).as_posix() for path, _ in theirs.imgs]
+    assert ours.labels.tolist() == theirs.targets
+    assert list(ours.class_names) == theirs.classes
+    for index in range(len(theirs)):
+        pixels = ours.read(index)
+        assert torch.equal(pixels, pil_to_tensor(theirs[index][0])), ours.ids[index]
+        assert pixels.is_contiguous()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_grey_mode_is_what_pillow_converts_to(tmp_path: Path, name: str) -> None:
+    path = save(FORMATS[name], tmp_path / name)
+    with Image.open(path) as image:
+        assert torch.equal(read_one(tmp_path, mode="L"), pil_to_tensor(image.convert("L")))
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_palette_with_transparency_keeps_its_colours(tmp_path: Path, mode: str) -> None:
+    path = save(RGB.quantize(16), tmp_path / "a.png", transparency=bytes(range(16)))
+    with Image.open(path) as image:
+        expected = pil_to_tensor(image.convert(mode))
+    assert torch.equal(read_one(tmp_path, mode=mode), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm", "big_endian.tif", "wide.tif"])
+def test_sixteen_bit_grey_is_scaled_and_never_clipped(tmp_path: Path, name: str, mode: str) -> None:
+    values = np.linspace(0, 65535, 120).astype(np.uint16).reshape(12, 10)
+    dtype = {"big_endian.tif": ">u2", "wide.tif": "<i4"}.get(name, "<u2")
+    save(Image.fromarray(values.astype(dtype)), tmp_path / name)
+    pixels = read_one(tmp_path, mode=mode)
+    assert pixels.shape == (len(mode), 12, 10)
+    assert all(np.array_equal(channel, values >> 8) for channel in pixels.numpy())
+
+
+def test_first_frame_of_a_gif_is_read(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (5, 5), colour) for colour in ("red", "blue")]
+    save(frames[0], tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert read_one(tmp_path)[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_orientation_of_exif_is_not_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(RGB, tmp_path / "a.jpg", exif=exif)
+    assert read_one(tmp_path).shape == (3, 12, 10)
+
+
+def test_ids_are_paths_and_hidden_files_are_left_out(pets: Path) -> None:
+    save(RGB, pets / ".trash" / "a.png")
+    (pets / "cat" / "._z.png").write_bytes(b"resource fork")
+    dataset = opened(pets)
+    assert list(dataset.ids) == ["cat/z.PNG", "cat/in/a.png", "dog/a.png", "dog/b.png"]
+    assert dataset.labels.tolist() == [0, 0, 1, 1]
+    assert (dataset.num_classes, dataset.class_names) == (2, ("cat", "dog"))
+
+
+def test_names_that_are_not_utf_8_can_be_read_and_told_apart(tmp_path: Path) -> None:
+    save(RGB, tmp_path / "a.png")
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/\xff.png")
+    dataset = opened(tmp_path)
+    assert torch.equal(dataset.read(0), pil_to_tensor(RGB))
+    assert len(fingerprint(dataset).ids) == 64
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_flat_folder_has_no_labels(tmp_path: Path, labelled: bool) -> None:
+    for name in ("b.png", "a.png"):
+        save(RGB, tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    dataset = opened(tmp_path, labelled=labelled)
+    assert list(dataset.ids) == ["a.png", "b.png"]
+    assert dataset.labels.tolist() == [-1, -1]
+    assert (dataset.num_classes, dataset.class_names) == (None, None)
+
+
+def test_without_labels_every_image_below_the_root_is_taken(pets: Path) -> None:
+    save(RGB, pets / "loose.png")
+    dataset = opened(pets, labelled=False)
+    assert list(dataset.ids) == [
+        "loose.png",
+        *("cat/z.PNG", "cat/in/a.png", "dog/a.png", "dog/b.png"),
+    ]
+    assert set(dataset.labels.tolist()) == {-1}
+
+
+def test_moved_folder_is_the_same_data_set(pets: Path, tmp_path_factory) -> None:
+    before = fingerprint(opened(pets))
+    elsewhere = tmp_path_factory.mktemp("moved") / "pets"
+    os.rename(pets, elsewhere)
+    assert fingerprint(opened(elsewhere)) == before
+
+
+def test_one_changed_byte_changes_the_content_only(pets: Path) -> None:
+    before = fingerprint(opened(pets))
+    path = pets / "dog" / "a.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+    after = fingerprint(opened(pets))
+    assert before.content != after.content
+    assert before == after.model_copy(update={"content": before.content})
+
+
+def refused(root: Path, *messages: str, **fields: object) -> None:
+    with pytest.raises(DataError) as error:
+        opened(root, **fields)
+    for message in (*messages, "Fix:"):
+        assert message in str(error.value)
+
+
+def test_roots_without_images_are_refused(tmp_path: Path) -> None:
+    refused(tmp_path / "none", "none' does not exist")
+    refused(tmp_path, "no images")
+    refused(tmp_path, "no images", labelled=False)
+    (tmp_path / "file").write_text("")
+    refused(tmp_path / "file", "is a file, not a folder")
+
+
+def test_loose_image_beside_class_folders_is_refused_by_name(pets: Path) -> None:
+    save(RGB, pets / "loose.png")
+    refused(pets, "'cat'", "'loose.png'", "labelled: false")
+
+
+def test_class_folder_without_an_image_is_refused_by_name(pets: Path) -> None:
+    (pets / "bird" / "deep").mkdir(parents=True)
+    refused(pets, "'bird'")
+
+
+def test_folder_of_splits_is_refused(tmp_path: Path) -> None:
+    for name in ("train/cat/a.png", "val/cat/a.png"):
+        save(RGB, tmp_path / name)
+    refused(tmp_path, "splits ('train', 'val')", f"root: {tmp_path / 'train'}")
+
+
+def test_image_of_a_type_that_is_not_read_is_refused_by_name(pets: Path) -> None:
+    (pets / "cat" / "phone.HEIC").write_bytes(b"")
+    refused(pets, "phone.HEIC", "convert")
+
+
+def test_link_that_leads_back_is_refused(pets: Path) -> None:
+    (pets / "cat" / "again").symlink_to(pets, target_is_directory=True)
+    refused(pets, "again", "remove the link")
+
+
+def test_linked_folders_and_files_are_read(pets: Path, tmp_path_factory) -> None:
+    root = tmp_path_factory.mktemp("links")
+    (root / "cat").symlink_to(pets / "cat", target_is_directory=True)
+    (root / "dog").mkdir()
+    (root / "dog" / "a.png").symlink_to(pets / "dog" / "a.png")
+    dataset = opened(root)
+    assert list(dataset.ids) == ["cat/z.PNG", "cat/in/a.png", "dog/a.png"]
+    assert torch.equal(dataset.read(2), opened(pets).read(2))
+
+
+def unreadable(path: Path, message: str) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        opened(path.parent, labelled=False).read(0)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.bmp", "a.tif", "a.ppm", "a.gif"])
+@pytest.mark.parametrize("left", [0, 0.02, 0.6])
+def test_truncated_image_is_refused_by_name(tmp_path: Path, name: str, left: float) -> None:
+    noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path = save(Image.fromarray(noise), tmp_path / name)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(left * len(data))])
+    unreadable(path, "cannot be read")
+
+
+def test_text_and_postscript_under_an_image_name_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_text("<html>404</html>")
+    unreadable(path, "cannot identify")
+    RGB.save(path, "EPS")
+    unreadable(path, "cannot identify")
+
+
+def test_floats_and_integers_above_16_bits_are_refused(tmp_path: Path) -> None:
+    path = save(Image.fromarray(np.ones((4, 4), np.float32)), tmp_path / "a.tif")
+    unreadable(path, "floating-point")
+    save(Image.fromarray(np.full((4, 4), 70_000, np.int32)), path)
+    unreadable(path, "70000")
+
+
+def test_file_that_vanished_is_refused_by_name(tmp_path: Path) -> None:
+    path = save(RGB, tmp_path / "a.png")
+    dataset = opened(tmp_path)
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.png' cannot be read: No such file"):
+        dataset.read(0)
+    with pytest.raises(DataError, match=r"a\.png' cannot be read: No such file"):
+        dataset.digests()
+
+
+def test_decompression_bomb_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(RGB, tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    unreadable(path, "scale it down")
