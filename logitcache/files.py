@@ -78,11 +78,11 @@ def file_digests(
     index = stamps.StampIndex(kept(store) or b"")
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda block: _stamp_rows(block, what, error), _blocks(names))
-        rows = stamps.as_rows(list(itertools.chain.from_iterable(found)))
+        rows = stamps.as_rows(itertools.chain.from_iterable(found))
         known = np.zeros(len(rows), bool) if fresh else index.fill(rows)
         todo = [names[i] for i in np.flatnonzero(~known)]
         hashed = pool.map(lambda block: _hashed_rows(block, what, error), _blocks(todo))
-        done: list[stamps.Row] = []
+        done: list[bytes] = []
         try:
             every = itertools.chain.from_iterable(hashed)
             done.extend(track(every, f"hashing {what}s", len(todo), unit=f"{what}s"))
@@ -140,18 +140,18 @@ def _blocks(names: Sequence[str]) -> Iterator[Sequence[str]]:
     return (names[start : start + _BLOCK] for start in range(0, len(names), _BLOCK))
 
 
-def _stamp_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -> list[stamps.Row]:
+def _stamp_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -> list[bytes]:
     rows = []
     for name in names:
         with _readable(name, what, error):
             status = os.stat(name)
         if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
             raise error(f"{what} '{name}' is not a regular file. Remove it and run again.")
-        rows.append((stamps.key(name), *stamps.stamp(status), bytes(32)))
+        rows.append(stamps.packed_row(name, stamps.stamp(status)))
     return rows
 
 
-def _hashed_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -> list[stamps.Row]:
+def _hashed_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -> list[bytes]:
     rows = []
     for name in names:
         with _readable(name, what, error), open(name, "rb") as file:
@@ -160,7 +160,7 @@ def _hashed_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) 
             digest = hashlib.file_digest(file, "sha256").digest()
             after = stamps.stamp(os.fstat(file.fileno()))
         lasting = before == after and stamps.settled(before, started)
-        rows.append((stamps.key(name), *(before if lasting else stamps.NO_STAMP), digest))
+        rows.append(stamps.packed_row(name, before if lasting else stamps.NO_STAMP, digest))
     return rows
 
 

@@ -7,14 +7,14 @@ same one.
 
 import hashlib
 import os
+import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 Stamp = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
-Row = tuple[int, int, int, int, int, bytes]  # key, stamp, sha256
 Rows = NDArray[np.void]
 
 NO_STAMP: Stamp = (-1, 0, 0, 0)  # no file has this size, so it is never found again
@@ -28,6 +28,7 @@ _ROW = np.dtype(
         ("digest", "u1", (32,)),
     ]
 )
+_PACKED = struct.Struct("<QqqqQ32s")  # the same bytes
 _STAMP_FIELDS = ["size", "mtime_ns", "ctime_ns", "inode"]
 _RACY_NS = 2_000_000_000
 _MOST_ROWS = 8_000_000
@@ -54,9 +55,14 @@ def settled(stamp: Stamp, moment_ns: int) -> bool:
     return max(stamp[1], stamp[2]) + _RACY_NS < moment_ns
 
 
-def as_rows(values: Sequence[Row]) -> Rows:
+def packed_row(name: str, stamp: Stamp, digest: bytes = bytes(32)) -> bytes:
+    """Return the bytes of one row for an absolute path."""
+    return _PACKED.pack(key(name), *stamp, digest)
+
+
+def as_rows(packed: Iterable[bytes]) -> Rows:
     """Return [n] rows, whose fields are the key, the stamp and the digest."""
-    rows: Rows = np.array([(*row[:5], np.frombuffer(row[5], np.uint8)) for row in values], dtype=_ROW)
+    rows: Rows = np.frombuffer(bytearray(b"".join(packed)), _ROW)
     return rows
 
 

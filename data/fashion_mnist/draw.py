@@ -34,9 +34,7 @@ def main(root: str) -> None:
 
 def drawn(split: str, labels: np.ndarray, per_class: int) -> np.ndarray:
     """Return the positions of a class-balanced sample, in a shuffled order."""
-    order = sorted(
-        range(len(labels)), key=lambda place: hashlib.sha256(f"{split}/{place}".encode()).digest()
-    )
+    order = sorted(range(len(labels)), key=lambda place: hashlib.sha256(f"{split}/{place}".encode()).digest())
     taken = dict.fromkeys(range(10), 0)
     positions = []
     for place in order:

@@ -36,6 +36,7 @@ class Cache:
         self.path = path
         self.manifest = manifest
         self.layout: Layout = layout_of(manifest)
+        self.shards = [shard for shard in self.layout.shards() if committed(path, self.layout, shard)]
 
     @property
     def num_views(self) -> int:
@@ -45,6 +46,11 @@ class Cache:
     def __len__(self) -> int:
         return self.layout.num_images
 
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is committed."""
+        return len(self.shards) == self.num_views * self.layout.shards_per_view
+
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """Labels as stage one saw them, [N]; -1 where there is none."""
@@ -52,9 +58,8 @@ class Cache:
 
     @cached_property
     def _sources(self) -> dict[str, RowSource]:
-        shards = list(self.layout.shards())
         return {
-            array.name: HotRows(self.path, array, shards) if array.storage == "hot" else PackedRows(self.path, array)
+            array.name: HotRows(self.path, array, self.shards) if array.storage == "hot" else PackedRows(self.path, array)
             for teacher in self.layout.teachers
             for array in teacher.arrays
         }
@@ -66,7 +71,17 @@ class Cache:
         low, high = pairs.min(axis=0, initial=0), pairs.max(axis=0, initial=0)
         if min(low) < 0 or high[0] >= self.num_views or high[1] >= len(self):
             raise IndexError(f"keys run from {tuple(low)} to {tuple(high)}; the cache has {self.num_views} views of {len(self)} images")
+        if not self.complete:
+            self._require_committed(pairs)
         return {teacher.name: self._targets(teacher, views, indices) for teacher in self.layout.teachers}
+
+    def _require_committed(self, pairs: NDArray[np.int64]) -> None:
+        """Raise CacheError for a key of a shard that is not there: its addresses cannot be read."""
+        rows = self.layout.shard_rows
+        there = {(shard.view, shard.start // rows) for shard in self.shards}
+        for view, index in pairs.tolist():
+            if (view, index // rows) not in there:
+                raise CacheError(f"{self.path}: view {view} of image {index} is not committed yet. Fix: finish `logitcache precompute`")
 
     def _targets(self, teacher: TeacherLayout, views: NDArray[np.int64], indices: NDArray[np.int64]) -> Targets:
         arrays = {a: self._sources[a.name].take(views, indices) for a in teacher.arrays}
@@ -158,11 +173,10 @@ def open_cache(path: str | Path) -> Cache:
     root = Path(path)
     cache = Cache(root, read_manifest(root))
     check_metadata(root, cache.manifest)
-    missing = [shard for shard in cache.layout.shards() if not committed(root, cache.layout, shard)]
-    if missing:
+    if not cache.complete:
         total = cache.num_views * cache.layout.shards_per_view
         raise CacheError(
-            f"{root} is incomplete: {len(missing)} of {total} shards are not committed. "
+            f"{root} is incomplete: {total - len(cache.shards)} of {total} shards are not committed. "
             "Fix: run the same `logitcache precompute` command again, it continues"
         )
     require_intact(root, cache.layout)

@@ -96,9 +96,9 @@ def train_student(
     student = load_recipe(recipe, StudentRecipe, changes)
     live = None
     if online:
-        from logitcache.report.online import live_teachers
+        from logitcache.teacher.online import live_targets
 
-        live = live_teachers(student)
+        live = live_targets(student.cache, student.device, student.teachers)
     return Answer(asdict(train(student, resume=resume, live=live)))
 
 

@@ -74,11 +74,11 @@ def test_train_student_passes_its_options_on(capsys, verb, recipe):
 
 
 def test_online_training_asks_the_live_teachers(verb, recipe):
-    live = verb("logitcache.report.online", "live_teachers", "live")
+    live = verb("logitcache.teacher.online", "live_targets", "live")
     calls = verb("logitcache.student.training", "train", Result("runs/s"))
     assert main(["train-student", recipe(STUDENT), "--online"]) == 0
     assert calls[0][1]["live"] == "live"
-    assert live[0][0] == calls[0][0]
+    assert live == [(("a.zarr", "auto", {}), {})]
 
 
 def test_train_teacher_runs_the_same_loop(verb, recipe):

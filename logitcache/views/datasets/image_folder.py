@@ -97,12 +97,12 @@ class FolderImages:
         return as_digests(first_word(digest) for digest in found)
 
     def _path(self, name: str) -> str:
-        return os.path.join(self._root, *name.split("/"))
+        return f"{self._root}/{name}"
 
 
 def _by_class(root: Path, mode: Mode) -> FolderImages:
     entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
-    loose = [name for name in entries if _is_image(root / name) and (root / name).is_file()]
+    loose = [name for name in entries if _is_image(os.path.join(root, name)) and (root / name).is_file()]
     classes = [name for name in entries if (root / name).is_dir()]
     images = [_images_below(root, name) for name in classes]
     if loose and not any(images):
@@ -153,7 +153,7 @@ def _images_below(root: Path, folder: str) -> list[str]:
     for parent, names in sorted(_walk(top)):
         inside = os.path.relpath(parent, root).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
-        found += [prefix + name for name in names if _is_image(Path(parent, name))]
+        found += [prefix + name for name in names if _is_image(os.path.join(parent, name))]
     return found
 
 
@@ -179,8 +179,8 @@ def _unreadable_folder(cause: OSError) -> None:
     ) from cause
 
 
-def _is_image(path: Path) -> bool:
-    extension = path.suffix.lower()
+def _is_image(path: str) -> bool:
+    extension = os.path.splitext(path)[1].lower()
     if extension in _OTHER_IMAGES:
         raise DataError(
             f"'{path}' is an image of a type that is not read.\n  Fix: convert it ({_known()}), or move it away."
