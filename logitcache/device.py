@@ -22,9 +22,7 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(
-            f"device '{name}' is unknown.\n  Fix: say auto, cpu, cuda, cuda:N or mps."
-        ) from error
+        raise RecipeError(f"device '{name}' is unknown.\n  Fix: say auto, cpu, cuda, cuda:N or mps.") from error
     if device.type == "cuda":
         _require_cuda(name, device.index or 0)
     elif device.type == "mps":

@@ -1,14 +1,14 @@
 """Errors a user can meet, and the exit code the command line gives each.
 
-    ValueError
-    └── LogitCacheError              any of these; `except ValueError` still works
-        ├── RecipeError          2   a recipe, an option or their combination is wrong
-        ├── DataError            2   an image or a label cannot be read
-        ├── MissingExtraError    2   an optional dependency is not installed
-        ├── CacheError           3   a cache is damaged, incomplete, busy or not a cache
-        ├── MismatchError        4   sound, but made from other images, pixels or teachers
-        │   └── ReplayMismatchError  the pixels rendered here are not those the teacher saw
-        └── Stopped         75/130   SIGTERM or Ctrl-C; the same command continues
+ValueError
+└── LogitCacheError              any of these; `except ValueError` still works
+    ├── RecipeError          2   a recipe, an option or their combination is wrong
+    ├── DataError            2   an image or a label cannot be read
+    ├── MissingExtraError    2   an optional dependency is not installed
+    ├── CacheError           3   a cache is damaged, incomplete, busy or not a cache
+    ├── MismatchError        4   sound, but made from other images, pixels or teachers
+    │   └── ReplayMismatchError  the pixels rendered here are not those the teacher saw
+    └── Stopped         75/130   SIGTERM or Ctrl-C; the same command continues
 """
 
 import signal

@@ -32,7 +32,7 @@ class StopFlag:
 
 @contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Catch SIGTERM and SIGINT while the block runs; signals reach the main thread only, elsewhere nothing is caught."""
+    """Catch SIGTERM and SIGINT while the block runs; in another than the main thread nothing can be caught."""
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag

@@ -79,7 +79,12 @@ class TopKLogits:
 
     def to(self, device: torch.device) -> Self:
         """Move to a device without waiting for the copy."""
-        return replace(self, log_p=to_device(self.log_p, device), index=to_device(self.index, device), tail=to_device(self.tail, device))
+        return replace(
+            self,
+            log_p=to_device(self.log_p, device),
+            index=to_device(self.index, device),
+            tail=to_device(self.tail, device),
+        )
 
     def __getitem__(self, rows: slice) -> Self:
         """Take some rows of the batch."""
@@ -116,7 +121,9 @@ class Batch:
     def targets(self) -> Targets:
         """The targets of the only teacher."""
         if len(self.teachers) != 1:
-            raise ValueError(f"the batch has targets of {sorted(self.teachers)}: take one, as in batch.teachers['name']")
+            raise ValueError(
+                f"the batch has targets of {sorted(self.teachers)}: take one, as in batch.teachers['name']"
+            )
         return next(iter(self.teachers.values()))
 
     def __len__(self) -> int:
@@ -125,7 +132,9 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Move to a device without waiting for the copies."""
         where = torch.device(device)
-        moved: dict[str, Any] = {f.name: to_device(getattr(self, f.name), where) for f in fields(self) if f.name != "teachers"}
+        moved: dict[str, Any] = {
+            f.name: to_device(getattr(self, f.name), where) for f in fields(self) if f.name != "teachers"
+        }
         return Batch(**moved, teachers={name: targets.to(where) for name, targets in self.teachers.items()})
 
     def __getitem__(self, rows: slice) -> "Batch":

@@ -37,7 +37,7 @@ def read_manifest(path: Path) -> Manifest:
 
 @contextmanager
 def writer_lock(path: Path) -> Iterator[Path]:
-    """Hold the only right to write at `path`: yields where to write, which is `path` or, when it is new, a directory beside it.
+    """Hold the only right to write at `path`; yields where to write: `path`, or a directory beside it when it is new.
 
     The lock is on the directory itself, goes with it when it is renamed, and ends with the process.
     """
@@ -57,7 +57,12 @@ def writer_lock(path: Path) -> Iterator[Path]:
 
 
 def create_skeleton(
-    target: Path, path: Path, manifest: Manifest, labels: NDArray[np.int64], digests: NDArray[np.uint64], canaries: NDArray[np.uint8]
+    target: Path,
+    path: Path,
+    manifest: Manifest,
+    labels: NDArray[np.int64],
+    digests: NDArray[np.uint64],
+    canaries: NDArray[np.uint8],
 ) -> None:
     """Write metadata and what is known of the images into `target`, then rename it to `path`."""
     for leftover in target.iterdir():
@@ -84,10 +89,34 @@ def skeleton_arrays(manifest: Manifest) -> Iterator[dict[str, Any]]:
     count = manifest.num_images
     pixels = (len(manifest.canaries), *manifest.image_shape)
     plain: dict[str, Any] = {"compressors": None, "config": {"write_empty_chunks": True}}
-    yield {"name": LABELS, "shape": (count,), "chunks": (count,), "dtype": "<i8", "fill_value": -1, "dimension_names": ("sample",), **plain}
-    yield {"name": DIGESTS, "shape": (count,), "chunks": (count,), "dtype": "<u8", "fill_value": 0, "dimension_names": ("sample",), **plain}
+    yield {
+        "name": LABELS,
+        "shape": (count,),
+        "chunks": (count,),
+        "dtype": "<i8",
+        "fill_value": -1,
+        "dimension_names": ("sample",),
+        **plain,
+    }
+    yield {
+        "name": DIGESTS,
+        "shape": (count,),
+        "chunks": (count,),
+        "dtype": "<u8",
+        "fill_value": 0,
+        "dimension_names": ("sample",),
+        **plain,
+    }
     dims = ("canary", "channel", "height", "width")
-    yield {"name": CANARIES, "shape": pixels, "chunks": pixels, "dtype": "uint8", "fill_value": 0, "dimension_names": dims, **plain}
+    yield {
+        "name": CANARIES,
+        "shape": pixels,
+        "chunks": pixels,
+        "dtype": "uint8",
+        "fill_value": 0,
+        "dimension_names": dims,
+        **plain,
+    }
     layout = layout_of(manifest)
     for teacher in layout.teachers:
         for array in teacher.arrays:

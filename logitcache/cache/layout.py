@@ -171,14 +171,16 @@ def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: i
 
     Shard files of a hot array map one after another into one address range only if each fills whole pages.
     """
-    sizes = [(entry.logits.storage, row.num_bytes) for entry in entries for row in entry.logits.arrays(entry.num_classes)]
+    sizes = [
+        (entry.logits.storage, row.num_bytes) for entry in entries for row in entry.logits.arrays(entry.num_classes)
+    ]
     largest = max(size for _, size in sizes)
     step = max((PAGE // math.gcd(PAGE, size) for storage, size in sizes if storage == "hot"), default=1)
     if asked is not None:
         if asked % step:
             near = max(step, round(asked / step) * step)
             raise RecipeError(
-                f"shard_rows = {asked}: rows of this cache fill whole pages of {PAGE} bytes only in multiples of {step}. "
+                f"shard_rows = {asked}: rows here fill whole pages of {PAGE} bytes only in multiples of {step}. "
                 f"Fix: shard_rows: {near}, or leave it out"
             )
         return asked

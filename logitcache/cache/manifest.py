@@ -74,7 +74,9 @@ def parse_manifest(attributes: Mapping[str, Any], where: str) -> Manifest:
             "Fix: install the release of logitcache that wrote it"
         )
     if entry.get("sha256") != _digest(entry.get("manifest")):
-        raise CacheError(f"{where}: the manifest is damaged (its sha256 differs). Fix: restore zarr.json, or precompute again")
+        raise CacheError(
+            f"{where}: the manifest is damaged (its sha256 differs). Fix: restore zarr.json, or precompute again"
+        )
     try:
         return Manifest.model_validate_json(json.dumps(entry["manifest"]))
     except ValidationError as error:
@@ -101,7 +103,9 @@ def _teacher_differences(name: str, recorded: TeacherEntry | None, wanted: Teach
         return [f"teachers.{name}: only in the {'recipe' if recorded is None else 'cache'}"]
     fields = ("weights", "preprocessing", "precision", "num_classes", "logits")
     pairs = [(key, getattr(recorded, key), getattr(wanted, key)) for key in fields]
-    return [f"teachers.{name}.{key}: the cache has {_short(a)}, the recipe {_short(b)}" for key, a, b in pairs if a != b]
+    return [
+        f"teachers.{name}.{key}: the cache has {_short(a)}, the recipe {_short(b)}" for key, a, b in pairs if a != b
+    ]
 
 
 def _short(value: object) -> str:

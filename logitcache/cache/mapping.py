@@ -1,4 +1,4 @@
-"""Map all shard files of a hot array, one after another, into one address range: one NumPy array over the whole store."""
+"""Map all shard files of a hot array into one address range: one NumPy array over the whole store."""
 
 import ctypes
 import mmap
@@ -29,16 +29,18 @@ def _map(address: int | None, size: int, protection: int, flags: int, descriptor
 
 
 def map_rows(root: Path, array: ArrayLayout, shards: list[Shard]) -> NDArray[Any]:
-    """Map `shards` read-only as [num_views * padded rows, *row_shape]; row `view * padded + index` is a view of an image.
+    """Map `shards` read-only as [num_views * padded rows, *row_shape]; row `view * padded + index` is a key's.
 
-    The address range of shards that are not given is reserved, not readable. Sizes are checked before anything is mapped:
-    a row past the end of a truncated file would kill the process.
+    The address range of shards that are not given is reserved, not readable. Sizes are checked before anything is
+    mapped: a row past the end of a truncated file would kill the process.
     """
     shard_bytes = array.shard_rows * array.row_bytes
     assert shard_bytes % PAGE == 0
     per_view = -(-array.num_images // array.shard_rows)
     total = array.num_views * per_view * shard_bytes
-    base = _map(None, total, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+    base = _map(
+        None, total, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1
+    )
     memory = (ctypes.c_uint8 * total).from_address(base)
     weakref.finalize(memory, _libc.munmap, base, total)
     for shard in shards:
@@ -54,13 +56,15 @@ def _map_file(path: Path, array: ArrayLayout, shard: Shard, address: int) -> Non
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError as error:
-        raise CacheError(f"{path}: {error.strerror}. Fix: run `logitcache precompute` again, it writes what is missing") from error
+        raise CacheError(
+            f"{path}: {error.strerror}. Fix: run `logitcache precompute` again, it writes what is missing"
+        ) from error
     try:
         size, expected = os.fstat(descriptor).st_size, array.hot_bytes(rows)
         if size != expected:
             raise CacheError(
-                f"{path} has {size} bytes, its layout needs {expected}. Fix: `logitcache verify` lists what is damaged; "
-                "remove its commit record and precompute again"
+                f"{path} has {size} bytes, its layout needs {expected}. Fix: run the same "
+                "`logitcache precompute` command again, it rewrites this shard"
             )
         needed = -(-rows * array.row_bytes // PAGE) * PAGE
         _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)

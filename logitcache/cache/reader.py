@@ -59,7 +59,9 @@ class Cache:
     @cached_property
     def _sources(self) -> dict[str, RowSource]:
         return {
-            array.name: HotRows(self.path, array, self.shards) if array.storage == "hot" else PackedRows(self.path, array)
+            array.name: HotRows(self.path, array, self.shards)
+            if array.storage == "hot"
+            else PackedRows(self.path, array)
             for teacher in self.layout.teachers
             for array in teacher.arrays
         }
@@ -70,7 +72,10 @@ class Cache:
         views, indices = pairs[:, 0], pairs[:, 1]
         low, high = pairs.min(axis=0, initial=0), pairs.max(axis=0, initial=0)
         if min(low) < 0 or high[0] >= self.num_views or high[1] >= len(self):
-            raise IndexError(f"keys run from {tuple(low)} to {tuple(high)}; the cache has {self.num_views} views of {len(self)} images")
+            raise IndexError(
+                f"keys run from {tuple(low)} to {tuple(high)}; the cache has {self.num_views} views "
+                f"of {len(self)} images"
+            )
         if not self.complete:
             self._require_committed(pairs)
         return {teacher.name: self._targets(teacher, views, indices) for teacher in self.layout.teachers}
@@ -81,7 +86,10 @@ class Cache:
         there = {(shard.view, shard.start // rows) for shard in self.shards}
         for view, index in pairs.tolist():
             if (view, index // rows) not in there:
-                raise CacheError(f"{self.path}: view {view} of image {index} is not committed yet. Fix: finish `logitcache precompute`")
+                raise CacheError(
+                    f"{self.path}: view {view} of image {index} is not committed yet. "
+                    "Fix: finish `logitcache precompute`"
+                )
 
     def _targets(self, teacher: TeacherLayout, views: NDArray[np.int64], indices: NDArray[np.int64]) -> Targets:
         arrays = {a: self._sources[a.name].take(views, indices) for a in teacher.arrays}
@@ -89,10 +97,10 @@ class Cache:
         return Targets(teacher.entry.logits.decode(tensors, teacher.entry.num_classes))
 
     def views(self, dataset: object | None = None, verify: canaries.Level = "strict") -> Views:
-        """Bind the cache's view specification to its images, wherever they are now, and prove that the pixels are the same.
+        """Bind the view specification to the images, wherever they are now, and prove that the pixels are the same.
 
-        `dataset` is a data set or its component; by default the images are looked for where stage one read them. Raises
-        MismatchError or ReplayMismatchError with the reason and the fix.
+        `dataset` is a data set or its component; by default the images are looked for where stage one read them.
+        Raises MismatchError or ReplayMismatchError with the reason and the fix.
         """
         opened = self._open_dataset(dataset)
         self.require_dataset(opened)
@@ -125,7 +133,9 @@ class Cache:
 
     def _provenance(self) -> str:
         recorded, here = self.manifest.versions, versions()
-        changed = ", ".join(f"{key} {recorded.get(key)} -> {here[key]}" for key in here if here[key] != recorded.get(key))
+        changed = ", ".join(
+            f"{key} {recorded.get(key)} -> {here[key]}" for key in here if here[key] != recorded.get(key)
+        )
         return f"{self.path}, spec {self.manifest.views.digest()[:8]}; versions: {changed or 'as recorded'}"
 
     def _array(self, name: str) -> zarr.Array[Any]:
@@ -157,7 +167,9 @@ class Cache:
     @property
     def shuffle_block(self) -> int | None:
         """Rows to shuffle among where a packed view does not fit in memory; None for all."""
-        packed = [array.row_bytes for teacher in self.layout.teachers for array in teacher.arrays if array.storage == "packed"]
+        packed = [
+            array.row_bytes for teacher in self.layout.teachers for array in teacher.arrays if array.storage == "packed"
+        ]
         if max(packed, default=0) * len(self) <= PACKED_MEMORY:
             return None
         shards = PACKED_MEMORY // (2 * self.layout.shard_rows * max(packed))

@@ -63,7 +63,9 @@ def stored_shards(root: Path, teacher: TeacherLayout, shards: Sequence[Shard]) -
         except OSError as error:
             raise CacheError(f"{file}: {error.strerror}. Fix: run `logitcache precompute` again") from error
         if len(records) != RECORD_BYTES * len(teacher.arrays):
-            raise CacheError(f"{file}: a commit record of {len(records)} bytes is damaged. Fix: run `logitcache precompute` again")
+            raise CacheError(
+                f"{file}: a commit record of {len(records)} bytes is damaged. Fix: run `logitcache precompute` again"
+            )
         for number, array in enumerate(teacher.arrays):
             yield StoredShard(array, shard, records[number * RECORD_BYTES : (number + 1) * RECORD_BYTES])
 
@@ -85,7 +87,9 @@ def damaged(root: Path, layout: Layout, shards: Sequence[Shard], *, fresh: bool 
                 if size == part.size:
                     readable.append(part)
                 else:
-                    found.setdefault(shard, []).append(f"{part.name}: {_size(size)}, its record says {part.size} ({file})")
+                    found.setdefault(shard, []).append(
+                        f"{part.name}: {_size(size)}, its record says {part.size} ({file})"
+                    )
         files = [root / part.array.file(part.shard) for part in readable]
         digests = file_digests(files, what="shard", fresh=fresh, error=CacheError)
         for part, digest in zip(readable, digests, strict=True):
@@ -105,7 +109,9 @@ def require_intact(root: Path, layout: Layout) -> None:
     if lines:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise CacheError(
-            f"{root} is damaged:\n  " + "\n  ".join(lines[:SHOWN]) + more
+            f"{root} is damaged:\n  "
+            + "\n  ".join(lines[:SHOWN])
+            + more
             + "\n  Fix: run the same `logitcache precompute` command again, it rewrites just these shards"
         )
 
@@ -129,7 +135,11 @@ def check_metadata(root: Path, manifest: Manifest) -> None:
     """Raise CacheError when an array's metadata does not agree with the manifest."""
     problems = list(metadata_problems(root, manifest))
     if problems:
-        raise CacheError(f"{root} is damaged:\n  " + "\n  ".join(problems[:SHOWN]) + "\n  Fix: restore these files, or precompute again")
+        raise CacheError(
+            f"{root} is damaged:\n  "
+            + "\n  ".join(problems[:SHOWN])
+            + "\n  Fix: restore these files, or precompute again"
+        )
 
 
 def sample_problems(root: Path, manifest: Manifest) -> Iterator[str]:

@@ -76,4 +76,6 @@ def commit_record(stored: memoryview) -> bytes:
 def empty_rows(teachers: tuple[TeacherLayout, ...], shard: Shard) -> Rows:
     """Allocate a shard's rows of every array."""
     count = shard.stop - shard.start
-    return {array.name: np.empty((count, *array.row_shape), array.dtype) for teacher in teachers for array in teacher.arrays}
+    return {
+        array.name: np.empty((count, *array.row_shape), array.dtype) for teacher in teachers for array in teacher.arrays
+    }

@@ -54,6 +54,4 @@ __all__ = [
     "weights_digest",
 ]
 
-Model = Annotated[
-    Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | Custom, Field(discriminator="kind")
-]
+Model = Annotated[Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | Custom, Field(discriminator="kind")]

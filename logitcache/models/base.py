@@ -24,9 +24,7 @@ class Preprocessing(Component):
     @model_validator(mode="after")
     def _same_channels(self) -> Self:
         if len(self.mean) != len(self.std):
-            raise ValueError(
-                f"mean has {len(self.mean)} channels and std has {len(self.std)}: one number each"
-            )
+            raise ValueError(f"mean has {len(self.mean)} channels and std has {len(self.std)}: one number each")
         return self
 
     @property
@@ -66,9 +64,7 @@ class Classifier(nn.Module):
         """Normalise, resize when the model has a size and the pixels another, and predict."""
         logits = self.module(self.normalize(pixels))
         if not isinstance(logits, Tensor) or logits.ndim != 2:
-            what = (
-                list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            )
+            what = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise RecipeError(
                 f"the model returned {what}, not logits [B, K].\n"
                 "  Fix: wrap it in a module whose forward returns the logits alone."

@@ -26,8 +26,7 @@ class Custom(Component):
         module = call_factory(self.factory, self.arguments)
         if not isinstance(module, nn.Module):
             raise RecipeError(
-                f"factory '{self.factory}' returned a {type(module).__name__}.\n"
-                "  Fix: return an nn.Module."
+                f"factory '{self.factory}' returned a {type(module).__name__}.\n  Fix: return an nn.Module."
             )
         return BuiltModel(module, None)
 

@@ -44,9 +44,7 @@ def read_stored(path: Path) -> StoredModel:
             "  Fix: give the directory that train-student or train-teacher wrote."
         ) from error
     except (OSError, ValidationError) as error:
-        raise RecipeError(
-            f"{path} cannot be read: {error}\n  Fix: train again, or copy the run again."
-        ) from error
+        raise RecipeError(f"{path} cannot be read: {error}\n  Fix: train again, or copy the run again.") from error
 
 
 def load_model(directory: Path, factory: str | None = None) -> BuiltModel:
@@ -74,10 +72,7 @@ def _trusted(model: Architecture, description: Path, factory: str | None) -> Arc
     """Put the user's factory in the place of a stored one."""
     if not isinstance(model, Custom):
         if factory is not None:
-            raise RecipeError(
-                f"{description} is of kind {model.kind}, which needs no `factory`.\n"
-                "  Fix: leave it out."
-            )
+            raise RecipeError(f"{description} is of kind {model.kind}, which needs no `factory`.\n  Fix: leave it out.")
         return model
     if factory is None:
         raise RecipeError(
@@ -88,9 +83,7 @@ def _trusted(model: Architecture, description: Path, factory: str | None) -> Arc
     return model.model_copy(update={"factory": factory})
 
 
-def _check_counts(
-    stored: StoredModel, where: Path, num_classes: int | None, in_channels: int
-) -> None:
+def _check_counts(stored: StoredModel, where: Path, num_classes: int | None, in_channels: int) -> None:
     if num_classes not in (None, stored.num_classes):
         raise RecipeError(
             f"the model in {where} predicts {stored.num_classes} classes, {num_classes} are asked"

@@ -79,17 +79,13 @@ class Timm(Component):
             ) from error
         return module
 
-    def _preprocessing(
-        self, timm: ModuleType, module: nn.Module, in_channels: int
-    ) -> Preprocessing | None:
+    def _preprocessing(self, timm: ModuleType, module: nn.Module, in_channels: int) -> Preprocessing | None:
         """Return the weights' normalisation, which says nothing of images with other channels."""
         config: dict[str, Any] = timm.data.resolve_model_data_config(module)
         if not self.pretrained or len(config["mean"]) != in_channels:
             return None
         height, width = config["input_size"][1:]
-        return Preprocessing(
-            mean=tuple(config["mean"]), std=tuple(config["std"]), input_size=(height, width)
-        )
+        return Preprocessing(mean=tuple(config["mean"]), std=tuple(config["std"]), input_size=(height, width))
 
 
 def _timm() -> ModuleType:

@@ -41,8 +41,7 @@ class Torchvision(Component):
             raise RecipeError(f"torchvision has no classifier '{self.name}'.\n  Fix: {near}")
         if in_channels != 3:
             raise RecipeError(
-                f"torchvision's {self.name} takes 3 channels, the images have {in_channels}.\n"
-                f"  Fix: {channels_fix(3)}"
+                f"torchvision's {self.name} takes 3 channels, the images have {in_channels}.\n  Fix: {channels_fix(3)}"
             )
         if self.weights is None:
             return BuiltModel(self._network(None, num_classes), None)
@@ -57,9 +56,7 @@ class Torchvision(Component):
     def _network(self, weights: WeightsEnum | None, num_classes: int | None) -> nn.Module:
         counts = {} if num_classes is None else {"num_classes": num_classes}
         try:
-            module: nn.Module = zoo.get_model_builder(self.name)(
-                weights=weights, **counts, **self.options
-            )
+            module: nn.Module = zoo.get_model_builder(self.name)(weights=weights, **counts, **self.options)
         except OSError as error:
             assert weights is not None
             raise LogitCacheError(

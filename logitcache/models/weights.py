@@ -122,9 +122,7 @@ def _select(content: Any, key: str | None, path: Path) -> State:
         for part in key.split("."):
             content = content.get(part) if isinstance(content, Mapping) else None
         if not _is_state(content):
-            raise RecipeError(
-                f"{path} holds no weights under '{key}'.\n  Fix: mend `key`, or leave it out."
-            )
+            raise RecipeError(f"{path} holds no weights under '{key}'.\n  Fix: mend `key`, or leave it out.")
         return dict(content)
     if _is_state(content):
         return dict(content)
@@ -134,8 +132,7 @@ def _select(content: Any, key: str | None, path: Path) -> State:
         return dict(groups[found[0]])
     if found:
         raise RecipeError(
-            f"{path} holds several sets of weights: {', '.join(found)}.\n"
-            f"  Fix: choose one, as in key: {found[0]}."
+            f"{path} holds several sets of weights: {', '.join(found)}.\n  Fix: choose one, as in key: {found[0]}."
         )
     raise RecipeError(
         f"{path} holds no named tensors, but {_listed(groups) or type(content).__name__}.\n"
@@ -146,9 +143,7 @@ def _select(content: Any, key: str | None, path: Path) -> State:
 def _unwrapped(state: Mapping[str, Tensor], own: State) -> Mapping[str, Tensor]:
     """Drop what torch's own wrappers put before every name, unless the module has it too."""
     for wrapper in _WRAPPERS:
-        if all(n.startswith(wrapper) for n in state) and not any(
-            n.startswith(wrapper) for n in own
-        ):
+        if all(n.startswith(wrapper) for n in state) and not any(n.startswith(wrapper) for n in own):
             return {name.removeprefix(wrapper): state[name] for name in state}
     return state
 
@@ -184,8 +179,7 @@ def _without_ties(own: State, names: Iterable[str], state: Mapping[str, Tensor])
     return [
         name
         for name in names
-        if (own[name].data_ptr(), own[name].shape) not in filled
-        and not name.endswith("num_batches_tracked")
+        if (own[name].data_ptr(), own[name].shape) not in filled and not name.endswith("num_batches_tracked")
     ]
 
 
@@ -194,9 +188,7 @@ def _mismatch_fix(missing: Iterable[str], surplus: Iterable[str]) -> str:
     for name in sorted(missing):
         for other in sorted(surplus):
             if other.endswith("." + name):
-                return (
-                    f"`prefix: {other.removesuffix(name)}` takes those names and drops that part."
-                )
+                return f"`prefix: {other.removesuffix(name)}` takes those names and drops that part."
     return "build the architecture, classes and options that these weights were trained in."
 
 

@@ -35,7 +35,9 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
         "image_shape": list(manifest.image_shape),
         "shard_rows": manifest.shard_rows,
         "seed": manifest.views.seed,
-        "augmentations": [_entry(item.model_dump(mode="json", exclude={"ratio_knots"})) for item in manifest.views.augmentations],
+        "augmentations": [
+            _entry(item.model_dump(mode="json", exclude={"ratio_knots"})) for item in manifest.views.augmentations
+        ],
         "dataset": None if manifest.dataset is None else _entry(manifest.dataset.model_dump(mode="json")),
         "fingerprint": manifest.fingerprint.content,
         "teachers": {teacher.name: _teacher(cache, teacher, done) for teacher in layout.teachers},
@@ -80,4 +82,8 @@ def _entry(value: object) -> str:
     """Write a recipe entry on one line."""
     if not isinstance(value, dict):
         return "given as an object" if value is None else str(value)
-    return "{" + ", ".join(f"{key}: {_entry(item) if isinstance(item, dict) else item}" for key, item in value.items()) + "}"
+    return (
+        "{"
+        + ", ".join(f"{key}: {_entry(item) if isinstance(item, dict) else item}" for key, item in value.items())
+        + "}"
+    )

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 MISSING = "-"
+LONGEST_LIST = 80
 
 
 def as_text(document: Mapping[str, Any]) -> str:
@@ -78,7 +79,8 @@ def _format(name: str, value: Any) -> str:
         case float():
             return f"{value:.4g}"
         case list() | tuple():
-            return ", ".join(_format("", item) for item in value) or MISSING
+            text = ", ".join(_format("", item) for item in value) or MISSING
+            return text if len(text) <= LONGEST_LIST else f"{len(value)} entries"
     return str(value)
 
 

@@ -53,7 +53,9 @@ class Validator:
     def __init__(self, views: Views, targets_of: TargetsOf, batch_size: int, num_workers: int) -> None:
         self._loader = EpochLoader(views, targets_of, batch_size=batch_size, num_workers=num_workers)
         count = len(views.dataset.ids)
-        self._batches = [[ViewKey(0, i) for i in range(s, min(s + batch_size, count))] for s in range(0, count, batch_size)]
+        self._batches = [
+            [ViewKey(0, i) for i in range(s, min(s + batch_size, count))] for s in range(0, count, batch_size)
+        ]
         self.num_images = count
 
     @torch.no_grad()
@@ -103,18 +105,24 @@ def open_validator(validation: Validation | None, num_classes: int, num_workers:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
     found = views.dataset.num_classes
     if found not in (None, num_classes):
-        raise MismatchError(f"validation has {found} classes, the model {num_classes}. Fix: validate on images of the same classes")
+        raise MismatchError(
+            f"validation has {found} classes, the model {num_classes}. Fix: validate on images of the same classes"
+        )
     return Validator(views, targets_of, validation.batch_size, num_workers)
 
 
 def evaluate(run: Path, overrides: Sequence[str] = ()) -> EvaluationResult:
-    """Measure a finished run on its recipe's validation images, or on others by `overrides` such as validation.cache=…"""
+    """Measure a finished run on its recipe's validation images, or on others by `overrides` (validation.cache=…)."""
     if not (run / "recipe.yaml").is_file():
-        raise RecipeError(f"{run} is no run: it has no recipe.yaml. Fix: name the `out:` directory of a finished training")
+        raise RecipeError(
+            f"{run} is no run: it has no recipe.yaml. Fix: name the `out:` directory of a finished training"
+        )
     kind = StudentRecipe if "cache" in yaml.safe_load((run / "recipe.yaml").read_text()) else TeacherRecipe
     recipe = load_recipe(run / "recipe.yaml", kind, overrides)
     if recipe.validation is None:
-        raise RecipeError(f"{run} names no images to measure on. Fix: --set validation.dataset=… or --set validation.cache=…")
+        raise RecipeError(
+            f"{run} names no images to measure on. Fix: --set validation.dataset=… or --set validation.cache=…"
+        )
     stated = [text.removeprefix("model.factory=") for text in overrides if text.startswith("model.factory=")]
     built = load_model(run, stated[-1] if stated else None)
     classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run)))
@@ -126,4 +134,3 @@ def evaluate(run: Path, overrides: Sequence[str] = ()) -> EvaluationResult:
     retention = measures.top1 / measures.teacher_top1 if measures.top1 is not None and measures.teacher_top1 else None
     parameters = sum(parameter.numel() for parameter in classifier.parameters())
     return EvaluationResult(str(run), validator.num_images, parameters, measures, retention)
-

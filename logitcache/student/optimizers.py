@@ -24,7 +24,9 @@ class SGD(Component):
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """Build the optimiser of a module's parameters."""
         nesterov = self.nesterov and self.momentum > 0
-        return torch.optim.SGD(parameter_groups(module, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=nesterov)
+        return torch.optim.SGD(
+            parameter_groups(module, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=nesterov
+        )
 
 
 class AdamW(Component):

@@ -77,7 +77,7 @@ class StudentRecipe(TrainingRecipe):
     cache: str
     dataset: Dataset | None = None
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (KLDivergence(),)
-    teachers: dict[Name, LiveTeacher] = {}
+    teachers: dict[Name, LiveTeacher] = Field(default_factory=dict)
     verify: Literal["strict", "numeric", "off"] = "strict"
 
 

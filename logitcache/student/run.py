@@ -61,7 +61,8 @@ class RunDirectory:
             lines.append(f"what it learns from: the run has {learnt}, now it is {identity}")
         if lines:
             raise MismatchError(
-                f"{self.path} is a run of another recipe:\n  " + "\n  ".join(lines)
+                f"{self.path} is a run of another recipe:\n  "
+                + "\n  ".join(lines)
                 + "\n  Fix: change these back to continue it, or give another `out:`"
             )
 

@@ -47,7 +47,9 @@ def _from_cache(recipe: StudentRecipe, live: LiveTargets | None) -> Source:
 def _from_labels(recipe: TeacherRecipe) -> Source:
     dataset = open_dataset(recipe.dataset)
     if dataset.num_classes is None:
-        raise RecipeError("the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache")
+        raise RecipeError(
+            "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"
+        )
     loader = _loader(recipe, Views(dataset, recipe.views()))
     return Source(loader, dataset.num_classes, {"dataset": fingerprint(dataset).model_dump(mode="json")})
 
@@ -66,7 +68,11 @@ def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any)
 
 def require_served(losses: Sequence[Loss], manifest: Manifest, where: str) -> None:
     """Raise RecipeError listing every loss that asks for what the cache does not hold."""
-    lines = [line for number, loss in enumerate(losses) for line in _unserved(f"losses.{number} ({loss.kind})", loss, manifest)]
+    lines = [
+        line
+        for number, loss in enumerate(losses)
+        for line in _unserved(f"losses.{number} ({loss.kind})", loss, manifest)
+    ]
     if lines:
         raise RecipeError(f"{where} does not serve these losses:\n  " + "\n  ".join(lines))
 

@@ -42,8 +42,8 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
     """Train to the end of the recipe and return what was measured.
 
     `resume` continues from the run's checkpoint bit by bit. `live` answers each batch in place of the cache (--online).
-    The caller's global random state is the same afterwards. Raises MismatchError before the first step where cache, images
-    and recipe do not belong together, Stopped after SIGTERM or Ctrl-C.
+    The caller's global random state is the same afterwards. Raises MismatchError before the first step where cache,
+    images and recipe do not belong together, Stopped after SIGTERM or Ctrl-C.
     """
     device = resolve_device(recipe.device)
     source = open_source(recipe, live)
@@ -69,14 +69,17 @@ def _build(recipe: TrainingRecipe, source: Source) -> Classifier:
     """Build the model and prove, on two black images, that it answers for the right number of classes."""
     shape = source.loader.views[ViewKey(0, 0)].shape
     built = recipe.model.build(source.num_classes, shape[0])
-    preprocessing = resolve_preprocessing(built, recipe.preprocessing, who="the recipe", default=default_preprocessing(shape[0]))
+    preprocessing = resolve_preprocessing(
+        built, recipe.preprocessing, who="the recipe", default=default_preprocessing(shape[0])
+    )
     classifier = Classifier(built.module, preprocessing)
     classifier.eval()
     with torch.no_grad():
         found = classifier(torch.zeros((2, *shape), dtype=torch.uint8)).shape[1]
     if found != source.num_classes:
         raise MismatchError(
-            f"the model predicts {found} classes, what it learns from has {source.num_classes}. Fix: a model with {source.num_classes} classes"
+            f"the model predicts {found} classes, what it learns from has {source.num_classes}. "
+            f"Fix: a model with {source.num_classes} classes"
         )
     return classifier
 
@@ -86,7 +89,9 @@ def _train_epoch(recipe: TrainingRecipe, source: Source, learner: Learner, run: 
     started = time.perf_counter() - learner.seconds
     learner.model.train()
     batches = source.loader.epoch(learner.epoch, learner.batch)
-    for batch in track(batches, f"epoch {learner.epoch + 1}/{recipe.epochs}", len(source.loader), "batches", learner.batch):
+    for batch in track(
+        batches, f"epoch {learner.epoch + 1}/{recipe.epochs}", len(source.loader), "batches", learner.batch
+    ):
         batch = _on_device(batch, learner, source.live)
         factor = recipe.schedule.factor(learner.step, len(source.loader), recipe.epochs)
         for group in learner.optimizer.param_groups:
@@ -126,7 +131,10 @@ def _keep_place(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, sto
     if due or stop:
         run.save_checkpoint(learner.state())
     if stop:
-        raise stop.stopped(f"stopped in epoch {learner.epoch + 1} after step {learner.step}; the state is in {run.checkpoint}. The same command with --resume continues")
+        raise stop.stopped(
+            f"stopped in epoch {learner.epoch + 1} after step {learner.step}; the state is in {run.checkpoint}. "
+            "The same command with --resume continues"
+        )
 
 
 def _finish_epoch(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, validator: Validator | None) -> None:
@@ -138,11 +146,20 @@ def _finish_epoch(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, v
             f"the loss became {sum(means)} in epoch {learner.epoch + 1}; the checkpoint of the epoch before is kept. "
             "Fix: a lower optimizer.lr, schedule.warmup_epochs, or clip_norm"
         )
-    row: dict[str, Any] = {"epoch": learner.epoch, "step": learner.step, "lr": learner.optimizer.param_groups[0]["lr"], "loss": sum(means)}
+    row: dict[str, Any] = {
+        "epoch": learner.epoch,
+        "step": learner.step,
+        "lr": learner.optimizer.param_groups[0]["lr"],
+        "loss": sum(means),
+    }
     row |= {f"loss_{n}_{loss.kind}": mean for n, (loss, mean) in enumerate(zip(recipe.losses, means, strict=True))}
     row |= {"seconds": round(learner.seconds, 3), "images_per_second": round(count / max(learner.seconds, 1e-9), 1)}
     last = learner.epoch + 1 == recipe.epochs
-    if validator is not None and recipe.validation is not None and (last or (learner.epoch + 1) % recipe.validation.every == 0):
+    if (
+        validator is not None
+        and recipe.validation is not None
+        and (last or (learner.epoch + 1) % recipe.validation.every == 0)
+    ):
         measures = validator.measure(learner.measured, learner.device, recipe.precision)
         row |= {f"val_{name}": value for name, value in asdict(measures).items() if value is not None}
     learner.epoch, learner.batch, learner.seconds = learner.epoch + 1, 0, 0.0
@@ -154,7 +171,9 @@ def _finish_epoch(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, v
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"loss {row['loss']:.4f}"]
-    parts += [f"{name} {100 * row[f'val_{name}']:.2f} %" for name in ("top1", "top5", "agreement") if f"val_{name}" in row]
+    parts += [
+        f"{name} {100 * row[f'val_{name}']:.2f} %" for name in ("top1", "top5", "agreement") if f"val_{name}" in row
+    ]
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
@@ -163,7 +182,10 @@ def _finish_run(recipe: TrainingRecipe, source: Source, learner: Learner, run: R
     assert isinstance(classifier, Classifier)
     channels = len(classifier.preprocessing.mean)
     stored = StoredModel(
-        model=recipe.model.architecture(), preprocessing=classifier.preprocessing, num_classes=source.num_classes, in_channels=channels
+        model=recipe.model.architecture(),
+        preprocessing=classifier.preprocessing,
+        num_classes=source.num_classes,
+        in_channels=channels,
     )
     save_model(run.path, classifier.module, stored)
     last, images = run.rows[-1], recipe.epochs * source.loader.images_per_epoch

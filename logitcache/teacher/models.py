@@ -14,7 +14,8 @@ from logitcache.targets import Targets
 class TeacherSource(Component):
     """A teacher and what to keep of its answers.
 
-    `preprocessing` is needed where the model brings none of its own. `model` may be left out where the module itself is given.
+    `preprocessing` is needed where the model brings none of its own. `model` may be left out where the module itself
+    is given.
     """
 
     model: Model | None = None
@@ -61,6 +62,7 @@ def require_finite(name: str, encoded: dict[str, Tensor], first: int) -> None:
         if values.is_floating_point() and not bool(torch.isfinite(values).all()):
             row = int((~torch.isfinite(values.flatten(1))).any(dim=1).int().argmax())
             raise DataError(
-                f"teacher {name!r}: {suffix or 'logits'} of image {first + row} is not finite as {values.dtype}. Fix: store "
-                "{kind: dense, dtype: float32} where float16 (up to 65504) is too narrow; else the teacher itself gives inf or nan"
+                f"teacher {name!r}: {suffix or 'logits'} of image {first + row} is not finite as {values.dtype}. "
+                "Fix: store {kind: dense, dtype: float32} where float16 (up to 65504) is too narrow; else the teacher "
+                "itself gives inf or nan"
             )

@@ -26,7 +26,10 @@ class LiveSource(Protocol):
 
 
 def live_targets(
-    cache: str, device: str = "auto", sources: Mapping[str, LiveSource] | None = None, modules: Mapping[str, nn.Module] | None = None
+    cache: str,
+    device: str = "auto",
+    sources: Mapping[str, LiveSource] | None = None,
+    modules: Mapping[str, nn.Module] | None = None,
 ) -> Callable[[Tensor], Mapping[str, Targets]]:
     """Rebuild the teachers of the cache at a path, to answer a student's own batches (`--online`).
 
@@ -36,13 +39,22 @@ def live_targets(
     manifest = read_manifest(Path(cache))
     unknown = sorted((sources or {}).keys() - manifest.teachers.keys())
     if unknown:
-        raise RecipeError(f"teachers {unknown} are not in {cache}, which has {sorted(manifest.teachers)}. Fix: use these names")
+        raise RecipeError(
+            f"teachers {unknown} are not in {cache}, which has {sorted(manifest.teachers)}. Fix: use these names"
+        )
     teachers = []
     for name, entry in manifest.teachers.items():
         given = (sources or {}).get(name)
-        source = _recorded_source(name, entry, modules) if given is None else TeacherSource(
-            model=given.model, preprocessing=given.preprocessing or entry.preprocessing, precision=entry.precision)
-        teacher = build_teacher(name, source, (modules or {}).get(name), manifest.image_shape[0], resolve_device(device))
+        source = (
+            _recorded_source(name, entry, modules)
+            if given is None
+            else TeacherSource(
+                model=given.model, preprocessing=given.preprocessing or entry.preprocessing, precision=entry.precision
+            )
+        )
+        teacher = build_teacher(
+            name, source, (modules or {}).get(name), manifest.image_shape[0], resolve_device(device)
+        )
         _require_recorded(teacher, entry)
         teachers.append(teacher)
     return lambda pixels: {teacher.name: teacher(pixels) for teacher in teachers}
@@ -61,7 +73,11 @@ def _require_recorded(teacher: Teacher, entry: TeacherEntry) -> None:
 def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Module] | None) -> TeacherSource:
     """Read a teacher's source from the manifest, which never names code to run."""
     mine = name in (modules or {})
-    recorded = {"model": None if mine else entry.model, "preprocessing": entry.preprocessing.model_dump(mode="json"), "precision": entry.precision}
+    recorded = {
+        "model": None if mine else entry.model,
+        "preprocessing": entry.preprocessing.model_dump(mode="json"),
+        "precision": entry.precision,
+    }
     source = TeacherSource.model_validate_json(json.dumps(recorded))
     if not mine and (source.model is None or "factory" in json.dumps(entry.model)):
         raise RecipeError(

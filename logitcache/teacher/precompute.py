@@ -38,8 +38,8 @@ from logitcache.views.spec import Views, ViewSpec
 class PrecomputeRecipe(Component):
     """Which images, which views of them, which teachers, and where their answers go.
 
-    Only `dataset`, `views` and `teachers` decide what is stored; the rest says how fast. `shard_rows` is the unit of work
-    that a stop can lose; by default about 32 MiB of the largest array.
+    Only `dataset`, `views` and `teachers` decide what is stored; the rest says how fast. `shard_rows` is the unit of
+    work that a stop can lose; by default about 32 MiB of the largest array.
     """
 
     cache: str
@@ -100,7 +100,9 @@ def _open(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDataset:
     return opened
 
 
-def _build(recipe: PrecomputeRecipe, given: Mapping[str, nn.Module], channels: int, device: torch.device) -> list[Teacher]:
+def _build(
+    recipe: PrecomputeRecipe, given: Mapping[str, nn.Module], channels: int, device: torch.device
+) -> list[Teacher]:
     unknown = sorted(given.keys() - recipe.teachers.keys())
     if unknown:
         raise RecipeError(f"teachers {unknown} were given, but the recipe names {sorted(recipe.teachers)}")
@@ -126,7 +128,11 @@ def _prepare(
 
 
 def _manifest(
-    recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], records: tuple[canaries.Canary, ...], pixels: Tensor
+    recipe: PrecomputeRecipe,
+    views: Views,
+    teachers: list[Teacher],
+    records: tuple[canaries.Canary, ...],
+    pixels: Tensor,
 ) -> Manifest:
     entries = {t.name: _entry(recipe.teachers[t.name], t, views.dataset, pixels) for t in teachers}
     return Manifest(
@@ -148,8 +154,8 @@ def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, pixel
     if dataset.num_classes not in (None, num_classes):
         raise MismatchError(
             f"teacher {teacher.name!r} predicts {num_classes} classes, the data set has {dataset.num_classes}.\n"
-            f"  Fix: point teachers.{teacher.name}.model at a checkpoint fine-tuned on these classes, or read the images "
-            "without labels"
+            f"  Fix: point teachers.{teacher.name}.model at a checkpoint fine-tuned on these classes, or read "
+            "the images without labels"
         )
     return TeacherEntry(
         model=source.model.model_dump(mode="json") if source.model else None,
@@ -173,11 +179,15 @@ def _unfinished(path: Path, layout: Layout) -> list[Shard]:
     return [shard for shard in layout.shards() if shard not in kept]
 
 
-def _fill(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, layout: Layout, shards: list[Shard]) -> None:
+def _fill(
+    recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, layout: Layout, shards: list[Shard]
+) -> None:
     """Render, answer, encode and write, shard by shard: the loop of stage one."""
     loader = ViewLoader(views, recipe.num_workers, recipe.start_method)
     batches = [list(_batches(shard, recipe.batch_size)) for shard in shards]
-    images = track(loader.render(itertools.chain.from_iterable(batches)), "precompute", sum(map(len, batches)), "batches")
+    images = track(
+        loader.render(itertools.chain.from_iterable(batches)), "precompute", sum(map(len, batches)), "batches"
+    )
     writer = CacheWriter(path, layout)
     with stop_flag() as stop, contextlib.closing(writer):
         for number, (shard, keys_of_shard) in enumerate(zip(shards, batches, strict=True)):
@@ -198,7 +208,9 @@ def _batches(shard: Shard, batch_size: int) -> Iterator[list[ViewKey]]:
         yield [ViewKey(shard.view, index) for index in range(start, min(start + batch_size, shard.stop))]
 
 
-def _keep(rows: Rows, teacher: Teacher, layout: TeacherLayout, pixels: Tensor, keys: list[ViewKey], shard: Shard) -> None:
+def _keep(
+    rows: Rows, teacher: Teacher, layout: TeacherLayout, pixels: Tensor, keys: list[ViewKey], shard: Shard
+) -> None:
     """Encode a batch's answers on the device and copy them to their places in the shard."""
     logits = teacher(pixels).logits
     assert isinstance(logits, Tensor)
@@ -211,6 +223,6 @@ def _keep(rows: Rows, teacher: Teacher, layout: TeacherLayout, pixels: Tensor, k
 
 def _stopped_message(path: Path, finished: int, total: int) -> str:
     return (
-        f"stopped: {finished} of the {total} shards that were to do are committed in {path}, the one in progress was dropped. "
-        "The same command continues"
+        f"stopped: {finished} of the {total} shards that were to do are committed in {path}, the one in progress "
+        "was dropped. The same command continues"
     )

@@ -1,9 +1,9 @@
 """Augmentations: integer parameters planned from keys, applied to uint8 pixels.
 
-Each has two verbs. `plan` draws the parameters of a batch, int64 [B, P], from the words of the keys and the images' sizes
-[B, 2] (height, width), and tells the sizes that result. `apply` gives one image, uint8 [C, H, W], its row of parameters.
-Semantics are those of the torchvision v2 transform of the same name. Integers and exact float64 arithmetic only (no exp,
-log or pow): their bytes differ between numpy releases.
+Each has two verbs. `plan` draws the parameters of a batch, int64 [B, P], from the words of the keys and the images'
+sizes [B, 2] (height, width), and tells the sizes that result. `apply` gives one image, uint8 [C, H, W], its row of
+parameters. Semantics are those of the torchvision v2 transform of the same name. Integers and exact float64 arithmetic
+only, no exp, log or pow: their bytes differ between numpy releases.
 """
 
 import math
@@ -115,8 +115,8 @@ class RandomCrop(Component):
 class RandomResizedCrop(Component):
     """Crop a random area and aspect ratio, then resize to `size`.
 
-    `ratio_knots` tabulates exp over the range of log aspect ratios, linear in between (relative error below 2e-5 for the
-    default range); it is part of the stored form, so that no replay computes exp.
+    `ratio_knots` tabulates exp over the range of log aspect ratios, linear in between (relative error below 2e-5 for
+    the default range); it is part of the stored form, so that no replay computes exp.
     """
 
     kind: Literal["random_resized_crop"] = "random_resized_crop"

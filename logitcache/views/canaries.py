@@ -62,7 +62,9 @@ def choose(seed: int, num_images: int, num_views: int) -> list[ViewKey]:
     tries = np.arange(64 * NUM_CANARIES, dtype=np.uint64)
     words = Draws(seed, np.zeros_like(tries), tries).words("canary", 0, 3)
     wide = words[:, 0] << np.uint64(32) | words[:, 1]
-    for view, index in zip(below(words[:, 2], num_views).tolist(), (wide % np.uint64(num_images)).tolist(), strict=True):
+    for view, index in zip(
+        below(words[:, 2], num_views).tolist(), (wide % np.uint64(num_images)).tolist(), strict=True
+    ):
         if len(chosen) < NUM_CANARIES:
             chosen.add(ViewKey(view, index))
     return sorted(chosen)
@@ -70,7 +72,9 @@ def choose(seed: int, num_images: int, num_views: int) -> list[ViewKey]:
 
 def pixel_digest(array: NDArray[np.generic]) -> str:
     """Return the sha256 of an array's dtype, shape and bytes, as hex."""
-    return hashlib.sha256(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()
+    ).hexdigest()
 
 
 def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]:
@@ -81,7 +85,11 @@ def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]
         sizes = np.array([raw.shape[1:]], dtype=np.int64)
         plan = np.concatenate([params[0] for params in views.spec.plan([key], sizes)] or [sizes[0]])
         pixels.append(views[key])
-        digests = {"raw": pixel_digest(raw.numpy()), "plan": pixel_digest(plan), "augmented": pixel_digest(pixels[-1].numpy())}
+        digests = {
+            "raw": pixel_digest(raw.numpy()),
+            "plan": pixel_digest(plan),
+            "augmented": pixel_digest(pixels[-1].numpy()),
+        }
         records.append(Canary(view=key.view, index=key.index, **digests))
     return tuple(records), torch.stack(pixels)
 
@@ -105,13 +113,14 @@ def compare(views: Views, recorded: Sequence[Canary], recorded_pixels: Tensor) -
 
 
 def judge(report: CanaryReport, level: Level, what: str) -> str | None:
-    """Return a warning for a drift that `level` accepts, None when all is equal; raise ReplayMismatchError otherwise."""
+    """Return a warning for a drift that `level` accepts, None where all is equal; else raise ReplayMismatchError."""
     if report.equal:
         return None
     message = (
         f"augmented images differ from those the teacher saw ({what})\n"
-        f"  raw images {report.raw_equal}/{report.num_canaries} equal | plans {report.plans_equal}/{report.num_canaries} "
-        f"equal | augmented {report.augmented_equal}/{report.num_canaries} equal: "
+        f"  raw images {report.raw_equal}/{report.num_canaries} equal | "
+        f"plans {report.plans_equal}/{report.num_canaries} equal | "
+        f"augmented {report.augmented_equal}/{report.num_canaries} equal: "
         f"mean |d| {report.mean_difference:.2f}, max {report.max_difference}\n  -> {_diagnosis(report)}"
     )
     if level == "numeric" and report.drift:
@@ -127,7 +136,13 @@ def _diagnosis(report: CanaryReport) -> str:
             "or precompute again on this machine."
         )
     if report.raw_equal < report.num_canaries:
-        return "the decoded images differ: other files, another order or another decoder. Point dataset at the images of the cache."
+        return (
+            "the decoded images differ: other files, another order or another decoder. "
+            "Point `dataset` at the images of the cache."
+        )
     if report.plans_equal < report.num_canaries:
         return "the plans differ: another seed, other augmentations or damaged records. Precompute again."
-    return "same images and crops, but other pixels: another resize kernel or version. Install the recorded versions, or precompute again."
+    return (
+        "same images and crops, but other pixels: another resize kernel or version. "
+        "Install the recorded versions, or precompute again."
+    )

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
 
-STREAMS = {"crop": 0, "flip": 1, "jitter": 2, "randaugment": 3, "erase": 4, "mix": 5, "pair": 6, "order": 7, "canary": 8}
+STREAMS = {
+    "crop": 0,
+    "flip": 1,
+    "jitter": 2,
+    "randaugment": 3,
+    "erase": 4,
+    "mix": 5,
+    "pair": 6,
+    "order": 7,
+    "canary": 8,
+}
 """What the words are for. Append only: a number, once used, keeps its meaning."""
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -59,7 +69,9 @@ class Draws(NamedTuple):
         counter_low = np.full_like(self.views, STREAMS[stream] << 16 | ordinal << 8)
         low, high = self.indices & _LOW, self.indices >> _SHIFT
         key = (self.seed & 0xFFFFFFFF, self.seed >> 32)
-        blocks = [philox((counter_low | np.uint64(block), low, high, self.views), key) for block in range(-(-count // 4))]
+        blocks = [
+            philox((counter_low | np.uint64(block), low, high, self.views), key) for block in range(-(-count // 4))
+        ]
         return np.stack([word for block in blocks for word in block], axis=1)[:, :count]
 
 

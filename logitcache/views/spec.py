@@ -20,8 +20,8 @@ from logitcache.views.keys import Draws, ViewKey
 class ViewSpec(Component):
     """A number of deterministically augmented copies of every image.
 
-    The pixels of a view are a pure function of `augmentations`, `seed` and `plan_version`; `num_views` only says how many
-    of the endless row of views there are.
+    The pixels of a view are a pure function of `augmentations`, `seed` and `plan_version`; `num_views` only says how
+    many of the endless row of views there are.
     """
 
     num_views: Annotated[int, Field(ge=1, lt=2**32)] = 1

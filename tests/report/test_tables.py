@@ -10,6 +10,7 @@ def test_results_are_aligned_text_in_a_pipe():
             "complete": True,
             "teacher": None,
             "problems": [],
+            "sizes": list(range(1000)),
             "students": [{"name": "cached", "top1": 0.79012}, {"name": "labels", "seeds": 3}],
         }
     )
@@ -20,6 +21,7 @@ def test_results_are_aligned_text_in_a_pipe():
         "complete       yes",
         "teacher        -",
         "problems       -",
+        "sizes          1000 entries",
         "",
         "students:",
         "  name    top1    seeds",

@@ -1,4 +1,4 @@
-"""Encodings: two-way maps between a teacher's logits and named arrays. A new one is added to the union on the last line."""
+"""Encodings: two-way maps between a teacher's logits and named arrays; a new one joins the union on the last line."""
 
 from typing import Annotated
 

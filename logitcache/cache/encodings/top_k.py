@@ -27,7 +27,9 @@ class TopK(Component):
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
         """List the arrays that a row of `num_classes` logits takes."""
         if self.k > num_classes:
-            raise RecipeError(f"top_k keeps k = {self.k} of {num_classes} classes. Fix: k <= {num_classes}, or kind: dense")
+            raise RecipeError(
+                f"top_k keeps k = {self.k} of {num_classes} classes. Fix: k <= {num_classes}, or kind: dense"
+            )
         index = "uint16" if num_classes <= 2**16 else "uint32"
         return (
             RowArray("log_p", (self.k,), "float16", ("rank",)),

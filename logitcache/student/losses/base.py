@@ -17,5 +17,7 @@ def targets_of(teachers: Mapping[str, Targets], name: str | None) -> Targets:
     if name is None and len(teachers) == 1:
         return next(iter(teachers.values()))
     if name is None or name not in teachers:
-        raise RecipeError(f"a loss asks for teacher {name!r}; the cache has {sorted(teachers)}. Fix: set the loss's `teacher`")
+        raise RecipeError(
+            f"a loss asks for teacher {name!r}; the cache has {sorted(teachers)}. Fix: set the loss's `teacher`"
+        )
     return teachers[name]

@@ -1,4 +1,4 @@
-"""Knowledge distillation by soft targets: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015)."""
+"""Soft targets: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015)."""
 
 from typing import ClassVar, Literal
 
