@@ -43,6 +43,16 @@ def finish() -> None:
         _output.progress = None
 
 
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Show nothing while the block runs: for one step of several that are told together."""
+    shown, _output.console = _output.console, None
+    try:
+        yield
+    finally:
+        _output.console = shown
+
+
 def say(message: str) -> None:
     """Write one line on stderr, above any bar."""
     if _output.console is not None:

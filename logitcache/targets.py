@@ -30,10 +30,15 @@ class EncodedLogits(Protocol):
 Logits = Tensor | EncodedLogits
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return float16 and bfloat16 values in float32; float64 stays, for checks of gradients."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def log_probs(logits: Logits, temperature: float = 1.0) -> Tensor:
-    """Return log softmax(logits / temperature) in float32, [B, C], of a tensor [B, C] or an encoded form."""
+    """Return log softmax(logits / temperature), [B, C], of a tensor [B, C] or an encoded form; at least in float32."""
     if isinstance(logits, Tensor):
-        return torch.log_softmax(logits.float() / temperature, dim=1)
+        return torch.log_softmax(at_least_float32(logits) / temperature, dim=1)
     return logits.log_probs(temperature)
 
 
@@ -58,10 +63,10 @@ class TopKLogits:
     def log_probs(self, temperature: float) -> Tensor:
         """Return log softmax(z / temperature), float32 [B, C]; the tail's mass is spread evenly.
 
-        With s = 1/T the tail's log mean exp(s x) is its cumulant function K(s). K(0) = 0, K'(0) = mean, K''(0) =
-        variance and K(1) are stored; the cubic through them, held within the bounds that convexity gives
-        (s·mean ≤ K(s) ≤ s·K(1) for s ≤ 1, and s·K(1) ≤ K(s) ≤ s·smallest kept for s ≥ 1), is exact at T = 1 and
-        to second order at high T.
+        With s = 1/T the tail's log mean exp(s x) is its cumulant function K(s), which is convex. K(0) = 0, K'(0) =
+        mean, K''(0) = variance and K(1) are stored. For s ≤ 1 it is the cubic through them, held between s·mean and
+        s·K(1): exact at T = 1, and to second order at high T. For s > 1 it is the tangent at 1, whose slope is the
+        cubic's, held between K(1) and the smallest kept, as no x is larger.
         """
         s = 1.0 / temperature
         kept = self.log_p.float() * s
@@ -71,9 +76,13 @@ class TopKLogits:
         else:
             log_mass, mean, variance = self.tail.float().unbind(1)
             at_one = log_mass - torch.log(torch.tensor(float(num_dropped)))
-            cubic = s * mean + s**2 * variance / 2 + s**3 * (at_one - mean - variance / 2)
-            low, high = (s * mean, s * at_one) if s <= 1 else (s * at_one, kept[:, -1])
-            tail = torch.minimum(torch.maximum(cubic, low), high)
+            if s <= 1:
+                cubic = s * mean + s**2 * variance / 2 + s**3 * (at_one - mean - variance / 2)
+                tail = torch.minimum(torch.maximum(cubic, s * mean), s * at_one)
+            else:
+                slope = 3 * at_one - 2 * mean - variance / 2
+                smallest = self.log_p[:, -1].float()
+                tail = at_one + (s - 1) * torch.minimum(torch.maximum(slope, at_one), smallest)
             scores = tail[:, None].expand(-1, self.num_classes).clone()
         return torch.log_softmax(scores.scatter_(1, self.index.long(), kept), dim=1)
 

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from logitcache.device import autocast, grad_scaler, pin, resolve_device, synchronize, to_device
+from logitcache.device import (
+    autocast,
+    grad_scaler,
+    own_randomness,
+    pin,
+    random_states,
+    resolve_device,
+    set_random_states,
+    synchronize,
+    to_device,
+)
 from logitcache.errors import RecipeError
 
 CPU = torch.device("cpu")
@@ -52,6 +62,50 @@ def test_a_copy_to_the_cpu_needs_no_pinning() -> None:
     assert pin(tensor, CPU) is tensor
     assert to_device(tensor, CPU) is tensor
     synchronize(CPU)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def _draw(device: torch.device) -> list[float]:
+    return [*torch.rand(2).tolist(), *torch.rand(2, device=device).tolist()]
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_own_randomness_depends_on_the_seed_alone_and_leaves_the_callers(name: str) -> None:
+    device = resolve_device(name)
+    set_aside = random_states(device)
+    expected = _draw(device)
+    set_random_states(device, set_aside)
+    draws = []
+    for seed in (7, 7, 8):
+        with own_randomness(device, seed):
+            draws.append(_draw(device))
+    assert draws[0] == draws[1] != draws[2]
+    assert _draw(device) == expected
+
+
+def test_own_randomness_leaves_the_callers_after_an_error() -> None:
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), own_randomness(CPU, 1):
+        _ = torch.rand(3).tolist()[0] / 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_a_random_state_is_taken_back(name: str) -> None:
+    device = resolve_device(name)
+    states = random_states(device)
+    first = _draw(device)
+    set_random_states(device, states)
+    assert _draw(device) == first
+
+
+def test_the_state_of_another_kind_of_device_is_left_out() -> None:
+    states = random_states(CPU) | {"cuda": torch.zeros(16, dtype=torch.uint8)}
+    first = _draw(CPU)
+    set_random_states(CPU, states)
+    assert _draw(CPU) == first
 
 
 @pytest.mark.gpu

@@ -10,13 +10,14 @@ import numpy as np
 
 from logitcache.cache.encodings.base import Storage
 from logitcache.cache.manifest import Manifest, TeacherEntry
-from logitcache.errors import RecipeError
+from logitcache.errors import CacheError, RecipeError
 
 PAGE = 4096
 SHARD_BYTES = 32 << 20
 MAX_SHARD_ROWS = 65_536
 INNER_BYTES = 128 << 10
 MIN_PACKED_INNER_ROWS = 1024
+MAX_BYTES = 1 << 60
 RECORD_BYTES = 40
 """A commit record: the stored size of a shard's bytes (uint64, little endian), then their sha256."""
 
@@ -124,11 +125,21 @@ class Layout:
         """Shards of one array in one view."""
         return -(-self.num_images // self.shard_rows)
 
+    @property
+    def num_shards(self) -> int:
+        """Shards of one array."""
+        return self.num_views * self.shards_per_view
+
+    def shard(self, view: int, number: int) -> Shard:
+        """Return a view's shard by its number."""
+        start = number * self.shard_rows
+        return Shard(view, start, min(start + self.shard_rows, self.num_images))
+
     def shards(self) -> Iterator[Shard]:
         """Yield every shard, view by view."""
         for view in range(self.num_views):
-            for start in range(0, self.num_images, self.shard_rows):
-                yield Shard(view, start, min(start + self.shard_rows, self.num_images))
+            for number in range(self.shards_per_view):
+                yield self.shard(view, number)
 
     def commit_options(self, teacher: TeacherLayout) -> dict[str, Any]:
         """Return the arguments of zarr.create_array for a teacher's commit records; an absent one is all zero."""
@@ -164,6 +175,24 @@ def layout_of(manifest: Manifest) -> Layout:
         )
         teachers.append(TeacherLayout(name, entry, arrays))
     return Layout(manifest.views.num_views, manifest.num_images, manifest.shard_rows, tuple(teachers))
+
+
+def require_possible(manifest: Manifest, where: str) -> None:
+    """Raise CacheError for a manifest that no precompute can have written, before anything relies on its sizes."""
+    try:
+        arrays = [array for teacher in layout_of(manifest).teachers for array in teacher.arrays]
+        hot = [array for array in arrays if array.storage == "hot"]
+        wrong = next((array for array in hot if array.shard_rows * array.row_bytes % PAGE), None)
+        reason = "" if wrong is None else f"shards of {wrong.name} do not fill whole pages"
+    except RecipeError as error:
+        reason = str(error)
+    else:
+        sizes = [array.num_views * (array.num_images + array.shard_rows) * array.row_bytes for array in arrays]
+        pixels = math.prod((len(manifest.canaries), *manifest.image_shape))
+        if max(*sizes, pixels) > MAX_BYTES:
+            reason = f"{max(*sizes, pixels)} bytes are more than any disk holds"
+    if reason:
+        raise CacheError(f"{where}: the manifest is not valid: {reason}. Fix: remove it, and precompute again")
 
 
 def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: int | None) -> int:

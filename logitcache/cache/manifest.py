@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from logitcache.cache.encodings import Encoding
 from logitcache.device import Precision
 from logitcache.errors import CacheError, MismatchError
 from logitcache.models import Preprocessing
 from logitcache.recipe import Component, Count, Name
-from logitcache.views.canaries import Canary
+from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset, Fingerprint
 from logitcache.views.spec import ViewSpec
 
@@ -41,8 +40,15 @@ class Manifest(Component):
     image_shape: tuple[Count, Count, Count]
     shard_rows: Count
     teachers: Annotated[dict[Name, TeacherEntry], Field(min_length=1)]
-    canaries: tuple[Canary, ...]
+    canaries: Annotated[tuple[Canary, ...], Field(min_length=1, max_length=NUM_CANARIES)]
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _canaries_exist(self) -> Self:
+        for canary in self.canaries:
+            if not (0 <= canary.view < self.views.num_views and 0 <= canary.index < self.num_images):
+                raise ValueError(f"a canary of view {canary.view}, image {canary.index}, which do not exist")
+        return self
 
     @property
     def num_images(self) -> int:
@@ -63,9 +69,9 @@ def _digest(stored: object) -> str:
     return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).hexdigest()
 
 
-def parse_manifest(attributes: Mapping[str, Any], where: str) -> Manifest:
+def parse_manifest(attributes: object, where: str) -> Manifest:
     """Read the stored form; raise CacheError when it is of another format or was changed."""
-    entry = attributes.get("logitcache")
+    entry = attributes.get("logitcache") if isinstance(attributes, dict) else None
     if not isinstance(entry, dict):
         raise CacheError(f"{where} is a Zarr store, but not a logitcache cache: its attributes have no 'logitcache'")
     if entry.get("format_version") != FORMAT_VERSION:
@@ -73,14 +79,19 @@ def parse_manifest(attributes: Mapping[str, Any], where: str) -> Manifest:
             f"{where} has format version {entry.get('format_version')!r}, this release reads {FORMAT_VERSION}. "
             "Fix: install the release of logitcache that wrote it"
         )
-    if entry.get("sha256") != _digest(entry.get("manifest")):
-        raise CacheError(
-            f"{where}: the manifest is damaged (its sha256 differs). Fix: restore zarr.json, or precompute again"
-        )
     try:
+        if entry.get("sha256") != _digest(entry.get("manifest")):
+            raise CacheError(
+                f"{where}: the manifest is damaged (its sha256 differs). Fix: restore zarr.json, or remove {where} and "
+                "precompute again"
+            )
         return Manifest.model_validate_json(json.dumps(entry["manifest"]))
     except ValidationError as error:
-        raise CacheError(f"{where}: the manifest is not valid: {error.errors()[0]['msg']}") from error
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "all of it"
+        raise CacheError(f"{where}: the manifest is not valid: {place}: {first['msg']}") from error
+    except RecursionError as error:
+        raise CacheError(f"{where}: the manifest is not valid: it is nested too deeply") from error
 
 
 def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from logitcache.cache.layout import PAGE, ArrayLayout, Shard
 from logitcache.errors import CacheError
 
+_PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -24,7 +25,10 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 def _map(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
     mapped: int | None = _libc.mmap(address, size, protection, flags, descriptor, 0)
     if mapped is None or mapped == _MAP_FAILED:
-        raise OSError(ctypes.get_errno(), f"mmap of {size} bytes: {os.strerror(ctypes.get_errno())}")
+        raise CacheError(
+            f"{size} bytes of the cache cannot be mapped: {os.strerror(ctypes.get_errno())}. "
+            "Fix: allow the process more address space (ulimit -v), or store {storage: packed}"
+        )
     return mapped
 
 
@@ -38,11 +42,10 @@ def map_rows(root: Path, array: ArrayLayout, shards: list[Shard]) -> NDArray[Any
     assert shard_bytes % PAGE == 0
     per_view = -(-array.num_images // array.shard_rows)
     total = array.num_views * per_view * shard_bytes
-    base = _map(
-        None, total, mmap.PROT_NONE if hasattr(mmap, "PROT_NONE") else 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1
-    )
+    base = _map(None, total, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
     memory = (ctypes.c_uint8 * total).from_address(base)
-    weakref.finalize(memory, _libc.munmap, base, total)
+    # Not when the interpreter ends: other threads may still read, and the memory goes with the process.
+    weakref.finalize(memory, _libc.munmap, base, total).atexit = False
     for shard in shards:
         number = shard.view * per_view + shard.start // array.shard_rows
         _map_file(root / array.file(shard), array, shard, base + number * shard_bytes)

@@ -4,19 +4,17 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from numpy.typing import NDArray
-from zarr.storage import LocalStore
 
-from logitcache.cache.create import CANARIES, DIGESTS, LABELS, read_manifest
+from logitcache.cache.create import read_manifest
 from logitcache.cache.layout import Layout, TeacherLayout, layout_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.rows import PACKED_MEMORY, HotRows, PackedRows, RowSource
-from logitcache.cache.verify import check_metadata, committed, require_intact
+from logitcache.cache.skeleton import read_canaries, read_digests, read_labels, require_sound_skeleton
+from logitcache.cache.verify import committed_shards, require_intact
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.targets import Targets
 from logitcache.versions import versions
@@ -36,7 +34,7 @@ class Cache:
         self.path = path
         self.manifest = manifest
         self.layout: Layout = layout_of(manifest)
-        self.shards = [shard for shard in self.layout.shards() if committed(path, self.layout, shard)]
+        self.shards = committed_shards(path, self.layout)
 
     @property
     def num_views(self) -> int:
@@ -49,12 +47,12 @@ class Cache:
     @property
     def complete(self) -> bool:
         """Whether every shard is committed."""
-        return len(self.shards) == self.num_views * self.layout.shards_per_view
+        return len(self.shards) == self.layout.num_shards
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """Labels as stage one saw them, [N]; -1 where there is none."""
-        return np.asarray(self._array(LABELS)[:], dtype=np.int64)
+        return read_labels(self.path, self.manifest)
 
     @cached_property
     def _sources(self) -> dict[str, RowSource]:
@@ -112,12 +110,12 @@ class Cache:
     def require_dataset(self, dataset: ImageDataset) -> None:
         """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
         if fingerprint(dataset) != self.manifest.fingerprint:
-            digests = np.asarray(self._array(DIGESTS)[:], dtype=np.uint64)
+            digests = read_digests(self.path, self.manifest)
             raise MismatchError(f"{self.path}: {explain_difference(self.manifest.fingerprint, digests, dataset)}")
 
     def require_canaries(self, views: Views, verify: canaries.Level = "strict") -> None:
         """Raise ReplayMismatchError unless views rendered here are those that the teacher saw."""
-        pixels = torch.from_numpy(np.asarray(self._array(CANARIES)[...]))
+        pixels = torch.from_numpy(read_canaries(self.path, self.manifest))
         warning = canaries.judge(canaries.compare(views, self.manifest.canaries, pixels), verify, self._provenance())
         if warning:
             warnings.warn(warning, stacklevel=2)
@@ -137,9 +135,6 @@ class Cache:
             f"{key} {recorded.get(key)} -> {here[key]}" for key in here if here[key] != recorded.get(key)
         )
         return f"{self.path}, spec {self.manifest.views.digest()[:8]}; versions: {changed or 'as recorded'}"
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        return zarr.open_array(LocalStore(self.path / name, read_only=True), mode="r")
 
     def loader(
         self,
@@ -184,12 +179,12 @@ def open_cache(path: str | Path) -> Cache:
     """
     root = Path(path)
     cache = Cache(root, read_manifest(root))
-    check_metadata(root, cache.manifest)
+    require_sound_skeleton(root, cache.manifest)
     if not cache.complete:
-        total = cache.num_views * cache.layout.shards_per_view
+        total = cache.layout.num_shards
         raise CacheError(
             f"{root} is incomplete: {total - len(cache.shards)} of {total} shards are not committed. "
             "Fix: run the same `logitcache precompute` command again, it continues"
         )
-    require_intact(root, cache.layout)
+    require_intact(root, cache.layout, cache.shards)
     return cache

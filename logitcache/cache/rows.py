@@ -1,6 +1,7 @@
 """Sources of rows: hot arrays are read in place, packed ones are decoded by whole shards."""
 
 from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,8 +41,7 @@ class PackedRows:
     """Rows of decoded shards, the least recently used of which are forgotten."""
 
     def __init__(self, root: Path, layout: ArrayLayout, memory: int = PACKED_MEMORY) -> None:
-        self._path = root / layout.name
-        self._array = zarr.open_array(LocalStore(self._path, read_only=True), mode="r")
+        self._root, self._layout = root, layout
         self._shard_rows = layout.shard_rows
         self._shape, self._dtype = layout.row_shape, layout.dtype
         self._room = max(2, memory // (layout.shard_rows * layout.row_bytes))
@@ -59,13 +59,26 @@ class PackedRows:
     def _shard(self, view: int, number: int) -> NDArray[Any]:
         key = (view, number)
         if key not in self._decoded:
-            start = number * self._shard_rows
-            try:
-                values = self._array[view, start : start + self._shard_rows]
-            except (ValueError, RuntimeError, OSError) as error:
-                raise CacheError(f"{self._path}: shard {number} of view {view} cannot be decoded: {error}") from error
-            self._decoded[key] = np.asarray(values)
+            self._decoded[key] = self._decode(view, number)
             while len(self._decoded) > self._room:
                 self._decoded.popitem(last=False)
         self._decoded.move_to_end(key)
         return self._decoded[key]
+
+    def _decode(self, view: int, number: int) -> NDArray[Any]:
+        start = number * self._shard_rows
+        shard = Shard(view, start, min(start + self._shard_rows, self._layout.num_images))
+        file = self._root / self._layout.file(shard)
+        # zarr gives fill values for a file that is not there.
+        if not file.is_file():
+            raise CacheError(f"{file} is missing. Fix: run `logitcache precompute` again, it writes what is missing")
+        try:
+            return np.asarray(self._array[view, shard.start : shard.stop])
+        except Exception as error:  # zarr and its codecs raise anything for damaged bytes
+            raise CacheError(
+                f"{file} cannot be decoded: {error}. Fix: run `logitcache precompute` again, it rewrites this shard"
+            ) from error
+
+    @cached_property
+    def _array(self) -> zarr.Array[Any]:
+        return zarr.open_array(LocalStore(self._root / self._layout.name, read_only=True), mode="r")

@@ -1,25 +1,25 @@
-"""Compare a cache's bytes with its commit records, its metadata with its manifest, and its images with its canaries."""
+"""Compare a cache's stored bytes with its commit records."""
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+import itertools
+import os
+import re
+import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import zarr
-from zarr.storage import LocalStore, MemoryStore
 
-from logitcache.cache.create import CANARIES, DIGESTS, LABELS, skeleton_arrays
 from logitcache.cache.layout import RECORD_BYTES, ArrayLayout, Layout, Shard, TeacherLayout
 from logitcache.cache.manifest import Manifest
-from logitcache.console import track
+from logitcache.cache.skeleton import skeleton_problems
 from logitcache.errors import CacheError
 from logitcache.files import file_digests
-from logitcache.views.canaries import pixel_digest
 
 SHOWN = 5
+LISTED = 1000
+_RECORD = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})\.0\.0")
 
 
 class StoredShard(NamedTuple):
@@ -49,25 +49,36 @@ class Verification:
     problems: tuple[str, ...]
 
 
-def committed(root: Path, layout: Layout, shard: Shard) -> bool:
-    """Tell whether every teacher's commit record of a shard is there."""
-    return all((root / teacher.record_file(shard)).is_file() for teacher in layout.teachers)
+def committed_shards(root: Path, layout: Layout) -> list[Shard]:
+    """List the shards for which every teacher's commit record is there.
+
+    It takes time by the records that there are, not by the shards that a manifest claims.
+    """
+    found = [_recorded_shards(root, layout, teacher) for teacher in layout.teachers]
+    return sorted(set.intersection(*found))
 
 
-def stored_shards(root: Path, teacher: TeacherLayout, shards: Sequence[Shard]) -> Iterator[StoredShard]:
-    """Yield every array's part of every shard with its record; raise CacheError where a record is damaged."""
-    for shard in shards:
-        file = root / teacher.record_file(shard)
-        try:
-            records = file.read_bytes()
-        except OSError as error:
-            raise CacheError(f"{file}: {error.strerror}. Fix: run `logitcache precompute` again") from error
-        if len(records) != RECORD_BYTES * len(teacher.arrays):
-            raise CacheError(
-                f"{file}: a commit record of {len(records)} bytes is damaged. Fix: run `logitcache precompute` again"
-            )
-        for number, array in enumerate(teacher.arrays):
-            yield StoredShard(array, shard, records[number * RECORD_BYTES : (number + 1) * RECORD_BYTES])
+def _recorded_shards(root: Path, layout: Layout, teacher: TeacherLayout) -> set[Shard]:
+    shards = set()
+    for name in os.listdir(root / teacher.commits) if (root / teacher.commits).is_dir() else ():
+        match = _RECORD.fullmatch(name)
+        if match:
+            shard = layout.shard(int(match[1]), int(match[2]))
+            if shard.view < layout.num_views and shard.start < layout.num_images:
+                shards.add(shard)
+    return shards
+
+
+def _stored(root: Path, teacher: TeacherLayout, shard: Shard) -> list[StoredShard]:
+    """Return every array's part of a shard with its record; raise CacheError where that is damaged."""
+    file = root / teacher.record_file(shard)
+    if _size(file) != RECORD_BYTES * len(teacher.arrays):
+        raise CacheError(f"view {shard.view} rows {shard.start}..{shard.stop}: the commit record {file} is damaged")
+    records = file.read_bytes()
+    return [
+        StoredShard(array, shard, records[number * RECORD_BYTES : (number + 1) * RECORD_BYTES])
+        for number, array in enumerate(teacher.arrays)
+    ]
 
 
 def damaged(root: Path, layout: Layout, shards: Sequence[Shard], *, fresh: bool = False) -> dict[Shard, list[str]]:
@@ -77,18 +88,19 @@ def damaged(root: Path, layout: Layout, shards: Sequence[Shard], *, fresh: bool 
         readable = []
         for shard in shards:
             try:
-                parts = list(stored_shards(root, teacher, [shard]))
+                parts = _stored(root, teacher, shard)
             except CacheError as error:
                 found.setdefault(shard, []).append(str(error))
                 continue
             for part in parts:
                 file = root / part.array.file(shard)
-                size = file.stat().st_size if file.is_file() else None
+                size = _size(file)
                 if size == part.size:
                     readable.append(part)
                 else:
+                    here = "no regular file" if size is None else f"{size} bytes"
                     found.setdefault(shard, []).append(
-                        f"{part.name}: {_size(size)}, its record says {part.size} ({file})"
+                        f"{part.name}: {here} where its record says {part.size} bytes ({file})"
                     )
         files = [root / part.array.file(part.shard) for part in readable]
         digests = file_digests(files, what="shard", fresh=fresh, error=CacheError)
@@ -99,13 +111,18 @@ def damaged(root: Path, layout: Layout, shards: Sequence[Shard], *, fresh: bool 
     return found
 
 
-def _size(size: int | None) -> str:
-    return "the file is missing" if size is None else f"{size} bytes"
+def _size(file: Path) -> int | None:
+    """Return the size of a regular file; None for anything else, links included."""
+    try:
+        status = file.lstat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def require_intact(root: Path, layout: Layout) -> None:
-    """Raise CacheError naming the damaged shards of a complete cache."""
-    lines = [line for problems in damaged(root, layout, list(layout.shards())).values() for line in problems]
+def require_intact(root: Path, layout: Layout, shards: Sequence[Shard]) -> None:
+    """Raise CacheError naming the damaged ones of committed shards."""
+    lines = [line for problems in damaged(root, layout, shards).values() for line in problems]
     if lines:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise CacheError(
@@ -116,61 +133,21 @@ def require_intact(root: Path, layout: Layout) -> None:
         )
 
 
-def metadata_problems(root: Path, manifest: Manifest) -> Iterator[str]:
-    """Compare each array's metadata with what the manifest implies."""
-    group = zarr.create_group(MemoryStore())
-    for options in skeleton_arrays(manifest):
-        wanted = group.create_array(**options).metadata.to_dict()
-        file = root / options["name"] / "zarr.json"
-        try:
-            found = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            yield f"{file} cannot be read: {error}"
-            continue
-        if found != json.loads(json.dumps(wanted)):
-            yield f"{file} does not describe the array that the manifest implies"
-
-
-def check_metadata(root: Path, manifest: Manifest) -> None:
-    """Raise CacheError when an array's metadata does not agree with the manifest."""
-    problems = list(metadata_problems(root, manifest))
-    if problems:
-        raise CacheError(
-            f"{root} is damaged:\n  "
-            + "\n  ".join(problems[:SHOWN])
-            + "\n  Fix: restore these files, or precompute again"
-        )
-
-
-def sample_problems(root: Path, manifest: Manifest) -> Iterator[str]:
-    """Compare labels, image digests and canary pixels with the manifest."""
-    expected: list[tuple[str, Any]] = [(LABELS, manifest.fingerprint.labels), (DIGESTS, manifest.fingerprint.content)]
-    for name, digest in expected:
-        values = _read(root, name)
-        if values is None or hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest() != digest:
-            yield f"{root / name}: its values differ from the manifest's digest"
-    pixels = _read(root, CANARIES)
-    for number, canary in enumerate(manifest.canaries):
-        if pixels is None or pixel_digest(pixels[number]) != canary.augmented:
-            yield f"{root / CANARIES}: the pixels of canary {number} differ from the manifest's digest"
-
-
-def _read(root: Path, name: str) -> np.ndarray[Any, Any] | None:
-    try:
-        return np.asarray(zarr.open_array(LocalStore(root / name, read_only=True), mode="r")[...])
-    except (ValueError, OSError, RuntimeError):
-        return None
-
-
 def verify_cache(root: Path, manifest: Manifest, layout: Layout) -> Verification:
     """Read every stored byte again and list everything that is wrong."""
-    problems = list(metadata_problems(root, manifest)) + list(sample_problems(root, manifest))
-    shards = list(layout.shards())
-    present = [shard for shard in shards if committed(root, layout, shard)]
-    problems += [f"view {s.view} rows {s.start}..{s.stop}: not committed" for s in shards if s not in set(present)]
-    for lines in damaged(root, layout, list(track(present, "verify", len(present), "shards")), fresh=True).values():
+    problems = [problem.text for problem in skeleton_problems(root, manifest)]
+    present = committed_shards(root, layout)
+    problems += _not_committed(layout, set(present))
+    for lines in damaged(root, layout, present, fresh=True).values():
         problems += lines
-    return Verification(len(shards), stored_bytes(root), tuple(problems))
+    return Verification(layout.num_shards, stored_bytes(root), tuple(problems))
+
+
+def _not_committed(layout: Layout, present: set[Shard]) -> list[str]:
+    missing = (shard for shard in layout.shards() if shard not in present)
+    lines = [f"view {s.view} rows {s.start}..{s.stop}: not committed" for s in itertools.islice(missing, LISTED)]
+    more = layout.num_shards - len(present) - len(lines)
+    return [*lines, f"and {more} more are not committed"] if more else lines
 
 
 def stored_bytes(root: Path) -> int:

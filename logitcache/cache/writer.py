@@ -29,7 +29,12 @@ class ShardEncoder:
     def encode(self, shard: Shard, rows: NDArray[Any]) -> memoryview:
         """Return the bytes of the shard that holds `rows`, [stop - start, *row_shape]."""
         self._array[shard.view, shard.start : shard.stop] = rows
-        return memoryview(self._bytes.pop(self._layout.file(shard)).as_buffer_like())
+        stored = memoryview(self._bytes.pop(self._layout.file(shard)).as_buffer_like())
+        if self._layout.storage == "hot":
+            # Readers map these rows in place.
+            assert stored.nbytes == self._layout.hot_bytes(len(rows)), "zarr lays out shards in another way"
+            assert np.array_equal(np.frombuffer(stored, np.uint8, rows.nbytes), rows.reshape(-1).view(np.uint8))
+        return stored
 
 
 class CacheWriter:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -15,7 +16,7 @@ from typer import BadParameter
 from logitcache import console
 from logitcache.cli.commands import app
 from logitcache.cli.common import Answer
-from logitcache.errors import LogitCacheError
+from logitcache.errors import LogitCacheError, Stopped
 
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -64,6 +65,8 @@ def _run(arguments: list[str]) -> int:
         console.finish()
         code, message = _explain(error, debug="--debug" in arguments)
         _print_errors([message])
+        if isinstance(error, Stopped):
+            print(f"Resume: {_resume_line(arguments)}", file=sys.stderr, flush=True)
         if as_json:
             _print_json({"error": _error_entry(type(error).__name__, message, code)})
         return code
@@ -109,6 +112,12 @@ def _explain(error: Exception, debug: bool) -> tuple[int, str]:
     with tempfile.NamedTemporaryFile("w", prefix="logitcache-", suffix=".txt", delete=False, encoding="utf-8") as file:
         traceback.print_exception(error, file=file)
     return EXIT_BUG, f"this is a bug: {summary} (traceback in {file.name}; --debug shows it)"
+
+
+def _resume_line(arguments: list[str]) -> str:
+    """Return the command line that continues where this one stopped."""
+    flag = ["--resume"] if arguments[0].startswith("train-") and "--resume" not in arguments else []
+    return shlex.join(["logitcache", *arguments, *flag])
 
 
 def _usage_message(error: Any) -> str:

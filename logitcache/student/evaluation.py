@@ -3,23 +3,30 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.reader import Cache, open_cache
 from logitcache.console import track
-from logitcache.device import Precision, autocast, resolve_device
+from logitcache.device import Precision, autocast, own_randomness, resolve_device
 from logitcache.errors import MismatchError, RecipeError
-from logitcache.models import Classifier, load_model, read_stored, resolve_preprocessing
-from logitcache.recipe import load_recipe
+from logitcache.models import Classifier, Custom, StoredModel, load_model, read_stored, resolve_preprocessing
+from logitcache.recipe import load_recipe, read_recipe
+from logitcache.stopping import StopFlag
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, Validation
 from logitcache.targets import Targets, log_probs
-from logitcache.views.datasets import open_dataset
+from logitcache.views.canaries import Level
+from logitcache.views.datasets import Custom as CustomImages
+from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, ViewSpec
+
+NUM_SAMPLES = 8
+MODEL_FACTORY = "model.factory="
+STATED_IMAGES = ("validation=", "validation.dataset=", "validation.dataset.factory=")
 
 
 @dataclass(frozen=True)
@@ -50,20 +57,37 @@ class EvaluationResult:
 class Validator:
     """Images to measure on, in order, with the teacher's answers where they are known."""
 
-    def __init__(self, views: Views, targets_of: TargetsOf, batch_size: int, num_workers: int) -> None:
+    def __init__(self, views: Views, cache: Cache | None, batch_size: int, num_workers: int) -> None:
+        targets_of: TargetsOf = no_targets if cache is None else cache.rows
+        self._views, self._cache = views, cache
         self._loader = EpochLoader(views, targets_of, batch_size=batch_size, num_workers=num_workers)
-        count = len(views.dataset.ids)
-        self._batches = [
-            [ViewKey(0, i) for i in range(s, min(s + batch_size, count))] for s in range(0, count, batch_size)
-        ]
-        self.num_images = count
+        self.num_images = len(views.dataset.ids)
+
+    def identity(self) -> dict[str, Any]:
+        """Say which images and whose answers these are; reads the images that are not remembered."""
+        if self._cache is not None:
+            return {"cache": self._cache.manifest.digest()}
+        return {"dataset": fingerprint(self._views.dataset).model_dump(mode="json")}
+
+    def sample(self) -> Tensor:
+        """Render the first few images, uint8 [B, C, H, W]."""
+        return self._views.__getitems__(self._keys(0, NUM_SAMPLES))
+
+    def _keys(self, start: int, count: int) -> list[ViewKey]:
+        return [ViewKey(0, index) for index in range(start, min(start + count, self.num_images))]
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, device: torch.device, precision: Precision = "float32") -> Measures:
-        """Run a model (uint8 pixels in, logits out) over all images."""
+    def measure(
+        self, model: nn.Module, device: torch.device, precision: Precision = "float32", stop: StopFlag | None = None
+    ) -> Measures:
+        """Run a model (uint8 pixels in, logits out) over all images; raises Stopped when the flag is set."""
         model.eval()
         totals = torch.zeros(7, dtype=torch.float64)
-        for batch in track(self._loader.batches(self._batches), "validate", len(self._batches), "batches"):
+        size = self._loader.batch_size
+        batches = self._loader.batches(self._keys(start, size) for start in range(0, self.num_images, size))
+        for batch in track(batches, "validate", len(self._loader), "batches"):
+            if stop:
+                raise stop.stopped("stopped while measuring; the same command with --resume continues")
             batch = batch.to(device)
             with autocast(device, precision):
                 logits = model(batch.images).float()
@@ -93,44 +117,78 @@ def _counts(logits: Tensor, labels: Tensor, teachers: Mapping[str, Targets]) -> 
     return torch.stack([count.to("cpu", torch.float64) for count in counts])
 
 
-def open_validator(validation: Validation | None, num_classes: int, num_workers: int) -> Validator | None:
-    """Open the images to measure on; raises MismatchError when they are of another number of classes."""
+def open_validator(
+    validation: Validation | None, num_classes: int, num_workers: int, verify: Level = "strict"
+) -> Validator | None:
+    """Open the images to measure on; raises MismatchError when they, or the cache's teachers, have other classes."""
     if validation is None:
         return None
-    targets_of: TargetsOf = no_targets
-    if validation.cache is not None:
-        cache = open_cache(validation.cache)
-        views, targets_of = cache.views(validation.dataset), cache.rows
-    else:
+    cache = None if validation.cache is None else open_cache(validation.cache)
+    if cache is None:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
-    found = views.dataset.num_classes
-    if found not in (None, num_classes):
-        raise MismatchError(
-            f"validation has {found} classes, the model {num_classes}. Fix: validate on images of the same classes"
-        )
-    return Validator(views, targets_of, validation.batch_size, num_workers)
+    else:
+        views = cache.views(validation.dataset, verify)
+    found = {"the images": views.dataset.num_classes}
+    if cache is not None:
+        found |= {f"teacher {name!r}": entry.num_classes for name, entry in cache.manifest.teachers.items()}
+    for who, count in found.items():
+        if count not in (None, num_classes):
+            raise MismatchError(
+                f"validation: {who} has {count} classes, the model {num_classes}. Fix: validate on the same classes"
+            )
+    return Validator(views, cache, validation.batch_size, num_workers)
 
 
 def evaluate(run: Path, overrides: Sequence[str] = ()) -> EvaluationResult:
-    """Measure a finished run on its recipe's validation images, or on others by `overrides` (validation.cache=…)."""
-    if not (run / "recipe.yaml").is_file():
-        raise RecipeError(
-            f"{run} is no run: it has no recipe.yaml. Fix: name the `out:` directory of a finished training"
-        )
-    kind = StudentRecipe if "cache" in yaml.safe_load((run / "recipe.yaml").read_text()) else TeacherRecipe
-    recipe = load_recipe(run / "recipe.yaml", kind, overrides)
+    """Measure a finished run on its recipe's validation images, or on others by `overrides` (validation.cache=…).
+
+    What the run's files name as a factory is not called: the user says it again.
+    """
+    recipe = _read_recipe(run, overrides)
     if recipe.validation is None:
         raise RecipeError(
             f"{run} names no images to measure on. Fix: --set validation.dataset=… or --set validation.cache=…"
         )
-    stated = [text.removeprefix("model.factory=") for text in overrides if text.startswith("model.factory=")]
-    built = load_model(run, stated[-1] if stated else None)
-    classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run)))
+    stored = read_stored(run / "model.json")
     device = resolve_device(recipe.device)
-    num_classes = read_stored(run / "model.json").num_classes
-    validator = open_validator(recipe.validation, num_classes, recipe.num_workers)
+    with own_randomness(device, recipe.seed):  # a network draws its first weights, which are then replaced
+        built = load_model(run, _stated_factory(run, stored, overrides))
+    classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run)))
+    validator = open_validator(recipe.validation, stored.num_classes, recipe.num_workers, recipe.verify)
     assert validator is not None
     measures = validator.measure(classifier.to(device), device, recipe.precision)
     retention = measures.top1 / measures.teacher_top1 if measures.top1 is not None and measures.teacher_top1 else None
     parameters = sum(parameter.numel() for parameter in classifier.parameters())
     return EvaluationResult(str(run), validator.num_images, parameters, measures, retention)
+
+
+def _read_recipe(run: Path, overrides: Sequence[str]) -> StudentRecipe | TeacherRecipe:
+    """Read a run's recipe, but for its model, which `model.json` tells; `overrides` change it."""
+    path = run / "recipe.yaml"
+    if not path.is_file():
+        raise RecipeError(
+            f"{run} is no run: it has no recipe.yaml. Fix: name the `out:` directory of a finished training"
+        )
+    others = [text for text in overrides if not text.startswith(MODEL_FACTORY)]
+    recipe: StudentRecipe | TeacherRecipe
+    if "cache" in read_recipe(path):
+        recipe = load_recipe(path, StudentRecipe, others)
+    else:
+        recipe = load_recipe(path, TeacherRecipe, others)
+    images = recipe.validation.dataset if recipe.validation is not None else None
+    if isinstance(images, CustomImages) and not any(text.startswith(STATED_IMAGES) for text in others):
+        raise RecipeError(
+            f"{path} names the factory '{images.factory}', and what a file names is never called.\n"
+            f"  Fix: if you trust it, --set validation.dataset.factory={images.factory}"
+        )
+    return recipe
+
+
+def _stated_factory(run: Path, stored: StoredModel, overrides: Sequence[str]) -> str | None:
+    stated = [text.removeprefix(MODEL_FACTORY) for text in overrides if text.startswith(MODEL_FACTORY)]
+    if isinstance(stored.model, Custom) and not stated:
+        raise RecipeError(
+            f"{run} is a model of the factory '{stored.model.factory}', and what a file names is never called.\n"
+            f"  Fix: if you trust it, --set {MODEL_FACTORY}{stored.model.factory}"
+        )
+    return stated[-1] if stated else None

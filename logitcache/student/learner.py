@@ -4,27 +4,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
-from logitcache.device import grad_scaler
+from logitcache.device import grad_scaler, random_states, set_random_states
 from logitcache.models import Classifier
 from logitcache.student.recipes import TrainingRecipe
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Learner:
     """A model in training; `state` and `load` carry it over a stop bit by bit."""
 
-    def __init__(self, recipe: TrainingRecipe, classifier: Classifier, num_terms: int, device: torch.device) -> None:
+    def __init__(self, recipe: TrainingRecipe, classifier: Classifier, device: torch.device) -> None:
         self.device = device
         self.model = classifier.to(device)
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = recipe.optimizer.build(self.model)
         self.scaler = grad_scaler(device, recipe.precision)
-        self.ema = None if recipe.ema is None else _average(self.model, recipe.ema)
-        self.forward = torch.compile(self.model) if recipe.compile else self.model
+        self._decay = recipe.ema or 0.0
+        self.ema = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True) if recipe.ema else None
+        # Kernels must depend on a batch's size alone, not on the sizes before it: a resumed run starts anywhere.
+        self.forward = torch.compile(self.model, dynamic=False) if recipe.compile else self.model
         self.step = self.epoch = self.batch = 0
-        self.sums = torch.zeros(num_terms + 1, dtype=torch.float64, device=_sums_device(device))
+        self.sums = torch.zeros(2, len(recipe.losses), dtype=torch.float64, device=_sums_device(device))
         self.seconds = 0.0
 
     @property
@@ -32,10 +36,33 @@ class Learner:
         """The model to measure and to keep: the average where there is one."""
         return self.ema.module if self.ema is not None else self.model
 
-    def add(self, terms: Tensor, count: int) -> None:
-        """Add a batch's loss terms, weighted by its images, to the sums of the epoch."""
-        values = torch.cat([terms.detach().to(self.sums), self.sums.new_ones(1)])
-        self.sums += values * count
+    def add(self, terms: Tensor, rows: Tensor) -> None:
+        """Add loss terms [L], each a mean over its number of rows [L], to the sums of the epoch."""
+        self.sums += torch.stack([terms.detach().to(self.sums) * rows.to(self.sums), rows.to(self.sums)])
+
+    def means(self) -> list[float]:
+        """Return each loss term's mean over the rows of the epoch so far."""
+        totals, rows = self.sums
+        means: list[float] = (totals / rows.clamp(min=1)).tolist()
+        return means
+
+    def finite(self) -> bool:
+        """Say whether every loss of the epoch so far and every weight is a number."""
+        values = [self.sums, *(parameter.detach() for parameter in self.model.parameters())]
+        return all(bool(value.isfinite().all()) for value in values)
+
+    def end_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
+        self.sums.zero_()
+
+    def _average(self, averages: Tensors, currents: Tensors, num_averaged: Tensor | int) -> None:
+        """Move averages towards currents; early on by more than 1 - decay, or the initial weights would stay long."""
+        decay = min(self._decay, (1 + self.step) / (10 + self.step))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(list(averages), list(currents), 1 - decay)
+        else:
+            torch._foreach_copy_(list(averages), list(currents))  # counters
 
     def state(self) -> dict[str, Any]:
         """Return everything as tensors and plain numbers."""
@@ -47,27 +74,20 @@ class Learner:
             "place": [self.step, self.epoch, self.batch],
             "sums": self.sums,
             "seconds": self.seconds,
-            "random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "random": random_states(self.device),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave; its tensors are on the CPU."""
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch, self.batch = state["place"]
-        self.sums, self.seconds = state["sums"], state["seconds"]
-        torch.set_rng_state(state["random"].cpu())
-        if state["cuda_random"] is not None:
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
-
-
-def _average(model: nn.Module, decay: float) -> AveragedModel:
-    average = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.sums.copy_(state["sums"])
+        self.seconds = state["seconds"]
+        set_random_states(self.device, state["random"])
 
 
 def _sums_device(device: torch.device) -> torch.device:

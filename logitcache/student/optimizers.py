@@ -7,9 +7,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from logitcache.errors import RecipeError
 from logitcache.recipe import Component, Float, Fraction, Positive
 
 NonNegative = Annotated[Float, Field(ge=0.0)]
+Momentum = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
 
 class SGD(Component):
@@ -17,7 +19,7 @@ class SGD(Component):
 
     kind: Literal["sgd"] = "sgd"
     lr: Positive = 0.1
-    momentum: Fraction = 0.9
+    momentum: Momentum = 0.9
     nesterov: bool = True
     weight_decay: NonNegative = 5e-4
 
@@ -34,7 +36,7 @@ class AdamW(Component):
 
     kind: Literal["adamw"] = "adamw"
     lr: Positive = 1e-3
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     weight_decay: NonNegative = 0.05
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
@@ -43,8 +45,12 @@ class AdamW(Component):
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split trainable parameters: weights decay, biases and normalisation do not."""
+    """Split trainable parameters: weights decay, biases and normalisation do not. Raises RecipeError for none."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise RecipeError(
+            "the model has no parameter to train. Fix: another model, or requires_grad where it is frozen"
+        )
     return [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},

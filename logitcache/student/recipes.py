@@ -1,6 +1,6 @@
 """The recipes of stage two: a student on a cache, and a teacher on labels."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from logitcache.recipe import Component, Count, Float, Name, Positive
 from logitcache.student.losses import CrossEntropy, KLDivergence, Loss
 from logitcache.student.optimizers import AdamW, Optimizer, Schedule
 from logitcache.views.augmentations import Augmentation
+from logitcache.views.canaries import Level
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
 from logitcache.views.spec import ViewSpec
@@ -45,7 +46,8 @@ class LiveTeacher(Component):
 class TrainingRecipe(Component):
     """What training on labels and training from a cache share.
 
-    `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory.
+    `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. `verify` says how exactly
+    pixels rendered here must be those that a cache's teacher saw.
     """
 
     out: str
@@ -65,6 +67,7 @@ class TrainingRecipe(Component):
     channels_last: bool = False
     compile: bool = False
     validation: Validation | None = None
+    verify: Level = "strict"
     checkpoint_steps: Count | None = None
     num_workers: Annotated[int, Field(ge=0)] = 2
     start_method: StartMethod = "forkserver"
@@ -78,7 +81,6 @@ class StudentRecipe(TrainingRecipe):
     dataset: Dataset | None = None
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (KLDivergence(),)
     teachers: dict[Name, LiveTeacher] = Field(default_factory=dict)
-    verify: Literal["strict", "numeric", "off"] = "strict"
 
 
 class TeacherRecipe(TrainingRecipe):

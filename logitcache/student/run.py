@@ -3,19 +3,23 @@
 import csv
 import io
 import json
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from logitcache.errors import MismatchError, RecipeError
+from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.files import remove_leftovers, write_atomically
-from logitcache.recipe import Component, dump_recipe
+from logitcache.recipe import Component, dump_recipe, load_recipe
 from logitcache.versions import versions
 
-# What may change between a run and its continuation: how fast and where, never what is computed.
-_FREE = ("device", "num_workers", "start_method", "checkpoint_steps", "dataset", "teachers", "verify")
+# What may change between a run and its continuation: how fast and where, never what is computed. Places are free
+# since the identity of what lies there is compared.
+_FREE = ("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers")
+_PLACES = ("out", "cache", "dataset", "validation.cache", "validation.dataset")
 
 
 class RunDirectory:
@@ -23,42 +27,41 @@ class RunDirectory:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
+        self.checkpoint = self.path / "checkpoint.pt"
+        self._result = self.path / "result.json"
+        self._recipe, self._environment = self.path / "recipe.yaml", self.path / "environment.json"
+        self._metrics = self.path / "metrics.jsonl"
         self._rows: list[dict[str, Any]] = []
 
     @property
-    def checkpoint(self) -> Path:
-        """The state from which the run continues."""
-        return self.path / "checkpoint.pt"
+    def begun(self) -> bool:
+        """Whether there is something to continue."""
+        return self.checkpoint.exists() or self._result.exists()
 
     @property
-    def result(self) -> Path:
-        """What a finished run measured; there only when it has finished."""
-        return self.path / "result.json"
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics of the finished epochs."""
+        return list(self._rows)
 
-    def open(self, recipe: Component, identity: dict[str, Any], resume: bool) -> None:
-        """Make the directory, or prove that the recipe is the one that made it.
+    def require_free(self) -> None:
+        """Raise RecipeError where a run has begun."""
+        if self.begun:
+            raise RecipeError(f"{self.path} holds a run already. Fix: --resume to continue it, or another `out:`")
 
-        `identity` tells what the run learns from. Raises RecipeError for a run that is there and was not to be resumed,
-        MismatchError for another recipe or another cache.
-        """
-        if self.checkpoint.exists() or self.result.exists():
-            if not resume:
-                raise RecipeError(f"{self.path} holds a run already. Fix: --resume to continue it, or another `out:`")
-            self._require_same(recipe, identity)
-        self.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self.path)
-        write_atomically(self.path / "recipe.yaml", dump_recipe(recipe).encode())
-        environment = {"versions": versions(), "learns_from": identity}
-        write_atomically(self.path / "environment.json", json.dumps(environment, indent=2).encode())
-
-    def _require_same(self, recipe: Component, identity: dict[str, Any]) -> None:
-        old = yaml.safe_load((self.path / "recipe.yaml").read_text())
-        new = yaml.safe_load(dump_recipe(recipe))
-        changed = [key for key in sorted(old.keys() | new.keys()) if key not in _FREE and old.get(key) != new.get(key)]
-        lines = [f"{key}: the run has {old.get(key)!r}, the recipe {new.get(key)!r}" for key in changed]
-        learnt = json.loads((self.path / "environment.json").read_text())["learns_from"]
-        if learnt != identity:
-            lines.append(f"what it learns from: the run has {learnt}, now it is {identity}")
+    def require_recipe(self, recipe: Component) -> None:
+        """Raise MismatchError unless a run that has begun has the same recipe, apart from places and speed."""
+        if not self.begun:
+            return
+        try:
+            old = _entries(load_recipe(self._recipe, type(recipe)))
+        except RecipeError as error:
+            raise MismatchError(f"{self.path} is a run of another kind of recipe: {error}") from error
+        new = _entries(recipe)
+        lines = [
+            f"{key}: the run has {old.get(key)!r}, the recipe {new.get(key)!r}"
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key) != new.get(key)
+        ]
         if lines:
             raise MismatchError(
                 f"{self.path} is a run of another recipe:\n  "
@@ -66,21 +69,43 @@ class RunDirectory:
                 + "\n  Fix: change these back to continue it, or give another `out:`"
             )
 
+    def require_identity(self, identity: dict[str, Any]) -> None:
+        """Raise MismatchError unless a run that has begun learns from the same data and is measured on the same."""
+        if not self.begun:
+            return
+        old, new = dict(_flat(self._read_json(self._environment)["learns_from"])), dict(_flat(identity))
+        changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+        if changed:
+            raise MismatchError(
+                f"{self.path} was begun on other data; these differ: {', '.join(changed)}. "
+                "Fix: name the cache and the images that it was begun on, or give another `out:`"
+            )
+
+    def open(self, recipe: Component, identity: dict[str, Any]) -> None:
+        """Make the directory and say in it what the run is; a continuation adds its versions where they changed."""
+        sessions = self._read_json(self._environment)["versions"] if self.begun else []
+        if versions() not in sessions[-1:]:
+            sessions.append(versions())
+        self.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self.path)
+        write_atomically(self._recipe, dump_recipe(recipe).encode())
+        environment = {"versions": sessions, "learns_from": identity}
+        write_atomically(self._environment, json.dumps(environment, indent=2).encode())
+
     def rewind(self, epoch: int) -> None:
         """Forget the metrics of `epoch` and later ones, which will be computed again."""
-        file = self.path / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        self._rows = [row for row in map(json.loads, lines) if row["epoch"] < epoch]
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """The metrics of the finished epochs."""
-        return list(self._rows)
+        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
+        try:
+            self._rows = [row for row in map(json.loads, lines) if row["epoch"] < epoch]
+        except (ValueError, KeyError, TypeError) as error:
+            raise self._damaged(self._metrics, error) from error
+        if [row["epoch"] for row in self._rows] != list(range(epoch)):
+            raise self._damaged(self._metrics, "it lacks epochs that the checkpoint has")
 
     def record(self, row: dict[str, Any]) -> None:
         """Add an epoch's metrics to metrics.jsonl and metrics.csv."""
         self._rows.append(row)
-        write_atomically(self.path / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in self._rows).encode())
+        write_atomically(self._metrics, "".join(json.dumps(r) + "\n" for r in self._rows).encode())
         table = io.StringIO()
         writer = csv.DictWriter(table, list(dict.fromkeys(key for r in self._rows for key in r)))
         writer.writeheader()
@@ -93,13 +118,57 @@ class RunDirectory:
         torch.save(state, buffer)
         write_atomically(self.checkpoint, buffer.getbuffer())
 
-    def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
-        """Read the state, running nothing that the file holds; None when there is none yet."""
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """Read the state to the CPU, running nothing that the file holds; None when there is none yet."""
         if not self.checkpoint.exists():
             return None
-        state: dict[str, Any] = torch.load(self.checkpoint, map_location=device, weights_only=True)
+        try:
+            with zipfile.ZipFile(self.checkpoint) as archive:
+                # torch does not compare the checksums.
+                if (name := archive.testzip()) is not None:
+                    raise self._damaged(self.checkpoint, f"the checksum of {name} differs")
+            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+        except CacheError:
+            raise
+        except Exception as error:  # damage can surface as almost anything in a reader of archives
+            raise self._damaged(self.checkpoint, error) from error
         return state
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write what the run measured: the run is finished."""
-        write_atomically(self.result, json.dumps(result, indent=2).encode())
+        write_atomically(self._result, json.dumps(result, indent=2).encode())
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return what a finished run measured, where it lies now; None for one that is not finished."""
+        return self._read_json(self._result) | {"out": str(self.path)} if self._result.exists() else None
+
+    def _read_json(self, path: Path) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise self._damaged(path, error) from error
+        return content
+
+    def _damaged(self, path: Path, cause: object) -> CacheError:
+        reason = str(cause).partition("\n")[0]
+        return CacheError(
+            f"{path} is damaged: {reason}. Fix: put back a copy of it, or train again: remove {self.path}, or give "
+            "another `out:`"
+        )
+
+
+def _entries(recipe: Component) -> dict[str, Any]:
+    """List what decides the numbers, by dotted key."""
+    return {
+        key: value
+        for key, value in _flat(yaml.safe_load(dump_recipe(recipe)))
+        if not any(f"{key}.".startswith(f"{free}.") for free in (*_FREE, *_PLACES))
+    }
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not items:
+        yield key, value
+    for name, item in items:
+        yield from _flat(item, f"{key}.{name}" if key else str(name))

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from logitcache.cache.manifest import Manifest
-from logitcache.cache.reader import open_cache
-from logitcache.errors import RecipeError
+from logitcache.cache.reader import Cache, open_cache
+from logitcache.errors import MismatchError, RecipeError
 from logitcache.student.losses import Loss
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.targets import Targets
@@ -21,12 +21,13 @@ LiveTargets = Callable[[Tensor], Mapping[str, Targets]]
 
 @dataclass(frozen=True)
 class Source:
-    """Batches, the number of classes, and what identifies them; `live` answers in place of the cache."""
+    """Batches, the number of classes, and what identifies them; `live` teachers answer in place of the cache."""
 
     loader: EpochLoader
     num_classes: int
     identity: dict[str, Any]
     live: LiveTargets | None = None
+    num_live: int = 0
 
 
 def open_source(recipe: StudentRecipe | TeacherRecipe, live: LiveTargets | None) -> Source:
@@ -36,12 +37,13 @@ def open_source(recipe: StudentRecipe | TeacherRecipe, live: LiveTargets | None)
 
 def _from_cache(recipe: StudentRecipe, live: LiveTargets | None) -> Source:
     cache = open_cache(recipe.cache)
-    require_served(recipe.losses, cache.manifest, recipe.cache)
+    require_served(recipe.losses, cache)
     views = cache.views(recipe.dataset, recipe.verify)
     targets_of = cache.rows if live is None else no_targets
     loader = _loader(recipe, views, targets_of=targets_of, shuffle_block=cache.shuffle_block)
-    num_classes = next(iter(cache.manifest.teachers.values())).num_classes
-    return Source(loader, num_classes, {"cache": cache.manifest.digest()}, live)
+    num_classes = _num_classes(recipe.losses, cache.manifest)
+    num_live = 0 if live is None else len(cache.manifest.teachers)
+    return Source(loader, num_classes, {"cache": cache.manifest.digest(), "online": num_live > 0}, live, num_live)
 
 
 def _from_labels(recipe: TeacherRecipe) -> Source:
@@ -66,21 +68,34 @@ def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any)
     )
 
 
-def require_served(losses: Sequence[Loss], manifest: Manifest, where: str) -> None:
+def _num_classes(losses: Sequence[Loss], manifest: Manifest) -> int:
+    """Return the number of classes of the teachers that the losses ask, of the first where they ask none."""
+    first = next(iter(manifest.teachers))
+    asked = [loss.teacher or first for loss in losses if loss.needs != "labels"] or [first]
+    counts = {name: manifest.teachers[name].num_classes for name in asked}
+    if len(set(counts.values())) > 1:
+        raise MismatchError(
+            f"one student cannot learn from teachers of different numbers of classes: {counts}. "
+            "Fix: losses whose teachers predict the same classes"
+        )
+    return counts[asked[0]]
+
+
+def require_served(losses: Sequence[Loss], cache: Cache) -> None:
     """Raise RecipeError listing every loss that asks for what the cache does not hold."""
     lines = [
-        line
-        for number, loss in enumerate(losses)
-        for line in _unserved(f"losses.{number} ({loss.kind})", loss, manifest)
+        line for number, loss in enumerate(losses) for line in _unserved(f"losses.{number} ({loss.kind})", loss, cache)
     ]
     if lines:
-        raise RecipeError(f"{where} does not serve these losses:\n  " + "\n  ".join(lines))
+        raise RecipeError(f"{cache.path} does not serve these losses:\n  " + "\n  ".join(lines))
 
 
-def _unserved(what: str, loss: Loss, manifest: Manifest) -> list[str]:
-    if loss.needs is None:
-        return []
-    name = getattr(loss, "teacher", None)
+def _unserved(what: str, loss: Loss, cache: Cache) -> list[str]:
+    if loss.needs == "labels":
+        labelled = bool((cache.labels >= 0).any())
+        return [] if labelled else [f"{what} needs labels, the cache's images have none. Fix: leave this loss out"]
+    name = loss.teacher
+    manifest = cache.manifest
     names = sorted(manifest.teachers)
     if name is None and len(names) > 1:
         return [f"{what} names no teacher, the cache has {names}. Fix: set `teacher`"]

@@ -5,19 +5,20 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from logitcache.console import say, track
-from logitcache.device import autocast, resolve_device
+from logitcache.device import autocast, own_randomness, resolve_device, synchronize
 from logitcache.errors import LogitCacheError, MismatchError
-from logitcache.models import Classifier, StoredModel, default_preprocessing, resolve_preprocessing, save_model
+from logitcache.models import Classifier, StoredModel, save_model
 from logitcache.stopping import StopFlag, stop_flag
 from logitcache.student.evaluation import Validator, open_validator
 from logitcache.student.learner import Learner
+from logitcache.student.models import build_classifier
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.run import RunDirectory
 from logitcache.student.sources import LiveTargets, Source, open_source
 from logitcache.targets import Batch, Targets
-from logitcache.views.keys import ViewKey
 
 
 @dataclass(frozen=True)
@@ -46,42 +47,41 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
     images and recipe do not belong together, Stopped after SIGTERM or Ctrl-C.
     """
     device = resolve_device(recipe.device)
-    source = open_source(recipe, live)
-    validator = open_validator(recipe.validation, source.num_classes, recipe.num_workers)
     run = RunDirectory(recipe.out)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(recipe.seed)
-        classifier = _build(recipe, source)
-        learner = Learner(recipe, classifier, len(recipe.losses), device)
-        run.open(recipe, source.identity, resume)
-        saved = run.load_checkpoint(device)
-        if saved is not None:
-            learner.load(saved)
-        run.rewind(learner.epoch)
+    if not resume:
+        run.require_free()
+    run.require_recipe(recipe)
+    source = open_source(recipe, live)
+    validator = open_validator(recipe.validation, source.num_classes, recipe.num_workers, recipe.verify)
+    identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
+    run.require_identity(identity)
+    if (finished := run.finished()) is not None:
+        return RunResult(**finished)
+    with own_randomness(device, recipe.seed):
+        classifier = build_classifier(recipe, source, None if validator is None else validator.sample())
+        learner = Learner(recipe, classifier, device)
+        _take_up(learner, run)
+        run.open(recipe, identity)
         with stop_flag() as stop:
             while learner.epoch < recipe.epochs:
                 _train_epoch(recipe, source, learner, run, stop)
-                _finish_epoch(recipe, learner, run, validator)
+                measured = _measure(recipe, learner, run, validator, stop)
+                _finish_epoch(recipe, source, learner, run, measured)
     return _finish_run(recipe, source, learner, run)
 
 
-def _build(recipe: TrainingRecipe, source: Source) -> Classifier:
-    """Build the model and prove, on two black images, that it answers for the right number of classes."""
-    shape = source.loader.views[ViewKey(0, 0)].shape
-    built = recipe.model.build(source.num_classes, shape[0])
-    preprocessing = resolve_preprocessing(
-        built, recipe.preprocessing, who="the recipe", default=default_preprocessing(shape[0])
-    )
-    classifier = Classifier(built.module, preprocessing)
-    classifier.eval()
-    with torch.no_grad():
-        found = classifier(torch.zeros((2, *shape), dtype=torch.uint8)).shape[1]
-    if found != source.num_classes:
-        raise MismatchError(
-            f"the model predicts {found} classes, what it learns from has {source.num_classes}. "
-            f"Fix: a model with {source.num_classes} classes"
-        )
-    return classifier
+def _take_up(learner: Learner, run: RunDirectory) -> None:
+    """Continue from the checkpoint, where there is one."""
+    saved = run.load_checkpoint()
+    if saved is not None:
+        try:
+            learner.load(saved)
+        except (KeyError, RuntimeError, TypeError, ValueError) as cause:
+            raise MismatchError(
+                f"{run.checkpoint} is of another model or release: {cause}. "
+                "Fix: the code that began this run, or another `out:`"
+            ) from cause
+    run.rewind(learner.epoch)
 
 
 def _train_epoch(recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory, stop: StopFlag) -> None:
@@ -89,19 +89,21 @@ def _train_epoch(recipe: TrainingRecipe, source: Source, learner: Learner, run: 
     started = time.perf_counter() - learner.seconds
     learner.model.train()
     batches = source.loader.epoch(learner.epoch, learner.batch)
-    for batch in track(
-        batches, f"epoch {learner.epoch + 1}/{recipe.epochs}", len(source.loader), "batches", learner.batch
-    ):
+    name = f"epoch {learner.epoch + 1}/{recipe.epochs}"
+    for batch in track(batches, name, len(source.loader), "batches", learner.batch):
         batch = _on_device(batch, learner, source.live)
         factor = recipe.schedule.factor(learner.step, len(source.loader), recipe.epochs)
         for group in learner.optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr * factor
+        rows = _rows(recipe, batch)
         for micro in _split(batch, recipe.micro_batches):
             with autocast(learner.device, recipe.precision):
                 logits = learner.forward(micro.images)
             terms = torch.stack([loss(Targets(logits), micro) * loss.weight for loss in recipe.losses])
-            learner.scaler.scale(terms.sum() * (len(micro) / len(batch))).backward()  # type: ignore[no-untyped-call]
-            learner.add(terms, len(micro))
+            micro_rows = _rows(recipe, micro)
+            loss_of_batch = (terms * (micro_rows / rows.clamp(min=1))).sum()
+            learner.scaler.scale(loss_of_batch).backward()  # type: ignore[no-untyped-call]
+            learner.add(terms, micro_rows)
         learner.scaler.unscale_(learner.optimizer)
         if recipe.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
@@ -114,6 +116,8 @@ def _train_epoch(recipe: TrainingRecipe, source: Source, learner: Learner, run: 
         learner.batch += 1
         learner.seconds = time.perf_counter() - started
         _keep_place(recipe, learner, run, stop)
+    synchronize(learner.device)
+    learner.seconds = time.perf_counter() - started
 
 
 def _on_device(batch: Batch, learner: Learner, live: LiveTargets | None) -> Batch:
@@ -126,10 +130,14 @@ def _split(batch: Batch, count: int) -> list[Batch]:
     return [batch[slice(start, start + size)] for start in range(0, len(batch), size)]
 
 
+def _rows(recipe: TrainingRecipe, batch: Batch) -> Tensor:
+    """Count the rows that each loss is a mean over, [L]: micro-batches then sum to what the whole batch gives."""
+    return torch.stack([loss.rows(batch) for loss in recipe.losses])
+
+
 def _keep_place(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, stop: StopFlag) -> None:
-    due = recipe.checkpoint_steps is not None and learner.step % recipe.checkpoint_steps == 0
-    if due or stop:
-        run.save_checkpoint(learner.state())
+    if stop or (recipe.checkpoint_steps is not None and learner.step % recipe.checkpoint_steps == 0):
+        _save(learner, run)
     if stop:
         raise stop.stopped(
             f"stopped in epoch {learner.epoch + 1} after step {learner.step}; the state is in {run.checkpoint}. "
@@ -137,15 +145,40 @@ def _keep_place(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, sto
         )
 
 
-def _finish_epoch(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, validator: Validator | None) -> None:
-    """Measure, record and save."""
-    *terms, count = learner.sums.tolist()
-    means = [term / count for term in terms]
-    if not all(torch.isfinite(torch.tensor(means))):
+def _save(learner: Learner, run: RunDirectory) -> None:
+    _require_finite(learner, run)
+    run.save_checkpoint(learner.state())
+
+
+def _require_finite(learner: Learner, run: RunDirectory) -> None:
+    """Raise LogitCacheError where training has diverged: a checkpoint of that would be of no use."""
+    if not learner.finite():
         raise LogitCacheError(
-            f"the loss became {sum(means)} in epoch {learner.epoch + 1}; the checkpoint of the epoch before is kept. "
-            "Fix: a lower optimizer.lr, schedule.warmup_epochs, or clip_norm"
+            f"epoch {learner.epoch + 1}, step {learner.step}: the loss or the weights are no longer finite (loss "
+            f"{sum(learner.means())}); the last checkpoint in {run.path} is from before. Fix: train again into another "
+            "`out:` with a lower optimizer.lr, schedule.warmup_epochs, or clip_norm"
         )
+
+
+def _measure(
+    recipe: TrainingRecipe, learner: Learner, run: RunDirectory, validator: Validator | None, stop: StopFlag
+) -> dict[str, float]:
+    """Measure, after an epoch that asks for it; the state is kept first, so that a stop loses nothing."""
+    last = learner.epoch + 1 == recipe.epochs
+    every = recipe.validation.every if recipe.validation is not None else 1
+    if validator is None or not (last or (learner.epoch + 1) % every == 0):
+        return {}
+    _save(learner, run)
+    measures = validator.measure(learner.measured, learner.device, recipe.precision, stop)
+    return {f"val_{name}": value for name, value in asdict(measures).items() if value is not None}
+
+
+def _finish_epoch(
+    recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory, measured: dict[str, float]
+) -> None:
+    """Record the epoch and go to the next."""
+    _require_finite(learner, run)
+    means = learner.means()
     row: dict[str, Any] = {
         "epoch": learner.epoch,
         "step": learner.step,
@@ -153,19 +186,12 @@ def _finish_epoch(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, v
         "loss": sum(means),
     }
     row |= {f"loss_{n}_{loss.kind}": mean for n, (loss, mean) in enumerate(zip(recipe.losses, means, strict=True))}
-    row |= {"seconds": round(learner.seconds, 3), "images_per_second": round(count / max(learner.seconds, 1e-9), 1)}
-    last = learner.epoch + 1 == recipe.epochs
-    if (
-        validator is not None
-        and recipe.validation is not None
-        and (last or (learner.epoch + 1) % recipe.validation.every == 0)
-    ):
-        measures = validator.measure(learner.measured, learner.device, recipe.precision)
-        row |= {f"val_{name}": value for name, value in asdict(measures).items() if value is not None}
-    learner.epoch, learner.batch, learner.seconds = learner.epoch + 1, 0, 0.0
-    learner.sums.zero_()
+    speed = source.loader.images_per_epoch / max(learner.seconds, 1e-9)
+    row |= {"seconds": round(learner.seconds, 3), "images_per_second": round(speed, 1)}
+    row |= measured
+    learner.end_epoch()
     run.record(row)
-    run.save_checkpoint(learner.state())
+    _save(learner, run)
     say(_line(row, recipe.epochs))
 
 
@@ -199,7 +225,7 @@ def _finish_run(recipe: TrainingRecipe, source: Source, learner: Learner, run: R
         num_parameters=sum(p.numel() for p in classifier.parameters()),
         loss=last["loss"],
         best_top1=max((row["val_top1"] for row in run.rows if "val_top1" in row), default=None),
-        teacher_passes=images if source.live is not None else 0,
+        teacher_passes=images * source.num_live,
         **measured,
     )
     run.finish(asdict(result))

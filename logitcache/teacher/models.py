@@ -1,12 +1,14 @@
 """`Teacher`: a frozen model that owns its normalisation; uint8 pixels in, `Targets` out."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from logitcache.cache.encodings import Dense, Encoding
 from logitcache.device import Precision, autocast
 from logitcache.errors import DataError, RecipeError
-from logitcache.models import BuiltModel, Classifier, Model, Preprocessing, resolve_preprocessing
+from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
 from logitcache.recipe import Component
 from logitcache.targets import Targets
 
@@ -30,7 +32,7 @@ class Teacher(nn.Module):
     def __init__(self, name: str, classifier: Classifier, precision: Precision, device: torch.device) -> None:
         super().__init__()
         self.name, self.precision, self.device = name, precision, device
-        self.classifier = classifier.to(device).eval().requires_grad_(False)
+        self.classifier = classifier.to(device).eval()
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> Targets:
@@ -43,26 +45,55 @@ class Teacher(nn.Module):
 
 
 def build_teacher(
-    name: str, source: TeacherSource, module: nn.Module | None, in_channels: int, device: torch.device
+    name: str,
+    source: TeacherSource,
+    module: nn.Module | None,
+    num_classes: int | None,
+    in_channels: int,
+    device: torch.device,
 ) -> Teacher:
-    """Build a teacher from its recipe entry, or around the caller's own `module`."""
+    """Build a teacher from its recipe entry, or around the caller's own `module`.
+
+    `num_classes` is for weights in a file, which do not say for how many they are; other models know it.
+    """
     if module is not None:
         built = BuiltModel(module, None)
     elif source.model is not None:
-        built = source.model.build(None, in_channels)
+        built = source.model.build(num_classes if isinstance(source.model, Checkpoint) else None, in_channels)
     else:
         raise RecipeError(f"teachers.{name} names no model. Fix: give `model:`, or pass the module itself")
     chosen = resolve_preprocessing(built, source.preprocessing, who=f"teachers.{name}")
     return Teacher(name, Classifier(built.module, chosen), source.precision, device)
 
 
-def require_finite(name: str, encoded: dict[str, Tensor], first: int) -> None:
-    """Raise DataError naming the first image of a batch whose answer is not finite or does not fit the stored dtype."""
+def require_answers(teacher: Teacher, logits: Tensor, num_classes: int, ids: Sequence[str]) -> None:
+    """Raise where logits are not finite or not [B, num_classes], naming the image."""
+    if logits.shape[1] != num_classes:
+        raise RecipeError(
+            f"teacher {teacher.name!r} returns {logits.shape[1]} logits for image {ids[0]!r}, and {num_classes} before."
+            "\n  Fix: give every image as many"
+        )
+    row = first_not_finite(logits)
+    if row is not None:
+        raise DataError(
+            f"teacher {teacher.name!r} answers image {ids[row]!r} with inf or nan.\n"
+            f"  Fix: mend the teacher; where it overflows in {teacher.precision}, set teachers.{teacher.name}.precision"
+        )
+
+
+def require_fits(teacher: Teacher, encoded: dict[str, Tensor], ids: Sequence[str]) -> None:
+    """Raise DataError naming the first image whose finite answer does not fit the stored dtype."""
     for suffix, values in encoded.items():
-        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
-            row = int((~torch.isfinite(values.flatten(1))).any(dim=1).int().argmax())
+        row = first_not_finite(values)
+        if row is not None:
             raise DataError(
-                f"teacher {name!r}: {suffix or 'logits'} of image {first + row} is not finite as {values.dtype}. "
-                "Fix: store {kind: dense, dtype: float32} where float16 (up to 65504) is too narrow; else the teacher "
-                "itself gives inf or nan"
+                f"teacher {teacher.name!r}: {suffix or 'a logit'} of image {ids[row]!r} does not fit {values.dtype}, "
+                f"whose largest number is {torch.finfo(values.dtype).max:.6g}.\n"
+                f"  Fix: teachers.{teacher.name}.logits: {{kind: dense, dtype: float32}}"
             )
+
+
+def first_not_finite(values: Tensor) -> int | None:
+    """Return the first row of [B, ...] that holds inf or nan."""
+    wrong = ~torch.isfinite(values).flatten(1).all(dim=1)
+    return int(wrong.int().argmax()) if bool(wrong.any()) else None

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
 from logitcache.cache.create import read_manifest
 from logitcache.cache.manifest import TeacherEntry
 from logitcache.device import resolve_device
-from logitcache.errors import MismatchError, RecipeError
+from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Model, Preprocessing, weights_digest
 from logitcache.targets import Targets
 from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
@@ -53,7 +54,12 @@ def live_targets(
             )
         )
         teacher = build_teacher(
-            name, source, (modules or {}).get(name), manifest.image_shape[0], resolve_device(device)
+            name,
+            source,
+            (modules or {}).get(name),
+            entry.num_classes,
+            manifest.image_shape[0],
+            resolve_device(device),
         )
         _require_recorded(teacher, entry)
         teachers.append(teacher)
@@ -78,10 +84,22 @@ def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Mo
         "preprocessing": entry.preprocessing.model_dump(mode="json"),
         "precision": entry.precision,
     }
-    source = TeacherSource.model_validate_json(json.dumps(recorded))
-    if not mine and (source.model is None or "factory" in json.dumps(entry.model)):
+    try:
+        source = TeacherSource.model_validate_json(json.dumps(recorded))
+    except ValidationError as error:
+        raise CacheError(
+            f"teachers.{name}.model in the cache cannot be read: {error.errors()[0]['msg']}. "
+            f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
+        ) from error
+    if not mine and (source.model is None or _names_code(entry.model)):
         raise RecipeError(
             f"teacher {name!r} was built by the user's own code, and a cache never names code to run. "
             f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
         )
     return source
+
+
+def _names_code(model: JsonValue) -> bool:
+    if not isinstance(model, dict):
+        return False
+    return model.get("factory") is not None or any(_names_code(value) for value in model.values())

@@ -101,15 +101,35 @@ class RandomCrop(Component):
                 f"random_crop to {_pair(self.size)} does not fit image {int(draws.indices[row])} of size "
                 f"{tuple(sizes[row].tolist())} with padding {self.padding}. Fix: resize first, or raise the padding"
             )
+        self._require_mirrored(draws, sizes)
         return below(draws.words("crop", ordinal, 2), room), _sizes(len(sizes), _pair(self.size))
+
+    def _require_mirrored(self, draws: Draws, sizes: Ints) -> None:
+        """Raise DataError for an image with fewer pixels than a reflection would repeat."""
+        missing = {"reflect": self.padding + 1, "symmetric": self.padding}.get(self.padding_mode, 0) - sizes.min(axis=1)
+        if (missing > 0).any():
+            row = int(np.argmax(missing))
+            raise DataError(
+                f"random_crop cannot pad image {int(draws.indices[row])} of size {tuple(sizes[row].tolist())} by "
+                f"{self.padding} with {self.padding_mode}, which repeats no pixel twice. Fix: padding_mode: edge, less "
+                "padding, or resize first"
+            )
 
     def apply(self, image: Tensor, params: list[int]) -> Tensor:
         """Pad and crop."""
-        if self.padding:
-            fill = float(self.fill) if self.padding_mode == "constant" else None
-            image = F.pad(image, [self.padding], fill=fill, padding_mode=self.padding_mode)
         (top, left), (height, width) = params, _pair(self.size)
-        return image[:, top : top + height, left : left + width]
+        if self.padding_mode != "constant":
+            padded: Tensor = F.pad(image, [self.padding], padding_mode=self.padding_mode)
+            return padded[:, top : top + height, left : left + width]
+        # Only what the window shows is copied: padding the whole image costs ten times as much.
+        top, left = top - self.padding, left - self.padding
+        inside = image[:, max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
+        if inside.shape[1:] == (height, width):
+            return inside
+        window = image.new_full((len(image), height, width), self.fill)
+        down, right = max(-top, 0), max(-left, 0)
+        window[:, down : down + inside.shape[1], right : right + inside.shape[2]] = inside
+        return window
 
 
 class RandomResizedCrop(Component):
@@ -139,14 +159,15 @@ class RandomResizedCrop(Component):
         if "ratio" not in info.data:
             return knots
         low, high = (math.log(value) for value in info.data["ratio"])
-        table = tuple(math.exp(low + (high - low) * k / (NUM_KNOTS - 1)) for k in range(NUM_KNOTS))
+        exact = (math.exp(low + (high - low) * k / (NUM_KNOTS - 1)) for k in range(NUM_KNOTS))
+        table = tuple(float(f"{value:.12g}") for value in exact)  # the last digits of exp depend on the C library
         if knots and (len(knots) != NUM_KNOTS or any(abs(a - b) > 1e-9 * b for a, b in zip(knots, table, strict=True))):
             raise ValueError("the table does not belong to `ratio`: leave it out, it is computed")
         return knots or table
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top, left, height and width: the first of ten tries that fits, else the largest central crop."""
-        words = draws.words("crop", ordinal, 2 * NUM_TRIES + 2)
+        words = draws.words("resized_crop", ordinal, 2 * NUM_TRIES + 2)
         height, width = sizes[:, :1], sizes[:, 1:]
         area = (height * width) * (self.scale[0] + (self.scale[1] - self.scale[0]) * uniform(words[:, :NUM_TRIES]))
         aspect = self._aspect(uniform(words[:, NUM_TRIES : 2 * NUM_TRIES]))
@@ -170,8 +191,8 @@ class RandomResizedCrop(Component):
     def _central(self, sizes: Ints) -> Ints:
         height, width = sizes[:, 0], sizes[:, 1]
         low, high = self.ratio
-        tall = np.minimum(np.rint(width / low).astype(np.int64), height)
-        wide = np.minimum(np.rint(height * high).astype(np.int64), width)
+        tall = np.clip(np.rint(width / low), 1, height).astype(np.int64)
+        wide = np.clip(np.rint(height * high), 1, width).astype(np.int64)
         ratio = width / height
         return np.stack([np.where(ratio < low, tall, height), np.where(ratio > high, wide, width)], axis=1)
 

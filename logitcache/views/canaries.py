@@ -79,37 +79,42 @@ def pixel_digest(array: NDArray[np.generic]) -> str:
 
 def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]:
     """Render canaries: their records and their pixels, uint8 [K, C, H, W]."""
-    pixels, records = [], []
-    for key in keys:
-        raw = views.dataset.read(key.index)
-        sizes = np.array([raw.shape[1:]], dtype=np.int64)
-        plan = np.concatenate([params[0] for params in views.spec.plan([key], sizes)] or [sizes[0]])
-        pixels.append(views[key])
-        digests = {
-            "raw": pixel_digest(raw.numpy()),
-            "plan": pixel_digest(plan),
-            "augmented": pixel_digest(pixels[-1].numpy()),
-        }
-        records.append(Canary(view=key.view, index=key.index, **digests))
-    return tuple(records), torch.stack(pixels)
+    taken = [_take(views, key) for key in keys]
+    return tuple(record for record, _ in taken), views.stack([pixels for _, pixels in taken], keys)
+
+
+def _take(views: Views, key: ViewKey) -> tuple[Canary, Tensor]:
+    raw = views.dataset.read(key.index)
+    sizes = np.array([raw.shape[1:]], dtype=np.int64)
+    plan = np.concatenate([params[0] for params in views.spec.plan([key], sizes)] or [sizes[0]])
+    [pixels] = views.spec.render([raw], [key])
+    digests = {
+        name: pixel_digest(array)
+        for name, array in {"raw": raw.numpy(), "plan": plan, "augmented": pixels.numpy()}.items()
+    }
+    return Canary(view=key.view, index=key.index, **digests), pixels
 
 
 def compare(views: Views, recorded: Sequence[Canary], recorded_pixels: Tensor) -> CanaryReport:
     """Render the recorded canaries again and count what is equal."""
-    now, pixels = take(views, [ViewKey(canary.view, canary.index) for canary in recorded])
-    if pixels.shape == recorded_pixels.shape:
-        difference = (pixels.int() - recorded_pixels.int()).abs()
-    else:
-        difference = torch.tensor([255])
-    pairs = list(zip(now, recorded, strict=True))
+    now = [_take(views, ViewKey(canary.view, canary.index)) for canary in recorded]
+    pairs = [(record, canary) for (record, _), canary in zip(now, recorded, strict=True)]
+    differences = [_difference(pixels, then) for (_, pixels), then in zip(now, recorded_pixels, strict=True)]
     return CanaryReport(
         num_canaries=len(recorded),
         raw_equal=sum(a.raw == b.raw for a, b in pairs),
         plans_equal=sum(a.plan == b.plan for a, b in pairs),
         augmented_equal=sum(a.augmented == b.augmented for a, b in pairs),
-        mean_difference=difference.double().mean().item(),
-        max_difference=int(difference.max().item()),
+        mean_difference=float(np.mean([one.double().mean().item() for one in differences])),
+        max_difference=max(int(one.max()) for one in differences),
     )
+
+
+def _difference(pixels: Tensor, recorded: Tensor) -> Tensor:
+    """Return how far pixels are apart in levels; images of different shapes could not be further."""
+    if pixels.shape != recorded.shape:
+        return torch.tensor([255])
+    return (pixels.int() - recorded.int()).abs()
 
 
 def judge(report: CanaryReport, level: Level, what: str) -> str | None:

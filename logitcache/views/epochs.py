@@ -1,10 +1,12 @@
 """Stream the batches of an epoch: keys in order, rendered images, labels and targets."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 
+from logitcache.errors import RecipeError
 from logitcache.targets import Batch, Targets
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod, ViewLoader
@@ -38,6 +40,11 @@ class EpochLoader:
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
         self._targets_of, self._block = targets_of, shuffle_block
         self._images = ViewLoader(views, num_workers, start_method)
+        if len(self) == 0:
+            raise RecipeError(
+                f"drop_last leaves no batch: {len(views.dataset.ids)} images are fewer than batch_size {batch_size}. "
+                "Fix: a smaller batch_size, or drop_last: false"
+            )
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -59,10 +66,11 @@ class EpochLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch `start` on."""
-        return self.batches(list(self.keys(epoch))[start:])
+        return self.batches(itertools.islice(self.keys(epoch), start, None))
 
-    def batches(self, batches: Sequence[list[ViewKey]]) -> Iterator[Batch]:
+    def batches(self, batches: Iterable[list[ViewKey]]) -> Iterator[Batch]:
         """Yield a batch per list of keys, for a sampler of the caller's own."""
-        for keys, images in zip(batches, self._images.render(batches), strict=True):
+        wanted, ahead = itertools.tee(batches)
+        for images, keys in zip(self._images.render(ahead), wanted, strict=True):
             labels = self.views.dataset.labels[np.array([key[1] for key in keys])]
             yield Batch(images, torch.from_numpy(labels), torch.tensor(keys), self._targets_of(keys))

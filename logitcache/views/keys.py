@@ -21,6 +21,7 @@ STREAMS = {
     "pair": 6,
     "order": 7,
     "canary": 8,
+    "resized_crop": 9,
 }
 """What the words are for. Append only: a number, once used, keeps its meaning."""
 

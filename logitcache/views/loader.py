@@ -1,14 +1,21 @@
 """Render batches of views, ahead of their use and in worker processes."""
 
+import atexit
+import functools
 import multiprocessing
-from collections.abc import Iterable, Iterator
+import os
+import threading
+import time
+import weakref
+from collections.abc import Generator, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from logitcache.errors import DataError
+from logitcache.errors import DataError, LogitCacheError
 from logitcache.stopping import ignore_signals
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
@@ -43,8 +50,27 @@ def _same(rendered: Tensor | DataError) -> Tensor | DataError:
     return rendered
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(ending: Connection, worker: int) -> None:
+    """Leave signals to the main process, and end with it or at its word.
+
+    torch alone leaves workers behind: those of a forkserver when the main process is killed, and any when a loader is
+    garbage in a cycle, as one in the traceback of an error is; they would then be waited for at exit, forever.
+    """
     ignore_signals()
+    threading.Thread(target=_await_end, args=(ending,), daemon=True).start()
+
+
+def _await_end(ending: Connection) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel, ending])
+    os._exit(0)
+
+
+def _end_workers(ending: Connection | None, owner: int) -> None:
+    """Tell every worker, as none takes the message; a fork of the process has a copy of the loader, but no say."""
+    if ending is not None and os.getpid() == owner:
+        ending.send_bytes(b"end")
 
 
 class ViewLoader:
@@ -54,26 +80,93 @@ class ViewLoader:
         self, views: Views, num_workers: int = 0, start_method: StartMethod = "forkserver", prefetch: int = 2
     ) -> None:
         options: dict[str, Any] = {}
+        told = None
         if num_workers:
             context = multiprocessing.get_context(start_method)
             if start_method == "forkserver":
                 context.set_forkserver_preload([__name__])  # torch is imported once, not once a worker
-            options = {"multiprocessing_context": context, "prefetch_factor": prefetch, "persistent_workers": True}
+            heard, told = context.Pipe(duplex=False)
+            options = {
+                "multiprocessing_context": context,
+                "prefetch_factor": prefetch,
+                "persistent_workers": True,
+                "worker_init_fn": functools.partial(_start_worker, heard),
+            }
+        self._images = _outliving_workers([], 0)
         self._sampler = _Batches()
-        self._loader: DataLoader[Tensor | DataError] = DataLoader(
+        self._loader: DataLoader[Tensor | DataError] | None = DataLoader(
             _Guarded(views),  # type: ignore[arg-type]  # only `__getitems__` is used
             batch_sampler=self._sampler,  # of any length
             collate_fn=_same,  # type: ignore[arg-type]  # a rendered batch, not a list of samples
             num_workers=num_workers,
-            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # or torch would draw the workers' seeds from the global one
             **options,
         )
+        self._end = weakref.finalize(self, _end_workers, told, os.getpid())
+        self._end.atexit = False  # it might be too late
+        _open.add(self)
 
     def render(self, batches: Iterable[list[ViewKey]]) -> Iterator[Tensor]:
-        """Yield one uint8 [B, C, H, W] per batch of keys; raise DataError where an image cannot be read."""
+        """Yield one uint8 [B, C, H, W] per batch of keys; raise DataError where an image cannot be read.
+
+        The workers serve one call at a time: a later call ends this one, with RuntimeError if it is continued.
+        """
+        assert self._loader is not None, "closed"
+        self._images.close()
+        self._images = images = _outliving_workers(self._loader, self._loader.num_workers)
         self._sampler.batches = batches
-        for rendered in self._loader:
+        for rendered in images:
             if isinstance(rendered, DataError):
                 raise rendered
             yield rendered
+        if images is not self._images:
+            raise RuntimeError("another epoch was started from the same loader; one loader serves one at a time")
+
+    def close(self) -> None:
+        """End the workers; nothing can be rendered afterwards."""
+        self._images.close()
+        self._end()
+        self._loader = None
+
+
+_open: weakref.WeakSet[ViewLoader] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """End all workers: a process that exits sends its children SIGTERM, which they ignore, and waits for them."""
+    for loader in list(_open):
+        loader.close()
+
+
+def _outliving_workers(
+    loader: Iterable[Tensor | DataError], num_workers: int
+) -> Generator[Tensor | DataError, None, None]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise _killed(error) from error
+    except (ConnectionError, EOFError) as error:
+        # Pixels are fetched from the worker that announced them; errors of the data set say where they come from.
+        if not num_workers or "in DataLoader worker process" in str(error):
+            raise
+        raise _killed(_noticed(error)) from error
+
+
+def _noticed(error: Exception) -> Exception:
+    """Wait until torch notices the worker's death: it raises wherever the main process is by then."""
+    try:
+        time.sleep(1)
+    except RuntimeError as death:
+        return death
+    return error
+
+
+def _killed(error: Exception) -> LogitCacheError:
+    return LogitCacheError(
+        f"a process that renders views was killed or could not start ({error}).\n"
+        "  Fix: fewer workers or a smaller batch, as memory or /dev/shm may have run out; a script of your own "
+        "needs `if __name__ == '__main__':` around what it runs"
+    )

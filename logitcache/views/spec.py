@@ -26,7 +26,7 @@ class ViewSpec(Component):
 
     num_views: Annotated[int, Field(ge=1, lt=2**32)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    augmentations: tuple[Augmentation, ...] = ()
+    augmentations: Annotated[tuple[Augmentation, ...], Field(max_length=64)] = ()
     plan_version: Literal[1] = 1
 
     def digest(self) -> str:
@@ -71,13 +71,24 @@ class Views:
     def __getitems__(self, keys: list[ViewKey]) -> Tensor:
         """Render a batch, uint8 [B, C, H, W]; an image that several keys name is decoded once."""
         decoded = {index: self.dataset.read(index) for index in {key[1] for key in keys}}
-        rendered = self.spec.render([decoded[key[1]] for key in keys], keys)
+        return self.stack(self.spec.render([decoded[key[1]] for key in keys], keys), keys)
+
+    def stack(self, rendered: list[Tensor], keys: list[ViewKey]) -> Tensor:
+        """Join the views of `keys` to uint8 [B, C, H, W]; raise DataError naming two images of different shapes."""
         for key, image in zip(keys, rendered, strict=True):
             if image.shape != rendered[0].shape:
                 first, other = self.dataset.ids[keys[0][1]], self.dataset.ids[key[1]]
                 raise DataError(
                     f"views must have one shape: {first!r} gives {tuple(rendered[0].shape)}, {other!r} gives "
-                    f"{tuple(image.shape)}. Fix: end views.augmentations with a crop to a fixed size, such as "
-                    "{kind: resize, size: 256}, {kind: center_crop, size: 224}"
+                    f"{tuple(image.shape)}. Fix: {_fix_of_shapes(rendered[0], image)}"
                 )
         return torch.stack(rendered)
+
+
+def _fix_of_shapes(one: Tensor, other: Tensor) -> str:
+    if len(one) != len(other):
+        return "give every image the same channels; the data sets that read files have `mode` for it"
+    return (
+        "end views.augmentations with a crop to a fixed size, such as {kind: resize, size: 256}, "
+        "{kind: center_crop, size: 224}"
+    )

@@ -41,15 +41,19 @@ class TopK(Component):
         """Encode logits [B, C]."""
         log_p = torch.log_softmax(logits.float(), dim=1)
         kept, index = log_p.topk(self.k, dim=1)
-        dropped = log_p.scatter(1, index, -torch.inf)
-        mask = torch.isfinite(dropped)
-        count = mask.sum(dim=1).clamp(min=1)
-        filled = torch.where(mask, log_p, 0.0)
-        mean = filled.sum(dim=1) / count
-        variance = (torch.where(mask, log_p - mean[:, None], 0.0) ** 2).sum(dim=1) / count
-        tail = torch.stack([dropped.logsumexp(dim=1), mean, variance], dim=1)
-        return {"log_p": kept.half(), "index": index.int(), "tail": tail}
+        is_dropped = torch.ones_like(log_p, dtype=torch.bool).scatter_(1, index, False)
+        dropped = log_p[is_dropped].view(len(log_p), log_p.shape[1] - self.k)
+        return {"log_p": kept.half(), "index": index.int(), "tail": _moments(dropped)}
 
     def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
         """Return the encoded form; it becomes a distribution at a temperature, on the device."""
         return TopKLogits(rows["log_p"], rows["index"], rows["tail"], num_classes)
+
+
+def _moments(dropped: Tensor) -> Tensor:
+    """Return the log of the total probability, the mean and the variance of log-probabilities [B, D], as [B, 3]."""
+    if dropped.shape[1] == 0:
+        # The logarithm of no probability has to be finite.
+        return dropped.new_tensor([torch.finfo(torch.float32).min, 0.0, 0.0]).expand(len(dropped), 3)
+    variance, mean = torch.var_mean(dropped, dim=1, correction=0)
+    return torch.stack([dropped.logsumexp(dim=1), mean, variance], dim=1)

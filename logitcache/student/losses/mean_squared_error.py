@@ -6,19 +6,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from logitcache.recipe import Component, Name
-from logitcache.student.losses.base import Weight, targets_of
-from logitcache.targets import Batch, Targets
+from logitcache.student.losses.base import Weight, every_row, targets_of
+from logitcache.targets import Batch, Targets, at_least_float32
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean of (z_s - z_t)² over rows and classes, a float32 scalar; both logits are [B, C]."""
-    return F.mse_loss(student.float(), teacher.float())
+    """Return the mean of (z_s - z_t)² over rows and classes, a scalar, at least float32; both logits are [B, C]."""
+    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
 class MeanSquaredError(Component):
     """Squared error between logits; needs every logit as it was."""
 
-    needs: ClassVar[str | None] = "dense logits"
+    needs: ClassVar[str] = "dense logits"
 
     kind: Literal["mean_squared_error"] = "mean_squared_error"
     weight: Weight = 1.0
@@ -30,3 +30,7 @@ class MeanSquaredError(Component):
         assert isinstance(outputs.logits, Tensor)
         assert isinstance(logits, Tensor)  # `needs` was checked with the recipe
         return mean_squared_error(outputs.logits, logits)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Count the rows that the loss is a mean over."""
+        return every_row(batch)

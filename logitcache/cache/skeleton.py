@@ -1,0 +1,211 @@
+"""The skeleton of a cache: all but the shards, which is there before a teacher answers."""
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.core.buffer import Buffer, cpu
+from zarr.errors import ZarrUserWarning
+from zarr.storage import MemoryStore
+
+from logitcache.cache.layout import layout_of
+from logitcache.cache.manifest import Manifest
+from logitcache.errors import CacheError
+from logitcache.files import write_atomically
+from logitcache.views.canaries import pixel_digest
+
+ROOT = "zarr.json"
+LABELS, DIGESTS, CANARIES = "label/c/0", "digest/c/0", "canary/c/0/0/0/0"
+"""Each of these arrays is one uncompressed chunk: its file is its values."""
+
+SHOWN = 5
+
+
+class Samples(NamedTuple):
+    """What is known of the images: labels [N], digests [N], the pixels of the canaries [K, C, H, W]."""
+
+    labels: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    canaries: NDArray[np.uint8]
+
+    def files(self) -> dict[str, bytes]:
+        """Return the stored bytes by key."""
+        return {
+            LABELS: self.labels.astype("<i8").tobytes(),
+            DIGESTS: self.digests.astype("<u8").tobytes(),
+            CANARIES: self.canaries.tobytes(),
+        }
+
+
+class Problem(NamedTuple):
+    """A file that is not what the manifest says."""
+
+    key: str
+    text: str
+
+
+def read_labels(root: Path, manifest: Manifest) -> NDArray[np.int64]:
+    """Read the labels as stage one saw them, [N]; -1 where there is none."""
+    return np.frombuffer(_read(root / LABELS, 8 * manifest.num_images), "<i8").astype(np.int64)
+
+
+def read_digests(root: Path, manifest: Manifest) -> NDArray[np.uint64]:
+    """Read the digests of the images as stage one saw them, [N]."""
+    return np.frombuffer(_read(root / DIGESTS, 8 * manifest.num_images), "<u8").astype(np.uint64)
+
+
+def read_canaries(root: Path, manifest: Manifest) -> NDArray[np.uint8]:
+    """Read the pixels of the canaries, [K, C, H, W]."""
+    shape = (len(manifest.canaries), *manifest.image_shape)
+    return np.frombuffer(bytearray(_read(root / CANARIES, math.prod(shape))), np.uint8).reshape(shape)
+
+
+def _read(path: Path, size: int) -> bytes:
+    """Read a file of a known size: whatever a manifest claims, no more than is there is allocated."""
+    try:
+        found = path.stat().st_size
+        data = path.read_bytes() if found == size else b""
+    except OSError as error:
+        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+    if len(data) != size:
+        raise CacheError(f"{path} has {found} bytes, the manifest implies {size}")
+    return data
+
+
+def metadata_files(manifest: Manifest) -> dict[str, bytes]:
+    """Return the metadata of a cache as this zarr-python writes it, by key."""
+    return {key: value.to_bytes() for key, value in _metadata(manifest).items()}
+
+
+def _metadata(manifest: Manifest) -> dict[str, Buffer]:
+    files: dict[str, Buffer] = {}
+    store = MemoryStore(store_dict=files)
+    group = zarr.create_group(store, attributes={"logitcache": manifest.attributes()})
+    for options in skeleton_arrays(manifest):
+        group.create_array(**options)
+    with warnings.catch_warnings():
+        # Not yet in the specification, but every reader either uses it or passes over it.
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        zarr.consolidate_metadata(store)
+    return files
+
+
+def skeleton_arrays(manifest: Manifest) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of zarr.create_array for every array of a cache."""
+    count, pixels = manifest.num_images, (len(manifest.canaries), *manifest.image_shape)
+    yield _plain("label", (count,), "<i8", -1, ("sample",))
+    yield _plain("digest", (count,), "<u8", 0, ("sample",))
+    yield _plain("canary", pixels, "uint8", 0, ("canary", "channel", "height", "width"))
+    layout = layout_of(manifest)
+    for teacher in layout.teachers:
+        for array in teacher.arrays:
+            yield array.zarr_options()
+        yield layout.commit_options(teacher)
+
+
+def _plain(name: str, shape: tuple[int, ...], dtype: str, fill: int, dims: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "shape": shape,
+        "chunks": shape,
+        "dtype": dtype,
+        "fill_value": fill,
+        "dimension_names": dims,
+        "compressors": None,
+        "config": {"write_empty_chunks": True},
+    }
+
+
+def skeleton_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Compare metadata, labels, image digests and canary pixels with the manifest."""
+    yield from _metadata_problems(root, manifest)
+    yield from _sample_problems(root, manifest)
+
+
+def _metadata_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
+    wanted = _metadata(manifest)
+    # Another release of zarr may write the same in other words.
+    read = _as_written if manifest.versions.get("zarr") == zarr.__version__ else _understood
+    for key in [ROOT, *(f"{options['name']}/{ROOT}" for options in skeleton_arrays(manifest))]:
+        try:
+            found = _without_manifest(key, read((root / key).read_bytes(), key))
+        except OSError as error:
+            yield Problem(key, f"{root / key} cannot be read: {error.strerror}")
+        except Exception as error:  # zarr raises anything for damaged metadata
+            yield Problem(key, f"{root / key} is damaged: {type(error).__name__}: {error}")
+        else:
+            if found != _without_manifest(key, read(wanted[key].to_bytes(), key)):
+                yield Problem(key, f"{root / key} does not describe what the manifest implies")
+
+
+def _as_written(stored: bytes, key: str) -> Any:
+    return json.loads(stored)
+
+
+def _understood(stored: bytes, key: str) -> Any:
+    store = MemoryStore(store_dict={ROOT: cpu.Buffer.from_bytes(stored)})
+    if key == ROOT:
+        found = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=True).metadata.to_dict()
+    else:
+        found = dict(zarr.open_array(store, mode="r", zarr_format=3).metadata.to_dict())
+    return json.loads(json.dumps(found))
+
+
+def _without_manifest(key: str, found: Any) -> Any:
+    """Leave out the manifest, which has its own digest."""
+    return {name: value for name, value in found.items() if (key, name) != (ROOT, "attributes")}
+
+
+def _sample_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
+    recorded = manifest.fingerprint
+    for key, size, digest in (
+        (LABELS, 8 * recorded.num_images, recorded.labels),
+        (DIGESTS, 8 * recorded.num_images, recorded.content),
+    ):
+        try:
+            if hashlib.sha256(_read(root / key, size)).hexdigest() != digest:
+                yield Problem(key, f"{root / key}: its values differ from the manifest's digest")
+        except CacheError as error:
+            yield Problem(key, str(error))
+    try:
+        pixels = read_canaries(root, manifest)
+    except CacheError as error:
+        yield Problem(CANARIES, str(error))
+        return
+    for number, canary in enumerate(manifest.canaries):
+        if pixel_digest(pixels[number]) != canary.augmented:
+            yield Problem(
+                CANARIES, f"{root / CANARIES}: the pixels of canary {number} differ from the manifest's digest"
+            )
+
+
+def require_sound_skeleton(root: Path, manifest: Manifest) -> None:
+    """Raise CacheError naming the damaged files of a cache's skeleton."""
+    problems = list(skeleton_problems(root, manifest))
+    if problems:
+        raise CacheError(
+            f"{root} is damaged:\n  "
+            + "\n  ".join(problem.text for problem in problems[:SHOWN])
+            + "\n  Fix: run the same `logitcache precompute` command again, it writes just these files again"
+        )
+
+
+def mend_skeleton(root: Path, recorded: Manifest, manifest: Manifest, samples: Samples) -> list[str]:
+    """Write what is damaged, or of another manifest than the recorded one, again; returns the keys.
+
+    The samples agree with the manifest. Its own file comes first: a run that is killed after it mends the others next.
+    """
+    damaged = [] if manifest == recorded else [ROOT]
+    damaged += dict.fromkeys(problem.key for problem in skeleton_problems(root, manifest))
+    whole = metadata_files(manifest) | samples.files() if damaged else {}
+    for key in damaged:
+        (root / key).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / key, whole[key])
+    return damaged

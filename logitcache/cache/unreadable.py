@@ -1,0 +1,66 @@
+"""Images that could not be read: the only ones whose content may be another when a run continues."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.cache.layout import Shard
+from logitcache.cache.manifest import Manifest
+from logitcache.cache.skeleton import read_digests
+from logitcache.errors import CacheError
+from logitcache.files import write_atomically
+
+FILE = "digest/unreadable"
+"""Not in the root, where readers of Zarr would wonder at it."""
+
+
+def note_unreadable(root: Path, rows: Iterable[int]) -> None:
+    """Remember the rows of images that stopped a run."""
+    noted = sorted(_noted(root) | set(rows))
+    if noted:
+        write_atomically(root / FILE, json.dumps(noted).encode())
+
+
+def forget_unreadable(root: Path) -> None:
+    """Forget them, once the images are those of the manifest."""
+    (root / FILE).unlink(missing_ok=True)
+
+
+def with_mended_images(
+    root: Path, recorded: Manifest, wanted: Manifest, digests: NDArray[np.uint64], committed: Iterable[Shard]
+) -> Manifest:
+    """Take over from `wanted` the content of images that stopped a run and were mended since.
+
+    Only where nothing else changed and no committed shard has an answer for them; else returns what is recorded.
+    """
+    content = recorded.fingerprint.model_copy(update={"content": wanted.fingerprint.content})
+    if recorded.fingerprint == wanted.fingerprint or content != wanted.fingerprint:
+        return recorded
+    changed = _changed(root, recorded, digests)
+    answered = any(shard.start <= row < shard.stop for shard in committed for row in changed)
+    if answered or not changed or not changed <= _noted(root):
+        return recorded
+    now = {(canary.view, canary.index): canary for canary in wanted.canaries}
+    canaries = tuple(now.get((old.view, old.index), old) if old.index in changed else old for old in recorded.canaries)
+    return recorded.model_copy(update={"fingerprint": content, "canaries": canaries})
+
+
+def _changed(root: Path, recorded: Manifest, digests: NDArray[np.uint64]) -> set[int]:
+    try:
+        before = read_digests(root, recorded)
+    except CacheError:
+        return set()
+    if hashlib.sha256(before.tobytes()).hexdigest() != recorded.fingerprint.content:
+        return set()
+    return set(np.flatnonzero(before != digests).tolist())
+
+
+def _noted(root: Path) -> set[int]:
+    try:
+        return set(json.loads((root / FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return set()

@@ -1,0 +1,164 @@
+"""The demo: few labels, many unlabelled images, and what a cache does about it, in about a minute on two cores."""
+
+import json
+import re
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from logitcache.console import hushed, say
+from logitcache.files import write_atomically
+from logitcache.models import Bundled as BundledTeacher
+from logitcache.models import Classifier, resolve_preprocessing
+from logitcache.recipe import load_recipe
+from logitcache.student.evaluation import open_validator
+from logitcache.student.recipes import StudentRecipe, TeacherRecipe, Validation
+from logitcache.student.training import train
+from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, precompute
+
+NUM_CLASSES = 10
+NUM_IMAGES = 5000
+NUM_LABELS = 500
+NUM_VIEWS = 4
+EPOCHS = 8
+BATCH_SIZE = 64
+SEEDS = 3
+TEMPERATURES = (1.0, 2.0, 4.0)
+
+TRAIN = {"kind": "bundled", "split": "train"}
+FEW = {**TRAIN, "num_images": NUM_LABELS}
+TEST = {"kind": "bundled", "split": "test"}
+AUGMENTATIONS = [{"kind": "random_crop", "size": 28, "padding": 2}, {"kind": "horizontal_flip"}]
+STUDENT = {
+    "model": {"kind": "small_cnn", "width": 8},
+    "batch_size": BATCH_SIZE,
+    "optimizer": {"kind": "adamw", "lr": 1e-2},
+    "schedule": {"warmup_epochs": 0.5},
+    "num_workers": 0,
+}
+
+
+@dataclass(frozen=True)
+class DemoTeacher:
+    """The teacher, measured on the test images."""
+
+    name: str
+    num_parameters: int
+    top1: float
+
+
+@dataclass(frozen=True)
+class DemoStudent:
+    """One way to train the student, over several seeds."""
+
+    name: str
+    top1_mean: float
+    top1_std: float
+    seeds: int
+    teacher_passes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo measured; `passes_saved` is what training online would have cost beyond the cache's own passes."""
+
+    teacher: DemoTeacher
+    cache: PrecomputeResult
+    students: tuple[DemoStudent, ...]
+    passes_saved: int
+    seconds: float
+    report: str
+    next: str
+
+
+def run_demo(directory: Path, quick: bool = False) -> DemoResult:
+    """Run teacher, cache and students on the bundled images; everything is kept in `directory`.
+
+    A demo that was stopped continues; one that is finished only reads its results.
+    """
+    started = time.perf_counter()
+    epochs, seeds = (1, 1) if quick else (EPOCHS, SEEDS)
+    teacher = _measure_teacher()
+    say(f"teacher: {100 * teacher.top1:.2f} % of the test images, {teacher.num_parameters:,} parameters")
+    cache = precompute(load_recipe(_precompute_recipe(directory), PrecomputeRecipe))
+    say(
+        f"cache: {cache.views:,} views in {cache.seconds:.1f} s, {cache.bytes / 1e6:.1f} MB; the teacher is done"
+    )
+    students = [_from_labels(directory, f"{NUM_LABELS} labels", FEW, seeds, epochs * NUM_IMAGES // NUM_LABELS)]
+    for temperature in TEMPERATURES:
+        count = seeds if temperature == TEMPERATURES[0] else 1
+        name = f"{NUM_IMAGES} unlabelled images, cached teacher, T = {temperature:g}"
+        students.append(_from_cache(directory, name, temperature, count, epochs))
+    students.append(_from_labels(directory, f"{NUM_IMAGES} labels", TRAIN, seeds, epochs))
+    cached = sum(student.seeds for student in students if "cached" in student.name)
+    result = DemoResult(
+        teacher=teacher,
+        cache=cache,
+        students=tuple(students),
+        passes_saved=cached * epochs * NUM_IMAGES - NUM_VIEWS * NUM_IMAGES,
+        seconds=round(time.perf_counter() - started, 1),
+        report=str(directory / "demo.json"),
+        next=f"logitcache inspect {directory / 'cache.zarr'}",
+    )
+    write_atomically(directory / "demo.json", json.dumps(asdict(result), indent=2).encode())
+    return result
+
+
+def _measure_teacher() -> DemoTeacher:
+    built = BundledTeacher().build(None, 1)
+    classifier = Classifier(built.module, resolve_preprocessing(built, None, who="the bundled teacher"))
+    validator = open_validator(load_recipe({"dataset": TEST}, Validation), NUM_CLASSES, 0)
+    assert validator is not None
+    top1 = validator.measure(classifier, torch.device("cpu")).top1
+    assert top1 is not None
+    return DemoTeacher("bundled", sum(p.numel() for p in classifier.parameters()), top1)
+
+
+def _precompute_recipe(directory: Path) -> dict[str, Any]:
+    return {
+        "cache": str(directory / "cache.zarr"),
+        "dataset": TRAIN,
+        "views": {"num_views": NUM_VIEWS, "augmentations": AUGMENTATIONS},
+        "teachers": {"teacher": {"model": {"kind": "bundled"}}},
+        "num_workers": 0,
+    }
+
+
+def _from_labels(directory: Path, name: str, dataset: dict[str, Any], seeds: int, epochs: int) -> DemoStudent:
+    entries = {"dataset": dataset, "augmentations": AUGMENTATIONS, "epochs": epochs}
+    return _over_seeds(directory, name, TeacherRecipe, entries, seeds)
+
+
+def _from_cache(directory: Path, name: str, temperature: float, seeds: int, epochs: int) -> DemoStudent:
+    losses = [{"kind": "kl_divergence", "temperature": temperature}]
+    entries = {"cache": str(directory / "cache.zarr"), "losses": losses, "epochs": epochs}
+    return _over_seeds(directory, name, StudentRecipe, entries, seeds)
+
+
+def _over_seeds(
+    directory: Path, name: str, recipe: type[StudentRecipe | TeacherRecipe], entries: dict[str, Any], seeds: int
+) -> DemoStudent:
+    """Train one student a seed, all for the same number of steps, and measure each once, at the end."""
+    folder = directory / "students" / re.sub(r"[^a-z0-9]+", "_", name.lower())
+    entries = {**STUDENT, **entries, "validation": {"dataset": TEST, "every": entries["epochs"]}}
+    with hushed():
+        results = [
+            train(load_recipe({**entries, "out": str(folder / str(seed)), "seed": seed}, recipe), resume=True)
+            for seed in range(seeds)
+        ]
+    top1 = [result.top1 for result in results if result.top1 is not None]
+    student = DemoStudent(
+        name=name,
+        top1_mean=statistics.mean(top1),
+        top1_std=statistics.stdev(top1) if seeds > 1 else 0.0,
+        seeds=seeds,
+        teacher_passes=sum(result.teacher_passes for result in results),
+        seconds=sum(result.seconds for result in results),
+    )
+    say(f"{name}: {100 * student.top1_mean:.1f} ± {100 * student.top1_std:.1f} % (n = {seeds}), {student.seconds:.1f} s")
+    return student

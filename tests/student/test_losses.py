@@ -1,0 +1,283 @@
+"""Every loss against its formula in NumPy, at both ends of the range of logits."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.encodings import TopK
+from logitcache.errors import RecipeError
+from logitcache.student.losses import (
+    CrossEntropy,
+    KLDivergence,
+    Loss,
+    MeanSquaredError,
+    cross_entropy,
+    kl_divergence,
+    mean_squared_error,
+)
+from logitcache.targets import Batch, Targets, TopKLogits
+
+CLASSES = 7
+Array = NDArray[np.float64]
+Reference = Callable[[Array, Array, NDArray[np.int64]], float]
+
+
+def _log_softmax(z: Array) -> Array:
+    z = z - z.max(axis=1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def _kl(temperature: float) -> Reference:
+    def reference(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float:
+        log_s, log_t = _log_softmax(student / temperature), _log_softmax(teacher / temperature)
+        return float(temperature**2 * np.mean(np.sum(np.exp(log_t) * (log_t - log_s), axis=1)))
+
+    return reference
+
+
+def _cross_entropy(smoothing: float) -> Reference:
+    def reference(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float:
+        rows = np.flatnonzero(labels >= 0)
+        if len(rows) == 0:
+            return 0.0
+        wanted = np.full((len(rows), student.shape[1]), smoothing / student.shape[1])
+        wanted[np.arange(len(rows)), labels[rows]] += 1 - smoothing
+        return float(-np.mean(np.sum(wanted * _log_softmax(student[rows]), axis=1)))
+
+    return reference
+
+
+def _squared(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float:
+    return float(np.mean((student - teacher) ** 2))
+
+
+class Case(NamedTuple):
+    loss: Any
+    reference: Reference
+
+    @property
+    def name(self) -> str:
+        return self.loss.model_dump_json()
+
+
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+TABLE = [
+    *(Case(KLDivergence(temperature=t), _kl(t)) for t in TEMPERATURES),
+    *(Case(CrossEntropy(label_smoothing=s), _cross_entropy(s)) for s in (0.0, 0.1)),
+    Case(MeanSquaredError(), _squared),
+]
+every_loss = pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
+
+
+def _random(rows: int, scale: float, seed: int) -> Tensor:
+    return torch.randn(rows, CLASSES, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def _extreme(rows: int, seed: int) -> Tensor:
+    return torch.where(_random(rows, 1.0, seed) > 0.5, 1e4, -1e4)
+
+
+INPUTS = {
+    "random": (_random(9, 3.0, 0), _random(9, 3.0, 1)),
+    "wide": (_random(9, 40.0, 2), _random(9, 40.0, 3)),
+    "extreme": (_extreme(9, 4), _extreme(9, 5)),
+    "extreme student": (_extreme(9, 6), _random(9, 1.0, 7)),
+    "extreme teacher": (_random(9, 1.0, 8), _extreme(9, 9)),
+    "one row": (_random(1, 3.0, 10), _random(1, 3.0, 11)),
+    "constant": (torch.zeros(4, CLASSES), torch.full((4, CLASSES), -1e4)),
+}
+
+
+def _labels(rows: int) -> Tensor:
+    return torch.arange(rows) * 3 % CLASSES
+
+
+def _batch(teacher: Any, labels: Tensor) -> Batch:
+    rows = len(labels)
+    return Batch(torch.zeros(rows, 1, 1, 1, dtype=torch.uint8), labels, torch.zeros(rows, 2), {"t": Targets(teacher)})
+
+
+def _value(loss: Any, student: Tensor, teacher: Any, labels: Tensor | None = None) -> Tensor:
+    value: Tensor = loss(Targets(student), _batch(teacher, _labels(len(student)) if labels is None else labels))
+    return value
+
+
+def _expected(case: Case, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> float:
+    labels = _labels(len(student)) if labels is None else labels
+    return case.reference(student.double().numpy(), teacher.double().numpy(), labels.numpy())
+
+
+def test_the_table_holds_every_loss() -> None:
+    assert {type(case.loss) for case in TABLE} == set(get_args(get_args(Loss)[0]))
+
+
+@every_loss
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_loss_is_its_formula(case: Case, name: str) -> None:
+    student, teacher = INPUTS[name]
+    value = _value(case.loss, student, teacher)
+    assert value.dtype == torch.float32
+    assert value.shape == ()
+    np.testing.assert_allclose(value.item(), _expected(case, student, teacher), rtol=1e-5, atol=1e-5)
+
+
+@every_loss
+@pytest.mark.parametrize("name", INPUTS)
+def test_gradients_are_finite(case: Case, name: str) -> None:
+    student = INPUTS[name][0].clone().requires_grad_()
+    _value(case.loss, student, INPUTS[name][1]).backward()
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@every_loss
+def test_the_gradient_is_that_of_the_value(case: Case) -> None:
+    student, teacher = (logits.double() for logits in INPUTS["random"])
+    assert torch.autograd.gradcheck(lambda z: _value(case.loss, z, teacher), student.requires_grad_())
+
+
+@every_loss
+def test_the_gradient_of_one_row_is_that_of_the_value(case: Case) -> None:
+    student, teacher = (logits.double() for logits in INPUTS["one row"])
+    assert torch.autograd.gradcheck(lambda z: _value(case.loss, z, teacher), student.requires_grad_())
+
+
+@pytest.mark.parametrize("loss", [KLDivergence(temperature=t) for t in TEMPERATURES] + [MeanSquaredError()])
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_student_that_says_what_the_teacher_says_has_no_loss_and_no_gradient(loss: Any, name: str) -> None:
+    teacher = INPUTS[name][1]
+    student = teacher.clone().requires_grad_()
+    value = _value(loss, student, teacher)
+    value.backward()
+    assert value.item() == 0
+    assert student.grad is not None
+    assert student.grad.abs().max() <= 1e-6
+
+
+def test_a_sure_and_right_student_has_no_cross_entropy() -> None:
+    logits = torch.nn.functional.one_hot(_labels(5), CLASSES) * 2e4 - 1e4
+    assert cross_entropy(logits.float(), _labels(5)).item() == 0
+
+
+@every_loss
+@pytest.mark.parametrize("labels", [[2, -1, -1, 0, 3, -1, -1, 1, -1], [-1] * 9, [0] * 9], ids=["some", "none", "all"])
+def test_rows_without_a_label_do_not_count(case: Case, labels: list[int]) -> None:
+    student, teacher = INPUTS["random"]
+    given = student.clone().requires_grad_()
+    value = _value(case.loss, given, teacher, torch.tensor(labels))
+    value.backward()
+    expected = _expected(case, student, teacher, torch.tensor(labels))
+    np.testing.assert_allclose(value.item(), expected, rtol=1e-5, atol=1e-6)
+    assert given.grad is not None
+    assert torch.isfinite(given.grad).all()
+
+
+def test_only_labelled_rows_have_a_gradient_of_cross_entropy() -> None:
+    student = _random(4, 1.0, 12).requires_grad_()
+    cross_entropy(student, torch.tensor([-1, 2, -1, 0])).backward()
+    assert student.grad is not None
+    assert (student.grad.abs().sum(dim=1) > 0).tolist() == [False, True, False, True]
+
+
+@every_loss
+@pytest.mark.parametrize("size", [1, 2, 4, 9])
+def test_the_parts_of_a_batch_sum_to_the_whole(case: Case, size: int) -> None:
+    student, teacher = INPUTS["random"]
+    whole = _batch(teacher, torch.tensor([2, -1, -1, 0, 3, -1, -1, 1, -1]))
+    total = torch.zeros(())
+    for start in range(0, 9, size):
+        rows = slice(start, start + size)
+        part = whole[rows]
+        total += case.loss(Targets(student[rows]), part) * case.loss.rows(part) / case.loss.rows(whole)
+    np.testing.assert_allclose(total.item(), case.loss(Targets(student), whole).item(), rtol=1e-5)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_arithmetic_is_float32_whatever_autocast_says(case: Case, dtype: torch.dtype) -> None:
+    student, teacher = (logits.to(dtype) for logits in INPUTS["random"])
+    with torch.autocast("cpu", torch.bfloat16):
+        value = _value(case.loss, student, teacher)
+    assert value.dtype == torch.float32
+    assert value.item() == _value(case.loss, student.float(), teacher.float()).item()
+    np.testing.assert_allclose(value.item(), _expected(case, student, teacher), rtol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_kl_divergence_does_not_see_a_constant_added_to_the_logits(temperature: float) -> None:
+    student, teacher = INPUTS["random"]
+    moved = kl_divergence(student + 5, teacher - 3, temperature)
+    torch.testing.assert_close(moved, kl_divergence(student, teacher, temperature), rtol=1e-4, atol=1e-6)
+
+
+def test_the_functions_are_what_the_components_compute() -> None:
+    student, teacher = INPUTS["random"]
+    assert kl_divergence(student, teacher, 2.0) == _value(KLDivergence(temperature=2.0), student, teacher)
+    assert mean_squared_error(student, teacher) == _value(MeanSquaredError(), student, teacher)
+    assert cross_entropy(student, _labels(9), 0.1) == _value(CrossEntropy(label_smoothing=0.1), student, teacher)
+
+
+def _encoded(teacher: Tensor, k: int) -> Any:
+    encoding = TopK(k=k)
+    return encoding.decode(encoding.encode(teacher), CLASSES)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_kl_divergence_to_all_classes_of_a_top_k_target_is_that_to_its_logits(temperature: float) -> None:
+    student, teacher = INPUTS["random"]
+    log_p = torch.log_softmax(teacher, dim=1)
+    kept, index = log_p.sort(dim=1, descending=True)
+    target = TopKLogits(kept, index, torch.zeros(len(teacher), 3), CLASSES)
+    torch.testing.assert_close(
+        kl_divergence(student, target, temperature), kl_divergence(student, teacher, temperature), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_kl_divergence_to_a_top_k_target_spreads_the_tail_evenly() -> None:
+    student, teacher = INPUTS["random"]
+    log_t = _log_softmax(teacher.double().numpy())
+    p = np.exp(log_t)
+    for row in p:
+        dropped = np.argsort(row)[: CLASSES - 2]
+        row[dropped] = row[dropped].mean()
+    log_s = _log_softmax(student.double().numpy())
+    expected = np.mean(np.sum(p * (np.log(p) - log_s), axis=1))
+    # float16 keeps log-probabilities to about three digits
+    np.testing.assert_allclose(kl_divergence(student, _encoded(teacher, 2)).item(), expected, rtol=5e-3)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_top_k_target_gives_finite_losses_and_gradients(name: str, temperature: float) -> None:
+    student, teacher = INPUTS[name][0].clone().requires_grad_(), INPUTS[name][1]
+    value = kl_divergence(student, _encoded(teacher, 3), temperature)
+    value.backward()
+    assert torch.isfinite(value)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("loss", [KLDivergence(teacher="other"), MeanSquaredError(teacher="other")])
+def test_a_teacher_that_is_not_there_is_named(loss: Any) -> None:
+    with pytest.raises(RecipeError, match=r"teacher 'other'; the cache has \['t'\]"):
+        _value(loss, *INPUTS["random"])
+
+
+def test_a_loss_must_choose_between_two_teachers() -> None:
+    student, teacher = INPUTS["random"]
+    batch = _batch(teacher, _labels(9))
+    both = Batch(batch.images, batch.labels, batch.keys, {"a": Targets(student), "b": Targets(teacher)})
+    with pytest.raises(RecipeError, match="set the loss's `teacher`"):
+        KLDivergence()(Targets(student), both)
+    assert KLDivergence(teacher="a")(Targets(student), both) == 0
+    assert KLDivergence(teacher="b")(Targets(student), both) > 0
+
+
+def test_logits_of_other_classes_are_not_broadcast() -> None:
+    with pytest.raises(RuntimeError):
+        kl_divergence(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -1,0 +1,72 @@
+"""Training from the cache is training with the teacher: the same losses, the same weights, step for step."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from torch import nn
+
+from logitcache.student.training import RunResult, train
+from logitcache.teacher.online import live_targets
+from tests.student.small import fill, network, recorded_losses, student
+
+STEPS = {"batch_size": 20, "epochs": 5}  # 50 steps over 200 images
+NUM_STEPS = 50
+
+
+def _both(
+    cache: Path, modules: Mapping[str, nn.Module], out: Path, **changes: Any
+) -> tuple[tuple[RunResult, Any], tuple[RunResult, Any]]:
+    """Train from the cache and with the live teachers; returns results and losses by step."""
+    with recorded_losses() as cached:
+        offline = train(student(out / "cached", cache, **STEPS, **changes))
+    with recorded_losses() as live:
+        targets = live_targets(str(cache), "cpu", modules=modules)
+        online = train(student(out / "online", cache, **STEPS, **changes), live=targets)
+    assert len(cached) == len(live) == NUM_STEPS
+    return (offline, np.array(cached)), (online, np.array(live))
+
+
+def _largest_difference(first: RunResult, second: RunResult) -> float:
+    a, b = (load_file(Path(result.out, "weights.safetensors")) for result in (first, second))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"kind": "sgd", "lr": 0.05}},
+        {"optimizer": {"kind": "adamw"}, "losses": [{"kind": "kl_divergence", "temperature": 4.0}]},
+        {"losses": [{"kind": "mean_squared_error", "weight": 0.1}, {"kind": "cross_entropy"}], "ema": 0.9},
+    ],
+    ids=["sgd", "adamw", "squared_error"],
+)
+def test_fifty_steps_from_the_cache_are_fifty_steps_online(cache: Path, tmp_path: Path, changes: Any) -> None:
+    (offline, cached), (online, live) = _both(cache, {"net": network()}, tmp_path, **changes)
+    assert np.abs(cached - live).max() <= 1e-6
+    assert _largest_difference(offline, online) <= 1e-6
+
+
+def test_two_teachers_agree_with_two_live_teachers(two_teachers: Path, tmp_path: Path) -> None:
+    losses = [
+        {"kind": "kl_divergence", "teacher": "first"},
+        {"kind": "kl_divergence", "teacher": "second", "temperature": 2.0, "weight": 0.5},
+    ]
+    modules = {"first": network(1), "second": network(2)}
+    (offline, cached), (online, live) = _both(two_teachers, modules, tmp_path, losses=losses)
+    assert np.abs(cached - live).max() <= 1e-6
+    assert _largest_difference(offline, online) <= 1e-6
+    assert offline.teacher_passes == 0
+    assert online.teacher_passes == 2 * online.images == 2 * 5 * 200
+
+
+def test_float16_is_close_to_online(caches: Path, tmp_path: Path) -> None:
+    half = fill(caches / "half", logits={"kind": "dense", "dtype": "float16"})
+    changes = {"optimizer": {"kind": "sgd", "lr": 0.05}}
+    (offline, cached), (online, live) = _both(half, {"net": network()}, tmp_path, **changes)
+    assert 0 < np.abs(cached - live).max() <= 1e-3
+    assert _largest_difference(offline, online) <= 1e-2

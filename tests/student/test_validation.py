@@ -1,0 +1,88 @@
+"""Measuring while training, against counts by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.reader import open_cache
+from logitcache.errors import RecipeError
+from logitcache.models import load_model
+from logitcache.student.training import train
+from logitcache.views.datasets import Bundled, open_dataset
+from tests.student.small import (
+    DROPOUT,
+    NUM_IMAGES,
+    PARTLY,
+    TEST_IMAGES,
+    THREE,
+    PartlyLabelled,
+    metrics,
+    student,
+    teacher,
+    top1,
+)
+
+
+def test_the_kept_model_was_measured_without_dropout(cache: Path, tmp_path: Path) -> None:
+    result = train(student(tmp_path / "run", cache, model=DROPOUT, validation={"dataset": TEST_IMAGES}))
+    with pytest.raises(RecipeError, match="factory"):
+        load_model(Path(result.out))
+    assert result.top1 == pytest.approx(top1(tmp_path / "run", DROPOUT["factory"]))
+
+
+def test_a_run_without_validation_has_no_accuracy(cache: Path, tmp_path: Path) -> None:
+    result = train(student(tmp_path / "run", cache, epochs=1))
+    assert (result.top1, result.top5, result.best_top1, result.agreement) == (None, None, None, None)
+
+
+def _answers(run: Path, count: int = 100) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Log-probabilities of a run on the test images, and their labels, by another way."""
+    images = open_dataset(Bundled(split="test", num_images=count))
+    pixels = torch.stack([images.read(index) for index in range(count)]).float()
+    with torch.no_grad():
+        logits = load_model(run).module.eval()((pixels / 255 - 0.5) / 0.5).double()
+    return torch.log_softmax(logits, dim=1).numpy(), images.labels
+
+
+def test_validation_on_images_counts_the_best_and_the_five_best(cache: Path, tmp_path: Path) -> None:
+    result = train(student(tmp_path / "run", cache, validation={"dataset": TEST_IMAGES, "batch_size": 30}))
+    log_p, labels = _answers(tmp_path / "run")
+    order = np.argsort(-log_p, axis=1)
+    assert result.top1 == pytest.approx(np.mean(order[:, 0] == labels))
+    assert result.top5 == pytest.approx(np.mean([y in five for y, five in zip(labels, order[:, :5], strict=True)]))
+    assert result.agreement is None
+
+
+def test_validation_on_a_cache_compares_with_the_teacher(cache: Path, untouched: Path, tmp_path: Path) -> None:
+    result = train(student(tmp_path / "run", cache, validation={"cache": str(untouched), "batch_size": 30}))
+    log_p, labels = _answers(tmp_path / "run")
+    kept = open_cache(untouched)
+    logits = kept.rows([(0, index) for index in range(100)])["net"].logits  # type: ignore[misc]
+    assert isinstance(logits, Tensor)
+    log_t = torch.log_softmax(logits.double(), dim=1).numpy()
+    row = metrics(tmp_path / "run")[-1]
+    assert result.agreement == pytest.approx(np.mean(log_p.argmax(axis=1) == log_t.argmax(axis=1)))
+    assert row["val_kl"] == pytest.approx(np.mean(np.sum(np.exp(log_t) * (log_t - log_p), axis=1)), rel=1e-5)
+    assert row["val_teacher_top1"] == pytest.approx(np.mean(log_t.argmax(axis=1) == labels))
+    assert row["val_top1"] == pytest.approx(np.mean(log_p.argmax(axis=1) == labels))
+
+
+def test_fewer_than_five_classes_are_all_among_the_five_best(tmp_path: Path) -> None:
+    result = train(teacher(tmp_path / "run", dataset=THREE, validation={"dataset": THREE}))
+    assert result.top5 == 1.0
+    assert result.top1 is not None
+    assert result.top1 < 1.0
+
+
+def test_validation_of_partly_labelled_images_counts_those_with_a_label(cache: Path, tmp_path: Path) -> None:
+    result = train(student(tmp_path / "run", cache, validation={"dataset": PARTLY}))
+    images = PartlyLabelled()
+    pixels = torch.stack([images[index][0] for index in range(0, NUM_IMAGES, 3)]).float()
+    labels = torch.tensor([images[index][1] for index in range(0, NUM_IMAGES, 3)])
+    with torch.no_grad():
+        best = load_model(tmp_path / "run").module.eval()((pixels / 255 - 0.5) / 0.5).argmax(dim=1)
+    assert result.top1 == pytest.approx((best == labels).float().mean().item())

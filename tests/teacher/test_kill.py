@@ -1,0 +1,111 @@
+"""Killed or stopped at any moment, a run continues to the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from logitcache.recipe import dump_recipe
+from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from tests.cache.made import Linear, contents, recipe, teacher
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    command = [sys.executable, "-m", "tests.teacher.killing", str(tmp_path_factory.mktemp("kill"))]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+def test_runs_are_killed_all_over_their_life(outcomes: list[dict[str, Any]]) -> None:
+    assert len(outcomes) == 25
+    reached = {outcome["committed"] for outcome in outcomes if outcome["kind"] == "point"}
+    assert 0 in reached
+    assert len(reached) >= 4
+
+
+def test_resume_after_kill_writes_identical_bytes(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome for outcome in outcomes if not outcome["identical"]] == []
+
+
+def test_resume_after_kill_writes_no_committed_shard_again(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome for outcome in outcomes if not outcome["kept"]] == []
+    assert [outcome for outcome in outcomes if outcome["committed"] + outcome["written"] != 6] == []
+
+
+def test_kill_leaves_nothing_beside_the_cache(outcomes: list[dict[str, Any]]) -> None:
+    assert [outcome for outcome in outcomes if outcome["beside"] != ["c.zarr"]] == []
+
+
+class Slow(Linear):
+    """A teacher that takes its time, so that a signal finds it at work."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(0.05)
+        return super().forward(images)
+
+
+def slow() -> Slow:
+    return Slow()
+
+
+def slow_recipe(cache: Path, **changes: Any) -> PrecomputeRecipe:
+    model = {"kind": "custom", "factory": "tests.teacher.test_kill:slow"}
+    dataset = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": 600}}
+    changes |= {"dataset": dataset, "teachers": {"t": teacher(model=model)}, "shard_rows": 128, "batch_size": 32}
+    return recipe(cache, **changes)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("whole") / "c.zarr"
+    precompute(slow_recipe(path))
+    return contents(path)
+
+
+@pytest.mark.parametrize(
+    ("signum", "code", "num_workers"),
+    [(signal.SIGTERM, 75, 2), (signal.SIGINT, 130, 0)],
+)
+def test_a_signal_stops_at_a_shard_and_the_command_continues(
+    signum: int, code: int, num_workers: int, tmp_path: Path, uninterrupted: dict[str, bytes]
+) -> None:
+    cache = tmp_path / "c.zarr"
+    plan = slow_recipe(cache, num_workers=num_workers, start_method="fork")
+    (tmp_path / "r.yaml").write_text(dump_recipe(plan))
+    command = [sys.executable, "-m", "logitcache", "precompute", str(tmp_path / "r.yaml")]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(cache.glob("t.commits/c.*")) and process.poll() is None:
+        time.sleep(0.01)
+    # To workers too, as a terminal and a scheduler do.
+    os.killpg(process.pid, signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert "of the 10 shards that were to do are committed" in errors
+    assert "Resume: logitcache precompute" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.rglob("*logitcache-tmp"))
+    records = len(list(cache.glob("t.commits/c.*")))
+    assert 1 <= records < 10
+    assert len(list(cache.glob("t.logits/c.*"))) == records
+    assert f"stopped: {records} of" in errors
+    assert precompute(plan).shards_written == 10 - records
+    assert contents(cache) == uninterrupted
+    assert sorted(os.listdir(tmp_path)) == ["c.zarr", "r.yaml"]
+
+
+def test_the_slow_teacher_answers_as_the_fast_one() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    assert torch.equal(Slow()(images), Linear()(images))

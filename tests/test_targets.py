@@ -1,0 +1,100 @@
+"""Targets and batches: they move and are cut as one."""
+
+import pytest
+import torch
+
+from logitcache.targets import Batch, Targets, TopKLogits, at_least_float32, log_probs, top1
+
+
+def _top_k(rows: int = 5) -> TopKLogits:
+    log_p = torch.arange(rows * 2, dtype=torch.float16).reshape(rows, 2).neg()
+    index = torch.tensor([[3, 1]]).expand(rows, 2).to(torch.uint16)
+    return TopKLogits(log_p, index, torch.tensor([[-2.0, -3.0, 0.5]]).expand(rows, 3), 4)
+
+
+def _batch(rows: int = 5) -> Batch:
+    dense = Targets(torch.arange(rows * 4.0).reshape(rows, 4), {"pooled": torch.arange(rows * 2.0).reshape(rows, 2)})
+    return Batch(
+        torch.arange(rows * 9, dtype=torch.uint8).reshape(rows, 1, 3, 3),
+        torch.arange(rows),
+        torch.stack([torch.zeros(rows), torch.arange(rows)], dim=1).long(),
+        {"dense": dense, "few": Targets(_top_k(rows))},
+    )
+
+
+def _tensors(batch: Batch) -> list[torch.Tensor]:
+    dense, few = batch.teachers["dense"], batch.teachers["few"].logits
+    assert isinstance(few, TopKLogits)
+    assert isinstance(dense.logits, torch.Tensor)
+    own = [batch.images, batch.labels, batch.keys]
+    return [*own, dense.logits, dense.features["pooled"], few.log_p, few.index, few.tail]
+
+
+def test_a_batch_is_as_long_as_its_images() -> None:
+    assert len(_batch(5)) == 5
+    assert len(_batch(1)) == 1
+
+
+@pytest.mark.parametrize("rows", [slice(1, 3), slice(3, 99), slice(0, 5), slice(2, 2)])
+def test_cutting_a_batch_cuts_all_that_is_in_it(rows: slice) -> None:
+    whole, part = _batch(), _batch()[rows]
+    assert len(part) == len(range(5)[rows])
+    for tensor, cut in zip(_tensors(whole), _tensors(part), strict=True):
+        assert torch.equal(tensor[rows], cut)
+        assert tensor.dtype == cut.dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_moving_a_batch_moves_all_that_is_in_it(device: str) -> None:
+    moved = _batch().to(device)
+    for tensor, there in zip(_tensors(_batch()), _tensors(moved), strict=True):
+        assert there.device.type == device
+        assert torch.equal(tensor, there.cpu())
+
+
+def test_a_batch_moves_to_a_device_by_name_or_by_object() -> None:
+    assert torch.equal(_batch().to(torch.device("cpu")).images, _batch().to("cpu").images)
+
+
+def test_the_targets_of_the_only_teacher_need_no_name() -> None:
+    batch = _batch()
+    single = Batch(batch.images, batch.labels, batch.keys, {"dense": batch.teachers["dense"]})
+    assert single.targets is batch.teachers["dense"]
+
+
+def test_two_teachers_must_be_named() -> None:
+    with pytest.raises(ValueError, match=r"\['dense', 'few'\]: take one, as in batch.teachers\['name'\]"):
+        _ = _batch().targets
+
+
+def test_a_batch_without_teachers_has_no_targets() -> None:
+    batch = _batch()
+    with pytest.raises(ValueError, match=r"targets of \[\]"):
+        _ = Batch(batch.images, batch.labels, batch.keys, {}).targets
+
+
+@pytest.mark.parametrize("temperature", [0.25, 0.5, 1.0, 2.0, 8.0])
+def test_a_top_k_target_is_a_distribution_at_every_temperature(temperature: float) -> None:
+    log_p = log_probs(_top_k(), temperature)
+    assert log_p.shape == (5, 4)
+    assert log_p.dtype == torch.float32
+    torch.testing.assert_close(log_p.exp().sum(dim=1), torch.ones(5))
+
+
+def test_log_probs_are_of_the_divided_logits() -> None:
+    logits = torch.tensor([[0.0, 2.0, -4.0]])
+    expected = torch.log_softmax(logits / 2, dim=1)
+    assert torch.equal(log_probs(logits, 2.0), expected)
+    assert torch.equal(log_probs(logits.half(), 2.0), expected)
+
+
+def test_float64_stays_and_less_than_float32_does_not() -> None:
+    dtypes = {dtype: at_least_float32(torch.zeros(1, dtype=dtype)).dtype for dtype in (torch.float16, torch.bfloat16)}
+    assert set(dtypes.values()) == {torch.float32}
+    assert at_least_float32(torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    assert log_probs(torch.zeros(1, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_top1_is_the_most_probable_class() -> None:
+    assert top1(torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 0.0]])).tolist() == [1, 0]
+    assert top1(_top_k(2)).tolist() == [3, 3]
