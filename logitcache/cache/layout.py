@@ -1,5 +1,6 @@
 """Layout: which arrays a manifest implies, how they are cut into shards and where their bytes lie."""
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,17 @@ INNER_BYTES = 128 << 10
 MIN_PACKED_INNER_ROWS = 1024
 MAX_BYTES = 1 << 60
 RECORD_BYTES = 40
-"""A commit record: the stored size of a shard's bytes (uint64, little endian), then their sha256."""
+"""A commit record: the stored size of a shard's bytes (uint64, little endian), then their seal."""
 
 FLAT_KEYS = {"name": "default", "separator": "."}
 """Shards lie side by side in their array's folder."""
 
 INDEX_ENTRY_BYTES, INDEX_CHECKSUM_BYTES = 16, 4
+
+
+def seal(digest: bytes, key: str) -> bytes:
+    """Return the sha256 of a shard's own sha256 and its key: moved elsewhere, even with its record, it does not fit."""
+    return hashlib.sha256(digest + key.encode()).digest()
 
 
 class Shard(NamedTuple):

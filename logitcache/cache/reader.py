@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from logitcache.cache.create import read_manifest
 from logitcache.cache.layout import Layout, TeacherLayout, layout_of
 from logitcache.cache.manifest import Manifest
-from logitcache.cache.rows import PACKED_MEMORY, HotRows, PackedRows, RowSource
+from logitcache.cache.rows import PACKED_SHARDS, HotRows, PackedRows, RowSource
 from logitcache.cache.skeleton import read_canaries, read_digests, read_labels, require_sound_skeleton
 from logitcache.cache.verify import committed_shards, require_intact
 from logitcache.errors import CacheError, MismatchError, RecipeError
@@ -161,14 +161,11 @@ class Cache:
 
     @property
     def shuffle_block(self) -> int | None:
-        """Rows to shuffle among where a packed view does not fit in memory; None for all."""
-        packed = [
-            array.row_bytes for teacher in self.layout.teachers for array in teacher.arrays if array.storage == "packed"
-        ]
-        if max(packed, default=0) * len(self) <= PACKED_MEMORY:
+        """Rows to shuffle among where a packed view has more shards than are kept decoded; None for all."""
+        packed = any(entry.logits.storage == "packed" for entry in self.manifest.teachers.values())
+        if not packed or self.layout.shards_per_view <= PACKED_SHARDS:
             return None
-        shards = PACKED_MEMORY // (2 * self.layout.shard_rows * max(packed))
-        return max(1, shards) * self.layout.shard_rows
+        return PACKED_SHARDS // 2 * self.layout.shard_rows  # a batch at the seam of two blocks needs both
 
 
 def open_cache(path: str | Path) -> Cache:

@@ -14,8 +14,8 @@ from logitcache.cache.layout import ArrayLayout, Shard
 from logitcache.cache.mapping import map_rows
 from logitcache.errors import CacheError
 
-PACKED_MEMORY = 1 << 30
-"""Bytes of decoded shards that each packed array keeps."""
+PACKED_SHARDS = 8
+"""Decoded shards that each packed array keeps."""
 
 
 class RowSource(Protocol):
@@ -40,11 +40,11 @@ class HotRows:
 class PackedRows:
     """Rows of decoded shards, the least recently used of which are forgotten."""
 
-    def __init__(self, root: Path, layout: ArrayLayout, memory: int = PACKED_MEMORY) -> None:
+    def __init__(self, root: Path, layout: ArrayLayout, num_kept: int = PACKED_SHARDS) -> None:
         self._root, self._layout = root, layout
         self._shard_rows = layout.shard_rows
         self._shape, self._dtype = layout.row_shape, layout.dtype
-        self._room = max(2, memory // (layout.shard_rows * layout.row_bytes))
+        self._room = num_kept
         self._decoded: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
 
     def take(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[Any]:

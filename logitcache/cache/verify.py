@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from logitcache.cache.layout import RECORD_BYTES, ArrayLayout, Layout, Shard, TeacherLayout
+from logitcache.cache.layout import RECORD_BYTES, ArrayLayout, Layout, Shard, TeacherLayout, seal
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import skeleton_problems
 from logitcache.errors import CacheError
@@ -105,8 +105,8 @@ def damaged(root: Path, layout: Layout, shards: Sequence[Shard], *, fresh: bool 
         files = [root / part.array.file(part.shard) for part in readable]
         digests = file_digests(files, what="shard", fresh=fresh, error=CacheError)
         for part, digest in zip(readable, digests, strict=True):
-            if digest != part.record[8:]:
-                file = root / part.array.file(part.shard)
+            file = root / part.array.file(part.shard)
+            if seal(digest, part.array.file(part.shard)) != part.record[8:]:
                 found.setdefault(part.shard, []).append(f"{part.name}: its bytes differ from its record ({file})")
     return found
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from logitcache.cache.layout import ArrayLayout, Layout, Shard, TeacherLayout
+from logitcache.cache.layout import ArrayLayout, Layout, Shard, TeacherLayout, seal
 from logitcache.files import write_atomically
 
 Rows = dict[str, NDArray[Any]]
@@ -70,12 +70,12 @@ class CacheWriter:
     def _write_array(self, array: ArrayLayout, shard: Shard, rows: NDArray[Any]) -> bytes:
         stored = self._encoders[array.name].encode(shard, rows)
         write_atomically(self._path / array.file(shard), stored)
-        return commit_record(stored)
+        return commit_record(stored, array.file(shard))
 
 
-def commit_record(stored: memoryview) -> bytes:
-    """Return the record of a shard's stored bytes: their size and their sha256."""
-    return stored.nbytes.to_bytes(8, "little") + hashlib.sha256(stored).digest()
+def commit_record(stored: memoryview, key: str) -> bytes:
+    """Return the record of a shard's stored bytes under a key: their size and their seal."""
+    return stored.nbytes.to_bytes(8, "little") + seal(hashlib.sha256(stored).digest(), key)
 
 
 def empty_rows(teachers: tuple[TeacherLayout, ...], shard: Shard) -> Rows:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache.encodings import Dense, Encoding
-from logitcache.device import Precision, autocast
+from logitcache.device import Precision, autocast, own_randomness
 from logitcache.errors import DataError, RecipeError
 from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
 from logitcache.recipe import Component
@@ -59,7 +59,8 @@ def build_teacher(
     if module is not None:
         built = BuiltModel(module, None)
     elif source.model is not None:
-        built = source.model.build(num_classes if isinstance(source.model, Checkpoint) else None, in_channels)
+        with own_randomness(device, 0):  # random weights, if that is what is asked for, are the same in every run
+            built = source.model.build(num_classes if isinstance(source.model, Checkpoint) else None, in_channels)
     else:
         raise RecipeError(f"teachers.{name} names no model. Fix: give `model:`, or pass the module itself")
     chosen = resolve_preprocessing(built, source.preprocessing, who=f"teachers.{name}")

@@ -1,15 +1,17 @@
 """Augmentations: integer parameters planned from keys, applied to uint8 pixels.
 
 Each has two verbs. `plan` draws the parameters of a batch, int64 [B, P], from the words of the keys and the images'
-sizes [B, 2] (height, width), and tells the sizes that result. `apply` gives one image, uint8 [C, H, W], its row of
-parameters. Semantics are those of the torchvision v2 transform of the same name. Integers and exact float64 arithmetic
-only, no exp, log or pow: their bytes differ between numpy releases.
+sizes [B, 2] (height, width), and tells the sizes that result. `apply` gives images of one size, uint8 [B, C, H, W],
+their parameters. Semantics are those of the torchvision v2 transform of the same name. Integers and exact float64
+arithmetic only, no exp, log or pow: their bytes differ between numpy releases.
 """
 
 import math
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
@@ -61,9 +63,11 @@ class Resize(Component):
             scaled = _sizes(len(sizes), self.size)
         return scaled, scaled
 
-    def apply(self, image: Tensor, params: list[int]) -> Tensor:
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Resize with antialiasing."""
-        return _resize(image, params, self.interpolation)
+        return torch.stack(
+            [_resize(image, size, self.interpolation) for image, size in zip(images, params.tolist(), strict=True)]
+        )
 
 
 class CenterCrop(Component):
@@ -76,9 +80,9 @@ class CenterCrop(Component):
         """Draw nothing."""
         return _nothing(len(sizes)), _sizes(len(sizes), _pair(self.size))
 
-    def apply(self, image: Tensor, params: list[int]) -> Tensor:
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop the centre."""
-        cropped: Tensor = F.center_crop(image, list(_pair(self.size)))
+        cropped: Tensor = F.center_crop(images, list(_pair(self.size)))
         return cropped
 
 
@@ -115,21 +119,13 @@ class RandomCrop(Component):
                 "padding, or resize first"
             )
 
-    def apply(self, image: Tensor, params: list[int]) -> Tensor:
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Pad and crop."""
-        (top, left), (height, width) = params, _pair(self.size)
-        if self.padding_mode != "constant":
-            padded: Tensor = F.pad(image, [self.padding], padding_mode=self.padding_mode)
-            return padded[:, top : top + height, left : left + width]
-        # Only what the window shows is copied: padding the whole image costs ten times as much.
-        top, left = top - self.padding, left - self.padding
-        inside = image[:, max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
-        if inside.shape[1:] == (height, width):
-            return inside
-        window = image.new_full((len(image), height, width), self.fill)
-        down, right = max(-top, 0), max(-left, 0)
-        window[:, down : down + inside.shape[1], right : right + inside.shape[2]] = inside
-        return window
+        if self.padding:
+            fill = float(self.fill) if self.padding_mode == "constant" else None
+            images = F.pad(images, [self.padding], fill=fill, padding_mode=self.padding_mode)
+        windows = sliding_window_view(images.numpy(), _pair(self.size), axis=(2, 3))
+        return torch.from_numpy(windows[np.arange(len(images)), :, params[:, 0], params[:, 1]])
 
 
 class RandomResizedCrop(Component):
@@ -196,11 +192,14 @@ class RandomResizedCrop(Component):
         ratio = width / height
         return np.stack([np.where(ratio < low, tall, height), np.where(ratio > high, wide, width)], axis=1)
 
-    def apply(self, image: Tensor, params: list[int]) -> Tensor:
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop and resize with antialiasing."""
-        top, left, height, width = params
-        box = image[:, top : top + height, left : left + width]
-        return _resize(box, list(_pair(self.size)), self.interpolation)
+        size = list(_pair(self.size))
+        boxes = [
+            image[:, top : top + height, left : left + width]
+            for image, (top, left, height, width) in zip(images, params.tolist(), strict=True)
+        ]
+        return torch.stack([_resize(box, size, self.interpolation) for box in boxes])
 
 
 class HorizontalFlip(Component):
@@ -213,9 +212,10 @@ class HorizontalFlip(Component):
         """Draw one bit."""
         return bernoulli(draws.words("flip", ordinal, 1), self.p).astype(np.int64), sizes
 
-    def apply(self, image: Tensor, params: list[int]) -> Tensor:
-        """Mirror when the bit is set."""
-        return image.flip(-1) if params[0] else image
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Mirror where the bit is set."""
+        chosen = torch.from_numpy(params[:, 0]).bool()[:, None, None, None]
+        return torch.where(chosen, images.flip(-1), images)
 
 
 Augmentation = Annotated[

@@ -46,15 +46,23 @@ class ViewSpec(Component):
         return plans
 
     def render(self, images: list[Tensor], keys: list[ViewKey]) -> list[Tensor]:
-        """Augment decoded images, uint8 [C, H, W] each."""
-        sizes = np.array([image.shape[1:] for image in images], dtype=np.int64)
-        plans = [params.tolist() for params in self.plan(keys, sizes)]
-        return [self._apply(image, [plan[row] for plan in plans]) for row, image in enumerate(images)]
+        """Augment decoded images, uint8 [C, H, W] each; those of one shape are augmented together."""
+        plans = self.plan(keys, np.array([image.shape[1:] for image in images], dtype=np.int64))
+        rendered: list[Tensor] = [torch.empty(0)] * len(images)
+        for rows in _rows_by_shape(images):
+            batch = torch.stack([images[row] for row in rows])
+            for augmentation, params in zip(self.augmentations, plans, strict=True):
+                batch = augmentation.apply(batch, params[rows])
+            for row, image in zip(rows, batch, strict=True):
+                rendered[row] = image
+        return rendered
 
-    def _apply(self, image: Tensor, params: list[list[int]]) -> Tensor:
-        for augmentation, row in zip(self.augmentations, params, strict=True):
-            image = augmentation.apply(image, row)
-        return image
+
+def _rows_by_shape(images: list[Tensor]) -> list[list[int]]:
+    rows: dict[torch.Size, list[int]] = {}
+    for row, image in enumerate(images):
+        rows.setdefault(image.shape, []).append(row)
+    return list(rows.values())
 
 
 class Views:

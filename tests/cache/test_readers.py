@@ -119,7 +119,7 @@ def test_a_packed_source_with_little_memory_gives_the_same_rows(
 ) -> None:
     cache = packed_cache(tmp_path_factory)
     stored = zarr_values(cache)["t.logits"]
-    source = PackedRows(cache.path, cache.layout.teachers[0].arrays[0], memory=1)
+    source = PackedRows(cache.path, cache.layout.teachers[0].arrays[0], num_kept=1)
     pairs = np.array(keys)
     for _ in range(2):
         assert np.array_equal(source.take(pairs[:, 0], pairs[:, 1]), np.array([stored[key] for key in keys]))

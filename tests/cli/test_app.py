@@ -141,8 +141,10 @@ def test_errors_have_their_exit_code_and_a_document(capsys, env_raises, error, c
     document = json.loads(out)["error"]
     assert document["exit_code"] == code
     assert document["type"] == type(error).__name__
-    assert err == f"Error: {document['message']}\n"
+    resume = "Resume: logitcache env --json\n" if isinstance(error, errors.Stopped) else ""
+    assert err == f"Error: {document['message']}\n{resume}"
     assert main(["env"]) == code
+    err = err.replace(" --json", "")
     assert capsys.readouterr() == ("", err)
 
 

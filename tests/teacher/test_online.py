@@ -1,6 +1,5 @@
 """The live teacher answers as the cache does, or is refused."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache.cache.manifest import _digest
 from logitcache.cache.reader import open_cache
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Checkpoint, Custom, Preprocessing, SmallCNN, save_weights
@@ -18,7 +16,7 @@ from logitcache.student.recipes import LiveTeacher
 from logitcache.teacher.online import live_targets
 from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
-from tests.cache.made import DENSE32, TOP2, Linear, Pixels, recipe, run, teacher
+from tests.cache.made import DENSE32, TOP2, Linear, Pixels, forge, recipe, run, teacher
 
 IMAGES = Pixels(40, side=8)
 HALF = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -116,12 +114,7 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_recorded_model_never_runs_code(name: str, cache: str) -> None:
-    file = Path(cache) / "zarr.json"
-    found = json.loads(file.read_bytes())
-    entry = found["attributes"]["logitcache"]
-    entry["manifest"]["teachers"]["t"]["model"] = HOSTILE[name]
-    entry["sha256"] = _digest(entry["manifest"])
-    file.write_text(json.dumps(found))
+    forge(Path(cache), lambda manifest: manifest["teachers"]["t"].update(model=HOSTILE[name]))
     with pytest.raises((RecipeError, CacheError), match=r"teachers: \{t: …\}"):
         live_targets(cache, "cpu")
 

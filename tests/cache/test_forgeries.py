@@ -1,0 +1,158 @@
+"""Forged caches, whose own digests agree, are refused without harm."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from logitcache.cache.reader import open_cache
+from logitcache.cache.writer import commit_record
+from logitcache.errors import CacheError, LogitCacheError
+from logitcache.views.keys import ViewKey
+from tests.cache.made import COUNT, Pixels, forge
+
+
+def rename_teacher(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda manifest: manifest["teachers"].update({name: manifest["teachers"].pop("t")})
+
+
+FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "path up": rename_teacher("../../etc"),
+    "absolute path": rename_teacher("/etc/passwd"),
+    "dotted name": rename_teacher("t.logits"),
+    "empty name": rename_teacher(""),
+    "line break": rename_teacher("t\n"),
+    "nul": rename_teacher("t\0"),
+    "no teachers": lambda m: m.update(teachers={}),
+    "endless views": lambda m: m["views"].update(num_views=2**32 - 1),
+    "endless images": lambda m: m["fingerprint"].update(num_images=10**12),
+    "more images than numbers": lambda m: m["fingerprint"].update(num_images=10**30),
+    "no images": lambda m: m["fingerprint"].update(num_images=0),
+    "endless classes": lambda m: m["teachers"]["t"].update(num_classes=10**15),
+    "endless pixels": lambda m: m.update(image_shape=[10**6, 10**6, 10**6]),
+    "large pixels": lambda m: m.update(image_shape=[3, 10**6, 10**5]),
+    "endless shards": lambda m: m.update(shard_rows=10**14 * 128),
+    "tiny shards": lambda m: m.update(shard_rows=1),
+    "unaligned shards": lambda m: m.update(shard_rows=129),
+    "k of too few": lambda m: m["teachers"]["t"].update(logits={"kind": "top_k", "k": 17, "storage": "hot"}),
+    "other encoding": lambda m: m["teachers"]["t"].update(
+        logits={"kind": "dense", "dtype": "float32", "storage": "hot"}
+    ),
+    "unknown encoding": lambda m: m["teachers"]["t"].update(logits={"kind": "pickle"}),
+    "no canaries": lambda m: m.update(canaries=[]),
+    "canary of no view": lambda m: m["canaries"][0].update(view=-1),
+    "canary of no image": lambda m: m["canaries"][0].update(index=COUNT),
+    "many canaries": lambda m: m["canaries"].extend(m["canaries"] * 9),
+    "true for one": lambda m: m["views"].update(num_views=True),
+    "text for a number": lambda m: m.update(shard_rows="128"),
+    "nan": lambda m: m["teachers"]["t"]["preprocessing"].update(mean=[float("nan")] * 3),
+    "unknown key": lambda m: m.update(factory="os:abort"),
+    "deep": lambda m: m["teachers"]["t"].update(model=deep(50)),
+    "too deep": lambda m: m["teachers"]["t"].update(model=deep(900)),
+    "list": lambda m: m.update(teachers=[]),
+    "surrogate": lambda m: m["versions"].update(torch="\ud800"),
+}
+HARMLESS = {"deep"}
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_manifest_is_refused_without_a_large_allocation(name: str, cache: Path) -> None:
+    forge(cache, FORGERIES[name])
+    if name in HARMLESS:
+        open_cache(cache)
+        return
+    with pytest.raises(CacheError) as caught:
+        open_cache(cache)
+    assert len(str(caught.value)) < 5000
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    found = [path]
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        found += places(item, (*path, key))
+    return found
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_change_of_a_signed_manifest_opens_or_is_a_cache_error(
+    data: st.DataObject, sound: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = fuzzed(sound, tmp_path_factory)
+    shutil.copy(sound / "zarr.json", path / "zarr.json")
+
+    def change(manifest: dict[str, Any]) -> None:
+        for _ in range(data.draw(st.integers(1, 2))):
+            place = data.draw(st.sampled_from(places(manifest)[1:]))
+            holder: Any = manifest
+            for key in place[:-1]:
+                holder = holder[key]
+            if data.draw(st.booleans()):
+                holder[place[-1]] = data.draw(JSON | st.sampled_from([-1, 0, 2**31, 2**63, 10**40, 1e308, "../x"]))
+            else:
+                del holder[place[-1]]
+
+    forge(path, change)
+    try:
+        cache = open_cache(path)
+        cache.rows([ViewKey(0, 0), ViewKey(cache.num_views - 1, len(cache) - 1)])
+        cache.views(Pixels(COUNT), verify="numeric")
+    except LogitCacheError:
+        pass
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(entry=JSON | st.fixed_dictionaries({"logitcache": JSON}))
+def test_any_attributes_are_a_cache_error(entry: Any, sound: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = fuzzed(sound, tmp_path_factory)
+    found = json.loads((sound / "zarr.json").read_bytes())
+    found["attributes"] = entry
+    (path / "zarr.json").write_text(json.dumps(found))
+    with pytest.raises(CacheError):
+        open_cache(path)
+
+
+_FUZZED: dict[str, Path] = {}
+
+
+def fuzzed(sound: Path, factory: pytest.TempPathFactory) -> Path:
+    if not _FUZZED:
+        _FUZZED["one"] = Path(shutil.copytree(sound, factory.mktemp("fuzz") / "c.zarr"))
+    return _FUZZED["one"]
+
+
+def test_a_forged_shard_of_another_size_is_never_mapped(cache: Path) -> None:
+    """Its record agrees, so that only the layout tells: a row past the end would kill the process."""
+    data = b"\0" * 100
+    (cache / "t.logits/c.1.1.0").write_bytes(data)
+    (cache / "t.commits/c.1.1.0.0").write_bytes(commit_record(memoryview(data), "t.logits/c.1.1.0"))
+    opened = open_cache(cache)
+    with pytest.raises(CacheError, match="has 100 bytes, its layout needs"):
+        opened.rows([ViewKey(1, 130)])
+
+
+def test_opening_reads_no_pickle_and_imports_no_module_of_the_cache(cache: Path) -> None:
+    forge(cache, lambda m: m.update(dataset={"kind": "custom", "factory": "os:abort", "arguments": {}}))
+    opened = open_cache(cache)
+    with pytest.raises(LogitCacheError, match="never names code to run"):
+        opened.views()

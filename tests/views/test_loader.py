@@ -1,0 +1,120 @@
+"""The loader's worker processes: what they pass on, and that they end."""
+
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from logitcache.errors import DataError, LogitCacheError
+from logitcache.views.epochs import EpochLoader
+from logitcache.views.keys import ViewKey
+from logitcache.views.loader import ViewLoader
+from logitcache.views.spec import Views, ViewSpec
+from tests.views.images import Images, textured
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_unreadable_image_is_the_data_error_itself_and_the_loader_lives_on(num_workers):
+    views = Views(Images(textured(12, 8, 8), broken=5), ViewSpec())
+    loader = ViewLoader(views, num_workers, "fork")
+    with pytest.raises(DataError) as refused:
+        list(loader.render([[ViewKey(0, index)] for index in range(12)]))
+    assert type(refused.value) is DataError
+    assert str(refused.value) == "image 5 cannot be read"
+    assert len(list(loader.render([[ViewKey(0, 0)], [ViewKey(0, 1)]]))) == 2
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_workers_of_a_loader_in_a_cycle_end_at_once(start_method):
+    loader = ViewLoader(Views(Images(textured(8, 8, 8)), ViewSpec()), 2, start_method)
+    before = set(multiprocessing.active_children())
+    batches = loader.render([[ViewKey(0, index)] for index in range(8)])
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    cycle: list[object] = [loader, batches]
+    cycle.append(cycle)
+    del loader, batches, cycle
+    gc.collect()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_a_killed_worker_is_an_error_with_a_fix_and_no_hang(start_method):
+    loader = ViewLoader(Views(Images(textured(12, 8, 8), deadly=5), ViewSpec()), 2, start_method)
+    with pytest.raises(LogitCacheError, match=r"killed or could not start .*\n  Fix: fewer workers"):
+        list(loader.render([[ViewKey(0, index)] for index in range(12)]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_epoch_that_another_has_replaced_is_not_continued_with_its_images(num_workers):
+    views = Views(Images(textured(40, 8, 8)), ViewSpec(num_views=2))
+    loader = EpochLoader(views, batch_size=8, num_workers=num_workers, start_method="fork")
+    first, second = loader.epoch(0), loader.epoch(1)
+    next(first)
+    next(second)
+    with pytest.raises(RuntimeError, match="one loader serves one at a time"):
+        next(first)
+    assert len(list(second)) == len(loader) - 1
+
+
+def test_a_released_loader_ends_its_workers():
+    loader = ViewLoader(Views(Images(textured(4, 8, 8)), ViewSpec()), 2, "fork")
+    before = set(multiprocessing.active_children())
+    batches = loader.render([[ViewKey(0, index)] for index in range(4)])
+    next(batches)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    del loader, batches
+    assert not any(worker.is_alive() for worker in workers)
+
+
+SCRIPT = """
+import multiprocessing, os, sys, time
+from logitcache.views.keys import ViewKey
+from logitcache.views.loader import ViewLoader
+from logitcache.views.spec import Views, ViewSpec
+from tests.views.images import Images, textured
+if __name__ == "__main__":
+    loader = ViewLoader(Views(Images(textured(8, 8, 8)), ViewSpec()), 2, sys.argv[1])
+    batches = loader.render([[ViewKey(0, index)] for index in range(8)])
+    next(batches), next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    if sys.argv[2] != "return":
+        os.kill(os.getpid(), int(sys.argv[2]))
+        time.sleep(60)
+"""
+
+
+def gone(pid: int) -> bool:
+    """Say whether a process has ended, be it reaped or not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return True
+    return state in "ZX"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
+@pytest.mark.parametrize(("start_method", "end"), [("fork", "return"), ("forkserver", "return"), ("forkserver", "9")])
+def test_workers_end_with_the_process_that_started_them(tmp_path, start_method, end):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-W", "error", str(script), start_method, end]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": root}, check=False
+    )
+    assert done.returncode == (0 if end == "return" else -9), done.stderr
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    # The pipes of the output close with the last process that holds them, so the workers have ended by now, or just do.
+    for _ in range(200):
+        if all(map(gone, workers)):
+            break
+        torch.randn(500, 500).sum()
+    assert all(map(gone, workers))
