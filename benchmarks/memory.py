@@ -27,7 +27,7 @@ from logitcache.console import configure
 from logitcache.recipe import load_recipe
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 
-NUM_CLASSES = 1000
+NUM_CLASSES = 1500
 SHARD_ROWS = 1024
 SHARD_BYTES = 2 * NUM_CLASSES * SHARD_ROWS
 GOAL_SHARDS = 4

@@ -29,6 +29,7 @@ _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
+_BLOCK = 1 << 16  # images whose words are drawn at a time: the rounds of Philox take many times their memory
 
 
 class ViewKey(NamedTuple):
@@ -96,6 +97,9 @@ def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
     A tie, one pair in 2⁶⁴, is broken by position, so that the order is a pure function of its arguments.
     """
-    indices = np.arange(count, dtype=np.uint64)
-    words = Draws(seed, np.full_like(indices, epoch), indices).words("order", 0, 2)
-    return np.argsort(words[:, 0] << _SHIFT | words[:, 1], kind="stable")
+    words = np.empty(count, dtype=np.uint64)
+    for start in range(0, count, _BLOCK):
+        indices = np.arange(start, min(start + _BLOCK, count), dtype=np.uint64)
+        pairs = Draws(seed, np.full_like(indices, epoch), indices).words("order", 0, 2)
+        words[start : start + _BLOCK] = pairs[:, 0] << _SHIFT | pairs[:, 1]
+    return np.argsort(words, kind="stable")

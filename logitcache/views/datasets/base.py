@@ -60,14 +60,14 @@ def fingerprint(dataset: ImageDataset) -> Fingerprint:
         num_images=len(dataset.ids),
         num_classes=dataset.num_classes,
         ids=_ids_digest(dataset.ids),
-        labels=hashlib.sha256(dataset.labels.astype("<i8").tobytes()).hexdigest(),
+        labels=hashlib.sha256(np.ascontiguousarray(dataset.labels, "<i8").data).hexdigest(),
         content=content_digest(dataset.digests()),
     )
 
 
 def content_digest(digests: NDArray[np.uint64]) -> str:
     """Return the sha256 of the digests of all images, in order."""
-    return hashlib.sha256(digests.astype("<u8").tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(digests, "<u8").data).hexdigest()
 
 
 def pixel_digest(image: Tensor) -> int:
