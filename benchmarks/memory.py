@@ -137,7 +137,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
     configure(quiet=True)
-    few = 12_288 if arguments.quick else 102_400
+    few = 10_240 if arguments.quick else 102_400
     rows = []
     for storage in ("hot", "packed"):
         with tempfile.TemporaryDirectory() as name:
