@@ -15,11 +15,11 @@ from logitcache.cache.manifest import Manifest
 from logitcache.cache.rows import PACKED_SHARDS, HotRows, PackedRows, RowSource
 from logitcache.cache.skeleton import read_canaries, read_digests, read_labels, require_sound_skeleton
 from logitcache.cache.verify import committed_shards, require_intact
-from logitcache.errors import CacheError, MismatchError, RecipeError
+from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
 from logitcache.targets import Targets
 from logitcache.versions import versions
 from logitcache.views import canaries
-from logitcache.views.datasets import Custom, explain_difference, fingerprint, open_dataset
+from logitcache.views.datasets import Custom, Torchvision, explain_difference, fingerprint, open_dataset
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey
@@ -111,7 +111,8 @@ class Cache:
         """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
         if fingerprint(dataset) != self.manifest.fingerprint:
             digests = read_digests(self.path, self.manifest)
-            raise MismatchError(f"{self.path}: {explain_difference(self.manifest.fingerprint, digests, dataset)}")
+            difference = explain_difference(self.manifest.fingerprint, digests, dataset)
+            raise MismatchError(f"{self.path} was made from other images:\n{difference}")
 
     def require_canaries(self, views: Views, verify: canaries.Level = "strict") -> None:
         """Raise ReplayMismatchError unless views rendered here are those that the teacher saw."""
@@ -121,13 +122,23 @@ class Cache:
             warnings.warn(warning, stacklevel=2)
 
     def _open_dataset(self, dataset: object | None) -> ImageDataset:
+        if dataset is not None:
+            return open_dataset(dataset)
         recorded = self.manifest.dataset
-        if dataset is None and (recorded is None or isinstance(recorded, Custom)):
+        if recorded is None or isinstance(recorded, Custom):
             raise RecipeError(
                 f"{self.path} was made from a data set of the user's own code, and a cache never names code to run. "
                 "Fix: give the data set: `dataset:` in the recipe, or cache.loader(dataset=…)"
             )
-        return open_dataset(recorded if dataset is None else dataset)
+        if isinstance(recorded, Torchvision):
+            recorded = recorded.model_copy(update={"download": False})  # opening a cache reaches for no network
+        try:
+            return recorded.open()
+        except DataError as error:
+            raise DataError(
+                f"{error}\n  {self.path} was made from images there. Fix, when they have moved: say where they "
+                "are now, `dataset:` in the recipe"
+            ) from error
 
     def _provenance(self) -> str:
         recorded, here = self.manifest.versions, versions()
