@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 MISSING = "-"
-LONGEST_LIST = 80
+LONGEST_LIST = 240
 
 
 def as_text(document: Mapping[str, Any]) -> str:

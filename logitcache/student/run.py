@@ -1,10 +1,13 @@
 """A run directory: its recipe, its metrics, its checkpoint and its weights."""
 
 import csv
+import fcntl
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,20 @@ class RunDirectory:
     def rows(self) -> list[dict[str, Any]]:
         """The metrics of the finished epochs."""
         return list(self._rows)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other training out of the directory while the block runs; the lock ends with the process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.path, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise RecipeError(f"another training writes to {self.path}. Fix: wait, or another `out:`") from error
+            yield
+        finally:
+            os.close(lock)
 
     def require_free(self) -> None:
         """Raise RecipeError where a run has begun."""
@@ -82,11 +99,10 @@ class RunDirectory:
             )
 
     def open(self, recipe: Component, identity: dict[str, Any]) -> None:
-        """Make the directory and say in it what the run is; a continuation adds its versions where they changed."""
+        """Fill the directory and say in it what the run is; a continuation adds its versions where they changed."""
         sessions = self._read_json(self._environment)["versions"] if self.begun else []
         if versions() not in sessions[-1:]:
             sessions.append(versions())
-        self.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.path)
         write_atomically(self._recipe, dump_recipe(recipe).encode())
         environment = {"versions": sessions, "learns_from": identity}

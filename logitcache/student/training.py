@@ -60,9 +60,9 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
     with own_randomness(device, recipe.seed):
         classifier = build_classifier(recipe, source, None if validator is None else validator.sample())
         learner = Learner(recipe, classifier, device)
-        _take_up(learner, run)
-        run.open(recipe, identity)
-        with stop_flag() as stop:
+        with run.held(), stop_flag() as stop:
+            _take_up(learner, run)
+            run.open(recipe, identity)
             while learner.epoch < recipe.epochs:
                 _train_epoch(recipe, source, learner, run, stop)
                 measured = _measure(recipe, learner, run, validator, stop)

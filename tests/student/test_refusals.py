@@ -10,6 +10,7 @@ from logitcache.cache.layout import layout_of
 from logitcache.cache.reader import open_cache
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+from logitcache.student.run import RunDirectory
 from logitcache.student.training import train
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.student.small import (
@@ -58,6 +59,12 @@ def test_images_that_a_model_cannot_take_are_refused_in_words(cache: Path, tmp_p
     crop = {"dataset": TEST_IMAGES, "augmentations": [{"kind": "center_crop", "size": 20}]}
     recipe = student(tmp_path / "run", cache, model=LINEAR, validation=crop)
     _refused(recipe, RecipeError, r"cannot take the validation images, uint8 \[1, 20, 20\]", 2)
+
+
+def test_two_trainings_never_share_a_directory(cache: Path, tmp_path: Path) -> None:
+    with RunDirectory(str(tmp_path / "run")).held(), pytest.raises(RecipeError, match="another training writes"):
+        train(student(tmp_path / "run", cache))
+    assert train(student(tmp_path / "run", cache)).steps > 0
 
 
 def test_images_that_have_moved_are_found_where_the_recipe_says(tmp_path: Path) -> None:
