@@ -1,5 +1,6 @@
 """`Targets`: what a teacher says of a batch, whether it came from a cache or from the live teacher."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
@@ -75,7 +76,7 @@ class TopKLogits:
             scores = torch.empty(len(kept), self.num_classes, device=kept.device)
         else:
             log_mass, mean, variance = self.tail.float().unbind(1)
-            at_one = log_mass - torch.log(torch.tensor(float(num_dropped)))
+            at_one = log_mass - math.log(num_dropped)
             if s <= 1:
                 cubic = s * mean + s**2 * variance / 2 + s**3 * (at_one - mean - variance / 2)
                 tail = torch.minimum(torch.maximum(cubic, s * mean), s * at_one)
