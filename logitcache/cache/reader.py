@@ -71,7 +71,7 @@ class Cache:
         low, high = pairs.min(axis=0, initial=0), pairs.max(axis=0, initial=0)
         if min(low) < 0 or high[0] >= self.num_views or high[1] >= len(self):
             raise IndexError(
-                f"keys run from {tuple(low)} to {tuple(high)}; the cache has {self.num_views} views "
+                f"keys run from {tuple(low.tolist())} to {tuple(high.tolist())}; the cache has {self.num_views} views "
                 f"of {len(self)} images"
             )
         if not self.complete:
@@ -128,7 +128,8 @@ class Cache:
         if recorded is None or isinstance(recorded, Custom):
             raise RecipeError(
                 f"{self.path} was made from a data set of the user's own code, and a cache never names code to run. "
-                "Fix: give the data set: `dataset:` in the recipe, or cache.loader(dataset=…)"
+                "Fix: give the data set: `dataset:` in the recipe, or cache.loader(dataset=…); "
+                "for a validation cache, `validation.dataset:`"
             )
         if isinstance(recorded, Torchvision):
             recorded = recorded.model_copy(update={"download": False})  # opening a cache reaches for no network

@@ -63,7 +63,7 @@ def _signals_stop() -> Iterator[None]:
     except KeyboardInterrupt:
         # Cleaning up may take long, and a second Ctrl-C must not wait for it.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        message = "interrupted; what was finished is kept, the same command continues"
+        message = "interrupted; what was finished is kept"
         raise Stopped(message, received[0]) from None
 
 

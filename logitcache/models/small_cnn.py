@@ -69,7 +69,8 @@ class SmallCNN(Component):
         if num_classes is None:
             raise RecipeError(
                 "small_cnn does not know how many classes to predict.\n"
-                "  Fix: give labelled images, or `num_classes` beside the checkpoint it is for."
+                "  Fix: a teacher needs weights: {kind: run, path: …}, or {kind: checkpoint, path: …} with\n"
+                "    small_cnn as its `model` and `num_classes` beside it."
             )
         return BuiltModel(small_cnn(self.width, self.depth, num_classes, in_channels), None)
 

@@ -92,6 +92,10 @@ def _load_safetensors(path: Path) -> State:
 
 
 def _load_torch(path: Path) -> object:
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start.startswith((b"PK", b"\x80")):  # a zip file, or the pickle of older releases
+        raise RecipeError(f"{path} is no torch weights file.\n  Fix: point `path` at one, or at safetensors.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -21,12 +21,13 @@ class _Located(Component):
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was compared; `images` says whether the images are those of the cache."""
+    """What was compared; `images` is "the same" or "not compared", and `note` says why not."""
 
     cache: str
     shards: int
     bytes: int
     images: str
+    note: str | None
     problems: tuple[str, ...]
 
 
@@ -39,22 +40,22 @@ def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
     root = Path(path)
     manifest = read_manifest(root)
     found = verify_cache(root, manifest, layout_of(manifest))
-    images = "not compared, the cache is damaged"
-    if not found.problems:
-        images = _compare_images(Cache(root, manifest), overrides)
-    return VerifyResult(str(root), found.shards, found.bytes, images, found.problems)
+    note = "the cache is damaged" if found.problems else _compare_images(Cache(root, manifest), overrides)
+    images = "the same" if note is None else "not compared"
+    return VerifyResult(str(root), found.shards, found.bytes, images, note, found.problems)
 
 
-def _compare_images(cache: Cache, overrides: Sequence[str]) -> str:
+def _compare_images(cache: Cache, overrides: Sequence[str]) -> str | None:
+    """Return why the images could not be compared, None where they are the same."""
     recorded = cache.manifest.dataset
     if overrides:
         entry = {} if recorded is None else {"dataset": recorded}
         cache.views(load_recipe(entry, _Located, overrides).dataset)
-        return "the same"
+        return None
     if recorded is None or isinstance(recorded, Custom):
-        return "not compared, they came from the user's own code"
+        return "they came from the user's own code: give --set dataset=…"
     try:
         cache.views()
     except (DataError, RecipeError) as error:
-        return f"not compared, give --set dataset.…: {error}"
-    return "the same"
+        return f"give --set dataset.root=…, or what else says where they are: {str(error).splitlines()[0]}"
+    return None

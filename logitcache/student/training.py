@@ -61,6 +61,8 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
         classifier = build_classifier(recipe, source, None if validator is None else validator.sample())
         learner = Learner(recipe, classifier, device)
         with run.held(), stop_flag() as stop:
+            if resume and not run.begun:
+                say(f"there is no run in {run.path} to resume: a new one starts")
             _take_up(learner, run)
             run.open(recipe, identity)
             while learner.epoch < recipe.epochs:

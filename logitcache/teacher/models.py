@@ -78,7 +78,11 @@ def require_answers(teacher: Teacher, logits: Tensor, num_classes: int, ids: Seq
     if row is not None:
         raise DataError(
             f"teacher {teacher.name!r} answers image {ids[row]!r} with inf or nan.\n"
-            f"  Fix: mend the teacher; where it overflows in {teacher.precision}, set teachers.{teacher.name}.precision"
+            + (
+                "  Fix: mend the teacher"
+                if teacher.precision == "float32"
+                else f"  Fix: teachers.{teacher.name}.precision: float32, where it overflows in {teacher.precision}"
+            )
         )
 
 

@@ -68,9 +68,21 @@ class EpochLoader:
         """Yield the batches of an epoch, from batch `start` on."""
         return self.batches(itertools.islice(self.keys(epoch), start, None))
 
+    def _checked(self, keys: list[ViewKey]) -> list[ViewKey]:
+        """Raise IndexError for a key that names no view, before anything is rendered."""
+        views, images = self.views.spec.num_views, len(self.views.dataset.ids)
+        if not keys:
+            raise IndexError("a batch of no keys")
+        for view, index in keys:
+            if not (0 <= view < views and 0 <= index < images):
+                raise IndexError(
+                    f"there is no view {view} of image {index}: there are {views} views of {images} images"
+                )
+        return keys
+
     def batches(self, batches: Iterable[list[ViewKey]]) -> Iterator[Batch]:
         """Yield a batch per list of keys, for a sampler of the caller's own."""
-        wanted, ahead = itertools.tee(batches)
+        wanted, ahead = itertools.tee(map(self._checked, batches))
         for images, keys in zip(self._images.render(ahead), wanted, strict=True):
             labels = self.views.dataset.labels[np.array([key[1] for key in keys])]
             yield Batch(images, torch.from_numpy(labels), torch.tensor(keys), self._targets_of(keys))

@@ -103,7 +103,9 @@ def test_evaluate_and_inspect_and_demo_call_their_verbs(tmp_path, verb):
 def test_verify_tells_every_problem_and_exits_3(capsys, monkeypatch, tmp_path):
     from logitcache.report.verification import VerifyResult
 
-    result = VerifyResult("a.zarr", 2, 10, "not compared", ("shard 0 differs", "shard 1 is gone"))
+    result = VerifyResult(
+        "a.zarr", 2, 10, "not compared", "the cache is damaged", ("shard 0 differs", "shard 1 is gone")
+    )
     monkeypatch.setattr("logitcache.report.verification.verify", lambda *args: result)
     assert main(["verify", str(tmp_path), "--set", "dataset.root=x"]) == 3
     out, err = capsys.readouterr()

@@ -250,3 +250,13 @@ def test_a_recipe_without_a_data_set_says_so(tmp_path: Path) -> None:
 def test_a_default_size_of_shards_continues_a_cache_of_another(tmp_path: Path) -> None:
     partial(tmp_path / "c.zarr")
     assert run(tmp_path / "c.zarr", Pixels(NUM_IMAGES)).shards_written == 5
+
+
+def test_classes_in_another_order_are_refused(tmp_path: Path) -> None:
+    images = Pixels(NUM_IMAGES, 16)
+    images.classes = [f"class {number}" for number in range(16)]  # type: ignore[attr-defined]
+    whole(tmp_path / "c.zarr", images)
+    images.classes.reverse()  # type: ignore[attr-defined]
+    with pytest.raises(MismatchError, match="names of the classes") as caught:
+        run(tmp_path / "c.zarr", images, shard_rows=128)
+    assert caught.value.exit_code == 4

@@ -119,3 +119,18 @@ def test_dropping_the_only_batch_is_refused(views):
     with pytest.raises(RecipeError, match="23 images are fewer than batch_size 24"):
         EpochLoader(views, batch_size=24, drop_last=True)
     assert len(EpochLoader(views, batch_size=23, drop_last=True)) == 1
+
+
+@pytest.mark.parametrize("keys", [[], [ViewKey(0, 99)], [ViewKey(2, 0)], [ViewKey(-1, 0)], [ViewKey(0, -1)]])
+def test_keys_that_name_no_view_are_refused_before_anything_is_rendered(keys):
+    rendered = []
+
+    class Watched(Views):
+        def __getitems__(self, keys):
+            rendered.append(keys)
+            return super().__getitems__(keys)
+
+    loader = EpochLoader(Watched(Images(textured(5, 6, 6)), ViewSpec(num_views=2)))
+    with pytest.raises(IndexError):
+        list(loader.batches([keys]))
+    assert not rendered

@@ -45,10 +45,11 @@ class ImageDataset(Protocol):
 
 
 class Fingerprint(Component):
-    """What two data sets must share to be the same: names, order, labels and every byte."""
+    """What two data sets must share to be the same: names, order, classes, labels and every byte."""
 
     num_images: Count
     num_classes: Count | None
+    class_names: Sha256 | None
     ids: Sha256
     labels: Sha256
     content: Sha256
@@ -59,7 +60,8 @@ def fingerprint(dataset: ImageDataset) -> Fingerprint:
     return Fingerprint(
         num_images=len(dataset.ids),
         num_classes=dataset.num_classes,
-        ids=_ids_digest(dataset.ids),
+        class_names=None if dataset.class_names is None else _names_digest(dataset.class_names),
+        ids=_names_digest(dataset.ids),
         labels=hashlib.sha256(np.ascontiguousarray(dataset.labels, "<i8").data).hexdigest(),
         content=content_digest(dataset.digests()),
     )
@@ -86,9 +88,9 @@ def as_digests(words: Iterable[int]) -> NDArray[np.uint64]:
     return np.fromiter(words, np.uint64)
 
 
-def _ids_digest(ids: Sequence[str]) -> str:
+def _names_digest(names: Sequence[str]) -> str:
     state = hashlib.sha256()
-    for number, name in enumerate(ids):
+    for number, name in enumerate(names):
         # File names need not be valid UTF-8; their own bytes count.
         state.update(("\n" if number else "").encode() + name.encode(errors="surrogateescape"))
     return state.hexdigest()

@@ -37,6 +37,7 @@ def _fields(then: Fingerprint, now: Fingerprint) -> list[tuple[str, object, obje
     return [
         ("number of images", then.num_images, now.num_images),
         ("number of classes", then.num_classes, now.num_classes),
+        ("names of the classes", then.class_names, now.class_names),
         ("ids and their order", then.ids, now.ids),
         ("labels", then.labels, now.labels),
         ("content of the images", then.content, now.content),
@@ -88,6 +89,6 @@ def _names(dataset: ImageDataset, places: NDArray[np.int64]) -> str:
 
 def _fix(then: Fingerprint, now: Fingerprint) -> str:
     if then.num_images == now.num_images and then.ids == now.ids:
-        what = "the original files" if then.content != now.content else "the original labels"
+        what = "the original files" if then.content != now.content else "the original labels and classes"
         return f"put back {what}, or precompute a new cache from the present ones."
     return "point the data set at the same images with the same names, or precompute a new cache from the present ones."
