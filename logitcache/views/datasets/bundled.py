@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-import logitcache
 from logitcache.errors import DataError
+from logitcache.models import bundled_directory
 from logitcache.recipe import Component
 from logitcache.views.datasets.base import as_digests, pixel_digest
 from logitcache.views.datasets.ids import PackedIds
@@ -89,12 +89,7 @@ def _balanced(labels: NDArray[np.uint8], num_images: int) -> NDArray[np.int64]:
 
 
 def _find(name: str) -> Path:
-    package = Path(logitcache.__file__).parent
-    places = [parent / "data" / "fashion_mnist" / name for parent in (package, package.parent)]
-    for place in places:
-        if place.is_file():
-            return place
-    raise DataError(
-        f"the bundled images '{name}' are missing: neither '{places[0]}' nor '{places[1]}'.\n"
-        "  Fix: install logitcache again."
-    )
+    place = bundled_directory("fashion_mnist") / name
+    if not place.is_file():
+        raise DataError(f"the bundled images '{place}' are missing.\n  Fix: install logitcache again.")
+    return place
