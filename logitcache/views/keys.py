@@ -22,6 +22,10 @@ STREAMS = {
     "order": 7,
     "canary": 8,
     "resized_crop": 9,
+    "grayscale": 10,
+    "blur": 11,
+    "trivial_augment": 12,
+    "transform": 13,
 }
 """What the words are for. Append only: a number, once used, keeps its meaning."""
 

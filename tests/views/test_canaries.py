@@ -16,8 +16,8 @@ from logitcache.errors import DataError, MismatchError, ReplayMismatchError
 from logitcache.models import Preprocessing
 from logitcache.teacher.models import TeacherSource
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-from logitcache.views import augmentations, canaries
-from logitcache.views.augmentations import HorizontalFlip, RandomCrop, RandomResizedCrop
+from logitcache.views import canaries
+from logitcache.views.augmentations import HorizontalFlip, RandomCrop, RandomResizedCrop, crops
 from logitcache.views.datasets import fingerprint
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, ViewSpec
@@ -115,8 +115,8 @@ def test_one_changed_image_is_seen(recorded):
 
 
 def test_numeric_drift_is_refused_when_strict_and_warned_of_when_numeric(recorded, monkeypatch):
-    resize = augmentations._resize
-    monkeypatch.setattr(augmentations, "_resize", lambda *arguments: noise(resize(*arguments)))
+    resize = crops.resize
+    monkeypatch.setattr(crops, "resize", lambda *arguments: noise(resize(*arguments)))
     report = compare(recorded)
     assert counts(report) == (32, 32, 0)
     assert 0 < report.mean_difference <= 0.5
@@ -136,7 +136,7 @@ def test_another_kernel_is_more_than_drift(recorded, monkeypatch, interpolation,
     def resize(image, size, _):
         return F.resize(image, size, InterpolationMode(interpolation), antialias=antialias)
 
-    monkeypatch.setattr(augmentations, "_resize", resize)
+    monkeypatch.setattr(crops, "resize", resize)
     report = compare(recorded)
     raw, plans, augmented = counts(report)
     assert (raw, plans) == (32, 32)

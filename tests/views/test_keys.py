@@ -14,6 +14,7 @@ ONES = 0xFFFFFFFF
 KNOWN_STREAMS = {
     **{"crop": 0, "flip": 1, "jitter": 2, "randaugment": 3, "erase": 4},
     **{"mix": 5, "pair": 6, "order": 7, "canary": 8, "resized_crop": 9},
+    **{"grayscale": 10, "blur": 11, "trivial_augment": 12, "transform": 13},
 }
 # Counter, key, words: the first, second and third vector of Random123's kat_vectors.
 KNOWN_ANSWERS = [

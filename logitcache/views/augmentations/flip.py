@@ -1,0 +1,27 @@
+"""Mirroring."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.recipe import Component, Fraction
+from logitcache.views.augmentations.base import Ints
+from logitcache.views.keys import Draws, bernoulli
+
+
+class HorizontalFlip(Component):
+    """Mirror left and right with probability `p`."""
+
+    kind: Literal["horizontal_flip"] = "horizontal_flip"
+    p: Fraction = 0.5
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw one bit."""
+        return bernoulli(draws.words("flip", ordinal, 1), self.p).astype(np.int64), sizes
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Mirror where the bit is set."""
+        chosen = torch.from_numpy(params[:, 0]).bool()[:, None, None, None]
+        return torch.where(chosen, images.flip(-1), images)
