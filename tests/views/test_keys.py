@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from logitcache.views import keys
 from logitcache.views.keys import STREAMS, Draws, ViewKey, below, bernoulli, permutation, philox, uniform
 
 ONES = 0xFFFFFFFF
@@ -84,6 +85,30 @@ def test_words_of_a_key_do_not_depend_on_its_batch():
     assert np.array_equal(together, alone)
     assert np.array_equal(together, backwards)
     assert np.array_equal(together[:, :3], Draws.of(9, keys).words("crop", 1, 3))
+
+
+@pytest.mark.parametrize("count", [1, 4, 22, 60])
+def test_words_of_few_counters_are_those_of_many(count, monkeypatch):
+    """Few are computed by Python's integers, many by numpy."""
+    default = keys._FEW
+    for batch in (1, 2, 3, 5, 11, 12, 13, 14):
+        draws = Draws.of(2**40 + 3, [ViewKey(2**32 - 1 - row, 2**31 * row) for row in range(batch)])
+        found = []
+        for few in (0, default, 10**9):
+            monkeypatch.setattr(keys, "_FEW", few)
+            found.append(draws.words("crop", 2, count))
+        for words in found:
+            assert words.dtype == np.uint64
+            assert words.shape == (batch, count)
+            assert np.array_equal(words, found[0])
+
+
+def test_philox_broadcasts_its_counters():
+    rows, columns = np.arange(3, dtype=np.uint64)[:, None], np.arange(4, dtype=np.uint64)
+    together = philox((rows, columns, rows, columns), (1, 2))
+    assert all(words.shape == (3, 4) for words in together)
+    one = philox((rows[2], columns[3:], rows[2], columns[3:]), (1, 2))
+    assert [int(words[2, 3]) for words in together] == [int(words[0]) for words in one]
 
 
 def test_no_two_draws_share_a_word():

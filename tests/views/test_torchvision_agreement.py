@@ -1,19 +1,16 @@
 """Augmentations mean what torchvision's transforms of the same name mean: equal pixels, equal distributions."""
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
 from logitcache.views.augmentations import CenterCrop, HorizontalFlip, RandomCrop, RandomResizedCrop, Resize
+from tests.views.distributions import drawn, same_distribution
 from tests.views.planning import image_of, plan_one
 
 
@@ -74,23 +71,6 @@ def test_horizontal_flip_gives_the_pixels_of_torchvision():
     image = image_of(5, 8)
     assert torch.equal(HorizontalFlip().apply(image[None], np.array([[1]]))[0], F.horizontal_flip(image))
     assert torch.equal(HorizontalFlip().apply(image[None], np.array([[0]]))[0], image)
-
-
-def same_distribution(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Compare the columns of two samples [N, P], and the sum and difference of each two columns."""
-    for one in range(ours.shape[1]):
-        assert stats.ks_2samp(ours[:, one], theirs[:, one]).pvalue > 1e-4, one
-        for other in range(one):
-            for sign in (1, -1):
-                mine, yours = (sample[:, one] + sign * sample[:, other] for sample in (ours, theirs))
-                assert stats.ks_2samp(mine, yours).pvalue > 1e-4, (one, other, sign)
-
-
-def drawn(make_params: Callable[[list[Tensor]], dict[str, Any]], size: tuple[int, int], names: list[str], count: int):
-    """Sample the parameters of a torchvision transform."""
-    image = torch.empty((1, *size), dtype=torch.uint8)
-    samples = [make_params([image]) for _ in range(count)]
-    return np.array([[sample[name] for name in names] for sample in samples])
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,46 @@ from typing import Annotated
 from pydantic import Field
 
 from logitcache.views.augmentations.base import Ints
+from logitcache.views.augmentations.blur import GaussianBlur
+from logitcache.views.augmentations.color import ColorJitter, RandomGrayscale
 from logitcache.views.augmentations.crops import CenterCrop, RandomCrop, RandomResizedCrop
+from logitcache.views.augmentations.erasing import RandomErasing
 from logitcache.views.augmentations.flip import HorizontalFlip
+from logitcache.views.augmentations.foreign import Custom, Torchvision
+from logitcache.views.augmentations.policies import RandAugment, TrivialAugmentWide
 from logitcache.views.augmentations.resize import Resize
 
-__all__ = ["Augmentation", "CenterCrop", "HorizontalFlip", "Ints", "RandomCrop", "RandomResizedCrop", "Resize"]
+__all__ = [
+    "Augmentation",
+    "CenterCrop",
+    "ColorJitter",
+    "Custom",
+    "GaussianBlur",
+    "HorizontalFlip",
+    "Ints",
+    "RandAugment",
+    "RandomCrop",
+    "RandomErasing",
+    "RandomGrayscale",
+    "RandomResizedCrop",
+    "Resize",
+    "Torchvision",
+    "TrivialAugmentWide",
+]
 
 Augmentation = Annotated[
-    Resize | CenterCrop | RandomCrop | RandomResizedCrop | HorizontalFlip, Field(discriminator="kind")
+    Resize
+    | CenterCrop
+    | RandomCrop
+    | RandomResizedCrop
+    | HorizontalFlip
+    | ColorJitter
+    | RandomGrayscale
+    | GaussianBlur
+    | RandAugment
+    | TrivialAugmentWide
+    | RandomErasing
+    | Torchvision
+    | Custom,
+    Field(discriminator="kind"),
 ]

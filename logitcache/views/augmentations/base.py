@@ -29,8 +29,8 @@ def pair(size: Size) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def sizes_of(count: int, size: tuple[int, int]) -> Ints:
-    """Return one size for `count` images, [B, 2]."""
+def sizes_of(count: int, size: tuple[int, ...]) -> Ints:
+    """Return one size for `count` images, [B, 2]; other rows of integers likewise."""
     return np.tile(np.array(size, dtype=np.int64), (count, 1))
 
 

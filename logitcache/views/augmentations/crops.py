@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -22,7 +21,7 @@ from logitcache.views.augmentations.base import (
     ratio_table,
     sizes_of,
 )
-from logitcache.views.augmentations.resize import resize
+from logitcache.views.augmentations.resize import Kernel, require_weights, resized
 from logitcache.views.keys import Draws, below, uniform
 
 NUM_TRIES = 10
@@ -33,6 +32,11 @@ class CenterCrop(Component):
 
     kind: Literal["center_crop"] = "center_crop"
     size: Size
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ()
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw nothing."""
@@ -52,6 +56,11 @@ class RandomCrop(Component):
     padding: Annotated[int, Field(ge=0)] = 0
     padding_mode: Literal["constant", "edge", "reflect", "symmetric"] = "constant"
     fill: Fill = 0
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("top", "left")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top and left, in the padded image."""
@@ -82,12 +91,13 @@ class RandomCrop(Component):
         if self.padding:
             fill = float(self.fill) if self.padding_mode == "constant" else None
             images = F.pad(images, [self.padding], fill=fill, padding_mode=self.padding_mode)
-        windows = sliding_window_view(images.numpy(), pair(self.size), axis=(2, 3))
+        height, width = pair(self.size)
+        windows = images.unfold(2, height, 1).unfold(3, width, 1).numpy()
         return torch.from_numpy(windows[np.arange(len(images)), :, params[:, 0], params[:, 1]])
 
 
 class RandomResizedCrop(Component):
-    """Crop a random area and aspect ratio, then resize to `size`.
+    """Crop a random area and aspect ratio, then resize to `size`; `kernel` as in Resize.
 
     `ratio_knots` tabulates exp over the range of log aspect ratios, linear in between (relative error below 2e-5 for
     the default range); it is part of the stored form, so that no replay computes exp.
@@ -98,6 +108,7 @@ class RandomResizedCrop(Component):
     scale: tuple[Positive, Positive] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
     interpolation: Interpolation = "bilinear"
+    kernel: Kernel = Field(default="torchvision", validate_default=True)
     ratio_knots: tuple[Float, ...] = Field(default=(), validate_default=True)
 
     @field_validator("scale", "ratio")
@@ -107,10 +118,20 @@ class RandomResizedCrop(Component):
             raise ValueError(f"the smaller number comes first: [{value[1]}, {value[0]}]")
         return value
 
+    @field_validator("kernel")
+    @classmethod
+    def _kernel_has_weights(cls, kernel: Kernel, info: ValidationInfo) -> Kernel:
+        return require_weights(kernel, info)
+
     @field_validator("ratio_knots")
     @classmethod
     def _tabulate(cls, knots: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         return ratio_table(info.data["ratio"], knots) if "ratio" in info.data else knots
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("top", "left", "height", "width")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top, left, height and width: the first of ten tries that fits, else the largest central crop."""
@@ -121,11 +142,13 @@ class RandomResizedCrop(Component):
         widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
         heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
         fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-        first = fits.argmax(axis=1)[:, None]
-        boxes = np.concatenate([np.take_along_axis(side, first, axis=1) for side in (heights, widths)], axis=1)
-        boxes = np.where(fits.any(axis=1, keepdims=True), boxes, self._central(sizes))
+        rows, first = np.arange(len(sizes)), fits.argmax(axis=1)
+        boxes = np.stack([heights[rows, first], widths[rows, first]], axis=1)
         corners = below(words[:, 2 * NUM_TRIES :], sizes - boxes + 1)
-        corners = np.where(fits.any(axis=1, keepdims=True), corners, (sizes - boxes) // 2)
+        none = ~fits.any(axis=1)
+        if none.any():
+            boxes[none] = self._central(sizes[none])
+            corners[none] = (sizes[none] - boxes[none]) // 2
         return np.concatenate([corners, boxes], axis=1), sizes_of(len(sizes), pair(self.size))
 
     def _central(self, sizes: Ints) -> Ints:
@@ -138,9 +161,4 @@ class RandomResizedCrop(Component):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop and resize with antialiasing."""
-        size = list(pair(self.size))
-        boxes = [
-            image[:, top : top + height, left : left + width]
-            for image, (top, left, height, width) in zip(images, params.tolist(), strict=True)
-        ]
-        return torch.stack([resize(box, size, self.interpolation) for box in boxes])
+        return resized(images, params, pair(self.size), self.interpolation, self.kernel)

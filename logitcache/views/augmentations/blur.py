@@ -1,0 +1,79 @@
+"""Blurring."""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from logitcache.errors import DataError
+from logitcache.recipe import Component, Float, Fraction
+from logitcache.views.augmentations.base import Ints, Size, pair
+from logitcache.views.augmentations.rows import replace_rows
+from logitcache.views.keys import Draws, bernoulli, uniform
+
+STEPS = 65536
+"""Standard deviations are multiples of 1 / STEPS."""
+# At least one step, since torchvision divides by it; at most what is a flat average for any kernel.
+Sigma = Annotated[Float, Field(ge=1 / STEPS, le=65536.0)]
+
+
+class GaussianBlur(Component):
+    """Blur with probability `p` by a Gaussian whose standard deviation is uniform in `sigma`, in pixels.
+
+    `kernel_size` is odd; a pair is width and height, in torchvision's order. Borders are mirrored.
+    """
+
+    kind: Literal["gaussian_blur"] = "gaussian_blur"
+    kernel_size: Size
+    sigma: tuple[Sigma, Sigma] = (0.1, 2.0)
+    p: Fraction = 1.0
+
+    @field_validator("kernel_size")
+    @classmethod
+    def _odd(cls, size: Size) -> Size:
+        if any(side % 2 == 0 for side in pair(size)):
+            raise ValueError("a kernel has a centre: its size is odd")
+        return size
+
+    @field_validator("sigma")
+    @classmethod
+    def _ordered(cls, sigma: tuple[float, float]) -> tuple[float, float]:
+        if sigma[0] > sigma[1]:
+            raise ValueError(f"the smaller number comes first: [{sigma[1]}, {sigma[0]}]")
+        return sigma
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("applied", "sigma")
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw one bit and the standard deviation, in multiples of 1 / STEPS."""
+        self._require_mirrored(draws, sizes)
+        words = draws.words("blur", ordinal, 2)
+        low, high = self.sigma
+        sigmas = np.rint((low + (high - low) * uniform(words[:, 1])) * STEPS).astype(np.int64)
+        return np.stack([bernoulli(words[:, 0], self.p).astype(np.int64), sigmas], axis=1), sizes
+
+    def _require_mirrored(self, draws: Draws, sizes: Ints) -> None:
+        """Raise DataError for an image with fewer pixels than a reflection would repeat."""
+        width, height = pair(self.kernel_size)
+        missing = (np.array([height, width]) // 2 + 1 - sizes).max(axis=1, initial=0)
+        if (missing > 0).any():
+            row = int(np.argmax(missing))
+            raise DataError(
+                f"gaussian_blur cannot mirror the borders of image {int(draws.indices[row])} of size "
+                f"{tuple(sizes[row].tolist())} for a kernel of height {height} and width {width}. "
+                "Fix: a smaller kernel_size, or resize first"
+            )
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Blur the chosen images."""
+        size, sigmas = list(pair(self.kernel_size)), (params[:, 1] / STEPS).tolist()
+        return replace_rows(
+            images,
+            np.flatnonzero(params[:, 0]).tolist(),
+            lambda row, image: F.gaussian_blur_image(image, size, [sigmas[row], sigmas[row]]),
+        )

@@ -1,0 +1,141 @@
+"""Colors: brightness, contrast, saturation and hue in random order; sometimes grey."""
+
+import itertools
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationInfo, field_validator
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from logitcache.recipe import Component, Float, Fraction
+from logitcache.views.augmentations.base import Ints
+from logitcache.views.augmentations.rows import replace_rows, require_colors
+from logitcache.views.keys import Draws, below, bernoulli, uniform
+
+Factors = Float | tuple[Float, Float]
+"""How far a factor may be from its neutral value, or its lowest and highest value."""
+
+STEPS = 4096
+"""Factors are multiples of 1 / STEPS. A power of two, so that a factor below 16 times a level is exact in the float32
+arithmetic of torchvision's kernels: such a product is the same with and without fused multiplication."""
+LARGEST_FACTOR = 2.0**20
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)
+ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
+
+
+def limits_of(factors: Factors | None, neutral: float) -> tuple[float, float]:
+    """Return the lowest and the highest factor; a single number does not go below zero where 1 is neutral."""
+    if factors is None:
+        return neutral, neutral
+    if isinstance(factors, tuple):
+        return factors
+    return (max(1.0 - factors, 0.0), 1.0 + factors) if neutral else (-factors, factors)
+
+
+def adjust_contrast(image: Tensor, factor: float) -> Tensor:
+    """Blend an image [C, H, W] with its mean grey, as torchvision does.
+
+    The mean is of an exact sum. torchvision's float32 sum is rounded above 2²⁴, which a large image exceeds, in an
+    order that depends on the number of threads.
+    """
+    grey = F.rgb_to_grayscale_image(image) if len(image) == 3 else image
+    mean = torch.tensor(int(grey.sum()) / grey.numel(), dtype=torch.float32)
+    return image.mul(factor).add_(mean, alpha=1.0 - factor).clamp_(0, 255).to(torch.uint8)
+
+
+ADJUSTMENTS: tuple[Callable[[Tensor, float], Tensor], ...] = (
+    F.adjust_brightness_image,
+    adjust_contrast,
+    F.adjust_saturation_image,
+    F.adjust_hue_image,
+)
+
+
+class ColorJitter(Component):
+    """Change brightness, contrast, saturation and hue in random order, with probability `p`.
+
+    Each is a number x, for factors in [max(0, 1 - x), 1 + x] (hue: [-x, x]), or [lowest, highest]. One that is left
+    out, or whose only factor is the neutral one, is not applied.
+    """
+
+    kind: Literal["color_jitter"] = "color_jitter"
+    brightness: Factors | None = None
+    contrast: Factors | None = None
+    saturation: Factors | None = None
+    hue: Factors | None = None
+    p: Fraction = 1.0
+
+    @field_validator("brightness", "contrast", "saturation", "hue")
+    @classmethod
+    def _possible(cls, factors: Factors | None, info: ValidationInfo) -> Factors | None:
+        lowest, highest = (-0.5, 0.5) if info.field_name == "hue" else (0.0, LARGEST_FACTOR)
+        if isinstance(factors, float | int) and factors < 0:
+            raise ValueError("a single number is how far from neutral, and cannot be negative")
+        low, high = limits_of(factors, 0.0 if info.field_name == "hue" else 1.0)
+        if not lowest <= low <= high <= highest:
+            raise ValueError(
+                f"factors go from {lowest:g} to {highest:g}, the lower one first; these are [{low}, {high}]"
+            )
+        return factors
+
+    def limits(self) -> NDArray[np.float64]:
+        """Return the lowest and highest factor of brightness, contrast, saturation and hue, [4, 2]."""
+        of_ones = [limits_of(factors, 1.0) for factors in (self.brightness, self.contrast, self.saturation)]
+        return np.array([*of_ones, limits_of(self.hue, 0.0)])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("applied", "first", "second", "third", "fourth", "brightness", "contrast", "saturation", "hue")
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw whether to apply, the order of the four, and their factors in multiples of 1 / STEPS."""
+        words = draws.words("jitter", ordinal, 6)
+        chosen = bernoulli(words[:, :1], self.p).astype(np.int64)
+        order = ORDERS[below(words[:, 1], len(ORDERS))]
+        low, high = self.limits().T
+        factors = np.rint((low + (high - low) * uniform(words[:, 2:])) * STEPS).astype(np.int64)
+        return np.concatenate([chosen, order, factors], axis=1), sizes
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Adjust the chosen images."""
+        require_colors(self.kind, images)
+        applied = (self.limits() != np.array(NEUTRAL)[:, None]).any(axis=1)
+
+        def adjust(row: int, image: Tensor) -> Tensor:
+            order, factors = params[row, 1:5].tolist(), params[row, 5:].tolist()
+            for which in order:
+                if applied[which]:
+                    image = ADJUSTMENTS[which](image, factors[which] / STEPS)
+            return image
+
+        return replace_rows(images, np.flatnonzero(params[:, 0]).tolist(), adjust)
+
+
+class RandomGrayscale(Component):
+    """Turn an image to grey with probability `p`; it keeps its number of channels."""
+
+    kind: Literal["random_grayscale"] = "random_grayscale"
+    p: Fraction = 0.1
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("applied",)
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw one bit."""
+        return bernoulli(draws.words("grayscale", ordinal, 1), self.p).astype(np.int64), sizes
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Turn the chosen images to grey."""
+        require_colors(self.kind, images)
+        if images.shape[1] == 1:
+            return images
+        return replace_rows(
+            images, np.flatnonzero(params[:, 0]).tolist(), lambda row, image: F.rgb_to_grayscale_image(image, 3)
+        )

@@ -1,0 +1,98 @@
+"""Erasing a random rectangle."""
+
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor
+
+from logitcache.recipe import Component, Float, Fraction, Positive
+from logitcache.views.augmentations.base import Fill, Ints, look_up, ratio_table
+from logitcache.views.augmentations.rows import require_values
+from logitcache.views.keys import Draws, below, bernoulli, philox, uniform
+
+NUM_TRIES = 10
+
+
+class RandomErasing(Component):
+    """Fill, with probability `p`, a rectangle of random area, aspect ratio and place.
+
+    `value` is a level, a list of one for each channel, or "noise": uniform bytes drawn from the key. `scale` is the
+    range of areas as fractions of the image. `ratio_knots` tabulates exp over the range of log aspect ratios (height to
+    width), linear in between (relative error below 2e-4 for the default range); it is part of the stored form, so that
+    no replay computes exp.
+    """
+
+    kind: Literal["random_erasing"] = "random_erasing"
+    p: Fraction = 0.5
+    scale: tuple[Fraction, Fraction] = (0.02, 0.33)
+    ratio: tuple[Positive, Positive] = (0.3, 3.3)
+    value: Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | Literal["noise"] = 0
+    ratio_knots: tuple[Float, ...] = Field(default=(), validate_default=True)
+
+    @field_validator("scale", "ratio")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError(f"the smaller number comes first: [{value[1]}, {value[0]}]")
+        return value
+
+    @field_validator("ratio_knots")
+    @classmethod
+    def _tabulate(cls, knots: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        return ratio_table(info.data["ratio"], knots) if "ratio" in info.data else knots
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("top", "left", "height", "width", "noise_0", "noise_1")
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw top, left, height and width, all 0 where nothing is erased, and two words that key the noise.
+
+        The rectangle is the first of ten tries that is smaller than the image in both directions.
+        """
+        words = draws.words("erase", ordinal, 2 * NUM_TRIES + 5)
+        low, high = self.scale
+        area = sizes.prod(axis=1, keepdims=True) * (low + (high - low) * uniform(words[:, :NUM_TRIES]))
+        aspect = look_up(self.ratio_knots, uniform(words[:, NUM_TRIES : 2 * NUM_TRIES]))
+        heights = np.rint(np.sqrt(area * aspect)).astype(np.int64)
+        widths = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        fits = (heights < sizes[:, :1]) & (widths < sizes[:, 1:])
+        first = fits.argmax(axis=1)[:, None]
+        boxes = np.concatenate([np.take_along_axis(side, first, axis=1) for side in (heights, widths)], axis=1)
+        corner, bit, key = np.split(words[:, 2 * NUM_TRIES :], [2, 3], axis=1)
+        erased = fits.any(axis=1, keepdims=True) & bernoulli(bit, self.p)
+        boxes = np.where(erased, boxes, 0)
+        corners = np.where(erased, below(corner, sizes - boxes + 1), 0)
+        return np.concatenate([corners, boxes, key.astype(np.int64)], axis=1), sizes
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Fill the rectangles."""
+        constant = torch.tensor(self._constant(images), dtype=torch.uint8)[:, None, None]
+        rows = np.flatnonzero(params[:, 2:4].all(axis=1)).tolist()
+        if not rows:
+            return images
+        result = images.clone()
+        for row in rows:
+            top, left, height, width, *key = params[row].tolist()
+            box = result[row, :, top : top + height, left : left + width]
+            box[:] = _noise((key[0], key[1]), tuple(box.shape)) if self.value == "noise" else constant
+        return result
+
+    def _constant(self, images: Tensor) -> tuple[int, ...]:
+        if isinstance(self.value, tuple):
+            require_values("random_erasing.value", self.value, images)
+            return self.value
+        return (self.value,) if isinstance(self.value, int) else (0,)
+
+
+def _noise(key: tuple[int, int], shape: tuple[int, ...]) -> Tensor:
+    """Return uniform bytes of `shape`: the Philox words of counters 0, 1, …, lowest byte first."""
+    count = int(np.prod(shape))
+    counters = np.arange(-(-count // 16), dtype=np.uint64)
+    zeros = np.zeros_like(counters)
+    words: NDArray[np.uint64] = np.stack(philox((counters, zeros, zeros, zeros), key), axis=1)
+    return torch.from_numpy(words.astype("<u4").view(np.uint8).ravel()[:count].reshape(shape))

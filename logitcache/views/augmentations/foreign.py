@@ -1,0 +1,173 @@
+"""The escape hatch: transforms of torchvision, or of the user, that draw from the global generators.
+
+The generators are seeded for each image from its key and put back afterwards. What a transform makes of its seed is its
+own affair and may change with any release: these augmentations are locked to the torchvision they were first used with.
+"""
+
+import difflib
+import functools
+import json
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, JsonValue
+from torch import Tensor
+from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
+
+from logitcache.errors import RecipeError
+from logitcache.factories import call_factory
+from logitcache.recipe import Component
+from logitcache.views.augmentations.base import Ints, Size, pair, sizes_of
+from logitcache.views.datasets.random_state import untouched
+from logitcache.views.keys import Draws
+
+Transform = Callable[[Tensor], object]
+
+_ENUMS: dict[str, Callable[[Any], object]] = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
+
+
+class Lock(NamedTuple):
+    """What an augmentation depends on besides its fields: a release of torchvision, and perhaps the user's function."""
+
+    what: str
+    torchvision: str
+    factory: str | None
+
+
+def _plan(draws: Draws, stream: str, ordinal: int, sizes: Ints, size: Size | None) -> tuple[Ints, Ints]:
+    """Draw the seeds of torch's, numpy's and Python's generator; `size` is what the transform makes of an image."""
+    seeds = draws.words(stream, ordinal, 3).astype(np.int64)
+    return seeds, sizes if size is None else sizes_of(len(sizes), pair(size))
+
+
+def _apply(what: str, transform: Transform, images: Tensor, seeds: Ints, size: Size | None) -> Tensor:
+    wanted = (images.shape[1], *(images.shape[2:] if size is None else pair(size)))
+    with untouched():
+        return torch.stack(
+            [
+                _checked(what, _called(what, transform, image, row), wanted)
+                for image, row in zip(images, seeds.tolist(), strict=True)
+            ]
+        )
+
+
+def _called(what: str, transform: Transform, image: Tensor, seeds: Sequence[int]) -> object:
+    torch.default_generator.manual_seed(seeds[0])
+    np.random.seed(seeds[1])
+    random.seed(seeds[2])
+    try:
+        # A copy: it may write into its argument.
+        return transform(image.clone(memory_format=torch.contiguous_format))
+    except Exception as cause:  # the user's code may raise anything; it stays as the cause
+        raise RecipeError(
+            f"{what} failed on an image of shape {tuple(image.shape)}: {type(cause).__name__}: {cause}"
+        ) from cause
+
+
+def _checked(what: str, image: object, wanted: tuple[int, ...]) -> Tensor:
+    """Return what a transform gave as a plain tensor; raise RecipeError for anything but uint8 of the wanted shape."""
+    if not isinstance(image, Tensor):
+        raise RecipeError(f"{what} returns a {type(image).__name__}. Fix: return a uint8 tensor [C, H, W]")
+    if image.dtype != torch.uint8 or tuple(image.shape) != wanted:
+        raise RecipeError(
+            f"{what} returns {image.dtype} {tuple(image.shape)}, uint8 {wanted} was expected. Fix: keep uint8 and the "
+            "channels; where it changes the size, say to what: `size`"
+        )
+    return image.as_subclass(Tensor)
+
+
+class Torchvision(Component):
+    """Any transform of torchvision.transforms.v2, by the name of its class.
+
+    `size` is what it makes of an image where it does not keep the size. `torchvision_version` is filled in.
+    """
+
+    kind: Literal["torchvision"] = "torchvision"
+    name: str
+    options: dict[str, JsonValue] = Field(default_factory=dict)
+    size: Size | None = None
+    torchvision_version: str = Field(default_factory=lambda: version("torchvision"))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("torch_seed", "numpy_seed", "python_seed")
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw seeds."""
+        return _plan(draws, "transform", ordinal, sizes, self.size)
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Call the transform on each image, with its seeds."""
+        transform = _torchvision_transform(self.name, json.dumps(self.options, sort_keys=True))
+        return _apply(f"torchvision's {self.name}", transform, images, params, self.size)
+
+
+class Custom(Component):
+    """What the function "pkg.mod:name" returns: a callable from a uint8 tensor [C, H, W] to another.
+
+    `size` and `torchvision_version` as for `torchvision`.
+    """
+
+    kind: Literal["custom"] = "custom"
+    factory: str
+    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    size: Size | None = None
+    torchvision_version: str = Field(default_factory=lambda: version("torchvision"))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("torch_seed", "numpy_seed", "python_seed")
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw seeds."""
+        return _plan(draws, "custom", ordinal, sizes, self.size)
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Call the user's callable on each image, with its seeds."""
+        transform = _custom_transform(self.factory, json.dumps(self.arguments, sort_keys=True))
+        return _apply(f"'{self.factory}'", transform, images, params, self.size)
+
+
+def locks(augmentations: Sequence[Component]) -> Iterator[Lock]:
+    """Yield what the augmentations that come from elsewhere depend on."""
+    for augmentation in augmentations:
+        if isinstance(augmentation, Torchvision):
+            yield Lock(f"torchvision's {augmentation.name}", augmentation.torchvision_version, None)
+        elif isinstance(augmentation, Custom):
+            yield Lock(f"'{augmentation.factory}'", augmentation.torchvision_version, augmentation.factory)
+
+
+@functools.cache
+def _torchvision_transform(name: str, options: str) -> Transform:
+    made = getattr(v2, name, None)
+    if not (isinstance(made, type) and issubclass(made, v2.Transform)):
+        known = [each for each in dir(v2) if isinstance(getattr(v2, each), type)]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise RecipeError(f"torchvision.transforms.v2 has no transform '{name}'.{hint}")
+    try:
+        transform: Transform = made(**_with_enums(json.loads(options)))
+    except (TypeError, ValueError) as cause:
+        raise RecipeError(f"torchvision's {name} does not take these options: {cause}") from cause
+    return transform
+
+
+def _with_enums(options: Mapping[str, Any]) -> dict[str, object]:
+    return {
+        name: _ENUMS[name](value) if name in _ENUMS and isinstance(value, str) else value
+        for name, value in options.items()
+    }
+
+
+@functools.cache
+def _custom_transform(factory: str, arguments: str) -> Transform:
+    made = call_factory(factory, json.loads(arguments))
+    if not callable(made):
+        raise RecipeError(f"'{factory}' returned a {type(made).__name__}. Fix: return a callable")
+    return made

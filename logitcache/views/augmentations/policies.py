@@ -1,0 +1,206 @@
+"""Policies: operations of random kind, drawn from one table; RandAugment and TrivialAugment Wide.
+
+RandAugment after Cubuk et al. 2020 (arXiv:1909.13719), TrivialAugment after Müller and Hutter 2021
+(arXiv:2103.10158), both with the operations and magnitudes of torchvision.
+"""
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Annotated, Literal, NamedTuple, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from logitcache.recipe import Component
+from logitcache.views.augmentations.base import Fill, Ints
+from logitcache.views.augmentations.color import adjust_contrast
+from logitcache.views.augmentations.rows import replace_rows, require_colors, require_values
+from logitcache.views.keys import Draws, below
+
+Bins = Annotated[int, Field(ge=2, le=65536)]
+PolicyFill = Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | None
+"""A level, one for each channel, or none: black, into which bilinear interpolation fades."""
+
+
+def overlap(shift: int, length: int) -> tuple[int, int, int]:
+    """Return where the part of a line that stays inside begins, where it begins once shifted, and its length."""
+    return max(-shift, 0), max(shift, 0), max(length - abs(shift), 0)
+
+
+class Warp(NamedTuple):
+    """How operations that move pixels interpolate and fill."""
+
+    interpolation: InterpolationMode
+    fill: list[float] | None
+
+    def shear(self, image: Tensor, x: float, y: float) -> Tensor:
+        """Shear by slopes, about the top left corner."""
+        degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
+        sheared: Tensor = F.affine_image(image, 0.0, [0, 0], 1.0, degrees, self.interpolation, self.fill, [0, 0])
+        return sheared
+
+    def translate(self, image: Tensor, x: float, y: float) -> Tensor:
+        """Move by whole pixels, rounded towards zero: a copy, with nothing to interpolate."""
+        height, width = image.shape[1:]
+        fill = torch.tensor(self.fill or [0.0], dtype=torch.uint8)
+        moved = fill[:, None, None].expand(len(image), height, width).clone()
+        (top, new_top, rows), (left, new_left, columns) = overlap(int(y), height), overlap(int(x), width)
+        moved[:, new_top : new_top + rows, new_left : new_left + columns] = image[
+            :, top : top + rows, left : left + columns
+        ]
+        return moved
+
+    def rotate(self, image: Tensor, degrees: float) -> Tensor:
+        """Turn about the centre."""
+        turned: Tensor = F.rotate_image(image, degrees, self.interpolation, fill=self.fill)
+        return turned
+
+
+Operation = Callable[[Tensor, float, Warp], Tensor]
+OPERATIONS: dict[str, Operation] = {
+    "identity": lambda image, magnitude, warp: image,
+    "shear_x": lambda image, magnitude, warp: warp.shear(image, magnitude, 0.0),
+    "shear_y": lambda image, magnitude, warp: warp.shear(image, 0.0, magnitude),
+    "translate_x": lambda image, magnitude, warp: warp.translate(image, magnitude, 0.0),
+    "translate_y": lambda image, magnitude, warp: warp.translate(image, 0.0, magnitude),
+    "rotate": lambda image, magnitude, warp: warp.rotate(image, magnitude),
+    "brightness": lambda image, magnitude, warp: F.adjust_brightness_image(image, 1.0 + magnitude),
+    "color": lambda image, magnitude, warp: F.adjust_saturation_image(image, 1.0 + magnitude),
+    "contrast": lambda image, magnitude, warp: adjust_contrast(image, 1.0 + magnitude),
+    "sharpness": lambda image, magnitude, warp: F.adjust_sharpness_image(image, 1.0 + magnitude),
+    "posterize": lambda image, magnitude, warp: F.posterize_image(image, int(magnitude)),
+    "solarize": lambda image, magnitude, warp: F.solarize_image(image, 255.0 * magnitude),
+    "auto_contrast": lambda image, magnitude, warp: F.autocontrast_image(image),
+    "equalize": lambda image, magnitude, warp: F.equalize_image(image),
+}
+"""Operations by name, from an image [C, H, W] and a signed magnitude. Plans hold their numbers: append only."""
+NAMES = tuple(OPERATIONS)
+UNSIGNED = ("posterize", "solarize", "auto_contrast", "equalize", "identity")
+
+Range = tuple[float, float]
+
+
+def narrow_range(name: str, height: int, width: int) -> Range:
+    """Return the magnitudes of the first and last bin in RandAugment, for an image of a size."""
+    moves = {"translate_x": 150.0 / 331.0 * width, "translate_y": 150.0 / 331.0 * height}
+    stops = {"shear_x": 0.3, "shear_y": 0.3, "rotate": 30.0} | moves
+    return {"posterize": (8.0, 4.0), "solarize": (1.0, 0.0)}.get(name, (0.0, stops.get(name, 0.9)))
+
+
+def wide_range(name: str, height: int, width: int) -> Range:
+    """Return the magnitudes of the first and last bin in TrivialAugment Wide; the size does not matter."""
+    stops = {"translate_x": 32.0, "translate_y": 32.0, "rotate": 135.0}
+    return {"posterize": (8.0, 2.0), "solarize": (1.0, 0.0)}.get(name, (0.0, stops.get(name, 0.99)))
+
+
+@lru_cache(maxsize=4096)
+def magnitude_of(name: str, bounds: Range, num_bins: int, number: int) -> float:
+    """Return the magnitude of a bin, as torchvision computes it in float32."""
+    start, stop = bounds
+    if name == "posterize":
+        return float(
+            (8 - torch.arange(num_bins, dtype=torch.float32) / ((num_bins - 1) / (start - stop))).round()[number]
+        )
+    return float(torch.linspace(start, stop, num_bins, dtype=torch.float32)[number])
+
+
+class Policy(NamedTuple):
+    """What applies a plan of [number of the operation, bin, sign] for every step."""
+
+    kind: str
+    range_of: Callable[[str, int, int], Range]
+    num_bins: int
+    warp: Warp
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Apply the operations of each row in order; rows of identities alone are not copied."""
+        require_colors(self.kind, images)
+        if self.warp.fill:
+            require_values(f"{self.kind}.fill", tuple(int(level) for level in self.warp.fill), images)
+        steps = params.reshape(len(images), -1, 3)
+        rows = np.flatnonzero((steps[:, :, 0] != NAMES.index("identity")).any(axis=1))
+
+        def change(row: int, image: Tensor) -> Tensor:
+            for number, bin_number, sign in steps[row].tolist():
+                image = self._operate(image, NAMES[number], bin_number, sign)
+            return image
+
+        return replace_rows(images, rows.tolist(), change)
+
+    def _operate(self, image: Tensor, name: str, bin_number: int, sign: int) -> Tensor:
+        height, width = image.shape[1:]
+        magnitude = magnitude_of(name, self.range_of(name, height, width), self.num_bins, bin_number)
+        return OPERATIONS[name](image, magnitude if name in UNSIGNED else sign * magnitude, self.warp)
+
+
+def warp_of(interpolation: str, fill: PolicyFill) -> Warp:
+    """Take the options of a policy as torchvision's kernels want them."""
+    levels = (fill,) if isinstance(fill, int) else fill
+    return Warp(InterpolationMode(interpolation), None if levels is None else [float(level) for level in levels])
+
+
+class RandAugment(Component):
+    """Apply `num_ops` operations of random kind, each at bin `magnitude` of `num_magnitude_bins`, of random sign."""
+
+    kind: Literal["rand_augment"] = "rand_augment"
+    num_ops: Annotated[int, Field(ge=1, le=256)] = 2
+    magnitude: Annotated[int, Field(ge=0)] = 9
+    num_magnitude_bins: Bins = 31
+    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    fill: PolicyFill = None
+
+    @model_validator(mode="after")
+    def _has_bin(self) -> Self:
+        if self.magnitude >= self.num_magnitude_bins:
+            raise ValueError(
+                f"magnitude {self.magnitude} is not one of {self.num_magnitude_bins} bins, which count from 0: "
+                "lower it, or raise num_magnitude_bins"
+            )
+        return self
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return tuple(f"{n}.{column}" for n in range(self.num_ops) for column in ("operation", "bin", "sign"))
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw number and sign of each operation; its bin is `magnitude`."""
+        words = draws.words("randaugment", ordinal, 2 * self.num_ops).reshape(len(sizes), self.num_ops, 2)
+        numbers = below(words[..., 0], len(NAMES))
+        params = np.stack([numbers, np.full_like(numbers, self.magnitude), 2 * below(words[..., 1], 2) - 1], axis=2)
+        return params.reshape(len(sizes), 3 * self.num_ops), sizes
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Apply the operations."""
+        warp = warp_of(self.interpolation, self.fill)
+        return Policy(self.kind, narrow_range, self.num_magnitude_bins, warp).apply(images, params)
+
+
+class TrivialAugmentWide(Component):
+    """Apply one operation of random kind, at a random bin of `num_magnitude_bins`, of random sign."""
+
+    kind: Literal["trivial_augment_wide"] = "trivial_augment_wide"
+    num_magnitude_bins: Bins = 31
+    interpolation: Literal["nearest", "bilinear"] = "nearest"
+    fill: PolicyFill = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters."""
+        return ("operation", "bin", "sign")
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw number, bin and sign of the operation."""
+        words = draws.words("trivial_augment", ordinal, 3)
+        numbers, bins = below(words[:, 0], len(NAMES)), below(words[:, 1], self.num_magnitude_bins)
+        return np.stack([numbers, bins, 2 * below(words[:, 2], 2) - 1], axis=1), sizes
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Apply the operation."""
+        warp = warp_of(self.interpolation, self.fill)
+        return Policy(self.kind, wide_range, self.num_magnitude_bins, warp).apply(images, params)
