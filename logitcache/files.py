@@ -7,9 +7,10 @@ import itertools
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,14 @@ _THREADS = min(32, 4 * (os.cpu_count() or 1))  # more than cores: network disks 
 _LEFTOVER = ".logitcache-tmp"
 _LONGEST_STEM = 80  # characters of the final name in a temporary one: a name may hold 255 bytes
 _KEPT = b"logitcache kept 1\n"
+
+
+class Measure(NamedTuple):
+    """What is remembered of files: a name for the place, the verb of the progress line, at most 32 bytes of a file."""
+
+    name: str
+    doing: str
+    of: Callable[[BinaryIO], bytes]
 
 
 def write_atomically(path: Path, data: bytes | bytearray | memoryview, sync: bool = True) -> None:
@@ -71,21 +80,33 @@ def file_digests(
     again, for damage that leaves no stamp. `what` names one such file ("image", "shard"). Raises
     `error` for the first file that cannot be read.
     """
+    return remembered(paths, _SHA256, what=what, fresh=fresh, error=error)
+
+
+def remembered(
+    paths: Sequence[str | Path],
+    measure: Measure,
+    *,
+    what: str,
+    fresh: bool = False,
+    error: type[LogitCacheError] = DataError,
+) -> list[bytes]:
+    """Return 32 bytes that `measure` found in each file; only files that changed since last time are opened."""
     if not paths:
         return []
     names = [os.path.abspath(path) for path in paths]
-    store = _index_path(names)
+    store = _index_path(names, measure.name)
     index = stamps.StampIndex(kept(store) or b"")
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda block: _stamp_rows(block, what, error), _blocks(names))
         rows = stamps.as_rows(itertools.chain.from_iterable(found))
         known = np.zeros(len(rows), bool) if fresh else index.fill(rows)
         todo = [names[i] for i in np.flatnonzero(~known)]
-        hashed = pool.map(lambda block: _hashed_rows(block, what, error), _blocks(todo))
+        measured = pool.map(lambda block: _measured_rows(block, measure, what, error), _blocks(todo))
         done: list[bytes] = []
         try:
-            every = itertools.chain.from_iterable(hashed)
-            done.extend(track(every, f"hashing {what}s", len(todo), unit=f"{what}s"))
+            every = itertools.chain.from_iterable(measured)
+            done.extend(track(every, f"{measure.doing} {what}s", len(todo), unit=f"{what}s"))
         finally:
             # A long first pass that is interrupted is not lost.
             if done:
@@ -94,6 +115,9 @@ def file_digests(
     if done:
         digests[~known] = stamps.as_rows(done)["digest"]
     return [digest.tobytes() for digest in digests]
+
+
+_SHA256 = Measure("stamps", "hashing", lambda file: hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
 
 
 def user_cache_directory() -> Path | None:
@@ -127,13 +151,13 @@ def kept(path: Path | None) -> bytes | None:
     return payload if data[:head] == _KEPT + hashlib.sha256(payload).digest() else None
 
 
-def _index_path(names: Sequence[str]) -> Path | None:
-    """Return where the stamps of the folder that holds all of these absolute paths are kept."""
+def _index_path(names: Sequence[str], ending: str) -> Path | None:
+    """Return where the stamps of the folder that holds all of these absolute paths are kept, under an ending."""
     # The first and the last in order share what all of them share.
     folder = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])
     directory = user_cache_directory()
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
-    return directory / f"{name}.stamps" if directory else None
+    return directory / f"{name}.{ending}" if directory else None
 
 
 def _blocks(names: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -151,16 +175,16 @@ def _stamp_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -
     return rows
 
 
-def _hashed_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -> list[bytes]:
+def _measured_rows(names: Sequence[str], measure: Measure, what: str, error: type[LogitCacheError]) -> list[bytes]:
     rows = []
     for name in names:
         with _readable(name, what, error), open(name, "rb") as file:
             started = stamps.now_ns()
             before = stamps.stamp(os.fstat(file.fileno()))
-            digest = hashlib.file_digest(file, "sha256").digest()
+            found = measure.of(file)
             after = stamps.stamp(os.fstat(file.fileno()))
         lasting = before == after and stamps.settled(before, started)
-        rows.append(stamps.packed_row(name, before if lasting else stamps.NO_STAMP, digest))
+        rows.append(stamps.packed_row(name, before if lasting else stamps.NO_STAMP, found))
     return rows
 
 

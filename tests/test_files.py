@@ -30,13 +30,13 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collect the names of the files whose bytes are read."""
     names: list[str] = []
-    read = files._hashed_rows
+    read = files._measured_rows
 
-    def spy(block, what, error):
+    def spy(block, measure, what, error):
         names.extend(os.path.basename(name) for name in block)
-        return read(block, what, error)
+        return read(block, measure, what, error)
 
-    monkeypatch.setattr(files, "_hashed_rows", spy)
+    monkeypatch.setattr(files, "_measured_rows", spy)
     return names
 
 

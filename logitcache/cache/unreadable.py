@@ -37,7 +37,8 @@ def with_mended_images(
 
     Only where nothing else changed and no committed shard has an answer for them; else returns what is recorded.
     """
-    content = recorded.fingerprint.model_copy(update={"content": wanted.fingerprint.content})
+    mended = wanted.fingerprint.model_dump(include={"content", "sizes"})
+    content = recorded.fingerprint.model_copy(update=mended)
     if recorded.fingerprint == wanted.fingerprint or content != wanted.fingerprint:
         return recorded
     changed = _changed(root, recorded, digests)

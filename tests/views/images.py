@@ -38,6 +38,9 @@ class Images:
             os._exit(7)
         return self.pixels[index]
 
+    def sizes(self) -> NDArray[np.int64]:
+        return np.array([image.shape[1:] for image in self.pixels], dtype=np.int64)
+
     def digests(self) -> NDArray[np.uint64]:
         return np.array([pixel_digest(image) for image in self.pixels], dtype=np.uint64)
 

@@ -1,5 +1,6 @@
 """What every kind of data set offers, and what each kind refuses."""
 
+import hashlib
 import json
 import pickle
 import random
@@ -105,18 +106,19 @@ def test_ids_labels_and_digests_fit_together(recipe) -> None:
     assert dataset.labels.max() < dataset.num_classes
     assert dataset.digests().shape == (len(ids),)
     assert dataset.digests().dtype == np.uint64
+    assert dataset.sizes().dtype == np.int64
+    assert dataset.sizes().tolist() == [list(dataset.read(index).shape[1:]) for index in range(len(ids))]
     if dataset.class_names is not None:
         assert len(dataset.class_names) == dataset.num_classes
 
 
 @every_kind
-def test_images_are_contiguous_bytes_and_the_same_each_time(recipe) -> None:
+def test_images_are_bytes_and_the_same_each_time(recipe) -> None:
     dataset, again = dataset_of(recipe), dataset_of(recipe)
     for index in reversed(range(len(dataset.ids))):
         image = dataset.read(index)
         assert image.dtype == torch.uint8
         assert image.ndim == 3
-        assert image.is_contiguous()
         assert torch.equal(image, again.read(index))
 
 
@@ -325,6 +327,30 @@ def test_custom_error_of_the_users_code_names_the_image() -> None:
     dataset = as_image_dataset(Broken([0] * 5))
     with pytest.raises(DataError, match=r"image '00001'.*KeyError\('lost'\)"):
         dataset.digests()
+
+
+def test_digest_of_pixels_does_not_depend_on_their_order_in_memory() -> None:
+    channels_last = IMAGE.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    assert channels_last.stride() != IMAGE.stride()
+    assert pixel_digest(channels_last) == pixel_digest(IMAGE)
+    # Its definition: the shape as int64, then the pixels.
+    content = np.array([3, 4, 5], "<i8").tobytes() + bytes(range(60))
+    assert pixel_digest(IMAGE) == int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
+
+
+def test_sizes_of_a_map_style_set_are_those_of_each_image() -> None:
+    dataset = as_image_dataset(Items([torch.zeros(3, 4, 5, dtype=torch.uint8), np.zeros((7, 2, 3), np.uint8)]))
+    assert dataset.sizes().tolist() == [[4, 5], [7, 2]]
+
+
+def test_fingerprint_holds_the_sizes_and_a_difference_of_them_alone_is_explained(monkeypatch) -> None:
+    dataset = numbered([1, 2])
+    recorded = fingerprint(dataset)
+    assert recorded.sizes == hashlib.sha256(np.array([[2, 2], [2, 2]], "<i8").tobytes()).hexdigest()
+    monkeypatch.setattr(type(dataset), "sizes", lambda self: np.array([[2, 2], [2, 3]]))
+    text = explain_difference(recorded, dataset.digests(), dataset)
+    assert "sizes of the images" in text
+    assert "Pillow" in text
 
 
 @pytest.mark.parametrize("source", ["random", "numpy", "torch", "own"])

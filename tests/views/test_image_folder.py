@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from logitcache import stamps
 from logitcache.errors import DataError
 from logitcache.views.datasets import ImageFolder, fingerprint
 
@@ -71,7 +72,53 @@ def test_every_format_has_the_pixels_and_the_order_of_torchvision(tmp_path: Path
     for index in range(len(theirs)):
         pixels = ours.read(index)
         assert torch.equal(pixels, pil_to_tensor(theirs[index][0])), ours.ids[index]
-        assert pixels.is_contiguous()
+
+
+def test_sizes_are_those_of_the_decoded_images(tmp_path: Path) -> None:
+    for name, image in FORMATS.items():
+        save(image, tmp_path / name)
+    frames = [Image.new("RGB", (5, 6), colour) for colour in ("red", "blue")]
+    save(frames[0], tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    for name in ("turned.jpg", "turned.png", "turned.webp", "turned.tif"):
+        save(RGB, tmp_path / name, exif=exif)
+    dataset = opened(tmp_path)
+    read = [tuple(dataset.read(index).shape[1:]) for index in range(len(dataset.ids))]
+    assert dataset.sizes().dtype == np.int64
+    assert list(map(tuple, dataset.sizes().tolist())) == read
+    assert {(12, 10), (6, 5)} <= set(read)
+
+
+def test_sizes_are_read_from_heads_once_until_a_file_changes(pets: Path, tmp_path_factory, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+    now = stamps.now_ns
+    monkeypatch.setattr(stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    path = pets / "dog" / "a.png"
+    path.write_bytes(path.read_bytes()[:-20])
+    before = opened(pets).sizes()
+    assert before.tolist() == [[4, 4]] * 4
+    digests = opened(pets).digests()
+    seen: list[str] = []
+    original = Image.open
+    monkeypatch.setattr(Image, "open", lambda file, **options: seen.append(file.name) or original(file, **options))
+    assert np.array_equal(opened(pets).sizes(), before)
+    assert seen == []
+    save(Image.new("RGB", (9, 3)), path)
+    assert opened(pets).sizes()[2].tolist() == [3, 9]
+    assert seen == [str(path)]
+    assert (opened(pets).digests() != digests).tolist() == [False, False, True, False]
+
+
+def test_image_whose_size_cannot_be_read_is_refused_by_name(pets: Path) -> None:
+    (pets / "dog" / "a.png").write_bytes(b"\x89PNG\r\n")
+    with pytest.raises(DataError, match=r"dog/a\.png' cannot be read: cannot identify") as error:
+        opened(pets).sizes()
+    assert "Fix:" in str(error.value)
+
+
+def test_the_stored_form_names_the_decoder() -> None:
+    assert ImageFolder(root="pets").model_dump()["decoder"] == "pillow"
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -13,6 +13,7 @@ from logitcache.recipe import Component, Count
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UNLABELLED = -1
+_BLOCK = 1 << 16
 
 
 class ImageDataset(Protocol):
@@ -35,7 +36,13 @@ class ImageDataset(Protocol):
         """Names of the classes, when they have any."""
 
     def read(self, index: int) -> Tensor:
-        """Return one image, uint8 [C, H, W], contiguous; DataError names one that is unreadable."""
+        """Return one image, uint8 [C, H, W]; DataError names one that is unreadable.
+
+        Its memory may lie in another order: decoders write [H, W, C], and rearranging it costs as much as decoding.
+        """
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return height and width of each image as `read` gives it, [n, 2]; decodes no file for it."""
 
     def digests(self) -> NDArray[np.uint64]:
         """Return [n] the first 8 bytes, little endian, of the sha256 of each image's content.
@@ -45,13 +52,14 @@ class ImageDataset(Protocol):
 
 
 class Fingerprint(Component):
-    """What two data sets must share to be the same: names, order, classes, labels and every byte."""
+    """What two data sets must share to be the same: names, order, classes, labels, sizes and every byte."""
 
     num_images: Count
     num_classes: Count | None
     class_names: Sha256 | None
     ids: Sha256
     labels: Sha256
+    sizes: Sha256
     content: Sha256
 
 
@@ -62,7 +70,8 @@ def fingerprint(dataset: ImageDataset) -> Fingerprint:
         num_classes=dataset.num_classes,
         class_names=None if dataset.class_names is None else _names_digest(dataset.class_names),
         ids=_names_digest(dataset.ids),
-        labels=hashlib.sha256(np.ascontiguousarray(dataset.labels, "<i8").data).hexdigest(),
+        labels=_numbers_digest(dataset.labels),
+        sizes=_numbers_digest(dataset.sizes()),
         content=content_digest(dataset.digests()),
     )
 
@@ -75,7 +84,8 @@ def content_digest(digests: NDArray[np.uint64]) -> str:
 def pixel_digest(image: Tensor) -> int:
     """Return the first 8 bytes of the sha256 of an image's shape (int64) and pixels."""
     shape = np.array(image.shape, "<i8").tobytes()
-    return first_word(hashlib.sha256(shape + image.numpy().tobytes()).digest())
+    # In the order of the axes, however they lie in memory.
+    return first_word(hashlib.sha256(shape + image.numpy().tobytes("C")).digest())
 
 
 def first_word(digest: bytes) -> int:
@@ -86,6 +96,14 @@ def first_word(digest: bytes) -> int:
 def as_digests(words: Iterable[int]) -> NDArray[np.uint64]:
     """Return digests [n] as an array."""
     return np.fromiter(words, np.uint64)
+
+
+def _numbers_digest(numbers: NDArray[np.int64]) -> str:
+    """Return the sha256 of int64 in little endian; block by block, as sizes may be a view of one row."""
+    state = hashlib.sha256()
+    for start in range(0, len(numbers), _BLOCK):
+        state.update(np.ascontiguousarray(numbers[start : start + _BLOCK], "<i8").data)
+    return state.hexdigest()
 
 
 def _names_digest(names: Sequence[str]) -> str:

@@ -76,6 +76,10 @@ class BundledImages:
         """Return uint8 [1, 28, 28]."""
         return torch.from_numpy(self._images[index][None].copy())
 
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the heights and widths [n, 2]."""
+        return np.tile(np.array(self._images.shape[1:], np.int64), (len(self.ids), 1))
+
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""
         return as_digests(pixel_digest(self.read(index)) for index in range(len(self.ids)))

@@ -14,7 +14,7 @@ from logitcache.views.datasets.ids import NumberedIds, PackedIds
 from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
 from logitcache.views.datasets.pixels import from_value
 
-_OFFERED = ("ids", "labels", "num_classes", "class_names", "read", "digests")
+_OFFERED = ("ids", "labels", "num_classes", "class_names", "read", "sizes", "digests")
 
 
 class Custom(Component):

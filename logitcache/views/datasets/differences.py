@@ -40,6 +40,7 @@ def _fields(then: Fingerprint, now: Fingerprint) -> list[tuple[str, object, obje
         ("names of the classes", then.class_names, now.class_names),
         ("ids and their order", then.ids, now.ids),
         ("labels", then.labels, now.labels),
+        ("sizes of the images", then.sizes, now.sizes),
         ("content of the images", then.content, now.content),
     ]
 
@@ -88,6 +89,8 @@ def _names(dataset: ImageDataset, places: NDArray[np.int64]) -> str:
 
 
 def _fix(then: Fingerprint, now: Fingerprint) -> str:
+    if then == now.model_copy(update={"sizes": then.sizes}):
+        return "decode the files as then, with the recorded version of Pillow, or precompute a new cache."
     if then.num_images == now.num_images and then.ids == now.ids:
         what = "the original files" if then.content != now.content else "the original labels and classes"
         return f"put back {what}, or precompute a new cache from the present ones."

@@ -5,19 +5,22 @@ files and folders are left out, 16-bit grey is scaled and not clipped, and GIF i
 frame). The EXIF orientation is not applied, as there.
 """
 
+import contextlib
 import itertools
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from logitcache.errors import DataError
-from logitcache.files import file_digests
+from logitcache.files import Measure, file_digests, remembered
 from logitcache.recipe import Component
 from logitcache.views.datasets.base import UNLABELLED, as_digests, first_word
 from logitcache.views.datasets.ids import PackedIds
@@ -32,6 +35,7 @@ _OTHER_IMAGES = (
     *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".hdr"),
     *(".dng", ".cr2", ".nef", ".arw", ".dcm", ".jpg_large"),
 )
+# Others would run other decoders, one of them an interpreter of PostScript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")
 _SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 _SHOWN = 3
@@ -44,13 +48,15 @@ class ImageFolder(Component):
 
     `labelled`: the folders directly below `root` are the classes, in order of their names. Images
     right in `root` with no class folders beside them have no labels. With `labelled: false` every
-    image below `root` is taken, without a label.
+    image below `root` is taken, without a label. `decoder`: what turns files into pixels, at full resolution and
+    without applying the EXIF orientation; it is part of the stored form because decoders differ.
     """
 
     kind: Literal["image_folder"] = "image_folder"
     root: str
     mode: Mode = "RGB"
     labelled: bool = True
+    decoder: Literal["pillow"] = "pillow"
 
     def open(self) -> "FolderImages":
         """List the files; raises DataError for a folder that is missing, empty or ambiguous."""
@@ -84,12 +90,13 @@ class FolderImages:
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
         path = self._path(self.ids[index])
-        try:
-            # Other formats would run other decoders, one of them an interpreter of PostScript.
-            with open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
-                return from_pil(image, self._mode)
-        except Exception as cause:  # broken bytes make decoders raise anything
-            raise DataError(_why_unreadable(path, cause)) from cause
+        with _refused(path), open(path, "rb") as file, Image.open(file, formats=_FORMATS) as image:
+            return from_pil(image, self._mode)
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the heights and widths of all images [n, 2], from the heads of those files that changed."""
+        found = remembered([self._path(name) for name in self.ids], _SIZES, what="image")
+        return np.frombuffer(b"".join(found), "<i8").reshape(len(found), -1)[:, :2].astype(np.int64)
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]; only those that changed are read again."""
@@ -98,6 +105,24 @@ class FolderImages:
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+
+@contextlib.contextmanager
+def _refused(path: str) -> Iterator[None]:
+    """Turn what a decoder raises into a DataError that names the file."""
+    try:
+        yield
+    except Exception as cause:  # broken bytes make decoders raise anything
+        raise DataError(_why_unreadable(path, cause)) from cause
+
+
+def _size(file: BinaryIO) -> bytes:
+    """Read the head of an image file: height and width, 16 bytes."""
+    with _refused(file.name), Image.open(file, formats=_FORMATS) as image:
+        return struct.pack("<2q", image.height, image.width)
+
+
+_SIZES = Measure(f"pillow-{PIL.__version__}-sizes", "reading the sizes of", _size)
 
 
 def _by_class(root: Path, mode: Mode) -> FolderImages:

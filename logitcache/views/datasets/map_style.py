@@ -22,7 +22,7 @@ class MapStyle(Protocol):
 
 
 class MapImages:
-    """A map-style object as a data set; labels and digests are found in one pass, when asked for.
+    """A map-style object as a data set; labels, sizes and digests are found in one pass, when asked for.
 
     `decode` turns the image of an item into uint8 [C, H, W] and raises ValueError where it cannot.
     """
@@ -76,7 +76,11 @@ class MapImages:
 
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming an image that cannot be read."""
-        return self._item(index)[0]
+        return self._image(index)[0]
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the heights and widths of all images [n, 2]."""
+        return self.scan().sizes
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""
@@ -95,27 +99,38 @@ class MapImages:
     def _read_all(self) -> Scan:
         num_images = len(self.ids)
         labels = np.empty(num_images, np.int64)
+        sizes = np.empty((num_images, 2), np.int64)
 
         def digest(index: int) -> int:
             image, labels[index] = self._item(index)
+            sizes[index] = image.shape[1:]
             return pixel_digest(image)
 
         places = track(range(num_images), f"reading {self._name}", num_images)
         with untouched():
-            return Scan(digests=as_digests(digest(index) for index in places), labels=labels)
+            return Scan(digests=as_digests(digest(index) for index in places), labels=labels, sizes=sizes)
 
     def _item(self, index: int) -> tuple[Tensor, int]:
+        image, label = self._image(index)
+        try:
+            return image, _as_label(label)
+        except Exception as cause:  # numpy may raise anything too
+            raise self._unusable(index, cause) from cause
+
+    def _image(self, index: int) -> tuple[Tensor, object]:
+        """Return the image and the label of an item, the label as it is."""
         try:
             with untouched() if self._draws else torch_untouched():
                 image, label = _split(self._source[index])
-                return self._decode(image), _as_label(label)
+                return self._decode(image), label
         except LogitCacheError:
             raise
         except Exception as cause:  # the object's own code may raise anything
-            reason = str(cause) if isinstance(cause, ValueError) else repr(cause)
-            raise DataError(
-                f"image '{self.ids[index]}' (index {index}) of {self._name} cannot be used: {reason}."
-            ) from cause
+            raise self._unusable(index, cause) from cause
+
+    def _unusable(self, index: int, cause: Exception) -> DataError:
+        reason = str(cause) if isinstance(cause, ValueError) else repr(cause)
+        return DataError(f"image '{self.ids[index]}' (index {index}) of {self._name} cannot be used: {reason}.")
 
     def _check_repeatable(self) -> bool:
         """Read a few images twice; returns whether that draws from Python's or numpy's generator.
@@ -126,11 +141,11 @@ class MapImages:
         for index in sorted({0, len(self.ids) // 2, len(self.ids) - 1}):
             with elsewhere(1):
                 before = position()
-                first = self._item(index)
+                first, label = self._item(index)
                 draws |= position() != before
             with elsewhere(2):
-                again = self._item(index)
-            if pixel_digest(first[0]) != pixel_digest(again[0]) or first[1] != again[1]:
+                again, label_again = self._item(index)
+            if pixel_digest(first) != pixel_digest(again) or label != label_again:
                 raise DataError(
                     f"image '{self.ids[index]}' of {self._name} comes out different when it is "
                     "read twice.\n  Fix: take random augmentation out of it; the views augment."

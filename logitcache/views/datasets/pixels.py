@@ -57,7 +57,8 @@ def _narrowed(image: Image.Image) -> Image.Image:
 def _from_tensor(value: Tensor) -> Tensor:
     if value.dtype != torch.uint8:
         raise ValueError(_wrong_dtype(f"a {value.dtype} tensor", value.is_floating_point()))
-    image = value.detach().as_subclass(Tensor).cpu()
+    plain = type(value) is Tensor and value.device.type == "cpu"
+    image = value if plain else value.detach().as_subclass(Tensor).cpu()
     if image.ndim == 2:
         image = image[None]
     if image.ndim != 3 or 0 in image.shape:
@@ -66,7 +67,7 @@ def _from_tensor(value: Tensor) -> Tensor:
         raise ValueError(
             f"a tensor image is [C, H, W]; {list(value.shape)} looks like [H, W, C]. Return image.permute(2, 0, 1)"
         )
-    return image.contiguous()
+    return image
 
 
 def _from_array(value: NDArray[np.generic]) -> Tensor:
@@ -82,8 +83,9 @@ def _from_array(value: NDArray[np.generic]) -> Tensor:
 
 
 def _channels_first(image: NDArray[np.uint8]) -> Tensor:
+    """Return a view [C, H, W] of an array [H, W, C] or [H, W]."""
     pixels = torch.from_numpy(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def _wrong_dtype(found: str, floating: bool) -> str:

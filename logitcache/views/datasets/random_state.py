@@ -23,14 +23,14 @@ def untouched() -> Iterator[None]:
 @contextlib.contextmanager
 def torch_untouched() -> Iterator[None]:
     """Restore torch's generators: microseconds, where numpy's takes a hundred of them."""
-    host = torch.get_rng_state()
+    host = torch.default_generator.get_state()
     # torch.manual_seed reaches the generators of every device, even where only a CPU draw follows.
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = torch.cuda.get_rng_state_all() if in_use else None
     try:
         yield
     finally:
-        torch.set_rng_state(host)
+        torch.default_generator.set_state(host)
         if devices is not None:
             torch.cuda.set_rng_state_all(devices)
 

@@ -16,9 +16,10 @@ _MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
 
 
 class Scan(NamedTuple):
-    """Labels and digests [n] of all images."""
+    """Labels [n], sizes [n, 2] (height, width) and digests [n] of all images."""
 
     labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     digests: NDArray[np.uint64]
 
 
@@ -38,20 +39,20 @@ class ScanMemory:
     def recall(self, num_images: int) -> Scan | None:
         """Return what was found before, if no file has changed since."""
         stored = kept(self._path())
-        if stored is None or len(stored) != 32 + 16 * num_images:
+        if stored is None or len(stored) != 32 + 32 * num_images:
             return None
         state = self._state()
         if state is None or stored[:32] != state:
             return None
-        labels, digests = np.split(np.frombuffer(stored, "<u8", offset=32), 2)
-        return Scan(labels.astype(np.int64), digests.astype(np.uint64))
+        labels, sizes, digests = np.split(np.frombuffer(stored, "<u8", offset=32), [num_images, 3 * num_images])
+        return Scan(labels.astype(np.int64), sizes.astype(np.int64).reshape(-1, 2), digests.astype(np.uint64))
 
     def remember(self, scan: Scan) -> None:
         """Keep what a pass found, unless a file changed around the opening or since."""
         state = self._state()
         if state is not None:
-            found = scan.labels.astype("<i8").tobytes() + scan.digests.astype("<u8").tobytes()
-            keep(self._path(), state + found)
+            found = [scan.labels.astype("<i8"), scan.sizes.astype("<i8"), scan.digests.astype("<u8")]
+            keep(self._path(), state + b"".join(part.tobytes() for part in found))
 
     def _path(self) -> Path | None:
         directory = user_cache_directory()
