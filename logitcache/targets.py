@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -102,6 +102,47 @@ class TopKLogits:
 
 
 @dataclass(frozen=True)
+class LinearLogits:
+    """The answers to two images, mixed in place of an answer to their mixture.
+
+    own, partner: logits [B, C] or encoded forms; share: [B], the weight of `own`. The distribution at a temperature is
+    the mixture of both distributions at that temperature.
+    """
+
+    own: Logits
+    partner: Logits
+    share: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the full distribution."""
+        return self.own.shape[1] if isinstance(self.own, Tensor) else self.own.num_classes
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Return the log of the mixed probabilities, float32 [B, C]."""
+        share = self.share[:, None]
+        own = share.log() + log_probs(self.own, temperature)
+        return torch.logaddexp(own, torch.log1p(-share) + log_probs(self.partner, temperature))
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copies."""
+        return replace(
+            self,
+            own=_moved(self.own, device),
+            partner=_moved(self.partner, device),
+            share=to_device(self.share, device),
+        )
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+        return replace(self, own=self.own[rows], partner=self.partner[rows], share=self.share[rows])
+
+
+def _moved(logits: Logits, device: torch.device) -> Logits:
+    return to_device(logits, device) if isinstance(logits, Tensor) else logits.to(device)
+
+
+@dataclass(frozen=True)
 class Targets:
     """One teacher's answers for a batch: logits [B, C], and features by name."""
 
@@ -110,8 +151,9 @@ class Targets:
 
     def to(self, device: torch.device) -> "Targets":
         """Move to a device without waiting for the copies."""
-        logits = to_device(self.logits, device) if isinstance(self.logits, Tensor) else self.logits.to(device)
-        return Targets(logits, {name: to_device(value, device) for name, value in self.features.items()})
+        return Targets(
+            _moved(self.logits, device), {name: to_device(value, device) for name, value in self.features.items()}
+        )
 
     def __getitem__(self, rows: slice) -> "Targets":
         """Take some rows of the batch."""
@@ -119,13 +161,33 @@ class Targets:
 
 
 @dataclass(frozen=True)
+class MixedLabels:
+    """What mixing made of labels: the partners' labels, int64 [B], and the weight of the own ones, float32 [B]."""
+
+    partners: Tensor
+    share: Tensor
+
+    def to(self, device: torch.device) -> "MixedLabels":
+        """Move to a device without waiting for the copies."""
+        return MixedLabels(to_device(self.partners, device), to_device(self.share, device))
+
+    def __getitem__(self, rows: slice) -> "MixedLabels":
+        """Take some rows of the batch."""
+        return MixedLabels(self.partners[rows], self.share[rows])
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Images uint8 [B, C, H, W], labels int64 [B] (-1: unlabelled), keys int64 [B, 2], and targets by teacher."""
+    """Images uint8 [B, C, H, W], labels int64 [B] (-1: unlabelled), keys int64 [B, 2], and targets by teacher.
+
+    Where images are mixed with partners, `mixed` says what that makes of the labels.
+    """
 
     images: Tensor
     labels: Tensor
     keys: Tensor
     teachers: Mapping[str, Targets]
+    mixed: MixedLabels | None = None
 
     @property
     def targets(self) -> Targets:
@@ -142,12 +204,16 @@ class Batch:
     def to(self, device: torch.device | str) -> "Batch":
         """Move to a device without waiting for the copies."""
         where = torch.device(device)
-        moved: dict[str, Any] = {
-            f.name: to_device(getattr(self, f.name), where) for f in fields(self) if f.name != "teachers"
-        }
-        return Batch(**moved, teachers={name: targets.to(where) for name, targets in self.teachers.items()})
+        return Batch(
+            to_device(self.images, where),
+            to_device(self.labels, where),
+            to_device(self.keys, where),
+            {name: targets.to(where) for name, targets in self.teachers.items()},
+            None if self.mixed is None else self.mixed.to(where),
+        )
 
     def __getitem__(self, rows: slice) -> "Batch":
         """Take some rows of the batch."""
         teachers = {name: targets[rows] for name, targets in self.teachers.items()}
-        return Batch(self.images[rows], self.labels[rows], self.keys[rows], teachers)
+        mixed = None if self.mixed is None else self.mixed[rows]
+        return Batch(self.images[rows], self.labels[rows], self.keys[rows], teachers, mixed)

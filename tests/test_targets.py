@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from logitcache.targets import Batch, Targets, TopKLogits, at_least_float32, log_probs, top1
+from logitcache.targets import (
+    Batch,
+    LinearLogits,
+    MixedLabels,
+    Targets,
+    TopKLogits,
+    at_least_float32,
+    log_probs,
+    top1,
+)
 
 
 def _top_k(rows: int = 5) -> TopKLogits:
@@ -18,16 +27,26 @@ def _batch(rows: int = 5) -> Batch:
         torch.arange(rows * 9, dtype=torch.uint8).reshape(rows, 1, 3, 3),
         torch.arange(rows),
         torch.stack([torch.zeros(rows), torch.arange(rows)], dim=1).long(),
-        {"dense": dense, "few": Targets(_top_k(rows))},
+        {"dense": dense, "few": Targets(_top_k(rows)), "mixed": Targets(_linear(rows))},
+        MixedLabels(torch.arange(rows).flip(0), torch.linspace(0, 1, rows)),
     )
 
 
+def _linear(rows: int = 5) -> LinearLogits:
+    return LinearLogits(torch.arange(rows * 4.0).reshape(rows, 4).sin(), _top_k(rows), torch.linspace(0, 1, rows))
+
+
 def _tensors(batch: Batch) -> list[torch.Tensor]:
-    dense, few = batch.teachers["dense"], batch.teachers["few"].logits
+    dense, few, linear = batch.teachers["dense"], batch.teachers["few"].logits, batch.teachers["mixed"].logits
     assert isinstance(few, TopKLogits)
+    assert isinstance(linear, LinearLogits)
+    assert isinstance(linear.partner, TopKLogits)
+    assert isinstance(linear.own, torch.Tensor)
     assert isinstance(dense.logits, torch.Tensor)
-    own = [batch.images, batch.labels, batch.keys]
-    return [*own, dense.logits, dense.features["pooled"], few.log_p, few.index, few.tail]
+    assert batch.mixed is not None
+    own = [batch.images, batch.labels, batch.keys, batch.mixed.partners, batch.mixed.share]
+    mixed = [linear.own, linear.partner.log_p, linear.share]
+    return [*own, dense.logits, dense.features["pooled"], few.log_p, few.index, few.tail, *mixed]
 
 
 def test_a_batch_is_as_long_as_its_images() -> None:
@@ -63,7 +82,7 @@ def test_the_targets_of_the_only_teacher_need_no_name() -> None:
 
 
 def test_two_teachers_must_be_named() -> None:
-    with pytest.raises(ValueError, match=r"\['dense', 'few'\]: take one, as in batch.teachers\['name'\]"):
+    with pytest.raises(ValueError, match=r"\['dense', 'few', 'mixed'\]: take one, as in batch.teachers\['name'\]"):
         _ = _batch().targets
 
 
@@ -98,3 +117,14 @@ def test_float64_stays_and_less_than_float32_does_not() -> None:
 def test_top1_is_the_most_probable_class() -> None:
     assert top1(torch.tensor([[0.0, 3.0, 1.0], [5.0, 0.0, 0.0]])).tolist() == [1, 0]
     assert top1(_top_k(2)).tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_linear_targets_are_the_weighted_mean_of_both_distributions(temperature: float) -> None:
+    linear = _linear()
+    own, partner = (log_probs(logits, temperature).double().exp() for logits in (linear.own, linear.partner))
+    share = linear.share.double()[:, None]
+    expected = share * own + (1 - share) * partner
+    assert torch.allclose(linear.log_probs(temperature).double().exp(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(linear.log_probs(temperature)[-1], log_probs(linear.own, temperature)[-1])
+    assert linear.num_classes == 4

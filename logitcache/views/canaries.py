@@ -1,24 +1,41 @@
 """Canaries: a few views recorded in stage one and rendered again before a student starts."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from logitcache.errors import ReplayMismatchError
-from logitcache.recipe import Component
+from logitcache.recipe import Component, Float
 from logitcache.views.keys import Draws, ViewKey, below
 from logitcache.views.spec import Views
 
 NUM_CANARIES = 32
-MAX_MEAN_DIFFERENCE = 0.5
-MAX_DIFFERENCE = 16
 Level = Literal["strict", "numeric", "off"]
+"""strict refuses any other pixel, numeric warns of a drift within limits and refuses more, off accepts everything."""
+
+
+class DriftLimits(Component):
+    """How far pixels of equal images and plans may be apart, in levels of 255, and still be the same views.
+
+    The defaults lie between what another CPU or release makes of a resize (mean below 0.25, at most 9 levels) and what
+    another kernel does (mean above 1, 19 levels or more).
+    """
+
+    mean: Annotated[Float, Field(ge=0.0, le=255.0)] = 0.5
+    max: Annotated[int, Field(ge=0, le=255)] = 16
+
+    def __str__(self) -> str:
+        return f"limits {self.mean:g} / {self.max}"
+
+
+DEFAULT_LIMITS = DriftLimits()
 
 
 class Canary(Component):
@@ -47,11 +64,19 @@ class CanaryReport:
         """Whether every canary is what it was."""
         return self.raw_equal == self.plans_equal == self.augmented_equal == self.num_canaries
 
-    @property
-    def drift(self) -> bool:
-        """Whether only the pixels differ, and by no more than other kernels make them differ."""
+    def is_drift(self, limits: DriftLimits) -> bool:
+        """Whether only the pixels differ, and by no more than the limits allow."""
         same_inputs = self.raw_equal == self.plans_equal == self.num_canaries
-        return same_inputs and self.mean_difference <= MAX_MEAN_DIFFERENCE and self.max_difference <= MAX_DIFFERENCE
+        return same_inputs and self.mean_difference <= limits.mean and self.max_difference <= limits.max
+
+
+class Origin(NamedTuple):
+    """What a message says of the canaries: whose they are, and the versions that made them and that are here."""
+
+    name: str
+    recorded: Mapping[str, str]
+    here: Mapping[str, str]
+    has_parameters: bool = False
 
 
 def choose(seed: int, num_images: int, num_views: int) -> list[ViewKey]:
@@ -86,11 +111,12 @@ def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]
 def _take(views: Views, key: ViewKey) -> tuple[Canary, Tensor]:
     raw = views.dataset.read(key.index)
     sizes = np.array([raw.shape[1:]], dtype=np.int64)
-    plan = np.concatenate([params[0] for params in views.spec.plan([key], sizes)] or [sizes[0]])
-    [pixels] = views.spec.render([raw], [key])
+    drawn = views.spec.rows([key], sizes, len(views.dataset.ids)) if views.recorded is None else views.recorded([key])
+    pixels = views[key]
     digests = {
-        name: pixel_digest(array)
-        for name, array in {"raw": raw.numpy(), "plan": plan, "augmented": pixels.numpy()}.items()
+        "raw": pixel_digest(raw.numpy()),
+        "plan": pixel_digest(drawn[0] if drawn.size else sizes[0]),
+        "augmented": pixel_digest(pixels.numpy()),
     }
     return Canary(view=key.view, index=key.index, **digests), pixels
 
@@ -117,37 +143,64 @@ def _difference(pixels: Tensor, recorded: Tensor) -> Tensor:
     return (pixels.int() - recorded.int()).abs()
 
 
-def judge(report: CanaryReport, level: Level, what: str) -> str | None:
+def judge(report: CanaryReport, level: Level, origin: Origin, limits: DriftLimits = DEFAULT_LIMITS) -> str | None:
     """Return a warning for a drift that `level` accepts, None where all is equal; else raise ReplayMismatchError."""
-    if report.equal:
+    if report.equal or level == "off":
         return None
-    message = (
-        f"augmented images differ from those the teacher saw ({what})\n"
-        f"  raw images {report.raw_equal}/{report.num_canaries} equal | "
-        f"plans {report.plans_equal}/{report.num_canaries} equal | "
-        f"augmented {report.augmented_equal}/{report.num_canaries} equal: "
-        f"mean |d| {report.mean_difference:.2f}, max {report.max_difference}\n  -> {_diagnosis(report)}"
+    accepted = level == "numeric" and report.is_drift(limits)
+    verdict, fix = _diagnosis(report, limits, origin.has_parameters)
+    message = "\n  ".join(
+        [
+            f"augmented images differ from those the teacher saw ({origin.name})",
+            _counts(report),
+            f"-> {verdict}",
+            _versions(origin),
+            "Accepted, as verify is numeric." if accepted else f"Fix: {fix}",
+        ]
     )
-    if level == "numeric" and report.drift:
+    if accepted:
         return message
     raise ReplayMismatchError(message)
 
 
-def _diagnosis(report: CanaryReport) -> str:
-    if report.drift:
-        limits = f"(limits {MAX_MEAN_DIFFERENCE} / {MAX_DIFFERENCE})"
+def _counts(report: CanaryReport) -> str:
+    total = report.num_canaries
+    return (
+        f"raw images {report.raw_equal}/{total} equal | plans {report.plans_equal}/{total} equal | "
+        f"augmented {report.augmented_equal}/{total} equal: "
+        f"mean |d| {report.mean_difference:.2f}, max {report.max_difference}"
+    )
+
+
+def _versions(origin: Origin) -> str:
+    """Name what differs on both sides; where nothing does, what decides pixels most."""
+    names = dict.fromkeys([*origin.recorded, *origin.here])
+    shown = [name for name in names if origin.recorded.get(name) != origin.here.get(name)] or ["torch", "cpu"]
+    recorded, here = (
+        ", ".join(f"{name} {side.get(name, 'none')}" for name in shown) for side in (origin.recorded, origin.here)
+    )
+    return f"recorded: {recorded}      here: {here}"
+
+
+def _diagnosis(report: CanaryReport, limits: DriftLimits, has_parameters: bool) -> tuple[str, str]:
+    """Return the verdict and the fix."""
+    if report.is_drift(limits):
         return (
-            f"numeric drift {limits}: same crops, different kernels. Accept with --verify numeric, "
-            "or precompute again on this machine."
+            f"numeric drift ({limits}): same crops, different kernels.",
+            "accept with --verify numeric, or precompute again on this machine.",
         )
     if report.raw_equal < report.num_canaries:
         return (
-            "the decoded images differ: other files, another order or another decoder. "
-            "Point `dataset` at the images of the cache."
+            "the decoded images differ: other files, another order or another decoder.",
+            "point `dataset` at the images of the cache.",
         )
     if report.plans_equal < report.num_canaries:
-        return "the plans differ: another seed, other augmentations or damaged records. Precompute again."
+        recorded = "replay the parameters that this cache keeps (replay: recorded), or " if has_parameters else ""
+        return (
+            "the plans differ: another seed, other augmentations or another release of logitcache.",
+            f"{recorded}install the recorded versions, or precompute again.",
+        )
     return (
-        "same images and crops, but other pixels: another resize kernel or version. "
-        "Install the recorded versions, or precompute again."
+        f"more than numeric drift ({limits}): same images and crops, but another resize kernel or version.",
+        "install the recorded versions, or precompute again.",
     )

@@ -5,15 +5,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from logitcache.errors import RecipeError
-from logitcache.targets import Batch, Targets
+from logitcache.targets import Batch, MixedLabels, Targets
+from logitcache.views.checksums import require_rows
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod, ViewLoader
-from logitcache.views.order import epoch_order
-from logitcache.views.spec import Views
+from logitcache.views.order import epoch_order, share_of
+from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, Views
 
 TargetsOf = Callable[[Sequence[ViewKey]], Mapping[str, Targets]]
+ChecksumsOf = Callable[[Sequence[ViewKey]], NDArray[np.uint32]]
 
 
 def no_targets(keys: Sequence[ViewKey]) -> Mapping[str, Targets]:
@@ -22,29 +26,52 @@ def no_targets(keys: Sequence[ViewKey]) -> Mapping[str, Targets]:
 
 
 class EpochLoader:
-    """Epoch e replays view e modulo the number of views, in an order that is a function of seed and epoch."""
+    """Epochs of as many keys as there are images, in an order that is a function of seed and epoch.
+
+    Epoch e replays view e modulo the number of views. With `views_per_image` k, one decode serves k views: an epoch
+    takes k views of every k-th image, and each k epochs together take k views of every image. Partners that are mixed
+    with one another come together. Of several processes, `rank` of `world_size` takes its part of every batch of
+    `batch_size`. With `checksums_of`, every image that is rendered is compared.
+    """
 
     def __init__(
         self,
         views: Views,
         targets_of: TargetsOf = no_targets,
+        checksums_of: ChecksumsOf | None = None,
         *,
         batch_size: int = 256,
         num_workers: int = 0,
         seed: int = 0,
         drop_last: bool = False,
+        views_per_image: int = 1,
         shuffle_block: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
         start_method: StartMethod = "forkserver",
     ) -> None:
         self.views = views
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self._targets_of, self._block = targets_of, shuffle_block
+        self.views_per_image = views_per_image
+        self._targets_of, self._checksums_of = targets_of, checksums_of
+        self._block, self._share = shuffle_block, (rank, world_size)
         self._images = ViewLoader(views, num_workers, start_method)
         if len(self) == 0:
             raise RecipeError(
                 f"drop_last leaves no batch: {len(views.dataset.ids)} images are fewer than batch_size {batch_size}. "
                 "Fix: a smaller batch_size, or drop_last: false"
             )
+        self._require_shared_decodes()
+
+    def _require_shared_decodes(self) -> None:
+        """Raise RecipeError for several views per image where they cannot share a decode."""
+        if self.views_per_image > self.views.spec.num_views:
+            raise RecipeError(
+                f"views_per_image is {self.views_per_image}, but there are {self.views.spec.num_views} views. "
+                f"Fix: at most {self.views.spec.num_views}"
+            )
+        if self.views_per_image > 1 and self.views.spec.mixing:
+            raise RecipeError(MIXED_VIEWS_PER_IMAGE)
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -58,11 +85,23 @@ class EpochLoader:
         return count - count % self.batch_size if self.drop_last else count
 
     def keys(self, epoch: int) -> Iterator[list[ViewKey]]:
-        """Yield the keys of each batch of an epoch."""
-        view = epoch % self.views.spec.num_views
-        order = epoch_order(len(self.views.dataset.ids), self.seed, epoch, self._block)
+        """Yield the keys of each batch of an epoch; those of this process."""
+        views, indices = self._order(epoch)
+        unit = 2 if self.views.spec.mixing else 1
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield [ViewKey(view, index) for index in order[start : start + self.batch_size].tolist()]
+            batch = slice(start, start + self.batch_size)
+            keys = list(map(ViewKey, views[batch].tolist(), indices[batch].tolist()))
+            yield list(share_of(keys, *self._share, unit))
+
+    def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return views [N] and images [N] of an epoch in order."""
+        count, shared, num_views = len(self.views.dataset.ids), self.views_per_image, self.views.spec.num_views
+        group, part = divmod(epoch, shared)
+        pairing = self.views.spec.pairing(count)
+        places = epoch_order(count, self.seed, group, self._block, 1 if pairing is None else 2)
+        slots = np.arange(part * count, (part + 1) * count)
+        views, places = (group * shared + slots % shared) % num_views, places[slots // shared]
+        return views, places if pairing is None else pairing.images(views, places)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch `start` on."""
@@ -84,5 +123,14 @@ class EpochLoader:
         """Yield a batch per list of keys, for a sampler of the caller's own."""
         wanted, ahead = itertools.tee(map(self._checked, batches))
         for images, keys in zip(self._images.render(ahead), wanted, strict=True):
-            labels = self.views.dataset.labels[np.array([key[1] for key in keys])]
-            yield Batch(images, torch.from_numpy(labels), torch.tensor(keys), self._targets_of(keys))
+            if self._checksums_of is not None:
+                require_rows(images, keys, self._checksums_of(keys), self.views.dataset.ids)
+            labels = torch.from_numpy(self.views.dataset.labels[np.array([key[1] for key in keys])])
+            yield Batch(images, labels, torch.tensor(keys), self._targets_of(keys), self._mixed_labels(keys, images))
+
+    def _mixed_labels(self, keys: list[ViewKey], images: Tensor) -> MixedLabels | None:
+        mixture = self.views.mixture(keys, images)
+        if mixture is None:
+            return None
+        labels = self.views.dataset.labels[mixture.partners]
+        return MixedLabels(torch.from_numpy(labels), torch.from_numpy(mixture.share).float())

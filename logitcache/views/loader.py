@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from logitcache.errors import DataError, LogitCacheError
+from logitcache.errors import LogitCacheError
 from logitcache.stopping import ignore_signals
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
@@ -29,10 +29,10 @@ class _Guarded:
     def __init__(self, views: Views) -> None:
         self.views = views
 
-    def __getitems__(self, keys: list[ViewKey]) -> Tensor | DataError:
+    def __getitems__(self, keys: list[ViewKey]) -> Tensor | LogitCacheError:
         try:
             return self.views.__getitems__(keys)
-        except DataError as error:
+        except LogitCacheError as error:
             return error
 
 
@@ -46,7 +46,7 @@ class _Batches:
         return iter(self.batches)
 
 
-def _same(rendered: Tensor | DataError) -> Tensor | DataError:
+def _same(rendered: Tensor | LogitCacheError) -> Tensor | LogitCacheError:
     return rendered
 
 
@@ -94,7 +94,7 @@ class ViewLoader:
             }
         self._images = _outliving_workers([], 0)
         self._sampler = _Batches()
-        self._loader: DataLoader[Tensor | DataError] | None = DataLoader(
+        self._loader: DataLoader[Tensor | LogitCacheError] | None = DataLoader(
             _Guarded(views),  # type: ignore[arg-type]  # only `__getitems__` is used
             batch_sampler=self._sampler,  # of any length
             collate_fn=_same,  # type: ignore[arg-type]  # a rendered batch, not a list of samples
@@ -116,7 +116,7 @@ class ViewLoader:
         self._images = images = _outliving_workers(self._loader, self._loader.num_workers)
         self._sampler.batches = batches
         for rendered in images:
-            if isinstance(rendered, DataError):
+            if isinstance(rendered, LogitCacheError):
                 raise rendered
             yield rendered
         if images is not self._images:
@@ -140,8 +140,8 @@ def _close_all() -> None:
 
 
 def _outliving_workers(
-    loader: Iterable[Tensor | DataError], num_workers: int
-) -> Generator[Tensor | DataError, None, None]:
+    loader: Iterable[Tensor | LogitCacheError], num_workers: int
+) -> Generator[Tensor | LogitCacheError, None, None]:
     try:
         yield from loader
     except RuntimeError as error:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections import Counter
-from typing import Annotated, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from logitcache.errors import DataError
@@ -15,27 +16,77 @@ from logitcache.recipe import Component
 from logitcache.views.augmentations import Augmentation, Ints
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.keys import Draws, ViewKey
+from logitcache.views.mixing import COLUMNS, Mixing, Mixture, draw_mixture
+from logitcache.views.pairing import Pairing
+
+_BLOCK = 4096  # images planned at a time
+_SMALL = 1 << 16  # bytes of an image that is better augmented together with others
+
+Recorded = Callable[[Sequence[ViewKey]], Ints]
+"""Rows of integers by key, [B, P]."""
+
+FIX_OF_SIZES = (
+    "end views.augmentations with a crop to a fixed size, such as {kind: resize, size: 256}, "
+    "{kind: center_crop, size: 224}"
+)
+MIXED_VIEWS_PER_IMAGE = (
+    "views_per_image lets several views share the decode of an image, but with mixing each view brings another partner "
+    "to decode. Fix: views_per_image: 1; partners share decodes already"
+)
 
 
 class ViewSpec(Component):
     """A number of deterministically augmented copies of every image.
 
-    The pixels of a view are a pure function of `augmentations`, `seed` and `plan_version`; `num_views` only says how
-    many of the endless row of views there are.
+    The pixels of a view are a pure function of the other fields, the key and the number of images; `num_views` only
+    says how many of the endless row of views there are.
+
+    Where there is `mixing`, each image is mixed with a partner from the same `pairing_window` consecutive images (by
+    default from all), another in each view. With `targets: linear` the teacher answers the images before they are
+    mixed, and its answers are mixed instead: an approximation.
     """
 
     num_views: Annotated[int, Field(ge=1, lt=2**32)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     augmentations: Annotated[tuple[Augmentation, ...], Field(max_length=64)] = ()
+    mixing: Annotated[tuple[Mixing, ...], Field(max_length=8)] = ()
+    pairing_window: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
+    targets: Literal["exact", "linear"] = "exact"
     plan_version: Literal[1] = 1
+
+    @model_validator(mode="after")
+    def _mixes_something(self) -> Self:
+        total = sum(mixing.p for mixing in self.mixing)
+        if total > 1:
+            raise ValueError(f"the probabilities `p` of `mixing` add up to {total:g}, more than 1: lower them")
+        if not self.mixing and (self.pairing_window is not None or self.targets != "exact"):
+            raise ValueError("`pairing_window` and `targets` say how to mix: name what in `mixing`, or leave them out")
+        return self
 
     def digest(self) -> str:
         """Return the sha256 of all that decides the pixels, as hex."""
         text = json.dumps(self.model_dump(mode="json", exclude={"num_views"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def plan(self, keys: list[ViewKey], sizes: Ints) -> list[Ints]:
+    def answered(self) -> "ViewSpec":
+        """Return the views that the teacher answers: these, but for linear targets those before mixing."""
+        if self.targets == "exact":
+            return self
+        return self.model_copy(update={"mixing": (), "pairing_window": None, "targets": "exact"})
+
+    def pairing(self, num_images: int) -> Pairing | None:
+        """Return who is mixed with whom among so many images; None where nothing is mixed."""
+        return Pairing(self.seed, num_images, self.pairing_window or num_images) if self.mixing else None
+
+    def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> list[Ints]:
         """Draw each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2]."""
+        return self._plan(keys, sizes)[0]
+
+    def sizes(self, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
+        """Return the sizes [B, 2] of views of images of `sizes` [B, 2]; DataError names an image that is too small."""
+        return self._plan(keys, sizes)[1]
+
+    def _plan(self, keys: Sequence[ViewKey], sizes: Ints) -> tuple[list[Ints], Ints]:
         draws = Draws.of(self.seed, keys)
         seen: Counter[str] = Counter()
         plans = []
@@ -43,34 +94,74 @@ class ViewSpec(Component):
             params, sizes = augmentation.plan(draws, seen[augmentation.kind], sizes)
             seen[augmentation.kind] += 1
             plans.append(params)
-        return plans
+        return plans, sizes
 
-    def render(self, images: list[Tensor], keys: list[ViewKey]) -> list[Tensor]:
-        """Augment decoded images, uint8 [C, H, W] each; those of one shape are augmented together."""
-        plans = self.plan(keys, np.array([image.shape[1:] for image in images], dtype=np.int64))
-        rendered: list[Tensor] = [torch.empty(0)] * len(images)
-        for rows in _rows_by_shape(images):
-            batch = torch.stack([images[row] for row in rows])
-            for augmentation, params in zip(self.augmentations, plans, strict=True):
-                batch = augmentation.apply(batch, params[rows])
-            for row, image in zip(rows, batch, strict=True):
-                rendered[row] = image
-        return rendered
+    def mixture(self, keys: Sequence[ViewKey], num_images: int, size: tuple[int, int]) -> Mixture | None:
+        """Draw how the views of `keys`, of one (height, width), are mixed; None where nothing is."""
+        pairing = self.pairing(num_images)
+        if pairing is None:
+            return None
+        draws = Draws.of(self.seed, keys)
+        partners = pairing.partners(draws.views.astype(np.int64), draws.indices.astype(np.int64))
+        return draw_mixture(self.mixing, draws, partners, size)
+
+    def columns(self) -> tuple[str, ...]:
+        """Name the integers that are drawn for a view: those of each augmentation, then those of the mixing."""
+        drawn = [
+            f"{number}.{augmentation.kind}.{column}"
+            for number, augmentation in enumerate(self.augmentations)
+            for column in augmentation.columns
+        ]
+        return (*drawn, *(f"mixing.{column}" for column in COLUMNS if self.mixing))
+
+    def rows(self, keys: Sequence[ViewKey], sizes: Ints, num_images: int) -> Ints:
+        """Draw all integers of views of images of `sizes` [B, 2] among `num_images`, named by `columns`: [B, P]."""
+        plans, rendered = self._plan(keys, sizes)
+        height, width = rendered[0].tolist()
+        mixture = self.mixture(keys, num_images, (height, width))
+        parts = [np.empty((len(keys), 0), dtype=np.int64), *plans]
+        return np.concatenate(parts if mixture is None else [*parts, mixture.rows()], axis=1)
+
+    def split(self, rows: Ints) -> tuple[list[Ints], Mixture | None]:
+        """Take apart what `rows` gave, into what each augmentation and the mixing drew."""
+        counts = [len(augmentation.columns) for augmentation in self.augmentations]
+        *plans, rest = np.split(rows, np.cumsum(counts), axis=1)
+        return plans, Mixture.of_rows(rest) if self.mixing else None
+
+    def render(self, images: list[Tensor], plans: list[Ints]) -> list[tuple[list[int], Tensor]]:
+        """Augment decoded images, uint8 [C, H, W] each, by their plans.
+
+        Returns rows and their views [G, C, H, W], for each group of images that were augmented together.
+        """
+        groups = _rows_together(images)
+        return [(rows, self._augment(images, plans, rows)) for rows in groups]
+
+    def _augment(self, images: list[Tensor], plans: list[Ints], rows: list[int]) -> Tensor:
+        batch = images[rows[0]][None] if len(rows) == 1 else torch.stack([images[row] for row in rows])
+        whole = len(rows) == len(images)
+        for augmentation, params in zip(self.augmentations, plans, strict=True):
+            batch = augmentation.apply(batch, params if whole else params[rows])
+        return batch
 
 
-def _rows_by_shape(images: list[Tensor]) -> list[list[int]]:
-    rows: dict[torch.Size, list[int]] = {}
+def _rows_together(images: list[Tensor]) -> list[list[int]]:
+    """Group small images by shape; large ones go alone, as copying them together would cost more than it saves."""
+    groups: dict[torch.Size | int, list[int]] = {}
     for row, image in enumerate(images):
-        rows.setdefault(image.shape, []).append(row)
-    return list(rows.values())
+        groups.setdefault(image.shape if image.numel() <= _SMALL else row, []).append(row)
+    return list(groups.values())
 
 
 class Views:
-    """The views of a data set, by key: usable as a map-style data set of torch."""
+    """The views of a data set, by key: usable as a map-style data set of torch.
 
-    def __init__(self, dataset: ImageDataset, spec: ViewSpec) -> None:
+    `recorded` gives rows of integers [B, P], named by the spec's `columns`, to replay in place of drawing them.
+    """
+
+    def __init__(self, dataset: ImageDataset, spec: ViewSpec, recorded: Recorded | None = None) -> None:
         self.dataset = dataset
         self.spec = spec
+        self.recorded = recorded
 
     def __getitem__(self, key: ViewKey) -> Tensor:
         """Render one view, uint8 [C, H, W]."""
@@ -78,8 +169,50 @@ class Views:
 
     def __getitems__(self, keys: list[ViewKey]) -> Tensor:
         """Render a batch, uint8 [B, C, H, W]; an image that several keys name is decoded once."""
+        if not self.spec.mixing:
+            return self._augmented(keys)
+        both = [*keys, *self._partners(keys)]
+        unique = list(dict.fromkeys(both))
+        rendered = self._augmented(unique)
+        row_of = {key: row for row, key in enumerate(unique)}
+        own, other = (np.array([row_of[key] for key in half]) for half in (both[: len(keys)], both[len(keys) :]))
+        mixed = rendered[torch.from_numpy(own)]
+        mixture = self.mixture(keys, mixed)
+        assert mixture is not None
+        return mixture.apply_(mixed, rendered, other)
+
+    def mixture(self, keys: Sequence[ViewKey], images: Tensor) -> Mixture | None:
+        """Return how the views of `keys`, rendered as [B, C, H, W], are mixed; None where nothing is."""
+        if self.recorded is not None:
+            return self.spec.split(self.recorded(keys))[1]
+        return self.spec.mixture(keys, len(self.dataset.ids), (images.shape[2], images.shape[3]))
+
+    def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> list[Ints]:
+        """Return each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2]."""
+        if self.recorded is not None:
+            return self.spec.split(self.recorded(keys))[0]
+        return self.spec.plan(keys, sizes)
+
+    def _partners(self, keys: Sequence[ViewKey]) -> list[ViewKey]:
+        views, indices = np.array(keys, dtype=np.int64).T
+        if self.recorded is not None:
+            mixture = self.spec.split(self.recorded(keys))[1]
+            assert mixture is not None
+            return list(map(ViewKey, views.tolist(), mixture.partners.tolist()))
+        pairing = self.spec.pairing(len(self.dataset.ids))
+        assert pairing is not None
+        return list(map(ViewKey, views.tolist(), pairing.partners(views, indices).tolist()))
+
+    def _augmented(self, keys: list[ViewKey]) -> Tensor:
+        """Render views as they are before mixing."""
         decoded = {index: self.dataset.read(index) for index in {key[1] for key in keys}}
-        return self.stack(self.spec.render([decoded[key[1]] for key in keys], keys), keys)
+        images = [decoded[key[1]] for key in keys]
+        plans = self.plan(keys, np.array([image.shape for image in images], dtype=np.int64)[:, 1:])
+        groups = self.spec.render(images, plans)
+        if len(groups) == 1:
+            return groups[0][1].contiguous()
+        views = {row: view for rows, batch in groups for row, view in zip(rows, batch.unbind(), strict=True)}
+        return self.stack([views[row] for row in range(len(keys))], keys)
 
     def stack(self, rendered: list[Tensor], keys: list[ViewKey]) -> Tensor:
         """Join the views of `keys` to uint8 [B, C, H, W]; raise DataError naming two images of different shapes."""
@@ -93,10 +226,34 @@ class Views:
         return torch.stack(rendered)
 
 
+def require_one_size(views: Views) -> None:
+    """Raise DataError naming images whose views cannot be drawn or have another size, before any is decoded."""
+    sizes, ids = views.dataset.sizes(), views.dataset.ids
+    first = None
+    for start in range(0, len(ids), _BLOCK):
+        keys = [ViewKey(0, index) for index in range(start, min(start + _BLOCK, len(ids)))]
+        found = _sizes_of_views(views, keys, sizes[start : start + _BLOCK])
+        first = found[0] if first is None else first
+        if (found != first).any():
+            row = int((found != first).any(axis=1).argmax())
+            raise DataError(
+                f"views must have one size: {ids[0]!r} gives {tuple(first.tolist())}, {ids[start + row]!r} gives "
+                f"{tuple(found[row].tolist())}. Fix: {FIX_OF_SIZES}"
+            )
+
+
+def _sizes_of_views(views: Views, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
+    try:
+        return views.spec.sizes(keys, sizes)
+    except DataError as error:
+        if len(keys) == 1:
+            raise DataError(f"{views.dataset.ids[keys[0].index]!r}: {error}") from error
+        half = len(keys) // 2  # to the image that is to blame
+        _sizes_of_views(views, keys[:half], sizes[:half])
+        return _sizes_of_views(views, keys[half:], sizes[half:])
+
+
 def _fix_of_shapes(one: Tensor, other: Tensor) -> str:
     if len(one) != len(other):
         return "give every image the same channels; the data sets that read files have `mode` for it"
-    return (
-        "end views.augmentations with a crop to a fixed size, such as {kind: resize, size: 256}, "
-        "{kind: center_crop, size: 224}"
-    )
+    return FIX_OF_SIZES

@@ -1,6 +1,7 @@
 """Every loss against its formula in NumPy, at both ends of the range of logits."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -20,7 +21,7 @@ from logitcache.student.losses import (
     kl_divergence,
     mean_squared_error,
 )
-from logitcache.targets import Batch, Targets, TopKLogits
+from logitcache.targets import Batch, MixedLabels, Targets, TopKLogits
 
 CLASSES = 7
 Array = NDArray[np.float64]
@@ -281,3 +282,28 @@ def test_a_loss_must_choose_between_two_teachers() -> None:
 def test_logits_of_other_classes_are_not_broadcast() -> None:
     with pytest.raises(RuntimeError):
         kl_divergence(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixed_labels_are_weighted_as_a_soft_label_would_be(smoothing: float) -> None:
+    student, labels = _random(9, 3.0, 0), _labels(9)
+    partners, share = labels.flip(0), torch.linspace(0, 1, 9)
+    labels[2] = partners[5] = partners[8] = -1
+    known = (labels >= 0) & (partners >= 0)
+    soft = torch.zeros(9, CLASSES, dtype=torch.float64)
+    for row in known.nonzero().ravel().tolist():
+        soft[row, labels[row]] += share[row].double()
+        soft[row, partners[row]] += 1 - share[row].double()
+    soft = soft * (1 - smoothing) + smoothing / CLASSES
+    log_p = torch.from_numpy(_log_softmax(student.double().numpy()))
+    expected = -(soft * log_p).sum(dim=1)[known].mean()
+    loss = CrossEntropy(label_smoothing=smoothing)
+    batch = replace(_batch(student, labels), mixed=MixedLabels(partners, share))
+    assert float(loss(Targets(student), batch)) == pytest.approx(float(expected), rel=1e-5)
+    assert int(loss.rows(batch)) == int(known.sum()) == 6
+
+
+def test_cross_entropy_of_unmixed_rows_is_that_without_mixing() -> None:
+    student, labels = _random(9, 3.0, 0), _labels(9)
+    mixed = MixedLabels(labels, torch.ones(9))
+    assert torch.equal(cross_entropy(student, labels, 0.1, mixed), cross_entropy(student, labels, 0.1))

@@ -1,6 +1,7 @@
 """Epochs: every image once, in an order that is a function of seed and epoch."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -9,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache.errors import RecipeError
-from logitcache.targets import Targets
+from logitcache.targets import Batch, Targets
 from logitcache.views.augmentations import HorizontalFlip
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey, permutation
-from logitcache.views.order import epoch_order
+from logitcache.views.order import epoch_order, share_of
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 
@@ -25,6 +26,10 @@ words64 = st.integers(0, 2**64 - 1)
 @pytest.fixture(scope="module")
 def views() -> Views:
     return Views(Images(textured(23, 6, 6)), ViewSpec(num_views=3, augmentations=(HorizontalFlip(),)))
+
+
+def rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    return list(zip(batch.keys.tolist(), batch.images.tolist(), strict=True))
 
 
 @given(count=counts, seed=words64, epoch=st.integers(0, 2**32 - 1), block=blocks)
@@ -51,6 +56,27 @@ def test_blocks_and_the_images_in_them_are_shuffled_anew_each_epoch():
 def test_without_a_block_all_images_are_shuffled_together():
     for block in (None, 50, 51):
         assert np.array_equal(epoch_order(50, 9, 2, block), permutation(9, 2, 50))
+
+
+@given(count=counts, seed=words64, block=blocks.map(lambda block: block and 3 * block))
+def test_places_of_a_unit_stay_together(count, seed, block):
+    order = epoch_order(count, seed, 1, block, unit=3)
+    assert sorted(order.tolist()) == list(range(count))
+    whole = count - count % 3
+    assert order[whole:].tolist() == list(range(whole, count))
+    assert all(unit.tolist() == [unit[0], unit[0] + 1, unit[0] + 2] for unit in order[:whole].reshape(-1, 3))
+    if block is not None and block < count:
+        runs = [number for number, _ in itertools.groupby((order[:whole] // block).tolist())]
+        assert len(runs) == len(set(runs))
+
+
+@given(count=counts, world_size=st.integers(1, 9), unit=st.integers(1, 3))
+def test_processes_share_a_batch_without_overlap_and_evenly(count, world_size, unit):
+    parts = [share_of(range(count), rank, world_size, unit) for rank in range(world_size)]
+    assert [item for part in parts for item in part] == list(range(count))
+    sizes = [-(-len(part) // unit) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+    assert not any(part and part[0] % unit for part in parts)
 
 
 def test_order_depends_on_both_halves_of_the_seed_and_on_the_epoch():
@@ -134,3 +160,85 @@ def test_keys_that_name_no_view_are_refused_before_anything_is_rendered(keys):
     with pytest.raises(IndexError):
         list(loader.batches([keys]))
     assert not rendered
+
+
+@pytest.mark.parametrize("shared", [2, 3, 4])
+@pytest.mark.parametrize("count", [5, 12, 23])
+def test_epochs_of_several_views_per_image_take_every_view_once_in_as_many_epochs(shared, count):
+    views = Views(Images(textured(count, 6, 6)), ViewSpec(num_views=4 * shared))
+    loader = EpochLoader(views, batch_size=6, views_per_image=shared)
+    for group in range(3):
+        epochs = [
+            [ViewKey(*key) for batch in loader.epoch(group * shared + part) for key in batch.keys.tolist()]
+            for part in range(shared)
+        ]
+        assert [len(keys) for keys in epochs] == [count] * shared
+        together = list(itertools.chain.from_iterable(epochs))
+        wanted = [ViewKey(group * shared + part, index) for part in range(shared) for index in range(count)]
+        assert sorted(together) == wanted
+        images = [index for index, _ in itertools.groupby(key.index for key in together)]
+        assert len(images) == count, "the views of an image follow one another"
+
+
+def test_several_views_of_an_image_are_decoded_once():
+    class Counting(Images):
+        reads = 0
+
+        def read(self, index):
+            Counting.reads += 1
+            return super().read(index)
+
+    views = Views(Counting(textured(16, 6, 6)), ViewSpec(num_views=4, augmentations=(HorizontalFlip(),)))
+    found = {}
+    for shared, reads in ((1, 64), (4, 16)):
+        Counting.reads = 0
+        loader = EpochLoader(views, batch_size=8, views_per_image=shared)
+        batches = [batch for epoch in range(4) for batch in loader.epoch(epoch)]
+        assert Counting.reads == reads
+        found[shared] = {tuple(key): image for batch in batches for key, image in rows(batch)}
+    assert found[1] == found[4]
+
+
+@pytest.mark.parametrize(
+    ("spec", "shared", "text"),
+    [
+        ({"num_views": 3}, 4, "views_per_image is 4, but there are 3 views"),
+        ({"num_views": 4, "mixing": [{"kind": "mixup"}]}, 2, "with mixing each view brings another partner"),
+    ],
+)
+def test_views_that_cannot_share_a_decode_are_refused(spec, shared, text):
+    views = Views(Images(textured(8, 6, 6)), ViewSpec.model_validate_json(json.dumps(spec)))
+    with pytest.raises(RecipeError, match=text):
+        EpochLoader(views, views_per_image=shared)
+
+
+@pytest.mark.parametrize(("mixing", "shared"), [([], 1), ([], 2), ([{"kind": "cutmix"}], 1)])
+def test_any_number_of_processes_renders_the_same_epoch(mixing, shared):
+    spec = ViewSpec.model_validate_json(json.dumps({"num_views": 4, "mixing": mixing}))
+    views = Views(Images(textured(21, 6, 6)), spec)
+
+    def seen(rank: int, world_size: int) -> list[tuple[list[int], list[int]]]:
+        loader = EpochLoader(views, batch_size=6, views_per_image=shared, rank=rank, world_size=world_size)
+        batches = (batch for batch in loader.batches(filter(None, loader.keys(3))))
+        return [(key, image) for batch in batches for key, image in rows(batch)]
+
+    alone = sorted(seen(0, 1))
+    for world_size in (2, 3):
+        parts = [seen(rank, world_size) for rank in range(world_size)]
+        assert sorted(itertools.chain.from_iterable(parts)) == alone
+        for part in parts if mixing else []:
+            indices = np.array([key[1] for key, _ in part])
+            partners = views.spec.pairing(21).partners(np.full_like(indices, 3), indices)
+            assert set(partners) == set(indices), "no pair is split"
+
+
+@pytest.mark.parametrize("block", [None, 8])
+def test_windows_that_are_decoded_together_hold_whole_pairs(block):
+    spec = ViewSpec.model_validate_json(json.dumps({"mixing": [{"kind": "mixup"}], "pairing_window": 4}))
+    loader = EpochLoader(Views(Images(textured(30, 6, 6)), spec), batch_size=2, shuffle_block=block)
+    keys = list(loader.keys(0))
+    assert sorted(key.index for batch in keys for key in batch) == list(range(30))
+    assert all(len({key.index // 4 for key in batch}) == 1 for batch in keys)
+    if block is not None:
+        blocks = [number for number, _ in itertools.groupby(batch[0].index // 8 for batch in keys)]
+        assert len(blocks) == len(set(blocks))

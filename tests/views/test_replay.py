@@ -5,7 +5,7 @@ import itertools
 import multiprocessing
 import random
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,15 +17,24 @@ from logitcache.errors import DataError
 from logitcache.views.augmentations import (
     Augmentation,
     CenterCrop,
+    ColorJitter,
+    Custom,
+    GaussianBlur,
     HorizontalFlip,
+    RandAugment,
     RandomCrop,
+    RandomErasing,
+    RandomGrayscale,
     RandomResizedCrop,
     Resize,
+    Torchvision,
+    TrivialAugmentWide,
 )
 from logitcache.views.datasets import ImageFolder
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
+from logitcache.views.mixing import CutMix, Mixing, MixUp
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 
@@ -52,6 +61,18 @@ GOLDEN = {
         "random_resized_crop": "9ccd01ce19094ebc4ece61c5dddb921cd862350bf7aeca5bc5a0693ab51b7b87",
         "horizontal_flip": "7450e1920de1ed6b5e0e1407489cbc46fa369781cf446ca5a46791d58a1fe51c",
         "all": "e106fcd7d8ffa2d62237f7c3664df9044f43907c7c938cf01f2af52cd1a0f506",
+        "color_jitter": "db99ab40fec563f3b9cf42797334d477d0b8ef3a5dd78ce5f613b19b5ea0729e",
+        "random_grayscale": "8f0668c6dfa01cacfdfe903b9cdef7af1be9ea66c2bfabc06a23d81a493ea153",
+        "gaussian_blur": "2e78411f965fb1e1f68d79dc8bb7c541379b874e5c44725a4b0e4595125a3f09",
+        "rand_augment": "f3252e37c4400ac023fea7c584e59a1aa0a8f260f8b1e6aee514507428b246de",
+        "trivial_augment_wide": "860b554f15e3b5f88aa0acac622c2eff90e55680413a9f9f3e3da6c8bdd3eea4",
+        "random_erasing": "23676f32d95f55d719470099db5920ef6d0a8815fe5d6d99acd3c02b070f0962",
+        "all_kinds": "2664d01a15f137ce5b0a214d367b93a097b42a57590f95b4ec657865bc27fbb2",
+        "torchvision": "9bf42a62bd37bb852222a3c88068398556eb57d686250b5ae678ad0599d49ebf",
+        "custom": "8444c6b618e692acdfa4515154ca14271979928059c331c68a7cac2599ee0805",
+        "mixup": "af043613665658813c5eaec6be9397c07b89fbce485c68e8583cbca19a971060",
+        "cutmix": "8f7968a7f7fd6c9199cbb8587334b4dfbb4e7f204f1062e279f55bc7af198a00",
+        "mixing": "d5b81af05a80f38392299c16c0ce7bcc3166e3557f84cf1de10b9d5588176a05",
     }
 }
 GOLDEN_AUGMENTATIONS: dict[str, tuple[Augmentation, ...]] = {
@@ -62,6 +83,30 @@ GOLDEN_AUGMENTATIONS: dict[str, tuple[Augmentation, ...]] = {
     "horizontal_flip": (HorizontalFlip(), HorizontalFlip(p=0.1)),
 }
 GOLDEN_AUGMENTATIONS["all"] = tuple(itertools.chain.from_iterable(GOLDEN_AUGMENTATIONS.values()))
+GOLDEN_AUGMENTATIONS |= {
+    "color_jitter": (
+        ColorJitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+        ColorJitter(contrast=(0.3, 5.0), hue=(-0.5, -0.1), p=0.8),
+    ),
+    "random_grayscale": (RandomGrayscale(), RandomGrayscale(p=0.9)),
+    "gaussian_blur": (GaussianBlur(kernel_size=5), GaussianBlur(kernel_size=(9, 3), sigma=(0.5, 9.0), p=0.4)),
+    "rand_augment": (RandAugment(), RandAugment(num_ops=3, magnitude=4, num_magnitude_bins=10)),
+    "trivial_augment_wide": (TrivialAugmentWide(), TrivialAugmentWide(num_magnitude_bins=7)),
+    "random_erasing": (RandomErasing(), RandomErasing(p=1.0, scale=(0.1, 0.9), ratio=(0.2, 2.0), value="noise")),
+}
+GOLDEN_AUGMENTATIONS["all_kinds"] = tuple(
+    itertools.chain.from_iterable(row for name, row in GOLDEN_AUGMENTATIONS.items() if name != "all")
+)
+
+GOLDEN_AUGMENTATIONS |= {
+    "torchvision": (Torchvision(name="ElasticTransform"), Torchvision(name="RandomInvert")),
+    "custom": (Custom(factory="some.code:transform"), Custom(factory="other.code:transform")),
+}
+GOLDEN_MIXING: dict[str, dict[str, Any]] = {
+    "mixup": {"mixing": (MixUp(alpha=0.2),)},
+    "cutmix": {"mixing": (CutMix(alpha=0.7),), "pairing_window": 64},
+    "mixing": {"mixing": (MixUp(p=0.3), CutMix(p=0.5))},
+}
 
 
 def digest(image: Tensor) -> str:
@@ -75,6 +120,17 @@ def planned_digest(augmentations: tuple[Augmentation, ...]) -> str:
     for seed in (0, 1, 2**32 + 1, 2**64 - 1):
         for params in ViewSpec(seed=seed, augmentations=augmentations).plan(keys, sizes):
             state.update(str(params.shape).encode() + params.astype("<i8").tobytes())
+    return state.hexdigest()
+
+
+def mixed_digest(entries: dict[str, Any]) -> str:
+    state = hashlib.sha256()
+    for seed in (0, 1, 2**32 + 1, 2**64 - 1):
+        for view, num_images, size in ((0, 301, (32, 32)), (1, 1_281_167, (224, 200)), (2**32 - 1, 7, (17, 400))):
+            keys = [ViewKey(view, index * max(1, num_images // 300)) for index in range(min(300, num_images))]
+            mixture = ViewSpec(seed=seed, **entries).mixture(keys, num_images, size)
+            assert mixture is not None
+            state.update(mixture.rows().astype("<i8").tobytes())
     return state.hexdigest()
 
 
@@ -230,9 +286,12 @@ def test_neighbouring_keys_and_seeds_have_other_crops():
 def test_a_changed_plan_needs_a_new_version():
     kinds = {kind.model_fields["kind"].default for kind in get_args(get_args(Augmentation)[0])}
     assert kinds <= GOLDEN_AUGMENTATIONS.keys(), "every kind has a golden digest"
+    mixings = {kind.model_fields["kind"].default for kind in get_args(get_args(Mixing)[0])}
+    assert mixings <= GOLDEN_MIXING.keys()
     versions = get_args(ViewSpec.model_fields["plan_version"].annotation)
     assert set(GOLDEN) == set(versions)
-    assert {name: planned_digest(row) for name, row in GOLDEN_AUGMENTATIONS.items()} == GOLDEN[1]
+    planned = {name: planned_digest(row) for name, row in GOLDEN_AUGMENTATIONS.items()}
+    assert planned | {name: mixed_digest(entries) for name, entries in GOLDEN_MIXING.items()} == GOLDEN[1]
 
 
 def test_views_of_different_sizes_name_two_images_and_the_fix():

@@ -1,0 +1,196 @@
+"""Mixing: each pair of images becomes two mixtures of one another, and the teacher answers the mixtures.
+
+MixUp after Zhang et al., "mixup: Beyond empirical risk minimization" (ICLR 2018); CutMix after Yun et al., "CutMix:
+Regularization strategy to train strong classifiers with localizable features" (ICCV 2019). Both images of a pair share
+one weight and one box, since their words are those of the smaller index.
+"""
+
+import functools
+from collections.abc import Sequence
+from decimal import Context, Decimal, localcontext
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, ValidationInfo
+from torch import Tensor
+
+from logitcache.recipe import Component, Fraction, Positive
+from logitcache.views.keys import Draws, Words, below
+
+Ints = NDArray[np.int64]
+Pixels = NDArray[np.uint8]
+
+LEVELS = 256
+_CHUNK_BYTES = 1 << 17  # pixels mixed at a time: they stay in a core's cache
+_DIGITS = Context(prec=40)
+_MAX_ALPHA = 64.0
+
+
+@functools.cache
+def beta_thresholds(alpha: float) -> tuple[int, ...]:
+    """Return the words, of 2³², below which a Beta(alpha, alpha) draw rounds to 0/256, to at most 1/256, and so on.
+
+    The regularised incomplete beta function by its power series at 0 (DLMF 8.17.7 and 8.17.22), mirrored about one
+    half; in decimal arithmetic, which is the same on every machine. [256], ascending.
+    """
+    with localcontext(_DIGITS):
+        lower = [
+            _incomplete_beta(Decimal(2 * level + 1) / (2 * LEVELS), Decimal(alpha)) for level in range(LEVELS // 2)
+        ]
+        half = 2 * _incomplete_beta(Decimal(1) / 2, Decimal(alpha))
+        first = [int(value / half * 2**32) for value in lower]
+    return (*first, *(2**32 - value for value in reversed(first)))
+
+
+def _incomplete_beta(x: Decimal, alpha: Decimal) -> Decimal:
+    """Return the integral of (t (1 - t))^(alpha - 1) from 0 to x, for x ≤ 1/2."""
+    term, total, number = Decimal(1), 1 / alpha, 0
+    while number < alpha or abs(term) > Decimal("1e-30"):
+        number += 1
+        term *= x * (number - alpha) / number
+        total += term / (alpha + number)
+    return x**alpha * total
+
+
+COLUMNS = ("partner", "own", "total", "top", "left", "height", "width")
+"""What `Mixture.rows` holds."""
+
+
+class Mixture(NamedTuple):
+    """How each image [B] is mixed: with whom, and with what.
+
+    The own label weighs `own` / `total`, the partner's the rest; `boxes` [B, 4] (top, left, height, width) come from
+    the partner; where a box is empty, pixels are mixed by `own` of `total` = 256.
+    """
+
+    partners: Ints
+    own: Ints
+    total: Ints
+    boxes: Ints
+
+    @property
+    def share(self) -> NDArray[np.float64]:
+        """The weight of the own label, [B]."""
+        weight: NDArray[np.float64] = self.own / self.total
+        return weight
+
+    def rows(self) -> Ints:
+        """Return one row of integers per image, [B, 7]."""
+        return np.column_stack([self.partners, self.own, self.total, self.boxes])
+
+    @classmethod
+    def of_rows(cls, rows: Ints) -> "Mixture":
+        """Take back what `rows` gave."""
+        return cls(rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3:])
+
+    def apply_(self, images: Tensor, pool: Tensor, places: Ints) -> Tensor:
+        """Mix images [B, C, H, W] in place, each with its partner, which is `pool[places]`; all are uint8."""
+        cut = self.boxes[:, 2:].any(axis=1)
+        for row in np.flatnonzero(cut).tolist():
+            top, left, height, width = self.boxes[row].tolist()
+            window = (slice(None), slice(top, top + height), slice(left, left + width))
+            images[row][window] = pool[int(places[row])][window]
+        blended = np.flatnonzero(~cut & (self.own < self.total))
+        mixed, others = images.numpy(), pool.numpy()
+        size = max(1, _CHUNK_BYTES // images[0].numel())
+        for start in range(0, len(blended), size):
+            rows = blended[start : start + size]
+            here, there = _places(rows), _places(places[rows])
+            mixed[here] = _blend(mixed[here], others[there], self.own[rows])
+        return images
+
+
+def _places(rows: Ints) -> Ints | slice:
+    """Index rows without a copy where there is one."""
+    return slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+
+
+def _blend(images: Pixels, partners: Pixels, weights: Ints) -> Pixels:
+    """Compute (a w + b (256 - w) + 128) >> 8 in 16 bits, whose wrapping cancels: the result has room."""
+    a, b = images.astype(np.uint16), partners.astype(np.uint16)
+    a -= b
+    a *= weights.astype(np.uint16)[:, None, None, None]
+    b <<= 8
+    a += b
+    a += 128
+    a >>= 8
+    return a.astype(np.uint8)
+
+
+def _tabulated(given: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+    if "alpha" not in info.data:
+        return given
+    table = beta_thresholds(info.data["alpha"])
+    if given not in ((), table):
+        raise ValueError("the table does not belong to `alpha`: leave it out, it is computed")
+    return table
+
+
+Thresholds = Annotated[tuple[int, ...], AfterValidator(_tabulated), Field(validate_default=True)]
+
+
+class MixUp(Component):
+    """Blend the two images by a weight drawn from Beta(alpha, alpha), rounded to 256ths; taken with probability `p`.
+
+    `thresholds` tabulates the distribution; it is part of the stored form, so that no replay computes it.
+    """
+
+    kind: Literal["mixup"] = "mixup"
+    alpha: Annotated[Positive, Field(le=_MAX_ALPHA)] = 1.0
+    p: Fraction = 1.0
+    thresholds: Thresholds = ()
+
+    def draw(self, words: Words, size: tuple[int, int]) -> tuple[Ints, Ints, Ints]:
+        """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""
+        own = _weights(self.thresholds, words[:, 0])
+        return own, np.full_like(own, LEVELS), np.zeros((len(own), 4), dtype=np.int64)
+
+
+class CutMix(Component):
+    """Replace a box by the partner's; its area is 1 - λ of the image before clipping, λ drawn from Beta(alpha, alpha).
+
+    Taken with probability `p`; `thresholds` as for MixUp.
+    """
+
+    kind: Literal["cutmix"] = "cutmix"
+    alpha: Annotated[Positive, Field(le=_MAX_ALPHA)] = 1.0
+    p: Fraction = 1.0
+    thresholds: Thresholds = ()
+
+    def draw(self, words: Words, size: tuple[int, int]) -> tuple[Ints, Ints, Ints]:
+        """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""
+        side = 0.5 * np.sqrt((LEVELS - _weights(self.thresholds, words[:, 0])) / LEVELS)
+        limits = np.array(size)
+        centres = below(words[:, 1:3], limits)
+        halves = (side[:, None] * limits).astype(np.int64)
+        starts, stops = np.maximum(centres - halves, 0), np.minimum(centres + halves, limits)
+        area, whole = np.prod(stops - starts, axis=1), np.prod(limits)
+        return whole - area, np.full_like(area, whole), np.concatenate([starts, stops - starts], axis=1)
+
+
+def _weights(thresholds: Sequence[int], words: Words) -> Ints:
+    return np.searchsorted(np.array(thresholds, dtype=np.uint64), words, side="right").astype(np.int64)
+
+
+Mixing = Annotated[MixUp | CutMix, Field(discriminator="kind")]
+
+
+def draw_mixture(mixings: Sequence[MixUp | CutMix], draws: Draws, partners: Ints, size: tuple[int, int]) -> Mixture:
+    """Draw the mixture of each image [B] with its partner [B]: at most one of `mixings`, by their probabilities."""
+    indices = draws.indices.astype(np.int64)
+    words = draws._replace(indices=np.minimum(indices, partners).astype(np.uint64)).words("mix", 0, 4)
+    own, total = np.ones_like(partners), np.ones_like(partners)
+    boxes = np.zeros((len(partners), 4), dtype=np.int64)
+    start = 0.0
+    for mixing in mixings:
+        stop = start + mixing.p
+        drawn = _in_range(words[:, 0], start, stop) & (partners != indices)
+        for column, values in zip((own, total, boxes), mixing.draw(words[:, 1:], size), strict=True):
+            column[drawn] = values[drawn]
+        start = stop
+    return Mixture(np.where(own < total, partners, indices), own, total, boxes)
+
+
+def _in_range(words: Words, start: float, stop: float) -> NDArray[np.bool_]:
+    return (words >= np.uint64(int(start * 2**32))) & (words < np.uint64(int(stop * 2**32)))
