@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from logitcache.cache.encodings.base import Storage
-from logitcache.cache.manifest import Manifest, TeacherEntry
+from logitcache.cache.encodings.base import RowArray, Storage
+from logitcache.cache.manifest import VIEWS, Manifest, TeacherEntry
 from logitcache.errors import CacheError, RecipeError
 
 PAGE = 4096
@@ -26,6 +26,8 @@ FLAT_KEYS = {"name": "default", "separator": "."}
 """Shards lie side by side in their array's folder."""
 
 INDEX_ENTRY_BYTES, INDEX_CHECKSUM_BYTES = 16, 4
+CHECKSUMS, PARAMETERS = "crc32", "parameters"
+"""What may be recorded of the views themselves."""
 
 
 def seal(digest: bytes, key: str) -> bytes:
@@ -43,9 +45,13 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class ArrayLayout:
-    """One array of rows: [view, sample, *row_shape], sharded along samples only."""
+    """One array of rows: [view, sample, *row_shape], sharded along samples only.
+
+    `suffix` is its own name among the arrays of its group.
+    """
 
     name: str
+    suffix: str
     row_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     dims: tuple[str, ...]
@@ -95,12 +101,15 @@ class ArrayLayout:
         }
 
 
+E = TypeVar("E")
+
+
 @dataclass(frozen=True)
-class TeacherLayout:
-    """The arrays of one teacher, and the records that commit them."""
+class ArrayGroup(Generic[E]):
+    """Arrays that are written and committed together, and what the manifest says of them."""
 
     name: str
-    entry: TeacherEntry
+    entry: E
     arrays: tuple[ArrayLayout, ...]
 
     @property
@@ -113,18 +122,38 @@ class TeacherLayout:
         return f"{self.commits}/c.{shard.view}.{shard.start // self.arrays[0].shard_rows}.0.0"
 
     def suffix(self, array: ArrayLayout) -> str:
-        """Return the encoding's own name for an array."""
-        return array.name.removeprefix(f"{self.name}.logits").removeprefix(".")
+        """Return an array's own name in the group."""
+        return array.suffix
+
+
+TeacherLayout = ArrayGroup[TeacherEntry]
+"""The arrays of one teacher."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All of a cache's arrays and shards."""
+    """All of a cache's arrays and shards: those of its teachers, and what is recorded of the views themselves."""
 
     num_views: int
     num_images: int
     shard_rows: int
     teachers: tuple[TeacherLayout, ...]
+    views: ArrayGroup[None] | None = None
+
+    @property
+    def groups(self) -> tuple[ArrayGroup[Any], ...]:
+        """Everything that is committed by shard."""
+        return self.teachers if self.views is None else (*self.teachers, self.views)
+
+    @property
+    def views_arrays(self) -> tuple[ArrayLayout, ...]:
+        """The arrays of what is recorded of the views themselves."""
+        return () if self.views is None else self.views.arrays
+
+    @property
+    def arrays(self) -> tuple[ArrayLayout, ...]:
+        """The arrays of all groups."""
+        return tuple(array for group in self.groups for array in group.arrays)
 
     @property
     def shards_per_view(self) -> int:
@@ -147,46 +176,66 @@ class Layout:
             for number in range(self.shards_per_view):
                 yield self.shard(view, number)
 
-    def commit_options(self, teacher: TeacherLayout) -> dict[str, Any]:
-        """Return the arguments of zarr.create_array for a teacher's commit records; an absent one is all zero."""
-        records = (len(teacher.arrays), RECORD_BYTES)
+    def commit_options(self, group: ArrayGroup[Any]) -> dict[str, Any]:
+        """Return the arguments of zarr.create_array for a group's commit records; an absent one is all zero."""
+        records = (len(group.arrays), RECORD_BYTES)
         return {
-            "name": teacher.commits,
+            "name": group.commits,
             "shape": (self.num_views, self.shards_per_view, *records),
             "chunks": (1, 1, *records),
             "dtype": "uint8",
             "compressors": None,
             "fill_value": 0,
             "chunk_key_encoding": FLAT_KEYS,
-            "dimension_names": ("view", "shard", f"{teacher.name}.array", "record"),
+            "dimension_names": ("view", "shard", f"{group.name}.array", "record"),
         }
 
 
 def layout_of(manifest: Manifest) -> Layout:
     """Derive the layout from a manifest: the one place that knows it."""
-    teachers = []
-    for name, entry in manifest.teachers.items():
-        arrays = tuple(
-            ArrayLayout(
-                name=".".join(part for part in (name, "logits", row.suffix) if part),
-                row_shape=row.shape,
-                dtype=np.dtype(row.dtype).newbyteorder("<"),
-                dims=tuple(f"{name}.{dim}" for dim in row.dims),
-                num_views=manifest.views.num_views,
-                num_images=manifest.num_images,
-                shard_rows=manifest.shard_rows,
-                storage=entry.logits.storage,
-            )
-            for row in entry.logits.arrays(entry.num_classes)
-        )
-        teachers.append(TeacherLayout(name, entry, arrays))
-    return Layout(manifest.views.num_views, manifest.num_images, manifest.shard_rows, tuple(teachers))
+    teachers = tuple(_teacher_group(manifest, name, entry) for name, entry in manifest.teachers.items())
+    size = manifest.views.num_views, manifest.num_images, manifest.shard_rows
+    return Layout(*size, teachers, _views_group(manifest))
+
+
+def _teacher_group(manifest: Manifest, name: str, entry: TeacherEntry) -> TeacherLayout:
+    rows, stem = entry.logits.arrays(entry.num_classes), f"{name}.logits"
+    return TeacherLayout(name, entry, tuple(_array(manifest, stem, row, entry.logits.storage) for row in rows))
+
+
+def _views_group(manifest: Manifest) -> ArrayGroup[None] | None:
+    """Lay out what is recorded of every view; None where nothing is.
+
+    Packed: parameters of crop and flip take 7 bytes a row in place of 40, and shards of few bytes a row need not fill
+    whole pages. Whoever reads them keeps whole views decoded.
+    """
+    rows = []
+    if manifest.row_checksums:
+        rows.append(RowArray(CHECKSUMS, (), "uint32", ()))
+    if manifest.parameters:
+        rows.append(RowArray(PARAMETERS, (len(manifest.parameters),), "int64", ("parameter",)))
+    arrays = tuple(_array(manifest, VIEWS, row, "packed") for row in rows)
+    return ArrayGroup(VIEWS, None, arrays) if arrays else None
+
+
+def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage) -> ArrayLayout:
+    return ArrayLayout(
+        name=f"{stem}.{row.suffix}" if row.suffix else stem,
+        suffix=row.suffix,
+        row_shape=row.shape,
+        dtype=np.dtype(row.dtype).newbyteorder("<"),
+        dims=tuple(f"{stem.split('.')[0]}.{dim}" for dim in row.dims),
+        num_views=manifest.views.num_views,
+        num_images=manifest.num_images,
+        shard_rows=manifest.shard_rows,
+        storage=storage,
+    )
 
 
 def require_possible(manifest: Manifest, where: str) -> None:
     """Raise CacheError for a manifest that no precompute can have written, before anything relies on its sizes."""
     try:
-        arrays = [array for teacher in layout_of(manifest).teachers for array in teacher.arrays]
+        arrays = layout_of(manifest).arrays
         hot = [array for array in arrays if array.storage == "hot"]
         wrong = next((array for array in hot if array.shard_rows * array.row_bytes % PAGE), None)
         reason = "" if wrong is None else f"shards of {wrong.name} do not fill whole pages"

@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
 from logitcache.cache.encodings import Encoding
 from logitcache.device import Precision
@@ -17,6 +17,19 @@ from logitcache.views.spec import ViewSpec
 
 FORMAT_VERSION = 1
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Column = Annotated[str, Field(max_length=200)]
+MAX_PARAMETERS = 4096
+VIEWS = "views"
+"""Stands in array names, in a teacher's place, for what is recorded of the views themselves."""
+
+
+def _not_reserved(name: str) -> str:
+    if name == VIEWS:
+        raise ValueError(f"{VIEWS!r} names what a cache records of the views themselves. Fix: another name")
+    return name
+
+
+TeacherName = Annotated[Name, AfterValidator(_not_reserved)]
 
 
 class TeacherEntry(Component):
@@ -31,7 +44,11 @@ class TeacherEntry(Component):
 
 
 class Manifest(Component):
-    """The contract between the two stages, stored in the root attributes under `logitcache`."""
+    """The contract between the two stages, stored in the root attributes under `logitcache`.
+
+    `row_checksums` and `parameters` say what is recorded of every view besides the teachers' answers: the checksum of
+    its pixels, and the named numbers that its augmentations drew; None where these are not recorded.
+    """
 
     format_version: Literal[1] = 1
     dataset: Dataset | None
@@ -39,7 +56,9 @@ class Manifest(Component):
     views: ViewSpec
     image_shape: tuple[Count, Count, Count]
     shard_rows: Count
-    teachers: Annotated[dict[Name, TeacherEntry], Field(min_length=1)]
+    row_checksums: bool = False
+    parameters: Annotated[tuple[Column, ...], Field(max_length=MAX_PARAMETERS)] | None = None
+    teachers: Annotated[dict[TeacherName, TeacherEntry], Field(min_length=1)]
     canaries: Annotated[tuple[Canary, ...], Field(min_length=1, max_length=NUM_CANARIES)]
     versions: dict[str, str]
 
@@ -96,14 +115,16 @@ def parse_manifest(attributes: object, where: str) -> Manifest:
 
 def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
     lines = []
-    for key in ("seed", "plan_version", "augmentations", "num_views"):
+    for key in type(recorded.views).model_fields:
         old, new = getattr(recorded.views, key), getattr(wanted.views, key)
         if old != new:
             lines.append(f"views.{key}: the cache has {_short(old)}, the recipe {_short(new)}")
     if recorded.image_shape != wanted.image_shape:
         lines.append(f"view shape: the cache has {recorded.image_shape}, the recipe gives {wanted.image_shape}")
-    if recorded.shard_rows != wanted.shard_rows:
-        lines.append(f"shard_rows: the cache has {recorded.shard_rows}, the recipe {wanted.shard_rows}")
+    for key in ("shard_rows", "row_checksums", "parameters"):
+        old, new = getattr(recorded, key), getattr(wanted, key)
+        if old != new:
+            lines.append(f"{key}: the cache has {_short(old)}, the recipe {_short(new)}")
     for name in sorted(recorded.teachers.keys() | wanted.teachers.keys()):
         lines += _teacher_differences(name, recorded.teachers.get(name), wanted.teachers.get(name))
     return lines
@@ -123,7 +144,7 @@ def _short(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(_short(item) for item in value) + "]"
     if isinstance(value, Component):
-        text = json.dumps(value.model_dump(mode="json", exclude={"ratio_knots"}, exclude_defaults=False))
+        text = json.dumps(value.model_dump(mode="json", exclude={"ratio_knots", "thresholds"}))
         return text if len(text) < 200 else text[:200] + "…"
     return repr(value)
 

@@ -4,27 +4,33 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from logitcache.cache.create import read_manifest
-from logitcache.cache.layout import Layout, TeacherLayout, layout_of
+from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, TeacherLayout, layout_of
+from logitcache.cache.locks import require_releases, require_trusted
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.recorded import RecordedRows, require_planned
 from logitcache.cache.rows import PACKED_SHARDS, HotRows, PackedRows, RowSource
 from logitcache.cache.skeleton import read_canaries, read_digests, read_labels, require_sound_skeleton
 from logitcache.cache.verify import committed_shards, require_intact
-from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
-from logitcache.targets import Targets
+from logitcache.errors import CacheError, DataError, MismatchError, RecipeError, ReplayMismatchError
+from logitcache.targets import LinearLogits, Logits, Targets
 from logitcache.versions import versions
 from logitcache.views import canaries
 from logitcache.views.datasets import Custom, Torchvision, explain_difference, fingerprint, open_dataset
 from logitcache.views.datasets.base import ImageDataset
-from logitcache.views.epochs import EpochLoader
+from logitcache.views.epochs import ChecksumsOf, EpochLoader
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod
 from logitcache.views.spec import Views
+
+Replay = Literal["planned", "recorded"]
+"""Where the parameters of augmentations come from: drawn again from the seed, or read from the cache."""
 
 
 class Cache:
@@ -64,10 +70,47 @@ class Cache:
             for array in teacher.arrays
         }
 
+    @cached_property
+    def _recorded(self) -> dict[str, RecordedRows]:
+        return {array.suffix: RecordedRows(self.path, array) for array in self.layout.views_arrays}
+
+    def answers(self, keys: Sequence[ViewKey]) -> dict[str, Logits]:
+        """Gather what each teacher answered to the views of keys, [B, C], in the cache's dtypes."""
+        pairs = self._checked(keys)
+        return {teacher.name: self._logits(teacher, pairs) for teacher in self.layout.teachers}
+
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
-        """Gather the targets of a batch of keys, by teacher, in the cache's dtypes."""
+        """Gather the targets of a batch of keys, by teacher: its answers, or linear mixtures of them."""
+        own, spec = self.answers(keys), self.manifest.views
+        if spec.targets == "exact":
+            return {name: Targets(logits) for name, logits in own.items()}
+        _, height, width = self.manifest.image_shape
+        mixture = spec.mixture(keys, len(self), (height, width))
+        assert mixture is not None
+        views = [view for view, _ in keys]
+        partners = self.answers(list(map(ViewKey, views, mixture.partners.tolist())))
+        share = torch.from_numpy(mixture.share).float()
+        return {name: Targets(LinearLogits(logits, partners[name], share)) for name, logits in own.items()}
+
+    def row_checksums(self, keys: Sequence[ViewKey]) -> NDArray[np.uint32] | None:
+        """Gather the checksums [B] of the pixels that the teachers saw; None where none are recorded."""
+        self._checked(keys)
+        return self._recorded[CHECKSUMS](keys) if self.manifest.row_checksums else None
+
+    def checksums_of(self, verify: canaries.Level) -> ChecksumsOf | None:
+        """Return what to compare every image with; None where none is recorded, or where pixels may differ."""
+        return self._recorded[CHECKSUMS] if self.manifest.row_checksums and verify == "strict" else None
+
+    def parameters(self, keys: Sequence[ViewKey]) -> NDArray[np.int64] | None:
+        """Gather what the augmentations drew, [B, P], as the manifest names it; None where it is not recorded."""
+        pairs = self._checked(keys)
+        if not self.manifest.parameters:
+            return None if self.manifest.parameters is None else np.empty((len(pairs), 0), np.int64)
+        return self._recorded[PARAMETERS](keys)
+
+    def _checked(self, keys: Sequence[ViewKey]) -> NDArray[np.int64]:
+        """Return keys as [B, 2]; raise for one that the cache does not have."""
         pairs = np.array(keys, dtype=np.int64).reshape(-1, 2)
-        views, indices = pairs[:, 0], pairs[:, 1]
         low, high = pairs.min(axis=0, initial=0), pairs.max(axis=0, initial=0)
         if min(low) < 0 or high[0] >= self.num_views or high[1] >= len(self):
             raise IndexError(
@@ -76,7 +119,7 @@ class Cache:
             )
         if not self.complete:
             self._require_committed(pairs)
-        return {teacher.name: self._targets(teacher, views, indices) for teacher in self.layout.teachers}
+        return pairs
 
     def _require_committed(self, pairs: NDArray[np.int64]) -> None:
         """Raise CacheError for a key of a shard that is not there: its addresses cannot be read."""
@@ -89,23 +132,55 @@ class Cache:
                     "Fix: finish `logitcache precompute`"
                 )
 
-    def _targets(self, teacher: TeacherLayout, views: NDArray[np.int64], indices: NDArray[np.int64]) -> Targets:
-        arrays = {a: self._sources[a.name].take(views, indices) for a in teacher.arrays}
-        tensors = {teacher.suffix(array): torch.from_numpy(rows) for array, rows in arrays.items()}
-        return Targets(teacher.entry.logits.decode(tensors, teacher.entry.num_classes))
+    def _logits(self, teacher: TeacherLayout, pairs: NDArray[np.int64]) -> Logits:
+        """Gather a teacher's logits of (view, image) pairs [B, 2]."""
+        arrays = {a: self._sources[a.name].take(pairs[:, 0], pairs[:, 1]) for a in teacher.arrays}
+        tensors = {array.suffix: torch.from_numpy(rows) for array, rows in arrays.items()}
+        return teacher.entry.logits.decode(tensors, teacher.entry.num_classes)
 
-    def views(self, dataset: object | None = None, verify: canaries.Level = "strict") -> Views:
+    def views(
+        self,
+        dataset: object | None = None,
+        verify: canaries.Level = "strict",
+        limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
+        replay: Replay = "planned",
+        factories: Sequence[str] = (),
+    ) -> Views:
         """Bind the view specification to the images, wherever they are now, and prove that the pixels are the same.
 
         `dataset` is a data set or its component; by default the images are looked for where stage one read them.
-        Raises MismatchError or ReplayMismatchError with the reason and the fix.
+        `factories` names the functions of the user's own code that the views may call. Raises MismatchError or
+        ReplayMismatchError with the reason and the fix.
         """
+        require_trusted(self.manifest.views, factories, str(self.path))
+        recorded = self._parameters_to_replay() if replay == "recorded" else None
         opened = self._open_dataset(dataset)
         self.require_dataset(opened)
-        views = Views(opened, self.manifest.views)
+        require_releases(self.manifest.views, verify, str(self.path))
+        views = Views(opened, self.manifest.views, recorded)
         if verify != "off":
-            self.require_canaries(views, verify)
+            self.require_canaries(views, verify, limits)
         return views
+
+    def _parameters_to_replay(self) -> RecordedRows:
+        if self.manifest.views.targets == "linear":
+            raise RecipeError(
+                f"{self.path} has linear targets, which are mixed as planned, not as recorded. Fix: leave out "
+                "replay: recorded"
+            )
+        if not self.manifest.parameters:
+            why = "its views have none" if self.manifest.parameters is not None else "it was made without them"
+            raise RecipeError(
+                f"{self.path} keeps no parameters to replay: {why}. Fix: leave out replay: recorded; caches made with "
+                "record_parameters: true have them"
+            )
+        here = self.manifest.views.columns()
+        if self.manifest.parameters != here:
+            raise ReplayMismatchError(
+                f"{self.path} keeps the parameters {list(self.manifest.parameters)},\n"
+                f"  this release replays {list(here)}.\n  Fix: install the release of logitcache that made the cache"
+            )
+        return self._recorded[PARAMETERS]
 
     def require_dataset(self, dataset: ImageDataset) -> None:
         """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
@@ -114,12 +189,24 @@ class Cache:
             difference = explain_difference(self.manifest.fingerprint, digests, dataset)
             raise MismatchError(f"{self.path} was made from other images:\n{difference}")
 
-    def require_canaries(self, views: Views, verify: canaries.Level = "strict") -> None:
-        """Raise ReplayMismatchError unless views rendered here are those that the teacher saw."""
+    def require_canaries(
+        self,
+        views: Views,
+        verify: canaries.Level = "strict",
+        limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
+    ) -> None:
+        """Raise ReplayMismatchError unless views rendered here are those that the teacher saw, within limits."""
         pixels = torch.from_numpy(read_canaries(self.path, self.manifest))
-        warning = canaries.judge(canaries.compare(views, self.manifest.canaries, pixels), verify, self._provenance())
+        report = canaries.compare(views, self.manifest.canaries, pixels)
+        warning = canaries.judge(report, verify, self._origin(views), limits)
         if warning:
             warnings.warn(warning, stacklevel=2)
+
+    def require_parameters(self, views: Views) -> None:
+        """Raise ReplayMismatchError unless every key is planned as the cache recorded it, if it did."""
+        columns = self.manifest.parameters
+        if columns:
+            require_planned(self._recorded[PARAMETERS], columns, views, self.shards)
 
     def _open_dataset(self, dataset: object | None) -> ImageDataset:
         if dataset is not None:
@@ -141,12 +228,10 @@ class Cache:
                 "are now, `dataset:` in the recipe"
             ) from error
 
-    def _provenance(self) -> str:
-        recorded, here = self.manifest.versions, versions()
-        changed = ", ".join(
-            f"{key} {recorded.get(key)} -> {here[key]}" for key in here if here[key] != recorded.get(key)
-        )
-        return f"{self.path}, spec {self.manifest.views.digest()[:8]}; versions: {changed or 'as recorded'}"
+    def _origin(self, views: Views) -> canaries.Origin:
+        name = f"{self.path}, spec {self.manifest.views.digest()[:8]}…"
+        may_replay = bool(self.manifest.parameters) and views.recorded is None
+        return canaries.Origin(name, self.manifest.versions, versions(), may_replay)
 
     def loader(
         self,
@@ -156,14 +241,24 @@ class Cache:
         dataset: object | None = None,
         seed: int = 0,
         verify: canaries.Level = "strict",
+        limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
+        replay: Replay = "planned",
+        factories: Sequence[str] = (),
         drop_last: bool = False,
+        views_per_image: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
         start_method: StartMethod = "forkserver",
     ) -> EpochLoader:
         """Stream batches of images and targets, once the images are proved to be those of the cache."""
         return EpochLoader(
-            self.views(dataset, verify),
+            self.views(dataset, verify, limits, replay, factories),
             self.rows,
+            self.checksums_of(verify),
             batch_size=batch_size,
+            views_per_image=views_per_image,
+            rank=rank,
+            world_size=world_size,
             num_workers=num_workers,
             seed=seed,
             drop_last=drop_last,

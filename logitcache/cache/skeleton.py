@@ -104,10 +104,10 @@ def skeleton_arrays(manifest: Manifest) -> Iterator[dict[str, Any]]:
     yield _plain("digest", (count,), "<u8", 0, ("sample",))
     yield _plain("canary", pixels, "uint8", 0, ("canary", "channel", "height", "width"))
     layout = layout_of(manifest)
-    for teacher in layout.teachers:
-        for array in teacher.arrays:
+    for group in layout.groups:
+        for array in group.arrays:
             yield array.zarr_options()
-        yield layout.commit_options(teacher)
+        yield layout.commit_options(group)
 
 
 def _plain(name: str, shape: tuple[int, ...], dtype: str, fill: int, dims: tuple[str, ...]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from logitcache.cache.layout import RECORD_BYTES, ArrayLayout, Layout, Shard, TeacherLayout, seal
+from logitcache.cache.layout import RECORD_BYTES, ArrayGroup, ArrayLayout, Layout, Shard, seal
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import skeleton_problems
 from logitcache.errors import CacheError
@@ -50,17 +50,17 @@ class Verification:
 
 
 def committed_shards(root: Path, layout: Layout) -> list[Shard]:
-    """List the shards for which every teacher's commit record is there.
+    """List the shards for which every group's commit record is there.
 
     It takes time by the records that there are, not by the shards that a manifest claims.
     """
-    found = [_recorded_shards(root, layout, teacher) for teacher in layout.teachers]
+    found = [_recorded_shards(root, layout, group) for group in layout.groups]
     return sorted(set.intersection(*found))
 
 
-def _recorded_shards(root: Path, layout: Layout, teacher: TeacherLayout) -> set[Shard]:
+def _recorded_shards(root: Path, layout: Layout, group: ArrayGroup[Any]) -> set[Shard]:
     shards = set()
-    for name in os.listdir(root / teacher.commits) if (root / teacher.commits).is_dir() else ():
+    for name in os.listdir(root / group.commits) if (root / group.commits).is_dir() else ():
         match = _RECORD.fullmatch(name)
         if match:
             shard = layout.shard(int(match[1]), int(match[2]))
@@ -69,26 +69,26 @@ def _recorded_shards(root: Path, layout: Layout, teacher: TeacherLayout) -> set[
     return shards
 
 
-def _stored(root: Path, teacher: TeacherLayout, shard: Shard) -> list[StoredShard]:
+def _stored(root: Path, group: ArrayGroup[Any], shard: Shard) -> list[StoredShard]:
     """Return every array's part of a shard with its record; raise CacheError where that is damaged."""
-    file = root / teacher.record_file(shard)
-    if _size(file) != RECORD_BYTES * len(teacher.arrays):
+    file = root / group.record_file(shard)
+    if _size(file) != RECORD_BYTES * len(group.arrays):
         raise CacheError(f"view {shard.view} rows {shard.start}..{shard.stop}: the commit record {file} is damaged")
     records = file.read_bytes()
     return [
         StoredShard(array, shard, records[number * RECORD_BYTES : (number + 1) * RECORD_BYTES])
-        for number, array in enumerate(teacher.arrays)
+        for number, array in enumerate(group.arrays)
     ]
 
 
 def damaged(root: Path, layout: Layout, shards: Sequence[Shard], *, fresh: bool = False) -> dict[Shard, list[str]]:
     """Compare the stored bytes of committed shards with their records: what is wrong, by shard."""
     found: dict[Shard, list[str]] = {}
-    for teacher in layout.teachers:
+    for group in layout.groups:
         readable = []
         for shard in shards:
             try:
-                parts = _stored(root, teacher, shard)
+                parts = _stored(root, group, shard)
             except CacheError as error:
                 found.setdefault(shard, []).append(str(error))
                 continue

@@ -1,6 +1,7 @@
 """Write whole shards behind the teacher: data first, the commit record last."""
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from logitcache.cache.layout import ArrayLayout, Layout, Shard, TeacherLayout, seal
+from logitcache.cache.layout import ArrayGroup, ArrayLayout, Layout, Shard, seal
 from logitcache.files import write_atomically
 
 Rows = dict[str, NDArray[Any]]
@@ -42,8 +43,8 @@ class CacheWriter:
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self._path = path
-        self._teachers = layout.teachers
-        self._encoders = {array.name: ShardEncoder(array) for teacher in layout.teachers for array in teacher.arrays}
+        self._groups = layout.groups
+        self._encoders = {array.name: ShardEncoder(array) for array in layout.arrays}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="logitcache-writer")
         self._pending: Future[None] | None = None
 
@@ -63,9 +64,9 @@ class CacheWriter:
         self._thread.shutdown(wait=True)
 
     def _write(self, shard: Shard, rows: Rows) -> None:
-        for teacher in self._teachers:
-            records = [self._write_array(array, shard, rows[array.name]) for array in teacher.arrays]
-            write_atomically(self._path / teacher.record_file(shard), b"".join(records))
+        for group in self._groups:
+            records = [self._write_array(array, shard, rows[array.name]) for array in group.arrays]
+            write_atomically(self._path / group.record_file(shard), b"".join(records))
 
     def _write_array(self, array: ArrayLayout, shard: Shard, rows: NDArray[Any]) -> bytes:
         stored = self._encoders[array.name].encode(shard, rows)
@@ -78,9 +79,7 @@ def commit_record(stored: memoryview, key: str) -> bytes:
     return stored.nbytes.to_bytes(8, "little") + seal(hashlib.sha256(stored).digest(), key)
 
 
-def empty_rows(teachers: tuple[TeacherLayout, ...], shard: Shard) -> Rows:
+def empty_rows(groups: Sequence[ArrayGroup[Any]], shard: Shard) -> Rows:
     """Allocate a shard's rows of every array."""
     count = shard.stop - shard.start
-    return {
-        array.name: np.empty((count, *array.row_shape), array.dtype) for teacher in teachers for array in teacher.arrays
-    }
+    return {array.name: np.empty((count, *array.row_shape), array.dtype) for group in groups for array in group.arrays}

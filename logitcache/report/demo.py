@@ -15,12 +15,13 @@ from logitcache.files import write_atomically
 from logitcache.models import Bundled as BundledTeacher
 from logitcache.models import Classifier, resolve_preprocessing
 from logitcache.recipe import load_recipe
-from logitcache.student.evaluation import open_validator
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe, Validation
+from logitcache.student.evaluation import Validator
+from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.student.training import train
 from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, precompute
+from logitcache.views.datasets import Bundled
+from logitcache.views.spec import Views, ViewSpec
 
-NUM_CLASSES = 10
 NUM_IMAGES = 5000
 NUM_LABELS = 500
 NUM_VIEWS = 4
@@ -111,8 +112,7 @@ def run_demo(directory: Path, quick: bool = False) -> DemoResult:
 def _measure_teacher() -> DemoTeacher:
     built = BundledTeacher().build(None, 1)
     classifier = Classifier(built.module, resolve_preprocessing(built, None, who="the bundled teacher"))
-    validator = open_validator(load_recipe({"dataset": TEST}, Validation), NUM_CLASSES, 0)
-    assert validator is not None
+    validator = Validator(Views(load_recipe(TEST, Bundled).open(), ViewSpec()), None, 512, 0)
     top1 = validator.measure(classifier, torch.device("cpu")).top1
     assert top1 is not None
     return DemoTeacher("bundled", sum(p.numel() for p in classifier.parameters()), top1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from logitcache.cache.create import read_manifest
 from logitcache.cache.layout import layout_of
+from logitcache.cache.locks import require_trusted
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify_cache
 from logitcache.errors import DataError, RecipeError
@@ -14,9 +15,10 @@ from logitcache.views.datasets import Custom, Dataset
 
 
 class _Located(Component):
-    """Where the images are now."""
+    """Where the images are now, and which functions of the user's own code the views may call."""
 
-    dataset: Dataset
+    dataset: Dataset | None = None
+    factories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,10 @@ class VerifyResult:
 
 
 def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
-    """Read every stored byte again, and compare the images where they can be found.
+    """Read every stored byte again, and compare the images where they can be found, and the parameters if recorded.
 
     `overrides` such as `dataset.root=DIR` say where the images are now; without any, images that
-    are gone are reported and are no fault of the cache. Raises MismatchError for other images.
+    are gone are reported and are no fault of the cache. Raises MismatchError for other images, pixels or plans.
     """
     root = Path(path)
     manifest = read_manifest(root)
@@ -48,14 +50,19 @@ def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
 def _compare_images(cache: Cache, overrides: Sequence[str]) -> str | None:
     """Return why the images could not be compared, None where they are the same."""
     recorded = cache.manifest.dataset
+    theirs = recorded is None or isinstance(recorded, Custom)
     if overrides:
-        entry = {} if recorded is None else {"dataset": recorded}
-        cache.views(load_recipe(entry, _Located, overrides).dataset)
+        located = load_recipe({} if theirs else {"dataset": recorded}, _Located, overrides)
+        cache.require_parameters(cache.views(located.dataset, factories=located.factories))
         return None
-    if recorded is None or isinstance(recorded, Custom):
+    if theirs:
         return "they came from the user's own code: give --set dataset=…"
     try:
-        cache.views()
+        require_trusted(cache.manifest.views, (), str(cache.path))
+    except RecipeError as error:
+        return str(error)
+    try:
+        cache.require_parameters(cache.views())
     except (DataError, RecipeError) as error:
         return f"give --set dataset.root=…, or what else says where they are: {str(error).splitlines()[0]}"
     return None

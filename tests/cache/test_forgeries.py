@@ -54,6 +54,10 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "unknown key": lambda m: m.update(factory="os:abort"),
     "deep": lambda m: m["teachers"]["t"].update(model=deep(50)),
     "too deep": lambda m: m["teachers"]["t"].update(model=deep(900)),
+    "reserved name": rename_teacher("views"),
+    "checksums that are not there": lambda m: m.update(row_checksums=True),
+    "parameters that are not there": lambda m: m.update(parameters=["left"]),
+    "endless parameters": lambda m: m.update(parameters=["left"] * 10**5),
     "list": lambda m: m.update(teachers=[]),
     "surrogate": lambda m: m["versions"].update(torch="\ud800"),
 }

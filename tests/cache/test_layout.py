@@ -47,6 +47,7 @@ def arrays_of(logits: Any, num_classes: int, views: int, images: int, shard_rows
     return [
         ArrayLayout(
             name=".".join(filter(None, ("t", "logits", row.suffix))),
+            suffix=row.suffix,
             row_shape=row.shape,
             dtype=np.dtype(row.dtype),
             dims=row.dims,
@@ -154,7 +155,7 @@ def test_rows_of_nothing_but_fill_values_are_written_too() -> None:
 @pytest.mark.parametrize("storage", ["hot", "packed"])
 def test_inner_chunks_divide_shards_and_stay_near_their_size(row_bytes: int, storage: Any) -> None:
     rows = 65536
-    array = ArrayLayout("t.logits", (row_bytes,), np.dtype("u1"), ("class",), 1, rows, rows, storage)
+    array = ArrayLayout("t.logits", "", (row_bytes,), np.dtype("u1"), ("class",), 1, rows, rows, storage)
     assert rows % array.inner_rows == 0
     wanted = max((128 << 10) / row_bytes, 1024 if storage == "packed" else 1)
     assert min(wanted, rows) / 2 < array.inner_rows <= max(wanted, 1)
