@@ -63,6 +63,10 @@ class MadeImages:
         """Return uint8 [1, 8, 8]."""
         return torch.full((1, 8, 8), index % 256, dtype=torch.uint8)
 
+    def sizes(self) -> np.ndarray:
+        """Return heights and widths: all the same, one row in memory."""
+        return np.broadcast_to(np.array([8, 8]), (len(self.ids), 2))
+
     def digests(self) -> np.ndarray:
         """Return one number per image."""
         return np.arange(len(self.ids), dtype=np.uint64)

@@ -15,9 +15,10 @@ from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import Classifier, Custom, StoredModel, load_model, read_stored, resolve_preprocessing
 from logitcache.recipe import load_recipe, read_recipe
 from logitcache.stopping import StopFlag
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe, Validation
+from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
+from logitcache.student.sources import views_of
 from logitcache.targets import Targets, log_probs
-from logitcache.views.canaries import Level
+from logitcache.views.augmentations.foreign import locks
 from logitcache.views.datasets import Custom as CustomImages
 from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
@@ -26,7 +27,6 @@ from logitcache.views.spec import Views, ViewSpec
 
 NUM_SAMPLES = 8
 MODEL_FACTORY = "model.factory="
-STATED_IMAGES = ("validation=", "validation.dataset=", "validation.dataset.factory=")
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,21 @@ def _counts(logits: Tensor, labels: Tensor, teachers: Mapping[str, Targets]) -> 
     return torch.stack([count.to("cpu", torch.float64) for count in counts])
 
 
-def open_validator(
-    validation: Validation | None, num_classes: int, num_workers: int, verify: Level = "strict"
-) -> Validator | None:
+def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None:
     """Open the images to measure on; raises MismatchError when they, or the cache's teachers, have other classes."""
+    validation = recipe.validation
     if validation is None:
         return None
     cache = None if validation.cache is None else open_cache(validation.cache)
     if cache is None:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
     else:
-        views = cache.views(validation.dataset, verify)
+        views = views_of(cache, validation.dataset, recipe)
+        if views.spec.mixing:
+            raise MismatchError(
+                f"validation: {validation.cache} holds mixed images, which have no one label. "
+                "Fix: a cache of the images as they are"
+            )
     found = {"the images": views.dataset.num_classes}
     if cache is not None:
         found |= {f"teacher {name!r}": entry.num_classes for name, entry in cache.manifest.teachers.items()}
@@ -136,7 +140,7 @@ def open_validator(
             raise MismatchError(
                 f"validation: {who} has {count} classes, the model {num_classes}. Fix: validate on the same classes"
             )
-    return Validator(views, cache, validation.batch_size, num_workers)
+    return Validator(views, cache, validation.batch_size, recipe.num_workers)
 
 
 def evaluate(run: Path, overrides: Sequence[str] = ()) -> EvaluationResult:
@@ -154,7 +158,7 @@ def evaluate(run: Path, overrides: Sequence[str] = ()) -> EvaluationResult:
     with own_randomness(device, recipe.seed):  # a network draws its first weights, which are then replaced
         built = load_model(run, _stated_factory(run, stored, overrides))
     classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run)))
-    validator = open_validator(recipe.validation, stored.num_classes, recipe.num_workers, recipe.verify)
+    validator = open_validator(recipe, stored.num_classes)
     assert validator is not None
     measures = validator.measure(classifier.to(device), device, recipe.precision)
     retention = measures.top1 / measures.teacher_top1 if measures.top1 is not None and measures.teacher_top1 else None
@@ -175,13 +179,32 @@ def _read_recipe(run: Path, overrides: Sequence[str]) -> StudentRecipe | Teacher
         recipe = load_recipe(path, StudentRecipe, others)
     else:
         recipe = load_recipe(path, TeacherRecipe, others)
-    images = recipe.validation.dataset if recipe.validation is not None else None
-    if isinstance(images, CustomImages) and not any(text.startswith(STATED_IMAGES) for text in others):
-        raise RecipeError(
-            f"{path} names the factory '{images.factory}', and what a file names is never called.\n"
-            f"  Fix: if you trust it, --set validation.dataset.factory={images.factory}"
-        )
-    return recipe
+    _require_stated(recipe, path, others)
+    trusted = any(text.startswith("factories") for text in others)
+    return recipe if trusted else recipe.model_copy(update={"factories": ()})
+
+
+def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]) -> None:
+    """Raise RecipeError where a run's file, and not the user, names a factory to call."""
+    if recipe.validation is None:
+        return
+    images = recipe.validation.dataset
+    named = {"validation.dataset.factory": images.factory} if isinstance(images, CustomImages) else {}
+    for number, augmentation in enumerate(recipe.validation.augmentations):
+        for lock in locks([augmentation]):
+            named |= {} if lock.factory is None else {f"validation.augmentations.{number}.factory": lock.factory}
+    for key, factory in named.items():
+        if not any(text.partition("=")[0] in _above(key) for text in overrides):
+            raise RecipeError(
+                f"{path} names the factory '{factory}', and what a file names is never called.\n"
+                f"  Fix: if you trust it, --set {key}={factory}"
+            )
+
+
+def _above(key: str) -> set[str]:
+    """Return a key and those that hold it: setting any of them says what it is."""
+    parts = key.split(".")
+    return {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
 
 
 def _stated_factory(run: Path, stored: StoredModel, overrides: Sequence[str]) -> str | None:

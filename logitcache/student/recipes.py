@@ -4,15 +4,17 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
+from logitcache.cache.reader import Replay
 from logitcache.device import Precision
 from logitcache.models import Model, Preprocessing
 from logitcache.recipe import Component, Count, Float, Name, Positive
 from logitcache.student.losses import CrossEntropy, KLDivergence, Loss
 from logitcache.student.optimizers import AdamW, Optimizer, Schedule
 from logitcache.views.augmentations import Augmentation
-from logitcache.views.canaries import Level
+from logitcache.views.canaries import DriftLimits, Level
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
+from logitcache.views.mixing import Mixing
 from logitcache.views.spec import ViewSpec
 
 Decay = Annotated[Float, Field(gt=0.0, lt=1.0)]
@@ -46,8 +48,10 @@ class LiveTeacher(Component):
 class TrainingRecipe(Component):
     """What training on labels and training from a cache share.
 
-    `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. `verify` says how exactly
-    pixels rendered here must be those that a cache's teacher saw.
+    `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. An epoch is as many images
+    as there are; with `views_per_image` k it is k views of every k-th image, so that one decode serves k views.
+    `verify` says how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits` what counts
+    as the drift of other kernels; `factories` are the functions of the user's own code that a cache's views may call.
     """
 
     out: str
@@ -57,6 +61,7 @@ class TrainingRecipe(Component):
     epochs: Count
     batch_size: Count = 256
     micro_batches: Count = 1
+    views_per_image: Count = 1
     drop_last: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: Optimizer = AdamW()
@@ -68,17 +73,32 @@ class TrainingRecipe(Component):
     compile: bool = False
     validation: Validation | None = None
     verify: Level = "strict"
+    drift_limits: DriftLimits = DriftLimits()
+    factories: tuple[str, ...] = ()
     checkpoint_steps: Count | None = None
     num_workers: Annotated[int, Field(ge=0)] = 2
     start_method: StartMethod = "forkserver"
     device: str = "auto"
 
+    @model_validator(mode="after")
+    def _every_image_equally_often(self) -> Self:
+        if self.epochs % self.views_per_image:
+            raise ValueError(
+                f"{self.epochs} epochs with views_per_image {self.views_per_image} use some images more often than "
+                f"others: make epochs a multiple of {self.views_per_image}"
+            )
+        return self
+
 
 class StudentRecipe(TrainingRecipe):
-    """A student that learns from a cache; `dataset` says where its images lie now, when they have moved."""
+    """A student that learns from a cache; `dataset` says where its images lie now, when they have moved.
+
+    `replay` says whether the parameters of augmentations are drawn again or, where the cache has recorded them, read.
+    """
 
     cache: str
     dataset: Dataset | None = None
+    replay: Replay = "planned"
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (KLDivergence(),)
     teachers: dict[Name, LiveTeacher] = Field(default_factory=dict)
 
@@ -88,8 +108,9 @@ class TeacherRecipe(TrainingRecipe):
 
     dataset: Dataset
     augmentations: tuple[Augmentation, ...] = ()
+    mixing: tuple[Mixing, ...] = ()
     losses: Annotated[tuple[CrossEntropy, ...], Field(min_length=1)] = (CrossEntropy(),)
 
     def views(self) -> ViewSpec:
         """Return the views of all epochs."""
-        return ViewSpec(num_views=self.epochs, seed=self.seed, augmentations=self.augmentations)
+        return ViewSpec(num_views=self.epochs, seed=self.seed, augmentations=self.augmentations, mixing=self.mixing)

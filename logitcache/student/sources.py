@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from logitcache.cache.manifest import Manifest
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.reader import Cache, Replay, open_cache
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.student.losses import Loss
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.targets import Targets
 from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.epochs import EpochLoader, no_targets
@@ -35,12 +35,27 @@ def open_source(recipe: StudentRecipe | TeacherRecipe, live: LiveTargets | None)
     return _from_cache(recipe, live) if isinstance(recipe, StudentRecipe) else _from_labels(recipe)
 
 
+def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Replay = "planned") -> Views:
+    """Bind a cache's views to its images, as exactly as a recipe asks."""
+    return cache.views(dataset, recipe.verify, limits=recipe.drift_limits, replay=replay, factories=recipe.factories)
+
+
 def _from_cache(recipe: StudentRecipe, live: LiveTargets | None) -> Source:
     cache = open_cache(recipe.cache)
     require_served(recipe.losses, cache)
-    views = cache.views(recipe.dataset, recipe.verify)
-    targets_of = cache.rows if live is None else no_targets
-    loader = _loader(recipe, views, targets_of=targets_of, shuffle_block=cache.shuffle_block)
+    if live is not None and cache.manifest.views.targets == "linear":
+        raise RecipeError(
+            f"{recipe.cache} mixes the answers to two images (targets: linear), which no live teacher gives. "
+            "Fix: leave out --online"
+        )
+    views = views_of(cache, recipe.dataset, recipe, recipe.replay)
+    loader = _loader(
+        recipe,
+        views,
+        targets_of=cache.rows if live is None else no_targets,
+        checksums_of=cache.checksums_of(recipe.verify),
+        shuffle_block=cache.shuffle_block,
+    )
     num_classes = _num_classes(recipe.losses, cache.manifest)
     num_live = 0 if live is None else len(cache.manifest.teachers)
     return Source(loader, num_classes, {"cache": cache.manifest.digest(), "online": num_live > 0}, live, num_live)
@@ -63,6 +78,7 @@ def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any)
         num_workers=recipe.num_workers,
         seed=recipe.seed,
         drop_last=recipe.drop_last,
+        views_per_image=recipe.views_per_image,
         start_method=recipe.start_method,
         **options,
     )
@@ -102,6 +118,8 @@ def _unserved(what: str, loss: Loss, cache: Cache) -> list[str]:
     if name is not None and name not in names:
         return [f"{what} names teacher {name!r}, the cache has {names}. Fix: one of these"]
     held = manifest.teachers[name or names[0]].logits
+    if loss.needs != "logits" and manifest.views.targets == "linear":
+        return [f"{what} needs {loss.needs}, the cache mixes probabilities (targets: linear). Fix: kl_divergence"]
     if loss.needs in held.gives:
         return []
     return [

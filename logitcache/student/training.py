@@ -52,7 +52,7 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
         run.require_free()
     run.require_recipe(recipe)
     source = open_source(recipe, live)
-    validator = open_validator(recipe.validation, source.num_classes, recipe.num_workers, recipe.verify)
+    validator = open_validator(recipe, source.num_classes)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)
     if (finished := run.finished()) is not None:

@@ -115,6 +115,8 @@ def _manifest(
         views=recipe.views,
         image_shape=(pixels.shape[1], pixels.shape[2], pixels.shape[3]),
         shard_rows=shard_rows,
+        row_checksums=recipe.row_checksums,
+        parameters=recipe.views.columns() if recipe.record_parameters else None,
         teachers=entries,
         canaries=records,
         versions=versions(),
@@ -146,7 +148,7 @@ def _unfinished(path: Path, cache: Cache) -> list[Shard]:
     broken = damaged(path, cache.layout, cache.shards)
     for shard, problems in broken.items():
         say(f"writing again: {problems[0]}")
-        for teacher in cache.layout.teachers:
-            (path / teacher.record_file(shard)).unlink()
+        for group in cache.layout.groups:
+            (path / group.record_file(shard)).unlink()
     kept = set(cache.shards) - broken.keys()
     return [shard for shard in cache.layout.shards() if shard not in kept]

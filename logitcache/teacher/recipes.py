@@ -1,29 +1,47 @@
 """The recipe of stage one."""
 
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from logitcache.recipe import Component, Count, Name
+from logitcache.cache.manifest import TeacherName
+from logitcache.recipe import Component, Count
 from logitcache.teacher.models import TeacherSource
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
-from logitcache.views.spec import ViewSpec
+from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 
 
 class PrecomputeRecipe(Component):
     """Which images, which views of them, which teachers, and where their answers go.
 
-    Only `dataset`, `views` and `teachers` decide what is stored; the rest says how fast. `shard_rows` is the unit of
-    work that a stop can lose; by default about 32 MiB of the largest array.
+    Only `dataset`, `views`, `teachers` and what to record decide what is stored; the rest says how fast. `shard_rows`
+    is the unit of work that a stop can lose; by default about 32 MiB of the largest array. With `views_per_image` k,
+    one decode serves k views: k shards are in work at a time. `row_checksums` keeps a checksum of every view's pixels,
+    which students then compare; `record_parameters` keeps what the augmentations drew, for caches meant to outlive the
+    code that draws it.
     """
 
     cache: str
     dataset: Dataset | None = None
     views: ViewSpec = ViewSpec()
-    teachers: Annotated[dict[Name, TeacherSource], Field(min_length=1)]
+    teachers: Annotated[dict[TeacherName, TeacherSource], Field(min_length=1)]
     batch_size: Count = 256
     num_workers: Annotated[int, Field(ge=0)] = 2
     start_method: StartMethod = "forkserver"
     shard_rows: Count | None = None
+    views_per_image: Count = 1
+    row_checksums: bool = False
+    record_parameters: bool = False
     device: str = "auto"
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.views_per_image > 1 and self.views.mixing and self.views.targets == "exact":
+            raise ValueError(MIXED_VIEWS_PER_IMAGE)
+        if self.row_checksums and self.views.targets == "linear":
+            raise ValueError(
+                "row_checksums are of the pixels that the teacher sees; with targets: linear a student sees others. "
+                "Leave one of them out"
+            )
+        return self

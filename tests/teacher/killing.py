@@ -21,13 +21,14 @@ from logitcache.teacher.precompute import precompute
 from tests.cache.made import DENSE16, TOP2_PACKED, Linear, Pixels, contents, recipe, stamps, teacher
 
 NUM_POINTS, NUM_TIMES = 15, 10
+RECORDED = {"row_checksums": True, "record_parameters": True}
 TEACHERS = {"first": Linear(16), "second": Linear(7, seed=1)}
 
 
 def run(path: Path) -> int:
-    """Precompute six shards of two teachers; returns how many were written."""
+    """Precompute six shards of two teachers and of what is recorded; returns how many were written."""
     teachers = {"first": teacher(DENSE16), "second": teacher(TOP2_PACKED)}
-    plan = recipe(path, teachers=teachers, shard_rows=128, batch_size=64)
+    plan = recipe(path, teachers=teachers, shard_rows=128, batch_size=64, **RECORDED)
     return precompute(plan, teachers=TEACHERS, dataset=Pixels(300)).shards_written
 
 
@@ -79,8 +80,8 @@ def killed_at_time(path: Path, seconds: float) -> None:
 
 
 def committed(path: Path) -> list[str]:
-    """List the files of the shards that both teachers have committed."""
-    names = [{p.name[:5] for p in path.glob(f"{name}.commits/c.*.0.0")} for name in TEACHERS]
+    """List the files of the shards of which everything is committed."""
+    names = [{p.name[:5] for p in path.glob(f"{name}.commits/c.*.0.0")} for name in (*TEACHERS, "views")]
     shards = set.intersection(*names)
     return [str(p.relative_to(path)) for p in path.glob("*/c.*.*.0*") if p.name[:5] in shards and p.suffix == ".0"]
 
