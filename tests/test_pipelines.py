@@ -4,10 +4,14 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from logitcache.recipe import load_recipe
 from logitcache.report.recipes import RECIPES, check_recipes, command_of
+from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+from logitcache.student.training import train
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
@@ -24,6 +28,53 @@ def test_recipe_is_valid_and_names_the_command_it_is_for(path: Path) -> None:
     assert checked.error is None
     relative = path.relative_to(PIPELINES.parent)
     assert f"#   logitcache {checked.command} {relative}" in path.read_text()
+
+
+SMALL = ["num_workers=0", "batch_size=4", "device=cpu"]
+UNTRAINED = [
+    "teachers.resnet50.model={kind: torchvision, name: mobilenet_v3_small, weights: null}",
+    "teachers.resnet50.preprocessing={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of small photographs of different sizes."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        (root / f"class{number % 3}").mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (40 + number, 60 - number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"class{number % 3}" / f"{number}.jpg")
+    return root
+
+
+def train_student(name: str, cache: Path, out: Path, *overrides: str) -> None:
+    changes = [f"cache={cache}", f"out={out}", "epochs=2", "validation=null", *SMALL, *overrides]
+    result = train(load_recipe(PIPELINES / name / "student.yaml", StudentRecipe, changes))
+    assert result.images == 2 * 12
+    assert result.teacher_passes == 0
+
+
+@pytest.mark.parametrize("name", ["imagenet", "funmatch"])
+def test_the_recipe_runs_on_a_folder_of_ones_own(name: str, photos: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c.zarr"
+    changes = [f"cache={cache}", f"dataset.root={photos}", "dataset.labelled=false", "views.num_views=4"]
+    result = precompute(
+        load_recipe(PIPELINES / name / "precompute.yaml", PrecomputeRecipe, [*changes, *SMALL, *UNTRAINED])
+    )
+    assert result.views == 4 * 12
+    train_student(name, cache, tmp_path / "run")
+
+
+def test_the_recipes_for_small_images_run_on_a_folder_of_ones_own(photos: Path, tmp_path: Path) -> None:
+    folder, cache, teacher = f"dataset={{kind: image_folder, root: {photos}}}", tmp_path / "c.zarr", tmp_path / "t"
+    changes = [folder, f"out={teacher}", "epochs=2", "model.width=4", *SMALL]
+    taught = train(load_recipe(PIPELINES / "cifar" / "teacher.yaml", TeacherRecipe, changes))
+    assert taught.images == 2 * 12
+    changes = [folder, f"cache={cache}", f"teachers.teacher.model.path={teacher}", "views.num_views=4", *SMALL]
+    precompute(load_recipe(PIPELINES / "cifar" / "precompute.yaml", PrecomputeRecipe, changes))
+    train_student("cifar", cache, tmp_path / "run", "model.width=4")
 
 
 def test_custom_loop_learns_from_a_cache(
