@@ -123,7 +123,9 @@ def _fix_of_scalar(error_type: str, value: Any) -> str:
             return f"; did you mean {int(value)}, without quotes?"
         case "string_type", bool() | int() | float():
             return "; quote it if it is meant as text"
-        case "tuple_type" | "list_type", bool() | int() | float() | str():
+        case "tuple_type", bool() | int() | float() | str():
+            return f"; write a list, as in [{show(value)}, …]"
+        case "list_type", bool() | int() | float() | str():
             return f"; did you mean [{show(value)}]?"
     return ""
 

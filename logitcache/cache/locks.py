@@ -1,5 +1,6 @@
 """Views that other code has a part in: the user's functions, and transforms that are locked to a release."""
 
+import json
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,11 +14,13 @@ from logitcache.views.spec import ViewSpec
 def require_trusted(spec: ViewSpec, factories: Sequence[str], where: str) -> None:
     """Raise RecipeError for a function of the views that the user has not named: a cache never names code to run."""
     named = dict.fromkeys(lock.factory for lock in locks(spec.augmentations) if lock.factory is not None)
-    unknown = [factory for factory in named if factory not in factories]
+    trusted = set(factories)  # of a text, its letters
+    unknown = [factory for factory in named if factory not in trusted]
     if unknown:
+        listed = json.dumps(unknown)
         raise RecipeError(
-            f"the views of {where} call functions of a user's own code: {unknown}. Fix: if you know them, name them: "
-            f"`factories: {unknown}` in the recipe, or cache.loader(factories=…)"
+            f"the views of {where} call functions of a user's own code: {listed}. Fix: if you know them, name them: "
+            f"`factories: {listed}` in the student's recipe, --set 'factories={listed}', or cache.loader(factories=…)"
         )
 
 

@@ -8,7 +8,8 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from typer import BadParameter
@@ -57,7 +58,7 @@ def _run(arguments: list[str]) -> int:
     # Whatever a library or the user's own code prints must not spoil the one document.
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
-        with aside:
+        with aside, _warnings_as_lines():
             answer = app(arguments or ["--help"], prog_name="logitcache", standalone_mode=False)
     except BrokenPipeError:
         raise
@@ -72,6 +73,17 @@ def _run(arguments: list[str]) -> int:
         return code
     # Typer gives a number for --help and --version.
     return _print(answer, as_json) if isinstance(answer, Answer) else int(answer or 0)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show warnings without the place in our code that they came from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"Warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _print(answer: Answer, as_json: bool) -> int:

@@ -23,7 +23,7 @@ from logitcache.views.datasets import Custom as CustomImages
 from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
-from logitcache.views.spec import Views, ViewSpec
+from logitcache.views.spec import Views, ViewSpec, require_one_size
 
 NUM_SAMPLES = 8
 MODEL_FACTORY = "model.factory="
@@ -125,6 +125,7 @@ def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None
     cache = None if validation.cache is None else open_cache(validation.cache)
     if cache is None:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
+        require_one_size(views)
     else:
         views = views_of(cache, validation.dataset, recipe)
         if views.spec.mixing:
@@ -180,8 +181,8 @@ def _read_recipe(run: Path, overrides: Sequence[str]) -> StudentRecipe | Teacher
     else:
         recipe = load_recipe(path, TeacherRecipe, others)
     _require_stated(recipe, path, others)
-    trusted = any(text.startswith("factories") for text in others)
-    return recipe if trusted else recipe.model_copy(update={"factories": ()})
+    said = any(text.startswith("factories=") for text in others)
+    return recipe if said else recipe.model_copy(update={"factories": ()})
 
 
 def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]) -> None:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.errors import ReplayMismatchError
+from logitcache.errors import RecipeError, ReplayMismatchError
 from logitcache.recipe import Component, Float
+from logitcache.views.augmentations.foreign import locks
 from logitcache.views.keys import Draws, ViewKey, below
 from logitcache.views.spec import Views
 
@@ -103,9 +104,19 @@ def pixel_digest(array: NDArray[np.generic]) -> str:
 
 
 def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]:
-    """Render canaries: their records and their pixels, uint8 [K, C, H, W]."""
+    """Render canaries: their records and their pixels, uint8 [K, C, H, W].
+
+    Raises RecipeError where they come out different when they are rendered again, together and in another order.
+    """
     taken = [_take(views, key) for key in keys]
-    return tuple(record for record, _ in taken), views.stack([pixels for _, pixels in taken], keys)
+    pixels = views.stack([pixels for _, pixels in taken], keys)
+    if not torch.equal(views.__getitems__(keys[::-1]), pixels.flip(0)):
+        names = [lock.what for lock in locks(views.spec.augmentations)]
+        raise RecipeError(
+            f"views come out different when they are rendered again. Fix: what draws in {', '.join(names)} must do so "
+            "from the global generators of torch, numpy or Python, and keep nothing from one image to the next"
+        )
+    return tuple(record for record, _ in taken), pixels
 
 
 def _take(views: Views, key: ViewKey) -> tuple[Canary, Tensor]:

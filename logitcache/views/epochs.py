@@ -62,16 +62,40 @@ class EpochLoader:
                 "Fix: a smaller batch_size, or drop_last: false"
             )
         self._require_shared_decodes()
+        self._require_shares(rank, world_size)
 
     def _require_shared_decodes(self) -> None:
         """Raise RecipeError for several views per image where they cannot share a decode."""
-        if self.views_per_image > self.views.spec.num_views:
+        shared, spec = self.views_per_image, self.views.spec
+        if not 1 <= shared <= spec.num_views:
             raise RecipeError(
-                f"views_per_image is {self.views_per_image}, but there are {self.views.spec.num_views} views. "
-                f"Fix: at most {self.views.spec.num_views}"
+                f"views_per_image is {shared}, but there are {spec.num_views} views. Fix: 1 to {spec.num_views}"
             )
-        if self.views_per_image > 1 and self.views.spec.mixing:
+        if shared > 1 and spec.mixing:
             raise RecipeError(MIXED_VIEWS_PER_IMAGE)
+        if self.batch_size % self._unit:
+            near = self.batch_size - self.batch_size % self._unit or self._unit
+            what = "pairs that are mixed" if spec.mixing else "the views of an image"
+            raise RecipeError(
+                f"batch_size {self.batch_size} would cut {what} apart, and decode images twice. Fix: a multiple of "
+                f"{self._unit}, such as {near}"
+            )
+
+    def _require_shares(self, rank: int, world_size: int) -> None:
+        """Raise RecipeError where a process would be left without its part of a batch."""
+        if not 0 <= rank < world_size:
+            raise RecipeError(f"rank {rank} is not one of {world_size} processes, which count from 0")
+        smallest = self.batch_size if self.drop_last else (self.images_per_epoch - 1) % self.batch_size + 1
+        if -(-smallest // self._unit) < world_size:
+            raise RecipeError(
+                f"a batch of {smallest} images has no part for each of {world_size} processes. Fix: drop_last, or "
+                "another batch_size, which is that of all processes together"
+            )
+
+    @property
+    def _unit(self) -> int:
+        """Keys that belong together: a pair, or the views of an image."""
+        return 2 if self.views.spec.mixing else self.views_per_image
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -87,11 +111,10 @@ class EpochLoader:
     def keys(self, epoch: int) -> Iterator[list[ViewKey]]:
         """Yield the keys of each batch of an epoch; those of this process."""
         views, indices = self._order(epoch)
-        unit = 2 if self.views.spec.mixing else 1
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = slice(start, start + self.batch_size)
             keys = list(map(ViewKey, views[batch].tolist(), indices[batch].tolist()))
-            yield list(share_of(keys, *self._share, unit))
+            yield list(share_of(keys, *self._share, self._unit))
 
     def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return views [N] and images [N] of an epoch in order."""

@@ -4,8 +4,10 @@ import atexit
 import functools
 import multiprocessing
 import os
+import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -57,6 +59,9 @@ def _start_worker(ending: Connection, worker: int) -> None:
     garbage in a cycle, as one in the traceback of an error is; they would then be waited for at exit, forever.
     """
     ignore_signals()
+    # What the user's code prints must not mix with the result on standard output.
+    sys.stdout = sys.stderr
+    os.dup2(2, 1)
     threading.Thread(target=_await_end, args=(ending,), daemon=True).start()
 
 
@@ -94,14 +99,17 @@ class ViewLoader:
             }
         self._images = _outliving_workers([], 0)
         self._sampler = _Batches()
-        self._loader: DataLoader[Tensor | LogitCacheError] | None = DataLoader(
-            _Guarded(views),  # type: ignore[arg-type]  # only `__getitems__` is used
-            batch_sampler=self._sampler,  # of any length
-            collate_fn=_same,  # type: ignore[arg-type]  # a rendered batch, not a list of samples
-            num_workers=num_workers,
-            generator=torch.Generator(),  # or torch would draw the workers' seeds from the global one
-            **options,
-        )
+        with warnings.catch_warnings():
+            # How many workers pay is for the user to say: many of them wait for disks.
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            self._loader: DataLoader[Tensor | LogitCacheError] | None = DataLoader(
+                _Guarded(views),  # type: ignore[arg-type]  # only `__getitems__` is used
+                batch_sampler=self._sampler,  # of any length
+                collate_fn=_same,  # type: ignore[arg-type]  # a rendered batch, not a list of samples
+                num_workers=num_workers,
+                generator=torch.Generator(),  # or torch would draw the workers' seeds from the global one
+                **options,
+            )
         self._end = weakref.finalize(self, _end_workers, told, os.getpid())
         self._end.atexit = False  # it might be too late
         _open.add(self)

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from logitcache.errors import DataError
+from logitcache.errors import DataError, RecipeError
 from logitcache.recipe import Component
 from logitcache.views.augmentations import Augmentation, Ints
 from logitcache.views.datasets.base import ImageDataset
@@ -26,7 +26,7 @@ Recorded = Callable[[Sequence[ViewKey]], Ints]
 """Rows of integers by key, [B, P]."""
 
 FIX_OF_SIZES = (
-    "end views.augmentations with a crop to a fixed size, such as {kind: resize, size: 256}, "
+    "end the augmentations with a crop to a fixed size, such as {kind: resize, size: 256}, "
     "{kind: center_crop, size: 224}"
 )
 MIXED_VIEWS_PER_IMAGE = (
@@ -208,11 +208,25 @@ class Views:
         decoded = {index: self.dataset.read(index) for index in {key[1] for key in keys}}
         images = [decoded[key[1]] for key in keys]
         plans = self.plan(keys, np.array([image.shape for image in images], dtype=np.int64)[:, 1:])
-        groups = self.spec.render(images, plans)
+        try:
+            groups = self.spec.render(images, plans)
+        except RecipeError as error:
+            raise self._blamed(images, plans, keys, error) from error
         if len(groups) == 1:
             return groups[0][1].contiguous()
         views = {row: view for rows, batch in groups for row, view in zip(rows, batch.unbind(), strict=True)}
         return self.stack([views[row] for row in range(len(keys))], keys)
+
+    def _blamed(
+        self, images: list[Tensor], plans: list[Ints], keys: Sequence[ViewKey], error: RecipeError
+    ) -> RecipeError:
+        """Find the image of a batch for which the user's own transform fails; returns the error that names it."""
+        for row, key in enumerate(keys):
+            try:
+                self.spec.render([images[row]], [params[row : row + 1] for params in plans])
+            except RecipeError as found:
+                return RecipeError(f"view {key[0]} of image {self.dataset.ids[key[1]]!r}: {found}")
+        return error
 
     def stack(self, rendered: list[Tensor], keys: list[ViewKey]) -> Tensor:
         """Join the views of `keys` to uint8 [B, C, H, W]; raise DataError naming two images of different shapes."""

@@ -146,7 +146,7 @@ def test_recorded_parameters_are_replayed(caches: Path, tmp_path: Path, monkeypa
 
 def test_functions_of_a_cache_are_called_only_where_the_user_names_them(caches: Path, tmp_path: Path) -> None:
     cache = fill(caches / "shaken", views={"num_views": 2, "augmentations": [*AUGMENTATIONS, SHAKE]})
-    with pytest.raises(RecipeError, match=r"factories: \['tests.views.shaking:Shake'\]"):
+    with pytest.raises(RecipeError, match=r'factories: \["tests.views.shaking:Shake"\]'):
         train(student(tmp_path / "refused", cache))
     train(student(tmp_path / "run", cache, factories=["tests.views.shaking:Shake"]))
 

@@ -41,3 +41,24 @@ def raising() -> object:
 def nothing() -> int:
     """A factory of no transform."""
     return 3
+
+
+class Counter:
+    """Add how often it was called: what no key decides."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self.calls += 1
+        return image + self.calls
+
+
+def leaving() -> object:
+    """A factory of a transform that ends the program, and speaks."""
+
+    def leave(image: Tensor) -> Tensor:
+        print("here")
+        raise SystemExit(3)
+
+    return leave

@@ -166,7 +166,7 @@ def test_keys_that_name_no_view_are_refused_before_anything_is_rendered(keys):
 @pytest.mark.parametrize("count", [5, 12, 23])
 def test_epochs_of_several_views_per_image_take_every_view_once_in_as_many_epochs(shared, count):
     views = Views(Images(textured(count, 6, 6)), ViewSpec(num_views=4 * shared))
-    loader = EpochLoader(views, batch_size=6, views_per_image=shared)
+    loader = EpochLoader(views, batch_size=12, views_per_image=shared)
     for group in range(3):
         epochs = [
             [ViewKey(*key) for batch in loader.epoch(group * shared + part) for key in batch.keys.tolist()]
@@ -200,6 +200,23 @@ def test_several_views_of_an_image_are_decoded_once():
 
 
 @pytest.mark.parametrize(
+    ("mixing", "options", "text"),
+    [
+        ([], {"views_per_image": 4, "batch_size": 6}, "would cut the views of an image apart.*such as 4"),
+        ([{"kind": "mixup"}], {"batch_size": 7}, "would cut pairs that are mixed apart.*such as 6"),
+        ([], {"views_per_image": 0}, "views_per_image is 0"),
+        ([], {"rank": 2, "world_size": 2}, "rank 2 is not one of 2 processes"),
+        ([], {"batch_size": 22, "world_size": 2}, "a batch of 1 images has no part for each of 2 processes"),
+        ([{"kind": "mixup"}], {"batch_size": 20, "world_size": 3}, "a batch of 3 images has no part"),
+    ],
+)
+def test_batches_that_cannot_be_shared_are_refused(mixing, options, text):
+    spec = ViewSpec.model_validate_json(json.dumps({"num_views": 4, "mixing": mixing}))
+    with pytest.raises(RecipeError, match=text):
+        EpochLoader(Views(Images(textured(23, 6, 6)), spec), **options)
+
+
+@pytest.mark.parametrize(
     ("spec", "shared", "text"),
     [
         ({"num_views": 3}, 4, "views_per_image is 4, but there are 3 views"),
@@ -215,11 +232,11 @@ def test_views_that_cannot_share_a_decode_are_refused(spec, shared, text):
 @pytest.mark.parametrize(("mixing", "shared"), [([], 1), ([], 2), ([{"kind": "cutmix"}], 1)])
 def test_any_number_of_processes_renders_the_same_epoch(mixing, shared):
     spec = ViewSpec.model_validate_json(json.dumps({"num_views": 4, "mixing": mixing}))
-    views = Views(Images(textured(21, 6, 6)), spec)
+    views = Views(Images(textured(23, 6, 6)), spec)
 
     def seen(rank: int, world_size: int) -> list[tuple[list[int], list[int]]]:
-        loader = EpochLoader(views, batch_size=6, views_per_image=shared, rank=rank, world_size=world_size)
-        batches = (batch for batch in loader.batches(filter(None, loader.keys(3))))
+        loader = EpochLoader(views, batch_size=12, views_per_image=shared, rank=rank, world_size=world_size)
+        batches = (batch for batch in loader.epoch(3))
         return [(key, image) for batch in batches for key, image in rows(batch)]
 
     alone = sorted(seen(0, 1))
@@ -228,7 +245,7 @@ def test_any_number_of_processes_renders_the_same_epoch(mixing, shared):
         assert sorted(itertools.chain.from_iterable(parts)) == alone
         for part in parts if mixing else []:
             indices = np.array([key[1] for key, _ in part])
-            partners = views.spec.pairing(21).partners(np.full_like(indices, 3), indices)
+            partners = views.spec.pairing(23).partners(np.full_like(indices, 3), indices)
             assert set(partners) == set(indices), "no pair is split"
 
 

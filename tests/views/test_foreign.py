@@ -11,6 +11,7 @@ from torchvision.transforms import AutoAugmentPolicy, v2
 
 from logitcache.errors import RecipeError
 from logitcache.views.augmentations.foreign import Custom, Torchvision, locks
+from logitcache.views.canaries import take
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, ViewSpec
@@ -67,7 +68,8 @@ def test_the_global_generators_are_left_alone(augmentation, num_workers):
 def test_the_global_generators_are_put_back_when_a_transform_fails():
     views = Views(Images(textured(1, 8, 8)), spec_of(Custom(factory="tests.views.shaking:raising")))
     before = states()
-    with pytest.raises(RecipeError, match=r"raising' failed on an image of shape \(3, 8, 8\): KeyError: 'no 3'"):
+    text = r"view 0 of image 'image 0': .*raising' failed on an image of shape \(3, 8, 8\): KeyError: 'no 3'"
+    with pytest.raises(RecipeError, match=text):
         views[ViewKey(0, 0)]
     assert states() == before
 
@@ -109,21 +111,40 @@ def test_a_transform_that_changes_the_size_says_so():
 @pytest.mark.parametrize(
     ("augmentation", "text"),
     [
-        (Torchvision(name="ElasticTransfrm"), "Did you mean 'ElasticTransform'"),
-        (Torchvision(name="functional"), "has no transform 'functional'"),
-        (Torchvision(name="ElasticTransform", options={"beta": 1}), "does not take these options: .*beta"),
         (Torchvision(name="Pad", options={"padding": 3}), r"\(3, 14, 14\), uint8 \(3, 8, 8\) was expected.*`size`"),
         (Torchvision(name="ToPILImage"), "returns a Image"),
         (Custom(factory="tests.views.shaking:halved"), r"'tests.views.shaking:halved' returns .*\(3, 4, 4\)"),
         (Custom(factory="tests.views.shaking:floating"), "returns torch.float32"),
         (Custom(factory="tests.views.shaking:nothing"), "returned a int. Fix: return a callable"),
         (Custom(factory="tests.views.shaking:no_such"), "has no 'no_such'"),
+        (Custom(factory="tests.views.shaking:leaving"), "SystemExit: 3"),
     ],
 )
-def test_what_is_no_transform_of_images_is_refused(augmentation, text):
+def test_what_is_no_transform_of_images_is_refused(augmentation, text, capfd):
     views = Views(Images(textured(2, 8, 8)), spec_of(augmentation))
     with pytest.raises(RecipeError, match=text):
         list(ViewLoader(views, 1, "fork").render([[ViewKey(0, 0)]]))
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"kind": "torchvision", "name": "ElasticTransfrm"}, "Did you mean 'ElasticTransform'"),
+        ({"kind": "torchvision", "name": "functional"}, "has no transform 'functional'"),
+        ({"kind": "torchvision", "name": "ElasticTransform", "options": {"beta": 1}}, "these options: .*beta"),
+        ({"kind": "custom", "factory": "tests.views.shaking.Shake"}, "factory"),
+    ],
+)
+def test_what_is_wrong_with_a_transform_is_told_with_the_recipe(entry, text):
+    with pytest.raises(ValueError, match=text):
+        ViewSpec.model_validate_json(json.dumps({"augmentations": [entry]}))
+
+
+def test_transforms_that_keep_something_between_images_are_refused():
+    counting = Views(Images(textured(4, 8, 8)), spec_of(Custom(factory="tests.views.shaking:Counter")))
+    with pytest.raises(RecipeError, match=r"tests\.views\.shaking:Counter' must do so from the global generators"):
+        take(counting, [ViewKey(0, index) for index in range(4)])
 
 
 def test_the_release_of_torchvision_is_part_of_the_stored_form():

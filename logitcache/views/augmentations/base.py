@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from logitcache.recipe import Count
-
 Ints = NDArray[np.int64]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
-Size = Count | tuple[Count, Count]
+Side = Annotated[int, Field(ge=1, le=16_384)]
+Size = Side | tuple[Side, Side]
 """A side, or height and width."""
 Fill = Annotated[int, Field(ge=0, le=255)]
 

@@ -25,6 +25,7 @@ from logitcache.views.augmentations.resize import Kernel, require_weights, resiz
 from logitcache.views.keys import Draws, below, uniform
 
 NUM_TRIES = 10
+Share = Annotated[Float, Field(gt=0.0, le=1.0)]
 
 
 class CenterCrop(Component):
@@ -105,7 +106,7 @@ class RandomResizedCrop(Component):
 
     kind: Literal["random_resized_crop"] = "random_resized_crop"
     size: Size
-    scale: tuple[Positive, Positive] = (0.08, 1.0)
+    scale: tuple[Share, Share] = (0.08, 1.0)
     ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
     interpolation: Interpolation = "bilinear"
     kernel: Kernel = Field(default="torchvision", validate_default=True)

@@ -10,11 +10,11 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
@@ -28,6 +28,9 @@ from logitcache.views.keys import Draws
 Transform = Callable[[Tensor], object]
 
 _ENUMS: dict[str, Callable[[Any], object]] = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
+
+
+SEEDS = ("torch_seed", "numpy_seed", "python_seed")
 
 
 class Lock(NamedTuple):
@@ -62,9 +65,10 @@ def _called(what: str, transform: Transform, image: Tensor, seeds: Sequence[int]
     try:
         # A copy: it may write into its argument.
         return transform(image.clone(memory_format=torch.contiguous_format))
-    except Exception as cause:  # the user's code may raise anything; it stays as the cause
+    except (Exception, SystemExit) as cause:  # the user's code may raise anything; it stays as the cause
         raise RecipeError(
-            f"{what} failed on an image of shape {tuple(image.shape)}: {type(cause).__name__}: {cause}"
+            f"{what} failed on an image of shape {tuple(image.shape)}: {type(cause).__name__}: {cause}. Fix: let it "
+            "take every image, or put what it needs, such as a resize, before it"
         ) from cause
 
 
@@ -92,10 +96,19 @@ class Torchvision(Component):
     size: Size | None = None
     torchvision_version: str = Field(default_factory=lambda: version("torchvision"))
 
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        if self.torchvision_version == version("torchvision"):
+            self._transform()
+        return self
+
+    def _transform(self) -> Transform:
+        return _torchvision_transform(self.name, json.dumps(self.options, sort_keys=True))
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Name the parameters."""
-        return ("torch_seed", "numpy_seed", "python_seed")
+        return SEEDS
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw seeds."""
@@ -103,8 +116,7 @@ class Torchvision(Component):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Call the transform on each image, with its seeds."""
-        transform = _torchvision_transform(self.name, json.dumps(self.options, sort_keys=True))
-        return _apply(f"torchvision's {self.name}", transform, images, params, self.size)
+        return _apply(f"torchvision's {self.name}", self._transform(), images, params, self.size)
 
 
 class Custom(Component):
@@ -114,7 +126,7 @@ class Custom(Component):
     """
 
     kind: Literal["custom"] = "custom"
-    factory: str
+    factory: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     size: Size | None = None
     torchvision_version: str = Field(default_factory=lambda: version("torchvision"))
@@ -122,7 +134,7 @@ class Custom(Component):
     @property
     def columns(self) -> tuple[str, ...]:
         """Name the parameters."""
-        return ("torch_seed", "numpy_seed", "python_seed")
+        return SEEDS
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw seeds."""
