@@ -20,7 +20,9 @@ from logitcache.errors import CacheError, DataError, LogitCacheError
 
 _BLOCK = 256  # files a thread takes at a time: enough to hide the cost of handing them out
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # more than cores: network disks answer late
-_LEFTOVER = ".logitcache-tmp"
+LEFTOVER = ".logitcache-tmp"
+"""How the names end of files that matter only while they are written."""
+
 _LONGEST_STEM = 80  # characters of the final name in a temporary one: a name may hold 255 bytes
 _KEPT = b"logitcache kept 1\n"
 
@@ -39,7 +41,7 @@ def write_atomically(path: Path, data: bytes | bytearray | memoryview, sync: boo
     `sync=False` leaves out the flush to the disk. Raises CacheError when the disk is full or the
     folder may not be written; nothing is left behind then.
     """
-    part = path.with_name(f"{path.name[:_LONGEST_STEM]}.{os.getpid()}-{secrets.token_hex(4)}{_LEFTOVER}")
+    part = path.with_name(f"{path.name[:_LONGEST_STEM]}.{os.getpid()}-{secrets.token_hex(4)}{LEFTOVER}")
     try:
         with _removed_on_failure(part):
             with open(part, "xb") as file:
@@ -49,7 +51,7 @@ def write_atomically(path: Path, data: bytes | bytearray | memoryview, sync: boo
                     os.fsync(file.fileno())
             os.replace(part, path)
         if sync:
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
     except OSError as cause:
         raise CacheError(_why_not_written(path, cause)) from cause
 
@@ -59,12 +61,15 @@ def remove_leftovers(directory: Path) -> list[Path]:
 
     The caller must be the only writer there.
     """
-    leftovers = [
-        Path(parent, name) for parent, _, names in os.walk(directory) for name in names if name.endswith(_LEFTOVER)
-    ]
-    for path in leftovers:
+    found = leftovers(directory)
+    for path in found:
         path.unlink(missing_ok=True)
-    return leftovers
+    return found
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """List what killed writers left, and living ones have, anywhere below a directory."""
+    return [Path(parent, name) for parent, _, names in os.walk(directory) for name in names if name.endswith(LEFTOVER)]
 
 
 def file_digests(
@@ -219,7 +224,7 @@ def _why_not_written(path: Path, cause: OSError) -> str:
     return f"'{path}' cannot be written: {cause.strerror or cause}.\n  Fix: {fix}"
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Make a rename durable, where the file system can."""
     unsupported = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EISDIR)
     try:

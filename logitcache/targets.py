@@ -1,8 +1,9 @@
 """`Targets`: what a teacher says of a batch, whether it came from a cache or from the live teacher."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, Self
 
 import torch
@@ -99,6 +100,36 @@ class TopKLogits:
     def __getitem__(self, rows: slice) -> Self:
         """Take some rows of the batch."""
         return replace(self, log_p=self.log_p[rows], index=self.index[rows], tail=self.tail[rows])
+
+
+@dataclass(frozen=True)
+class CompactLogits:
+    """Every logit, kept in the arrays of an encoding until it is asked for.
+
+    rows: arrays [B, ...] by name; decode: turns them into logits, float32 [B, num_classes], on the device where they
+    are. Decoded once, by whoever asks first.
+    """
+
+    rows: Mapping[str, Tensor]
+    num_classes: int
+    decode: Callable[[Mapping[str, Tensor]], Tensor]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The logits, float32 [B, C]."""
+        return self.decode(self.rows)
+
+    def log_probs(self, temperature: float) -> Tensor:
+        """Return log softmax(z / temperature), float32 [B, C]."""
+        return torch.log_softmax(self.logits / temperature, dim=1)
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copies."""
+        return replace(self, rows={name: to_device(values, device) for name, values in self.rows.items()})
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+        return replace(self, rows={name: values[rows] for name, values in self.rows.items()})
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,10 @@ class Layout:
     teachers: tuple[TeacherLayout, ...]
     views: ArrayGroup[None] | None = None
 
+    def teacher(self, name: str) -> TeacherLayout:
+        """Return the arrays of a teacher by its name."""
+        return next(teacher for teacher in self.teachers if teacher.name == name)
+
     @property
     def groups(self) -> tuple[ArrayGroup[Any], ...]:
         """Everything that is committed by shard."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
@@ -78,6 +79,23 @@ class Manifest(Component):
         """Return the sha256 that identifies the cache, as hex."""
         return _digest(self.model_dump(mode="json"))
 
+    def restricted(self, num_views: int, teachers: Sequence[str]) -> Self:
+        """Return what a cache of the first views and of some teachers has in common with this one.
+
+        Canaries stay those of all views.
+        """
+        chosen = {name: self.teachers[name] for name in teachers}
+        views = self.views.model_copy(update={"num_views": num_views})
+        return self.model_copy(update={"views": views, "teachers": chosen})
+
+    def content_digest(self) -> str:
+        """Return the sha256 of what decides every target and pixel, as hex: the same after a cache has grown.
+
+        Of a manifest that is restricted to what a student began with. Neither where images lie nor which versions and
+        canaries prove them counts.
+        """
+        return _digest(self.model_dump(mode="json", exclude={"dataset", "canaries", "versions"}))
+
     def attributes(self) -> dict[str, Any]:
         """Return the stored form, with its own sha256."""
         stored = self.model_dump(mode="json")
@@ -114,10 +132,11 @@ def parse_manifest(attributes: object, where: str) -> Manifest:
 
 
 def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
+    """List what no cache can change."""
     lines = []
     for key in type(recorded.views).model_fields:
         old, new = getattr(recorded.views, key), getattr(wanted.views, key)
-        if old != new:
+        if old != new and key != "num_views":
             lines.append(f"views.{key}: the cache has {_short(old)}, the recipe {_short(new)}")
     if recorded.image_shape != wanted.image_shape:
         lines.append(f"view shape: the cache has {recorded.image_shape}, the recipe gives {wanted.image_shape}")
@@ -125,14 +144,26 @@ def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
         old, new = getattr(recorded, key), getattr(wanted, key)
         if old != new:
             lines.append(f"{key}: the cache has {_short(old)}, the recipe {_short(new)}")
-    for name in sorted(recorded.teachers.keys() | wanted.teachers.keys()):
-        lines += _teacher_differences(name, recorded.teachers.get(name), wanted.teachers.get(name))
+    for name in sorted(recorded.teachers.keys() & wanted.teachers.keys()):
+        lines += _teacher_differences(name, recorded.teachers[name], wanted.teachers[name])
     return lines
 
 
-def _teacher_differences(name: str, recorded: TeacherEntry | None, wanted: TeacherEntry | None) -> list[str]:
-    if recorded is None or wanted is None:
-        return [f"teachers.{name}: only in the {'recipe' if recorded is None else 'cache'}"]
+def _lacks(recorded: Manifest, wanted: Manifest) -> list[str]:
+    """List what the cache has and the recipe does not ask for."""
+    old, new = recorded.views.num_views, wanted.views.num_views
+    lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new < old else []
+    return lines + [f"teachers.{name}: only in the cache" for name in recorded.teachers if name not in wanted.teachers]
+
+
+def _adds(recorded: Manifest, wanted: Manifest) -> list[str]:
+    """List what the recipe asks for and the cache does not have."""
+    old, new = recorded.views.num_views, wanted.views.num_views
+    lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new > old else []
+    return lines + [f"teachers.{name}: only in the recipe" for name in wanted.teachers if name not in recorded.teachers]
+
+
+def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry) -> list[str]:
     fields = ("weights", "preprocessing", "precision", "num_classes", "logits")
     pairs = [(key, getattr(recorded, key), getattr(wanted, key)) for key in fields]
     return [
@@ -149,12 +180,25 @@ def _short(value: object) -> str:
     return repr(value)
 
 
-def require_same(recorded: Manifest, wanted: Manifest, where: str) -> None:
-    """Raise MismatchError listing every way in which a recipe differs from the cache it would continue."""
+def extends(wanted: Manifest, recorded: Manifest) -> bool:
+    """Whether what is wanted is all that is recorded, or more: further views and teachers."""
+    return not _differences(recorded, wanted) and not _lacks(recorded, wanted)
+
+
+def is_more(wanted: Manifest, recorded: Manifest) -> bool:
+    """Whether more views or teachers are wanted than are recorded."""
+    return bool(_adds(recorded, wanted))
+
+
+def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
+    """Raise MismatchError listing every way in which a recipe is another than one that continues or extends a cache."""
     lines = _differences(recorded, wanted)
-    if lines:
+    lacks = _lacks(recorded, wanted)
+    # More views and teachers are no fault, but tell a recipe of other teachers from one that leaves some out.
+    if lines or lacks:
         raise MismatchError(
             f"{where} was made by another recipe:\n  "
-            + "\n  ".join(lines)
-            + "\n  Fix: change the recipe back to continue this cache, or give the new one another `cache:` path"
+            + "\n  ".join([*lines, *lacks, *(_adds(recorded, wanted) if lacks else [])])
+            + "\n  Fix: change the recipe back to continue this cache (it may add views and teachers), "
+            "or give the new one another `cache:` path"
         )

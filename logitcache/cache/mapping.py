@@ -1,9 +1,12 @@
-"""Map all shard files of a hot array into one address range: one NumPy array over the whole store."""
+"""Map the shard files of a hot array into one address range: one NumPy array over the whole store."""
 
 import ctypes
 import mmap
 import os
+import resource
+import threading
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+_ADVISED, _UNASKED = 64, 16
+"""Batches whose pages the disk is told of at once, where it is needed; and batches between asking whether it is."""
+
+_WHO = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 
 
 def _map(address: int | None, size: int, protection: int, flags: int, descriptor: int) -> int:
@@ -27,49 +36,99 @@ def _map(address: int | None, size: int, protection: int, flags: int, descriptor
     if mapped is None or mapped == _MAP_FAILED:
         raise CacheError(
             f"{size} bytes of the cache cannot be mapped: {os.strerror(ctypes.get_errno())}. "
-            "Fix: allow the process more address space (ulimit -v), or store {storage: packed}"
+            "Fix: allow the process more address space (ulimit -v) or more mappings (sysctl vm.max_map_count), or "
+            "store {storage: packed}"
         )
     return mapped
 
 
-def map_rows(root: Path, array: ArrayLayout, shards: list[Shard]) -> NDArray[Any]:
-    """Map `shards` read-only as [num_views * padded rows, *row_shape]; row `view * padded + index` is a key's.
+class MappedRows:
+    """Rows of shard files, [num_views * padded rows, *row_shape]; row `view * padded + index` is a key's.
 
-    The address range of shards that are not given is reserved, not readable. Sizes are checked before anything is
-    mapped: a row past the end of a truncated file would kill the process.
+    The whole address range is reserved at once, the files of a view are mapped when it is first needed: a cache of many
+    views opens as fast as one of few.
     """
-    shard_bytes = array.shard_rows * array.row_bytes
-    assert shard_bytes % PAGE == 0
-    per_view = -(-array.num_images // array.shard_rows)
-    total = array.num_views * per_view * shard_bytes
-    base = _map(None, total, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
-    memory = (ctypes.c_uint8 * total).from_address(base)
-    # Not when the interpreter ends: other threads may still read, and the memory goes with the process.
-    weakref.finalize(memory, _libc.munmap, base, total).atexit = False
-    for shard in shards:
-        number = shard.view * per_view + shard.start // array.shard_rows
-        _map_file(root / array.file(shard), array, shard, base + number * shard_bytes)
-    rows: NDArray[Any] = np.frombuffer(memory, dtype=array.dtype).reshape(-1, *array.row_shape)  # type: ignore[call-overload]
-    rows.flags.writeable = False
-    return rows
 
+    def __init__(self, root: Path, array: ArrayLayout, shards: Iterable[Shard]) -> None:
+        self._root, self._array = root, array
+        self._shard_bytes = array.shard_rows * array.row_bytes
+        assert self._shard_bytes % PAGE == 0
+        self._per_view = -(-array.num_images // array.shard_rows)
+        total = array.num_views * self._per_view * self._shard_bytes
+        self._base = _map(None, total, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        memory = (ctypes.c_uint8 * total).from_address(self._base)
+        # Not when the interpreter ends: other threads may still read, and the memory goes with the process.
+        weakref.finalize(memory, _libc.munmap, self._base, total).atexit = False
+        self._unmapped: dict[int, list[Shard]] = {}
+        for shard in shards:
+            self._unmapped.setdefault(shard.view, []).append(shard)
+        self._mapping = threading.Lock()
+        self._left_to_advise, self._left_unasked = 1, 1
+        rows: NDArray[Any] = np.frombuffer(memory, dtype=array.dtype).reshape(-1, *array.row_shape)  # type: ignore[call-overload]
+        rows.flags.writeable = False
+        self.rows = rows
 
-def _map_file(path: Path, array: ArrayLayout, shard: Shard, address: int) -> None:
-    rows = shard.stop - shard.start
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise CacheError(
-            f"{path}: {error.strerror}. Fix: run `logitcache precompute` again, it writes what is missing"
-        ) from error
-    try:
-        size, expected = os.fstat(descriptor).st_size, array.hot_bytes(rows)
-        if size != expected:
+    def prepare(self, view: int) -> None:
+        """Map the shards of a view, unless they are."""
+        with self._mapping:
+            for shard in self._unmapped.get(view, ()):
+                self._map_file(shard)
+            self._unmapped.pop(view, None)
+
+    def expect(self, places: NDArray[np.int64]) -> None:
+        """Tell the disk of all the pages of a batch at once, where pages are not in memory.
+
+        Advised pages count as no faults: every now and then a batch goes without, which tells.
+        """
+        if self._left_to_advise:
+            self._left_to_advise -= 1
+            self._advise(places)
+
+    def take(self, places: NDArray[np.int64]) -> NDArray[Any]:
+        """Gather rows of views that are prepared, [B, *row_shape]; any other address ends the process."""
+        if self._left_to_advise:
+            return self.rows.take(places, axis=0)
+        self._left_unasked -= 1
+        if self._left_unasked > 0:
+            return self.rows.take(places, axis=0)
+        self._left_unasked, before = _UNASKED, _disk_faults()
+        rows = self.rows.take(places, axis=0)
+        if (_disk_faults() - before) * 8 > len(places):
+            self._left_to_advise, self._left_unasked = _ADVISED, 1
+        return rows
+
+    def _map_file(self, shard: Shard) -> None:
+        """Map a shard; a row past the end of a truncated file would kill the process, so its size is checked before."""
+        array, path, rows = self._array, self._root / self._array.file(shard), shard.stop - shard.start
+        number = shard.view * self._per_view + shard.start // array.shard_rows
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError as error:
             raise CacheError(
-                f"{path} has {size} bytes, its layout needs {expected}. Fix: run the same "
-                "`logitcache precompute` command again, it rewrites this shard"
-            )
-        needed = -(-rows * array.row_bytes // PAGE) * PAGE
-        _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
-    finally:
-        os.close(descriptor)
+                f"{path}: {error.strerror}. Fix: run `logitcache precompute` again, it writes what is missing"
+            ) from error
+        try:
+            size, expected = os.fstat(descriptor).st_size, array.hot_bytes(rows)
+            if size != expected:
+                raise CacheError(
+                    f"{path} has {size} bytes, its layout needs {expected}. Fix: run the same "
+                    "`logitcache precompute` command again, it rewrites this shard"
+                )
+            address, needed = self._base + number * self._shard_bytes, -(-rows * array.row_bytes // PAGE) * PAGE
+            _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+            # Reading around a random row would bring in many times what is asked for.
+            _libc.madvise(address, needed, mmap.MADV_RANDOM)
+        finally:
+            os.close(descriptor)
+
+    def _advise(self, places: NDArray[np.int64]) -> None:
+        """Let the disk read the pages of rows all at once."""
+        row_bytes = self._array.row_bytes
+        starts = np.sort(places) * row_bytes
+        first, stop = starts // PAGE, (starts + (row_bytes - 1)) // PAGE + 1
+        for page, after in np.unique(np.stack([first, stop], axis=1), axis=0).tolist():
+            _libc.madvise(self._base + page * PAGE, (after - page) * PAGE, mmap.MADV_WILLNEED)
+
+
+def _disk_faults() -> int:
+    return resource.getrusage(_WHO).ru_majflt

@@ -1,23 +1,25 @@
 """`Cache`: a finished cache, opened for training."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from logitcache.cache.create import read_manifest
+from logitcache.cache.gather import StoredRows
 from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, TeacherLayout, layout_of
 from logitcache.cache.locks import require_releases, require_trusted
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.plain import require_plain
 from logitcache.cache.recorded import RecordedRows, require_planned
-from logitcache.cache.rows import PACKED_SHARDS, HotRows, PackedRows, RowSource
+from logitcache.cache.rows import num_kept
 from logitcache.cache.skeleton import read_canaries, read_digests, read_labels, require_sound_skeleton
-from logitcache.cache.verify import committed_shards, require_intact
+from logitcache.cache.verify import committed_shards
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError, ReplayMismatchError
 from logitcache.targets import LinearLogits, Logits, Targets
 from logitcache.versions import versions
@@ -32,6 +34,9 @@ from logitcache.views.spec import Views
 Replay = Literal["planned", "recorded"]
 """Where the parameters of augmentations come from: drawn again from the seed, or read from the cache."""
 
+FILES_COMPARED = 1024
+"""A cache of more shard files than these is compared view by view, as they are read."""
+
 
 class Cache:
     """Targets of every view of every image, by key. Opening runs no code of the cache and writes nothing."""
@@ -41,6 +46,7 @@ class Cache:
         self.manifest = manifest
         self.layout: Layout = layout_of(manifest)
         self.shards = committed_shards(path, self.layout)
+        self._stored = StoredRows(path, self.layout, self.shards)
 
     @property
     def num_views(self) -> int:
@@ -61,23 +67,13 @@ class Cache:
         return read_labels(self.path, self.manifest)
 
     @cached_property
-    def _sources(self) -> dict[str, RowSource]:
-        return {
-            array.name: HotRows(self.path, array, self.shards)
-            if array.storage == "hot"
-            else PackedRows(self.path, array)
-            for teacher in self.layout.teachers
-            for array in teacher.arrays
-        }
-
-    @cached_property
     def _recorded(self) -> dict[str, RecordedRows]:
         return {array.suffix: RecordedRows(self.path, array) for array in self.layout.views_arrays}
 
     def answers(self, keys: Sequence[ViewKey]) -> dict[str, Logits]:
         """Gather what each teacher answered to the views of keys, [B, C], in the cache's dtypes."""
-        pairs = self._checked(keys)
-        return {teacher.name: self._logits(teacher, pairs) for teacher in self.layout.teachers}
+        rows = self._stored.take(self._stored.places(keys))
+        return {teacher.name: self._logits(teacher, rows) for teacher in self.layout.teachers}
 
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
         """Gather the targets of a batch of keys, by teacher: its answers, or linear mixtures of them."""
@@ -94,7 +90,7 @@ class Cache:
 
     def row_checksums(self, keys: Sequence[ViewKey]) -> NDArray[np.uint32] | None:
         """Gather the checksums [B] of the pixels that the teachers saw; None where none are recorded."""
-        self._checked(keys)
+        self._stored.places(keys)
         return self._recorded[CHECKSUMS](keys) if self.manifest.row_checksums else None
 
     def checksums_of(self, verify: canaries.Level) -> ChecksumsOf | None:
@@ -103,39 +99,18 @@ class Cache:
 
     def parameters(self, keys: Sequence[ViewKey]) -> NDArray[np.int64] | None:
         """Gather what the augmentations drew, [B, P], as the manifest names it; None where it is not recorded."""
-        pairs = self._checked(keys)
+        self._stored.places(keys)
         if not self.manifest.parameters:
-            return None if self.manifest.parameters is None else np.empty((len(pairs), 0), np.int64)
+            return None if self.manifest.parameters is None else np.empty((len(keys), 0), np.int64)
         return self._recorded[PARAMETERS](keys)
 
-    def _checked(self, keys: Sequence[ViewKey]) -> NDArray[np.int64]:
-        """Return keys as [B, 2]; raise for one that the cache does not have."""
-        pairs = np.array(keys, dtype=np.int64).reshape(-1, 2)
-        low, high = pairs.min(axis=0, initial=0), pairs.max(axis=0, initial=0)
-        if min(low) < 0 or high[0] >= self.num_views or high[1] >= len(self):
-            raise IndexError(
-                f"keys run from {tuple(low.tolist())} to {tuple(high.tolist())}; the cache has {self.num_views} views "
-                f"of {len(self)} images"
-            )
-        if not self.complete:
-            self._require_committed(pairs)
-        return pairs
+    def require_intact(self) -> None:
+        """Raise CacheError naming the committed shards whose stored bytes differ from their records."""
+        self._stored.compare()
 
-    def _require_committed(self, pairs: NDArray[np.int64]) -> None:
-        """Raise CacheError for a key of a shard that is not there: its addresses cannot be read."""
-        rows = self.layout.shard_rows
-        there = {(shard.view, shard.start // rows) for shard in self.shards}
-        for view, index in pairs.tolist():
-            if (view, index // rows) not in there:
-                raise CacheError(
-                    f"{self.path}: view {view} of image {index} is not committed yet. "
-                    "Fix: finish `logitcache precompute`"
-                )
-
-    def _logits(self, teacher: TeacherLayout, pairs: NDArray[np.int64]) -> Logits:
-        """Gather a teacher's logits of (view, image) pairs [B, 2]."""
-        arrays = {a: self._sources[a.name].take(pairs[:, 0], pairs[:, 1]) for a in teacher.arrays}
-        tensors = {array.suffix: torch.from_numpy(rows) for array, rows in arrays.items()}
+    def _logits(self, teacher: TeacherLayout, rows: Mapping[str, NDArray[Any]]) -> Logits:
+        """Decode a teacher's logits from the rows of its arrays, as far as the cache's dtypes go."""
+        tensors = {array.suffix: torch.from_numpy(rows[array.name]) for array in teacher.arrays}
         return teacher.entry.logits.decode(tensors, teacher.entry.num_classes)
 
     def views(
@@ -153,6 +128,7 @@ class Cache:
         ReplayMismatchError with the reason and the fix.
         """
         require_trusted(self.manifest.views, factories, str(self.path))
+        self.require_intact()
         recorded = self._parameters_to_replay() if replay == "recorded" else None
         opened = self._open_dataset(dataset)
         self.require_dataset(opened)
@@ -268,20 +244,26 @@ class Cache:
 
     @property
     def shuffle_block(self) -> int | None:
-        """Rows to shuffle among where a packed view has more shards than are kept decoded; None for all."""
-        packed = any(entry.logits.storage == "packed" for entry in self.manifest.teachers.values())
-        if not packed or self.layout.shards_per_view <= PACKED_SHARDS:
+        """Rows to shuffle among where a packed view has more shards than are kept decoded; None for all.
+
+        It depends on the cache alone, not on a machine's memory: so does the order of an epoch.
+        """
+        packed = [array for group in self.layout.teachers for array in group.arrays if array.storage == "packed"]
+        kept = min((num_kept(array) for array in packed), default=self.layout.shards_per_view)
+        if self.layout.shards_per_view <= kept:
             return None
-        return PACKED_SHARDS // 2 * self.layout.shard_rows  # a batch at the seam of two blocks needs both
+        return kept // 2 * self.layout.shard_rows  # a batch at the seam of two blocks needs both
 
 
 def open_cache(path: str | Path) -> Cache:
     """Open a finished cache; raise CacheError when it is damaged or incomplete.
 
-    Every shard's stored bytes are compared with its commit record; files that this machine has compared before and that
-    were not touched since are not read again.
+    Stored bytes are compared with their commit records: those of a small cache here, those of a larger one before its
+    rows are first read, and all of them before its views are rendered. Files that this machine has compared before and
+    that were not touched since are not read again.
     """
     root = Path(path)
+    require_plain(root)
     cache = Cache(root, read_manifest(root))
     require_sound_skeleton(root, cache.manifest)
     if not cache.complete:
@@ -290,5 +272,6 @@ def open_cache(path: str | Path) -> Cache:
             f"{root} is incomplete: {total - len(cache.shards)} of {total} shards are not committed. "
             "Fix: run the same `logitcache precompute` command again, it continues"
         )
-    require_intact(root, cache.layout, cache.shards)
+    if cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
+        cache.require_intact()
     return cache

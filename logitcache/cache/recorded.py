@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.layout import ArrayLayout, Shard
-from logitcache.cache.rows import PackedRows
+from logitcache.cache.rows import PackedRows, columns_of
 from logitcache.errors import ReplayMismatchError
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
@@ -34,8 +34,9 @@ class RecordedRows:
 
     def __call__(self, keys: Sequence[ViewKey]) -> NDArray[Any]:
         """Gather the rows of keys that the cache has, [B, *row_shape]."""
-        pairs = np.array(keys, dtype=np.int64).reshape(-1, 2)
-        return self._rows.take(pairs[:, 0], pairs[:, 1])
+        views, indices = columns_of(keys)
+        rows = self._layout.shard_rows
+        return self._rows.take(views * (-(-self._layout.num_images // rows) * rows) + indices)
 
     @cached_property
     def _rows(self) -> PackedRows:

@@ -1,84 +1,161 @@
-"""Sources of rows: hot arrays are read in place, packed ones are decoded by whole shards."""
+"""Sources of rows: hot arrays are read in place, packed ones are decoded here by whole shards, ahead of their use."""
 
+import os
+import threading
 from collections import OrderedDict
-from functools import cached_property
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.storage import LocalStore
 
-from logitcache.cache.layout import ArrayLayout, Shard
-from logitcache.cache.mapping import map_rows
-from logitcache.errors import CacheError
+from logitcache.cache.decoded import SharedShards, name_of
+from logitcache.cache.layout import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard
+from logitcache.cache.unpack import Unpacker
+from logitcache.views.keys import ViewKey
 
 PACKED_SHARDS = 8
-"""Decoded shards that each packed array keeps."""
+KEPT_BYTES = 1 << 30
+"""Each packed array keeps this many decoded shards at least, and more where they take less memory than this."""
+
+
+def columns_of(keys: Sequence[ViewKey]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the views and the indices of keys, int64 [B] each."""
+    if not keys:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    views, indices = zip(*keys, strict=True)
+    return np.fromiter(views, np.int64, len(keys)), np.fromiter(indices, np.int64, len(keys))
 
 
 class RowSource(Protocol):
-    """Rows of one array by view and index."""
+    """Rows of one array by place: `view * padded + index`, where every view is padded to whole shards."""
 
-    def take(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[Any]:
+    def prepare(self, view: int) -> None:
+        """Make a view ready; before any of its rows is gathered."""
+
+    def expect(self, places: NDArray[np.int64]) -> None:
+        """Hear which rows are asked for next, while those of other arrays are still to come."""
+
+    def take(self, places: NDArray[np.int64]) -> NDArray[Any]:
         """Gather rows, [B, *row_shape]."""
 
 
-class HotRows:
-    """Rows in place: one gather over one mapping serves a batch."""
+class Sharing(NamedTuple):
+    """Where the decoded shards of an array are shared, and where the records lie that name them."""
 
-    def __init__(self, root: Path, layout: ArrayLayout, shards: list[Shard]) -> None:
-        self._rows = map_rows(root, layout, shards)
-        self._view_rows = -(-layout.num_images // layout.shard_rows) * layout.shard_rows
+    shards: SharedShards
+    group: ArrayGroup[Any]
+    position: int
 
-    def take(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[Any]:
-        """Gather rows, [B, *row_shape]."""
-        return self._rows.take(views * self._view_rows + indices, axis=0)
+
+def num_kept(layout: ArrayLayout) -> int:
+    """Return how many decoded shards of a packed array are kept."""
+    return max(PACKED_SHARDS, KEPT_BYTES // (layout.shard_rows * layout.row_bytes))
 
 
 class PackedRows:
-    """Rows of decoded shards, the least recently used of which are forgotten."""
+    """Rows of decoded shards, the least recently used of which are forgotten.
 
-    def __init__(self, root: Path, layout: ArrayLayout, num_kept: int = PACKED_SHARDS) -> None:
+    Where batches are expected, a thread decodes the rest of a view that is begun, then the view after it, in half of
+    the room.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        layout: ArrayLayout,
+        num_kept: int = PACKED_SHARDS,
+        sharing: Sharing | None = None,
+    ) -> None:
         self._root, self._layout = root, layout
-        self._shard_rows = layout.shard_rows
-        self._shape, self._dtype = layout.row_shape, layout.dtype
-        self._room = num_kept
-        self._decoded: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
+        self._room, self._sharing = num_kept, sharing
+        self._per_view = -(-layout.num_images // layout.shard_rows)
+        self._unpack = Unpacker(root, layout)
+        self._begin()
 
-    def take(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[Any]:
+    def _begin(self) -> None:
+        # A fork has neither the threads of its parent nor what they were about to decode.
+        self._process = os.getpid()
+        self._decoded: OrderedDict[int, Future[NDArray[Any]]] = OrderedDict()
+        self._changing = threading.Lock()
+        self._thread: ThreadPoolExecutor | None = None
+        self._view = -1
+
+    def prepare(self, view: int) -> None:
+        """Do nothing: shards are decoded as they are asked for."""
+
+    def expect(self, places: NDArray[np.int64]) -> None:
+        """Begin to decode the rest of the view of a batch, and the view after it."""
+        if self._process != os.getpid():
+            self._begin()
+        if len(places):
+            self._decode_ahead(int(places[-1]) // (self._per_view * self._layout.shard_rows))
+
+    def take(self, places: NDArray[np.int64]) -> NDArray[Any]:
         """Gather rows, [B, *row_shape]."""
-        rows = np.empty((len(views), *self._shape), self._dtype)
-        places = np.stack([views, indices // self._shard_rows], axis=1)
-        for view, number in np.unique(places, axis=0).tolist():
-            mine = (places[:, 0] == view) & (places[:, 1] == number)
-            rows[mine] = self._shard(view, number)[indices[mine] % self._shard_rows]
+        if self._process != os.getpid():
+            self._begin()
+        rows = np.empty((len(places), *self._layout.row_shape), self._layout.dtype)
+        if not len(places):
+            return rows
+        numbers, inside = np.divmod(places, self._layout.shard_rows)
+        order = np.argsort(numbers, kind="stable")
+        needed, starts = np.unique(numbers[order], return_index=True)
+        bounds = [*starts.tolist(), len(order)]
+        for number, start, stop in zip(needed.tolist(), bounds[:-1], bounds[1:], strict=True):
+            mine = order[start:stop]
+            rows[mine] = self._shard(number).take(inside[mine], axis=0)
         return rows
 
-    def _shard(self, view: int, number: int) -> NDArray[Any]:
-        key = (view, number)
-        if key not in self._decoded:
-            self._decoded[key] = self._decode(view, number)
+    def _decode_ahead(self, view: int) -> None:
+        if view == self._view:
+            return
+        self._view = view
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="logitcache-ahead")
+        total = self._layout.num_views * self._per_view
+        first, count = view * self._per_view, min(2 * self._per_view, self._room // 2, total)
+        self._thread.submit(self._decode_of, view, [number % total for number in range(first, first + count)])
+
+    def _decode_of(self, view: int, numbers: list[int]) -> None:
+        for number in numbers:
+            if view != self._view:
+                return
+            self._shard(number)  # what goes wrong is raised again where the rows are asked for
+
+    def _shard(self, number: int) -> NDArray[Any]:
+        with self._changing:
+            decoded = self._decoded.get(number)
+            is_new = decoded is None
+            if decoded is None:
+                decoded = self._decoded[number] = Future()
+            self._decoded.move_to_end(number)
             while len(self._decoded) > self._room:
                 self._decoded.popitem(last=False)
-        self._decoded.move_to_end(key)
-        return self._decoded[key]
+        if is_new:
+            try:
+                decoded.set_result(self._load(number))
+            except BaseException as error:
+                self._decoded.pop(number, None)
+                decoded.set_exception(error)
+        return decoded.result()
 
-    def _decode(self, view: int, number: int) -> NDArray[Any]:
-        start = number * self._shard_rows
-        shard = Shard(view, start, min(start + self._shard_rows, self._layout.num_images))
-        file = self._root / self._layout.file(shard)
-        # zarr gives fill values for a file that is not there.
-        if not file.is_file():
-            raise CacheError(f"{file} is missing. Fix: run `logitcache precompute` again, it writes what is missing")
+    def _load(self, number: int) -> NDArray[Any]:
+        view, place = divmod(number, self._per_view)
+        start = place * self._layout.shard_rows
+        shard = Shard(view, start, min(start + self._layout.shard_rows, self._layout.num_images))
+        if self._sharing is None:
+            return self._unpack(shard)
+        shared, group, position = self._sharing
+        file = self._layout.file(shard)
         try:
-            return np.asarray(self._array[view, shard.start : shard.stop])
-        except Exception as error:  # zarr and its codecs raise anything for damaged bytes
-            raise CacheError(
-                f"{file} cannot be decoded: {error}. Fix: run `logitcache precompute` again, it rewrites this shard"
-            ) from error
-
-    @cached_property
-    def _array(self) -> zarr.Array[Any]:
-        return zarr.open_array(LocalStore(self._root / self._layout.name, read_only=True), mode="r")
+            metadata = (self._root / self._layout.name / "zarr.json").read_bytes()
+            record = (self._root / group.record_file(shard)).read_bytes()
+        except OSError:
+            return self._unpack(shard)
+        record = record[position * RECORD_BYTES : (position + 1) * RECORD_BYTES]
+        name = name_of(file.encode(), metadata, record)
+        shape = (shard.stop - shard.start, *self._layout.row_shape)
+        return shared.get(name, shape, self._layout.dtype, lambda: self._unpack(shard))

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from logitcache.cache.layout import layout_of
-from logitcache.cache.manifest import Manifest
+from logitcache.cache.manifest import Manifest, extends, parse_manifest
 from logitcache.errors import CacheError
 from logitcache.files import write_atomically
 from logitcache.views.canaries import pixel_digest
@@ -24,6 +24,9 @@ from logitcache.views.canaries import pixel_digest
 ROOT = "zarr.json"
 LABELS, DIGESTS, CANARIES = "label/c/0", "digest/c/0", "canary/c/0/0/0/0"
 """Each of these arrays is one uncompressed chunk: its file is its values."""
+
+GROWING = "digest/growing"
+"""What a cache is to become: not in the root, where readers of Zarr would wonder at it."""
 
 SHOWN = 5
 
@@ -133,16 +136,54 @@ def _metadata_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
     wanted = _metadata(manifest)
     # Another release of zarr may write the same in other words.
     read = _as_written if manifest.versions.get("zarr") == zarr.__version__ else _understood
-    for key in [ROOT, *(f"{options['name']}/{ROOT}" for options in skeleton_arrays(manifest))]:
+    growing = {array["name"] for array in skeleton_arrays(manifest)} - {"label", "digest", "canary"}
+    for name in [options["name"] for options in skeleton_arrays(manifest)]:
+        key = f"{name}/{ROOT}"
         try:
-            found = _without_manifest(key, read((root / key).read_bytes(), key))
+            found, implied = read((root / key).read_bytes(), key), read(wanted[key].to_bytes(), key)
+            same = found == implied or (name in growing and _is_grown(root, found, implied))
         except OSError as error:
             yield Problem(key, f"{root / key} cannot be read: {error.strerror}")
         except Exception as error:  # zarr raises anything for damaged metadata
             yield Problem(key, f"{root / key} is damaged: {type(error).__name__}: {error}")
         else:
-            if found != _without_manifest(key, read(wanted[key].to_bytes(), key)):
+            if not same:
                 yield Problem(key, f"{root / key} does not describe what the manifest implies")
+    yield from _root_problems(root, manifest, wanted[ROOT].to_bytes(), read)
+
+
+def _root_problems(
+    root: Path, manifest: Manifest, implied: bytes, read: Callable[[bytes, str], Any]
+) -> Iterator[Problem]:
+    try:
+        stored = (root / ROOT).read_bytes()
+        found = read(stored, ROOT)
+        # A cache that has grown meanwhile agrees with the manifest that it has now.
+        now = parse_manifest(json.loads(stored)["attributes"], str(root))
+        implied = implied if now == manifest else _metadata(now)[ROOT].to_bytes()
+    except OSError as error:
+        yield Problem(ROOT, f"{root / ROOT} cannot be read: {error.strerror}")
+    except Exception as error:  # zarr raises anything for damaged metadata
+        yield Problem(ROOT, f"{root / ROOT} is damaged: {type(error).__name__}: {error}")
+    else:
+        if _without_manifest(found) != _without_manifest(read(implied, ROOT)) or not extends(now, manifest):
+            yield Problem(ROOT, f"{root / ROOT} does not describe what the manifest implies")
+
+
+def _is_grown(root: Path, found: Any, implied: Any) -> bool:
+    """Whether an array's metadata differ from what is implied by more views alone, as those of a cache that grows do.
+
+    All of these views are committed by then, and the root follows. It is read last: what grew earlier is in it.
+    """
+    views, others = found["shape"][0], {**found, "shape": [implied["shape"][0], *found["shape"][1:]]}
+    if others != implied or not views > implied["shape"][0]:
+        return False
+    try:
+        growing = json.loads((root / GROWING).read_bytes())["num_views"]
+    except FileNotFoundError:
+        growing = 0
+    now = json.loads((root / ROOT).read_bytes())["attributes"]["logitcache"]["manifest"]["views"]["num_views"]
+    return bool(views <= max(growing, now))
 
 
 def _as_written(stored: bytes, key: str) -> Any:
@@ -158,9 +199,9 @@ def _understood(stored: bytes, key: str) -> Any:
     return json.loads(json.dumps(found))
 
 
-def _without_manifest(key: str, found: Any) -> Any:
+def _without_manifest(found: Any) -> Any:
     """Leave out the manifest, which has its own digest."""
-    return {name: value for name, value in found.items() if (key, name) != (ROOT, "attributes")}
+    return {name: value for name, value in found.items() if name != "attributes"}
 
 
 def _sample_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:

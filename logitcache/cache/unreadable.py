@@ -35,7 +35,8 @@ def with_mended_images(
 ) -> Manifest:
     """Take over from `wanted` the content of images that stopped a run and were mended since.
 
-    Only where nothing else changed and no committed shard has an answer for them; else returns what is recorded.
+    Only where nothing else changed and no shard that any teacher has committed holds an answer for them; else returns
+    what is recorded.
     """
     mended = wanted.fingerprint.model_dump(include={"content", "sizes"})
     content = recorded.fingerprint.model_copy(update=mended)

@@ -4,7 +4,8 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,13 +50,21 @@ class Verification:
     problems: tuple[str, ...]
 
 
+Committed = Mapping[str, AbstractSet[Shard]]
+"""The shards that have a commit record, by group."""
+
+
 def committed_shards(root: Path, layout: Layout) -> list[Shard]:
     """List the shards for which every group's commit record is there.
 
     It takes time by the records that there are, not by the shards that a manifest claims.
     """
-    found = [_recorded_shards(root, layout, group) for group in layout.groups]
-    return sorted(set.intersection(*found))
+    return sorted(set.intersection(*committed_by_group(root, layout).values()))
+
+
+def committed_by_group(root: Path, layout: Layout) -> dict[str, set[Shard]]:
+    """List the shards of each group for which its commit record is there."""
+    return {group.name: _recorded_shards(root, layout, group) for group in layout.groups}
 
 
 def _recorded_shards(root: Path, layout: Layout, group: ArrayGroup[Any]) -> set[Shard]:
@@ -81,34 +90,46 @@ def _stored(root: Path, group: ArrayGroup[Any], shard: Shard) -> list[StoredShar
     ]
 
 
-def damaged(root: Path, layout: Layout, shards: Sequence[Shard], *, fresh: bool = False) -> dict[Shard, list[str]]:
-    """Compare the stored bytes of committed shards with their records: what is wrong, by shard."""
-    found: dict[Shard, list[str]] = {}
+class Damage(NamedTuple):
+    """What is wrong with a group's part of a shard."""
+
+    shard: Shard
+    group: ArrayGroup[Any]
+    text: str
+
+
+def damaged(root: Path, layout: Layout, committed: Committed, *, fresh: bool = False) -> list[Damage]:
+    """Compare the stored bytes of committed shards with their records; several files are read at a time."""
+    found: list[Damage] = []
+    readable: list[tuple[StoredShard, ArrayGroup[Any]]] = []
     for group in layout.groups:
-        readable = []
-        for shard in shards:
+        for shard in sorted(committed[group.name]):
             try:
                 parts = _stored(root, group, shard)
             except CacheError as error:
-                found.setdefault(shard, []).append(str(error))
+                found.append(Damage(shard, group, str(error)))
                 continue
             for part in parts:
-                file = root / part.array.file(shard)
-                size = _size(file)
-                if size == part.size:
-                    readable.append(part)
+                wrong = _wrong_size(root, part)
+                if wrong is None:
+                    readable.append((part, group))
                 else:
-                    here = "no regular file" if size is None else f"{size} bytes"
-                    found.setdefault(shard, []).append(
-                        f"{part.name}: {here} where its record says {part.size} bytes ({file})"
-                    )
-        files = [root / part.array.file(part.shard) for part in readable]
-        digests = file_digests(files, what="shard", fresh=fresh, error=CacheError)
-        for part, digest in zip(readable, digests, strict=True):
-            file = root / part.array.file(part.shard)
-            if seal(digest, part.array.file(part.shard)) != part.record[8:]:
-                found.setdefault(part.shard, []).append(f"{part.name}: its bytes differ from its record ({file})")
-    return found
+                    found.append(Damage(shard, group, wrong))
+    files = [root / part.array.file(part.shard) for part, _ in readable]
+    digests = file_digests(files, what="shard", fresh=fresh, error=CacheError)
+    for (part, group), file, digest in zip(readable, files, digests, strict=True):
+        if seal(digest, part.array.file(part.shard)) != part.record[8:]:
+            found.append(Damage(part.shard, group, f"{part.name}: its bytes differ from its record ({file})"))
+    return sorted(found, key=lambda damage: damage.shard)
+
+
+def _wrong_size(root: Path, part: StoredShard) -> str | None:
+    file = root / part.array.file(part.shard)
+    size = _size(file)
+    if size == part.size:
+        return None
+    here = "no regular file" if size is None else f"{size} bytes"
+    return f"{part.name}: {here} where its record says {part.size} bytes ({file})"
 
 
 def _size(file: Path) -> int | None:
@@ -121,8 +142,8 @@ def _size(file: Path) -> int | None:
 
 
 def require_intact(root: Path, layout: Layout, shards: Sequence[Shard]) -> None:
-    """Raise CacheError naming the damaged ones of committed shards."""
-    lines = [line for problems in damaged(root, layout, shards).values() for line in problems]
+    """Raise CacheError naming the damaged ones of shards that are committed in every group."""
+    lines = [damage.text for damage in damaged(root, layout, {group.name: set(shards) for group in layout.groups})]
     if lines:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise CacheError(
@@ -136,10 +157,9 @@ def require_intact(root: Path, layout: Layout, shards: Sequence[Shard]) -> None:
 def verify_cache(root: Path, manifest: Manifest, layout: Layout) -> Verification:
     """Read every stored byte again and list everything that is wrong."""
     problems = [problem.text for problem in skeleton_problems(root, manifest)]
-    present = committed_shards(root, layout)
-    problems += _not_committed(layout, set(present))
-    for lines in damaged(root, layout, present, fresh=True).values():
-        problems += lines
+    committed = committed_by_group(root, layout)
+    problems += _not_committed(layout, set.intersection(*committed.values()))
+    problems += [damage.text for damage in damaged(root, layout, committed, fresh=True)]
     return Verification(layout.num_shards, stored_bytes(root), tuple(problems))
 
 
@@ -151,5 +171,5 @@ def _not_committed(layout: Layout, present: set[Shard]) -> list[str]:
 
 
 def stored_bytes(root: Path) -> int:
-    """Add up the sizes of a cache's files."""
-    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
+    """Add up the sizes of a cache's files, which others may write meanwhile."""
+    return sum(_size(file) or 0 for file in root.rglob("*"))

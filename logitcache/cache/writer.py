@@ -1,7 +1,7 @@
 """Write whole shards behind the teacher: data first, the commit record last."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,13 @@ class CacheWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="logitcache-writer")
         self._pending: Future[None] | None = None
 
-    def submit(self, shard: Shard, rows: Rows) -> None:
-        """Hand over a full shard, once the one before is committed; raise what went wrong with that one."""
+    def submit(self, shard: Shard, rows: Rows, committed: Callable[[], None] = lambda: None) -> None:
+        """Hand over a full shard, once the one before is committed; raise what went wrong with that one.
+
+        Groups of which `rows` has nothing are left as they are. `committed` is called when the shard is.
+        """
         self.flush()
-        self._pending = self._thread.submit(self._write, shard, rows)
+        self._pending = self._thread.submit(self._write, shard, rows, committed)
 
     def flush(self) -> None:
         """Wait until every shard handed over is committed."""
@@ -63,10 +66,13 @@ class CacheWriter:
         """Finish the shard that is being written and end the thread."""
         self._thread.shutdown(wait=True)
 
-    def _write(self, shard: Shard, rows: Rows) -> None:
+    def _write(self, shard: Shard, rows: Rows, committed: Callable[[], None]) -> None:
         for group in self._groups:
+            if group.arrays[0].name not in rows:
+                continue
             records = [self._write_array(array, shard, rows[array.name]) for array in group.arrays]
             write_atomically(self._path / group.record_file(shard), b"".join(records))
+        committed()
 
     def _write_array(self, array: ArrayLayout, shard: Shard, rows: NDArray[Any]) -> bytes:
         stored = self._encoders[array.name].encode(shard, rows)

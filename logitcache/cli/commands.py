@@ -67,13 +67,24 @@ def demo(
 
 
 @command(app, "precompute")
-def precompute(recipe: Recipe, overrides: Overrides) -> Answer:
-    """Run the teachers once over every view; the same command continues after a stop."""
+def precompute(
+    recipe: Recipe,
+    overrides: Overrides,
+    part: Annotated[
+        str | None,
+        Option("--part", metavar="I/N", help="Take each N-th shard only; 1/N to N/N make the whole, in any order."),
+    ] = None,
+) -> Answer:
+    """Run the teachers once over every view.
+
+    The same command continues after a stop, and shares the work with others of its kind. A recipe that asks for more
+    views or further teachers adds just these.
+    """
     from logitcache.recipe import load_recipe
     from logitcache.teacher.precompute import PrecomputeRecipe
     from logitcache.teacher.precompute import precompute as run
 
-    return Answer(asdict(run(load_recipe(recipe, PrecomputeRecipe, overrides))))
+    return Answer(asdict(run(load_recipe(recipe, PrecomputeRecipe, overrides), part=part)))
 
 
 @command(app, "train-student")
@@ -132,14 +143,42 @@ def inspect(cache: CachePath) -> Answer:
 
 
 @command(app, "verify")
-def verify(cache: CachePath, overrides: Overrides) -> Answer:
+def verify(
+    cache: CachePath,
+    overrides: Overrides,
+    repair: Annotated[
+        Path | None,
+        Option("--repair", metavar="RECIPE", help="Write what is damaged again, by the recipe that made the cache."),
+    ] = None,
+) -> Answer:
     """Read a whole cache again; --set dataset.root=DIR says where its images are now."""
     from logitcache.errors import CacheError
+    from logitcache.report.verification import repair as mend
     from logitcache.report.verification import verify as check
 
-    result = check(cache, overrides)
+    result = check(cache, overrides) if repair is None else mend(cache, repair, overrides)
     code = CacheError.exit_code if result.problems else 0
     return Answer(asdict(result), None, result.problems, CacheError.__name__, code)
+
+
+@command(app, "gc")
+def gc(
+    cache: CachePath,
+    dry_run: Annotated[bool, Option("--dry-run", help="Remove nothing, only say what would be.")] = False,
+    growth: Annotated[
+        bool, Option("--growth", help="Give up unfinished views and teachers that were being added, too.")
+    ] = False,
+) -> Answer:
+    """Remove what killed writers left behind; nothing that is committed, and not while a precompute is at work."""
+    from logitcache.cache.garbage import collect
+
+    found = collect(cache, dry_run=dry_run, growth=growth)
+    total = sum(garbage.bytes for garbage in found)
+    verb = "would be removed" if dry_run else "removed"
+    lines = [f"{garbage.path}: {garbage.why} ({garbage.bytes} bytes)\n" for garbage in found]
+    text = "".join(lines) + f"{len(found)} of {total} bytes {verb}\n"
+    document = {"cache": str(cache), "dry_run": dry_run, "bytes": total, "found": [asdict(item) for item in found]}
+    return Answer(document, text)
 
 
 @command(recipe_app, "check")

@@ -47,6 +47,25 @@ def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
     return VerifyResult(str(root), found.shards, found.bytes, images, note, found.problems)
 
 
+def repair(path: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
+    """Read every stored byte again, write exactly what is damaged again by the recipe that made the cache, and verify.
+
+    `overrides` change the recipe, whose `cache` is this one. Views and teachers that it asks for beyond the cache are
+    not added. Raises as precompute does where the recipe is another one, or where the cache cannot be repaired.
+    """
+    from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+
+    root = Path(path)
+    manifest = read_manifest(root)
+    plan = load_recipe(Path(recipe), PrecomputeRecipe, overrides).model_copy(update={"cache": str(root)})
+    views = plan.views.model_copy(update={"num_views": manifest.views.num_views})
+    kept = {name: source for name, source in plan.teachers.items() if name in manifest.teachers}
+    # What it finds is remembered: precompute need not read every byte once more.
+    verify_cache(root, manifest, layout_of(manifest))
+    precompute(plan.model_copy(update={"views": views, "teachers": kept or plan.teachers}))
+    return verify(root)
+
+
 def _compare_images(cache: Cache, overrides: Sequence[str]) -> str | None:
     """Return why the images could not be compared, None where they are the same."""
     recorded = cache.manifest.dataset

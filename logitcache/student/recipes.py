@@ -93,10 +93,12 @@ class TrainingRecipe(Component):
 class StudentRecipe(TrainingRecipe):
     """A student that learns from a cache; `dataset` says where its images lie now, when they have moved.
 
-    `replay` says whether the parameters of augmentations are drawn again or, where the cache has recorded them, read.
+    `num_views` takes only the first views of the cache; by default those that it has when the run begins. `replay` says
+    whether the parameters of augmentations are drawn again or, where the cache has recorded them, read.
     """
 
     cache: str
+    num_views: Count | None = None
     dataset: Dataset | None = None
     replay: Replay = "planned"
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (KLDivergence(),)

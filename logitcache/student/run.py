@@ -86,11 +86,16 @@ class RunDirectory:
                 + "\n  Fix: change these back to continue it, or give another `out:`"
             )
 
+    def learns_from(self) -> dict[str, Any]:
+        """Return the identity of what a run that has begun learns from; nothing of one that has not."""
+        found: dict[str, Any] = self._read_json(self._environment)["learns_from"] if self.begun else {}
+        return found
+
     def require_identity(self, identity: dict[str, Any]) -> None:
         """Raise MismatchError unless a run that has begun learns from the same data and is measured on the same."""
         if not self.begun:
             return
-        old, new = dict(_flat(self._read_json(self._environment)["learns_from"])), dict(_flat(identity))
+        old, new = dict(_flat(self.learns_from())), dict(_flat(identity))
         changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
         if changed:
             raise MismatchError(

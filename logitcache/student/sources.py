@@ -30,9 +30,14 @@ class Source:
     num_live: int = 0
 
 
-def open_source(recipe: StudentRecipe | TeacherRecipe, live: LiveTargets | None) -> Source:
-    """Open what a recipe learns from; raises where images, cache and losses do not belong together."""
-    return _from_cache(recipe, live) if isinstance(recipe, StudentRecipe) else _from_labels(recipe)
+def open_source(
+    recipe: StudentRecipe | TeacherRecipe, live: LiveTargets | None, begun: Mapping[str, Any] | None = None
+) -> Source:
+    """Open what a recipe learns from; raises where images, cache and losses do not belong together.
+
+    `begun` is the identity of the source that the run began with: a cache may have grown since.
+    """
+    return _from_cache(recipe, live, begun or {}) if isinstance(recipe, StudentRecipe) else _from_labels(recipe)
 
 
 def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Replay = "planned") -> Views:
@@ -40,8 +45,8 @@ def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Repl
     return cache.views(dataset, recipe.verify, limits=recipe.drift_limits, replay=replay, factories=recipe.factories)
 
 
-def _from_cache(recipe: StudentRecipe, live: LiveTargets | None) -> Source:
-    cache = open_cache(recipe.cache)
+def _from_cache(recipe: StudentRecipe, live: LiveTargets | None, begun: Mapping[str, Any]) -> Source:
+    cache = _as_begun(open_cache(recipe.cache), recipe.num_views, begun)
     require_served(recipe.losses, cache)
     if live is not None and cache.manifest.views.targets == "linear":
         raise RecipeError(
@@ -56,9 +61,39 @@ def _from_cache(recipe: StudentRecipe, live: LiveTargets | None) -> Source:
         checksums_of=cache.checksums_of(recipe.verify),
         shuffle_block=cache.shuffle_block,
     )
-    num_classes = _num_classes(recipe.losses, cache.manifest)
-    num_live = 0 if live is None else len(cache.manifest.teachers)
-    return Source(loader, num_classes, {"cache": cache.manifest.digest(), "online": num_live > 0}, live, num_live)
+    names = list(cache.manifest.teachers)
+    identity = {
+        "cache": cache.manifest.content_digest(),
+        "num_views": cache.num_views,
+        "teachers": names,
+        "online": live is not None,
+    }
+    return Source(
+        loader,
+        _num_classes(recipe.losses, cache.manifest),
+        identity,
+        None if live is None else _only(live, names),
+        0 if live is None else len(names),
+    )
+
+
+def _as_begun(cache: Cache, num_views: int | None, begun: Mapping[str, Any]) -> Cache:
+    """Return a cache as it was when the run began, or as a run that begins now sees it: with the first views."""
+    manifest = cache.manifest
+    if num_views is not None and num_views > cache.num_views:
+        raise RecipeError(f"num_views is {num_views}, {cache.path} has {cache.num_views} views. Fix: at most these")
+    views, names = begun.get("num_views", num_views or cache.num_views), begun.get("teachers", list(manifest.teachers))
+    if views > cache.num_views or not set(names) <= manifest.teachers.keys():
+        return cache  # another one: its identity differs
+    return Cache(cache.path, manifest.restricted(views, names))
+
+
+def _only(live: LiveTargets, names: Sequence[str]) -> LiveTargets:
+    def answers(images: Tensor) -> Mapping[str, Targets]:
+        found = live(images)
+        return {name: found[name] for name in names}
+
+    return answers
 
 
 def _from_labels(recipe: TeacherRecipe) -> Source:

@@ -51,7 +51,7 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
     if not resume:
         run.require_free()
     run.require_recipe(recipe)
-    source = open_source(recipe, live)
+    source = open_source(recipe, live, run.learns_from())
     validator = open_validator(recipe, source.num_classes)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)

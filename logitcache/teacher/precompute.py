@@ -1,18 +1,20 @@
 """Stage one: run the teachers once over every view and keep their answers."""
 
 import contextlib
+import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from logitcache.cache.create import writer_lock
 from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, Shard, TeacherLayout
+from logitcache.cache.sharing import preparing, writing
 from logitcache.cache.unreadable import note_unreadable
 from logitcache.cache.verify import stored_bytes
 from logitcache.cache.writer import CacheWriter, Rows, empty_rows
@@ -21,10 +23,11 @@ from logitcache.device import resolve_device, to_device
 from logitcache.errors import DataError
 from logitcache.stopping import stop_flag
 from logitcache.teacher.models import Teacher, require_answers, require_fits
-from logitcache.teacher.preparation import as_given, build_teachers, open_images, prepare
+from logitcache.teacher.preparation import Plan, as_given, build_teachers, finish, open_images, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.teacher.share import WHOLE, Part, Share
 from logitcache.views import canaries
-from logitcache.views.checksums import row_checksums
+from logitcache.views.checksums import require_rows, row_checksums
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, require_one_size
@@ -34,11 +37,15 @@ __all__ = ["PrecomputeRecipe", "PrecomputeResult", "precompute"]
 
 @dataclass(frozen=True)
 class PrecomputeResult:
-    """What a run did; `views` are images as the teachers saw them, computed in this run."""
+    """What a run did; `views` are images as the teachers saw them, computed in this run.
+
+    `shards_left` are not committed yet: other processes have claimed them, or other parts have them.
+    """
 
     cache: str
     shards: int
     shards_written: int
+    shards_left: int
     views: int
     teacher_passes: int
     seconds: float
@@ -46,68 +53,115 @@ class PrecomputeResult:
 
 
 def precompute(
-    recipe: PrecomputeRecipe, *, teachers: Mapping[str, nn.Module] | None = None, dataset: object | None = None
+    recipe: PrecomputeRecipe,
+    *,
+    teachers: Mapping[str, nn.Module] | None = None,
+    dataset: object | None = None,
+    part: str | None = None,
 ) -> PrecomputeResult:
-    """Fill the recipe's cache; continues where an earlier run of the same recipe stopped.
+    """Fill the recipe's cache; continues where earlier runs stopped, adds views and teachers, shares with other runs.
 
-    `teachers` and `dataset` give the objects themselves in place of their recipe entries. Raises MismatchError when the
-    cache was made by another recipe, DataError naming an image that cannot be read, Stopped after SIGTERM or Ctrl-C.
+    `teachers` and `dataset` give the objects themselves in place of their recipe entries; `part` "i/n" takes only each
+    n-th shard. Raises MismatchError when the cache was made by another recipe, DataError naming an image that cannot
+    be read, Stopped after SIGTERM or Ctrl-C.
     """
     started = time.perf_counter()
+    mine = WHOLE if part is None else Part.parse(part)
     device = resolve_device(recipe.device)
     views = Views(open_images(recipe, dataset), recipe.views)
     require_one_size(views)
     recipe = as_given(recipe, teachers or {}, dataset)
-    keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)
-    built = build_teachers(recipe, teachers or {}, views, keys[0], device)
+    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
+    built = build_teachers(recipe, teachers or {}, views, key, device)
     path = Path(recipe.cache)
-    with writer_lock(path) as target:
-        layout, pending = prepare(recipe, views, keys, built, target, path)
-        if pending:
-            _fill(recipe, views, built, path, layout, pending)
-        else:
-            say(f"{path} is complete, there is nothing to do")
-    rows = sum(shard.stop - shard.start for shard in pending)
+    done = _Done()
+    with contextlib.ExitStack() as seen:
+        with preparing(path) as target:
+            plan = prepare(recipe, views, built, target, path)
+            seen.enter_context(writing(path))
+        share = Share(path, plan.layout, plan.pending, recipe.views_per_image, mine)
+        if plan.pending:
+            _fill(recipe, views, built, path, plan, share, done)
+    left = finish(path, plan)
+    _say_how_it_stands(path, plan, done, left)
     seconds = time.perf_counter() - started
     return PrecomputeResult(
-        str(path), layout.num_shards, len(pending), rows, rows * len(built), seconds, stored_bytes(path)
+        str(path), plan.layout.num_shards, done.shards, left, done.views, done.passes, seconds, stored_bytes(path)
     )
 
 
+def _say_how_it_stands(path: Path, plan: Plan, done: "_Done", left: int) -> None:
+    if left:
+        say(
+            f"{path}: {done.shards} shards written, {left} of {plan.layout.num_shards} are left to other processes or "
+            "parts. Should these end without them, the same command writes them"
+        )
+    elif not plan.pending:
+        say(f"{path} is complete, there is nothing to do")
+
+
+@dataclass
+class _Done:
+    """What is committed in this run: shards, their rows, and rows times the teachers that answered them."""
+
+    shards: int = 0
+    views: int = 0
+    passes: int = 0
+
+    def count(self, shard: Shard, num_teachers: int) -> None:
+        self.shards += 1
+        self.views += shard.stop - shard.start
+        self.passes += (shard.stop - shard.start) * num_teachers
+
+
 def _fill(
-    recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, layout: Layout, shards: list[Shard]
+    recipe: PrecomputeRecipe,
+    views: Views,
+    teachers: list[Teacher],
+    path: Path,
+    plan: Plan,
+    share: Share,
+    done: _Done,
 ) -> None:
     """Render, answer, encode and write, shard by shard: the loop of stage one."""
-    groups = _groups(shards, recipe.views_per_image)
     answered = Views(views.dataset, views.spec.answered())
     loader = ViewLoader(answered, recipe.num_workers, recipe.start_method)
-    total = sum(-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in groups)
-    ahead = (_keys(batch) for group in groups for batch in _batches(group, answered, recipe.batch_size))
-    images = track(loader.render(ahead), "precompute", total, "batches")
-    writer = CacheWriter(path, layout)
-    finished = 0
-    with stop_flag() as stop, contextlib.closing(loader), contextlib.closing(writer):
-        for group in groups:
-            rows = {shard: empty_rows(layout.groups, shard) for shard in group}
-            for batch in _batches(group, answered, recipe.batch_size):
-                rendered = _next_images(images, views, _keys(batch), path).chunk(len(batch))
-                for (shard, keys), pixels in zip(batch.items(), rendered, strict=True):
-                    _keep(rows[shard], shard, teachers, layout, views, keys, pixels)
-                if stop:
-                    writer.flush()
-                    raise stop.stopped(_stopped_message(path, finished, len(shards)))
-            for shard in group:
-                writer.submit(shard, rows[shard])
-            finished += len(group)
-        writer.flush()
+    writer = CacheWriter(path, plan.layout)
+    total = sum(-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in share.groups)
+    with stop_flag() as stop, contextlib.closing(loader), contextlib.closing(share), contextlib.closing(writer):
+        taken = -1
+        # Once more after the last: a process that died may have let go of a shard since.
+        while taken != done.shards:
+            taken = done.shards
+            ours, theirs = itertools.tee(share.take())
+            ahead = (_keys(batch) for group in theirs for batch in _batches(group, answered, recipe.batch_size))
+            images = track(loader.render(ahead), "precompute", total, "batches")
+            for group in ours:
+                work = _Work.of(plan.layout, share, group)
+                for batch in _batches(group, answered, recipe.batch_size):
+                    rendered = _next_images(images, views, _keys(batch), path).chunk(len(batch))
+                    for (shard, keys), pixels in zip(batch.items(), rendered, strict=True):
+                        _keep(work.rows[shard], shard, teachers, plan, views, keys, pixels)
+                    if stop:
+                        writer.flush()
+                        raise stop.stopped(_stopped_message(path, done.shards, len(plan.pending)))
+                for shard in group:
+                    writer.submit(shard, work.rows[shard], functools.partial(share.committed, shard))
+                    done.count(shard, sum(teacher.name in work.missing[shard] for teacher in teachers))
+            writer.flush()
 
 
-def _groups(shards: list[Shard], views_per_image: int) -> list[list[Shard]]:
-    """Put together the shards of up to `views_per_image` views that hold the same images: one decode serves all."""
-    groups: dict[tuple[int, int], list[Shard]] = {}
-    for shard in shards:
-        groups.setdefault((shard.view // views_per_image, shard.start), []).append(shard)
-    return list(groups.values())
+class _Work(NamedTuple):
+    """What is to do of claimed shards: the names of the groups that are missing, and room for their rows."""
+
+    missing: dict[Shard, list[str]]
+    rows: dict[Shard, Rows]
+
+    @classmethod
+    def of(cls, layout: Layout, share: Share, shards: Sequence[Shard]) -> "_Work":
+        missing = {shard: share.missing(shard) for shard in shards}
+        rows = {shard: empty_rows([g for g in layout.groups if g.name in missing[shard]], shard) for shard in shards}
+        return cls(missing, rows)
 
 
 def _batches(group: list[Shard], views: Views, batch_size: int) -> Iterator[dict[Shard, list[ViewKey]]]:
@@ -147,23 +201,26 @@ def _is_readable(views: Views, key: ViewKey) -> bool:
 
 
 def _keep(
-    rows: Rows,
-    shard: Shard,
-    teachers: list[Teacher],
-    layout: Layout,
-    views: Views,
-    keys: list[ViewKey],
-    images: Tensor,
+    rows: Rows, shard: Shard, teachers: list[Teacher], plan: Plan, views: Views, keys: list[ViewKey], images: Tensor
 ) -> None:
-    """Let the teachers answer a batch of one shard, and put all that is kept of it in its places."""
+    """Let the teachers answer a batch of one shard, and put all that is kept of it in its places.
+
+    Where only further teachers are to answer, the views must be those that the others have seen.
+    """
     places = np.array([key.index for key in keys]) - shard.start
     ids = [views.dataset.ids[key.index] for key in keys]
     pixels = to_device(images, teachers[0].device)
-    for teacher, arrays in zip(teachers, layout.teachers, strict=True):
-        _keep_answers(rows, teacher, arrays, pixels, ids, places)
-    if layout.views is not None:
-        for array in layout.views.arrays:
-            rows[array.name][places] = RECORDED[layout.views.suffix(array)](views, keys, images)
+    for teacher in teachers:
+        arrays = plan.layout.teacher(teacher.name)
+        if arrays.arrays[0].name in rows:
+            _keep_answers(rows, teacher, arrays, pixels, ids, places)
+    if plan.layout.views is None:
+        return
+    if plan.layout.views.arrays[0].name in rows:
+        for array in plan.layout.views.arrays:
+            rows[array.name][places] = RECORDED[plan.layout.views.suffix(array)](views, keys, images)
+    elif plan.checksums is not None and shard.view < plan.num_recorded:
+        require_rows(images, keys, plan.checksums(keys), views.dataset.ids)
 
 
 def _checksums(views: Views, keys: list[ViewKey], images: Tensor) -> NDArray[np.uint32]:

@@ -1,18 +1,22 @@
 """Before the first shard: open what the recipe names, then create its cache or prove that it is the one to continue."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from logitcache.cache.create import create_skeleton, read_manifest
-from logitcache.cache.layout import Layout, Shard, choose_shard_rows, layout_of
-from logitcache.cache.manifest import Manifest, TeacherEntry, require_same
+from logitcache.cache.growth import begin_growth, finish_growth, forget_growth, grown, read_growth
+from logitcache.cache.layout import CHECKSUMS, Layout, Shard, choose_shard_rows, layout_of
+from logitcache.cache.manifest import Manifest, TeacherEntry, extends, is_more, require_growth
 from logitcache.cache.reader import Cache
+from logitcache.cache.recorded import RecordedRows
+from logitcache.cache.sharing import alone, preparing
 from logitcache.cache.skeleton import Samples, mend_skeleton
 from logitcache.cache.unreadable import forget_unreadable, with_mended_images
-from logitcache.cache.verify import damaged
+from logitcache.cache.verify import committed_by_group, committed_shards, damaged
 from logitcache.console import say
 from logitcache.device import to_device
 from logitcache.errors import MismatchError, RecipeError
@@ -66,39 +70,105 @@ def build_teachers(
     ]
 
 
-def prepare(
-    recipe: PrecomputeRecipe, views: Views, keys: list[ViewKey], teachers: list[Teacher], target: Path, path: Path
-) -> tuple[Layout, list[Shard]]:
-    """Create the cache, or prove that the recipe is the one that made it; returns the shards that are still to do."""
-    records, pixels = canaries.take(views, keys)
-    samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
-    entries = {t.name: _entry(recipe.teachers[t.name], t, views.dataset, pixels) for t in teachers}
+@dataclass(frozen=True)
+class Plan:
+    """The cache as it is to be, the shards of which something is to do, and the checksums of views that are there."""
+
+    goal: Manifest
+    layout: Layout
+    pending: list[Shard]
+    num_recorded: int = 0
+    checksums: RecordedRows | None = None
+
+
+def prepare(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], target: Path, path: Path) -> Plan:
+    """Create the cache, or prove that the recipe continues or extends it; returns what is to do."""
     if target == path:
-        recorded = read_manifest(path)
-        rows = recipe.shard_rows or recorded.shard_rows
-        return _continue(path, recorded, _manifest(recipe, views, entries, records, pixels, rows), views, samples)
+        return _continue(path, recipe, views, teachers)
+    keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)
+    records, pixels = canaries.take(views, keys)
+    entries = _entries(recipe, teachers, views.dataset, pixels)
     rows = choose_shard_rows(list(entries.values()), len(views.dataset.ids), recipe.shard_rows)
     manifest = _manifest(recipe, views, entries, records, pixels, rows)
-    create_skeleton(target, path, manifest, samples)
-    return layout_of(manifest), list(layout_of(manifest).shards())
+    create_skeleton(target, path, manifest, Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy()))
+    layout = layout_of(manifest)
+    return Plan(manifest, layout, list(layout.shards()))
 
 
-def _continue(
-    path: Path, recorded: Manifest, wanted: Manifest, views: Views, samples: Samples
-) -> tuple[Layout, list[Shard]]:
-    """Refuse another recipe than the one that made the cache; mend what is damaged of all but the shards."""
-    done = Cache(path, recorded).shards
-    manifest = with_mended_images(path, recorded, wanted, samples.digests, done)
+def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Plan:
+    """Refuse a recipe that asks for another cache; mend what is damaged of all but the shards, and begin to grow."""
+    recorded = read_manifest(path)
+    if recorded.num_images != len(views.dataset.ids):
+        Cache(path, recorded).require_dataset(views.dataset)
+    records, pixels = canaries.take(views, [ViewKey(canary.view, canary.index) for canary in recorded.canaries])
+    samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
+    entries = _entries(recipe, teachers, views.dataset, pixels)
+    wanted = _manifest(recipe, views, entries, records, pixels, recipe.shard_rows or recorded.shard_rows)
+    wanted = wanted.model_copy(update={"views": recipe.views})
+    held = committed_by_group(path, layout_of(read_growth(path, recorded))).values()
+    manifest = with_mended_images(path, recorded, wanted, samples.digests, set().union(*held))
     cache = Cache(path, manifest)
     cache.require_dataset(views.dataset)
-    require_same(manifest, wanted, str(path))
+    goal = _goal(cache, wanted)
     if manifest.canaries != wanted.canaries:
         cache.require_canaries(views)
     for key in mend_skeleton(path, recorded, manifest, samples):
         say(f"writing again: {path / key}")
     forget_unreadable(path)
-    remove_leftovers(path)
-    return cache.layout, _unfinished(path, cache)
+    if alone(path):
+        remove_leftovers(path)
+    if is_more(goal, manifest):
+        begin_growth(path, goal)
+    return _plan(cache, goal)
+
+
+def _goal(cache: Cache, wanted: Manifest) -> Manifest:
+    """Return the manifest of what a recipe makes of a cache; raise MismatchError where it is another cache's."""
+    path, recorded = cache.path, cache.manifest
+    begun = read_growth(path, recorded)
+    if extends(wanted, begun):
+        goal = grown(recorded, begun, wanted)
+        _require_whole_pages(path, goal, [name for name in goal.teachers if name not in recorded.teachers])
+        return goal
+    if extends(recorded, wanted) and (cache.complete or not is_more(recorded, wanted)):
+        return recorded.restricted(wanted.views.num_views, list(wanted.teachers))
+    growing = (
+        f" (growing to {begun.views.num_views} views by {', '.join(begun.teachers)}; `logitcache gc {path} --growth` "
+        "gives that up)"
+    )
+    require_growth(begun, wanted, f"{path}{growing if is_more(begun, recorded) else ''}")
+    raise AssertionError("it neither extends the cache nor differs from it")
+
+
+def _require_whole_pages(path: Path, goal: Manifest, added: Sequence[str]) -> None:
+    for name in added:
+        try:
+            choose_shard_rows([goal.teachers[name]], goal.num_images, goal.shard_rows)
+        except RecipeError as error:
+            raise RecipeError(
+                f"{path} has shards of {goal.shard_rows} rows, which teachers.{name} would not fill whole pages with. "
+                f"Fix: teachers.{name}.logits: {{storage: packed}}, or another cache"
+            ) from error
+
+
+def _plan(cache: Cache, goal: Manifest) -> Plan:
+    layout = layout_of(goal)
+    checksums = {array.suffix: RecordedRows(cache.path, array) for array in cache.layout.views_arrays}.get(CHECKSUMS)
+    return Plan(goal, layout, _unfinished(cache.path, layout), cache.num_views, checksums)
+
+
+def finish(path: Path, plan: Plan) -> int:
+    """Let the root describe what the cache has grown to, once that is whole; returns how many shards are not there."""
+    with preparing(path):
+        recorded = read_manifest(path)
+        left = plan.layout.num_shards - len(committed_shards(path, plan.layout))
+        if left == 0 and is_more(plan.goal, recorded) and extends(plan.goal, recorded):
+            finish_growth(path, plan.goal)
+            recorded = plan.goal
+        forget_growth(path, recorded)
+        if alone(path):
+            remove_leftovers(path)
+    return left
 
 
 def _manifest(
@@ -112,7 +182,10 @@ def _manifest(
     return Manifest(
         dataset=recipe.dataset,
         fingerprint=fingerprint(views.dataset),
-        views=recipe.views,
+        # Canaries may be of views that a recipe for less does not ask for.
+        views=recipe.views.model_copy(
+            update={"num_views": max(recipe.views.num_views, *(record.view + 1 for record in records))}
+        ),
         image_shape=(pixels.shape[1], pixels.shape[2], pixels.shape[3]),
         shard_rows=shard_rows,
         row_checksums=recipe.row_checksums,
@@ -121,6 +194,12 @@ def _manifest(
         canaries=records,
         versions=versions(),
     )
+
+
+def _entries(
+    recipe: PrecomputeRecipe, teachers: list[Teacher], dataset: ImageDataset, pixels: Tensor
+) -> dict[str, TeacherEntry]:
+    return {teacher.name: _entry(recipe.teachers[teacher.name], teacher, dataset, pixels) for teacher in teachers}
 
 
 def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, pixels: Tensor) -> TeacherEntry:
@@ -143,12 +222,12 @@ def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, pixel
     )
 
 
-def _unfinished(path: Path, cache: Cache) -> list[Shard]:
+def _unfinished(path: Path, layout: Layout) -> list[Shard]:
     """List the shards to compute: those never committed, and those whose bytes are no longer what was committed."""
-    broken = damaged(path, cache.layout, cache.shards)
-    for shard, problems in broken.items():
-        say(f"writing again: {problems[0]}")
-        for group in cache.layout.groups:
-            (path / group.record_file(shard)).unlink()
-    kept = set(cache.shards) - broken.keys()
-    return [shard for shard in cache.layout.shards() if shard not in kept]
+    committed = committed_by_group(path, layout)
+    for shard, group, text in damaged(path, layout, committed):
+        say(f"writing again: {text}")
+        (path / group.record_file(shard)).unlink(missing_ok=True)
+        committed[group.name].discard(shard)
+    done = set.intersection(*committed.values())
+    return [shard for shard in layout.shards() if shard not in done]

@@ -172,8 +172,8 @@ def test_a_damaged_shard_is_named_and_written_again(damage: str, cache: Path, so
     assert mend(cache) == 1
     assert contents(cache) == contents(sound)
     changed = {name for name, stamp in stamps(cache).items() if before[name] != stamp and (cache / name).is_file()}
-    parts = ("t.logits/c.1.1.0", "t.commits/c.1.1.0.0", "views.crc32/c.1.1", "views.parameters/c.1.1.0")
-    assert changed == {*parts, "views.commits/c.1.1.0.0"}
+    of_views = {"views.crc32/c.1.1", "views.parameters/c.1.1.0", "views.commits/c.1.1.0.0"}
+    assert changed == ({"t.logits/c.1.1.0", "t.commits/c.1.1.0.0"} if damage == "answer" else of_views)
 
 
 @pytest.mark.parametrize("group", ["t", "views"])

@@ -21,6 +21,7 @@ COMMANDS = [
     ["evaluate"],
     ["inspect"],
     ["verify"],
+    ["gc"],
     ["recipe"],
     ["recipe", "check"],
     ["env"],

@@ -56,12 +56,20 @@ TEACHER = "dataset: {kind: bundled}\nout: runs/t\nepochs: 2\nmodel: {kind: small
 
 
 def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, recipe):
-    seen = []
-    monkeypatch.setattr("logitcache.teacher.precompute.precompute", lambda r: seen.append(r) or Result(r.cache))
+    seen, parts = [], []
+
+    def run(plan, part):
+        seen.append(plan)
+        parts.append(part)
+        return Result(plan.cache)
+
+    monkeypatch.setattr("logitcache.teacher.precompute.precompute", run)
     path = recipe(PRECOMPUTE)
     assert main(["precompute", path, "--set", "cache=b.zarr", "--set", "batch_size=7"]) == 0
     assert (seen[0].cache, seen[0].batch_size) == ("b.zarr", 7)
     assert capsys.readouterr().out == "out   b.zarr\ntop1  0.5\n"
+    assert main(["precompute", path, "--part", "2/8"]) == 0
+    assert parts == [None, "2/8"]
 
 
 def test_train_student_passes_its_options_on(capsys, verb, recipe):

@@ -1,8 +1,12 @@
 """What stops a run: images, answers, disks and signals; what was committed stays."""
 
 import errno
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,22 @@ from logitcache.cache.create import read_manifest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.errors import CacheError, DataError, LogitCacheError, MismatchError, RecipeError, Stopped
 from logitcache.views.canaries import choose
-from tests.cache.made import DENSE16, TOP2, Linear, Pixels, contents, recipe, run, stamps, teacher, write_images
+from tests.cache.made import (
+    DENSE16,
+    FLIP_AND_CROP,
+    TOP2,
+    Linear,
+    Pixels,
+    contents,
+    recipe,
+    run,
+    stamps,
+    teacher,
+    write_images,
+)
 from tests.teacher.runs import NUM_IMAGES, entry, folder, partial, truncated, whole
+
+REPOSITORY = Path(__file__).parents[2]
 
 
 def test_a_run_that_fails_before_its_cache_exists_leaves_nothing(tmp_path: Path) -> None:
@@ -198,6 +216,100 @@ def test_a_disk_that_cannot_be_written_is_a_cache_error(tmp_path: Path, monkeypa
             run(tmp_path / "c.zarr", Pixels(NUM_IMAGES), shard_rows=128)
     assert run(tmp_path / "c.zarr", Pixels(NUM_IMAGES), shard_rows=128).shards_written == 5
     assert contents(tmp_path / "c.zarr") == whole(tmp_path / "w.zarr")
+
+
+CALLS = ("mkdir", "open", "fsync", "replace")
+"""What fails first where a disk is full, read-only or gone."""
+
+
+class Failing:
+    """Let the calls that change a disk fail from the n-th on."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, first: int, code: int) -> None:
+        self.count, self.first, self.code = 0, first, code
+        for name in CALLS:
+            patch.setattr(os, name, self.wrapped(getattr(os, name)))
+
+    def wrapped(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            self.count += 1
+            if self.count > self.first:
+                raise OSError(self.code, os.strerror(self.code))
+            return real(*args, **options)
+
+        return call
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_disk_that_fails_at_any_moment_is_an_error_and_the_same_command_continues(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = Pixels(NUM_IMAGES)
+    views = {"num_views": 2, "seed": 3, "augmentations": FLIP_AND_CROP}
+    small = {"shard_rows": 2048, "batch_size": 300}
+
+    def grown(path: Path) -> None:
+        run(path, images, views=views | {"num_views": 1}, **small)
+        run(path, images, views=views, **small)
+
+    with monkeypatch.context() as patch:
+        failing = Failing(patch, 10**9, code)
+        grown(tmp_path / "w.zarr")
+    assert failing.count > 100
+    for point in range(code % 7, failing.count - 2, failing.count // 8):
+        path = tmp_path / str(point) / "c.zarr"
+        with monkeypatch.context() as patch:
+            Failing(patch, point, code)
+            with pytest.raises(CacheError, match="Fix:"):
+                grown(path)
+        if (path / "zarr.json").exists():
+            Cache(path, read_manifest(path))
+        grown(path)
+        assert contents(path) == contents(tmp_path / "w.zarr")
+
+
+def test_a_full_disk_loses_nothing_and_with_more_room_the_same_command_continues(tmp_path: Path) -> None:
+    """On a file system of its own, which takes a kernel that lets users have one."""
+    command = ["unshare", "-Urm", sys.executable, "-m", "tests.teacher.full_disk", str(tmp_path)]
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs user namespaces")
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=120)
+    if done.returncode == 77:
+        pytest.skip("needs to mount a tmpfs")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert "No space left on device" in found["error"]
+    assert "Fix: free space on the disk" in found["error"]
+    assert 0 < found["committed"] < found["shards"]
+    assert found["written"] == found["shards"] - found["committed"]
+    assert found["sound"]
+    assert found["identical"]
+
+
+def test_a_cache_that_vanishes_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "c.zarr"
+
+    def vanish(answers: Tensor) -> Tensor:
+        shutil.rmtree(path, ignore_errors=True)
+        return answers
+
+    with pytest.raises(CacheError, match="No such file or directory"):
+        run(path, Pixels(NUM_IMAGES), Wrong(vanish, after=4), shard_rows=128)
+    assert os.listdir(tmp_path) == []
+    run(path, Pixels(NUM_IMAGES), shard_rows=128)
+    assert contents(path) == whole(tmp_path / "w.zarr")
+
+
+@pytest.mark.parametrize("year", [1975, 2100])
+def test_the_clock_does_not_matter(year: int, tmp_path: Path) -> None:
+    """Files of another time than now, as a clock that was set leaves them."""
+    path = tmp_path / "c.zarr"
+    partial(path)
+    seconds = (year - 1970) * 365 * 86400
+    for file in path.rglob("*"):
+        os.utime(file, (seconds, seconds))
+    assert run(path, Pixels(NUM_IMAGES), shard_rows=128).shards_written == 5
+    assert contents(path) == whole(tmp_path / "w.zarr")
 
 
 def test_a_stop_keeps_committed_shards_and_its_exit_code(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from logitcache import console
-from logitcache.cache.create import writer_lock
 from logitcache.cache.reader import open_cache
-from logitcache.errors import CacheError
+from logitcache.cache.sharing import alone, preparing, writing
 from logitcache.models import save_weights
 from logitcache.models.small_cnn import small_cnn
 from logitcache.teacher.precompute import precompute
@@ -81,29 +80,19 @@ def test_an_empty_directory_may_become_a_cache(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["c.zarr"]
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_second_writer_is_refused_at_once(exists: bool, tmp_path: Path) -> None:
-    path = tmp_path / "c.zarr"
-    if exists:
-        partial(path)
-    with writer_lock(path), pytest.raises(CacheError, match="is being written by another precompute") as caught:
-        run(path, Pixels(NUM_IMAGES), shard_rows=128)
-    assert caught.value.exit_code == 3
-    assert run(path, Pixels(NUM_IMAGES), shard_rows=128).shards == 6
-
-
 def test_a_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
     path = tmp_path / "c.zarr"
     go_on, end = os.pipe()
-    with writer_lock(path):
+    partial(path)
+    with preparing(path), writing(path):
         child = os.fork()
         if child == 0:
             os.close(end)
             os.read(go_on, 1)
             os._exit(0)
     try:
-        with writer_lock(path):
-            pass
+        with preparing(path):
+            assert alone(path)
     finally:
         os.close(end)
         os.waitpid(child, 0)

@@ -37,7 +37,10 @@ def one_pixel(data: Pixels) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another seed": ({"views": {"num_views": 2, "seed": 4, "augmentations": FLIP_AND_CROP}}, "seed.* 3.* 4"),
-    "more views": ({"views": {"num_views": 3, "seed": 3, "augmentations": FLIP_AND_CROP}}, "num_views.* 2.* 3"),
+    "more views of another seed": (
+        {"views": {"num_views": 3, "seed": 4, "augmentations": FLIP_AND_CROP}},
+        "seed.* 3.* 4",
+    ),
     "fewer augmentations": (
         {"views": {"num_views": 2, "seed": 3, "augmentations": FLIP_AND_CROP[:1]}},
         "augmentations: the cache has .*horizontal_flip.*the recipe",

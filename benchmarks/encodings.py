@@ -1,0 +1,194 @@
+"""How many bytes does a row of logits take in each encoding, and how far is what is decoded from what was encoded?
+
+    python benchmarks/encodings.py [--quick] [--json] [--logits FILE.npz]
+
+FILE.npz holds an array `imagenet`, float [4·n, C]: row r·n + i is the answer of a teacher to view r of image i. Any
+teacher's answers to four views of some hundred images will do, saved with numpy.savez(FILE, imagenet=logits). Without a
+file logits of a random linear head are made, which only shows that everything runs: no goal is judged.
+
+Everything that is fitted is fitted on four fifths of the images and judged on the others. Bytes are those of one chunk
+of the judged rows, compressed with the codec of packed arrays (zstd 19 with checksum); the tables of a fit, stored once
+in a cache, are not counted. KL is KL(full ‖ decoded) in nats, its mean and its 99.9th percentile. "At equal bytes"
+means on the lines, log KL over log bytes, through the figures of each encoding. Exits 1 when a goal is missed.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models import resnet18
+
+from logitcache.cache.encodings import Dense, TopK
+from logitcache.cache.encodings.basis import fit_basis
+from logitcache.cache.encodings.fitted_transform import FittedTransform
+from logitcache.cache.encodings.measure import Fitted, measure, stored, stored_bytes
+from logitcache.cache.encodings.packed_top_k import PackedTopK
+from logitcache.cache.encodings.transform import Transform
+from logitcache.cache.encodings.uint8 import UInt8
+from logitcache.console import configure
+from logitcache.targets import log_probs
+from logitcache.versions import versions
+
+NUM_VIEWS, JUDGED = 4, 5
+TEMPERATURES = (1.0, 2.0, 4.0)
+STEPS = (4.0, 2.8, 2.0, 1.4, 1.0, 0.9, 0.7, 0.6, 0.5, 0.4, 0.28, 0.2)
+QUICK_STEPS = (2.0, 1.4, 1.0, 0.9, 0.6, 0.5)
+CORRECTIONS = (64, 32, 0)
+RANKS = (5, 10, 20, 50, 100, 150, 200, 250, 300)
+GOALS = ((215, 1.0, 5.0), (215, 4.0, 10.0), (320, 1.0, 10.0), (320, 4.0, 25.0))
+"""At so many bytes and this temperature, how many times as large packed top-k's KL is to be."""
+
+TOP_10_BYTES, DECODE_SHARE, BATCH, STEP_IMAGES = 24.0, 0.02, 256, 8
+
+
+class Rows(NamedTuple):
+    """Calibration rows [N, C] with the images they show, and the rows that are judged."""
+
+    fitted: Tensor
+    images: Tensor
+    judged: Tensor
+
+
+def load(file: Path | None) -> Rows:
+    """Load logits, or make some, and split them by image."""
+    logits = made() if file is None else torch.from_numpy(np.load(file)["imagenet"].astype(np.float32))
+    num_images = len(logits) // NUM_VIEWS
+    judged = np.random.default_rng(0).permutation(num_images)[: num_images // JUDGED]
+    images = torch.arange(NUM_VIEWS * num_images) % num_images
+    is_judged = torch.isin(images, torch.from_numpy(judged))
+    return Rows(logits[: len(images)][~is_judged], images[~is_judged], logits[: len(images)][is_judged])
+
+
+def made(num_images: int = 250, num_classes: int = 400) -> Tensor:
+    """Make logits as a linear head of fewer dimensions than classes does, alike for the views of an image."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, num_images, 96, generator=generator) + 0.4 * torch.randn(
+        NUM_VIEWS, num_images, 96, generator=generator
+    )
+    scale = torch.linspace(1.0, 0.05, 96)
+    return (hidden.exp() * scale).flatten(0, 1) @ torch.randn(96, num_classes, generator=generator) / 8
+
+
+def candidates(rows: Rows, quick: bool) -> Iterator[tuple[str, dict[str, Any], Fitted, bool]]:
+    """Yield family, fields, encoding and whether it is stored compressed."""
+    num_classes = rows.judged.shape[1]
+    yield "dense float16", {}, Dense(), False
+    yield "uint8", {}, UInt8(), False
+    ranks = [k for k in RANKS if k < num_classes]
+    for k in ranks:
+        yield "top_k", {"k": k}, TopK(k=k), False
+    for k in ranks:
+        yield "packed_top_k", {"k": k}, PackedTopK(k=k), True
+    basis = fit_basis(rows.fitted, rows.images)
+    for corrections in CORRECTIONS[: 1 if quick else None]:
+        for step in QUICK_STEPS if quick else STEPS:
+            transform = Transform(step=step, corrections=min(corrections, num_classes))
+            fields = {"step": step, "corrections": corrections}
+            yield "transform", fields, transform.with_basis(basis, rows.fitted), True
+
+
+def judge(family: str, fields: dict[str, Any], encoding: Fitted, compressed: bool, judged: Tensor) -> dict[str, Any]:
+    """Measure one encoding."""
+    errors = measure(encoding, judged, TEMPERATURES)
+    return {
+        "family": family,
+        **fields,
+        "bytes": round(stored_bytes(encoding, judged, compressed), 2),
+        "mean": {f"{error.temperature:g}": error.mean for error in errors},
+        "p99.9": {f"{error.temperature:g}": error.p999 for error in errors},
+    }
+
+
+def at_bytes(results: list[dict[str, Any]], family: str, num_bytes: float, temperature: float) -> float:
+    """Return the mean KL of a family at so many bytes, on the line through its figures; a transform's with 64."""
+    chosen = [row for row in results if row["family"] == family and row.get("corrections", 64) == 64]
+    points = sorted((row["bytes"], row["mean"][f"{temperature:g}"]) for row in chosen)
+    sizes, divergences = np.log(np.asarray(points)).T
+    return float(np.exp(np.interp(np.log(num_bytes), sizes, divergences)))
+
+
+def decode_share(fitted: FittedTransform, logits: Tensor, rounds: int) -> float:
+    """Return the time of decoding a batch of 256, divided by that of a training step on as many images of 224 px."""
+    batch = logits.repeat(-(-BATCH // len(logits)), 1)[:BATCH]
+    encoded = {name: torch.from_numpy(values) for name, values in stored(fitted, batch).items()}
+    model = resnet18()
+    images, labels = torch.randn(STEP_IMAGES, 3, 224, 224), torch.zeros(STEP_IMAGES, dtype=torch.long)
+
+    def step() -> None:
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+
+    def decode() -> None:
+        log_probs(fitted.decode(encoded, logits.shape[1]), 2.0)
+
+    step(), decode()
+    shares = [seconds(decode) / (seconds(step) * BATCH / STEP_IMAGES) for _ in range(rounds)]
+    return statistics.median(shares)
+
+
+def seconds(work: Any) -> float:
+    """Return the time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare the transform with packed top-k at equal bytes, and look at the size of top-10."""
+    compared = []
+    for num_bytes, temperature, goal in GOALS:
+        rival, ours = (at_bytes(results, family, num_bytes, temperature) for family in ("packed_top_k", "transform"))
+        name = f"KL of packed top-k / transform, {num_bytes} bytes, T = {temperature:g}"
+        compared.append({"goal": name, "figure": rival / ours, "least": goal, "met": rival >= goal * ours})
+    size = next(row["bytes"] for row in results if row["family"] == "packed_top_k" and row["k"] == 10)
+    compared.append({"goal": "bytes of top-10", "figure": size, "most": TOP_10_BYTES, "met": size <= TOP_10_BYTES})
+    return compared
+
+
+def show(results: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
+    """Print the frontier, and the goals beside the figures."""
+    print(f"{'':<46} bytes " + "".join(f"   T={at:g}: mean    p99.9" for at in TEMPERATURES))
+    for row in results:
+        fields = ", ".join(f"{name} {row[name]:g}" for name in ("k", "step", "corrections") if name in row)
+        figures = "".join(f"   {row['mean'][at]:9.2e} {row['p99.9'][at]:8.1e}" for at in ("1", "2", "4"))
+        print(f"{row['family'] + ' ' + fields:<42} {row['bytes']:>9.1f} {figures}")
+    for row in compared:
+        bound = f">= {row['least']:g}" if "least" in row else f"<= {row['most']:g}"
+        print(f"{row['goal']:<56} {row['figure']:>8.4g}   goal {bound}{'' if row['met'] else '   MISSED'}")
+
+
+def main() -> int:
+    """Print the whole frontier, and the goals beside the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer steps of the transform")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--logits", type=Path, metavar="FILE.npz", help="logits of a teacher; see above")
+    arguments = parser.parse_args()
+    configure(quiet=True)
+    torch.manual_seed(0)
+    rows = load(arguments.logits)
+    judged, last = [], None
+    for family, fields, encoding, compressed in candidates(rows, arguments.quick):
+        judged.append(judge(family, fields, encoding, compressed, rows.judged))
+        last = encoding
+    compared = goals(judged) if arguments.logits else []
+    assert isinstance(last, FittedTransform)
+    share = decode_share(last, rows.judged, 3 if arguments.quick else 9)
+    name = "time of decoding 256 rows / step of ResNet-18 on 256"
+    compared.append({"goal": name, "figure": share, "most": DECODE_SHARE, "met": share <= DECODE_SHARE})
+    if arguments.json:
+        print(json.dumps({"versions": versions(), "results": judged, "goals": compared}, indent=2))
+    else:
+        show(judged, compared)
+    return 0 if all(row["met"] for row in compared) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Decoded shards in memory that the processes and runs of one machine share: each is there once.
+
+They are files of a memory file system, in a folder that only the user may enter, named after the bytes that they were
+decoded from. A file appears whole or not at all, so that a process may be killed at any moment: the next one uses
+what is there, and removes the least recently used where they take more than the limit. The last process to end removes
+all. A file that is removed stays readable where it is mapped.
+"""
+
+import atexit
+import fcntl
+import hashlib
+import mmap
+import os
+import re
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.errors import RecipeError
+
+VARIABLE = "LOGITCACHE_SHARED_MEMORY"
+"""The environment variable that bounds them: a number of bytes, which may end in M or G; 0 shares nothing."""
+
+MEMORY = Path("/dev/shm")
+_PART = ".part"
+_SIZE = re.compile(r"(\d{1,15})([MG]?)", re.ASCII)
+_UNITS = {"": 1, "M": 1 << 20, "G": 1 << 30}
+
+Decode = Callable[[], NDArray[Any]]
+
+
+class SharedShards:
+    """Decoded shards by name, in a folder of at most `limit` bytes; removed ones that are still mapped come on top."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self._folder, self._limit = folder, limit
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], decode: Decode) -> NDArray[Any]:
+        """Return a shard, [rows, *row_shape], decoded here unless another process did; where there is room, shared."""
+        wanted = int(np.prod(shape)) * dtype.itemsize
+        found = self._mapped(name, wanted) or self._made(name, wanted, decode)
+        return np.frombuffer(found, dtype).reshape(shape)
+
+    def _mapped(self, name: str, wanted: int) -> mmap.mmap | None:
+        try:
+            descriptor = os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            if os.fstat(descriptor).st_size != wanted:
+                return None
+            with suppress(OSError):
+                os.utime(descriptor)
+            return mmap.mmap(descriptor, wanted, access=mmap.ACCESS_READ)
+        except (OSError, ValueError):
+            return None
+        finally:
+            os.close(descriptor)
+
+    def _made(self, name: str, wanted: int, decode: Decode) -> mmap.mmap | memoryview:
+        """Decode a shard and keep it; whoever comes meanwhile waits, and finds it."""
+
+        def decoded() -> memoryview:
+            return np.ascontiguousarray(decode()).data
+
+        if wanted > self._limit:
+            return decoded()
+        try:
+            part = self._lock(name)
+        except OSError:
+            return decoded()
+        path = self._folder / (name + _PART)
+        try:
+            found = self._mapped(name, wanted)
+            if found is not None:
+                path.unlink(missing_ok=True)
+                return found
+            rows = decoded()
+            try:
+                self._make_room(wanted)
+                os.ftruncate(part, 0)
+                _write(part, rows.cast("B"))
+                path.rename(self._folder / name)
+            except OSError:  # no memory for it here
+                path.unlink(missing_ok=True)
+                return rows
+            return self._mapped(name, wanted) or rows
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(part)
+
+    def _lock(self, name: str) -> int:
+        """Open the file that a shard is written to, and wait for whoever writes it; the lock ends with its process."""
+        path = self._folder / (name + _PART)
+        while True:
+            part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(part, fcntl.LOCK_EX)
+                # Another may have renamed or removed it before it was locked here: then look again.
+                if path.exists() and os.path.samestat(os.fstat(part), os.stat(path)):
+                    return part
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(part)
+                raise
+            os.close(part)
+
+    def _make_room(self, wanted: int) -> None:
+        """Remove what killed processes left, then the least recently used, until `wanted` more bytes fit."""
+        kept = []
+        for entry in os.scandir(self._folder):
+            with suppress(FileNotFoundError):
+                if entry.name.endswith(_PART):
+                    _remove_abandoned(Path(entry.path))
+                status = entry.stat(follow_symlinks=False)
+                kept.append((status.st_mtime_ns, status.st_size, entry.path))
+        room = self._limit - wanted - sum(size for _, size, _ in kept)
+        for _, size, path in sorted(kept):
+            if room >= 0:
+                return
+            if not path.endswith(_PART):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                room += size
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _remove_abandoned(part: Path) -> None:
+    """Remove a file that no living process is writing."""
+    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(part)):
+            part.unlink()
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def shared_limit(memory: Path = MEMORY) -> int:
+    """Return how many bytes of decoded shards may be shared: a quarter of the memory file system, unless told.
+
+    Raises RecipeError where the environment variable is no size.
+    """
+    told = os.environ.get(VARIABLE, "").strip()
+    if told:
+        match = _SIZE.fullmatch(told.upper())
+        if match is None:
+            raise RecipeError(f"{VARIABLE} is {told!r}, which is no size. Fix: bytes, or 500M, 8G; 0 shares nothing")
+        return int(match[1]) * _UNITS[match[2]]
+    try:
+        found = os.statvfs(memory)
+    except OSError:
+        return 0
+    return found.f_blocks * found.f_frsize // 4
+
+
+def shared_shards(memory: Path = MEMORY) -> SharedShards | None:
+    """Return this user's shared shards; None where nothing may be shared."""
+    limit = shared_limit(memory)
+    if limit == 0:
+        return None
+    folder = memory / f"logitcache-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+    except OSError:
+        return None
+    # Somebody else's folder of this name may hold anything.
+    safe = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    if not safe:
+        return None
+    _be_present(folder)
+    return SharedShards(folder, limit)
+
+
+_present: dict[Path, int] = {}
+
+
+def _be_present(folder: Path) -> None:
+    """Show other processes that this one uses the folder; a lock, which ends with the process."""
+    if folder in _present:
+        return
+    with suppress(OSError):
+        _present[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(_present[folder], fcntl.LOCK_SH)
+        atexit.register(_leave, folder, os.getpid())
+
+
+def _leave(folder: Path, process: int) -> None:
+    """Remove everything, unless another process uses it."""
+    with suppress(OSError):
+        if process == os.getpid():
+            fcntl.flock(_present[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for entry in os.scandir(folder):
+                os.unlink(entry.path)
+
+
+def name_of(*parts: bytes) -> str:
+    """Return the name of what was decoded from these bytes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()

@@ -1,0 +1,245 @@
+"""The stored form of a transform: its arrays, and both directions of its map."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from logitcache.cache.encodings.base import RowArray
+from logitcache.cache.encodings.bits import pack_pairs, unpack_pairs
+from logitcache.cache.encodings.trellis import bits, half_steps, quantise, recurrence
+from logitcache.errors import CacheError, DataError
+from logitcache.recipe import Component, Count, Positive
+from logitcache.targets import CompactLogits, Logits
+
+WIDE_LIMIT, BYTE_LIMIT, PAIR_LIMIT = 32767, 127, 7
+EXACT = 2**24
+"""Sums of integers below it are exact in float32, in any order."""
+
+MAX_EXPONENT = 20
+MEAN_UNIT = 1 / 16
+DEAD_ZONE = 0.05
+Number = Field(default=0, ge=0)
+
+
+class TransformForm(Component):
+    """What, with its tables, rebuilds a fitted transform.
+
+    Of the coefficients the first `wide` take two bytes, `bytes` one, and the others, `pairs`, half of one; so do the
+    corrections, of which `correction_bytes` take one.
+    """
+
+    kind: Literal["transform"] = "transform"
+    step: Positive
+    wide: int = Number
+    bytes: int = Number
+    pairs: int = Number
+    correction_bytes: int = Number
+    corrections: int = Number
+
+    @property
+    def num_coefficients(self) -> int:
+        """Coefficients of a row."""
+        return self.wide + self.bytes + self.pairs
+
+
+@dataclass(frozen=True, eq=False)
+class FittedTransform:
+    """A transform with its basis.
+
+    tables: basis, int16 [K, C], in units of 2^-11; mean, int32 [C], in units of step · 2^-12; deviation, float32 [K],
+    of the coefficients in half steps; correction_step, float32 [corrections], in logits.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    storage: ClassVar[Literal["packed"]] = "packed"
+
+    description: TransformForm
+    tables: Mapping[str, NDArray[Any]]
+    _placed: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def rebuild(cls, description: TransformForm, tables: Mapping[str, NDArray[Any]]) -> Self:
+        """Restore a fitted transform. Raises CacheError for tables that do not fit the description."""
+        num_classes = tables["basis"].shape[-1] if "basis" in tables else 0
+        for name, (shape, dtype) in table_shapes(description, num_classes).items():
+            table = tables.get(name)
+            if table is None or table.shape != shape or table.dtype != np.dtype(dtype):
+                found = "absent" if table is None else f"{table.dtype} {list(table.shape)}"
+                raise CacheError(
+                    f"a transform's table {name!r} is {found}, not {dtype} {list(shape)}. Fix: precompute again"
+                )
+        return cls(description, tables)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the logits it was fitted to."""
+        return int(self.tables["basis"].shape[1])
+
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row of `num_classes` logits takes."""
+        assert num_classes == self.num_classes
+        form, mended = self.description, self.description.corrections - self.description.correction_bytes
+        sized = (
+            ("wide", form.wide, "int16"),
+            ("byte", form.bytes, "int8"),
+            ("pair", -(-form.pairs // 2), "uint8"),
+            ("top_byte", form.correction_bytes, "int8"),
+            ("top_pair", -(-mended // 2), "uint8"),
+        )
+        rows = [RowArray(name, (size,), dtype, (name,), "component") for name, size, dtype in sized if size]
+        return (*rows, RowArray("mean", (), "int16", ()), RowArray("exponent", (), "uint8", ()))
+
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Encode logits [B, C]. Raises DataError for a row that is not finite, or far beyond the calibration rows."""
+        form = self.description
+        values = logits.float()
+        mean = values.mean(dim=1, keepdim=True)
+        centred = values - mean
+        table = self._on(logits.device)
+        with torch.autocast(logits.device.type, enabled=False):
+            exact = (centred / self._unit - table["mean"]) @ self._inverse(logits.device)
+        exponent = self._exponent(exact, mean[:, 0] / (form.step * MEAN_UNIT), table)
+        scale = torch.ldexp(torch.ones_like(mean), exponent[:, None])
+        rounded = quantise(exact / scale, table["bits"], table["limits"])
+        approximation, top = self._approximate(rounded, exponent, table)
+        steps = table["correction_step"] * scale
+        residual = (centred.gather(1, top) - approximation.gather(1, top)) / steps
+        mended = residual.sign() * (residual.abs() + 0.5 - DEAD_ZONE).floor()
+        arrays = {
+            **_split(rounded, (form.wide, form.bytes, form.pairs), ("wide", "byte", "pair")),
+            **_split(mended, (0, form.correction_bytes, form.corrections - form.correction_bytes), _TOP),
+            "mean": (mean[:, 0] / (form.step * MEAN_UNIT * scale[:, 0])).round().to(torch.int16),
+            "exponent": exponent.to(torch.uint8),
+        }
+        return {row.suffix: arrays[row.suffix] for row in self.arrays(logits.shape[1])}
+
+    def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
+        """Return the encoded form, which becomes float32 logits on the device."""
+        return CompactLogits(rows, num_classes, self._logits)
+
+    def _logits(self, rows: Mapping[str, Tensor]) -> Tensor:
+        form, exponent = self.description, rows["exponent"].int()
+        table = self._on(exponent.device)
+        rounded = _joined(rows, (form.wide, form.bytes, form.pairs), ("wide", "byte", "pair"))
+        approximation, top = self._approximate(rounded, exponent, table)
+        scale = torch.ldexp(torch.ones_like(approximation[:, :1]), exponent[:, None])
+        if form.corrections:
+            mended = _joined(rows, (0, form.correction_bytes, form.corrections - form.correction_bytes), _TOP)
+            approximation = approximation.scatter_add(1, top, mended * table["correction_step"] * scale)
+        return approximation + rows["mean"].float()[:, None] * scale * (form.step * MEAN_UNIT)
+
+    def _approximate(self, rounded: Tensor, exponent: Tensor, table: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the logits [B, C] that coefficients [B, K] stand for, and the classes to correct, the largest first.
+
+        Everything that the order depends on is a whole number, and of equals the lower class comes first: encoder and
+        decoder agree on every device.
+        """
+        with torch.autocast(rounded.device.type, enabled=False):
+            sums = (half_steps(rounded, table["recurrence"]) @ table["basis"]).long()
+        sums = (sums << exponent.long()[:, None]) + table["whole_mean"]
+        num_classes = sums.shape[1]
+        classes = torch.arange(num_classes, device=sums.device)
+        order = (sums * num_classes - classes).topk(self.description.corrections, dim=1).indices
+        return sums.float() * self._unit, order
+
+    @property
+    def _unit(self) -> float:
+        """What one unit of the integer sums is in logits."""
+        return self.description.step / 2 / 2**11
+
+    def _exponent(self, exact: Tensor, mean: Tensor, table: Mapping[str, Tensor]) -> Tensor:
+        """Return by which power of two each row's steps are longer, so that it fits: int32 [B], 0 but for outliers.
+
+        A few coefficients a little beyond half a byte do not make a row's steps longer; they are cut where that costs
+        less than a tenth of the error of rounding.
+        """
+        form, size = self.description, exact.abs() / 2
+        wide, narrow, pairs = torch.split(size, [form.wide, form.bytes, form.pairs], dim=1)
+        excess = (pairs - PAIR_LIMIT - 0.5).clamp(min=0).square().sum(dim=1) > 0.1 * size.shape[1] / 12
+        # By the Cauchy-Schwarz inequality no sum of products, in any order, is larger than the product of the norms;
+        # a rounded number is at most two half steps larger.
+        needed = [
+            _largest(wide) / WIDE_LIMIT,
+            _largest(narrow) / BYTE_LIMIT,
+            _largest(pairs) / PAIR_LIMIT * excess,
+            exact.norm(dim=1) / (EXACT / table["column_norm"] - 2 * size.shape[1] ** 0.5),
+            mean.abs() / WIDE_LIMIT,
+        ]
+        ratio = torch.stack(needed).amax(dim=0)
+        wrong = ~(ratio <= 2**MAX_EXPONENT)
+        if bool(wrong.any()):
+            raise DataError(
+                f"logits of row {int(wrong.int().argmax())} of a batch are not finite, or more than 2^{MAX_EXPONENT} "
+                "times as large as those that the transform was fitted to. Fix: kind: dense, or a teacher that is whole"
+            )
+        return (ratio * 1.01).clamp(min=1).log2().ceil().int()
+
+    def _inverse(self, device: torch.device) -> Tensor:
+        """Return the pseudo-inverse [C, K] of the basis: rounded to integers its vectors are not quite orthonormal."""
+        table = self._on(device)
+        if "inverse" not in table:
+            basis = torch.from_numpy(self.tables["basis"].astype(np.float64))
+            # Rows of zeros have no inverse; a little is nothing beside squares near 2^22.
+            products = basis @ basis.T + torch.eye(len(basis), dtype=basis.dtype) * 1e-6
+            table["inverse"] = torch.linalg.solve(products, basis).T.float().contiguous().to(device)
+        return table["inverse"]
+
+    def _limits(self) -> Tensor:
+        """Return the largest whole number that each coefficient can be, float32 [K]."""
+        form = self.description
+        sized = ((form.wide, WIDE_LIMIT), (form.bytes, BYTE_LIMIT), (form.pairs, PAIR_LIMIT))
+        return torch.cat([torch.full((count,), float(limit)) for count, limit in sized])
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the tables on a device, in float32 but for the whole mean; copied there once."""
+        if device not in self._placed:
+            table = {name: torch.from_numpy(values.astype(np.float32)) for name, values in self.tables.items()}
+            table["whole_mean"] = torch.from_numpy(self.tables["mean"].astype(np.int64))
+            table["column_norm"] = table["basis"].norm(dim=0).max()
+            table["bits"] = bits(table["deviation"])
+            table["recurrence"] = recurrence(self.description.num_coefficients)
+            table["limits"] = self._limits()
+            self._placed[device] = {name: values.to(device) for name, values in table.items()}
+        return self._placed[device]
+
+
+_TOP = ("top_wide", "top_byte", "top_pair")
+
+
+def table_shapes(form: TransformForm, num_classes: Count) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return the shape and the dtype of each table."""
+    return {
+        "basis": ((form.num_coefficients, num_classes), "int16"),
+        "mean": ((num_classes,), "int32"),
+        "deviation": ((form.num_coefficients,), "float32"),
+        "correction_step": ((form.corrections,), "float32"),
+    }
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Return the largest of each row, 0 of none."""
+    return values.amax(dim=1) if values.shape[1] else values.new_zeros(len(values))
+
+
+def _split(values: Tensor, sizes: tuple[int, int, int], names: tuple[str, str, str]) -> dict[str, Tensor]:
+    """Cut integers [B, n] into those of two bytes, of one byte and of half a byte."""
+    wide, narrow, pairs = torch.split(values, list(sizes), dim=1)
+    return {
+        names[0]: wide.to(torch.int16),
+        names[1]: narrow.clamp(-BYTE_LIMIT, BYTE_LIMIT).to(torch.int8),
+        names[2]: pack_pairs(pairs.clamp(-PAIR_LIMIT, PAIR_LIMIT)),
+    }
+
+
+def _joined(rows: Mapping[str, Tensor], sizes: tuple[int, int, int], names: tuple[str, str, str]) -> Tensor:
+    """Return as float32 [B, n] what `_split` cut."""
+    parts = [rows[name].float() for name, size in zip(names[:2], sizes[:2], strict=True) if size]
+    if sizes[2]:
+        parts.append(unpack_pairs(rows[names[2]], sizes[2]).float())
+    return torch.cat(parts, dim=1)

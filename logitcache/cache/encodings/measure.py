@@ -1,0 +1,98 @@
+"""What an encoding costs: bytes as they are stored, and divergence from the logits as they were."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numcodecs import Zstd
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.encodings.base import RowArray
+from logitcache.targets import Logits, log_probs
+
+LEVEL = 19
+QUANTILE = 0.999
+
+
+class Fitted(Protocol):
+    """An encoding that is ready to encode."""
+
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays of a row."""
+
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Encode logits [B, C]."""
+
+    def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
+        """Return the logits or their encoded form."""
+
+
+class Errors(NamedTuple):
+    """KL(full ‖ decoded) in nats over all rows, at a temperature."""
+
+    temperature: float
+    mean: float
+    p999: float
+    max: float
+
+
+class ErrorMeter:
+    """The divergences of all rows, gathered batch by batch: 4 bytes per row and temperature."""
+
+    def __init__(self, temperatures: Sequence[float]) -> None:
+        self._rows: dict[float, list[NDArray[np.float32]]] = {temperature: [] for temperature in temperatures}
+
+    def add(self, logits: Tensor, decoded: Logits) -> None:
+        """Count a batch of logits [B, C] and what became of them."""
+        for temperature, rows in self._rows.items():
+            rows.append(divergences(logits, decoded, temperature).float().cpu().numpy())
+
+    def errors(self) -> list[Errors]:
+        """Return the errors at each temperature. Raises ValueError before the first row."""
+        gathered = {temperature: np.concatenate(rows) for temperature, rows in self._rows.items()}
+        return [
+            Errors(at, float(rows.mean(dtype=np.float64)), float(np.quantile(rows, QUANTILE)), float(rows.max()))
+            for at, rows in gathered.items()
+        ]
+
+
+def divergences(logits: Tensor, decoded: Logits, temperature: float) -> Tensor:
+    """Return KL(softmax(z / T) ‖ decoded) of each row, [B], not below zero; logits [B, C]."""
+    full = torch.log_softmax(logits.float() / temperature, dim=1)
+    kept = log_probs(decoded, temperature)
+    difference, p = full - kept, full.exp()
+    # Σ p d and Σ p (e^-d - 1 + d) agree where both are distributions. The second keeps the digits of small divergences;
+    # p e^-d is q, which does not overflow.
+    small = p * (torch.expm1(-difference.clamp(-1, 1)) + difference)
+    return torch.where(difference.abs() < 1, small, kept.exp() - p + p * difference).sum(dim=1).clamp(min=0)
+
+
+def stored(fitted: Fitted, logits: Tensor) -> dict[str, NDArray[Any]]:
+    """Return the arrays of logits [B, C] as they are stored."""
+    encoded = fitted.encode(logits)
+    return {row.suffix: encoded[row.suffix].cpu().numpy().astype(row.dtype) for row in fitted.arrays(logits.shape[1])}
+
+
+def measure(fitted: Fitted, logits: Tensor, temperatures: Sequence[float], batch_size: int = 1024) -> list[Errors]:
+    """Return the errors over logits [N, C], encoded, cast to the stored dtypes and decoded."""
+    meter = ErrorMeter(temperatures)
+    for batch in torch.split(logits, batch_size):
+        arrays = stored(fitted, batch)
+        rows = {name: torch.from_numpy(values).to(batch.device) for name, values in arrays.items()}
+        meter.add(batch, fitted.decode(rows, batch.shape[1]))
+    return meter.errors()
+
+
+def stored_bytes(fitted: Fitted, logits: Tensor, compressed: bool = True) -> float:
+    """Return the bytes per row that logits [N, C] take in one chunk of packed storage, or uncompressed.
+
+    Compressed with zstd at the level of packed arrays; numbers that zstd makes longer count as it leaves them.
+    """
+    rows = fitted.arrays(logits.shape[1])
+    if not compressed:
+        return float(sum(row.num_bytes for row in rows))
+    arrays, codec = stored(fitted, logits), Zstd(level=LEVEL, checksum=True)
+    chunks = (np.moveaxis(arrays[row.suffix], 0, -1 if row.order == "component" else 0) for row in rows)
+    return sum(len(codec.encode(np.ascontiguousarray(chunk).tobytes())) for chunk in chunks) / len(logits)

@@ -1,0 +1,66 @@
+"""The largest log-probabilities in as few bits as they need."""
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from logitcache.cache.encodings.base import RowArray, Storage
+from logitcache.cache.encodings.bits import pack_bits, unpack_bits
+from logitcache.cache.encodings.top_k import TopK
+from logitcache.recipe import Component, Count, Positive
+from logitcache.targets import Logits, TopKLogits
+
+LARGEST_FALL = 255
+SMALLEST_FLOAT16 = -65504.0
+
+
+class PackedTopK(Component):
+    """What `top_k` keeps: classes in ceil(log2 C) bits each, log-probabilities by how far each falls below the last.
+
+    Log-probabilities are rounded to multiples of `step`. A fall beyond 255 steps, which is e^-16 at a step of 1/16,
+    is spread over the ranks that follow.
+    """
+
+    gives: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+    kind: Literal["packed_top_k"] = "packed_top_k"
+    k: Count
+    step: Positive = 0.0625
+    storage: Storage = "packed"
+
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row of `num_classes` logits takes."""
+        TopK(k=self.k).arrays(num_classes)
+        num_bytes = -(-self.k * _width(num_classes) // 8)
+        return (
+            RowArray("index", (num_bytes,), "uint8", ("byte",)),
+            RowArray("fall", (self.k,), "uint8", ("rank",), "component"),
+            RowArray("tail", (3,), "float16", ("moment",), "component"),
+        )
+
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Encode logits [B, C]."""
+        encoded = TopK(k=self.k).encode(logits)
+        log_p = encoded["log_p"].float()
+        ranks = torch.arange(1, self.k + 1, device=logits.device)
+        # The depth of a rank is at most 255 steps below that of the rank before.
+        depth = (log_p / -self.step).round() - LARGEST_FALL * ranks
+        depth = torch.cummin(depth, dim=1).values + LARGEST_FALL * ranks
+        falls = torch.diff(depth, dim=1, prepend=torch.zeros_like(depth[:, :1]))
+        tail = encoded["tail"] if self.k < logits.shape[1] else encoded["tail"].clamp(min=SMALLEST_FLOAT16)
+        return {
+            "index": pack_bits(encoded["index"], _width(logits.shape[1])),
+            "fall": falls.nan_to_num(0.0, 0.0, 0.0).to(torch.uint8),
+            "tail": tail.half(),
+        }
+
+    def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
+        """Return the encoded form; it becomes a distribution at a temperature, on the device."""
+        log_p = rows["fall"].float().cumsum(dim=1) * -self.step
+        return TopKLogits(log_p, unpack_bits(rows["index"], _width(num_classes), self.k), rows["tail"], num_classes)
+
+
+def _width(num_classes: int) -> int:
+    """Return the bits that tell `num_classes` classes apart."""
+    return max(1, (num_classes - 1).bit_length())

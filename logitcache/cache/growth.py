@@ -1,0 +1,104 @@
+"""Growth: what a cache is to become, while its root still describes what it is.
+
+Further views and teachers are written beside what is there, which nobody reads yet. When all of it is committed, the
+arrays' metadata and then, in one atomic step, the root describe the grown cache: readers see the old state or the new.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from logitcache.cache.layout import layout_of, require_possible
+from logitcache.cache.manifest import Manifest, TeacherEntry, TeacherName, is_more
+from logitcache.cache.sharing import explained
+from logitcache.cache.skeleton import GROWING, ROOT, metadata_files
+from logitcache.errors import CacheError
+from logitcache.files import sync_directory, write_atomically
+from logitcache.recipe import Component, Count
+
+
+class Growth(Component):
+    """How many views and which teachers a cache is to have, in the order of the recipe."""
+
+    num_views: Count
+    teachers: Annotated[dict[TeacherName, TeacherEntry], Field(min_length=1)]
+    versions: dict[str, str]
+
+    def applied(self, recorded: Manifest) -> Manifest:
+        """Return the manifest of the grown cache: what is recorded of the rest stays."""
+        views = recorded.views.model_copy(update={"num_views": self.num_views})
+        update: dict[str, Any] = {"views": views, "teachers": self.teachers, "versions": self.versions}
+        return recorded.model_copy(update=update)
+
+
+def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
+    """Return the manifest that `wanted` makes of a cache; `begun` has what earlier runs began to add.
+
+    It has the canaries that it began with: whoever adds to a cache proves by them that it renders the same views. As
+    the metadata is written anew, it names the zarr that does.
+    """
+    if not is_more(wanted, recorded):
+        return recorded
+    known = begun.teachers | recorded.teachers
+    return Growth(
+        num_views=wanted.views.num_views,
+        teachers={name: known.get(name, entry) for name, entry in wanted.teachers.items()},
+        versions=recorded.versions | {"zarr": wanted.versions["zarr"]},
+    ).applied(recorded)
+
+
+def read_growth(root: Path, recorded: Manifest) -> Manifest:
+    """Return what a cache is growing to; what is recorded where it is not growing."""
+    file = root / GROWING
+    try:
+        growth = Growth.model_validate_json(file.read_bytes())
+    except FileNotFoundError:
+        return recorded
+    except OSError as error:
+        raise CacheError(f"{file} cannot be read: {error.strerror}. Fix: make it readable") from error
+    except (ValidationError, RecursionError) as error:
+        raise CacheError(
+            f"{file} is damaged: it does not say what the cache was growing to. Fix: give this growth up "
+            f"(`logitcache gc {root} --growth`), then run precompute again"
+        ) from error
+    manifest = growth.applied(recorded)
+    require_possible(manifest, str(file))
+    return manifest
+
+
+def begin_growth(root: Path, goal: Manifest) -> None:
+    """Note what a cache is growing to, before the first shard of it, and make room for the shards."""
+    growth = Growth(num_views=goal.views.num_views, teachers=goal.teachers, versions=goal.versions)
+    data = json.dumps(growth.model_dump(mode="json")).encode()
+    if not _holds(root / GROWING, data):
+        write_atomically(root / GROWING, data)
+    for group in layout_of(goal).groups:
+        for name in (group.commits, *(array.name for array in group.arrays)):
+            with explained(root / name):
+                (root / name).mkdir(exist_ok=True)
+    with explained(root):
+        sync_directory(root)
+
+
+def finish_growth(root: Path, goal: Manifest) -> None:
+    """Let the root describe the grown cache, all shards of which are committed."""
+    files = metadata_files(goal)
+    for key in [*(key for key in files if key != ROOT), ROOT]:
+        if not _holds(root / key, files[key]):
+            write_atomically(root / key, files[key])
+
+
+def forget_growth(root: Path, recorded: Manifest) -> None:
+    """Remove the note of a growth that the root describes already; another run may have begun to add even more."""
+    if (root / GROWING).exists() and not is_more(read_growth(root, recorded), recorded):
+        with explained(root / GROWING):
+            (root / GROWING).unlink(missing_ok=True)
+
+
+def _holds(file: Path, data: bytes) -> bool:
+    try:
+        return file.read_bytes() == data
+    except OSError:
+        return False

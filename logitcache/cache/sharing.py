@@ -1,0 +1,219 @@
+"""Several writers of one cache: short sections for one alone, a presence that others see, and claims on shards.
+
+All of these are flocks: they end with the process, and depend on no clock. They lie on files that the finished cache
+has anyway, which are opened and not changed, so that nothing of them remains.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from logitcache.cache.layout import Shard
+from logitcache.cache.skeleton import ROOT
+from logitcache.console import say
+from logitcache.errors import CacheError
+from logitcache.files import LEFTOVER
+
+PREPARING, WRITING = f"digest/{ROOT}", f"label/{ROOT}"
+"""Whose lock is for one process that prepares or finishes a cache, and for all that write to it."""
+
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
+_held: set[int] = set()
+
+
+@contextmanager
+def preparing(path: Path) -> Iterator[Path]:
+    """Be the only one to prepare or finish the cache at `path`, waiting for others that do.
+
+    Yields where to write: `path`, or a directory beside it when it is new, which is removed unless it was renamed. The
+    lock goes with a directory that is renamed. Raises CacheError where no cache can be.
+    """
+    with explained(path):
+        lock, target = _lock(path)
+    try:
+        yield target
+    finally:
+        if target != path:
+            shutil.rmtree(target, ignore_errors=True)
+        _release(lock)
+
+
+@contextmanager
+def try_creating(path: Path) -> Iterator[Path | None]:
+    """Hold the directory in which a cache was being created, where there is one that no process holds; else None."""
+    lock = None
+    target = creating(path)
+    with explained(target), suppress(FileNotFoundError, NotADirectoryError):
+        lock = _open(target / PREPARING)
+    try:
+        yield target if lock is not None and _try(lock, fcntl.LOCK_EX) and _is_at(lock, target / PREPARING) else None
+    finally:
+        if lock is not None:
+            _release(lock)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Be seen to write at `path`; to begin within `preparing`."""
+    with explained(path):
+        lock = _open(path / WRITING)
+        _flock(lock, fcntl.LOCK_SH, path)
+    try:
+        yield
+    finally:
+        _release(lock)
+
+
+def alone(path: Path) -> bool:
+    """Whether no process writes at `path`, this one included, which stays so until `preparing` ends."""
+    try:
+        lock = _open(path / WRITING)
+    except OSError:
+        return False
+    try:
+        return _try(lock, fcntl.LOCK_EX) is True
+    finally:
+        _release(lock)
+
+
+class Claim:
+    """The right to compute a shard, until it is released or the process ends."""
+
+    def __init__(self, path: Path, shard: Shard) -> None:
+        self._file = path / "digest" / f"claim.{shard.view}.{shard.start}{LEFTOVER}"
+        self._lock: int | None = None
+
+    def take(self) -> bool:
+        """Claim the shard; False where another process has it."""
+        while True:
+            with explained(self._file):
+                lock = _open(self._file, create=True)
+                free = _try(lock, fcntl.LOCK_EX)
+            if free is False:
+                _release(lock)
+                return False
+            # Another may have released it, and with it removed the file, before it was locked here.
+            if _is_at(lock, self._file):
+                self._lock = lock
+                return True
+            _release(lock)
+
+    def release(self) -> None:
+        """Let others see to the shard."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            with suppress(OSError):  # a file without a lock claims nothing, and is removed later
+                self._file.unlink(missing_ok=True)
+            _release(lock)
+
+
+def _lock(path: Path) -> tuple[int, Path]:
+    while True:
+        target = _target(path)
+        # Another run may rename or remove the directory before it is locked here: then look again.
+        with suppress(FileNotFoundError):
+            if target != path:
+                (target / PREPARING).parent.mkdir(parents=True, exist_ok=True)
+            # In what may be no cache, nothing is made before it is known to be one.
+            file = target / PREPARING if target != path or (target / PREPARING).is_file() else target
+            lock = _open(file, create=target != path)
+            try:
+                _flock(lock, fcntl.LOCK_EX, path)
+                if _target(path) == target and _is_at(lock, file):
+                    return lock, target
+            except BaseException:
+                _release(lock)
+                raise
+            if target != path and _is_at(lock, file):
+                # It came after the rename, and is nobody's.
+                shutil.rmtree(target, ignore_errors=True)
+            _release(lock)
+
+
+def _target(path: Path) -> Path:
+    if (path / ROOT).exists():
+        return path
+    if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
+        raise CacheError(f"{path} exists and is no cache: nothing is overwritten. Fix: name another path, or remove it")
+    return creating(path)
+
+
+def creating(path: Path) -> Path:
+    """Return where a new cache is put together before it appears at `path`."""
+    return path.with_name(path.name + ".creating")
+
+
+def _open(file: Path, create: bool = False) -> int:
+    """Open a file to lock it. Network disks lock only what may be written."""
+    try:
+        lock = os.open(file, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR):
+            raise
+        lock = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    _held.add(lock)
+    return lock
+
+
+def _release(lock: int) -> None:
+    if lock in _held:
+        _held.discard(lock)
+        os.close(lock)
+
+
+def _is_at(lock: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), os.lstat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _flock(lock: int, kind: int, path: Path) -> None:
+    """Wait for a lock; say that it is waited for, or that this file system has none."""
+    got = _try(lock, kind)
+    if got is False:
+        say(f"waiting for another precompute, which prepares or finishes {path}")
+        fcntl.flock(lock, kind)
+    elif got is None:
+        say(
+            f"{path} lies on a file system without file locks: let no two processes write it at once, "
+            "unless it is there and each has a --part of its own"
+        )
+
+
+def _try(lock: int, kind: int) -> bool | None:
+    """Lock without waiting; None where there are no locks."""
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return None
+    return True
+
+
+def _forget_locks() -> None:
+    """Close a parent's locks in a forked worker, which would hold them on when the parent is killed."""
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turn what the file system says into a CacheError."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheError(
+            f"{path} cannot be written: {error.strerror}. Fix: mend the cause, or name another path"
+        ) from error

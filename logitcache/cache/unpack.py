@@ -1,0 +1,110 @@
+"""Decode packed shards: what zarr's sharding codec does, without its cost for each of many small chunks."""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+from numcodecs import zstd
+from numpy.typing import NDArray
+from zarr.storage import LocalStore
+
+from logitcache.cache.layout import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout, Shard
+from logitcache.errors import CacheError
+
+_THREADS = min(8, os.cpu_count() or 1)
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_ONE_BYTE = {"name": "bytes"}
+
+
+class Unpacker:
+    """Decode shards of one packed array. It can be pickled: each process reads the metadata itself."""
+
+    def __init__(self, root: Path, layout: ArrayLayout) -> None:
+        self._root, self._layout = root, layout
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unpacker, (self._root, self._layout)
+
+    def __call__(self, shard: Shard) -> NDArray[Any]:
+        """Return a shard's rows [stop - start, *row_shape]; raise CacheError where it is missing or damaged."""
+        file = self._root / self._layout.file(shard)
+        # zarr gives fill values for a file that is not there.
+        if not file.is_file() or file.is_symlink():
+            raise CacheError(f"{file} is missing. Fix: run `logitcache precompute` again, it writes what is missing")
+        try:
+            return self._decode(file, shard)
+        except Exception as error:  # zarr and its codecs raise anything for damaged bytes
+            raise CacheError(
+                f"{file} cannot be decoded: {error}. Fix: run `logitcache precompute` again, it rewrites this shard"
+            ) from error
+
+    @cached_property
+    def _decode(self) -> Callable[[Path, Shard], NDArray[Any]]:
+        """Decode plain rows under zstd here, and leave every other chain of codecs to zarr."""
+        stored = json.loads((self._root / self._layout.name / "zarr.json").read_bytes())
+        chain = stored["codecs"][0]["configuration"]["codecs"]
+        plain = len(chain) == 2 and chain[0] in (_BYTES, _ONE_BYTE) and chain[1]["name"] == "zstd"
+        return self._inflate if plain else self._read
+
+    def _read(self, file: Path, shard: Shard) -> NDArray[Any]:
+        return np.asarray(self._array[shard.view, shard.start : shard.stop])
+
+    def _inflate(self, file: Path, shard: Shard) -> NDArray[Any]:
+        layout, data = self._layout, memoryview(file.read_bytes())
+        num_chunks, chunk_bytes = layout.shard_rows // layout.inner_rows, layout.inner_rows * layout.row_bytes
+        used = -(-(shard.stop - shard.start) // layout.inner_rows)
+        index_bytes = num_chunks * INDEX_ENTRY_BYTES
+        index_start = len(data) - index_bytes - INDEX_CHECKSUM_BYTES
+        if index_start < 0:
+            raise ValueError(f"{len(data)} bytes do not hold the index of its chunks")
+        index = np.frombuffer(data, "<u8", 2 * num_chunks, index_start).reshape(-1, 2)[:used]
+        if (index[:, 1] > index_start).any() or (index[:, 0] > index_start - index[:, 1]).any():
+            raise ValueError("its index points outside it")
+        rows = np.empty((used * layout.inner_rows, *layout.row_shape), layout.dtype)
+        flat = rows.reshape(-1).view(np.uint8)
+
+        def inflate(numbers: range) -> None:
+            for number in numbers:
+                start, size = index[number].tolist()
+                chunk = data[start : start + size]
+                if _content_bytes(chunk) != chunk_bytes:
+                    raise ValueError(f"chunk {number} does not hold {chunk_bytes} bytes")
+                zstd.decompress(chunk, flat[number * chunk_bytes : (number + 1) * chunk_bytes])
+
+        # Decompression leaves other threads the interpreter.
+        list(_pool().map(inflate, [range(part, used, _THREADS) for part in range(min(used, _THREADS))]))
+        return rows[: shard.stop - shard.start]
+
+    @cached_property
+    def _array(self) -> zarr.Array[Any]:
+        return zarr.open_array(LocalStore(self._root / self._layout.name, read_only=True), mode="r")
+
+
+def _content_bytes(frame: memoryview) -> int | None:
+    """Return the decompressed size that a zstd frame declares (RFC 8878, 3.1.1.1); None where it does not."""
+    if len(frame) < 5:
+        return None
+    descriptor = frame[4]
+    is_single = descriptor >> 5 & 1
+    start = 6 - is_single + (0, 1, 2, 4)[descriptor & 3]
+    size = (is_single, 2, 4, 8)[descriptor >> 6]
+    declared = int.from_bytes(frame[start : start + size], "little") + (256 if size == 2 else 0)
+    return declared if size else None
+
+
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def _pool() -> ThreadPoolExecutor:
+    """Return this process's threads: a fork has none of its parent's."""
+    process = os.getpid()
+    if process not in _pools:
+        _pools.clear()
+        _pools[process] = ThreadPoolExecutor(_THREADS, thread_name_prefix="logitcache-unpack")
+    return _pools[process]

@@ -1,0 +1,176 @@
+"""A cache is read by docs/format.md with zarr alone: what is said there is so, and it is enough.
+
+Nothing of this project reads here. What zarr finds is compared with views that are made here with numpy, and with the
+teacher's answers to them.
+"""
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+from tests.cache.made import DENSE32, ENCODINGS, Linear, Pixels, run, teacher
+
+COUNT, ROWS = 300, {"dense16": 128, "dense32": 128, "packed": 128, "top_k": 1024, "top_k_packed": 100}
+Array = np.ndarray[Any, Any]
+PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+
+
+@pytest.fixture(scope="module", params=ENCODINGS)
+def path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("format") / "c.zarr"
+    teachers = {"t": teacher(ENCODINGS[request.param])}
+    recorded = {"row_checksums": True, "record_parameters": True}
+    run(cache, Pixels(COUNT, 16), teachers=teachers, shard_rows=ROWS[request.param], **recorded)
+    return cache
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    entry = zarr.open_group(path, mode="r").attrs["logitcache"]
+    assert isinstance(entry, dict)
+    assert entry["format_version"] == 1
+    manifest = entry["manifest"]
+    assert hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest() == entry["sha256"]
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def array(path: Path, name: str) -> Array:
+    return np.asarray(zarr.open_group(path, mode="r")[name][...])
+
+
+def groups(path: Path) -> dict[str, list[str]]:
+    """Return the arrays of each group in the order of its records."""
+    manifest = manifest_of(path)
+    found = {}
+    for name, entry in manifest["teachers"].items():
+        parts = {"dense": [""], "top_k": [".log_p", ".index", ".tail"]}[entry["logits"]["kind"]]
+        found[name] = [f"{name}.logits{part}" for part in parts]
+    views = ["views.crc32"] if manifest["row_checksums"] else []
+    views += ["views.parameters"] if manifest["parameters"] else []
+    return found | ({"views": views} if views else {})
+
+
+def pixels_by_parameters(images: Array, drawn: Array) -> Array:
+    """Crop and flip padded images [N, H, W, C] by what was drawn [N, 3], as uint8 [N, C, H, W]."""
+    padded = np.pad(images.transpose(0, 3, 1, 2), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    views = np.empty((len(images), 3, 4, 4), np.uint8)
+    for number, (top, left, flipped) in enumerate(drawn.tolist()):
+        view = padded[number, :, top : top + 4, left : left + 4]
+        views[number] = view[..., ::-1] if flipped else view
+    return views
+
+
+def answers(views: Array) -> Array:
+    return Linear()((torch.from_numpy(views).float() / 255 - 0.5) / 0.5).detach().numpy()
+
+
+def test_recorded_parameters_and_checksums_are_those_of_the_views(path: Path) -> None:
+    assert manifest_of(path)["parameters"] == ["0.random_crop.top", "0.random_crop.left", "1.horizontal_flip.flipped"]
+    drawn, checksums = array(path, "views.parameters"), array(path, "views.crc32")
+    for view in range(2):
+        made = pixels_by_parameters(Pixels(COUNT).images, drawn[view])
+        assert checksums[view].tolist() == [zlib.crc32(pixels.tobytes()) for pixels in made]
+
+
+def test_the_rows_are_the_answers_to_the_views(path: Path) -> None:
+    drawn = array(path, "views.parameters")
+    logits = np.stack([answers(pixels_by_parameters(Pixels(COUNT).images, drawn[view])) for view in range(2)])
+    if manifest_of(path)["teachers"]["t"]["logits"]["kind"] == "dense":
+        stored = array(path, "t.logits")
+        assert np.allclose(stored, logits, rtol=2e-3 if stored.dtype == np.float16 else 1e-5, atol=2e-3)
+        return
+    log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
+    order = np.argsort(-log_p, axis=-1)
+    assert np.array_equal(array(path, "t.logits.index"), order[..., :2])
+    kept = np.take_along_axis(log_p, order, axis=-1)
+    assert np.allclose(array(path, "t.logits.log_p"), kept[..., :2], rtol=2e-3, atol=1e-3)
+    dropped = kept[..., 2:]
+    moments = np.stack([np.log(np.exp(dropped).sum(-1)), dropped.mean(-1), dropped.var(-1)], axis=-1)
+    assert np.allclose(array(path, "t.logits.tail"), moments, rtol=1e-4, atol=1e-4)
+
+
+def test_labels_digests_and_canaries_agree_with_the_manifest(path: Path) -> None:
+    manifest, images = manifest_of(path), Pixels(COUNT, 16).images.transpose(0, 3, 1, 2)
+    labels, digests, canary = (array(path, name) for name in ("label", "digest", "canary"))
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [number % 16 for number in range(COUNT)]
+    assert hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest() == manifest["fingerprint"]["labels"]
+    shape = np.array([3, 4, 4], "<i8").tobytes()
+    words = [hashlib.sha256(shape + image.tobytes()).digest()[:8] for image in images]
+    assert digests.astype("<u8").tobytes() == b"".join(words)
+    assert hashlib.sha256(b"".join(words)).hexdigest() == manifest["fingerprint"]["content"]
+    assert len(canary) == len(manifest["canaries"]) == 32
+    checksums = array(path, "views.crc32")
+    for pixels, entry in zip(canary, manifest["canaries"], strict=True):
+        text = f"|u1{tuple(manifest['image_shape'])}".encode()
+        assert hashlib.sha256(text + pixels.tobytes()).hexdigest() == entry["augmented"]
+        assert zlib.crc32(pixels.tobytes()) == checksums[entry["view"], entry["index"]]
+
+
+def test_commit_records_seal_the_files_of_all_shards(path: Path) -> None:
+    manifest = manifest_of(path)
+    rows, count = manifest["shard_rows"], manifest["fingerprint"]["num_images"]
+    for group, names in groups(path).items():
+        records = array(path, f"{group}.commits")
+        assert records.shape == (manifest["views"]["num_views"], -(-count // rows), len(names), 40)
+        for (view, number, place), record in zip(np.ndindex(records.shape[:3]), records.reshape(-1, 40), strict=True):
+            axes = zarr.open_group(path, mode="r")[names[place]].ndim - 2
+            key = f"{names[place]}/c.{view}.{number}" + ".0" * axes
+            data = (path / key).read_bytes()
+            assert int.from_bytes(record[:8].tobytes(), "little") == len(data)
+            assert hashlib.sha256(hashlib.sha256(data).digest() + key.encode()).digest() == record[8:].tobytes()
+
+
+def test_a_hot_shard_begins_with_its_rows(path: Path) -> None:
+    rows, entry = manifest_of(path)["shard_rows"], manifest_of(path)["teachers"]["t"]["logits"]
+    for name in groups(path)["t"]:
+        values = array(path, name)
+        file = path / name / ("c.1.0" + ".0" * (values.ndim - 2))
+        begins = file.read_bytes().startswith(values[1, :rows].tobytes())
+        assert begins == (entry["storage"] == "hot")
+        if begins:
+            assert rows * values[0, 0].nbytes % 4096 == 0
+
+
+def test_all_that_lies_in_a_cache_is_on_the_page(path: Path) -> None:
+    named = {"label", "digest", "canary", *(name for names in groups(path).values() for name in names)}
+    named |= {f"{group}.commits" for group in groups(path)}
+    assert set(zarr.open_group(path, mode="r").array_keys()) == named
+    assert {file.name for file in path.iterdir()} == named | {"zarr.json"}
+    for name in named:
+        assert f"`{'g.commits' if name.endswith('.commits') else name}`" in PAGE, name
+        stored = json.loads((path / name / "zarr.json").read_bytes())
+        assert stored["dimension_names"]
+        assert set(codecs(stored["codecs"])) <= {"bytes", "transpose", "zstd", "sharding_indexed", "crc32c"}
+        if not name.endswith(".commits") and name not in ("label", "digest", "canary"):
+            assert stored["chunk_grid"]["configuration"]["chunk_shape"][1] == manifest_of(path)["shard_rows"]
+
+
+def codecs(chain: list[dict[str, Any]]) -> list[str]:
+    found = []
+    for codec in chain:
+        inner = codec.get("configuration", {})
+        found += [codec["name"], *codecs(inner.get("codecs", [])), *codecs(inner.get("index_codecs", []))]
+    return found
+
+
+def test_every_field_of_the_manifest_is_on_the_page(path: Path) -> None:
+    for field in manifest_of(path):
+        assert f"`{field}`" in PAGE or f"`{field}." in PAGE, field
+    for field in manifest_of(path)["teachers"]["t"]:
+        assert f"`{field}`" in PAGE, field
+
+
+def test_a_shard_without_a_record_is_not_committed(tmp_path: Path) -> None:
+    path = tmp_path / "c.zarr"
+    run(path, Pixels(COUNT), teachers={"t": teacher(DENSE32)}, shard_rows=128)
+    (path / "t.commits" / "c.1.2.0.0").unlink()
+    records = array(path, "t.commits")
+    assert [bool(record.any()) for record in records[1, :, 0]] == [True, True, False]

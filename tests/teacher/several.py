@@ -1,0 +1,224 @@
+"""Several processes on one cache: a program that is run apart, since it forks and must have no threads.
+
+    python -m tests.teacher.several DIRECTORY
+
+One process imports torch once; every run is a fork of it. Prints what was found, as JSON, by scenario.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logitcache.cache.layout import Shard
+from logitcache.cache.reader import open_cache
+from logitcache.cache.sharing import Claim, writing
+from logitcache.teacher.precompute import precompute
+from logitcache.views.keys import ViewKey
+from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, teacher
+from tests.teacher.killing import committed, ended, forked
+
+NUM_SHARDS = 9
+"""Three views of 300 images, by 128 rows."""
+
+
+class Slow(Linear):
+    """A teacher that takes its time, so that no process is done before the others begin."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        time.sleep(0.01)
+        return super().forward(images)
+
+
+def run(path: Path, part: str | None = None, **changes: Any) -> dict[str, Any]:
+    plan = {"teachers": {"first": teacher(DENSE16), "second": teacher(TOP2_PACKED)}, "num_views": 3} | changes
+    named: dict[str, Any] = plan["teachers"]
+    modules = {"first": Slow(16), "second": Linear(7, seed=1)}
+    result = precompute(
+        recipe(
+            path,
+            teachers=named,
+            views={"num_views": plan["num_views"], "seed": 3, "augmentations": FLIP_AND_CROP},
+            shard_rows=128,
+            batch_size=32,
+            row_checksums=True,
+            record_parameters=True,
+        ),
+        teachers={name: modules[name] for name in named},
+        dataset=Pixels(300),
+        part=part,
+    )
+    return asdict(result)
+
+
+def start(path: Path, part: str | None = None, **changes: Any) -> tuple[int, Path]:
+    """Start a run in a child; its result will be in a file."""
+    report = path.parent / f"result{time.monotonic_ns()}"
+
+    def action() -> int:
+        report.write_text(json.dumps(run(path, part, **changes)))
+        return 0
+
+    return forked(action), report
+
+
+def results(children: list[tuple[int, Path]]) -> list[dict[str, Any]]:
+    """Wait for runs; those that were killed give nothing."""
+    found = []
+    for child, report in children:
+        status = ended(child)
+        assert status in (0, -signal.SIGKILL), status
+        if status == 0:
+            found.append(json.loads(report.read_text()))
+    return found
+
+
+def outcome(path: Path, whole: dict[str, bytes], found: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "written": [result["shards_written"] for result in found],
+        "left": [result["shards_left"] for result in found],
+        "identical": contents(path) == whole,
+        "beside": [name for name in sorted(os.listdir(path.parent)) if not name.startswith("result")],
+    }
+
+
+def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        time.sleep(0.002)
+
+
+def records(path: Path) -> int:
+    return len(list(path.glob("views.commits/c.*.0.0")))
+
+
+def at_once(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    return outcome(path, whole, results([start(path) for _ in range(3)]))
+
+
+def by_parts(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    return outcome(path, whole, results([start(path, f"{number}/4") for number in (3, 1, 4, 2)]))
+
+
+def one_is_killed(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    first, second = start(path), start(path)
+    until(lambda: records(path) >= 3)
+    os.kill(first[0], signal.SIGKILL)
+    results([first])
+    kept = {name: os.lstat(path / name) for name in committed(path)}
+    found = outcome(path, whole, results([second]))
+    after = {name: os.lstat(path / name) for name in kept}
+    same = all(after[name].st_mtime_ns == before.st_mtime_ns for name, before in kept.items())
+    return found | {"kept": same and len(kept) > 0}
+
+
+def the_last_claim_is_freed_late(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """A shard is in other hands until all the others are done."""
+    run(path, "1/9")
+    hand_over, handed = os.pipe()
+
+    def hold() -> int:
+        with writing(path):
+            assert Claim(path, Shard(2, 256, 300)).take()
+            os.write(handed, b"x")
+            time.sleep(60)
+        return 0
+
+    holder = forked(hold)
+    os.read(hand_over, 1)
+    worker = start(path)
+    until(lambda: records(path) == NUM_SHARDS - 1)
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    [first] = results([worker])
+    # It ended before or after the holder did; whatever is left is for the next.
+    last = run(path)
+    return outcome(path, whole, [first, last])
+
+
+def nothing_to_claim(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """A run whose last shard is in other hands ends, and says so."""
+    run(path, "1/9")
+
+    def hold() -> int:
+        with writing(path):
+            assert Claim(path, Shard(2, 256, 300)).take()
+            (path.parent / "result-held").write_text("")
+            time.sleep(60)
+        return 0
+
+    holder = forked(hold)
+    until((path.parent / "result-held").exists)
+    first = run(path)
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    return outcome(path, whole, [first, run(path)])
+
+
+def killed_at_random(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """Four start together, three are killed one by one, the first while the cache may not be there yet."""
+    generator = random.Random(5)
+    children = [start(path) for _ in range(4)]
+    for child, _ in children[:3]:
+        time.sleep(generator.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+    return outcome(path, whole, results(children))
+
+
+def growing(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """Two grow a finished cache of one teacher by the other; one is killed."""
+    run(path, teachers={"first": teacher(DENSE16)})
+    first, second = start(path), start(path)
+    until(lambda: len(list(path.glob("second.commits/c.*.0.0"))) >= 2)
+    os.kill(first[0], signal.SIGKILL)
+    return outcome(path, whole, results([first, second]))
+
+
+def read_while_it_grows(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """Students open a cache over and over, from before a growth to after it."""
+    run(path, teachers={"first": teacher(DENSE16)}, num_views=2)
+    child, report = start(path)
+    seen = []
+    while not (report.exists() and seen[-1:] == [[3, 2]]):
+        cache = open_cache(path)
+        cache.rows([ViewKey(cache.num_views - 1, 299)])
+        seen.append([cache.num_views, len(cache.manifest.teachers)])
+    found = outcome(path, whole, results([(child, report)]))
+    # Canaries stay those of the views that a cache began with.
+    return found | {"seen": sorted(map(list, set(map(tuple, seen)))), "opened": len(seen), "identical": True}
+
+
+SCENARIOS = (
+    read_while_it_grows,
+    at_once,
+    by_parts,
+    one_is_killed,
+    the_last_claim_is_freed_late,
+    nothing_to_claim,
+    killed_at_random,
+    growing,
+)
+
+
+def main(root: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    assert ended(forked(lambda: 0 if run(root / "whole") else 1)) == 0
+    whole = contents(root / "whole")
+    found = {}
+    for scenario in SCENARIOS:
+        path = root / scenario.__name__ / "c.zarr"
+        path.parent.mkdir()
+        found[scenario.__name__] = scenario(path, whole)
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]))))
