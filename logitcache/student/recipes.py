@@ -81,6 +81,13 @@ class TrainingRecipe(Component):
     device: str = "auto"
 
     @model_validator(mode="after")
+    def _parts_sum_to_the_whole(self) -> Self:
+        coupled = [loss.kind for loss in self.losses if not loss.by_row]
+        if coupled and self.micro_batches > 1:
+            raise ValueError(f"{coupled} compare the rows of a whole batch with one another: leave out micro_batches")
+        return self
+
+    @model_validator(mode="after")
     def _every_image_equally_often(self) -> Self:
         if self.epochs % self.views_per_image:
             raise ValueError(

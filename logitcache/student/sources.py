@@ -9,6 +9,7 @@ from torch import Tensor
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, Replay, open_cache
 from logitcache.errors import MismatchError, RecipeError
+from logitcache.student.compatibility import asks_teacher, require_served
 from logitcache.student.losses import Loss
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.targets import Targets
@@ -122,7 +123,7 @@ def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any)
 def _num_classes(losses: Sequence[Loss], manifest: Manifest) -> int:
     """Return the number of classes of the teachers that the losses ask, of the first where they ask none."""
     first = next(iter(manifest.teachers))
-    asked = [loss.teacher or first for loss in losses if loss.needs != "labels"] or [first]
+    asked = [loss.teacher or first for loss in losses if asks_teacher(loss)] or [first]
     counts = {name: manifest.teachers[name].num_classes for name in asked}
     if len(set(counts.values())) > 1:
         raise MismatchError(
@@ -130,34 +131,3 @@ def _num_classes(losses: Sequence[Loss], manifest: Manifest) -> int:
             "Fix: losses whose teachers predict the same classes"
         )
     return counts[asked[0]]
-
-
-def require_served(losses: Sequence[Loss], cache: Cache) -> None:
-    """Raise RecipeError listing every loss that asks for what the cache does not hold."""
-    lines = [
-        line for number, loss in enumerate(losses) for line in _unserved(f"losses.{number} ({loss.kind})", loss, cache)
-    ]
-    if lines:
-        raise RecipeError(f"{cache.path} does not serve these losses:\n  " + "\n  ".join(lines))
-
-
-def _unserved(what: str, loss: Loss, cache: Cache) -> list[str]:
-    if loss.needs == "labels":
-        labelled = bool((cache.labels >= 0).any())
-        return [] if labelled else [f"{what} needs labels, the cache's images have none. Fix: leave this loss out"]
-    name = loss.teacher
-    manifest = cache.manifest
-    names = sorted(manifest.teachers)
-    if name is None and len(names) > 1:
-        return [f"{what} names no teacher, the cache has {names}. Fix: set `teacher`"]
-    if name is not None and name not in names:
-        return [f"{what} names teacher {name!r}, the cache has {names}. Fix: one of these"]
-    held = manifest.teachers[name or names[0]].logits
-    if loss.needs != "logits" and manifest.views.targets == "linear":
-        return [f"{what} needs {loss.needs}, the cache mixes probabilities (targets: linear). Fix: kl_divergence"]
-    if loss.needs in held.gives:
-        return []
-    return [
-        f"{what} needs {loss.needs}, the cache keeps {held.kind} logits of {name or names[0]!r}. Fix: another loss "
-        f"(kl_divergence takes any), or precompute with teachers.{name or names[0]}.logits: {{kind: dense}}"
-    ]

@@ -13,13 +13,24 @@ from torch import Tensor
 from logitcache.cache.encodings import TopK
 from logitcache.errors import RecipeError
 from logitcache.student.losses import (
+    DIST,
+    DKD,
+    NKD,
+    WSLD,
     CrossEntropy,
     KLDivergence,
     Loss,
     MeanSquaredError,
+    MultiLabelKL,
     cross_entropy,
+    dist,
+    dkd,
     kl_divergence,
     mean_squared_error,
+    multi_label_kl,
+    nkd,
+    standardize,
+    wsld,
 )
 from logitcache.targets import Batch, MixedLabels, Targets, TopKLogits
 
@@ -57,6 +68,88 @@ def _squared(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float
     return float(np.mean((student - teacher) ** 2))
 
 
+def _standardized(temperature: float) -> Reference:
+    def reference(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float:
+        s, t = (
+            (z - z.mean(axis=1, keepdims=True)) / (1e-7 + z.std(axis=1, ddof=1, keepdims=True))
+            for z in (student, teacher)
+        )
+        return _kl(temperature)(s, t, labels)
+
+    return reference
+
+
+def _labelled_mean(row: Callable[[Array, Array, int], float]) -> Reference:
+    """The mean over the labelled rows of a function of the row's logits and label, 0 without any."""
+
+    def reference(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float:
+        rows = [row(s, t, int(y)) for s, t, y in zip(student, teacher, labels, strict=True) if y >= 0]
+        return float(np.mean(rows)) if rows else 0.0
+
+    return reference
+
+
+def _row_log_softmax(z: Array) -> Array:
+    return _log_softmax(z[None])[0]
+
+
+def _dkd(alpha: float, beta: float, temperature: float) -> Reference:
+    def row(s: Array, t: Array, y: int) -> float:
+        log_s, log_t = _row_log_softmax(s / temperature), _row_log_softmax(t / temperature)
+        other_s, other_t = (_row_log_softmax(np.delete(z, y) / temperature) for z in (s, t))
+        rest_s, rest_t = (
+            np.log(np.sum(np.exp(np.delete(log_p, y) - (m := np.delete(log_p, y).max())))) + m
+            for log_p in (log_s, log_t)
+        )
+        binary = np.exp(log_t[y]) * (log_t[y] - log_s[y]) + np.exp(rest_t) * (rest_t - rest_s)
+        others = np.sum(np.exp(other_t) * (other_t - other_s))
+        return float(temperature**2 * (alpha * binary + beta * others))
+
+    return _labelled_mean(row)
+
+
+def _nkd(gamma: float, temperature: float) -> Reference:
+    def row(s: Array, t: Array, y: int) -> float:
+        other_s, other_t = (_row_log_softmax(np.delete(z, y) / temperature) for z in (s, t))
+        own = np.exp(_row_log_softmax(t)[y]) * _row_log_softmax(s)[y]
+        return float(-own - gamma * temperature**2 * np.sum(np.exp(other_t) * other_s))
+
+    return _labelled_mean(row)
+
+
+def _wsld(temperature: float) -> Reference:
+    def row(s: Array, t: Array, y: int) -> float:
+        weight = 1 - np.exp(_row_log_softmax(s)[y] / (-_row_log_softmax(t)[y] + 1e-7))
+        soft = -np.sum(np.exp(_row_log_softmax(t / temperature)) * _row_log_softmax(s / temperature))
+        return float(temperature**2 * weight * soft)
+
+    return _labelled_mean(row)
+
+
+def _dist(beta: float, gamma: float, temperature: float) -> Reference:
+    def pearson(a: Array, b: Array) -> float:
+        a, b = a - a.mean(), b - b.mean()
+        return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b) + 1e-8))
+
+    def reference(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float:
+        p, q = (np.exp(_log_softmax(z / temperature)) for z in (student, teacher))
+        between = np.mean([pearson(a, b) for a, b in zip(p, q, strict=True)])
+        within = np.mean([pearson(a, b) for a, b in zip(p.T, q.T, strict=True)])
+        return float(temperature**2 * (beta * (1 - between) + gamma * (1 - within)))
+
+    return reference
+
+
+def _multi_label(temperature: float) -> Reference:
+    def reference(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float:
+        s, t = student / temperature, teacher / temperature
+        p = np.exp(-np.logaddexp(0, -t))
+        kl = p * (np.logaddexp(0, -s) - np.logaddexp(0, -t)) + (1 - p) * (np.logaddexp(0, s) - np.logaddexp(0, t))
+        return float(temperature**2 * np.mean(kl))
+
+    return reference
+
+
 class Case(NamedTuple):
     loss: Any
     reference: Reference
@@ -70,7 +163,16 @@ TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 TABLE = [
     *(Case(KLDivergence(temperature=t), _kl(t)) for t in TEMPERATURES),
     *(Case(CrossEntropy(label_smoothing=s), _cross_entropy(s)) for s in (0.0, 0.1)),
+    *(Case(KLDivergence(standardize=True, temperature=t), _standardized(t)) for t in (1.0, 2.0)),
     Case(MeanSquaredError(), _squared),
+    Case(DKD(), _dkd(1.0, 8.0, 4.0)),
+    Case(DKD(alpha=0.5, beta=2.0, temperature=1.0), _dkd(0.5, 2.0, 1.0)),
+    Case(NKD(), _nkd(1.5, 1.0)),
+    Case(NKD(gamma=0.7, temperature=2.0), _nkd(0.7, 2.0)),
+    Case(WSLD(), _wsld(2.0)),
+    Case(DIST(), _dist(1.0, 1.0, 1.0)),
+    Case(DIST(beta=2.0, gamma=0.5, temperature=4.0), _dist(2.0, 0.5, 4.0)),
+    *(Case(MultiLabelKL(temperature=t), _multi_label(t)) for t in (1.0, 3.0)),
 ]
 every_loss = pytest.mark.parametrize("case", TABLE, ids=lambda case: case.name)
 
@@ -136,19 +238,30 @@ def test_gradients_are_finite(case: Case, name: str) -> None:
     assert torch.isfinite(student.grad).all()
 
 
-@every_loss
+differentiated = pytest.mark.parametrize(
+    # WSLD's weights are constants to its gradient, by definition.
+    "case",
+    [case for case in TABLE if not isinstance(case.loss, WSLD)],
+    ids=lambda case: case.name,
+)
+
+
+@differentiated
 def test_the_gradient_is_that_of_the_value(case: Case) -> None:
     student, teacher = (logits.double() for logits in INPUTS["random"])
     assert torch.autograd.gradcheck(lambda z: _value(case.loss, z, teacher), student.requires_grad_())
 
 
-@every_loss
+@differentiated
 def test_the_gradient_of_one_row_is_that_of_the_value(case: Case) -> None:
     student, teacher = (logits.double() for logits in INPUTS["one row"])
     assert torch.autograd.gradcheck(lambda z: _value(case.loss, z, teacher), student.requires_grad_())
 
 
-@pytest.mark.parametrize("loss", [KLDivergence(temperature=t) for t in TEMPERATURES] + [MeanSquaredError()])
+@pytest.mark.parametrize(
+    "loss",
+    [*(KLDivergence(temperature=t) for t in TEMPERATURES), MeanSquaredError(), DKD(), MultiLabelKL(temperature=2.0)],
+)
 @pytest.mark.parametrize("name", INPUTS)
 def test_a_student_that_says_what_the_teacher_says_has_no_loss_and_no_gradient(loss: Any, name: str) -> None:
     teacher = INPUTS[name][1]
@@ -158,6 +271,48 @@ def test_a_student_that_says_what_the_teacher_says_has_no_loss_and_no_gradient(l
     assert value.item() == 0
     assert student.grad is not None
     assert student.grad.abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("loss", [KLDivergence(standardize=True), DIST(temperature=2.0)])
+def test_losses_that_forgive_scale_are_zero_where_both_agree_but_for_it(loss: Any) -> None:
+    _, teacher = INPUTS["random"]
+    student = (3 * teacher + 5 if isinstance(loss, KLDivergence) else teacher).clone().requires_grad_()
+    value = _value(loss, student, teacher)
+    value.backward()
+    assert value.item() == pytest.approx(0, abs=1e-5)
+    assert student.grad is not None
+    assert student.grad.abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("loss", [NKD(), WSLD()])
+def test_soft_cross_entropies_are_smallest_where_both_agree(loss: Any) -> None:
+    """WSLD at a fixed weight; NKD in the other classes, as it wants the label surer than the teacher is."""
+    _, teacher = INPUTS["random"]
+    place = _labels(9)[:, None]
+    if isinstance(loss, NKD):
+        student = teacher.clone().requires_grad_()
+        _value(loss, student, teacher).backward()
+        assert student.grad is not None
+        p = torch.softmax(teacher, dim=1)
+        own = p.gather(1, place)
+        # What is left is the gradient of -p_t[y] log p_s[y].
+        expected = own * (p - torch.zeros_like(p).scatter(1, place, 1.0)) / 9
+        torch.testing.assert_close(student.grad, expected, atol=1e-6, rtol=1e-4)
+    else:
+        student = teacher.clone().requires_grad_()
+        _value(loss, student, teacher).backward()
+        assert student.grad is not None
+        assert student.grad.abs().max() <= 1e-6
+
+
+def test_dkd_with_the_weight_of_the_rest_is_the_kl_divergence() -> None:
+    """Equation 7 of the paper: KD = TCKD + (1 - p_y) NCKD, here for one row at a time."""
+    student, teacher = INPUTS["random"]
+    for row in range(9):
+        s, t, label = student[row : row + 1], teacher[row : row + 1], _labels(9)[row : row + 1]
+        rest = 1 - torch.softmax(t / 2, dim=1)[0, label[0]].item()
+        found = dkd(s, t, label, alpha=1.0, beta=rest, temperature=2.0)
+        torch.testing.assert_close(found, kl_divergence(s, t, 2.0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_sure_and_right_student_has_no_cross_entropy() -> None:
@@ -185,7 +340,7 @@ def test_only_labelled_rows_have_a_gradient_of_cross_entropy() -> None:
     assert (student.grad.abs().sum(dim=1) > 0).tolist() == [False, True, False, True]
 
 
-@every_loss
+@pytest.mark.parametrize("case", [case for case in TABLE if case.loss.by_row], ids=lambda case: case.name)
 @pytest.mark.parametrize("size", [1, 2, 4, 9])
 def test_the_parts_of_a_batch_sum_to_the_whole(case: Case, size: int) -> None:
     student, teacher = INPUTS["random"]
@@ -221,6 +376,13 @@ def test_the_functions_are_what_the_components_compute() -> None:
     assert kl_divergence(student, teacher, 2.0) == _value(KLDivergence(temperature=2.0), student, teacher)
     assert mean_squared_error(student, teacher) == _value(MeanSquaredError(), student, teacher)
     assert cross_entropy(student, _labels(9), 0.1) == _value(CrossEntropy(label_smoothing=0.1), student, teacher)
+    assert dkd(student, teacher, _labels(9)) == _value(DKD(), student, teacher)
+    assert nkd(student, teacher, _labels(9)) == _value(NKD(), student, teacher)
+    assert wsld(student, teacher, _labels(9)) == _value(WSLD(), student, teacher)
+    assert dist(student, teacher) == _value(DIST(), student, teacher)
+    assert multi_label_kl(student, teacher) == _value(MultiLabelKL(), student, teacher)
+    standardized = kl_divergence(standardize(student), standardize(teacher), 2.0)
+    assert standardized == _value(KLDivergence(standardize=True, temperature=2.0), student, teacher)
 
 
 def _encoded(teacher: Tensor, k: int) -> Any:

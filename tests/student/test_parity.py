@@ -42,8 +42,14 @@ def _largest_difference(first: RunResult, second: RunResult) -> float:
         {"optimizer": {"kind": "sgd", "lr": 0.05}},
         {"optimizer": {"kind": "adamw"}, "losses": [{"kind": "kl_divergence", "temperature": 4.0}]},
         {"losses": [{"kind": "mean_squared_error", "weight": 0.1}, {"kind": "cross_entropy"}], "ema": 0.9},
+        {"losses": [{"kind": "kl_divergence", "standardize": True, "temperature": 2.0}]},
+        {"losses": [{"kind": "dkd"}]},
+        {"losses": [{"kind": "nkd"}, {"kind": "cross_entropy"}]},
+        {"losses": [{"kind": "wsld", "weight": 2.5}, {"kind": "cross_entropy"}]},
+        {"losses": [{"kind": "dist", "weight": 2.0}, {"kind": "cross_entropy"}]},
+        {"losses": [{"kind": "multi_label_kl", "temperature": 2.0}]},
     ],
-    ids=["sgd", "adamw", "squared_error"],
+    ids=["sgd", "adamw", "squared_error", "standardized", "dkd", "nkd", "wsld", "dist", "multi_label"],
 )
 def test_fifty_steps_from_the_cache_are_fifty_steps_online(cache: Path, tmp_path: Path, changes: Any) -> None:
     (offline, cached), (online, live) = _both(cache, {"net": network()}, tmp_path, **changes)

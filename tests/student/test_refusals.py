@@ -142,3 +142,19 @@ def test_validation_on_other_classes_is_refused(cache: Path, tmp_path: Path) -> 
 
 def test_labels_are_needed_to_train_a_teacher(tmp_path: Path) -> None:
     _refused(teacher(tmp_path / "run", dataset=UNLABELLED), RecipeError, "no labels to learn from", 2)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [{"kind": "dist"}, {"kind": "multi_label_kl"}, {"kind": "kl_divergence", "standardize": True}],
+    ids=lambda loss: loss["kind"],
+)
+def test_losses_of_raw_logits_are_refused_on_a_few(top_k: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
+    recipe = student(tmp_path / "run", top_k, losses=[loss])
+    text = rf"losses.0 \({loss['kind']}\) needs dense logits, .*top_k.*precompute with teachers.net.logits"
+    _refused(recipe, RecipeError, text, 2)
+
+
+def test_a_loss_over_whole_batches_takes_no_parts_of_them(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['dist'\] compare the rows of a whole batch.*leave out micro_batches"):
+        student(tmp_path / "run", cache, losses=[{"kind": "dist"}], micro_batches=2)

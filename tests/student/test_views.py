@@ -68,6 +68,12 @@ def test_a_teacher_learns_from_mixed_labels(tmp_path: Path) -> None:
     assert np.isfinite(result.loss)
 
 
+@pytest.mark.parametrize("kind", ["dkd", "nkd", "wsld"])
+def test_losses_of_one_label_are_refused_on_mixed_images(mixed: Path, tmp_path: Path, kind: str) -> None:
+    with pytest.raises(RecipeError, match=rf"losses.1 \({kind}\) needs one label an image, .* are mixed. Fix"):
+        train(student(tmp_path / "run", mixed, losses=[{"kind": "kl_divergence"}, {"kind": kind}]))
+
+
 def test_students_learn_from_linear_targets(linear: Path, tmp_path: Path) -> None:
     result = train(student(tmp_path / "run", linear, losses=[{"kind": "kl_divergence", "temperature": 2.0}]))
     assert np.isfinite(result.loss)

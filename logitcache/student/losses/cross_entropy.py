@@ -6,10 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from logitcache.recipe import Component, Fraction
-from logitcache.student.losses.base import Weight
+from logitcache.student.losses.base import UNLABELLED, Need, Weight
 from logitcache.targets import Batch, MixedLabels, Targets, at_least_float32
-
-UNLABELLED = -1
 
 
 def cross_entropy(
@@ -42,7 +40,8 @@ def _counted(labels: Tensor, mixed: MixedLabels | None) -> Tensor:
 class CrossEntropy(Component):
     """Cross-entropy against the labels; rows without a label do not count."""
 
-    needs: ClassVar[str] = "labels"
+    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    by_row: ClassVar[bool] = True
     teacher: ClassVar[str | None] = None
 
     kind: Literal["cross_entropy"] = "cross_entropy"

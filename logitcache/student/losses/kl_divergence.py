@@ -1,12 +1,16 @@
-"""Soft targets: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015)."""
+"""Soft targets: Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network" (2015); with logits
+standardised as in Sun et al., "Logit standardization in knowledge distillation" (CVPR 2024).
+"""
 
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from logitcache.recipe import Component, Name, Positive
-from logitcache.student.losses.base import Weight, every_row, targets_of
-from logitcache.targets import Batch, Logits, Targets, log_probs
+from logitcache.student.losses.base import Need, Weight, every_row, targets_of
+from logitcache.targets import Batch, Logits, Targets, at_least_float32, log_probs
+
+EPSILON = 1e-7
 
 
 def kl_divergence(student: Tensor, teacher: Logits, temperature: float = 1.0) -> Tensor:
@@ -19,20 +23,39 @@ def kl_divergence(student: Tensor, teacher: Logits, temperature: float = 1.0) ->
     return temperature**2 * (log_p_t.exp() * (log_p_t - log_p_s)).sum(dim=1).mean()
 
 
-class KLDivergence(Component):
-    """KL divergence from the teacher's distribution to the student's at a temperature, times T²."""
+def standardize(logits: Tensor) -> Tensor:
+    """Bring each row of logits [B, C] to mean 0 and (unbiased) standard deviation 1, at least in float32."""
+    values = at_least_float32(logits)
+    return (values - values.mean(dim=1, keepdim=True)) / (EPSILON + values.std(dim=1, keepdim=True))
 
-    needs: ClassVar[str] = "logits"
+
+class KLDivergence(Component):
+    """KL divergence from the teacher's distribution to the student's at a temperature, times T².
+
+    With `standardize` both logits are standardised first, row by row; published with T = 2 and weight 9.
+    """
+
+    by_row: ClassVar[bool] = True
 
     kind: Literal["kl_divergence"] = "kl_divergence"
     temperature: Positive = 1.0
+    standardize: bool = False
     weight: Weight = 1.0
     teacher: Name | None = None
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the loss asks of its data."""
+        return frozenset({"dense logits" if self.standardize else "logits"})
+
     def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
         """Return the unweighted loss of a batch."""
+        logits = targets_of(batch.teachers, self.teacher).logits
         assert isinstance(outputs.logits, Tensor)
-        return kl_divergence(outputs.logits, targets_of(batch.teachers, self.teacher).logits, self.temperature)
+        if not self.standardize:
+            return kl_divergence(outputs.logits, logits, self.temperature)
+        assert isinstance(logits, Tensor)  # `needs` was checked with the recipe
+        return kl_divergence(standardize(outputs.logits), standardize(logits), self.temperature)
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""

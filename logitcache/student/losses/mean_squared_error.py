@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from logitcache.recipe import Component, Name
-from logitcache.student.losses.base import Weight, every_row, targets_of
+from logitcache.student.losses.base import Need, Weight, every_row, targets_of
 from logitcache.targets import Batch, Targets, at_least_float32
 
 
@@ -18,7 +18,8 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
 class MeanSquaredError(Component):
     """Squared error between logits; needs every logit as it was."""
 
-    needs: ClassVar[str] = "dense logits"
+    needs: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
+    by_row: ClassVar[bool] = True
 
     kind: Literal["mean_squared_error"] = "mean_squared_error"
     weight: Weight = 1.0

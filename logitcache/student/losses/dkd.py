@@ -1,0 +1,57 @@
+"""Decoupled distillation: Zhao et al., "Decoupled knowledge distillation" (CVPR 2022)."""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from logitcache.recipe import Component, Name, Positive
+from logitcache.student.losses.base import (
+    Need,
+    Weight,
+    cross,
+    labelled_rows,
+    mean_of_labelled,
+    split_by_label,
+    targets_of,
+)
+from logitcache.targets import Batch, Logits, Targets, log_probs
+
+
+def dkd(
+    student: Tensor, teacher: Logits, labels: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+) -> Tensor:
+    """Return T² · mean of α · KL(b_t ‖ b_s) + β · KL(p̂_t ‖ p̂_s) over the labelled rows, a scalar in nats.
+
+    b = [p_y, 1 - p_y] is label against rest, p̂ the distribution over the other classes alone, of softmax(z / T).
+    `student`: logits [B, C]; `teacher`: logits [B, C] or an encoded form; `labels`: int64 [B], -1 for none. At least
+    float32; 0 without labels, and where both agree.
+    """
+    own_s, rest_s, others_s = split_by_label(log_probs(student, temperature), labels)
+    own_t, rest_t, others_t = split_by_label(log_probs(teacher, temperature), labels)
+    against_rest = own_t.exp() * (own_t - own_s) + rest_t.exp() * (rest_t - rest_s)
+    among_others = cross(others_t.exp(), others_t - others_s)
+    return temperature**2 * mean_of_labelled(alpha * against_rest + beta * among_others, labels)
+
+
+class DKD(Component):
+    """Decoupled distillation, the label against the rest and the rest among themselves; published for single labels."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
+    by_row: ClassVar[bool] = True
+
+    kind: Literal["dkd"] = "dkd"
+    alpha: Weight = 1.0
+    beta: Weight = 8.0
+    temperature: Positive = 4.0
+    weight: Weight = 1.0
+    teacher: Name | None = None
+
+    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+        """Return the unweighted loss of a batch."""
+        assert isinstance(outputs.logits, Tensor)
+        logits = targets_of(batch.teachers, self.teacher).logits
+        return dkd(outputs.logits, logits, batch.labels, self.alpha, self.beta, self.temperature)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Count the rows that the loss is a mean over."""
+        return labelled_rows(batch)

@@ -1,0 +1,57 @@
+"""Normalised distillation: Yang et al., "From knowledge distillation to self-knowledge distillation: a unified approach
+with normalized loss and customized soft labels" (ICCV 2023).
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from logitcache.recipe import Component, Name, Positive
+from logitcache.student.losses.base import (
+    Need,
+    Weight,
+    cross,
+    labelled_rows,
+    mean_of_labelled,
+    split_by_label,
+    targets_of,
+)
+from logitcache.targets import Batch, Logits, Targets, log_probs
+
+
+def nkd(student: Tensor, teacher: Logits, labels: Tensor, gamma: float = 1.5, temperature: float = 1.0) -> Tensor:
+    """Return the mean of -p_t[y] log p_s[y] - γ T² Σ p̂_t log p̂_s over the labelled rows, a scalar in nats.
+
+    p = softmax(z); p̂ is the distribution over the classes other than the label, of softmax(z / T). `student`: logits
+    [B, C]; `teacher`: logits [B, C] or an encoded form; `labels`: int64 [B], -1 for none. At least float32; 0 without
+    labels. Smallest, not zero, where both agree on the others and the student is sure of the label.
+    """
+    own_s, _, _ = split_by_label(log_probs(student), labels)
+    own_t, _, _ = split_by_label(log_probs(teacher), labels)
+    _, _, others_s = split_by_label(log_probs(student, temperature), labels)
+    _, _, others_t = split_by_label(log_probs(teacher, temperature), labels)
+    rows = -own_t.exp() * own_s - gamma * temperature**2 * cross(others_t.exp(), others_s)
+    return mean_of_labelled(rows, labels)
+
+
+class NKD(Component):
+    """Normalised distillation: soft cross-entropy of the label and, apart, of the others; goes beside cross-entropy."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
+    by_row: ClassVar[bool] = True
+
+    kind: Literal["nkd"] = "nkd"
+    gamma: Weight = 1.5
+    temperature: Positive = 1.0
+    weight: Weight = 1.0
+    teacher: Name | None = None
+
+    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+        """Return the unweighted loss of a batch."""
+        assert isinstance(outputs.logits, Tensor)
+        logits = targets_of(batch.teachers, self.teacher).logits
+        return nkd(outputs.logits, logits, batch.labels, self.gamma, self.temperature)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Count the rows that the loss is a mean over."""
+        return labelled_rows(batch)

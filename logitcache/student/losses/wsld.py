@@ -1,0 +1,49 @@
+"""Weighted soft labels: Zhou et al., "Rethinking soft labels for knowledge distillation: a bias-variance tradeoff
+perspective" (ICLR 2021).
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from logitcache.recipe import Component, Name, Positive
+from logitcache.student.losses.base import Need, Weight, cross, labelled_rows, mean_of_labelled, targets_of
+from logitcache.targets import Batch, Logits, Targets, log_probs
+
+EPSILON = 1e-7
+
+
+def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float = 2.0) -> Tensor:
+    """Return T² · mean of -w Σ p_t log p_s over the labelled rows, a scalar in nats, at least float32; 0 without any.
+
+    p = softmax(z / T), and w = 1 - exp(-CE_s / CE_t) with the cross-entropies against the label at T = 1: rows count
+    less that the student knows better than the teacher does. No gradient flows through w. `student`: logits [B, C];
+    `teacher`: logits [B, C] or an encoded form; `labels`: int64 [B], -1 for none.
+    """
+    place = labels.clamp(min=0)[:, None]
+    ce_s = -log_probs(student.detach()).gather(1, place)[:, 0]
+    ce_t = -log_probs(teacher).gather(1, place)[:, 0]
+    weight = -(-ce_s / (ce_t + EPSILON)).expm1()
+    soft = -cross(log_probs(teacher, temperature).exp(), log_probs(student, temperature))
+    return temperature**2 * mean_of_labelled(weight * soft, labels)
+
+
+class WSLD(Component):
+    """Soft cross-entropy, weighted by row; published with weight 2.5 beside cross-entropy."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
+    by_row: ClassVar[bool] = True
+
+    kind: Literal["wsld"] = "wsld"
+    temperature: Positive = 2.0
+    weight: Weight = 1.0
+    teacher: Name | None = None
+
+    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+        """Return the unweighted loss of a batch."""
+        assert isinstance(outputs.logits, Tensor)
+        return wsld(outputs.logits, targets_of(batch.teachers, self.teacher).logits, batch.labels, self.temperature)
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Count the rows that the loss is a mean over."""
+        return labelled_rows(batch)
