@@ -44,6 +44,15 @@ def log_probs(logits: Logits, temperature: float = 1.0) -> Tensor:
     return logits.log_probs(temperature)
 
 
+def dense_logits(logits: Logits) -> Tensor:
+    """Return all logits [B, C]; raise TypeError for an encoded form that has only a distribution."""
+    if isinstance(logits, CompactLogits):
+        return logits.logits
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(f"{type(logits).__name__} holds a distribution, not its logits")
+
+
 def top1(logits: Logits) -> Tensor:
     """Return the most probable class of each row, int64 [B]."""
     return (logits if isinstance(logits, Tensor) else logits.log_probs(1.0)).argmax(dim=1)

@@ -18,6 +18,7 @@ for _variable, _folder in {
 }.items():
     os.environ[_variable] = str(Path(_HOME.name, _folder))
 os.environ |= {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"}
+os.environ["LOGITCACHE_SHARED_MEMORY"] = "0"  # or the same shards of different tests would be decoded once
 os.environ.pop("FORCE_COLOR", None)
 
 import pytest  # noqa: E402

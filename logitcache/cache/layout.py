@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from logitcache.cache.encodings.base import RowArray, Storage
+from logitcache.cache.encodings.base import Order, RowArray, Storage
 from logitcache.cache.manifest import VIEWS, Manifest, TeacherEntry
 from logitcache.errors import CacheError, RecipeError
 
@@ -59,6 +59,7 @@ class ArrayLayout:
     num_images: int
     shard_rows: int
     storage: Storage
+    order: Order = "sample"
 
     @property
     def row_bytes(self) -> int:
@@ -87,12 +88,15 @@ class ArrayLayout:
         """Return the arguments of zarr.create_array."""
         tail = self.row_shape
         packed = [{"name": "zstd", "configuration": {"level": 5, "checksum": True}}]
+        by_component = {"name": "transpose", "configuration": {"order": (0, *range(2, 2 + len(tail)), 1)}}
+        transposed = self.storage == "packed" and self.order == "component"
         return {
             "name": self.name,
             "shape": (self.num_views, self.num_images, *tail),
             "shards": (1, self.shard_rows, *tail),
             "chunks": (1, self.inner_rows, *tail),
             "dtype": self.dtype,
+            "filters": [by_component] if transposed else None,
             "compressors": packed if self.storage == "packed" else None,
             "fill_value": float("nan") if self.dtype.kind == "f" else 0,
             "dimension_names": ("view", "sample", *self.dims),
@@ -233,6 +237,7 @@ def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage) -> Ar
         num_images=manifest.num_images,
         shard_rows=manifest.shard_rows,
         storage=storage,
+        order=row.order,
     )
 
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -127,6 +127,9 @@ class Cache:
         `factories` names the functions of the user's own code that the views may call. Raises MismatchError or
         ReplayMismatchError with the reason and the fix.
         """
+        for name, value, known in (("verify", verify, canaries.Level), ("replay", replay, Replay)):
+            if value not in get_args(known):
+                raise RecipeError(f"{name} is {value!r}. Fix: one of {', '.join(get_args(known))}")
         require_trusted(self.manifest.views, factories, str(self.path))
         self.require_intact()
         recorded = self._parameters_to_replay() if replay == "recorded" else None
@@ -206,7 +209,8 @@ class Cache:
 
     def _origin(self, views: Views) -> canaries.Origin:
         name = f"{self.path}, spec {self.manifest.views.digest()[:8]}…"
-        may_replay = bool(self.manifest.parameters) and views.recorded is None
+        exact = self.manifest.views.targets == "exact"
+        may_replay = bool(self.manifest.parameters) and views.recorded is None and exact
         return canaries.Origin(name, self.manifest.versions, versions(), may_replay)
 
     def loader(

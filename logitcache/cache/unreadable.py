@@ -43,12 +43,23 @@ def with_mended_images(
     if recorded.fingerprint == wanted.fingerprint or content != wanted.fingerprint:
         return recorded
     changed = _changed(root, recorded, digests)
-    answered = any(shard.start <= row < shard.stop for shard in committed for row in changed)
-    if answered or not changed or not changed <= _noted(root):
+    if not changed or not changed <= _noted(root) or _answered(recorded, committed, changed):
         return recorded
     now = {(canary.view, canary.index): canary for canary in wanted.canaries}
     canaries = tuple(now.get((old.view, old.index), old) if old.index in changed else old for old in recorded.canaries)
     return recorded.model_copy(update={"fingerprint": content, "canaries": canaries})
+
+
+def _answered(manifest: Manifest, committed: Iterable[Shard], changed: set[int]) -> bool:
+    """Say whether a committed shard holds an answer to one of the images, alone or mixed with another."""
+    rows = np.array(sorted(changed), dtype=np.int64)
+    pairing = manifest.views.answered().pairing(manifest.num_images)
+    for shard in committed:
+        partners = rows if pairing is None else pairing.partners(np.full_like(rows, shard.view), rows)
+        seen = np.concatenate([rows, partners])
+        if ((shard.start <= seen) & (seen < shard.stop)).any():
+            return True
+    return False
 
 
 def _changed(root: Path, recorded: Manifest, digests: NDArray[np.uint64]) -> set[int]:

@@ -1,6 +1,7 @@
 """Write whole shards behind the teacher: data first, the commit record last."""
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,8 +13,11 @@ from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
+from logitcache.cache.hot import hot_shard
 from logitcache.cache.layout import ArrayGroup, ArrayLayout, Layout, Shard, seal
 from logitcache.files import write_atomically
+
+THREADS = 2
 
 Rows = dict[str, NDArray[Any]]
 """A shard's rows of every array, by array name."""
@@ -29,42 +33,39 @@ class ShardEncoder:
 
     def encode(self, shard: Shard, rows: NDArray[Any]) -> memoryview:
         """Return the bytes of the shard that holds `rows`, [stop - start, *row_shape]."""
-        self._array[shard.view, shard.start : shard.stop] = rows
-        stored = memoryview(self._bytes.pop(self._layout.file(shard)).as_buffer_like())
         if self._layout.storage == "hot":
-            # Readers map these rows in place.
-            assert stored.nbytes == self._layout.hot_bytes(len(rows)), "zarr lays out shards in another way"
-            assert np.array_equal(np.frombuffer(stored, np.uint8, rows.nbytes), rows.reshape(-1).view(np.uint8))
-        return stored
+            return hot_shard(self._layout, rows)
+        self._array[shard.view, shard.start : shard.stop] = rows
+        return memoryview(self._bytes.pop(self._layout.file(shard)).as_buffer_like())
 
 
 class CacheWriter:
-    """Write shards in the background, one at a time: at most one shard waits while the next is filled."""
+    """Write shards in the background: one may wait for the disk while another is hashed and a third is filled."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
         self._path = path
         self._groups = layout.groups
         self._encoders = {array.name: ShardEncoder(array) for array in layout.arrays}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="logitcache-writer")
-        self._pending: Future[None] | None = None
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="logitcache-writer")
+        self._pending: deque[Future[None]] = deque()
 
     def submit(self, shard: Shard, rows: Rows, committed: Callable[[], None] = lambda: None) -> None:
-        """Hand over a full shard, once the one before is committed; raise what went wrong with that one.
+        """Hand over a full shard, once the one before the last is committed; raise what went wrong with that one.
 
         Groups of which `rows` has nothing are left as they are. `committed` is called when the shard is.
         """
-        self.flush()
-        self._pending = self._thread.submit(self._write, shard, rows, committed)
+        while len(self._pending) >= THREADS:
+            self._pending.popleft().result()
+        self._pending.append(self._threads.submit(self._write, shard, rows, committed))
 
     def flush(self) -> None:
         """Wait until every shard handed over is committed."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        while self._pending:
+            self._pending.popleft().result()
 
     def close(self) -> None:
-        """Finish the shard that is being written and end the thread."""
-        self._thread.shutdown(wait=True)
+        """Finish the shards that are being written and end the threads."""
+        self._threads.shutdown(wait=True)
 
     def _write(self, shard: Shard, rows: Rows, committed: Callable[[], None]) -> None:
         for group in self._groups:

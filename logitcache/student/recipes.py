@@ -14,8 +14,8 @@ from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
-from logitcache.views.mixing import Mixing
-from logitcache.views.spec import ViewSpec
+from logitcache.views.mixing import Mixings
+from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 
 Decay = Annotated[Float, Field(gt=0.0, lt=1.0)]
 
@@ -117,8 +117,14 @@ class TeacherRecipe(TrainingRecipe):
 
     dataset: Dataset
     augmentations: tuple[Augmentation, ...] = ()
-    mixing: tuple[Mixing, ...] = ()
+    mixing: Mixings = ()
     losses: Annotated[tuple[CrossEntropy, ...], Field(min_length=1)] = (CrossEntropy(),)
+
+    @model_validator(mode="after")
+    def _views_are_possible(self) -> Self:
+        if self.mixing and self.views_per_image > 1:
+            raise ValueError(MIXED_VIEWS_PER_IMAGE)
+        return self
 
     def views(self) -> ViewSpec:
         """Return the views of all epochs."""

@@ -15,7 +15,7 @@ from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRec
 from logitcache.targets import Targets
 from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.epochs import EpochLoader, no_targets
-from logitcache.views.spec import Views
+from logitcache.views.spec import Views, require_one_size
 
 LiveTargets = Callable[[Tensor], Mapping[str, Targets]]
 
@@ -103,7 +103,9 @@ def _from_labels(recipe: TeacherRecipe) -> Source:
         raise RecipeError(
             "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"
         )
-    loader = _loader(recipe, Views(dataset, recipe.views()))
+    views = Views(dataset, recipe.views())
+    require_one_size(views)
+    loader = _loader(recipe, views)
     return Source(loader, dataset.num_classes, {"dataset": fingerprint(dataset).model_dump(mode="json")})
 
 

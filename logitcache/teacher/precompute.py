@@ -124,7 +124,7 @@ def _fill(
     done: _Done,
 ) -> None:
     """Render, answer, encode and write, shard by shard: the loop of stage one."""
-    answered = Views(views.dataset, views.spec.answered())
+    answered = views.answered()
     loader = ViewLoader(answered, recipe.num_workers, recipe.start_method)
     writer = CacheWriter(path, plan.layout)
     total = sum(-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in share.groups)
@@ -188,13 +188,14 @@ def _next_images(images: Iterator[Tensor], views: Views, keys: list[ViewKey], pa
     try:
         return next(images)
     except DataError:
-        note_unreadable(path, [key.index for key in keys if not _is_readable(views, key)])
+        named = dict.fromkeys(key.index for key in (*keys, *views.answered().partners(keys)))
+        note_unreadable(path, [index for index in named if not _is_readable(views, index)])
         raise
 
 
-def _is_readable(views: Views, key: ViewKey) -> bool:
+def _is_readable(views: Views, index: int) -> bool:
     try:
-        views.dataset.read(key.index)
+        views.dataset.read(index)
     except DataError:
         return False
     return True
@@ -251,6 +252,6 @@ def _keep_answers(
 
 def _stopped_message(path: Path, finished: int, total: int) -> str:
     return (
-        f"stopped: {finished} of the {total} shards that were to do are committed in {path}, the one in progress "
-        "was dropped. The same command continues"
+        f"stopped: {finished} of the {total} shards that were to do are committed in {path}, what was in progress "
+        "is dropped. The same command continues"
     )

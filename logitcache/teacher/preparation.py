@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.versions import versions
 from logitcache.views import canaries
+from logitcache.views.augmentations.foreign import locks
 from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.keys import ViewKey
@@ -38,6 +40,12 @@ def open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDatase
     given = recipe.dataset if dataset is None else dataset
     if given is None:
         raise RecipeError("the recipe names no data set. Fix: give `dataset:`, or pass the data set itself")
+    for lock in locks(recipe.views.augmentations):
+        if lock.torchvision != version("torchvision"):
+            raise RecipeError(
+                f"{lock.what} names torchvision {lock.torchvision}, here is {version('torchvision')}. Fix: leave out "
+                "torchvision_version, which is filled in"
+            )
     opened = open_dataset(given)
     if len(opened.ids) == 0:
         raise RecipeError("the data set has no images")
@@ -203,7 +211,14 @@ def _entries(
 
 
 def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, pixels: Tensor) -> TeacherEntry:
-    logits = teacher(to_device(pixels, teacher.device)).logits
+    try:
+        logits = teacher(to_device(pixels, teacher.device)).logits
+    except (RuntimeError, ValueError, TypeError) as cause:  # what a network of the user's raises
+        raise RecipeError(
+            f"teacher {teacher.name!r} cannot take the views, uint8 {list(pixels.shape[1:])}: {cause}.\n"
+            f"  Fix: end views.augmentations with the size that it takes, or choose `mode` and "
+            f"teachers.{teacher.name}.preprocessing that fit it"
+        ) from cause
     assert isinstance(logits, Tensor)
     num_classes = logits.shape[1]
     if dataset.num_classes not in (None, num_classes):

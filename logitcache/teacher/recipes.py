@@ -39,6 +39,10 @@ class PrecomputeRecipe(Component):
     def _options_agree(self) -> Self:
         if self.views_per_image > 1 and self.views.mixing and self.views.targets == "exact":
             raise ValueError(MIXED_VIEWS_PER_IMAGE)
+        if self.views_per_image > self.views.num_views:
+            raise ValueError(
+                f"views_per_image is {self.views_per_image}, the views are {self.views.num_views}: take at most as many"
+            )
         if self.row_checksums and self.views.targets == "linear":
             raise ValueError(
                 "row_checksums are of the pixels that the teacher sees; with targets: linear a student sees others. "

@@ -176,6 +176,17 @@ def _weights(thresholds: Sequence[int], words: Words) -> Ints:
 Mixing = Annotated[MixUp | CutMix, Field(discriminator="kind")]
 
 
+def _at_most_one(mixings: tuple[Mixing, ...]) -> tuple[Mixing, ...]:
+    total = sum(mixing.p for mixing in mixings)
+    if total > 1:
+        raise ValueError(f"the probabilities `p` of `mixing` add up to {total:g}, more than 1: lower them")
+    return mixings
+
+
+Mixings = Annotated[tuple[Mixing, ...], Field(max_length=8), AfterValidator(_at_most_one)]
+"""Ways to mix, at most one of which is drawn for a pair."""
+
+
 def draw_mixture(mixings: Sequence[MixUp | CutMix], draws: Draws, partners: Ints, size: tuple[int, int]) -> Mixture:
     """Draw the mixture of each image [B] with its partner [B]: at most one of `mixings`, by their probabilities."""
     indices = draws.indices.astype(np.int64)

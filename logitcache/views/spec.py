@@ -16,7 +16,7 @@ from logitcache.recipe import Component
 from logitcache.views.augmentations import Augmentation, Ints
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.keys import Draws, ViewKey
-from logitcache.views.mixing import COLUMNS, Mixing, Mixture, draw_mixture
+from logitcache.views.mixing import COLUMNS, Mixings, Mixture, draw_mixture
 from logitcache.views.pairing import Pairing
 
 _BLOCK = 4096  # images planned at a time
@@ -49,16 +49,13 @@ class ViewSpec(Component):
     num_views: Annotated[int, Field(ge=1, lt=2**32)] = 1
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     augmentations: Annotated[tuple[Augmentation, ...], Field(max_length=64)] = ()
-    mixing: Annotated[tuple[Mixing, ...], Field(max_length=8)] = ()
+    mixing: Mixings = ()
     pairing_window: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     targets: Literal["exact", "linear"] = "exact"
     plan_version: Literal[1] = 1
 
     @model_validator(mode="after")
     def _mixes_something(self) -> Self:
-        total = sum(mixing.p for mixing in self.mixing)
-        if total > 1:
-            raise ValueError(f"the probabilities `p` of `mixing` add up to {total:g}, more than 1: lower them")
         if not self.mixing and (self.pairing_window is not None or self.targets != "exact"):
             raise ValueError("`pairing_window` and `targets` say how to mix: name what in `mixing`, or leave them out")
         return self
@@ -171,7 +168,7 @@ class Views:
         """Render a batch, uint8 [B, C, H, W]; an image that several keys name is decoded once."""
         if not self.spec.mixing:
             return self._augmented(keys)
-        both = [*keys, *self._partners(keys)]
+        both = [*keys, *self.partners(keys)]
         unique = list(dict.fromkeys(both))
         rendered = self._augmented(unique)
         row_of = {key: row for row, key in enumerate(unique)}
@@ -193,15 +190,24 @@ class Views:
             return self.spec.split(self.recorded(keys))[0]
         return self.spec.plan(keys, sizes)
 
-    def _partners(self, keys: Sequence[ViewKey]) -> list[ViewKey]:
+    def answered(self) -> "Views":
+        """Return the views that the teacher answers."""
+        return Views(self.dataset, self.spec.answered())
+
+    def partners(self, keys: Sequence[ViewKey]) -> list[ViewKey]:
+        """Return the views that those of `keys` are mixed with; where nothing is mixed, the same."""
+        if not self.spec.mixing:
+            return list(keys)
         views, indices = np.array(keys, dtype=np.int64).T
-        if self.recorded is not None:
+        if self.recorded is None:
+            pairing = self.spec.pairing(len(self.dataset.ids))
+            assert pairing is not None
+            found = pairing.partners(views, indices)
+        else:
             mixture = self.spec.split(self.recorded(keys))[1]
             assert mixture is not None
-            return list(map(ViewKey, views.tolist(), mixture.partners.tolist()))
-        pairing = self.spec.pairing(len(self.dataset.ids))
-        assert pairing is not None
-        return list(map(ViewKey, views.tolist(), pairing.partners(views, indices).tolist()))
+            found = mixture.partners
+        return list(map(ViewKey, views.tolist(), found.tolist()))
 
     def _augmented(self, keys: list[ViewKey]) -> Tensor:
         """Render views as they are before mixing."""

@@ -17,6 +17,7 @@ from logitcache.cache.manifest import _digest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.verify import verify_cache
 from logitcache.recipe import load_recipe
+from logitcache.targets import CompactLogits
 from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, precompute
 
 COUNT = 300
@@ -27,7 +28,17 @@ DENSE32 = {"kind": "dense", "dtype": "float32"}
 PACKED = {"kind": "dense", "dtype": "float16", "storage": "packed"}
 TOP2 = {"kind": "top_k", "k": 2}
 TOP2_PACKED = {"kind": "top_k", "k": 2, "storage": "packed"}
-ENCODINGS = {"dense16": DENSE16, "dense32": DENSE32, "packed": PACKED, "top_k": TOP2, "top_k_packed": TOP2_PACKED}
+UINT8 = {"kind": "uint8"}
+PACKED_TOP2 = {"kind": "packed_top_k", "k": 2}
+ENCODINGS = {
+    "dense16": DENSE16,
+    "dense32": DENSE32,
+    "packed": PACKED,
+    "top_k": TOP2,
+    "top_k_packed": TOP2_PACKED,
+    "uint8": UINT8,
+    "packed_top_k": PACKED_TOP2,
+}
 FLIP_AND_CROP = [{"kind": "random_crop", "size": 4, "padding": 1}, {"kind": "horizontal_flip"}]
 
 
@@ -146,4 +157,6 @@ def raw(logits: Any) -> Sequence[np.ndarray[Any, Any]]:
     """Return the stored numbers of decoded logits."""
     if isinstance(logits, Tensor):
         return [logits.numpy()]
+    if isinstance(logits, CompactLogits):
+        return [values.numpy() for values in logits.rows.values()]
     return [logits.log_p.numpy(), logits.index.numpy(), logits.tail.numpy()]

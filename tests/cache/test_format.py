@@ -18,6 +18,13 @@ import zarr
 from tests.cache.made import DENSE32, ENCODINGS, Linear, Pixels, run, teacher
 
 COUNT, ROWS = 300, {"dense16": 128, "dense32": 128, "packed": 128, "top_k": 1024, "top_k_packed": 100}
+ROWS |= {"uint8": 1024, "packed_top_k": 100}
+PARTS = {
+    "dense": [""],
+    "top_k": [".log_p", ".index", ".tail"],
+    "uint8": [".level", ".scale"],
+    "packed_top_k": [".index", ".fall", ".tail"],
+}
 Array = np.ndarray[Any, Any]
 PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 
@@ -50,7 +57,7 @@ def groups(path: Path) -> dict[str, list[str]]:
     manifest = manifest_of(path)
     found = {}
     for name, entry in manifest["teachers"].items():
-        parts = {"dense": [""], "top_k": [".log_p", ".index", ".tail"]}[entry["logits"]["kind"]]
+        parts = PARTS[entry["logits"]["kind"]]
         found[name] = [f"{name}.logits{part}" for part in parts]
     views = ["views.crc32"] if manifest["row_checksums"] else []
     views += ["views.parameters"] if manifest["parameters"] else []
@@ -82,18 +89,32 @@ def test_recorded_parameters_and_checksums_are_those_of_the_views(path: Path) ->
 def test_the_rows_are_the_answers_to_the_views(path: Path) -> None:
     drawn = array(path, "views.parameters")
     logits = np.stack([answers(pixels_by_parameters(Pixels(COUNT).images, drawn[view])) for view in range(2)])
-    if manifest_of(path)["teachers"]["t"]["logits"]["kind"] == "dense":
+    kind = manifest_of(path)["teachers"]["t"]["logits"]["kind"]
+    if kind == "dense":
         stored = array(path, "t.logits")
         assert np.allclose(stored, logits, rtol=2e-3 if stored.dtype == np.float16 else 1e-5, atol=2e-3)
         return
+    if kind == "uint8":
+        low, step = np.moveaxis(array(path, "t.logits.scale").astype(np.float64), -1, 0)
+        read = low[..., None] + step[..., None] * array(path, "t.logits.level")
+        assert (np.abs(read - logits) <= 0.51 * step[..., None] + 1e-3).all()
+        return
     log_p = logits - np.log(np.exp(logits.astype(np.float64)).sum(axis=-1, keepdims=True))
     order = np.argsort(-log_p, axis=-1)
-    assert np.array_equal(array(path, "t.logits.index"), order[..., :2])
     kept = np.take_along_axis(log_p, order, axis=-1)
-    assert np.allclose(array(path, "t.logits.log_p"), kept[..., :2], rtol=2e-3, atol=1e-3)
+    if kind == "packed_top_k":
+        bits = np.unpackbits(array(path, "t.logits.index"), axis=-1, bitorder="little")
+        classes = (bits[..., :8].reshape(2, COUNT, 2, 4) << np.arange(4)).sum(axis=-1)
+        assert np.array_equal(classes, order[..., :2])
+        read = -0.0625 * np.cumsum(array(path, "t.logits.fall"), axis=-1)
+        assert np.allclose(read, kept[..., :2], atol=0.0625 / 2 + 2e-2)
+    else:
+        assert np.array_equal(array(path, "t.logits.index"), order[..., :2])
+        assert np.allclose(array(path, "t.logits.log_p"), kept[..., :2], rtol=2e-3, atol=1e-3)
     dropped = kept[..., 2:]
     moments = np.stack([np.log(np.exp(dropped).sum(-1)), dropped.mean(-1), dropped.var(-1)], axis=-1)
-    assert np.allclose(array(path, "t.logits.tail"), moments, rtol=1e-4, atol=1e-4)
+    tolerance = 1e-4 if kind == "top_k" else 2e-3
+    assert np.allclose(array(path, "t.logits.tail"), moments, rtol=tolerance, atol=tolerance)
 
 
 def test_labels_digests_and_canaries_agree_with_the_manifest(path: Path) -> None:

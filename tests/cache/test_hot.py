@@ -14,7 +14,7 @@ from logitcache.cache.hot import hot_shard
 from logitcache.cache.layout import ArrayLayout, Shard
 
 
-@settings(max_examples=60)
+@settings(max_examples=15)
 @given(
     dtype=st.sampled_from(["<f2", "<f4", "<u2", "|u1", "|i1", "<i8"]),
     row_shape=st.lists(st.integers(1, 40), max_size=3).map(tuple),

@@ -61,7 +61,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "drop_last": True,
     },
 }
-STEP, RENAME, RENAMED = (Learner, "add"), (os, "replace"), (files, "_sync_directory")
+STEP, RENAME, RENAMED = (Learner, "add"), (os, "replace"), (files, "sync_directory")
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 # Python 3.12 warns of every fork of a process with threads; the child below uses none of them.

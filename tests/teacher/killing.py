@@ -24,7 +24,7 @@ from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, stamps, teacher
 
-NUM_POINTS, NUM_TIMES, NUM_GROWN = 15, 10, 10
+NUM_POINTS, NUM_TIMES, NUM_GROWN = 9, 6, 5
 RECORDED = {"row_checksums": True, "record_parameters": True}
 TEACHERS = {"first": Linear(16), "second": Linear(7, seed=1)}
 

@@ -29,4 +29,4 @@ __all__ = [
     "UInt8",
 ]
 
-Encoding = Annotated[Dense | TopK, Field(discriminator="kind")]
+Encoding = Annotated[Dense | TopK | PackedTopK | UInt8, Field(discriminator="kind")]

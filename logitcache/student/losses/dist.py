@@ -7,7 +7,7 @@ from torch import Tensor
 
 from logitcache.recipe import Component, Name, Positive
 from logitcache.student.losses.base import Need, Weight, every_row, targets_of
-from logitcache.targets import Batch, Targets, log_probs
+from logitcache.targets import Batch, Targets, dense_logits, log_probs
 
 EPSILON = 1e-8
 
@@ -48,9 +48,8 @@ class DIST(Component):
 
     def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
         """Return the unweighted loss of a batch."""
-        logits = targets_of(batch.teachers, self.teacher).logits
+        logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
         assert isinstance(outputs.logits, Tensor)
-        assert isinstance(logits, Tensor)  # `needs` was checked with the recipe
         return dist(outputs.logits, logits, self.beta, self.gamma, self.temperature)
 
     def rows(self, batch: Batch) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitcache.recipe import Component, Name, Positive
 from logitcache.student.losses.base import Need, Weight, every_row, targets_of
-from logitcache.targets import Batch, Logits, Targets, at_least_float32, log_probs
+from logitcache.targets import Batch, Logits, Targets, at_least_float32, dense_logits, log_probs
 
 EPSILON = 1e-7
 
@@ -54,8 +54,7 @@ class KLDivergence(Component):
         assert isinstance(outputs.logits, Tensor)
         if not self.standardize:
             return kl_divergence(outputs.logits, logits, self.temperature)
-        assert isinstance(logits, Tensor)  # `needs` was checked with the recipe
-        return kl_divergence(standardize(outputs.logits), standardize(logits), self.temperature)
+        return kl_divergence(standardize(outputs.logits), standardize(dense_logits(logits)), self.temperature)
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""
