@@ -4,8 +4,9 @@
 
 Every measurement is a process of its own. What counts is memory that cannot be taken back, the peak of RssAnon and
 RssShmem in /proc: pages of a mapped cache file are the system's page cache, shared by all students and given up when
-others need it. The baseline is the same process with everything imported and the model built. Exits 1 when a goal is
-missed.
+others need it. Decoded shards that the runs of a machine share have a bound of their own, LOGITCACHE_SHARED_MEMORY, and
+are left out: they are there once, and a view of them is the goal, not a fault. The baseline is the same process with
+everything imported and the model built. Exits 1 when a goal is missed.
 """
 
 import argparse
@@ -119,7 +120,18 @@ def _peak(work: Callable[[Path, int, str], None], folder: Path, count: int, stor
 
 def _anonymous() -> int:
     fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem")) - _decoded()
+
+
+def _decoded() -> int:
+    """Return what is resident of decoded shards that all runs share."""
+    total, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024 if ours else 0
+        elif "-" in line.split(" ", 1)[0]:
+            ours = "/logitcache-" in line
+    return total
 
 
 def measure(work: Callable[[Path, int, str], None], folder: Path, count: int, storage: str) -> int:
