@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field, ValidationInfo
+
+from logitcache.recipe import Float
 
 Ints = NDArray[np.int64]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -49,6 +51,24 @@ def ratio_table(ratio: tuple[float, float], given: tuple[float, ...]) -> tuple[f
     if given and (len(given) != NUM_KNOTS or any(abs(a - b) > 1e-9 * b for a, b in zip(given, table, strict=True))):
         raise ValueError("the table does not belong to `ratio`: leave it out, it is computed")
     return given or table
+
+
+def _in_order(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError(f"the smaller number comes first: [{limits[1]}, {limits[0]}]")
+    return limits
+
+
+Ordered = AfterValidator(_in_order)
+"""Goes with a pair of limits."""
+
+
+def _tabulated(given: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+    return ratio_table(info.data["ratio"], given) if "ratio" in info.data else given
+
+
+RatioKnots = Annotated[tuple[Float, ...], AfterValidator(_tabulated), Field(validate_default=True)]
+"""The table of a component's `ratio`, a part of its stored form."""
 
 
 def look_up(table: tuple[float, ...], where: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as F
 
 from logitcache.errors import DataError
 from logitcache.recipe import Component, Float, Fraction
-from logitcache.views.augmentations.base import Ints, Size, pair
+from logitcache.views.augmentations.base import Ints, Ordered, Size, pair
 from logitcache.views.augmentations.rows import replace_rows
 from logitcache.views.keys import Draws, bernoulli, uniform
 
@@ -27,7 +27,7 @@ class GaussianBlur(Component):
 
     kind: Literal["gaussian_blur"] = "gaussian_blur"
     kernel_size: Size
-    sigma: tuple[Sigma, Sigma] = (0.1, 2.0)
+    sigma: Annotated[tuple[Sigma, Sigma], Ordered] = (0.1, 2.0)
     p: Fraction = 1.0
 
     @field_validator("kernel_size")
@@ -36,13 +36,6 @@ class GaussianBlur(Component):
         if any(side % 2 == 0 for side in pair(size)):
             raise ValueError("a kernel has a centre: its size is odd")
         return size
-
-    @field_validator("sigma")
-    @classmethod
-    def _ordered(cls, sigma: tuple[float, float]) -> tuple[float, float]:
-        if sigma[0] > sigma[1]:
-            raise ValueError(f"the smaller number comes first: [{sigma[1]}, {sigma[0]}]")
-        return sigma
 
     @property
     def columns(self) -> tuple[str, ...]:

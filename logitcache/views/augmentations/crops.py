@@ -14,11 +14,12 @@ from logitcache.views.augmentations.base import (
     Fill,
     Interpolation,
     Ints,
+    Ordered,
+    RatioKnots,
     Size,
     look_up,
     no_params,
     pair,
-    ratio_table,
     sizes_of,
 )
 from logitcache.views.augmentations.resize import Kernel, require_weights, resized
@@ -106,28 +107,16 @@ class RandomResizedCrop(Component):
 
     kind: Literal["random_resized_crop"] = "random_resized_crop"
     size: Size
-    scale: tuple[Share, Share] = (0.08, 1.0)
-    ratio: tuple[Positive, Positive] = (0.75, 1.3333333333333333)
+    scale: Annotated[tuple[Share, Share], Ordered] = (0.08, 1.0)
+    ratio: Annotated[tuple[Positive, Positive], Ordered] = (0.75, 1.3333333333333333)
     interpolation: Interpolation = "bilinear"
     kernel: Kernel = Field(default="torchvision", validate_default=True)
-    ratio_knots: tuple[Float, ...] = Field(default=(), validate_default=True)
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"the smaller number comes first: [{value[1]}, {value[0]}]")
-        return value
+    ratio_knots: RatioKnots = ()
 
     @field_validator("kernel")
     @classmethod
     def _kernel_has_weights(cls, kernel: Kernel, info: ValidationInfo) -> Kernel:
         return require_weights(kernel, info)
-
-    @field_validator("ratio_knots")
-    @classmethod
-    def _tabulate(cls, knots: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
-        return ratio_table(info.data["ratio"], knots) if "ratio" in info.data else knots
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -5,11 +5,11 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor
 
-from logitcache.recipe import Component, Float, Fraction, Positive
-from logitcache.views.augmentations.base import Fill, Ints, look_up, ratio_table
+from logitcache.recipe import Component, Fraction, Positive
+from logitcache.views.augmentations.base import Fill, Ints, Ordered, RatioKnots, look_up
 from logitcache.views.augmentations.rows import require_values
 from logitcache.views.keys import Draws, below, bernoulli, philox, uniform
 
@@ -27,22 +27,10 @@ class RandomErasing(Component):
 
     kind: Literal["random_erasing"] = "random_erasing"
     p: Fraction = 0.5
-    scale: tuple[Fraction, Fraction] = (0.02, 0.33)
-    ratio: tuple[Positive, Positive] = (0.3, 3.3)
+    scale: Annotated[tuple[Fraction, Fraction], Ordered] = (0.02, 0.33)
+    ratio: Annotated[tuple[Positive, Positive], Ordered] = (0.3, 3.3)
     value: Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | Literal["noise"] = 0
-    ratio_knots: tuple[Float, ...] = Field(default=(), validate_default=True)
-
-    @field_validator("scale", "ratio")
-    @classmethod
-    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if value[0] > value[1]:
-            raise ValueError(f"the smaller number comes first: [{value[1]}, {value[0]}]")
-        return value
-
-    @field_validator("ratio_knots")
-    @classmethod
-    def _tabulate(cls, knots: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
-        return ratio_table(info.data["ratio"], knots) if "ratio" in info.data else knots
+    ratio_knots: RatioKnots = ()
 
     @property
     def columns(self) -> tuple[str, ...]:
