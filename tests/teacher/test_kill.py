@@ -16,6 +16,7 @@ from torch import Tensor
 from logitcache.recipe import dump_recipe
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import Linear, contents, recipe, teacher
+from tests.teacher import killing
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -30,7 +31,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_runs_are_killed_all_over_their_life(outcomes: list[dict[str, Any]]) -> None:
-    assert len(outcomes) == 35
+    assert len(outcomes) == killing.NUM_POINTS + killing.NUM_TIMES + killing.NUM_GROWN
     reached = {outcome["committed"] for outcome in outcomes if outcome["kind"] == "point"}
     assert 0 in reached
     assert len(reached) >= 4
