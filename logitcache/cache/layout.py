@@ -125,10 +125,6 @@ class ArrayGroup(Generic[E]):
         """Return the key of a shard's commit record in the store."""
         return f"{self.commits}/c.{shard.view}.{shard.start // self.arrays[0].shard_rows}.0.0"
 
-    def suffix(self, array: ArrayLayout) -> str:
-        """Return an array's own name in the group."""
-        return array.suffix
-
 
 TeacherLayout = ArrayGroup[TeacherEntry]
 """The arrays of one teacher."""

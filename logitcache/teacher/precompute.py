@@ -219,7 +219,7 @@ def _keep(
         return
     if plan.layout.views.arrays[0].name in rows:
         for array in plan.layout.views.arrays:
-            rows[array.name][places] = RECORDED[plan.layout.views.suffix(array)](views, keys, images)
+            rows[array.name][places] = RECORDED[array.suffix](views, keys, images)
     elif plan.checksums is not None and shard.view < plan.num_recorded:
         require_rows(images, keys, plan.checksums(keys), views.dataset.ids)
 
@@ -247,7 +247,7 @@ def _keep_answers(
     encoded = layout.entry.logits.encode(logits)
     require_fits(teacher, encoded, ids)
     for array in layout.arrays:
-        rows[array.name][places] = encoded[layout.suffix(array)].cpu().numpy()
+        rows[array.name][places] = encoded[array.suffix].cpu().numpy()
 
 
 def _stopped_message(path: Path, finished: int, total: int) -> str:
