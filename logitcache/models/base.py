@@ -62,7 +62,10 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalise, resize when the model has a size and the pixels another, and predict."""
-        logits = self.module(self.normalize(pixels))
+        return self.checked(self.module(self.normalize(pixels)))
+
+    def checked(self, logits: object) -> Tensor:
+        """Return what the network returned. Raises RecipeError where that is not logits [B, K]."""
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             what = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
             raise RecipeError(

@@ -1,0 +1,98 @@
+"""Taps: what modules inside a network put out, or take in, while it answers."""
+
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from logitcache.errors import RecipeError
+
+INPUT = ":input"
+"""Ends the name of a tap that takes what a module takes in, as in `fc:input`."""
+
+SHOWN = 40
+
+
+class Tapped(nn.Module):
+    """A network that also returns what it had at its taps: its output, and tensors by tap.
+
+    A tap is a module's path, as `named_modules` gives it, for its output; with `:input` after it, for its first input.
+    Raises RecipeError for a path that does not exist, and for a tap that does not fire exactly once in a pass, whose
+    value is no tensor, or whose value is changed in place afterwards.
+    """
+
+    def __init__(self, module: nn.Module, network: nn.Module, taps: Sequence[str], who: str) -> None:
+        """Tap `network`, a part of `module`, which is what is called; `who` names it in errors."""
+        super().__init__()
+        self.module, self._who = module, who
+        self._taps = tuple(dict.fromkeys(taps))
+        self._caught: dict[str, list[Any]] = {}
+        self._hooks = [self._hook(network, tap) for tap in self._taps]
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """Run the module; returns what it returns, and the tensors at the taps, which keep their gradients."""
+        self._caught = {tap: [] for tap in self._taps}
+        output = self.module(*inputs)
+        caught, self._caught = self._caught, {}
+        return output, {tap: self._only(tap, found) for tap, found in caught.items()}
+
+    def remove(self) -> None:
+        """Take the hooks off the network."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, network: nn.Module, tap: str) -> RemovableHandle:
+        path = tap.removesuffix(INPUT)
+        module = dict(network.named_modules()).get(path) if path else None
+        if module is None:
+            raise RecipeError(f"{self._who} has no module {path!r}.\n  {_suggestion(network, path)}")
+        hook: RemovableHandle = (
+            module.register_forward_pre_hook(self._catch_input(tap))
+            if tap.endswith(INPUT)
+            else module.register_forward_hook(self._catch_output(tap))
+        )
+        return hook
+
+    def _catch_output(self, tap: str) -> Callable[[nn.Module, Any, Any], None]:
+        def catch(module: nn.Module, inputs: Any, output: Any) -> None:
+            self._catch(tap, output)
+
+        return catch
+
+    def _catch_input(self, tap: str) -> Callable[[nn.Module, Any], None]:
+        def catch(module: nn.Module, inputs: Any) -> None:
+            self._catch(tap, inputs[0] if inputs else None)
+
+        return catch
+
+    def _catch(self, tap: str, value: Any) -> None:
+        if tap in self._caught:  # else somebody runs the network by itself
+            version = value._version if isinstance(value, Tensor) and not torch.compiler.is_compiling() else 0
+            self._caught[tap].append((value, version))
+
+    def _only(self, tap: str, found: list[Any]) -> Tensor:
+        if len(found) != 1:
+            how = "did not fire" if not found else f"fired {len(found)} times"
+            raise RecipeError(f"{self._who}: the tap {tap!r} {how} in a pass. Fix: tap a module that runs once")
+        value, version = found[0]
+        if not isinstance(value, Tensor):
+            raise RecipeError(
+                f"{self._who}: the tap {tap!r} holds a {type(value).__name__}, not a tensor. Fix: tap a module inside "
+                "it, or after it"
+            )
+        if not torch.compiler.is_compiling() and value._version != version:
+            raise RecipeError(
+                f"{self._who}: what the tap {tap!r} holds is changed in place afterwards, as by ReLU(inplace=True). "
+                "Fix: tap the module that changes it"
+            )
+        return value
+
+
+def _suggestion(network: nn.Module, path: str) -> str:
+    names = [name for name, _ in network.named_modules() if name]
+    near = difflib.get_close_matches(path, names, n=3)
+    listed = ", ".join(names[:SHOWN]) + (f", … ({len(names)} in all)" if len(names) > SHOWN else "")
+    return (f"Did you mean {' or '.join(map(repr, near))}? " if near else "") + f"Its modules: {listed}"
