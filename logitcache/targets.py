@@ -1,136 +1,32 @@
 """`Targets`: what a teacher says of a batch, whether it came from a cache or from the live teacher."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from logitcache.device import to_device
-
-
-class EncodedLogits(Protocol):
-    """A distribution over classes kept in fewer numbers than classes."""
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the full distribution."""
-
-    def log_probs(self, temperature: float) -> Tensor:
-        """Return log softmax(z / temperature), float32 [B, C]."""
-
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copy."""
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-
-
-Logits = Tensor | EncodedLogits
-
-
-def at_least_float32(values: Tensor) -> Tensor:
-    """Return float16 and bfloat16 values in float32; float64 stays, for checks of gradients."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
-def log_probs(logits: Logits, temperature: float = 1.0) -> Tensor:
-    """Return log softmax(logits / temperature), [B, C], of a tensor [B, C] or an encoded form; at least in float32."""
-    if isinstance(logits, Tensor):
-        return torch.log_softmax(at_least_float32(logits) / temperature, dim=1)
-    return logits.log_probs(temperature)
-
-
-def dense_logits(logits: Logits) -> Tensor:
-    """Return all logits [B, C]; raise TypeError for an encoded form that has only a distribution."""
-    if isinstance(logits, CompactLogits):
-        return logits.logits
-    if isinstance(logits, Tensor):
-        return logits
-    raise TypeError(f"{type(logits).__name__} holds a distribution, not its logits")
-
-
-def top1(logits: Logits) -> Tensor:
-    """Return the most probable class of each row, int64 [B]."""
-    return (logits if isinstance(logits, Tensor) else logits.log_probs(1.0)).argmax(dim=1)
+from logitcache.logits import Logits, at_least_float32, moved
 
 
 @dataclass(frozen=True)
-class TopKLogits:
-    """The k largest log-probabilities, and what is known of the rest.
+class CompactFeature:
+    """A feature, kept in the arrays of an encoding until it is asked for.
 
-    log_p: [B, k] descending; index: int64-able [B, k]; tail: [B, 3], of the C - k dropped log-probabilities the log of
-    their total probability, their mean and their variance.
-    """
-
-    log_p: Tensor
-    index: Tensor
-    tail: Tensor
-    num_classes: int
-
-    def log_probs(self, temperature: float) -> Tensor:
-        """Return log softmax(z / temperature), float32 [B, C]; the tail's mass is spread evenly.
-
-        With s = 1/T the tail's log mean exp(s x) is its cumulant function K(s), which is convex. K(0) = 0, K'(0) =
-        mean, K''(0) = variance and K(1) are stored. For s ≤ 1 it is the cubic through them, held between s·mean and
-        s·K(1): exact at T = 1, and to second order at high T. For s > 1 it is the tangent at 1, whose slope is the
-        cubic's, held between K(1) and the smallest kept, as no x is larger.
-        """
-        s = 1.0 / temperature
-        kept = self.log_p.float() * s
-        num_dropped = self.num_classes - kept.shape[1]
-        if num_dropped == 0:
-            scores = torch.empty(len(kept), self.num_classes, device=kept.device)
-        else:
-            log_mass, mean, variance = self.tail.float().unbind(1)
-            at_one = log_mass - math.log(num_dropped)
-            if s <= 1:
-                cubic = s * mean + s**2 * variance / 2 + s**3 * (at_one - mean - variance / 2)
-                tail = torch.minimum(torch.maximum(cubic, s * mean), s * at_one)
-            else:
-                slope = 3 * at_one - 2 * mean - variance / 2
-                smallest = self.log_p[:, -1].float()
-                tail = at_one + (s - 1) * torch.minimum(torch.maximum(slope, at_one), smallest)
-            scores = tail[:, None].expand(-1, self.num_classes).clone()
-        return torch.log_softmax(scores.scatter_(1, self.index.long(), kept), dim=1)
-
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copy."""
-        return replace(
-            self,
-            log_p=to_device(self.log_p, device),
-            index=to_device(self.index, device),
-            tail=to_device(self.tail, device),
-        )
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-        return replace(self, log_p=self.log_p[rows], index=self.index[rows], tail=self.tail[rows])
-
-
-@dataclass(frozen=True)
-class CompactLogits:
-    """Every logit, kept in the arrays of an encoding until it is asked for.
-
-    rows: arrays [B, ...] by name; decode: turns them into logits, float32 [B, num_classes], on the device where they
-    are. Decoded once, by whoever asks first.
+    rows: arrays [B, ...] by name; decode: turns them into features, float32 [B, *shape], on the device where they are.
     """
 
     rows: Mapping[str, Tensor]
-    num_classes: int
+    shape: tuple[int, ...]
     decode: Callable[[Mapping[str, Tensor]], Tensor]
 
     @cached_property
-    def logits(self) -> Tensor:
-        """The logits, float32 [B, C]."""
+    def values(self) -> Tensor:
+        """The feature, float32 [B, *shape]."""
         return self.decode(self.rows)
-
-    def log_probs(self, temperature: float) -> Tensor:
-        """Return log softmax(z / temperature), float32 [B, C]."""
-        return torch.log_softmax(self.logits / temperature, dim=1)
 
     def to(self, device: torch.device) -> Self:
         """Move to a device without waiting for the copies."""
@@ -141,45 +37,16 @@ class CompactLogits:
         return replace(self, rows={name: values[rows] for name, values in self.rows.items()})
 
 
-@dataclass(frozen=True)
-class LinearLogits:
-    """The answers to two images, mixed in place of an answer to their mixture.
-
-    own, partner: logits [B, C] or encoded forms; share: [B], the weight of `own`. The distribution at a temperature is
-    the mixture of both distributions at that temperature.
-    """
-
-    own: Logits
-    partner: Logits
-    share: Tensor
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the full distribution."""
-        return self.own.shape[1] if isinstance(self.own, Tensor) else self.own.num_classes
-
-    def log_probs(self, temperature: float) -> Tensor:
-        """Return the log of the mixed probabilities, float32 [B, C]."""
-        share = self.share[:, None]
-        own = share.log() + log_probs(self.own, temperature)
-        return torch.logaddexp(own, torch.log1p(-share) + log_probs(self.partner, temperature))
-
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copies."""
-        return replace(
-            self,
-            own=_moved(self.own, device),
-            partner=_moved(self.partner, device),
-            share=to_device(self.share, device),
-        )
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-        return replace(self, own=self.own[rows], partner=self.partner[rows], share=self.share[rows])
+FeatureValues = Tensor | CompactFeature
 
 
-def _moved(logits: Logits, device: torch.device) -> Logits:
-    return to_device(logits, device) if isinstance(logits, Tensor) else logits.to(device)
+def feature_values(feature: FeatureValues) -> Tensor:
+    """Return a feature [B, *shape], at least in float32."""
+    return at_least_float32(feature if isinstance(feature, Tensor) else feature.values)
+
+
+def _feature_moved(feature: FeatureValues, device: torch.device) -> FeatureValues:
+    return to_device(feature, device) if isinstance(feature, Tensor) else feature.to(device)
 
 
 @dataclass(frozen=True)
@@ -187,13 +54,12 @@ class Targets:
     """One teacher's answers for a batch: logits [B, C], and features by name."""
 
     logits: Logits
-    features: Mapping[str, Tensor] = field(default_factory=dict)
+    features: Mapping[str, FeatureValues] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Targets":
         """Move to a device without waiting for the copies."""
-        return Targets(
-            _moved(self.logits, device), {name: to_device(value, device) for name, value in self.features.items()}
-        )
+        features = {name: _feature_moved(value, device) for name, value in self.features.items()}
+        return Targets(moved(self.logits, device), features)
 
     def __getitem__(self, rows: slice) -> "Targets":
         """Take some rows of the batch."""
@@ -202,7 +68,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class MixedLabels:
-    """What mixing made of labels: the partners' labels, int64 [B], and the weight of the own ones, float32 [B]."""
+    """What mixing made of labels: the partners' labels, like the own ones, and the weight of these, float32 [B]."""
 
     partners: Tensor
     share: Tensor
@@ -220,7 +86,8 @@ class MixedLabels:
 class Batch:
     """Images uint8 [B, C, H, W], labels int64 [B] (-1: unlabelled), keys int64 [B, 2], and targets by teacher.
 
-    Where images are mixed with partners, `mixed` says what that makes of the labels.
+    Labels of any number of classes an image are int8 [B, C]: 1 for a class that is there, 0 for one that is not, -1
+    where that is unknown. Where images are mixed with partners, `mixed` says what that makes of the labels.
     """
 
     images: Tensor
@@ -233,9 +100,8 @@ class Batch:
     def targets(self) -> Targets:
         """The targets of the only teacher."""
         if len(self.teachers) != 1:
-            raise ValueError(
-                f"the batch has targets of {sorted(self.teachers)}: take one, as in batch.teachers['name']"
-            )
+            names = sorted(self.teachers)
+            raise ValueError(f"the batch has targets of {names}: take one, as in batch.teachers['name']")
         return next(iter(self.teachers.values()))
 
     def __len__(self) -> int:

@@ -2,17 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from logitcache.targets import (
-    Batch,
-    LinearLogits,
-    MixedLabels,
-    Targets,
-    TopKLogits,
-    at_least_float32,
-    log_probs,
-    top1,
-)
+from logitcache.logits import CompactLogits, LinearLogits, Logits, TopKLogits, at_least_float32, log_probs, top1
+from logitcache.targets import Batch, MixedLabels, Targets
 
 
 def _top_k(rows: int = 5) -> TopKLogits:
@@ -128,3 +122,50 @@ def test_linear_targets_are_the_weighted_mean_of_both_distributions(temperature:
     assert torch.allclose(linear.log_probs(temperature).double().exp(), expected, rtol=1e-5, atol=1e-7)
     assert torch.equal(linear.log_probs(temperature)[-1], log_probs(linear.own, temperature)[-1])
     assert linear.num_classes == 4
+
+
+def _compact(rows: int = 5) -> CompactLogits:
+    return CompactLogits({"z": 30 * torch.arange(rows * 4.0).reshape(rows, 4).cos()}, 4, lambda arrays: arrays["z"])
+
+
+def _all_kept(rows: int = 5) -> TopKLogits:
+    log_p = torch.log_softmax(torch.arange(rows * 4.0).reshape(rows, 4).sin(), dim=1)
+    return TopKLogits(*log_p.sort(dim=1, descending=True), torch.zeros(rows, 3), 4)
+
+
+FORMS: dict[str, Logits] = {
+    "tensor": 10 * torch.arange(20.0).reshape(5, 4).sin(),
+    "float16": torch.arange(20.0).reshape(5, 4).sin().half(),
+    "top_k": _top_k(),
+    "all_kept": _all_kept(),
+    "compact": _compact(),
+    "linear": _linear(),
+    "linear_of_compact": LinearLogits(_compact(), _top_k(), torch.linspace(0, 1, 5)),
+}
+temperatures = st.floats(0.0625, 64, width=32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=25, deadline=None)
+@given(values=st.lists(temperatures, min_size=5, max_size=5))
+def test_a_temperature_for_each_row_is_that_of_the_row_alone(form: str, values: list[float]) -> None:
+    logits = FORMS[form]
+    found = log_probs(logits, torch.tensor(values))
+    assert found.dtype == torch.float32
+    for row, temperature in enumerate(values):
+        alone = log_probs(logits[row : row + 1], temperature)
+        torch.testing.assert_close(found[row : row + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_scalar_temperature_is_the_number_that_it_holds(form: str, temperature: float) -> None:
+    for dtype in (torch.float32, torch.float64):
+        found = log_probs(FORMS[form], torch.tensor(temperature, dtype=dtype))
+        torch.testing.assert_close(found, log_probs(FORMS[form], temperature), rtol=1e-6, atol=1e-6)
+
+
+def test_one_temperature_for_each_of_other_rows_is_not_broadcast() -> None:
+    for logits in FORMS.values():
+        with pytest.raises(RuntimeError):
+            log_probs(logits, torch.ones(3))

@@ -1,0 +1,212 @@
+"""Logits and the forms in which they may be kept: each becomes a distribution at a temperature, where it is needed."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from logitcache.device import to_device
+from logitcache.errors import RecipeError
+
+
+class EncodedLogits(Protocol):
+    """A distribution over classes kept in fewer numbers than classes."""
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the full distribution."""
+
+    def log_probs(self, temperature: float | Tensor) -> Tensor:
+        """Return log softmax(z / temperature), float32 [B, C], of one temperature or one for each row [B]."""
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copy."""
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+
+
+Logits = Tensor | EncodedLogits
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Return float16 and bfloat16 values in float32; float64 stays, for checks of gradients."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def log_probs(logits: Logits, temperature: float | Tensor = 1.0) -> Tensor:
+    """Return log softmax(logits / temperature), [B, C], of a tensor [B, C] or an encoded form; at least in float32.
+
+    `temperature`: one for all, a number or a scalar, or one for each row [B].
+    """
+    if not isinstance(logits, Tensor):
+        return logits.log_probs(temperature)
+    values = at_least_float32(logits)
+    return torch.log_softmax(values / as_column(temperature, values), dim=1)
+
+
+def as_column(temperature: float | Tensor, like: Tensor) -> float | Tensor:
+    """Bring temperatures to [B, 1] or [1, 1] of the type of others; a number stays, and computes as numbers do."""
+    return temperature.to(like).reshape(-1, 1) if isinstance(temperature, Tensor) else temperature
+
+
+def dense_logits(logits: Logits) -> Tensor:
+    """Return all logits [B, C]; raise TypeError for an encoded form that has only a distribution."""
+    if isinstance(logits, CompactLogits):
+        return logits.logits
+    if isinstance(logits, Tensor):
+        return logits
+    raise TypeError(f"{type(logits).__name__} holds a distribution, not its logits")
+
+
+def top1(logits: Logits) -> Tensor:
+    """Return the most probable class of each row, int64 [B]."""
+    return (logits if isinstance(logits, Tensor) else logits.log_probs(1.0)).argmax(dim=1)
+
+
+@dataclass(frozen=True)
+class TopKLogits:
+    """The k largest log-probabilities, and what is known of the rest.
+
+    log_p: [B, k] descending; index: int64-able [B, k]; tail: [B, 3], of the C - k dropped log-probabilities the log of
+    their total probability, their mean and their variance.
+    """
+
+    log_p: Tensor
+    index: Tensor
+    tail: Tensor
+    num_classes: int
+
+    def log_probs(self, temperature: float | Tensor) -> Tensor:
+        """Return log softmax(z / temperature), float32 [B, C]; the tail's mass is spread evenly.
+
+        With s = 1/T the tail's log mean exp(s x) is its cumulant function K(s), which is convex. K(0) = 0, K'(0) =
+        mean, K''(0) = variance and K(1) are stored. For s ≤ 1 it is the cubic through them, held between s·mean and
+        s·K(1): exact at T = 1, and to second order at high T. For s > 1 it is the tangent at 1, whose slope is the
+        cubic's, held between K(1) and the smallest kept, as no x is larger.
+        """
+        kept = self.log_p.float()
+        s = kept.new_ones(1, 1) / as_column(temperature, kept)
+        num_dropped = self.num_classes - kept.shape[1]
+        if num_dropped == 0:
+            scores = torch.empty(len(kept), self.num_classes, device=kept.device)
+        else:
+            log_mass, mean, variance = self.tail.float()[:, :, None].unbind(1)
+            at_one = log_mass - math.log(num_dropped)
+            cubic = s * mean + s**2 * variance / 2 + s**3 * (at_one - mean - variance / 2)
+            hot = torch.minimum(torch.maximum(cubic, s * mean), s * at_one)
+            slope = 3 * at_one - 2 * mean - variance / 2
+            cold = at_one + (s - 1) * torch.minimum(torch.maximum(slope, at_one), kept[:, -1:])
+            scores = torch.where(s <= 1, hot, cold).expand(-1, self.num_classes).clone()
+        return torch.log_softmax(scores.scatter_(1, self.index.long(), kept * s), dim=1)
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copy."""
+        return replace(
+            self,
+            log_p=to_device(self.log_p, device),
+            index=to_device(self.index, device),
+            tail=to_device(self.tail, device),
+        )
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+        return replace(self, log_p=self.log_p[rows], index=self.index[rows], tail=self.tail[rows])
+
+
+@dataclass(frozen=True)
+class CompactLogits:
+    """Every logit, kept in the arrays of an encoding until it is asked for.
+
+    rows: arrays [B, ...] by name; decode: turns them into logits, float32 [B, num_classes], on the device where they
+    are. Decoded once, by whoever asks first.
+    """
+
+    rows: Mapping[str, Tensor]
+    num_classes: int
+    decode: Callable[[Mapping[str, Tensor]], Tensor]
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """The logits, float32 [B, C]."""
+        return self.decode(self.rows)
+
+    def log_probs(self, temperature: float | Tensor) -> Tensor:
+        """Return log softmax(z / temperature), float32 [B, C]."""
+        return log_probs(self.logits, temperature)
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copies."""
+        return replace(self, rows={name: to_device(values, device) for name, values in self.rows.items()})
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+        return replace(self, rows={name: values[rows] for name, values in self.rows.items()})
+
+
+@dataclass(frozen=True)
+class NoLogits:
+    """Stands for the logits of a teacher of which only features are kept."""
+
+    num_classes: int = 0
+
+    def log_probs(self, temperature: float | Tensor) -> Tensor:
+        """Raise RecipeError: there are none."""
+        raise RecipeError("of this teacher only features are kept. Fix: a loss of features, or a teacher with logits")
+
+    def to(self, device: torch.device) -> Self:
+        """Return itself."""
+        return self
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Return itself."""
+        return self
+
+
+NO_LOGITS = NoLogits()
+
+
+@dataclass(frozen=True)
+class LinearLogits:
+    """The answers to two images, mixed in place of an answer to their mixture.
+
+    own, partner: logits [B, C] or encoded forms; share: [B], the weight of `own`. The distribution at a temperature is
+    the mixture of both distributions at that temperature.
+    """
+
+    own: Logits
+    partner: Logits
+    share: Tensor
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the full distribution."""
+        return self.own.shape[1] if isinstance(self.own, Tensor) else self.own.num_classes
+
+    def log_probs(self, temperature: float | Tensor) -> Tensor:
+        """Return the log of the mixed probabilities, float32 [B, C]."""
+        share = self.share[:, None]
+        own = share.log() + log_probs(self.own, temperature)
+        return torch.logaddexp(own, torch.log1p(-share) + log_probs(self.partner, temperature))
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copies."""
+        return replace(
+            self,
+            own=moved(self.own, device),
+            partner=moved(self.partner, device),
+            share=to_device(self.share, device),
+        )
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+        return replace(self, own=self.own[rows], partner=self.partner[rows], share=self.share[rows])
+
+
+def moved(logits: Logits, device: torch.device) -> Logits:
+    """Move logits or their encoded form to a device without waiting for the copies."""
+    return to_device(logits, device) if isinstance(logits, Tensor) else logits.to(device)
