@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from logitcache.cache.layout import require_possible
@@ -35,8 +36,10 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def create_skeleton(target: Path, path: Path, manifest: Manifest, samples: Samples) -> None:
-    """Write metadata and what is known of the images into `target`, then rename it to `path`.
+def create_skeleton(
+    target: Path, path: Path, manifest: Manifest, samples: Samples, tables: Mapping[str, bytes]
+) -> None:
+    """Write metadata, tables (bytes by key) and what is known of the images into `target`, then rename it to `path`.
 
     The file that carries the lock of whoever prepares is filled in place.
     """
@@ -44,7 +47,7 @@ def create_skeleton(target: Path, path: Path, manifest: Manifest, samples: Sampl
         for leftover in [*target.iterdir(), *(target / PREPARING).parent.iterdir()]:
             if leftover not in (target / PREPARING, (target / PREPARING).parent):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        for key, data in (metadata_files(manifest) | samples.files()).items():
+        for key, data in {**metadata_files(manifest), **samples.files(), **tables}.items():
             (target / key).parent.mkdir(parents=True, exist_ok=True)
             (target / key).write_bytes(data)
         _sync_tree(target)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from logitcache.cache.arrays import ArrayGroup
 from logitcache.cache.create import read_manifest
 from logitcache.cache.growth import read_growth
-from logitcache.cache.layout import ArrayGroup, Layout, layout_of
+from logitcache.cache.layout import Layout, layout_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.sharing import alone, preparing, try_creating
 from logitcache.cache.skeleton import GROWING, ROOT
@@ -18,6 +18,8 @@ from logitcache.errors import CacheError
 from logitcache.files import leftovers
 
 _CHUNK = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})(\.0)+")
+_NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
+_TABLE = re.compile(rf"{_NAME}\.{_NAME}\.(basis|centre|deviation|correction_step|weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,20 @@ def _unneeded(root: Path, manifest: Manifest, growth: bool) -> Iterator[Garbage]
         yield from _chunks(root, kept, group)
     for group in begun.groups:
         # The records first: a shard without one is nothing.
-        for name in (group.commits, *(array.name for array in group.arrays)) if group.name not in names else ():
+        parts = (group.commits, *(array.name for array in group.arrays), *(table.name for table in group.tables))
+        for name in parts if group.name not in names else ():
             if (root / name).is_dir():
                 yield _garbage(root / name, "of a growth that is given up")
+    known = {table.name for table in begun.tables}
+    for folder in sorted(root.iterdir()):
+        if folder.is_dir() and _TABLE.fullmatch(folder.name) and folder.name not in known:
+            yield _garbage(folder, "a table of a growth that never began")
     if growth and (root / GROWING).exists():
         # Last: until then it says whose these shards are.
         yield _garbage(root / GROWING, "the note of a growth that is given up")
 
 
-def _chunks(root: Path, layout: Layout, group: ArrayGroup[Any]) -> Iterator[Garbage]:
+def _chunks(root: Path, layout: Layout, group: ArrayGroup) -> Iterator[Garbage]:
     """Yield records of views that there are not, and shards without a record."""
     recorded = set()
     for file, place in _numbered(root / group.commits):

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard
 from logitcache.cache.decoded import shared_shards
-from logitcache.cache.layout import ArrayGroup, ArrayLayout, Layout, Shard
+from logitcache.cache.layout import Layout
 from logitcache.cache.mapping import MappedRows
 from logitcache.cache.rows import PackedRows, RowSource, Sharing, columns_of, num_kept
 from logitcache.cache.verify import require_intact
@@ -47,7 +48,7 @@ class StoredRows:
         return views * self._padded + indices
 
     def take(self, places: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Gather the rows of the arrays of all teachers by array name, [B, *row_shape] each."""
+        """Gather the rows of the arrays of all targets by array name, [B, *row_shape] each."""
         for source in self._sources.values():
             source.expect(places)
         return {name: source.take(places) for name, source in self._sources.items()}
@@ -89,7 +90,7 @@ class StoredRows:
     def _sources(self) -> dict[str, RowSource]:
         shared = shared_shards()
 
-        def source(group: ArrayGroup[Any], position: int, array: ArrayLayout) -> RowSource:
+        def source(group: ArrayGroup, position: int, array: ArrayLayout) -> RowSource:
             if array.storage == "hot":
                 return MappedRows(self._root, array, self._committed)
             sharing = None if shared is None else Sharing(shared, group, position)
@@ -97,6 +98,6 @@ class StoredRows:
 
         return {
             array.name: source(group, position, array)
-            for group in self._layout.teachers
-            for position, array in enumerate(group.arrays)
+            for group in self._layout.targets
+            for position, array in enumerate(group.rows)
         }

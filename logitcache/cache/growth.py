@@ -5,6 +5,7 @@ arrays' metadata and then, in one atomic step, the root describe the grown cache
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from logitcache.cache.layout import layout_of, require_possible
 from logitcache.cache.manifest import Manifest, TeacherEntry, TeacherName, is_more
+from logitcache.cache.reached import with_errors
 from logitcache.cache.sharing import explained
 from logitcache.cache.skeleton import GROWING, ROOT, metadata_files
 from logitcache.errors import CacheError
@@ -20,7 +22,7 @@ from logitcache.recipe import Component, Count
 
 
 class Growth(Component):
-    """How many views and which teachers a cache is to have, in the order of the recipe."""
+    """How many views and which teachers, with which targets, a cache is to have, in the order of the recipe."""
 
     num_views: Count
     teachers: Annotated[dict[TeacherName, TeacherEntry], Field(min_length=1)]
@@ -36,15 +38,17 @@ class Growth(Component):
 def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
     """Return the manifest that `wanted` makes of a cache; `begun` has what earlier runs began to add.
 
-    It has the canaries that it began with: whoever adds to a cache proves by them that it renders the same views. As
-    the metadata is written anew, it names the zarr that does.
+    What is new has no form yet. The canaries stay those that it began with: whoever adds to a cache proves by them that
+    it renders the same views. As the metadata is written anew, it names the zarr that does.
     """
     if not is_more(wanted, recorded):
         return recorded
-    known = begun.teachers | recorded.teachers
     return Growth(
         num_views=wanted.views.num_views,
-        teachers={name: known.get(name, entry) for name, entry in wanted.teachers.items()},
+        teachers={
+            name: entry.with_stored(begun.teachers[name]) if name in begun.teachers else entry
+            for name, entry in wanted.teachers.items()
+        },
         versions=recorded.versions | {"zarr": wanted.versions["zarr"]},
     ).applied(recorded)
 
@@ -68,8 +72,15 @@ def read_growth(root: Path, recorded: Manifest) -> Manifest:
     return manifest
 
 
-def begin_growth(root: Path, goal: Manifest) -> None:
-    """Note what a cache is growing to, before the first shard of it, and make room for the shards."""
+def begin_growth(root: Path, goal: Manifest, tables: Mapping[str, bytes]) -> None:
+    """Note what a cache is growing to, before the first shard of it, and make room for the shards.
+
+    The tables of what is new, bytes by key, come first: the note names their digests.
+    """
+    for key, values in tables.items():
+        with explained(root / key):
+            (root / key).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / key, values)
     growth = Growth(num_views=goal.views.num_views, teachers=goal.teachers, versions=goal.versions)
     data = json.dumps(growth.model_dump(mode="json")).encode()
     if not _holds(root / GROWING, data):
@@ -83,11 +94,16 @@ def begin_growth(root: Path, goal: Manifest) -> None:
 
 
 def finish_growth(root: Path, goal: Manifest) -> None:
-    """Let the root describe the grown cache, all shards of which are committed."""
+    """Let the root describe the grown cache, all shards of which are committed, with the errors over all rows."""
     files = metadata_files(goal)
-    for key in [*(key for key in files if key != ROOT), ROOT]:
-        if not _holds(root / key, files[key]):
-            write_atomically(root / key, files[key])
+    _update(root, {key: data for key, data in files.items() if key != ROOT})
+    _update(root, {ROOT: metadata_files(with_errors(root, goal))[ROOT]})
+
+
+def _update(root: Path, files: Mapping[str, bytes]) -> None:
+    for key, data in files.items():
+        if not _holds(root / key, data):
+            write_atomically(root / key, data)
 
 
 def forget_growth(root: Path, recorded: Manifest) -> None:

@@ -11,7 +11,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.layout import ArrayLayout
+from logitcache.cache.arrays import ArrayLayout
 
 _ABSENT = 2**64 - 1
 

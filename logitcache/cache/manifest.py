@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
-from logitcache.cache.encodings import Encoding
+from logitcache.cache.encodings import Encoding, Feature, FeatureForm, Form
+from logitcache.cache.row_errors import RowErrors
 from logitcache.device import Precision
 from logitcache.errors import CacheError, MismatchError
 from logitcache.models import Preprocessing
@@ -20,6 +21,9 @@ FORMAT_VERSION = 1
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Column = Annotated[str, Field(max_length=200)]
 MAX_PARAMETERS = 4096
+LOGITS = "logits"
+"""Names a teacher's logits among its targets, beside the names of its features."""
+
 VIEWS = "views"
 """Stands in array names, in a teacher's place, for what is recorded of the views themselves."""
 
@@ -33,15 +37,84 @@ def _not_reserved(name: str) -> str:
 TeacherName = Annotated[Name, AfterValidator(_not_reserved)]
 
 
+def _not_logits(name: str) -> str:
+    if name == LOGITS:
+        raise ValueError(f"{LOGITS!r} names the logits of a teacher. Fix: another name")
+    return name
+
+
+FeatureName = Annotated[Name, AfterValidator(_not_logits)]
+
+
+class StoredLogits(Component):
+    """How logits are kept: the form that their encoding took, and the SHA-256 of each table beside the rows.
+
+    `calibration_views` is the number of views that the calibration rows of the tables were drawn from.
+    """
+
+    form: Form
+    tables: dict[Name, Digest] = Field(default_factory=dict)
+    calibration_views: Count | None = None
+
+
+class StoredFeature(Component):
+    """How a feature is kept, and its shape without the batch."""
+
+    shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=3)]
+    form: FeatureForm
+    tables: dict[Name, Digest] = Field(default_factory=dict)
+    calibration_views: Count | None = None
+
+
 class TeacherEntry(Component):
-    """Who answered, and how the answers are kept."""
+    """Who answered, what was asked for of the answers, and how that is kept.
+
+    What is stored is decided once, by calibration, when the teacher joins the cache; `errors`, over all rows, are known
+    when it is whole.
+    """
 
     model: JsonValue
     weights: Digest
     preprocessing: Preprocessing
     precision: Precision
-    num_classes: Count
-    logits: Encoding
+    num_classes: Count | None
+    logits: Encoding | None
+    features: dict[FeatureName, Feature] = Field(default_factory=dict)
+    stored_logits: StoredLogits | None = None
+    stored_features: dict[FeatureName, StoredFeature] = Field(default_factory=dict)
+    errors: dict[Name, RowErrors] = Field(default_factory=dict)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Name what is kept: `logits`, and the features."""
+        return (*([] if self.logits is None else [LOGITS]), *self.features)
+
+    @property
+    def unfitted(self) -> tuple[str, ...]:
+        """Name what is to be kept and was not decided how."""
+        stored = {*([] if self.stored_logits is None else [LOGITS]), *self.stored_features}
+        return tuple(name for name in self.targets if name not in stored)
+
+    def restricted(self, targets: Collection[str]) -> Self:
+        """Return the entry of a teacher of which less is kept; a head brings the feature that it needs."""
+        form = None if self.stored_logits is None else self.stored_logits.form
+        needed = {*targets, *([] if form is None or LOGITS not in targets else form.needs)}
+        update: dict[str, Any] = {
+            key: {name: value for name, value in getattr(self, key).items() if name in needed}
+            for key in ("features", "stored_features", "errors")
+        }
+        if LOGITS not in needed:
+            update |= {"logits": None, "stored_logits": None}
+        return self.model_copy(update=update)
+
+    def with_stored(self, known: "TeacherEntry") -> Self:
+        """Take over how a known entry keeps what both keep."""
+        update = {
+            "stored_logits": known.stored_logits if self.logits is not None else None,
+            "stored_features": {name: known.stored_features[name] for name in self.features if name in known.features},
+            "errors": {name: errors for name, errors in known.errors.items() if name in self.targets},
+        }
+        return self.model_copy(update=update)
 
 
 class Manifest(Component):
@@ -79,12 +152,17 @@ class Manifest(Component):
         """Return the sha256 that identifies the cache, as hex."""
         return _digest(self.model_dump(mode="json"))
 
-    def restricted(self, num_views: int, teachers: Sequence[str]) -> Self:
-        """Return what a cache of the first views and of some teachers has in common with this one.
+    @property
+    def targets(self) -> dict[str, tuple[str, ...]]:
+        """Name what is kept of each teacher."""
+        return {name: entry.targets for name, entry in self.teachers.items()}
+
+    def restricted(self, num_views: int, targets: Mapping[str, Collection[str]]) -> Self:
+        """Return what a cache of the first views, and of some targets of some teachers, has in common with this one.
 
         Canaries stay those of all views.
         """
-        chosen = {name: self.teachers[name] for name in teachers}
+        chosen = {name: self.teachers[name].restricted(kept) for name, kept in targets.items()}
         views = self.views.model_copy(update={"num_views": num_views})
         return self.model_copy(update={"views": views, "teachers": chosen})
 
@@ -94,7 +172,8 @@ class Manifest(Component):
         Of a manifest that is restricted to what a student began with. Neither where images lie nor which versions and
         canaries prove them counts.
         """
-        return _digest(self.model_dump(mode="json", exclude={"dataset", "canaries", "versions"}))
+        without: Any = {"dataset": True, "canaries": True, "versions": True, "teachers": {"__all__": {"errors": True}}}
+        return _digest(self.model_dump(mode="json", exclude=without))
 
     def attributes(self) -> dict[str, Any]:
         """Return the stored form, with its own sha256."""
@@ -153,19 +232,37 @@ def _lacks(recorded: Manifest, wanted: Manifest) -> list[str]:
     """List what the cache has and the recipe does not ask for."""
     old, new = recorded.views.num_views, wanted.views.num_views
     lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new < old else []
-    return lines + [f"teachers.{name}: only in the cache" for name in recorded.teachers if name not in wanted.teachers]
+    return lines + [f"{name}: only in the cache" for name in _only(recorded, wanted)]
 
 
 def _adds(recorded: Manifest, wanted: Manifest) -> list[str]:
     """List what the recipe asks for and the cache does not have."""
     old, new = recorded.views.num_views, wanted.views.num_views
     lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new > old else []
-    return lines + [f"teachers.{name}: only in the recipe" for name in wanted.teachers if name not in recorded.teachers]
+    return lines + [f"{name}: only in the recipe" for name in _only(wanted, recorded)]
+
+
+def _only(one: Manifest, other: Manifest) -> Iterator[str]:
+    """Name, as a recipe does, the teachers and the targets that the other manifest does not have."""
+    for name, targets in one.targets.items():
+        if name not in other.targets:
+            yield f"teachers.{name}"
+            continue
+        for target in targets:
+            if target not in other.targets[name]:
+                yield f"teachers.{name}.{_key(target)}"
+
+
+def _key(target: str) -> str:
+    return target if target == LOGITS else f"features.{target}"
 
 
 def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry) -> list[str]:
-    fields = ("weights", "preprocessing", "precision", "num_classes", "logits")
-    pairs = [(key, getattr(recorded, key), getattr(wanted, key)) for key in fields]
+    pairs = [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("weights", "preprocessing", "precision")]
+    if recorded.logits is not None and wanted.logits is not None:
+        pairs += [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("num_classes", LOGITS)]
+    common = [feature for feature in recorded.features if feature in wanted.features]
+    pairs += [(_key(feature), recorded.features[feature], wanted.features[feature]) for feature in common]
     return [
         f"teachers.{name}.{key}: the cache has {_short(a)}, the recipe {_short(b)}" for key, a, b in pairs if a != b
     ]
@@ -194,11 +291,11 @@ def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
     """Raise MismatchError listing every way in which a recipe is another than one that continues or extends a cache."""
     lines = _differences(recorded, wanted)
     lacks = _lacks(recorded, wanted)
-    # More views and teachers are no fault, but tell a recipe of other teachers from one that leaves some out.
+    # More views, teachers and features are no fault, but tell a recipe of other teachers from one that leaves some out.
     if lines or lacks:
         raise MismatchError(
             f"{where} was made by another recipe:\n  "
             + "\n  ".join([*lines, *lacks, *(_adds(recorded, wanted) if lacks else [])])
-            + "\n  Fix: change the recipe back to continue this cache (it may add views and teachers), "
+            + "\n  Fix: change the recipe back to continue this cache (it may add views, teachers and features), "
             "or give the new one another `cache:` path"
         )

@@ -1,6 +1,7 @@
 """Map the shard files of a hot array into one address range: one NumPy array over the whole store."""
 
 import ctypes
+import math
 import mmap
 import os
 import resource
@@ -13,8 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.layout import PAGE, ArrayLayout, Shard
+from logitcache.cache.arrays import PAGE, ArrayLayout, Shard
 from logitcache.errors import CacheError
+
+HUGE_PAGE = 2 << 20
+MOST_ADDRESSES = 1 << 44
+"""Of 2^47 that a process has."""
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
@@ -42,23 +47,37 @@ def _map(address: int | None, size: int, protection: int, flags: int, descriptor
     return mapped
 
 
-class MappedRows:
-    """Rows of shard files, [num_views * padded rows, *row_shape]; row `view * padded + index` is a key's.
+def _rows_to_huge_page(array: ArrayLayout, num_shards: int) -> int:
+    """Return how many rows to leave free after each shard so that the next begins at a huge page; 0 where not worth it.
 
-    The whole address range is reserved at once, the files of a view are mapped when it is first needed: a cache of many
-    views opens as fast as one of few.
+    Shards begin at whole rows: what lies between them is a multiple of both.
+    """
+    size = array.shard_rows * array.row_bytes
+    step = math.lcm(HUGE_PAGE, array.row_bytes)
+    stride = -(-size // step) * step
+    return (stride - size) // array.row_bytes if size >= HUGE_PAGE and stride * num_shards <= MOST_ADDRESSES else 0
+
+
+class MappedRows:
+    """Rows of shard files in one address range, of which all is reserved at once, and a view mapped when first needed.
+
+    `rows` is one array over the range. Where shards are large each begins at a huge page, if there are enough addresses
+    for that: a file whose pages the kernel keeps in blocks of 2 MiB is then mapped by blocks, which a random row finds
+    in a quarter less time. Between shards lie rows that are no memory.
     """
 
     def __init__(self, root: Path, array: ArrayLayout, shards: Iterable[Shard]) -> None:
         self._root, self._array = root, array
-        self._shard_bytes = array.shard_rows * array.row_bytes
-        assert self._shard_bytes % PAGE == 0
+        assert array.shard_rows * array.row_bytes % PAGE == 0
         self._per_view = -(-array.num_images // array.shard_rows)
-        total = array.num_views * self._per_view * self._shard_bytes
-        self._base = _map(None, total, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        self._gap = _rows_to_huge_page(array, array.num_views * self._per_view)
+        self._stride = (array.shard_rows + self._gap) * array.row_bytes
+        total = array.num_views * self._per_view * self._stride
+        reserved = _map(None, total + HUGE_PAGE, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
+        self._base = -(-reserved // HUGE_PAGE) * HUGE_PAGE
         memory = (ctypes.c_uint8 * total).from_address(self._base)
         # Not when the interpreter ends: other threads may still read, and the memory goes with the process.
-        weakref.finalize(memory, _libc.munmap, self._base, total).atexit = False
+        weakref.finalize(memory, _libc.munmap, reserved, total + HUGE_PAGE).atexit = False
         self._unmapped: dict[int, list[Shard]] = {}
         for shard in shards:
             self._unmapped.setdefault(shard.view, []).append(shard)
@@ -82,10 +101,11 @@ class MappedRows:
         """
         if self._left_to_advise:
             self._left_to_advise -= 1
-            self._advise(places)
+            self._advise(self._rows_at(places))
 
     def take(self, places: NDArray[np.int64]) -> NDArray[Any]:
         """Gather rows of views that are prepared, [B, *row_shape]; any other address ends the process."""
+        places = self._rows_at(places)
         if self._left_to_advise:
             return self.rows.take(places, axis=0)
         self._left_unasked -= 1
@@ -96,6 +116,10 @@ class MappedRows:
         if (_disk_faults() - before) * 8 > len(places):
             self._left_to_advise, self._left_unasked = _ADVISED, 1
         return rows
+
+    def _rows_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which rows of the range lie at places."""
+        return places + places // self._array.shard_rows * self._gap if self._gap else places
 
     def _map_file(self, shard: Shard) -> None:
         """Map a shard; a row past the end of a truncated file would kill the process, so its size is checked before."""
@@ -114,17 +138,17 @@ class MappedRows:
                     f"{path} has {size} bytes, its layout needs {expected}. Fix: run the same "
                     "`logitcache precompute` command again, it rewrites this shard"
                 )
-            address, needed = self._base + number * self._shard_bytes, -(-rows * array.row_bytes // PAGE) * PAGE
+            address, needed = self._base + number * self._stride, -(-rows * array.row_bytes // PAGE) * PAGE
             _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
             # Reading around a random row would bring in many times what is asked for.
             _libc.madvise(address, needed, mmap.MADV_RANDOM)
         finally:
             os.close(descriptor)
 
-    def _advise(self, places: NDArray[np.int64]) -> None:
+    def _advise(self, rows: NDArray[np.int64]) -> None:
         """Let the disk read the pages of rows all at once."""
         row_bytes = self._array.row_bytes
-        starts = np.sort(places) * row_bytes
+        starts = np.sort(rows) * row_bytes
         first, stop = starts // PAGE, (starts + (row_bytes - 1)) // PAGE + 1
         for page, after in np.unique(np.stack([first, stop], axis=1), axis=0).tolist():
             _libc.madvise(self._base + page * PAGE, (after - page) * PAGE, mmap.MADV_WILLNEED)

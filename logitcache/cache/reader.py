@@ -1,7 +1,7 @@
 """`Cache`: a finished cache, opened for training."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,23 +9,27 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from logitcache.cache.coders import Coders
 from logitcache.cache.create import read_manifest
 from logitcache.cache.gather import StoredRows
-from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, TeacherLayout, layout_of
+from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, layout_of
 from logitcache.cache.locks import require_releases, require_trusted
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.plain import require_plain
-from logitcache.cache.recorded import RecordedRows, require_planned
+from logitcache.cache.recorded import RecordedRows, require_planned, require_replayable
 from logitcache.cache.rows import num_kept
 from logitcache.cache.skeleton import read_canaries, read_digests, read_labels, require_sound_skeleton
 from logitcache.cache.verify import committed_shards
-from logitcache.errors import CacheError, DataError, MismatchError, RecipeError, ReplayMismatchError
-from logitcache.targets import LinearLogits, Logits, Targets
+from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
+from logitcache.features import FeatureShape
+from logitcache.logits import LinearLogits
+from logitcache.targets import Targets
 from logitcache.versions import versions
 from logitcache.views import canaries
 from logitcache.views.datasets import Custom, Torchvision, explain_difference, fingerprint, open_dataset
-from logitcache.views.datasets.base import ImageDataset
+from logitcache.views.datasets.base import ImageDataset, Labels
 from logitcache.views.epochs import ChecksumsOf, EpochLoader
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod
@@ -47,6 +51,7 @@ class Cache:
         self.layout: Layout = layout_of(manifest)
         self.shards = committed_shards(path, self.layout)
         self._stored = StoredRows(path, self.layout, self.shards)
+        self._coders = Coders(path, manifest, self.layout)
 
     @property
     def num_views(self) -> int:
@@ -62,31 +67,66 @@ class Cache:
         return len(self.shards) == self.layout.num_shards
 
     @cached_property
-    def labels(self) -> NDArray[np.int64]:
-        """Labels as stage one saw them, [N]; -1 where there is none."""
+    def labels(self) -> Labels:
+        """Labels as stage one saw them, int64 [N] or, multi-hot, int8 [N, C]; -1 where there is none."""
         return read_labels(self.path, self.manifest)
 
     @cached_property
     def _recorded(self) -> dict[str, RecordedRows]:
         return {array.suffix: RecordedRows(self.path, array) for array in self.layout.views_arrays}
 
-    def answers(self, keys: Sequence[ViewKey]) -> dict[str, Logits]:
-        """Gather what each teacher answered to the views of keys, [B, C], in the cache's dtypes."""
-        rows = self._stored.take(self._stored.places(keys))
-        return {teacher.name: self._logits(teacher, rows) for teacher in self.layout.teachers}
+    def only(self, targets: Mapping[str, Collection[str]], num_views: int | None = None) -> "Cache":
+        """Return the same cache with some targets of some teachers, and the first views: nothing else is read.
+
+        `targets` maps a teacher's name to "logits" and names of features. Raises RecipeError for what is not there.
+        """
+        for name, wanted in targets.items():
+            missing = sorted(set(wanted) - set(self.manifest.targets.get(name, ())))
+            if missing or name not in self.manifest.teachers:
+                raise RecipeError(
+                    f"{self.path} has no {missing or 'targets'} of teacher {name!r}, but {self.manifest.targets}. "
+                    "Fix: name what it has, or add it with precompute"
+                )
+        return Cache(self.path, self.manifest.restricted(num_views or self.num_views, targets))
+
+    def features(self, teacher: str) -> dict[str, FeatureShape]:
+        """Return kind and shape of the features that are kept of a teacher, by name."""
+        entry = self.manifest.teachers[teacher]
+        return {
+            name: FeatureShape(entry.features[name].kind, stored.shape)
+            for name, stored in entry.stored_features.items()
+        }
+
+    def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
+        """Return weight [C, D] and bias [C] of a teacher's last layer, where its logits are kept as what goes in."""
+        return self._coders.head(teacher)
+
+    def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
+        """Gather what each teacher answered to the views of keys, in the cache's dtypes."""
+        return self._coders.targets(self._stored.take(self._stored.places(keys)))
 
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
-        """Gather the targets of a batch of keys, by teacher: its answers, or linear mixtures of them."""
+        """Gather the targets of a batch of keys, by teacher: its answers, or linear mixtures of its logits."""
         own, spec = self.answers(keys), self.manifest.views
         if spec.targets == "exact":
-            return {name: Targets(logits) for name, logits in own.items()}
+            return own
         _, height, width = self.manifest.image_shape
         mixture = spec.mixture(keys, len(self), (height, width))
         assert mixture is not None
         views = [view for view, _ in keys]
         partners = self.answers(list(map(ViewKey, views, mixture.partners.tolist())))
         share = torch.from_numpy(mixture.share).float()
-        return {name: Targets(LinearLogits(logits, partners[name], share)) for name, logits in own.items()}
+        return {name: Targets(LinearLogits(own[name].logits, partners[name].logits, share)) for name in own}
+
+    def as_dask(self) -> dict[str, dict[str, Any]]:
+        """Return all answers as Dask arrays by teacher and target: float32 [V, N, ...], a chunk for each shard.
+
+        Logits are those of the views as the teacher saw them; where only a distribution is kept (top-k), its
+        log-probabilities. A shard is read, compared with its record and decoded when its chunk is computed.
+        """
+        from logitcache.cache.lazy import as_dask  # which imports Dask: training needs none of it
+
+        return as_dask(self.path, self.manifest)
 
     def row_checksums(self, keys: Sequence[ViewKey]) -> NDArray[np.uint32] | None:
         """Gather the checksums [B] of the pixels that the teachers saw; None where none are recorded."""
@@ -108,11 +148,6 @@ class Cache:
         """Raise CacheError naming the committed shards whose stored bytes differ from their records."""
         self._stored.compare()
 
-    def _logits(self, teacher: TeacherLayout, rows: Mapping[str, NDArray[Any]]) -> Logits:
-        """Decode a teacher's logits from the rows of its arrays, as far as the cache's dtypes go."""
-        tensors = {array.suffix: torch.from_numpy(rows[array.name]) for array in teacher.arrays}
-        return teacher.entry.logits.decode(tensors, teacher.entry.num_classes)
-
     def views(
         self,
         dataset: object | None = None,
@@ -132,7 +167,9 @@ class Cache:
                 raise RecipeError(f"{name} is {value!r}. Fix: one of {', '.join(get_args(known))}")
         require_trusted(self.manifest.views, factories, str(self.path))
         self.require_intact()
-        recorded = self._parameters_to_replay() if replay == "recorded" else None
+        if replay == "recorded":
+            require_replayable(self.manifest, str(self.path))
+        recorded = self._recorded[PARAMETERS] if replay == "recorded" else None
         opened = self._open_dataset(dataset)
         self.require_dataset(opened)
         require_releases(self.manifest.views, verify, str(self.path))
@@ -140,26 +177,6 @@ class Cache:
         if verify != "off":
             self.require_canaries(views, verify, limits)
         return views
-
-    def _parameters_to_replay(self) -> RecordedRows:
-        if self.manifest.views.targets == "linear":
-            raise RecipeError(
-                f"{self.path} has linear targets, which are mixed as planned, not as recorded. Fix: leave out "
-                "replay: recorded"
-            )
-        if not self.manifest.parameters:
-            why = "its views have none" if self.manifest.parameters is not None else "it was made without them"
-            raise RecipeError(
-                f"{self.path} keeps no parameters to replay: {why}. Fix: leave out replay: recorded; caches made with "
-                "record_parameters: true have them"
-            )
-        here = self.manifest.views.columns()
-        if self.manifest.parameters != here:
-            raise ReplayMismatchError(
-                f"{self.path} keeps the parameters {list(self.manifest.parameters)},\n"
-                f"  this release replays {list(here)}.\n  Fix: install the release of logitcache that made the cache"
-            )
-        return self._recorded[PARAMETERS]
 
     def require_dataset(self, dataset: ImageDataset) -> None:
         """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
@@ -252,7 +269,7 @@ class Cache:
 
         It depends on the cache alone, not on a machine's memory: so does the order of an epoch.
         """
-        packed = [array for group in self.layout.teachers for array in group.arrays if array.storage == "packed"]
+        packed = [array for group in self.layout.targets for array in group.rows if array.storage == "packed"]
         kept = min((num_kept(array) for array in packed), default=self.layout.shards_per_view)
         if self.layout.shards_per_view <= kept:
             return None

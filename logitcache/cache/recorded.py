@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.layout import ArrayLayout, Shard
+from logitcache.cache.arrays import ArrayLayout, Shard
+from logitcache.cache.manifest import Manifest
 from logitcache.cache.rows import PackedRows, columns_of
-from logitcache.errors import ReplayMismatchError
+from logitcache.errors import RecipeError, ReplayMismatchError
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 
@@ -44,6 +45,26 @@ class RecordedRows:
         shards_per_view = -(-array.num_images // array.shard_rows)
         small = KEPT_BYTES // (array.shard_rows * array.row_bytes)
         return PackedRows(self._root, array, num_kept=max(2 * shards_per_view, small))
+
+
+def require_replayable(manifest: Manifest, where: str) -> None:
+    """Raise where a cache's parameters cannot be read in place of drawing them."""
+    if manifest.views.targets == "linear":
+        raise RecipeError(
+            f"{where} has linear targets, which are mixed as planned, not as recorded. Fix: leave out replay: recorded"
+        )
+    if not manifest.parameters:
+        why = "its views have none" if manifest.parameters is not None else "it was made without them"
+        raise RecipeError(
+            f"{where} keeps no parameters to replay: {why}. Fix: leave out replay: recorded; caches made with "
+            "record_parameters: true have them"
+        )
+    here = manifest.views.columns()
+    if manifest.parameters != here:
+        raise ReplayMismatchError(
+            f"{where} keeps the parameters {list(manifest.parameters)},\n  this release replays {list(here)}.\n"
+            "  Fix: install the release of logitcache that made the cache"
+        )
 
 
 def require_planned(recorded: RecordedRows, columns: Sequence[str], views: Views, shards: Iterable[Shard]) -> None:

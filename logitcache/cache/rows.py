@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.arrays import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard
 from logitcache.cache.decoded import SharedShards, name_of
-from logitcache.cache.layout import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard
 from logitcache.cache.unpack import Unpacker
 from logitcache.views.keys import ViewKey
 
@@ -46,7 +46,7 @@ class Sharing(NamedTuple):
     """Where the decoded shards of an array are shared, and where the records lie that name them."""
 
     shards: SharedShards
-    group: ArrayGroup[Any]
+    group: ArrayGroup
     position: int
 
 

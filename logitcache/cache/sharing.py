@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from logitcache.cache.layout import Shard
+from logitcache.cache.arrays import Shard
 from logitcache.cache.skeleton import ROOT
 from logitcache.console import say
 from logitcache.errors import CacheError

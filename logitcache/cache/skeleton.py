@@ -4,7 +4,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,17 @@ from zarr.core.buffer import Buffer, cpu
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
+from logitcache.cache.arrays import ArrayGroup
+from logitcache.cache.labels import label_file, label_key
 from logitcache.cache.layout import layout_of
 from logitcache.cache.manifest import Manifest, extends, parse_manifest
 from logitcache.errors import CacheError
 from logitcache.files import write_atomically
 from logitcache.views.canaries import pixel_digest
+from logitcache.views.datasets.base import Labels, label_dtype
 
 ROOT = "zarr.json"
-LABELS, DIGESTS, CANARIES = "label/c/0", "digest/c/0", "canary/c/0/0/0/0"
+DIGESTS, CANARIES = "digest/c/0", "canary/c/0/0/0/0"
 """Each of these arrays is one uncompressed chunk: its file is its values."""
 
 GROWING = "digest/growing"
@@ -32,16 +36,16 @@ SHOWN = 5
 
 
 class Samples(NamedTuple):
-    """What is known of the images: labels [N], digests [N], the pixels of the canaries [K, C, H, W]."""
+    """What is known of the images: labels [N] or [N, C], digests [N], the pixels of the canaries [K, C, H, W]."""
 
-    labels: NDArray[np.int64]
+    labels: Labels
     digests: NDArray[np.uint64]
     canaries: NDArray[np.uint8]
 
     def files(self) -> dict[str, bytes]:
         """Return the stored bytes by key."""
         return {
-            LABELS: self.labels.astype("<i8").tobytes(),
+            label_key(self.labels.ndim): self.labels.astype(label_dtype(self.labels.ndim)).tobytes(),
             DIGESTS: self.digests.astype("<u8").tobytes(),
             CANARIES: self.canaries.tobytes(),
         }
@@ -54,9 +58,11 @@ class Problem(NamedTuple):
     text: str
 
 
-def read_labels(root: Path, manifest: Manifest) -> NDArray[np.int64]:
-    """Read the labels as stage one saw them, [N]; -1 where there is none."""
-    return np.frombuffer(_read(root / LABELS, 8 * manifest.num_images), "<i8").astype(np.int64)
+def read_labels(root: Path, manifest: Manifest) -> Labels:
+    """Read the labels as stage one saw them, int64 [N] or int8 [N, C]; -1 where there is none."""
+    file = label_file(manifest.fingerprint)
+    found = np.frombuffer(_read(root / file.key, file.num_bytes), file.dtype)
+    return found.astype(file.dtype.newbyteorder("=")).reshape(file.shape)
 
 
 def read_digests(root: Path, manifest: Manifest) -> NDArray[np.uint64]:
@@ -82,6 +88,22 @@ def _read(path: Path, size: int) -> bytes:
     return data
 
 
+def read_tables(root: Path, group: ArrayGroup) -> dict[str, NDArray[Any]]:
+    """Read the tables of a group by their own names; raise CacheError where they are not those of the manifest."""
+    tables = {}
+    for table in group.tables:
+        data = _read(root / table.file, table.num_bytes)
+        if hashlib.sha256(data).hexdigest() != table.sha256:
+            raise CacheError(f"{root / table.file}: its values differ from the manifest's digest")
+        tables[table.suffix] = np.frombuffer(data, table.dtype).reshape(table.shape)
+    return tables
+
+
+def table_bytes(table: NDArray[Any]) -> bytes:
+    """Return the stored bytes of a table, little endian in C order."""
+    return np.ascontiguousarray(table).astype(table.dtype.newbyteorder("<")).tobytes()
+
+
 def metadata_files(manifest: Manifest) -> dict[str, bytes]:
     """Return the metadata of a cache as this zarr-python writes it, by key."""
     return {key: value.to_bytes() for key, value in _metadata(manifest).items()}
@@ -103,11 +125,15 @@ def _metadata(manifest: Manifest) -> dict[str, Buffer]:
 def skeleton_arrays(manifest: Manifest) -> Iterator[dict[str, Any]]:
     """Yield the arguments of zarr.create_array for every array of a cache."""
     count, pixels = manifest.num_images, (len(manifest.canaries), *manifest.image_shape)
-    yield _plain("label", (count,), "<i8", -1, ("sample",))
+    _, shape, dtype = label_file(manifest.fingerprint)
+    yield _plain("label", shape, dtype.str, -1, ("sample", "class")[: len(shape)])
     yield _plain("digest", (count,), "<u8", 0, ("sample",))
     yield _plain("canary", pixels, "uint8", 0, ("canary", "channel", "height", "width"))
     layout = layout_of(manifest)
     for group in layout.groups:
+        for table in group.tables:
+            dims = tuple(f"{table.name}.{axis}" for axis in range(len(table.shape)))
+            yield _plain(table.name, table.shape, table.dtype.str, 0, dims)
         for array in group.arrays:
             yield array.zarr_options()
         yield layout.commit_options(group)
@@ -127,9 +153,20 @@ def _plain(name: str, shape: tuple[int, ...], dtype: str, fill: int, dims: tuple
 
 
 def skeleton_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
-    """Compare metadata, labels, image digests and canary pixels with the manifest."""
+    """Compare metadata, tables, labels, image digests and canary pixels with the manifest."""
     yield from _metadata_problems(root, manifest)
+    yield from table_problems(root, layout_of(manifest).groups)
     yield from _sample_problems(root, manifest)
+
+
+def table_problems(root: Path, groups: Iterable[ArrayGroup]) -> Iterator[Problem]:
+    """Compare tables with the manifest."""
+    for group in groups:
+        for table in group.tables:
+            try:
+                read_tables(root, replace(group, tables=(table,)))
+            except CacheError as error:
+                yield Problem(table.file, str(error))
 
 
 def _metadata_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
@@ -206,8 +243,9 @@ def _without_manifest(found: Any) -> Any:
 
 def _sample_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
     recorded = manifest.fingerprint
+    labels = label_file(recorded)
     for key, size, digest in (
-        (LABELS, 8 * recorded.num_images, recorded.labels),
+        (labels.key, labels.num_bytes, recorded.labels),
         (DIGESTS, 8 * recorded.num_images, recorded.content),
     ):
         try:
@@ -238,14 +276,17 @@ def require_sound_skeleton(root: Path, manifest: Manifest) -> None:
         )
 
 
-def mend_skeleton(root: Path, recorded: Manifest, manifest: Manifest, samples: Samples) -> list[str]:
+def mend_skeleton(
+    root: Path, recorded: Manifest, manifest: Manifest, samples: Samples, tables: Mapping[str, bytes]
+) -> list[str]:
     """Write what is damaged, or of another manifest than the recorded one, again; returns the keys.
 
-    The samples agree with the manifest. Its own file comes first: a run that is killed after it mends the others next.
+    The samples, and the bytes of the damaged tables by key, agree with the manifest. Its own file comes first: a run
+    that is killed after it mends the others next.
     """
     damaged = [] if manifest == recorded else [ROOT]
     damaged += dict.fromkeys(problem.key for problem in skeleton_problems(root, manifest))
-    whole = metadata_files(manifest) | samples.files() if damaged else {}
+    whole = {**metadata_files(manifest), **samples.files(), **tables} if damaged else {}
     for key in damaged:
         (root / key).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(root / key, whole[key])

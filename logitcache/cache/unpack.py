@@ -14,7 +14,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
-from logitcache.cache.layout import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout, Shard
+from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout, Shard
 from logitcache.errors import CacheError
 
 _THREADS = min(8, os.cpu_count() or 1)
@@ -32,7 +32,7 @@ class Unpacker:
         return Unpacker, (self._root, self._layout)
 
     def __call__(self, shard: Shard) -> NDArray[Any]:
-        """Return a shard's rows [stop - start, *row_shape]; raise CacheError where it is missing or damaged."""
+        """Return a shard's rows [n, *row_shape]; raise CacheError where it is missing or damaged."""
         file = self._root / self._layout.file(shard)
         # zarr gives fill values for a file that is not there.
         if not file.is_file() or file.is_symlink():
@@ -53,12 +53,13 @@ class Unpacker:
         return self._inflate if plain else self._read
 
     def _read(self, file: Path, shard: Shard) -> NDArray[Any]:
-        return np.asarray(self._array[shard.view, shard.start : shard.stop])
+        return np.asarray(self._array[shard.view, self._layout.rows_of(shard)])
 
     def _inflate(self, file: Path, shard: Shard) -> NDArray[Any]:
         layout, data = self._layout, memoryview(file.read_bytes())
         num_chunks, chunk_bytes = layout.shard_rows // layout.inner_rows, layout.inner_rows * layout.row_bytes
-        used = -(-(shard.stop - shard.start) // layout.inner_rows)
+        wanted = layout.rows_of(shard)
+        used = -(-(wanted.stop - wanted.start) // layout.inner_rows)
         index_bytes = num_chunks * INDEX_ENTRY_BYTES
         index_start = len(data) - index_bytes - INDEX_CHECKSUM_BYTES
         if index_start < 0:
@@ -79,7 +80,7 @@ class Unpacker:
 
         # Decompression leaves other threads the interpreter.
         list(_pool().map(inflate, [range(part, used, _THREADS) for part in range(min(used, _THREADS))]))
-        return rows[: shard.stop - shard.start]
+        return rows[: wanted.stop - wanted.start]
 
     @cached_property
     def _array(self) -> zarr.Array[Any]:

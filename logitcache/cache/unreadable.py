@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.layout import Shard
+from logitcache.cache.arrays import Shard
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import read_digests
 from logitcache.errors import CacheError

@@ -4,15 +4,16 @@ import itertools
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from logitcache.cache.layout import RECORD_BYTES, ArrayGroup, ArrayLayout, Layout, Shard, seal
+from logitcache.cache.arrays import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, seal
+from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import skeleton_problems
 from logitcache.errors import CacheError
@@ -59,7 +60,8 @@ def committed_shards(root: Path, layout: Layout) -> list[Shard]:
 
     It takes time by the records that there are, not by the shards that a manifest claims.
     """
-    return sorted(set.intersection(*committed_by_group(root, layout).values()))
+    committed = committed_by_group(root, layout).values()
+    return sorted(set.intersection(*committed)) if committed else list(layout.shards())
 
 
 def committed_by_group(root: Path, layout: Layout) -> dict[str, set[Shard]]:
@@ -67,9 +69,12 @@ def committed_by_group(root: Path, layout: Layout) -> dict[str, set[Shard]]:
     return {group.name: _recorded_shards(root, layout, group) for group in layout.groups}
 
 
-def _recorded_shards(root: Path, layout: Layout, group: ArrayGroup[Any]) -> set[Shard]:
+def _recorded_shards(root: Path, layout: Layout, group: ArrayGroup) -> set[Shard]:
+    names = set(os.listdir(root / group.commits) if (root / group.commits).is_dir() else ())
+    if len(names) >= layout.num_shards and names.issuperset(_record_names(layout)):
+        return set(layout.shards())
     shards = set()
-    for name in os.listdir(root / group.commits) if (root / group.commits).is_dir() else ():
+    for name in names:
         match = _RECORD.fullmatch(name)
         if match:
             shard = layout.shard(int(match[1]), int(match[2]))
@@ -78,7 +83,14 @@ def _recorded_shards(root: Path, layout: Layout, group: ArrayGroup[Any]) -> set[
     return shards
 
 
-def _stored(root: Path, group: ArrayGroup[Any], shard: Shard) -> list[StoredShard]:
+def _record_names(layout: Layout) -> Iterator[str]:
+    """Yield what the record files of a group are called when all are there: matching many names takes longer."""
+    for view in range(layout.num_views):
+        for number in range(layout.shards_per_view):
+            yield f"c.{view}.{number}.0.0"
+
+
+def _stored(root: Path, group: ArrayGroup, shard: Shard) -> list[StoredShard]:
     """Return every array's part of a shard with its record; raise CacheError where that is damaged."""
     file = root / group.record_file(shard)
     if _size(file) != RECORD_BYTES * len(group.arrays):
@@ -94,14 +106,14 @@ class Damage(NamedTuple):
     """What is wrong with a group's part of a shard."""
 
     shard: Shard
-    group: ArrayGroup[Any]
+    group: ArrayGroup
     text: str
 
 
 def damaged(root: Path, layout: Layout, committed: Committed, *, fresh: bool = False) -> list[Damage]:
     """Compare the stored bytes of committed shards with their records; several files are read at a time."""
     found: list[Damage] = []
-    readable: list[tuple[StoredShard, ArrayGroup[Any]]] = []
+    readable: list[tuple[StoredShard, ArrayGroup]] = []
     for group in layout.groups:
         for shard in sorted(committed[group.name]):
             try:

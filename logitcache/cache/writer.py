@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
+from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, seal
 from logitcache.cache.hot import hot_shard
-from logitcache.cache.layout import ArrayGroup, ArrayLayout, Layout, Shard, seal
+from logitcache.cache.layout import Layout
 from logitcache.files import write_atomically
 
 THREADS = 2
@@ -35,7 +36,7 @@ class ShardEncoder:
         """Return the bytes of the shard that holds `rows`, [stop - start, *row_shape]."""
         if self._layout.storage == "hot":
             return hot_shard(self._layout, rows)
-        self._array[shard.view, shard.start : shard.stop] = rows
+        self._array[shard.view, self._layout.rows_of(shard)] = rows
         return memoryview(self._bytes.pop(self._layout.file(shard)).as_buffer_like())
 
 
@@ -86,7 +87,11 @@ def commit_record(stored: memoryview, key: str) -> bytes:
     return stored.nbytes.to_bytes(8, "little") + seal(hashlib.sha256(stored).digest(), key)
 
 
-def empty_rows(groups: Sequence[ArrayGroup[Any]], shard: Shard) -> Rows:
-    """Allocate a shard's rows of every array."""
-    count = shard.stop - shard.start
-    return {array.name: np.empty((count, *array.row_shape), array.dtype) for group in groups for array in group.arrays}
+def empty_rows(groups: Sequence[ArrayGroup], shard: Shard) -> Rows:
+    """Allocate a shard's rows of every array; sums begin at zero."""
+    return {array.name: _empty(array, array.rows_of(shard)) for group in groups for array in group.arrays}
+
+
+def _empty(array: ArrayLayout, rows: slice) -> NDArray[Any]:
+    allocate = np.zeros if array.per_shard else np.empty
+    return allocate((rows.stop - rows.start, *array.row_shape), array.dtype)

@@ -1,26 +1,39 @@
 """What a cache is: who made it, how complete, how good and how big."""
 
+import functools
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
+from logitcache.cache.arrays import ArrayGroup, Shard
 from logitcache.cache.create import read_manifest
-from logitcache.cache.layout import ArrayGroup, Shard, TeacherLayout
+from logitcache.cache.growth import read_growth
+from logitcache.cache.layout import layout_of
+from logitcache.cache.manifest import LOGITS, Manifest, TeacherEntry, is_more
+from logitcache.cache.reached import errors_of
 from logitcache.cache.reader import Cache
-from logitcache.cache.verify import stored_bytes
-from logitcache.targets import top1
+from logitcache.cache.verify import committed_shards, stored_bytes
+from logitcache.logits import Logits, dense_logits, top1
+from logitcache.student.multi_label import MultiLabelTally, is_dense
+from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey
 
 ROWS = 4096
+RANKED = 1 << 26
+"""Logits, of all classes, whose order is looked at."""
 
 
 def inspect_cache(path: str | Path) -> dict[str, Any]:
     """Describe a cache, finished or not, without reading more than one view of it.
 
     `top1` is the teacher's accuracy on the labelled images of view 0, as it saw them, of the shards that are committed;
-    a mixed image has the label of its larger part.
+    a mixed image has the label of its larger part. Of images of any number of classes it is `mean_ap`, the mean average
+    precision, of the first images where there are many, and None where not all logits are kept.
     """
     root = Path(path)
     cache = Cache(root, read_manifest(root))
@@ -44,52 +57,109 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
         "targets": manifest.views.targets,
         "dataset": None if manifest.dataset is None else _entry(manifest.dataset.model_dump(mode="json")),
         "fingerprint": manifest.fingerprint.content,
-        "teachers": {teacher.name: _teacher(cache, teacher, done) for teacher in layout.teachers},
-        "recorded": None if layout.views is None else _array_bytes(cache, layout.views, done),
+        "teachers": {name: _teacher(cache, name, entry, done) for name, entry in manifest.teachers.items()},
+        "recorded": None if layout.views is None else _array_bytes(cache, [layout.views], done),
+        "growing": _growing(root, manifest),
         "identity": manifest.digest(),
         "versions": manifest.versions,
     }
 
 
-def _teacher(cache: Cache, teacher: TeacherLayout, done: list[Shard]) -> dict[str, Any]:
-    entry = teacher.entry
+def _growing(root: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """Say what a cache is growing to, and how much of that is committed; None where it is not growing."""
+    goal = read_growth(root, manifest)
+    if not is_more(goal, manifest):
+        return None
+    layout = layout_of(goal)
+    return {
+        "views": goal.views.num_views,
+        "targets": [f"{name}.{target}" for name, targets in goal.targets.items() for target in targets],
+        "shards": layout.num_shards,
+        "shards_committed": len(committed_shards(root, layout)),
+    }
+
+
+def _teacher(cache: Cache, name: str, entry: TeacherEntry, done: list[Shard]) -> dict[str, Any]:
+    groups = cache.layout.of(name)
     return {
         "model": _entry(entry.model),
         "weights": entry.weights,
         "classes": entry.num_classes,
-        "logits": _entry(entry.logits.model_dump(mode="json")),
+        "logits": None if entry.logits is None else _entry(entry.logits.model_dump(mode="json")),
         "precision": entry.precision,
-        "top1": _accuracy(cache, teacher, [shard for shard in done if shard.view == 0]),
-        **_array_bytes(cache, teacher, done),
+        **_quality(cache, name, [shard for shard in done if shard.view == 0 and entry.logits is not None]),
+        "targets": [_target(cache, entry, group, done) for group in groups],
+        **_array_bytes(cache, groups, done),
     }
 
 
-def _array_bytes(cache: Cache, group: ArrayGroup[Any], done: list[Shard]) -> dict[str, Any]:
-    """Say what the arrays of a group take on the disk, in all and by row."""
-    arrays = {array.name: sum(_size(cache.path / array.file(shard)) for shard in done) for array in group.arrays}
+def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Shard]) -> dict[str, Any]:
+    """Say what a target is, what it takes, and how far it is from what the teacher answered."""
+    feature, stored = entry.features.get(group.target), entry.stored_features.get(group.target)
+    form = entry.stored_logits.form if stored is None and entry.stored_logits is not None else stored and stored.form
+    errors = errors_of(cache.path, cache.manifest, group, done)
+    return {
+        "target": group.target,
+        "kept": None if feature is None else _entry(feature.model_dump(mode="json", exclude_none=True)),
+        "shape": [entry.num_classes] if stored is None else list(stored.shape),
+        "form": None if form is None else _entry(form.model_dump(mode="json", exclude_none=True)),
+        "bytes_per_row": _array_bytes(cache, [group], done)["bytes_per_row"],
+        "table_bytes": sum(table.num_bytes for table in group.tables),
+        "errors": {} if errors is None else errors.model_dump(mode="json"),
+    }
+
+
+def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) -> dict[str, Any]:
+    """Say what the arrays of groups take on the disk, in all and by row."""
+    every = [array for group in groups for array in group.arrays]
+    arrays = {array.name: sum(_size(cache.path / array.file(shard)) for shard in done) for array in every}
     rows = sum(shard.stop - shard.start for shard in done)
     return {"array_bytes": arrays, "bytes_per_row": round(sum(arrays.values()) / rows, 1) if rows else None}
 
 
-def _accuracy(cache: Cache, teacher: TeacherLayout, shards: list[Shard]) -> float | None:
+def _quality(cache: Cache, teacher: str, shards: list[Shard]) -> dict[str, float | None]:
+    """Return how good a teacher is on the rows of shards, by the name of the figure."""
+    if is_multi_label(cache.labels):
+        return {"mean_ap": _mean_ap(cache, teacher, shards)}
+    return {"top1": _accuracy(cache, teacher, shards)}
+
+
+def _accuracy(cache: Cache, teacher: str, shards: list[Shard]) -> float | None:
     hits = labelled = 0
-    for shard in shards:
-        for start in range(shard.start, shard.stop, ROWS):
-            indices = np.arange(start, min(start + ROWS, shard.stop))
-            keys = [ViewKey(0, index) for index in indices.tolist()]
-            labels = _labels(cache, keys)
-            answers = top1(cache.answers(keys)[teacher.name]).numpy()
-            hits += int((answers == labels).sum())
-            labelled += int((labels >= 0).sum())
+    for labels, logits in _answers(cache, teacher, shards):
+        hits += int((top1(logits).numpy() == labels).sum())
+        labelled += int((labels >= 0).sum())
     return hits / labelled if labelled else None
 
 
-def _labels(cache: Cache, keys: list[ViewKey]) -> NDArray[np.int64]:
+def _mean_ap(cache: Cache, teacher: str, shards: list[Shard]) -> float | None:
+    most = -(-RANKED // (ROWS * cache.labels.shape[1]))
+    found = [
+        MultiLabelTally.of(dense_logits(logits), torch.from_numpy(labels), {})
+        for labels, logits in itertools.islice(_answers(cache, teacher, shards), most)
+        if is_dense(logits)
+    ]
+    return functools.reduce(operator.add, found).measures().mean_ap if found else None
+
+
+def _answers(cache: Cache, teacher: str, shards: list[Shard]) -> Iterator[tuple[Labels, Logits]]:
+    """Yield labels and logits of some rows at a time."""
+    only = cache.only({teacher: [LOGITS]}) if shards else cache
+    for shard in shards:
+        for start in range(shard.start, shard.stop, ROWS):
+            keys = [ViewKey(shard.view, index) for index in range(start, min(start + ROWS, shard.stop))]
+            yield labels_as_seen(cache, keys), only.answers(keys)[teacher].logits
+
+
+def labels_as_seen(cache: Cache, keys: list[ViewKey]) -> Labels:
     """Return the labels of views as a teacher saw them; of a mixed one, that of the larger part."""
     labels = cache.labels[[key.index for key in keys]]
     _, height, width = cache.manifest.image_shape
     mixture = cache.manifest.views.answered().mixture(keys, len(cache), (height, width))
-    return labels if mixture is None else np.where(mixture.share < 0.5, cache.labels[mixture.partners], labels)
+    if mixture is None:
+        return labels
+    smaller = (mixture.share < 0.5).reshape(-1, *[1] * (labels.ndim - 1))
+    return np.where(smaller, cache.labels[mixture.partners], labels).astype(labels.dtype)
 
 
 def _size(path: Path) -> int:

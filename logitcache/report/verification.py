@@ -1,16 +1,18 @@
 """Everything that can be wrong with a cache, told at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.cache.create import read_manifest
 from logitcache.cache.layout import layout_of
 from logitcache.cache.locks import require_trusted
+from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify_cache
 from logitcache.errors import DataError, RecipeError
 from logitcache.recipe import Component, load_recipe
+from logitcache.teacher.models import TeacherSource
 from logitcache.views.datasets import Custom, Dataset
 
 
@@ -50,8 +52,9 @@ def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
 def repair(path: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
     """Read every stored byte again, write exactly what is damaged again by the recipe that made the cache, and verify.
 
-    `overrides` change the recipe, whose `cache` is this one. Views and teachers that it asks for beyond the cache are
-    not added. Raises as precompute does where the recipe is another one, or where the cache cannot be repaired.
+    `overrides` change the recipe, whose `cache` is this one. Views, teachers, logits and features that it asks for
+    beyond the cache are not added. Raises as precompute does where the recipe is another one, or where the cache cannot
+    be repaired.
     """
     from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 
@@ -59,11 +62,23 @@ def repair(path: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) 
     manifest = read_manifest(root)
     plan = load_recipe(Path(recipe), PrecomputeRecipe, overrides).model_copy(update={"cache": str(root)})
     views = plan.views.model_copy(update={"num_views": manifest.views.num_views})
-    kept = {name: source for name, source in plan.teachers.items() if name in manifest.teachers}
+    kept = _kept(plan.teachers, manifest)
     # What it finds is remembered: precompute need not read every byte once more.
     verify_cache(root, manifest, layout_of(manifest))
     precompute(plan.model_copy(update={"views": views, "teachers": kept or plan.teachers}))
     return verify(root)
+
+
+def _kept(sources: Mapping[str, TeacherSource], manifest: Manifest) -> dict[str, TeacherSource]:
+    """Return of the teachers of a recipe what a cache keeps of them."""
+    kept = {}
+    for name, source in ((name, source) for name, source in sources.items() if name in manifest.teachers):
+        entry = manifest.teachers[name]
+        features = {feature: value for feature, value in source.features.items() if feature in entry.features}
+        logits = None if entry.logits is None else source.logits
+        if features or logits is not None:
+            kept[name] = source.model_copy(update={"features": features, "logits": logits})
+    return kept
 
 
 def _compare_images(cache: Cache, overrides: Sequence[str]) -> str | None:

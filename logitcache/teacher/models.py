@@ -1,20 +1,26 @@
 """`Teacher`: a frozen model that owns its normalisation; uint8 pixels in, `Targets` out."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from logitcache.cache.encodings import Dense, Encoding
+from logitcache.cache.encodings import Dense, Encoding, Feature
+from logitcache.cache.manifest import LOGITS, FeatureName, TeacherEntry
 from logitcache.device import Precision, autocast, own_randomness
 from logitcache.errors import DataError, RecipeError
+from logitcache.logits import NO_LOGITS
 from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
+from logitcache.models.taps import Tapped
 from logitcache.recipe import Component
-from logitcache.targets import Targets
+from logitcache.targets import Targets, feature_values
+from logitcache.views.datasets.labels import single_labels
 
 
 class TeacherSource(Component):
-    """A teacher and what to keep of its answers.
+    """A teacher and what to keep of its answers: logits, unless they are null, and features by names of your own.
 
     `preprocessing` is needed where the model brings none of its own. `model` may be left out where the module itself
     is given.
@@ -23,25 +29,83 @@ class TeacherSource(Component):
     model: Model | None = None
     preprocessing: Preprocessing | None = None
     precision: Precision = "float32"
-    logits: Encoding = Dense()
+    logits: Encoding | None = Dense()
+    features: dict[FeatureName, Feature] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> Self:
+        if self.logits is None and not self.features:
+            raise ValueError("logits: null keeps features alone, and there are none: name features, or leave it out")
+        return self
 
 
 class Teacher(nn.Module):
-    """A classifier in evaluation mode, without gradients."""
+    """A classifier in evaluation mode: uint8 pixels in, `Targets` out, whose features are taken of its taps."""
 
-    def __init__(self, name: str, classifier: Classifier, precision: Precision, device: torch.device) -> None:
+    def __init__(self, name: str, classifier: Classifier, source: TeacherSource, device: torch.device) -> None:
         super().__init__()
-        self.name, self.precision, self.device = name, precision, device
+        self.name, self.precision, self.device = name, source.precision, device
         self.classifier = classifier.to(device).eval()
+        self.features, self.named = features_of(name, source, classifier.module), frozenset(source.features)
+        self._graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
+        self._answers = source.logits is not None or bool(self._graded)
+        taps = [feature.tap for feature in self.features.values()]
+        self._tapped = Tapped(classifier.module, classifier.module, taps, f"teacher {name!r}")
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor) -> Targets:
-        """Answer uint8 pixels [B, C, H, W] on the teacher's device: logits float32 [B, K]."""
-        with autocast(self.device, self.precision):
-            logits = self.classifier(pixels)
-        if len(logits) != len(pixels):
-            raise RecipeError(f"teacher {self.name!r} returns {len(logits)} rows of logits for {len(pixels)} images")
-        return Targets(logits.float())
+    def forward(self, pixels: Tensor, labels: Tensor) -> Targets:
+        """Answer uint8 pixels [B, C, H, W] on the teacher's device: logits float32 [B, K], features float32 [B, ...].
+
+        labels: int64 [B], -1 where there is none, or multi-hot [B, C]; a Grad-CAM map is of the one class that a label
+        names, else of the answer.
+        """
+        with torch.set_grad_enabled(bool(self._graded)), autocast(self.device, self.precision):
+            inputs = self.classifier.normalize(pixels)
+            if self._graded:
+                inputs = inputs.requires_grad_().clone()
+            output, tapped = self._tapped(inputs)
+            logits = self.classifier.checked(output).float() if self._answers else None
+            gradients = {} if logits is None else self._gradients(logits, tapped, labels)
+        features = {
+            name: feature.take(tapped[feature.tap].detach(), gradients.get(feature.tap))
+            for name, feature in self.features.items()
+        }
+        answers = Targets(NO_LOGITS if logits is None else logits.detach(), features)
+        for name, values in _values(answers).items():
+            if len(values) != len(pixels):
+                raise RecipeError(
+                    f"teacher {self.name!r} returns {len(values)} rows of {name} for {len(pixels)} images"
+                )
+        return answers
+
+    def remove_taps(self) -> None:
+        """Take the hooks off the network, which is the caller's."""
+        self._tapped.remove()
+
+    def _gradients(self, logits: Tensor, tapped: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of each image's logit, of its label or of the answer, at the taps of Grad-CAM maps."""
+        if not self._graded:
+            return {}
+        labels = single_labels(labels)
+        classes = torch.where((labels >= 0) & (labels < logits.shape[1]), labels, logits.argmax(dim=1))
+        # A row's logit depends on that row alone: the gradient of the sum is each row's own.
+        chosen = logits.gather(1, classes[:, None]).sum()
+        found = torch.autograd.grad(chosen, [tapped[tap] for tap in self._graded], allow_unused=True)
+        for tap, gradient in zip(self._graded, found, strict=True):
+            if gradient is None:
+                raise RecipeError(
+                    f"teacher {self.name!r}: the logits do not depend on {tap!r}. Fix: tap another module"
+                )
+        return {tap: gradient.float() for tap, gradient in zip(self._graded, found, strict=True)}
+
+
+def features_of(name: str, source: TeacherSource, network: nn.Module) -> dict[str, Feature]:
+    """Return what is kept of a teacher's taps: as its entry says, and what the encoding of its logits needs."""
+    needed = {} if source.logits is None else source.logits.features(network)
+    both = [feature for feature in needed if feature in source.features]
+    if both:
+        raise RecipeError(f"teachers.{name}: the logits are kept as the feature {both[0]!r}. Fix: name yours otherwise")
+    return {**needed, **source.features}
 
 
 def build_teacher(
@@ -64,41 +128,64 @@ def build_teacher(
     else:
         raise RecipeError(f"teachers.{name} names no model. Fix: give `model:`, or pass the module itself")
     chosen = resolve_preprocessing(built, source.preprocessing, who=f"teachers.{name}")
-    return Teacher(name, Classifier(built.module, chosen), source.precision, device)
+    return Teacher(name, Classifier(built.module, chosen), source, device)
 
 
-def require_answers(teacher: Teacher, logits: Tensor, num_classes: int, ids: Sequence[str]) -> None:
-    """Raise where logits are not finite or not [B, num_classes], naming the image."""
-    if logits.shape[1] != num_classes:
-        raise RecipeError(
-            f"teacher {teacher.name!r} returns {logits.shape[1]} logits for image {ids[0]!r}, and {num_classes} before."
-            "\n  Fix: give every image as many"
-        )
-    row = first_not_finite(logits)
-    if row is not None:
-        raise DataError(
-            f"teacher {teacher.name!r} answers image {ids[row]!r} with inf or nan.\n"
-            + (
-                "  Fix: mend the teacher"
-                if teacher.precision == "float32"
-                else f"  Fix: teachers.{teacher.name}.precision: float32, where it overflows in {teacher.precision}"
+def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids: Sequence[str]) -> None:
+    """Raise where answers are not finite, or not in the shapes that are kept, naming the image."""
+    shapes: dict[str, tuple[int, ...]] = {name: stored.shape for name, stored in entry.stored_features.items()}
+    shapes |= {} if entry.num_classes is None else {LOGITS: (entry.num_classes,)}
+    for name, values in _values(answers).items():
+        if tuple(values.shape[1:]) != shapes.get(name, values.shape[1:]):
+            raise RecipeError(
+                f"teacher {teacher.name!r} returns {name} {list(values.shape[1:])} for image {ids[0]!r}, and "
+                f"{list(shapes[name])} before.\n  Fix: give every image as many"
             )
-        )
+    require_finite(teacher, answers, ids)
 
 
-def require_fits(teacher: Teacher, encoded: dict[str, Tensor], ids: Sequence[str]) -> None:
+def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> None:
+    """Raise DataError naming the first image that is answered with inf or nan."""
+    for name, values in _values(answers).items():
+        row = first_not_finite(values)
+        if row is not None:
+            raise DataError(
+                f"teacher {teacher.name!r} answers image {ids[row]!r} with inf or nan ({name}).\n"
+                + (
+                    "  Fix: mend the teacher"
+                    if teacher.precision == "float32"
+                    else f"  Fix: teachers.{teacher.name}.precision: float32, where it overflows in {teacher.precision}"
+                )
+            )
+
+
+def _values(answers: Targets) -> dict[str, Tensor]:
+    """Return logits, where there are any, and features by name."""
+    logits = {LOGITS: answers.logits} if isinstance(answers.logits, Tensor) else {}
+    return logits | {name: feature_values(value) for name, value in answers.features.items()}
+
+
+def require_fits(teacher: Teacher, target: str, encoded: Mapping[str, Tensor], ids: Sequence[str]) -> None:
     """Raise DataError naming the first image whose finite answer does not fit the stored dtype."""
     for suffix, values in encoded.items():
         row = first_not_finite(values)
         if row is not None:
+            what, fix = f"the feature {target!r}", f"features.{target}.dtype: float32"
+            if target == LOGITS:
+                what, fix = suffix or "a logit", "logits: {kind: dense, dtype: float32}"
+            elif target not in teacher.named:
+                fix = "logits: {kind: head, dtype: float32}"
             raise DataError(
-                f"teacher {teacher.name!r}: {suffix or 'a logit'} of image {ids[row]!r} does not fit {values.dtype}, "
-                f"whose largest number is {torch.finfo(values.dtype).max:.6g}.\n"
-                f"  Fix: teachers.{teacher.name}.logits: {{kind: dense, dtype: float32}}"
+                f"teacher {teacher.name!r}: {what} of image {ids[row]!r} does not fit {values.dtype}, whose largest "
+                f"number is {torch.finfo(values.dtype).max:.6g}.\n"
+                f"  Fix: teachers.{teacher.name}.{fix}"
             )
 
 
 def first_not_finite(values: Tensor) -> int | None:
     """Return the first row of [B, ...] that holds inf or nan."""
-    wrong = ~torch.isfinite(values).flatten(1).all(dim=1)
+    # These never leave a sum, which takes a tenth of the time of looking at every number. A sum may overflow, too.
+    if not values.is_floating_point() or bool(torch.isfinite(values.sum(dtype=torch.float32))):
+        return None
+    wrong = ~torch.isfinite(values).reshape(len(values), -1).all(dim=1)
     return int(wrong.int().argmax()) if bool(wrong.any()) else None

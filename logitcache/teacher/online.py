@@ -3,12 +3,13 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
 from logitcache.cache.create import read_manifest
+from logitcache.cache.encodings import Dense
 from logitcache.cache.manifest import TeacherEntry
 from logitcache.device import resolve_device
 from logitcache.errors import CacheError, MismatchError, RecipeError
@@ -31,8 +32,8 @@ def live_targets(
     device: str = "auto",
     sources: Mapping[str, LiveSource] | None = None,
     modules: Mapping[str, nn.Module] | None = None,
-) -> Callable[[Tensor], Mapping[str, Targets]]:
-    """Rebuild the teachers of the cache at a path, to answer a student's own batches (`--online`).
+) -> Callable[[Tensor, Tensor], Mapping[str, Targets]]:
+    """Rebuild the teachers of the cache at a path, to answer a student's own batches (`--online`): pixels and labels.
 
     `sources` are the user's own entries, needed for models of the user's code; `modules` the modules themselves. Raises
     MismatchError where a teacher is not the one that filled the cache.
@@ -46,11 +47,15 @@ def live_targets(
     teachers = []
     for name, entry in manifest.teachers.items():
         given = (sources or {}).get(name)
+        kept: dict[str, Any] = {"logits": None if entry.logits is None else Dense(), "features": entry.features}
         source = (
-            _recorded_source(name, entry, modules)
+            _recorded_source(name, entry, modules).model_copy(update=kept)
             if given is None
             else TeacherSource(
-                model=given.model, preprocessing=given.preprocessing or entry.preprocessing, precision=entry.precision
+                model=given.model,
+                preprocessing=given.preprocessing or entry.preprocessing,
+                precision=entry.precision,
+                **kept,
             )
         )
         teacher = build_teacher(
@@ -63,7 +68,7 @@ def live_targets(
         )
         _require_recorded(teacher, entry)
         teachers.append(teacher)
-    return lambda pixels: {teacher.name: teacher(pixels) for teacher in teachers}
+    return lambda pixels, labels: {teacher.name: teacher(pixels, labels) for teacher in teachers}
 
 
 def _require_recorded(teacher: Teacher, entry: TeacherEntry) -> None:
@@ -91,7 +96,7 @@ def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Mo
             f"teachers.{name}.model in the cache cannot be read: {error.errors()[0]['msg']}. "
             f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
         ) from error
-    if not mine and (source.model is None or _names_code(entry.model)):
+    if not mine and (source.model is None or names_code(entry.model)):
         raise RecipeError(
             f"teacher {name!r} was built by the user's own code, and a cache never names code to run. "
             f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
@@ -99,7 +104,8 @@ def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Mo
     return source
 
 
-def _names_code(model: JsonValue) -> bool:
+def names_code(model: JsonValue) -> bool:
+    """Say whether the entry of a model, or of one inside it, names a factory to call."""
     if not isinstance(model, dict):
         return False
-    return model.get("factory") is not None or any(_names_code(value) for value in model.values())
+    return model.get("factory") is not None or any(names_code(value) for value in model.values())

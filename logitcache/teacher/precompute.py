@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, Shard, TeacherLayout
+from logitcache.cache.arrays import ArrayGroup, Shard
+from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout
+from logitcache.cache.row_errors import add, statistics_of
 from logitcache.cache.sharing import preparing, writing
 from logitcache.cache.unreadable import note_unreadable
 from logitcache.cache.verify import stored_bytes
@@ -22,6 +25,7 @@ from logitcache.console import say, track
 from logitcache.device import resolve_device, to_device
 from logitcache.errors import DataError
 from logitcache.stopping import stop_flag
+from logitcache.teacher.encoding import Encoded, encode
 from logitcache.teacher.models import Teacher, require_answers, require_fits
 from logitcache.teacher.preparation import Plan, as_given, build_teachers, finish, open_images, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
@@ -74,23 +78,24 @@ def precompute(
     key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
     built = build_teachers(recipe, teachers or {}, views, key, device)
     path = Path(recipe.cache)
-    done = _Done()
+    done = Done()
     with contextlib.ExitStack() as seen:
+        for teacher in built:
+            seen.callback(teacher.remove_taps)
         with preparing(path) as target:
             plan = prepare(recipe, views, built, target, path)
             seen.enter_context(writing(path))
         share = Share(path, plan.layout, plan.pending, recipe.views_per_image, mine)
         if plan.pending:
-            _fill(recipe, views, built, path, plan, share, done)
+            loader = ViewLoader(views.answered(), recipe.num_workers, recipe.start_method)
+            with contextlib.closing(loader):
+                fill(recipe, views, loader, built, path, plan, share, done)
+    return finished(path, plan, done, started)
+
+
+def finished(path: Path, plan: Plan, done: "Done", started: float) -> PrecomputeResult:
+    """Finish a cache as far as its shards are there; say and return how it stands."""
     left = finish(path, plan)
-    _say_how_it_stands(path, plan, done, left)
-    seconds = time.perf_counter() - started
-    return PrecomputeResult(
-        str(path), plan.layout.num_shards, done.shards, left, done.views, done.passes, seconds, stored_bytes(path)
-    )
-
-
-def _say_how_it_stands(path: Path, plan: Plan, done: "_Done", left: int) -> None:
     if left:
         say(
             f"{path}: {done.shards} shards written, {left} of {plan.layout.num_shards} are left to other processes or "
@@ -98,10 +103,14 @@ def _say_how_it_stands(path: Path, plan: Plan, done: "_Done", left: int) -> None
         )
     elif not plan.pending:
         say(f"{path} is complete, there is nothing to do")
+    seconds = time.perf_counter() - started
+    return PrecomputeResult(
+        str(path), plan.layout.num_shards, done.shards, left, done.views, done.passes, seconds, stored_bytes(path)
+    )
 
 
 @dataclass
-class _Done:
+class Done:
     """What is committed in this run: shards, their rows, and rows times the teachers that answered them."""
 
     shards: int = 0
@@ -113,22 +122,28 @@ class _Done:
         self.views += shard.stop - shard.start
         self.passes += (shard.stop - shard.start) * num_teachers
 
+    def add(self, other: "Done") -> None:
+        """Count what was committed elsewhere for this run."""
+        self.shards += other.shards
+        self.views += other.views
+        self.passes += other.passes
 
-def _fill(
+
+def fill(
     recipe: PrecomputeRecipe,
     views: Views,
+    loader: ViewLoader,
     teachers: list[Teacher],
     path: Path,
     plan: Plan,
     share: Share,
-    done: _Done,
+    done: Done,
 ) -> None:
     """Render, answer, encode and write, shard by shard: the loop of stage one."""
     answered = views.answered()
-    loader = ViewLoader(answered, recipe.num_workers, recipe.start_method)
     writer = CacheWriter(path, plan.layout)
     total = sum(-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in share.groups)
-    with stop_flag() as stop, contextlib.closing(loader), contextlib.closing(share), contextlib.closing(writer):
+    with stop_flag() as stop, contextlib.closing(share), contextlib.closing(writer):
         taken = -1
         # Once more after the last: a process that died may have let go of a shard since.
         while taken != done.shards:
@@ -144,10 +159,10 @@ def _fill(
                         _keep(work.rows[shard], shard, teachers, plan, views, keys, pixels)
                     if stop:
                         writer.flush()
-                        raise stop.stopped(_stopped_message(path, done.shards, len(plan.pending)))
+                        raise stop.stopped(stopped_message(path, done.shards, len(plan.pending)))
                 for shard in group:
                     writer.submit(shard, work.rows[shard], functools.partial(share.committed, shard))
-                    done.count(shard, sum(teacher.name in work.missing[shard] for teacher in teachers))
+                    done.count(shard, work.num_teachers(shard, plan.layout))
             writer.flush()
 
 
@@ -162,6 +177,10 @@ class _Work(NamedTuple):
         missing = {shard: share.missing(shard) for shard in shards}
         rows = {shard: empty_rows([g for g in layout.groups if g.name in missing[shard]], shard) for shard in shards}
         return cls(missing, rows)
+
+    def num_teachers(self, shard: Shard, layout: Layout) -> int:
+        """Count the teachers that answer."""
+        return len({group.teacher for group in layout.targets if group.name in self.missing[shard]})
 
 
 def _batches(group: list[Shard], views: Views, batch_size: int) -> Iterator[dict[Shard, list[ViewKey]]]:
@@ -210,11 +229,16 @@ def _keep(
     """
     places = np.array([key.index for key in keys]) - shard.start
     ids = [views.dataset.ids[key.index] for key in keys]
-    pixels = to_device(images, teachers[0].device)
+    device = teachers[0].device
+    pixels = to_device(images, device)
+    labels = to_device(torch.from_numpy(views.dataset.labels[places + shard.start]), device)
     for teacher in teachers:
-        arrays = plan.layout.teacher(teacher.name)
-        if arrays.arrays[0].name in rows:
-            _keep_answers(rows, teacher, arrays, pixels, ids, places)
+        groups = [group for group in plan.layout.of(teacher.name) if group.arrays[0].name in rows]
+        if groups:
+            answers = teacher(pixels, labels)
+            require_answers(teacher, answers, plan.goal.teachers[teacher.name], ids)
+            encoded = encode(plan.coders, plan.goal.teachers[teacher.name], groups, answers)
+            _keep_answers(rows, teacher, groups, encoded, ids, places)
     if plan.layout.views is None:
         return
     if plan.layout.views.arrays[0].name in rows:
@@ -238,20 +262,27 @@ RECORDED = {CHECKSUMS: _checksums, PARAMETERS: _parameters}
 
 
 def _keep_answers(
-    rows: Rows, teacher: Teacher, layout: TeacherLayout, pixels: Tensor, ids: Sequence[str], places: NDArray[np.int64]
+    rows: Rows,
+    teacher: Teacher,
+    groups: Sequence[ArrayGroup],
+    encoded: Mapping[str, Encoded],
+    ids: Sequence[str],
+    places: NDArray[np.int64],
 ) -> None:
-    """Encode a batch's answers on the device and copy them to their places in the shard."""
-    logits = teacher(pixels).logits
-    assert isinstance(logits, Tensor)
-    require_answers(teacher, logits, layout.entry.num_classes, ids)
-    encoded = layout.entry.logits.encode(logits)
-    require_fits(teacher, encoded, ids)
-    for array in layout.arrays:
-        rows[array.name][places] = encoded[array.suffix].cpu().numpy()
+    """Copy what encodings made of a batch to its places in the shard."""
+    for target, (arrays, _) in encoded.items():
+        require_fits(teacher, target, arrays, ids)
+    for group in groups:
+        arrays, errors = encoded[group.target]
+        for array in group.rows:
+            rows[array.name][places] = arrays[array.suffix].cpu().numpy()
+        if group.errors is not None and errors is not None:
+            add(rows[group.errors.name][0], statistics_of(errors))
 
 
-def _stopped_message(path: Path, finished: int, total: int) -> str:
+def stopped_message(path: Path, num_finished: int, total: int) -> str:
+    """Say what a run that is stopped leaves."""
     return (
-        f"stopped: {finished} of the {total} shards that were to do are committed in {path}, what was in progress "
+        f"stopped: {num_finished} of the {total} shards that were to do are committed in {path}, what was in progress "
         "is dropped. The same command continues"
     )

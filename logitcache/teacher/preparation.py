@@ -1,6 +1,6 @@
 """Before the first shard: open what the recipe names, then create its cache or prove that it is the one to continue."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from logitcache.cache.arrays import Shard
+from logitcache.cache.coders import Coders
 from logitcache.cache.create import create_skeleton, read_manifest
 from logitcache.cache.growth import begin_growth, finish_growth, forget_growth, grown, read_growth
-from logitcache.cache.layout import CHECKSUMS, Layout, Shard, choose_shard_rows, layout_of
+from logitcache.cache.layout import CHECKSUMS, Layout, choose_shard_rows, layout_of
 from logitcache.cache.manifest import Manifest, TeacherEntry, extends, is_more, require_growth
+from logitcache.cache.reached import note_errors
 from logitcache.cache.reader import Cache
 from logitcache.cache.recorded import RecordedRows
 from logitcache.cache.sharing import alone, preparing
@@ -19,11 +22,12 @@ from logitcache.cache.skeleton import Samples, mend_skeleton
 from logitcache.cache.unreadable import forget_unreadable, with_mended_images
 from logitcache.cache.verify import committed_by_group, committed_shards, damaged
 from logitcache.console import say
-from logitcache.device import to_device
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.files import remove_leftovers
 from logitcache.models import weights_digest
 from logitcache.recipe import Component
+from logitcache.targets import Targets
+from logitcache.teacher.fitting import examples_of, fit, mended_tables, table_files
 from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.versions import versions
@@ -80,10 +84,11 @@ def build_teachers(
 
 @dataclass(frozen=True)
 class Plan:
-    """The cache as it is to be, the shards of which something is to do, and the checksums of views that are there."""
+    """The cache as it is to be, what encodes it, the shards with something to do, and checksums that are there."""
 
     goal: Manifest
     layout: Layout
+    coders: Coders
     pending: list[Shard]
     num_recorded: int = 0
     checksums: RecordedRows | None = None
@@ -95,12 +100,15 @@ def prepare(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], tar
         return _continue(path, recipe, views, teachers)
     keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)
     records, pixels = canaries.take(views, keys)
-    entries = _entries(recipe, teachers, views.dataset, pixels)
+    samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
+    examples = examples_of(teachers, pixels, torch.from_numpy(samples.labels[[key.index for key in keys]]))
+    asked = _entries(recipe, teachers, views.dataset, examples)
+    entries, tables = fit(recipe, views, teachers, asked, examples)
     rows = choose_shard_rows(list(entries.values()), len(views.dataset.ids), recipe.shard_rows)
     manifest = _manifest(recipe, views, entries, records, pixels, rows)
-    create_skeleton(target, path, manifest, Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy()))
     layout = layout_of(manifest)
-    return Plan(manifest, layout, list(layout.shards()))
+    create_skeleton(target, path, manifest, samples, table_files(layout, tables))
+    return Plan(manifest, layout, Coders(path, manifest, layout), list(layout.shards()))
 
 
 def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Plan:
@@ -110,7 +118,9 @@ def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list
         Cache(path, recorded).require_dataset(views.dataset)
     records, pixels = canaries.take(views, [ViewKey(canary.view, canary.index) for canary in recorded.canaries])
     samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
-    entries = _entries(recipe, teachers, views.dataset, pixels)
+    labels = torch.from_numpy(samples.labels[[canary.index for canary in recorded.canaries]])
+    examples = examples_of(teachers, pixels, labels)
+    entries = _entries(recipe, teachers, views.dataset, examples)
     wanted = _manifest(recipe, views, entries, records, pixels, recipe.shard_rows or recorded.shard_rows)
     wanted = wanted.model_copy(update={"views": recipe.views})
     held = committed_by_group(path, layout_of(read_growth(path, recorded))).values()
@@ -120,13 +130,17 @@ def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list
     goal = _goal(cache, wanted)
     if manifest.canaries != wanted.canaries:
         cache.require_canaries(views)
-    for key in mend_skeleton(path, recorded, manifest, samples):
+    tables = mended_tables(path, goal, lambda entries, count: fit(recipe, views, teachers, entries, examples, count)[1])
+    for key in mend_skeleton(path, recorded, manifest, samples, tables):
         say(f"writing again: {path / key}")
     forget_unreadable(path)
     if alone(path):
         remove_leftovers(path)
     if is_more(goal, manifest):
-        begin_growth(path, goal)
+        entries, added = fit(recipe, views, teachers, goal.teachers, examples)
+        goal = goal.model_copy(update={"teachers": entries})
+        _require_whole_pages(path, goal, manifest)
+        begin_growth(path, goal, {**tables, **table_files(layout_of(goal), added)})
     return _plan(cache, goal)
 
 
@@ -135,11 +149,9 @@ def _goal(cache: Cache, wanted: Manifest) -> Manifest:
     path, recorded = cache.path, cache.manifest
     begun = read_growth(path, recorded)
     if extends(wanted, begun):
-        goal = grown(recorded, begun, wanted)
-        _require_whole_pages(path, goal, [name for name in goal.teachers if name not in recorded.teachers])
-        return goal
+        return grown(recorded, begun, wanted)
     if extends(recorded, wanted) and (cache.complete or not is_more(recorded, wanted)):
-        return recorded.restricted(wanted.views.num_views, list(wanted.teachers))
+        return recorded.restricted(wanted.views.num_views, wanted.targets)
     growing = (
         f" (growing to {begun.views.num_views} views by {', '.join(begun.teachers)}; `logitcache gc {path} --growth` "
         "gives that up)"
@@ -148,21 +160,30 @@ def _goal(cache: Cache, wanted: Manifest) -> Manifest:
     raise AssertionError("it neither extends the cache nor differs from it")
 
 
-def _require_whole_pages(path: Path, goal: Manifest, added: Sequence[str]) -> None:
-    for name in added:
-        try:
-            choose_shard_rows([goal.teachers[name]], goal.num_images, goal.shard_rows)
-        except RecipeError as error:
+def _require_whole_pages(path: Path, goal: Manifest, recorded: Manifest) -> None:
+    for name, entry in goal.teachers.items():
+        added = [target for target in entry.targets if target not in recorded.targets.get(name, ())]
+        wrong = [target for target in added if not _fills_pages(entry.restricted([target]), goal)]
+        if wrong:
             raise RecipeError(
-                f"{path} has shards of {goal.shard_rows} rows, which teachers.{name} would not fill whole pages with. "
-                f"Fix: teachers.{name}.logits: {{storage: packed}}, or another cache"
-            ) from error
+                f"{path} has shards of {goal.shard_rows} rows, which {', '.join(wrong)} of teachers.{name} would not "
+                "fill whole pages with. Fix: storage: packed for these, or another cache"
+            )
+
+
+def _fills_pages(entry: TeacherEntry, goal: Manifest) -> bool:
+    try:
+        choose_shard_rows([entry], goal.num_images, goal.shard_rows)
+    except RecipeError:
+        return False
+    return True
 
 
 def _plan(cache: Cache, goal: Manifest) -> Plan:
     layout = layout_of(goal)
     checksums = {array.suffix: RecordedRows(cache.path, array) for array in cache.layout.views_arrays}.get(CHECKSUMS)
-    return Plan(goal, layout, _unfinished(cache.path, layout), cache.num_views, checksums)
+    coders = Coders(cache.path, goal, layout)
+    return Plan(goal, layout, coders, _unfinished(cache.path, layout), cache.num_views, checksums)
 
 
 def finish(path: Path, plan: Plan) -> int:
@@ -173,6 +194,8 @@ def finish(path: Path, plan: Plan) -> int:
         if left == 0 and is_more(plan.goal, recorded) and extends(plan.goal, recorded):
             finish_growth(path, plan.goal)
             recorded = plan.goal
+        elif left == 0 and Cache(path, recorded).complete:
+            note_errors(path, recorded)
         forget_growth(path, recorded)
         if alone(path):
             remove_leftovers(path)
@@ -205,27 +228,23 @@ def _manifest(
 
 
 def _entries(
-    recipe: PrecomputeRecipe, teachers: list[Teacher], dataset: ImageDataset, pixels: Tensor
+    recipe: PrecomputeRecipe, teachers: list[Teacher], dataset: ImageDataset, examples: Mapping[str, Targets]
 ) -> dict[str, TeacherEntry]:
-    return {teacher.name: _entry(recipe.teachers[teacher.name], teacher, dataset, pixels) for teacher in teachers}
+    """Say who answers and what is asked for; how it is kept is not decided yet."""
+    return {
+        teacher.name: _entry(recipe.teachers[teacher.name], teacher, dataset, examples[teacher.name])
+        for teacher in teachers
+    }
 
 
-def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, pixels: Tensor) -> TeacherEntry:
-    try:
-        logits = teacher(to_device(pixels, teacher.device)).logits
-    except (RuntimeError, ValueError, TypeError) as cause:  # what a network of the user's raises
-        raise RecipeError(
-            f"teacher {teacher.name!r} cannot take the views, uint8 {list(pixels.shape[1:])}: {cause}.\n"
-            f"  Fix: end views.augmentations with the size that it takes, or choose `mode` and "
-            f"teachers.{teacher.name}.preprocessing that fit it"
-        ) from cause
-    assert isinstance(logits, Tensor)
-    num_classes = logits.shape[1]
-    if dataset.num_classes not in (None, num_classes):
+def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, examples: Targets) -> TeacherEntry:
+    num_classes = examples.logits.shape[1] if isinstance(examples.logits, Tensor) else None
+    by_label = source.logits is not None or any(feature.kind == "grad_cam" for feature in teacher.features.values())
+    if by_label and num_classes is not None and dataset.num_classes not in (None, num_classes):
         raise MismatchError(
             f"teacher {teacher.name!r} predicts {num_classes} classes, the data set has {dataset.num_classes}.\n"
-            f"  Fix: point teachers.{teacher.name}.model at a checkpoint fine-tuned on these classes, or read "
-            "the images without labels"
+            f"  Fix: point teachers.{teacher.name}.model at a checkpoint fine-tuned on these classes, keep its "
+            "features alone (logits: null, no grad_cam), or read the images without labels"
         )
     return TeacherEntry(
         model=source.model.model_dump(mode="json") if source.model else None,
@@ -234,6 +253,7 @@ def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, pixel
         precision=source.precision,
         num_classes=num_classes,
         logits=source.logits,
+        features=teacher.features,
     )
 
 

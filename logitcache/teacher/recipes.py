@@ -43,6 +43,10 @@ class PrecomputeRecipe(Component):
             raise ValueError(
                 f"views_per_image is {self.views_per_image}, the views are {self.views.num_views}: take at most as many"
             )
+        if self.views.targets == "linear" and any(source.features for source in self.teachers.values()):
+            raise ValueError(
+                "features of two images do not mix to those of their mixture. Leave out features, or targets: linear"
+            )
         if self.row_checksums and self.views.targets == "linear":
             raise ValueError(
                 "row_checksums are of the pixels that the teacher sees; with targets: linear a student sees others. "

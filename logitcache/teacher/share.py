@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from logitcache.cache.layout import Layout, Shard
+from logitcache.cache.arrays import Shard
+from logitcache.cache.layout import Layout
 from logitcache.cache.sharing import Claim
 from logitcache.errors import RecipeError
 

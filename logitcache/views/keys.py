@@ -29,6 +29,8 @@ STREAMS = {
     "trivial_augment": 12,
     "transform": 13,
     "custom": 14,
+    "sample": 15,
+    "calibration": 16,
 }
 """What the words are for. Append only: a number, once used, keeps its meaning."""
 

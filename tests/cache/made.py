@@ -16,8 +16,8 @@ from logitcache.cache.layout import layout_of
 from logitcache.cache.manifest import _digest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.verify import verify_cache
+from logitcache.logits import CompactLogits
 from logitcache.recipe import load_recipe
-from logitcache.targets import CompactLogits
 from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, precompute
 
 COUNT = 300
@@ -30,6 +30,7 @@ TOP2 = {"kind": "top_k", "k": 2}
 TOP2_PACKED = {"kind": "top_k", "k": 2, "storage": "packed"}
 UINT8 = {"kind": "uint8"}
 PACKED_TOP2 = {"kind": "packed_top_k", "k": 2}
+TRANSFORM = {"kind": "transform", "step": 0.1, "corrections": 3}
 ENCODINGS = {
     "dense16": DENSE16,
     "dense32": DENSE32,
@@ -38,6 +39,7 @@ ENCODINGS = {
     "top_k_packed": TOP2_PACKED,
     "uint8": UINT8,
     "packed_top_k": PACKED_TOP2,
+    "transform": TRANSFORM,
 }
 FLIP_AND_CROP = [{"kind": "random_crop", "size": 4, "padding": 1}, {"kind": "horizontal_flip"}]
 

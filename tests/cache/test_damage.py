@@ -36,7 +36,7 @@ def test_a_sound_cache_has_no_problems(cache: Path) -> None:
 
 
 def test_an_incomplete_cache_is_refused(cache: Path) -> None:
-    (cache / "t.commits/c.1.2.0.0").unlink()
+    (cache / "t.logits.commits/c.1.2.0.0").unlink()
     with pytest.raises(CacheError, match="is incomplete: 1 of 6 shards are not committed") as caught:
         open_cache(cache)
     assert caught.value.exit_code == 3
@@ -108,15 +108,15 @@ def change_in_place_keeping_the_time(root: Path) -> None:
 
 
 def damage_the_record(root: Path) -> None:
-    flip(root / "t.commits/c.1.1.0.0", 20)
+    flip(root / "t.logits.commits/c.1.1.0.0", 20)
 
 
 def damage_the_size_in_the_record(root: Path) -> None:
-    flip(root / "t.commits/c.1.1.0.0", 5)
+    flip(root / "t.logits.commits/c.1.1.0.0", 5)
 
 
 def truncate_the_record(root: Path) -> None:
-    os.truncate(root / "t.commits/c.1.1.0.0", 39)
+    os.truncate(root / "t.logits.commits/c.1.1.0.0", 39)
 
 
 DAMAGES = [
@@ -151,13 +151,13 @@ def test_precompute_writes_just_the_damaged_shard_again(
     assert mend(cache) == 1
     assert contents(cache) == contents(sound)
     touched = {name for name, stamp in stamps(cache).items() if before[name] != stamp and (cache / name).is_file()}
-    assert touched == {SHARD, "t.commits/c.1.1.0.0"}
+    assert touched == {SHARD, "t.logits.commits/c.1.1.0.0"}
     assert open_cache(cache).complete
 
 
 @pytest.mark.parametrize("with_records", [False, True])
 def test_two_shards_in_each_others_place_are_noticed_and_mended(cache: Path, sound: Path, with_records: bool) -> None:
-    pairs = [("t.logits/c.0.0.0", "t.logits/c.1.0.0"), ("t.commits/c.0.0.0.0", "t.commits/c.1.0.0.0")]
+    pairs = [("t.logits/c.0.0.0", "t.logits/c.1.0.0"), ("t.logits.commits/c.0.0.0.0", "t.logits.commits/c.1.0.0.0")]
     for one, other in pairs[: 1 + with_records]:
         (cache / one).rename(cache / "aside")
         (cache / other).rename(cache / one)

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitcache.cache.encodings import Dense, Encoding, PackedTopK, TopK, UInt8
+from logitcache.cache.encodings import Dense, Form, HeadForm, PackedTopK, TopK, TransformForm, UInt8
 from logitcache.errors import RecipeError
-from logitcache.targets import TopKLogits, log_probs, top1
+from logitcache.logits import TopKLogits, log_probs, top1
 from logitcache.teacher.models import first_not_finite
 
-MEMBERS = {*get_args(get_args(Encoding)[0]), UInt8, PackedTopK}
+MEMBERS = {*get_args(get_args(Form)[0])} - {TransformForm, HeadForm}
 EXAMPLES: list[Any] = [
     Dense(),
     Dense(dtype="float32"),

@@ -39,9 +39,20 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "endless shards": lambda m: m.update(shard_rows=10**14 * 128),
     "tiny shards": lambda m: m.update(shard_rows=1),
     "unaligned shards": lambda m: m.update(shard_rows=129),
-    "k of too few": lambda m: m["teachers"]["t"].update(logits={"kind": "top_k", "k": 17, "storage": "hot"}),
-    "other encoding": lambda m: m["teachers"]["t"].update(
-        logits={"kind": "dense", "dtype": "float32", "storage": "hot"}
+    "k of too few": lambda m: m["teachers"]["t"]["stored_logits"].update(
+        form={"kind": "top_k", "k": 17, "storage": "hot"}
+    ),
+    "other encoding": lambda m: m["teachers"]["t"]["stored_logits"].update(
+        form={"kind": "dense", "dtype": "float32", "storage": "hot"}
+    ),
+    "no form": lambda m: m["teachers"]["t"].update(stored_logits=None),
+    "a table": lambda m: m["teachers"]["t"]["stored_logits"].update(tables={"basis": "0" * 64}),
+    "a feature of no form": lambda m: m["teachers"]["t"].update(features={"f": {"kind": "pooled", "tap": "x"}}),
+    "a head of no feature": lambda m: m["teachers"]["t"]["stored_logits"].update(
+        form={"kind": "head", "width": 2**40, "bias": False, "storage": "hot"}, tables={"weight": "0" * 64}
+    ),
+    "a huge transform": lambda m: m["teachers"]["t"]["stored_logits"].update(
+        form={"kind": "transform", "step": 1.0, "pairs": 2**50}, tables={"basis": "0" * 64}
     ),
     "unknown encoding": lambda m: m["teachers"]["t"].update(logits={"kind": "pickle"}),
     "no canaries": lambda m: m.update(canaries=[]),
@@ -149,7 +160,7 @@ def test_a_forged_shard_of_another_size_is_never_mapped(cache: Path) -> None:
     """Its record agrees, so that only the layout tells: a row past the end would kill the process."""
     data = b"\0" * 100
     (cache / "t.logits/c.1.1.0").write_bytes(data)
-    (cache / "t.commits/c.1.1.0.0").write_bytes(commit_record(memoryview(data), "t.logits/c.1.1.0"))
+    (cache / "t.logits.commits/c.1.1.0.0").write_bytes(commit_record(memoryview(data), "t.logits/c.1.1.0"))
     opened = open_cache(cache)
     with pytest.raises(CacheError, match="has 100 bytes, its layout needs"):
         opened.rows([ViewKey(1, 130)])

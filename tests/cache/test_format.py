@@ -18,15 +18,16 @@ import zarr
 from tests.cache.made import DENSE32, ENCODINGS, Linear, Pixels, run, teacher
 
 COUNT, ROWS = 300, {"dense16": 128, "dense32": 128, "packed": 128, "top_k": 1024, "top_k_packed": 100}
-ROWS |= {"uint8": 1024, "packed_top_k": 100}
+ROWS |= {"uint8": 1024, "packed_top_k": 100, "transform": 100}
 PARTS = {
     "dense": [""],
     "top_k": [".log_p", ".index", ".tail"],
     "uint8": [".level", ".scale"],
     "packed_top_k": [".index", ".fall", ".tail"],
+    "transform": [".wide", ".byte", ".pair", ".top_byte", ".top_pair", ".mean", ".exponent"],
 }
 Array = np.ndarray[Any, Any]
-PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
+PAGE = " ".join((Path(__file__).parents[2] / "docs" / "format.md").read_text().split())
 
 
 @pytest.fixture(scope="module", params=ENCODINGS)
@@ -57,8 +58,13 @@ def groups(path: Path) -> dict[str, list[str]]:
     manifest = manifest_of(path)
     found = {}
     for name, entry in manifest["teachers"].items():
-        parts = PARTS[entry["logits"]["kind"]]
-        found[name] = [f"{name}.logits{part}" for part in parts]
+        form = entry["stored_logits"]["form"]
+        parts = PARTS[form["kind"]] + ([".errors"] if form["kind"] != "dense" else [])
+        if form["kind"] == "transform":
+            counts = [form["wide"], form["bytes"], form["pairs"], form["correction_bytes"]]
+            counts += [form["corrections"] - form["correction_bytes"], 1, 1, 1]
+            parts = [part for part, count in zip(parts, counts, strict=True) if count]
+        found[f"{name}.logits"] = [f"{name}.logits{part}" for part in parts]
     views = ["views.crc32"] if manifest["row_checksums"] else []
     views += ["views.parameters"] if manifest["parameters"] else []
     return found | ({"views": views} if views else {})
@@ -89,7 +95,10 @@ def test_recorded_parameters_and_checksums_are_those_of_the_views(path: Path) ->
 def test_the_rows_are_the_answers_to_the_views(path: Path) -> None:
     drawn = array(path, "views.parameters")
     logits = np.stack([answers(pixels_by_parameters(Pixels(COUNT).images, drawn[view])) for view in range(2)])
-    kind = manifest_of(path)["teachers"]["t"]["logits"]["kind"]
+    kind = manifest_of(path)["teachers"]["t"]["stored_logits"]["form"]["kind"]
+    if kind == "transform":
+        assert np.abs(transformed(path) - logits).max() < 0.1  # the step
+        return
     if kind == "dense":
         stored = array(path, "t.logits")
         assert np.allclose(stored, logits, rtol=2e-3 if stored.dtype == np.float16 else 1e-5, atol=2e-3)
@@ -115,6 +124,67 @@ def test_the_rows_are_the_answers_to_the_views(path: Path) -> None:
     moments = np.stack([np.log(np.exp(dropped).sum(-1)), dropped.mean(-1), dropped.var(-1)], axis=-1)
     tolerance = 1e-4 if kind == "top_k" else 2e-3
     assert np.allclose(array(path, "t.logits.tail"), moments, rtol=tolerance, atol=tolerance)
+
+
+def nibbles(packed: Array, count: int) -> Array:
+    """Read numbers of four bits, in two's complement, the lower bits first."""
+    both = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :count].astype(int)
+    return np.asarray(both - 16 * (both > 7))
+
+
+def transformed(path: Path) -> Array:
+    """Decode a transform number by number, as the page says."""
+    form = manifest_of(path)["teachers"]["t"]["stored_logits"]["form"]
+    table = {name: array(path, f"t.logits.{name}") for name in ("basis", "centre", "correction_step")}
+    rows = {name: array(path, f"t.logits.{name}") for name in ("mean", "exponent")}
+    nothing = np.empty((*rows["mean"].shape, 0), int)
+
+    def part(name: str, count: int, packed: bool = False) -> Array:
+        found = array(path, f"t.logits.{name}") if count else nothing
+        return nibbles(found, count) if packed and count else found
+
+    q = np.concatenate([part("wide", form["wide"]), part("byte", form["bytes"]), part("pair", form["pairs"], True)], -1)
+    num_bytes = form["correction_bytes"]
+    top = [part("top_byte", num_bytes), part("top_pair", form["corrections"] - num_bytes, True)]
+    corrections = np.concatenate(top, -1)
+    found = np.empty((*q.shape[:2], table["basis"].shape[1]))
+    for place in np.ndindex(q.shape[:2]):
+        state, numbers = 0, []
+        for number in q[place].tolist():
+            bit = state & 1
+            numbers.append(2 * number - bit * int(np.sign(number)))
+            state = (state >> 1) ^ (33 * bit) ^ (10 * (number % 2))
+        scale = 2 ** int(rows["exponent"][place])
+        whole = np.array(numbers) @ table["basis"].astype(int) * scale + table["centre"]
+        values = whole * form["step"] / 4096
+        order = np.argsort(-whole, kind="stable")[: form["corrections"]]
+        values[order] += corrections[place] * scale * table["correction_step"]
+        found[place] = values + int(rows["mean"][place]) * scale * form["step"] / 16
+    return found
+
+
+def test_tables_have_the_digests_of_the_manifest(path: Path) -> None:
+    for name, digest in manifest_of(path)["teachers"]["t"]["stored_logits"]["tables"].items():
+        stored = zarr.open_group(path, mode="r")[f"t.logits.{name}"]
+        file = path / f"t.logits.{name}" / "c" / Path(*["0"] * stored.ndim)
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
+        assert file.read_bytes() == np.asarray(stored[...]).tobytes()
+
+
+def test_errors_are_counted_in_bins(path: Path) -> None:
+    entry = manifest_of(path)["teachers"]["t"]
+    if entry["stored_logits"]["form"]["kind"] == "dense":
+        assert entry["errors"] == {}
+        return
+    errors = array(path, "t.logits.errors")
+    assert errors.shape == (2, -(-COUNT // manifest_of(path)["shard_rows"]), 386)
+    assert errors[..., 2:].sum() == 2 * COUNT
+    assert entry["errors"]["logits"]["mean"] == pytest.approx(errors[..., 0].sum() / (2 * COUNT))
+    assert (
+        entry["errors"]["logits"]["max"]
+        == errors[..., 1].max()
+        < 2.0 ** (np.flatnonzero(errors[..., 2:].sum((0, 1))).max() / 8 - 40 + 1 / 8)
+    )
 
 
 def test_labels_digests_and_canaries_agree_with_the_manifest(path: Path) -> None:
@@ -150,8 +220,10 @@ def test_commit_records_seal_the_files_of_all_shards(path: Path) -> None:
 
 
 def test_a_hot_shard_begins_with_its_rows(path: Path) -> None:
-    rows, entry = manifest_of(path)["shard_rows"], manifest_of(path)["teachers"]["t"]["logits"]
-    for name in groups(path)["t"]:
+    rows, entry = manifest_of(path)["shard_rows"], manifest_of(path)["teachers"]["t"]["stored_logits"]["form"]
+    for name in groups(path)["t.logits"]:
+        if name.endswith(".errors"):
+            continue
         values = array(path, name)
         file = path / name / ("c.1.0" + ".0" * (values.ndim - 2))
         begins = file.read_bytes().startswith(values[1, :rows].tobytes())
@@ -163,14 +235,16 @@ def test_a_hot_shard_begins_with_its_rows(path: Path) -> None:
 def test_all_that_lies_in_a_cache_is_on_the_page(path: Path) -> None:
     named = {"label", "digest", "canary", *(name for names in groups(path).values() for name in names)}
     named |= {f"{group}.commits" for group in groups(path)}
+    named |= {f"t.logits.{name}" for name in manifest_of(path)["teachers"]["t"]["stored_logits"]["tables"]}
     assert set(zarr.open_group(path, mode="r").array_keys()) == named
     assert {file.name for file in path.iterdir()} == named | {"zarr.json"}
     for name in named:
-        assert f"`{'g.commits' if name.endswith('.commits') else name}`" in PAGE, name
+        own = name.rpartition(".")[2]
+        assert f"`{'g.commits' if own == 'commits' else name}`" in PAGE or f"table `{own}`" in PAGE, name
         stored = json.loads((path / name / "zarr.json").read_bytes())
         assert stored["dimension_names"]
         assert set(codecs(stored["codecs"])) <= {"bytes", "transpose", "zstd", "sharding_indexed", "crc32c"}
-        if not name.endswith(".commits") and name not in ("label", "digest", "canary"):
+        if "sharding_indexed" in codecs(stored["codecs"]) and own != "errors":
             assert stored["chunk_grid"]["configuration"]["chunk_shape"][1] == manifest_of(path)["shard_rows"]
 
 
@@ -186,12 +260,12 @@ def test_every_field_of_the_manifest_is_on_the_page(path: Path) -> None:
     for field in manifest_of(path):
         assert f"`{field}`" in PAGE or f"`{field}." in PAGE, field
     for field in manifest_of(path)["teachers"]["t"]:
-        assert f"`{field}`" in PAGE, field
+        assert f"`{field}`" in PAGE or f"`{field}." in PAGE, field
 
 
 def test_a_shard_without_a_record_is_not_committed(tmp_path: Path) -> None:
     path = tmp_path / "c.zarr"
     run(path, Pixels(COUNT), teachers={"t": teacher(DENSE32)}, shard_rows=128)
-    (path / "t.commits" / "c.1.2.0.0").unlink()
-    records = array(path, "t.commits")
+    (path / "t.logits.commits" / "c.1.2.0.0").unlink()
+    records = array(path, "t.logits.commits")
     assert [bool(record.any()) for record in records[1, :, 0]] == [True, True, False]

@@ -21,11 +21,13 @@ def litter(cache: Path) -> dict[str, int]:
         "t.logits/c.1.0.0.77-ab.logitcache-tmp": b"half",
         "digest/claim.1.128.logitcache-tmp": b"",
         "t.logits/c.7.0.0": b"a view that is not there",
-        "t.commits/c.0.9.0.0": b"nor this shard",
+        "t.logits.commits/c.0.9.0.0": b"nor this shard",
     }
     for name, data in files.items():
         (cache / name).write_bytes(data)
-    return {str(cache / name): len(data) for name, data in files.items()}
+    (cache / "t.pooled.basis/c").mkdir(parents=True)
+    (cache / "t.pooled.basis/c/0").write_bytes(b"of a growth that was not noted")
+    return {str(cache / name): len(data) for name, data in files.items()} | {str(cache / "t.pooled.basis"): 30}
 
 
 def test_a_sound_cache_has_no_garbage(cache: Path) -> None:
@@ -123,8 +125,8 @@ def test_a_damaged_note_of_growth_is_given_up(cache: Path, sound: Path) -> None:
 def test_the_command_says_what_and_how_much(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     total = sum(litter(cache).values())
     assert main(["gc", str(cache), "--dry-run"]) == 0
-    assert f"4 of {total} bytes would be removed" in capsys.readouterr().out
+    assert f"\n5 files or folders, {total} bytes, would be removed\n" in capsys.readouterr().out
     assert main(["gc", str(cache), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert (document["bytes"], document["dry_run"], len(document["found"])) == (total, False, 4)
+    assert (document["bytes"], document["dry_run"], len(document["found"])) == (total, False, 5)
     assert main(["gc", str(cache.parent / "absent")]) == 3

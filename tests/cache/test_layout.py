@@ -10,19 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
+from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout, Shard
 from logitcache.cache.encodings import Dense, TopK
-from logitcache.cache.layout import (
-    INDEX_CHECKSUM_BYTES,
-    INDEX_ENTRY_BYTES,
-    PAGE,
-    SHARD_BYTES,
-    ArrayLayout,
-    Layout,
-    Shard,
-    TeacherLayout,
-    choose_shard_rows,
-)
-from logitcache.cache.manifest import TeacherEntry
+from logitcache.cache.layout import SHARD_BYTES, Layout, choose_shard_rows
+from logitcache.cache.manifest import StoredLogits, TeacherEntry
 from logitcache.cache.verify import committed_shards
 from logitcache.cache.writer import ShardEncoder
 from logitcache.errors import RecipeError
@@ -40,6 +31,7 @@ def entry(logits: Any, num_classes: int) -> TeacherEntry:
         precision="float32",
         num_classes=num_classes,
         logits=logits,
+        stored_logits=StoredLogits(form=logits),
     )
 
 
@@ -163,7 +155,7 @@ def test_inner_chunks_divide_shards_and_stay_near_their_size(row_bytes: int, sto
 
 def test_only_whole_records_of_shards_that_exist_count(tmp_path: Any) -> None:
     layout = layout_with_teacher(num_views=2, num_images=300, shard_rows=128)
-    folder = tmp_path / "t.commits"
+    folder = tmp_path / "t.logits.commits"
     assert committed_shards(tmp_path, layout) == []
     folder.mkdir()
     real = ["c.0.0.0.0", "c.1.2.0.0"]
@@ -184,7 +176,7 @@ def test_only_whole_records_of_shards_that_exist_count(tmp_path: Any) -> None:
 
 def layout_with_teacher(num_views: int, num_images: int, shard_rows: int) -> Layout:
     arrays = tuple(arrays_of(Dense(), 16, num_views, num_images, shard_rows))
-    return Layout(num_views, num_images, shard_rows, (TeacherLayout("t", entry(Dense(), 16), arrays),))
+    return Layout(num_views, num_images, shard_rows, (ArrayGroup("t.logits", arrays),))
 
 
 @given(st.sampled_from(ENCODINGS), st.integers(3, 70000))

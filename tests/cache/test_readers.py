@@ -18,6 +18,10 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logitcache.cache.arrays import ArrayLayout
+from logitcache.cache.coders import Coders
+from logitcache.cache.hot import hot_shard
+from logitcache.cache.layout import Layout
 from logitcache.cache.mapping import MappedRows
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.rows import PackedRows
@@ -31,7 +35,7 @@ from tests.cache.made import ENCODINGS, TOP2, Linear, Pixels, made, raw, recipe,
 
 COUNT = 2100
 ROWS = {"dense16": 128, "dense32": 64, "packed": 200, "top_k": 1024, "top_k_packed": 1000}
-ROWS |= {"uint8": 1024, "packed_top_k": 300}
+ROWS |= {"uint8": 1024, "packed_top_k": 300, "transform": 300}
 
 
 @pytest.fixture(scope="module", params=ENCODINGS)
@@ -43,28 +47,30 @@ def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def zarr_values(cache: Cache) -> dict[str, np.ndarray[Any, Any]]:
     group = zarr.open_group(cache.path, mode="r")
-    return {array.name: np.asarray(group[array.name][...]) for array in cache.layout.teachers[0].arrays}
+    return {array.name: np.asarray(group[array.name][...]) for array in cache.layout.targets[0].rows}
 
 
 def test_the_values_are_those_of_the_teacher(cache: Cache) -> None:
     views = Views(cache.views(Pixels(COUNT)).dataset, cache.manifest.views)
     keys = [ViewKey(view, index) for view in range(2) for index in (0, 5, 127, 128, 1023, 1024, COUNT - 1)]
     classifier = Classifier(Linear(), Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
-    entry = cache.manifest.teachers["t"]
-    encoded = entry.logits.encode(classifier(views.__getitems__(keys)).detach())
+    coder = Coders(cache.path, cache.manifest, cache.layout).logits["t.logits"]
+    if coder.tables:
+        pytest.skip("what is fitted is rounded by its neighbours in a batch; tests/cache/test_format.py decodes it")
+    encoded = coder.encode(classifier(views.__getitems__(keys)).detach())
     found = zarr_values(cache)
-    for array in cache.layout.teachers[0].arrays:
+    for array in cache.layout.targets[0].rows:
         wanted = encoded[array.suffix].numpy().astype(array.dtype)
         assert np.array_equal(np.stack([found[array.name][key] for key in keys]), wanted)
 
 
 def stored_rows(cache: Cache, keys: list[ViewKey]) -> list[np.ndarray[Any, Any]]:
     """Return what zarr reads for keys, as the encoding decodes it."""
-    arrays = cache.layout.teachers[0].arrays
+    arrays = cache.layout.targets[0].rows
     found = zarr_values(cache)
     rows = {a.suffix: torch.from_numpy(np.stack([found[a.name][key] for key in keys])) for a in arrays}
-    entry = cache.manifest.teachers["t"]
-    return list(raw(entry.logits.decode(rows, entry.num_classes)))
+    coder = Coders(cache.path, cache.manifest, cache.layout).logits["t.logits"]
+    return list(raw(coder.decode(rows, 16)))
 
 
 def test_rows_are_what_zarr_reads(cache: Cache) -> None:
@@ -113,7 +119,7 @@ def test_no_codec_is_outside_the_core_specification(cache: Cache) -> None:
 
 
 def test_a_hot_array_is_one_mapping_over_all_shards(cache: Cache) -> None:
-    for array in cache.layout.teachers[0].arrays:
+    for array in cache.layout.targets[0].rows:
         assert len(shard_files(cache.path, array.name)) == cache.layout.num_shards > 2
         if array.storage == "hot":
             rows = MappedRows(cache.path, array, cache.shards).rows
@@ -124,6 +130,24 @@ def test_a_hot_array_is_one_mapping_over_all_shards(cache: Cache) -> None:
                 rows[0] = 0
 
 
+def test_large_shards_begin_at_huge_pages_and_give_the_same_rows(tmp_path: Path) -> None:
+    array = ArrayLayout("a", "", (100,), np.dtype("<f4"), ("x",), 2, 13_000, 6_144, "hot")
+    values = np.random.default_rng(0).random((2, 13_000, 100), np.float32)
+    shards = list(Layout(2, 13_000, 6_144, ()).shards())
+    (tmp_path / "a").mkdir()
+    for shard in shards:
+        (tmp_path / array.file(shard)).write_bytes(hot_shard(array, values[shard.view, shard.start : shard.stop]))
+    rows = MappedRows(tmp_path, array, shards)
+    places = [(view, index) for view in range(2) for index in (0, 1, 6_143, 6_144, 12_287, 12_288, 12_999)]
+    for view in range(2):
+        rows.prepare(view)
+    taken = rows.take(np.array([view * 3 * 6_144 + index for view, index in places]))
+    assert np.array_equal(taken, np.stack([values[place] for place in places]))
+    starts = [rows.rows[number * (len(rows.rows) // 6) :].ctypes.data for number in range(6)]
+    assert all(start % (2 << 20) == 0 for start in starts)
+    assert len(rows.rows) > 6 * 6_144
+
+
 @settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, COUNT - 1)), min_size=1, max_size=60))
 def test_a_packed_source_with_little_memory_gives_the_same_rows(
@@ -131,7 +155,7 @@ def test_a_packed_source_with_little_memory_gives_the_same_rows(
 ) -> None:
     cache = packed_cache(tmp_path_factory)
     stored = zarr_values(cache)["t.logits"]
-    source = PackedRows(cache.path, cache.layout.teachers[0].arrays[0], num_kept=1)
+    source = PackedRows(cache.path, cache.layout.targets[0].rows[0], num_kept=1)
     views, indices = np.array(keys).T
     for _ in range(2):
         assert np.array_equal(source.take(views * 2100 + indices), np.array([stored[key] for key in keys]))
@@ -188,14 +212,14 @@ def test_a_cache_may_be_moved_and_be_reached_by_a_link(cache: Cache, tmp_path: P
 def test_a_shard_that_is_a_link_is_not_followed(cache: Cache, tmp_path: Path) -> None:
     copy = tmp_path / "c.zarr"
     shutil.copytree(cache.path, copy)
-    shard = shard_files(copy, cache.layout.teachers[0].arrays[0].name)[1]
+    shard = shard_files(copy, cache.layout.targets[0].rows[0].name)[1]
     shard.rename(tmp_path / "elsewhere")
     shard.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CacheError, match=r"no regular file"):
         open_cache(copy)
-    if cache.layout.teachers[0].arrays[0].storage == "hot":
+    if cache.layout.targets[0].rows[0].storage == "hot":
         with pytest.raises(CacheError):
-            MappedRows(copy, cache.layout.teachers[0].arrays[0], cache.shards).prepare(0)
+            MappedRows(copy, cache.layout.targets[0].rows[0], cache.shards).prepare(0)
 
 
 def test_two_teachers_keep_apart(tmp_path: Path) -> None:
@@ -216,7 +240,7 @@ def test_an_unfinished_cache_gives_the_rows_that_are_there(tmp_path: Path) -> No
     whole = made(path)
     keys = [ViewKey(1, 5), ViewKey(0, 299)]
     expected = raw(whole.rows(keys)["t"].logits)[0]
-    (path / "t.commits" / "c.0.0.0.0").unlink()
+    (path / "t.logits.commits" / "c.0.0.0.0").unlink()
     (path / "t.logits" / "c.0.0.0").unlink()
     partial = Cache(path, whole.manifest)
     assert not partial.complete

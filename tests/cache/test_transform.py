@@ -1,7 +1,6 @@
 """The transform, and what it is made of: exact integers, a trellis, a basis, and rows that fit no step."""
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from logitcache.cache.encodings.fitted_transform import FittedTransform, Transfo
 from logitcache.cache.encodings.measure import measure, stored, stored_bytes
 from logitcache.cache.encodings.packed_top_k import PackedTopK
 from logitcache.cache.encodings.transform import Transform
-from logitcache.errors import CacheError, DataError, RecipeError
-from logitcache.targets import CompactLogits
+from logitcache.errors import DataError, RecipeError
+from logitcache.logits import CompactLogits
 
 NUM_CLASSES, NUM_ROWS = 60, 640
 
@@ -152,14 +151,14 @@ def test_decoding_repeats_the_ranking_of_the_encoder(fitted: FittedTransform) ->
     rows = {name: torch.from_numpy(values) for name, values in stored(fitted, logits).items()}
     table = fitted._on(torch.device("cpu"))
     parts = [rows[name].float() for name in ("wide", "byte") if name in rows]
-    q = torch.cat([*parts, unpack_pairs(rows["pair"], fitted.description.pairs).float()], dim=1)
+    q = torch.cat([*parts, unpack_pairs(rows["pair"], fitted.form.pairs).float()], dim=1)
     values = trellis.half_steps(q, table["recurrence"])
     sums = (values.flip(1).double() @ table["basis"].flip(0).double()).long()
-    backwards = sums * 2 ** rows["exponent"].long()[:, None] + table["whole_mean"]
+    backwards = sums * 2 ** rows["exponent"].long()[:, None] + table["whole_centre"]
     expected = np.argsort(-backwards.numpy(), axis=1, kind="stable")[:, :9]
     found = fitted._approximate(q, rows["exponent"].int(), table)[1]
     assert np.array_equal(found.numpy(), expected)
-    flat = fitted._approximate(q * 0, rows["exponent"].int(), {**table, "whole_mean": table["whole_mean"] * 0})[1]
+    flat = fitted._approximate(q * 0, rows["exponent"].int(), {**table, "whole_centre": table["whole_centre"] * 0})[1]
     assert bool((flat == torch.arange(9)).all())
 
 
@@ -193,31 +192,28 @@ def test_rows_that_nothing_holds_are_refused(fitted: FittedTransform, value: flo
 
 def test_a_fine_step_takes_two_bytes_for_the_largest_coefficients(calibration: Tensor) -> None:
     fitted = Transform(step=0.02).fit(calibration)
-    assert fitted.description.wide > 0
+    assert fitted.form.wide > 0
     logits = teacher_logits(100, seed=6)
     assert int(stored(fitted, logits)["wide"].max()) > 127
     assert float((decoded(fitted, logits) - logits).abs().max()) < 0.1
 
 
-def test_the_description_and_the_tables_rebuild_it(fitted: FittedTransform) -> None:
-    text = fitted.description.model_dump_json()
-    again = FittedTransform.rebuild(TransformForm.model_validate_json(text), fitted.tables)
+def test_the_form_and_the_tables_rebuild_it(fitted: FittedTransform) -> None:
+    text = fitted.form.model_dump_json()
+    again = TransformForm.model_validate_json(text).ready(fitted.tables)
     logits = teacher_logits(50, seed=7)
     first, second = stored(fitted, logits), stored(again, logits)
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert torch.equal(decoded(fitted, logits), decoded(again, logits))
 
 
-@pytest.mark.parametrize("name", ["basis", "mean", "deviation", "correction_step"])
-def test_tables_that_do_not_fit_are_refused(fitted: FittedTransform, name: str) -> None:
-    wrong: list[dict[str, Any]] = [
-        {other: table for other, table in fitted.tables.items() if other != name},
-        {**fitted.tables, name: fitted.tables[name][:-1]},
-        {**fitted.tables, name: fitted.tables[name].astype(np.float64)},
-    ]
-    for tables in wrong:
-        with pytest.raises(CacheError, match="table"):
-            FittedTransform.rebuild(fitted.description, tables)
+@pytest.mark.parametrize(
+    "change", [{"pairs": 10**9}, {"wide": 10**5}, {"corrections": 10**9}, {"corrections": 1, "correction_bytes": 2}]
+)
+def test_a_form_of_more_numbers_than_classes_is_refused(fitted: FittedTransform, change: dict[str, int]) -> None:
+    form = fitted.form.model_copy(update=change)
+    with pytest.raises(RecipeError, match="classes"):
+        form.arrays(fitted.num_classes)
 
 
 def test_it_beats_packed_top_k_at_equal_bytes(calibration: Tensor) -> None:

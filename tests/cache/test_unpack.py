@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs import zstd
 
-from logitcache.cache.layout import ArrayLayout, Shard
+from logitcache.cache.arrays import ArrayLayout, Shard
 from logitcache.cache.unpack import Unpacker, _content_bytes
 from logitcache.errors import CacheError
 

@@ -11,6 +11,7 @@ from logitcache.cli.app import main
 from logitcache.recipe import dump_recipe
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import contents, flip, recipe, stamps, teacher
+from tests.teacher.nets import FEATURES, keeping
 
 SHARD = "t.logits/c.1.1.0"
 FACTORY = {"kind": "custom", "factory": "tests.cache.made:Linear"}
@@ -46,7 +47,7 @@ def test_exactly_the_damaged_files_are_written_again(cache: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)["problems"] == []
     assert contents(cache) == sound
     changed = {name for name, stamp in stamps(cache).items() if before[name] != stamp and (cache / name).is_file()}
-    assert changed == {SHARD, "t.commits/c.1.1.0.0", "label/c/0"}
+    assert changed == {SHARD, "t.logits.commits/c.1.1.0.0", "label/c/0"}
 
 
 def test_a_sound_cache_is_left_as_it_is(cache: Path) -> None:
@@ -62,6 +63,43 @@ def test_a_repair_adds_nothing(cache: Path) -> None:
     options = [part for key, value in more.items() for part in ("--set", f"{key}={value}")]
     assert main(["verify", str(cache), "--repair", str(cache.parent / "r.yaml"), *options, "-q"]) == 0
     assert contents(cache) == sound
+
+
+KEPT = {
+    "logits alone": (keeping(), "t.logits/c.0.0.0"),
+    "a feature alone": (keeping(False, {"pooled": FEATURES["pooled"]}), "t.pooled/c.0.0.0"),
+}
+
+
+def damaged(cache: Path, kept: dict[str, Any], asked: dict[str, Any], shard: str) -> tuple[dict[str, bytes], Path]:
+    """Make a cache of one entry and damage it; returns what it was, and a recipe of another entry."""
+    images = {"kind": "custom", "factory": "tests.teacher.nets:images"}
+    model = {"kind": "custom", "factory": "tests.teacher.nets:Net"}
+    first, other = (plan(cache, dataset=images, teachers={"t": entry | {"model": model}}) for entry in (kept, asked))
+    precompute(first)
+    sound = contents(cache)
+    rot(cache / shard)
+    path = cache.parent / "other.yaml"
+    path.write_text(dump_recipe(other))
+    return sound, path
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_repair_adds_no_target_of_a_teacher(name: str, tmp_path: Path) -> None:
+    entry, shard = KEPT[name]
+    more = keeping(None, {feature: FEATURES[feature] for feature in ("pooled", "tokens")})
+    sound, other = damaged(tmp_path / "c.zarr", entry, more, shard)
+    assert main(["verify", str(tmp_path / "c.zarr"), "--repair", str(other), "-q"]) == 0
+    assert contents(tmp_path / "c.zarr") == sound
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_recipe_of_other_targets_repairs_nothing(name: str, tmp_path: Path) -> None:
+    (kept, shard), (asked, _) = KEPT[name], next(value for key, value in KEPT.items() if key != name)
+    _, other = damaged(tmp_path / "c.zarr", kept, asked, shard)
+    before = contents(tmp_path / "c.zarr")
+    assert main(["verify", str(tmp_path / "c.zarr"), "--repair", str(other), "-q"]) == 4
+    assert contents(tmp_path / "c.zarr") == before
 
 
 def test_another_recipe_repairs_nothing(cache: Path) -> None:

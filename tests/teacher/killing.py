@@ -23,6 +23,7 @@ from logitcache.cache.reader import open_cache
 from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, stamps, teacher
+from tests.teacher.apart import ended, forked
 
 NUM_POINTS, NUM_TIMES, NUM_GROWN = 9, 6, 5
 RECORDED = {"row_checksums": True, "record_parameters": True}
@@ -49,22 +50,6 @@ def state(path: Path) -> int:
     cache = open_cache(path)
     cache.rows([ViewKey(cache.num_views - 1, 299)])
     return cache.num_views + 10 * len(cache.manifest.teachers)
-
-
-def forked(action: Callable[[], int]) -> int:
-    """Start a child that does something and exits with its result; returns its id."""
-    child = os.fork()
-    if child == 0:
-        status = 99
-        try:
-            status = action()
-        finally:
-            os._exit(status)
-    return child
-
-
-def ended(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def counting(limit: int | None, report: Path | None, action: Callable[[], int]) -> int:
@@ -100,7 +85,8 @@ def killed_at_time(path: Path, seconds: float) -> None:
 
 def committed(path: Path) -> list[str]:
     """List the files of the shards of which everything is committed."""
-    names = [{p.name[:5] for p in path.glob(f"{name}.commits/c.*.0.0")} for name in (*TEACHERS, "views")]
+    groups = [*(f"{teacher}.logits" for teacher in TEACHERS), "views"]
+    names = [{p.name[:5] for p in path.glob(f"{group}.commits/c.*.0.0")} for group in groups]
     shards = set.intersection(*names)
     return [str(p.relative_to(path)) for p in path.glob("*/c.*.*.0*") if p.name[:5] in shards and p.suffix == ".0"]
 

@@ -19,6 +19,7 @@ from logitcache.cache.reader import open_cache
 from logitcache.cache.skeleton import GROWING
 from logitcache.cache.verify import committed_by_group
 from logitcache.errors import CacheError, MismatchError, RecipeError, ReplayMismatchError
+from logitcache.report.inspect import inspect_cache
 from logitcache.teacher.precompute import PrecomputeResult, precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import (
@@ -30,10 +31,12 @@ from tests.cache.made import (
     contents,
     raw,
     recipe,
+    run,
     stamps,
     teacher,
     verified,
 )
+from tests.teacher.nets import FEATURES, Net, images, keeping
 from tests.teacher.runs import NUM_IMAGES, Stopping
 
 ENTRIES = {"t": teacher(), "u": teacher(TOP2_PACKED), "v": teacher(DENSE16, precision="float32")}
@@ -126,16 +129,19 @@ def test_a_teacher_that_is_added_gives_the_same_bytes_as_at_once(cache: Path, tm
 
 def test_a_growth_that_was_stopped_leaves_the_old_cache_and_continues(cache: Path, tmp_path: Path) -> None:
     old = open_cache(cache)
-    digest, rows = old.manifest.digest(), raw(old.answers([ViewKey(1, 7)])["t"])
+    digest, rows = old.manifest.digest(), raw(old.answers([ViewKey(1, 7)])["t"].logits)
     with pytest.raises(KeyboardInterrupt):
         grow(cache, 4, "tu", MODULES | {"u": Stopping(8, num_classes=7, seed=1)}, **RECORDED)
     assert (cache / GROWING).exists()
     half = open_cache(cache)
     assert half.manifest.digest() == digest
     assert verified(cache) == ()
-    assert np.array_equal(raw(half.answers([ViewKey(1, 7)])["t"]), rows)
+    assert np.array_equal(raw(half.answers([ViewKey(1, 7)])["t"].logits), rows)
+    growing = inspect_cache(cache)["growing"]
+    assert (growing["views"], growing["targets"]) == (4, ["t.logits", "u.logits"])
     result = grow(cache, 4, "tu", **RECORDED)
-    assert 0 < result.shards_written < 4
+    assert 0 < result.shards_written == growing["shards"] - growing["shards_committed"] < 4
+    assert inspect_cache(cache)["growing"] is None
     assert not (cache / GROWING).exists()
     grow(tmp_path / "w.zarr", 4, "tu", **RECORDED)
     assert same_but_canaries(cache, tmp_path / "w.zarr")
@@ -244,20 +250,27 @@ def test_other_pixels_that_no_canary_shows_are_noticed_by_row_checksums(
     monkeypatch.setattr(Views, "__getitems__", drifting)
     with pytest.raises(ReplayMismatchError, match="is not the one that the teacher saw"):
         grow(cache, 2, "tu", **RECORDED)
-    assert committed_by_group(cache, layout_of(read_manifest(cache)))["t"]
-    assert not list((cache / "u.commits").glob("c.*"))
+    assert committed_by_group(cache, layout_of(read_manifest(cache)))["t.logits"]
+    assert not list((cache / "u.logits.commits").glob("c.*"))
 
 
 def test_a_teacher_whose_rows_do_not_fill_pages_is_refused(tmp_path: Path) -> None:
     grow(tmp_path / "c.zarr", 1, "t", shard_rows=128)
-    with pytest.raises(RecipeError, match=r"shards of 128 rows, which teachers.v .*storage: packed"):
+    with pytest.raises(RecipeError, match=r"shards of 128 rows, which logits of teachers.v .*storage: packed"):
         grow(tmp_path / "c.zarr", 1, "tv", shard_rows=128)
+
+
+def test_of_what_is_added_only_what_does_not_fill_pages_is_named(tmp_path: Path) -> None:
+    features = {"tokens": FEATURES["tokens"], "pooled": {**FEATURES["pooled"], "storage": "hot"}}
+    run(tmp_path / "c.zarr", images(), Net(), teachers={"t": keeping()}, shard_rows=128)
+    with pytest.raises(RecipeError, match=r"shards of 128 rows, which pooled of teachers\.t .*storage: packed"):
+        run(tmp_path / "c.zarr", images(), Net(), teachers={"t": keeping(None, features)}, shard_rows=128)
 
 
 def test_plain_readers_see_the_grown_arrays(cache: Path) -> None:
     grow(cache, 3, "tu", **RECORDED)
     group = zarr.open_group(cache, mode="r")
-    for name in ("t.logits", "u.logits.log_p", "views.crc32", "t.commits"):
+    for name in ("t.logits", "u.logits.log_p", "views.crc32", "t.logits.commits"):
         assert group[name].shape[0] == zarr.open_array(cache / name, mode="r").shape[0] == 3
     assert np.isfinite(group["t.logits"][:]).all()  # type: ignore[index]
 

@@ -49,7 +49,8 @@ def differences(path: str, live: Callable[..., Any]) -> float:
     views = opened.views(IMAGES)
     keys = [ViewKey(view, index) for view in range(2) for index in range(40)]
     cached = opened.rows(keys)["t"].logits
-    answered = live(views.__getitems__(keys))["t"].logits
+    labels = torch.from_numpy(views.dataset.labels[[key.index for key in keys]])
+    answered = live(views.__getitems__(keys), labels)["t"].logits
     assert isinstance(cached, torch.Tensor)
     return float((cached - answered).abs().max())
 
@@ -124,7 +125,7 @@ def test_a_live_teacher_gives_full_logits_where_the_cache_keeps_a_few(tmp_path: 
     run(Path(path), IMAGES, linear(), teachers={"t": teacher(TOP2)}, views={"num_views": 1})
     opened = open_cache(path)
     pixels = opened.views(IMAGES).__getitems__([ViewKey(0, 3)])
-    live = live_targets(path, "cpu", modules={"t": linear()})(pixels)["t"].logits
+    live = live_targets(path, "cpu", modules={"t": linear()})(pixels, torch.tensor([-1]))["t"].logits
     cached = opened.rows([ViewKey(0, 3)])["t"].logits
     assert isinstance(live, torch.Tensor)
     top = torch.log_softmax(live, dim=1).topk(2)

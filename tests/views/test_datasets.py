@@ -292,7 +292,7 @@ def test_custom_images_of_every_type_have_the_same_pixels(image: object) -> None
         ((IMAGE, 1, 2), "not 3 values"),
         ((IMAGE, "cat"), "a label is one whole number"),
         ((IMAGE, 1.5), "a label is one whole number"),
-        ((IMAGE, torch.eye(3)[0]), "a label is one whole number"),
+        ((IMAGE, 2 * torch.eye(3)[0]), "a label is one whole number"),
         ((IMAGE, -2), "not -2"),
         ("cat.png", "not str"),
         (None, "not NoneType"),

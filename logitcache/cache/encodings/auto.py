@@ -1,15 +1,17 @@
 """The smallest encoding within an error budget, measured on rows that it was not fitted to."""
 
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from logitcache.cache.encodings.base import Coder, Sample
 from logitcache.cache.encodings.basis import fit_basis
 from logitcache.cache.encodings.dense import Dense
+from logitcache.cache.encodings.features import Feature
 from logitcache.cache.encodings.fitted_transform import FittedTransform
-from logitcache.cache.encodings.measure import Errors, Fitted, measure, stored_bytes
+from logitcache.cache.encodings.measure import Errors, measure, stored_bytes
 from logitcache.cache.encodings.packed_top_k import PackedTopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
@@ -41,6 +43,21 @@ class Auto(Component):
     temperature: Positive = 1.0
     storage: Literal["packed"] = "packed"
 
+    measured: ClassVar[bool] = True
+
+    @property
+    def temperature_of_errors(self) -> float:
+        """The temperature of the budget."""
+        return self.temperature
+
+    def features(self, network: nn.Module) -> dict[str, Feature]:
+        """Return the features that are kept for it: none."""
+        return {}
+
+    def fitted(self, sample: Sample) -> FittedTransform | PackedTopK | UInt8 | Dense:
+        """Choose by the rows of a sample, and fit to them."""
+        return self.fit(sample.logits, sample.images, sample.num_rows)
+
     def fit(
         self, logits: Tensor, images: Tensor | None = None, num_rows: int | None = None
     ) -> FittedTransform | PackedTopK | UInt8 | Dense:
@@ -62,7 +79,9 @@ class Auto(Component):
                 f"kind: auto cannot choose by {len(logits)} rows of {int(numbers.max()) + 1} images. "
                 f"Fix: {HELD_OUT} calibration images or more, or name the encoding"
             )
-        trial = _Trial(self, logits[~judged], logits[judged][:MOST_JUDGED], numbers[~judged], num_rows)
+        held_out = judged.nonzero()[:, 0]
+        few = held_out[:: -(-len(held_out) // MOST_JUDGED)]  # rows come by view and image: from all over
+        trial = _Trial(self, logits[~judged], logits[few], numbers[~judged], num_rows)
         # Float32 logits as they are meet every budget.
         return sorted(trial.choices(), key=lambda choice: choice.num_bytes)
 
@@ -98,7 +117,7 @@ class _Trial:
 
     def _judge(self, encoding: Transform | PackedTopK | UInt8 | Dense) -> Choice:
         tables, fitted = 0, encoding
-        ready: Fitted
+        ready: Coder
         if isinstance(fitted, Transform):
             ready = fitted.with_basis(self._basis, self._calibration)
             tables = sum(table.nbytes for table in ready.tables.values())

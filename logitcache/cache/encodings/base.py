@@ -1,9 +1,16 @@
 """What every encoding shares."""
 
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from logitcache.logits import Logits
+from logitcache.recipe import Component
+from logitcache.targets import Targets
 
 Storage = Literal["hot", "packed"]
 """hot: uncompressed, read in place by random access. packed: compressed, read by whole shards."""
@@ -25,3 +32,89 @@ class RowArray(NamedTuple):
     def num_bytes(self) -> int:
         """Bytes of a row, uncompressed."""
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+Tables = Mapping[str, NDArray[Any]]
+"""What an encoding was fitted to, beside its rows, by name."""
+
+
+class TableShape(NamedTuple):
+    """Shape and dtype of a table."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Coder(Protocol):
+    """An encoding of logits that is ready: both directions of its map, and the form and tables that rebuild it."""
+
+    @property
+    def form(self) -> Component:
+        """What the manifest says of it."""
+
+    @property
+    def tables(self) -> Tables:
+        """What lies beside the rows."""
+
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row of `num_classes` logits takes."""
+
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Encode logits [B, C]."""
+
+    def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
+        """Return the logits, or their encoded form."""
+
+
+class Sample(Protocol):
+    """What an encoding may be fitted to: a teacher, and its answers to some views, drawn when they are asked for."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network that answers."""
+
+    @property
+    def logits(self) -> Tensor:
+        """Logits [N, C] on the CPU."""
+
+    @property
+    def images(self) -> Tensor:
+        """The image that each row is a view of, int64 [N]."""
+
+    @property
+    def examples(self) -> Targets:
+        """Answers to a few views, with all features."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the whole cache."""
+
+
+class Plain(Component):
+    """An encoding that needs no fitting: its entry in a recipe is all there is to it."""
+
+    measured: ClassVar[bool] = True
+    temperature_of_errors: ClassVar[float] = 1.0
+    needs: ClassVar[tuple[str, ...]] = ()
+    tables: ClassVar[Tables] = {}
+
+    @property
+    def form(self) -> Self:
+        """Return itself."""
+        return self
+
+    def features(self, network: nn.Module) -> dict[str, Any]:
+        """Return the features that are kept for it: none."""
+        return {}
+
+    def fitted(self, sample: Sample) -> Self:
+        """Return itself."""
+        return self
+
+    def table_shapes(self, num_classes: int) -> dict[str, TableShape]:
+        """List the tables: none."""
+        return {}
+
+    def ready(self, tables: Tables) -> Self:
+        """Return itself."""
+        return self

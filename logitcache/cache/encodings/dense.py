@@ -4,15 +4,15 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from logitcache.cache.encodings.base import RowArray, Storage
-from logitcache.recipe import Component
-from logitcache.targets import Logits
+from logitcache.cache.encodings.base import Plain, RowArray, Storage
+from logitcache.logits import Logits
 
 
-class Dense(Component):
+class Dense(Plain):
     """All C logits of a row; float16 rounds to 11 bits, float32 is exact."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    measured: ClassVar[bool] = False
 
     kind: Literal["dense"] = "dense"
     dtype: Literal["float16", "float32"] = "float16"

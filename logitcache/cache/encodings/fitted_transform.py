@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.cache.encodings.base import RowArray
+from logitcache.cache.encodings.base import RowArray, Tables, TableShape
 from logitcache.cache.encodings.bits import pack_pairs, unpack_pairs
 from logitcache.cache.encodings.trellis import bits, half_steps, quantise, recurrence
-from logitcache.errors import CacheError, DataError
-from logitcache.recipe import Component, Count, Positive
-from logitcache.targets import CompactLogits, Logits
+from logitcache.errors import DataError, RecipeError
+from logitcache.logits import CompactLogits, Logits
+from logitcache.recipe import Component, Positive
 
 WIDE_LIMIT, BYTE_LIMIT, PAIR_LIMIT = 32767, 127, 7
 EXACT = 2**24
@@ -34,7 +33,11 @@ class TransformForm(Component):
     corrections, of which `correction_bytes` take one.
     """
 
+    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    needs: ClassVar[tuple[str, ...]] = ()
+
     kind: Literal["transform"] = "transform"
+    storage: Literal["packed"] = "packed"
     step: Positive
     wide: int = Number
     bytes: int = Number
@@ -47,34 +50,47 @@ class TransformForm(Component):
         """Coefficients of a row."""
         return self.wide + self.bytes + self.pairs
 
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row of `num_classes` logits takes; raises RecipeError for more numbers than these."""
+        if max(self.num_coefficients, self.corrections) > num_classes or self.correction_bytes > self.corrections:
+            raise RecipeError(f"a transform of {num_classes} classes cannot have {self!r}")
+        mended = self.corrections - self.correction_bytes
+        sized = (
+            ("wide", self.wide, "int16"),
+            ("byte", self.bytes, "int8"),
+            ("pair", -(-self.pairs // 2), "uint8"),
+            ("top_byte", self.correction_bytes, "int8"),
+            ("top_pair", -(-mended // 2), "uint8"),
+        )
+        rows = [RowArray(name, (size,), dtype, (name,), "component") for name, size, dtype in sized if size]
+        return (*rows, RowArray("mean", (), "int16", ()), RowArray("exponent", (), "uint8", ()))
+
+    def table_shapes(self, num_classes: int) -> dict[str, TableShape]:
+        """List the tables of a transform of `num_classes` logits; one that would be empty is left out."""
+        shapes = {
+            "basis": TableShape((self.num_coefficients, num_classes), "int16"),
+            "centre": TableShape((num_classes,), "int32"),
+            "deviation": TableShape((self.num_coefficients,), "float32"),
+            "correction_step": TableShape((self.corrections,), "float32"),
+        }
+        return {name: shape for name, shape in shapes.items() if 0 not in shape.shape}
+
+    def ready(self, tables: Tables) -> "FittedTransform":
+        """Restore the transform from its tables."""
+        return FittedTransform(self, tables)
+
 
 @dataclass(frozen=True, eq=False)
 class FittedTransform:
     """A transform with its basis.
 
-    tables: basis, int16 [K, C], in units of 2^-11; mean, int32 [C], in units of step · 2^-12; deviation, float32 [K],
-    of the coefficients in half steps; correction_step, float32 [corrections], in logits.
+    tables: basis, int16 [K, C], in units of 2^-11; centre, int32 [C], in units of step · 2^-12; deviation, float32 [K],
+    of the coefficients in half steps; correction_step, float32 [corrections], in logits, absent without corrections.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
-    storage: ClassVar[Literal["packed"]] = "packed"
-
-    description: TransformForm
-    tables: Mapping[str, NDArray[Any]]
+    form: TransformForm
+    tables: Tables = field(repr=False)
     _placed: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def rebuild(cls, description: TransformForm, tables: Mapping[str, NDArray[Any]]) -> Self:
-        """Restore a fitted transform. Raises CacheError for tables that do not fit the description."""
-        num_classes = tables["basis"].shape[-1] if "basis" in tables else 0
-        for name, (shape, dtype) in table_shapes(description, num_classes).items():
-            table = tables.get(name)
-            if table is None or table.shape != shape or table.dtype != np.dtype(dtype):
-                found = "absent" if table is None else f"{table.dtype} {list(table.shape)}"
-                raise CacheError(
-                    f"a transform's table {name!r} is {found}, not {dtype} {list(shape)}. Fix: precompute again"
-                )
-        return cls(description, tables)
 
     @property
     def num_classes(self) -> int:
@@ -84,26 +100,17 @@ class FittedTransform:
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
         """List the arrays that a row of `num_classes` logits takes."""
         assert num_classes == self.num_classes
-        form, mended = self.description, self.description.corrections - self.description.correction_bytes
-        sized = (
-            ("wide", form.wide, "int16"),
-            ("byte", form.bytes, "int8"),
-            ("pair", -(-form.pairs // 2), "uint8"),
-            ("top_byte", form.correction_bytes, "int8"),
-            ("top_pair", -(-mended // 2), "uint8"),
-        )
-        rows = [RowArray(name, (size,), dtype, (name,), "component") for name, size, dtype in sized if size]
-        return (*rows, RowArray("mean", (), "int16", ()), RowArray("exponent", (), "uint8", ()))
+        return self.form.arrays(num_classes)
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """Encode logits [B, C]. Raises DataError for a row that is not finite, or far beyond the calibration rows."""
-        form = self.description
+        form = self.form
         values = logits.float()
         mean = values.mean(dim=1, keepdim=True)
         centred = values - mean
         table = self._on(logits.device)
         with torch.autocast(logits.device.type, enabled=False):
-            exact = (centred / self._unit - table["mean"]) @ self._inverse(logits.device)
+            exact = (centred / self._unit - table["centre"]) @ self._inverse(logits.device)
         exponent = self._exponent(exact, mean[:, 0] / (form.step * MEAN_UNIT), table)
         scale = torch.ldexp(torch.ones_like(mean), exponent[:, None])
         rounded = quantise(exact / scale, table["bits"], table["limits"])
@@ -124,7 +131,7 @@ class FittedTransform:
         return CompactLogits(rows, num_classes, self._logits)
 
     def _logits(self, rows: Mapping[str, Tensor]) -> Tensor:
-        form, exponent = self.description, rows["exponent"].int()
+        form, exponent = self.form, rows["exponent"].int()
         table = self._on(exponent.device)
         rounded = _joined(rows, (form.wide, form.bytes, form.pairs), ("wide", "byte", "pair"))
         approximation, top = self._approximate(rounded, exponent, table)
@@ -142,16 +149,16 @@ class FittedTransform:
         """
         with torch.autocast(rounded.device.type, enabled=False):
             sums = (half_steps(rounded, table["recurrence"]) @ table["basis"]).long()
-        sums = (sums << exponent.long()[:, None]) + table["whole_mean"]
+        sums = (sums << exponent.long()[:, None]) + table["whole_centre"]
         num_classes = sums.shape[1]
         classes = torch.arange(num_classes, device=sums.device)
-        order = (sums * num_classes - classes).topk(self.description.corrections, dim=1).indices
+        order = (sums * num_classes - classes).topk(self.form.corrections, dim=1).indices
         return sums.float() * self._unit, order
 
     @property
     def _unit(self) -> float:
         """What one unit of the integer sums is in logits."""
-        return self.description.step / 2 / 2**11
+        return self.form.step / 2 / 2**11
 
     def _exponent(self, exact: Tensor, mean: Tensor, table: Mapping[str, Tensor]) -> Tensor:
         """Return by which power of two each row's steps are longer, so that it fits: int32 [B], 0 but for outliers.
@@ -159,7 +166,7 @@ class FittedTransform:
         A few coefficients a little beyond half a byte do not make a row's steps longer; they are cut where that costs
         less than a tenth of the error of rounding.
         """
-        form, size = self.description, exact.abs() / 2
+        form, size = self.form, exact.abs() / 2
         wide, narrow, pairs = torch.split(size, [form.wide, form.bytes, form.pairs], dim=1)
         excess = (pairs - PAIR_LIMIT - 0.5).clamp(min=0).square().sum(dim=1) > 0.1 * size.shape[1] / 12
         # By the Cauchy-Schwarz inequality no sum of products, in any order, is larger than the product of the norms;
@@ -192,7 +199,7 @@ class FittedTransform:
 
     def _limits(self) -> Tensor:
         """Return the largest whole number that each coefficient can be, float32 [K]."""
-        form = self.description
+        form = self.form
         sized = ((form.wide, WIDE_LIMIT), (form.bytes, BYTE_LIMIT), (form.pairs, PAIR_LIMIT))
         return torch.cat([torch.full((count,), float(limit)) for count, limit in sized])
 
@@ -200,26 +207,17 @@ class FittedTransform:
         """Return the tables on a device, in float32 but for the whole mean; copied there once."""
         if device not in self._placed:
             table = {name: torch.from_numpy(values.astype(np.float32)) for name, values in self.tables.items()}
-            table["whole_mean"] = torch.from_numpy(self.tables["mean"].astype(np.int64))
+            table.setdefault("correction_step", torch.empty(0))
+            table["whole_centre"] = torch.from_numpy(self.tables["centre"].astype(np.int64))
             table["column_norm"] = table["basis"].norm(dim=0).max()
             table["bits"] = bits(table["deviation"])
-            table["recurrence"] = recurrence(self.description.num_coefficients)
+            table["recurrence"] = recurrence(self.form.num_coefficients)
             table["limits"] = self._limits()
             self._placed[device] = {name: values.to(device) for name, values in table.items()}
         return self._placed[device]
 
 
 _TOP = ("top_wide", "top_byte", "top_pair")
-
-
-def table_shapes(form: TransformForm, num_classes: Count) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return the shape and the dtype of each table."""
-    return {
-        "basis": ((form.num_coefficients, num_classes), "int16"),
-        "mean": ((num_classes,), "int32"),
-        "deviation": ((form.num_coefficients,), "float32"),
-        "correction_step": ((form.corrections,), "float32"),
-    }
 
 
 def _largest(values: Tensor) -> Tensor:

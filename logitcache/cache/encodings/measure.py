@@ -1,7 +1,7 @@
 """What an encoding costs: bytes as they are stored, and divergence from the logits as they were."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,24 +9,11 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.encodings.base import RowArray
-from logitcache.targets import Logits, log_probs
+from logitcache.cache.encodings.base import Coder
+from logitcache.logits import Logits, log_probs
 
 LEVEL = 19
 QUANTILE = 0.999
-
-
-class Fitted(Protocol):
-    """An encoding that is ready to encode."""
-
-    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
-        """List the arrays of a row."""
-
-    def encode(self, logits: Tensor) -> dict[str, Tensor]:
-        """Encode logits [B, C]."""
-
-    def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
-        """Return the logits or their encoded form."""
 
 
 class Errors(NamedTuple):
@@ -69,13 +56,13 @@ def divergences(logits: Tensor, decoded: Logits, temperature: float) -> Tensor:
     return torch.where(difference.abs() < 1, small, kept.exp() - p + p * difference).sum(dim=1).clamp(min=0)
 
 
-def stored(fitted: Fitted, logits: Tensor) -> dict[str, NDArray[Any]]:
+def stored(fitted: Coder, logits: Tensor) -> dict[str, NDArray[Any]]:
     """Return the arrays of logits [B, C] as they are stored."""
     encoded = fitted.encode(logits)
     return {row.suffix: encoded[row.suffix].cpu().numpy().astype(row.dtype) for row in fitted.arrays(logits.shape[1])}
 
 
-def measure(fitted: Fitted, logits: Tensor, temperatures: Sequence[float], batch_size: int = 1024) -> list[Errors]:
+def measure(fitted: Coder, logits: Tensor, temperatures: Sequence[float], batch_size: int = 1024) -> list[Errors]:
     """Return the errors over logits [N, C], encoded, cast to the stored dtypes and decoded."""
     meter = ErrorMeter(temperatures)
     for batch in torch.split(logits, batch_size):
@@ -85,7 +72,7 @@ def measure(fitted: Fitted, logits: Tensor, temperatures: Sequence[float], batch
     return meter.errors()
 
 
-def stored_bytes(fitted: Fitted, logits: Tensor, compressed: bool = True) -> float:
+def stored_bytes(fitted: Coder, logits: Tensor, compressed: bool = True) -> float:
     """Return the bytes per row that logits [N, C] take in one chunk of packed storage, or uncompressed.
 
     Compressed with zstd at the level of packed arrays; numbers that zstd makes longer count as it leaves them.

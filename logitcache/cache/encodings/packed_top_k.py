@@ -5,17 +5,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logitcache.cache.encodings.base import RowArray, Storage
+from logitcache.cache.encodings.base import Plain, RowArray, Storage
 from logitcache.cache.encodings.bits import pack_bits, unpack_bits
 from logitcache.cache.encodings.top_k import TopK
-from logitcache.recipe import Component, Count, Positive
-from logitcache.targets import Logits, TopKLogits
+from logitcache.logits import Logits, TopKLogits
+from logitcache.recipe import Count, Positive
 
 LARGEST_FALL = 255
 SMALLEST_FLOAT16 = -65504.0
+TIE = 2**-16
 
 
-class PackedTopK(Component):
+class PackedTopK(Plain):
     """What `top_k` keeps: classes in ceil(log2 C) bits each, log-probabilities by how far each falls below the last.
 
     Log-probabilities are rounded to multiples of `step`. A fall beyond 255 steps, which is e^-16 at a step of 1/16,
@@ -57,7 +58,9 @@ class PackedTopK(Component):
 
     def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
         """Return the encoded form; it becomes a distribution at a temperature, on the device."""
-        log_p = rows["fall"].float().cumsum(dim=1) * -self.step
+        ranks = torch.arange(self.k, device=rows["fall"].device)
+        # What fell by nothing stays below: the first rank is the most probable class.
+        log_p = rows["fall"].float().cumsum(dim=1) * -self.step - ranks * TIE
         return TopKLogits(log_p, unpack_bits(rows["index"], _width(num_classes), self.k), rows["tail"], num_classes)
 
 

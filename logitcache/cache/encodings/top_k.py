@@ -5,13 +5,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logitcache.cache.encodings.base import RowArray, Storage
+from logitcache.cache.encodings.base import Plain, RowArray, Storage
 from logitcache.errors import RecipeError
-from logitcache.recipe import Component, Count
-from logitcache.targets import Logits, TopKLogits
+from logitcache.logits import Logits, TopKLogits
+from logitcache.recipe import Count
 
 
-class TopK(Component):
+class TopK(Plain):
     """The k largest log-probabilities and classes, and of the dropped ones: log total probability, mean, variance.
 
     Log-probabilities, not probabilities, since float16 has no room for small ones; never renormalised, since a

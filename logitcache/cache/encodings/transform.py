@@ -6,9 +6,11 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from logitcache.cache.encodings.base import Sample
 from logitcache.cache.encodings.basis import Basis, fit_basis
+from logitcache.cache.encodings.features import Feature
 from logitcache.cache.encodings.fitted_transform import BYTE_LIMIT, PAIR_LIMIT, FittedTransform, TransformForm
 from logitcache.recipe import Component, Positive
 
@@ -28,7 +30,8 @@ class Transform(Component):
     make the same everywhere, so that no index is stored.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    measured: ClassVar[bool] = True
+    temperature_of_errors: ClassVar[float] = 1.0
 
     kind: Literal["transform"] = "transform"
     step: Positive = 0.8
@@ -41,6 +44,14 @@ class Transform(Component):
         Raises RecipeError for fewer than two rows.
         """
         return self.with_basis(fit_basis(logits, images), logits)
+
+    def features(self, network: nn.Module) -> dict[str, Feature]:
+        """Return the features that are kept for it: none."""
+        return {}
+
+    def fitted(self, sample: Sample) -> FittedTransform:
+        """Fit to the rows of a sample."""
+        return self.fit(sample.logits, sample.images)
 
     def with_basis(self, basis: Basis, logits: Tensor) -> FittedTransform:
         """Choose the stored form for a fitted basis; the steps of the corrections come from calibration rows [N, C]."""
@@ -61,11 +72,11 @@ class Transform(Component):
         )
         tables = {
             "basis": (basis.vectors[:num] * BASIS_SCALE).round().short().cpu().numpy(),
-            "mean": (basis.mean / unit * BASIS_SCALE).round().int().cpu().numpy(),
+            "centre": (basis.mean / unit * BASIS_SCALE).round().int().cpu().numpy(),
             "deviation": deviation.cpu().numpy().astype(np.float32),
             "correction_step": steps.cpu().numpy().astype(np.float32),
         }
-        return FittedTransform(form, tables)
+        return FittedTransform(form, {name: table for name, table in tables.items() if table.size})
 
 
 def _leading(deviation: Tensor, limit: float) -> int:

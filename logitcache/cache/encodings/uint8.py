@@ -6,14 +6,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logitcache.cache.encodings.base import RowArray, Storage
-from logitcache.recipe import Component
-from logitcache.targets import CompactLogits, Logits
+from logitcache.cache.encodings.base import Plain, RowArray, Storage
+from logitcache.logits import CompactLogits, Logits
 
 LEVELS = 255
 
 
-class UInt8(Component):
+class UInt8(Plain):
     """All C logits of a row in even steps from its smallest to its largest; errs by half a step, (max - min) / 510."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})

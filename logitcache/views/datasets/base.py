@@ -2,17 +2,22 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from logitcache.errors import DataError
 from logitcache.recipe import Component, Count
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UNLABELLED = -1
+Labels = NDArray[np.int64 | np.int8]
+"""One class an image, int64 [n], -1 for none; or, of images of any number of classes, int8 [n, C]: 1 for a class that
+is there, 0 for one that is not, -1 where nobody knows."""
+
 _BLOCK = 1 << 16
 
 
@@ -24,12 +29,12 @@ class ImageDataset(Protocol):
         """Unique names in order; the same image keeps its name when the folder moves."""
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class indices [n]; -1 where there is no label."""
+    def labels(self) -> Labels:
+        """Class indices [n], -1 where there is no label; or multi-hot rows [n, C]."""
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; None where no image has a label."""
+        """Number of classes, of multi-hot labels C; None where no image has a label."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -52,28 +57,58 @@ class ImageDataset(Protocol):
 
 
 class Fingerprint(Component):
-    """What two data sets must share to be the same: names, order, classes, labels, sizes and every byte."""
+    """What two data sets must share to be the same: names, order, classes, labels, sizes and every byte.
+
+    `multi_label` says that labels are multi-hot.
+    """
 
     num_images: Count
     num_classes: Count | None
+    multi_label: bool = False
     class_names: Sha256 | None
     ids: Sha256
     labels: Sha256
     sizes: Sha256
     content: Sha256
 
+    @model_validator(mode="after")
+    def _classes_are_counted(self) -> Self:
+        if self.multi_label and self.num_classes is None:
+            raise ValueError("multi-hot labels of an unknown number of classes")
+        return self
+
 
 def fingerprint(dataset: ImageDataset) -> Fingerprint:
-    """Return the fingerprint of a data set; reads every image that is not remembered."""
+    """Return the fingerprint of a data set; reads every image that is not remembered.
+
+    Raises DataError for multi-hot labels of another number of classes than is stated.
+    """
+    labels = dataset.labels
+    if is_multi_label(labels) and labels.shape[1] != dataset.num_classes:
+        raise DataError(
+            f"labels {list(labels.shape)} are of {labels.shape[1]} classes, the data set's num_classes is "
+            f"{dataset.num_classes}.\n  Fix: one number for each class, or correct num_classes."
+        )
     return Fingerprint(
         num_images=len(dataset.ids),
         num_classes=dataset.num_classes,
+        multi_label=is_multi_label(labels),
         class_names=None if dataset.class_names is None else _names_digest(dataset.class_names),
         ids=_names_digest(dataset.ids),
-        labels=_numbers_digest(dataset.labels),
-        sizes=_numbers_digest(dataset.sizes()),
+        labels=_numbers_digest(labels, label_dtype(labels.ndim)),
+        sizes=_numbers_digest(dataset.sizes(), np.dtype("<i8")),
         content=content_digest(dataset.digests()),
     )
+
+
+def is_multi_label(labels: Labels) -> bool:
+    """Say whether images are of any number of classes each."""
+    return labels.ndim == 2
+
+
+def label_dtype(ndim: int) -> np.dtype[np.int64 | np.int8]:
+    """Return the type that labels of so many axes are stored and digested in."""
+    return np.dtype("<i8") if ndim == 1 else np.dtype(np.int8)
 
 
 def content_digest(digests: NDArray[np.uint64]) -> str:
@@ -98,11 +133,11 @@ def as_digests(words: Iterable[int]) -> NDArray[np.uint64]:
     return np.fromiter(words, np.uint64)
 
 
-def _numbers_digest(numbers: NDArray[np.int64]) -> str:
-    """Return the sha256 of int64 in little endian; block by block, as sizes may be a view of one row."""
+def _numbers_digest(numbers: Labels, dtype: np.dtype[Any]) -> str:
+    """Return the sha256 of whole numbers; block by block, as sizes may be a view of one row."""
     state = hashlib.sha256()
     for start in range(0, len(numbers), _BLOCK):
-        state.update(np.ascontiguousarray(numbers[start : start + _BLOCK], "<i8").data)
+        state.update(np.ascontiguousarray(numbers[start : start + _BLOCK], dtype).data)
     return state.hexdigest()
 
 

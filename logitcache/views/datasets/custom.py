@@ -33,8 +33,9 @@ def as_image_dataset(dataset: object, name: str = "the data set") -> ImageDatase
     """Return a map-style object as an ImageDataset; one that is an ImageDataset passes through.
 
     An item is an image or (image, label); an image is a PIL image, a uint8 tensor [C, H, W] or
-    [H, W], or a uint8 array [H, W, C] or [H, W]. `ids`, `classes` and `num_classes` of the object
-    are used. Raises DataError for anything else.
+    [H, W], or a uint8 array [H, W, C] or [H, W]; a label is the index of a class, or of any number
+    of classes a vector with 1 (there), 0 (not there) or -1 (unknown) for each. `ids`, `classes` and
+    `num_classes` of the object are used. Raises DataError for anything else.
     """
     if all(_offers(dataset, attribute) for attribute in _OFFERED):
         return cast(ImageDataset, dataset)

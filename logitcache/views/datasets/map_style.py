@@ -9,13 +9,14 @@ from torch import Tensor
 
 from logitcache.console import track
 from logitcache.errors import DataError, LogitCacheError
-from logitcache.views.datasets.base import UNLABELLED, as_digests, pixel_digest
+from logitcache.views.datasets.base import UNLABELLED, Labels, as_digests, is_multi_label, pixel_digest
+from logitcache.views.datasets.labels import LabelTable, as_label
 from logitcache.views.datasets.random_state import elsewhere, position, torch_untouched, untouched
 from logitcache.views.datasets.scan_memory import Scan, ScanMemory
 
 
 class MapStyle(Protocol):
-    """What is indexed: an image, or an image with its class."""
+    """What is indexed: an image, or an image with its class or its multi-hot classes."""
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> object: ...
@@ -49,17 +50,19 @@ class MapImages:
         self._draws = self._check_repeatable()
 
     @property
-    def labels(self) -> NDArray[np.int64]:
-        """Class indices [n]; -1 where there is no label."""
+    def labels(self) -> Labels:
+        """Class indices [n], -1 where there is no label; or multi-hot rows [n, C]."""
         return self.scan().labels
 
     @property
     def num_classes(self) -> int | None:
-        """What the object says, else one more than the largest label."""
+        """What the object says, else one more than the largest label; of multi-hot labels their length."""
+        stated = self._num_classes or (len(self._class_names) if self._class_names else None)
+        if is_multi_label(self.labels):
+            return self._num_columns(stated)
         largest = int(self.labels.max())
         if largest == UNLABELLED:
             return None
-        stated = self._num_classes or (len(self._class_names) if self._class_names else None)
         if stated is not None and largest >= stated:
             place = int(np.argmax(self.labels))
             raise DataError(
@@ -67,6 +70,15 @@ class MapImages:
                 f"{stated} classes.\n  Fix: count classes from 0, or correct num_classes."
             )
         return stated or largest + 1
+
+    def _num_columns(self, stated: int | None) -> int:
+        columns: int = self.labels.shape[1]
+        if stated not in (None, columns):
+            raise DataError(
+                f"labels of {self._name} are of {columns} classes, but there are {stated}.\n"
+                "  Fix: one number for each class, or correct num_classes and classes."
+            )
+        return columns
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -98,22 +110,27 @@ class MapImages:
 
     def _read_all(self) -> Scan:
         num_images = len(self.ids)
-        labels = np.empty(num_images, np.int64)
+        labels = LabelTable(num_images)
         sizes = np.empty((num_images, 2), np.int64)
 
         def digest(index: int) -> int:
-            image, labels[index] = self._item(index)
+            image, label = self._item(index)
+            try:
+                labels.put(index, label)
+            except ValueError as cause:
+                raise self._unusable(index, cause) from cause
             sizes[index] = image.shape[1:]
             return pixel_digest(image)
 
         places = track(range(num_images), f"reading {self._name}", num_images)
         with untouched():
-            return Scan(digests=as_digests(digest(index) for index in places), labels=labels, sizes=sizes)
+            digests = as_digests(digest(index) for index in places)
+        return Scan(labels.values, sizes, digests)
 
-    def _item(self, index: int) -> tuple[Tensor, int]:
+    def _item(self, index: int) -> tuple[Tensor, Labels]:
         image, label = self._image(index)
         try:
-            return image, _as_label(label)
+            return image, as_label(label)
         except Exception as cause:  # numpy may raise anything too
             raise self._unusable(index, cause) from cause
 
@@ -145,7 +162,7 @@ class MapImages:
                 draws |= position() != before
             with elsewhere(2):
                 again, label_again = self._item(index)
-            if pixel_digest(first) != pixel_digest(again) or label != label_again:
+            if pixel_digest(first) != pixel_digest(again) or not np.array_equal(label, label_again):
                 raise DataError(
                     f"image '{self.ids[index]}' of {self._name} comes out different when it is "
                     "read twice.\n  Fix: take random augmentation out of it; the views augment."
@@ -175,18 +192,3 @@ def _split(item: object) -> tuple[object, object]:
     if len(item) not in (1, 2):
         raise ValueError(f"an item is an image or (image, label), not {len(item)} values")
     return item[0], item[1] if len(item) == 2 else None
-
-
-def _as_label(label: object) -> int:
-    """Return a class index; raises ValueError for what is not one whole number."""
-    if label is None:
-        return UNLABELLED
-    value = np.asarray(label)
-    if value.ndim != 0 or value.dtype.kind not in "iu":
-        raise ValueError(
-            f"a label is one whole number, -1 or None, not {label!r} ({type(label).__name__}). "
-            "Return the index of the class"
-        )
-    if int(value) < UNLABELLED:
-        raise ValueError(f"a label is -1 (none), 0 or more, not {int(value)}")
-    return int(value)

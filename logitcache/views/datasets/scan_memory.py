@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 
 from logitcache import stamps
 from logitcache.files import keep, kept, user_cache_directory
+from logitcache.views.datasets.base import Labels, is_multi_label, label_dtype
 
+_HEAD = 32 + 8  # the digest of the files' stamps, and the columns of multi-hot labels
 _MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
 
 
 class Scan(NamedTuple):
-    """Labels [n], sizes [n, 2] (height, width) and digests [n] of all images."""
+    """Labels [n] or [n, C], sizes [n, 2] (height, width) and digests [n] of all images."""
 
-    labels: NDArray[np.int64]
+    labels: Labels
     sizes: NDArray[np.int64]
     digests: NDArray[np.uint64]
 
@@ -39,20 +41,27 @@ class ScanMemory:
     def recall(self, num_images: int) -> Scan | None:
         """Return what was found before, if no file has changed since."""
         stored = kept(self._path())
-        if stored is None or len(stored) != 32 + 32 * num_images:
+        if stored is None or len(stored) < _HEAD + 24 * num_images:
             return None
         state = self._state()
         if state is None or stored[:32] != state:
             return None
-        labels, sizes, digests = np.split(np.frombuffer(stored, "<u8", offset=32), [num_images, 3 * num_images])
-        return Scan(labels.astype(np.int64), sizes.astype(np.int64).reshape(-1, 2), digests.astype(np.uint64))
+        numbers = np.frombuffer(stored, "<u8", 3 * num_images, _HEAD)
+        labels = _labels(stored[_HEAD + numbers.nbytes :], num_images, int.from_bytes(stored[32:_HEAD], "little"))
+        if labels is None:
+            return None
+        sizes, digests = np.split(numbers, [2 * num_images])
+        return Scan(labels, sizes.astype(np.int64).reshape(-1, 2), digests.astype(np.uint64))
 
     def remember(self, scan: Scan) -> None:
         """Keep what a pass found, unless a file changed around the opening or since."""
         state = self._state()
         if state is not None:
-            found = [scan.labels.astype("<i8"), scan.sizes.astype("<i8"), scan.digests.astype("<u8")]
-            keep(self._path(), state + b"".join(part.tobytes() for part in found))
+            columns = scan.labels.shape[1] if is_multi_label(scan.labels) else 0
+            labels = scan.labels.astype(label_dtype(scan.labels.ndim))
+            found = [scan.sizes.astype("<i8"), scan.digests.astype("<u8"), labels]
+            head = state + columns.to_bytes(8, "little")
+            keep(self._path(), head + b"".join(part.tobytes() for part in found))
 
     def _path(self) -> Path | None:
         directory = user_cache_directory()
@@ -77,3 +86,12 @@ class ScanMemory:
                     return None
                 state.update(os.fsencode(path) + repr(stamp).encode() + b"\n")
         return state.digest()
+
+
+def _labels(stored: bytes, num_images: int, columns: int) -> Labels | None:
+    """Read the labels of a scan, of so many columns or, with 0, of one class an image; None for another length."""
+    if len(stored) != num_images * (columns or 8):
+        return None
+    if columns:
+        return np.frombuffer(stored, np.int8).reshape(num_images, columns)
+    return np.frombuffer(stored, "<i8").astype(np.int64)

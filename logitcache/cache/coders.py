@@ -1,0 +1,84 @@
+"""From rows of arrays to targets, and back: the encodings of a cache. Their tables are read when first needed."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.arrays import ArrayGroup
+from logitcache.cache.encodings import Coder, FittedFeature, Tables
+from logitcache.cache.layout import Layout
+from logitcache.cache.manifest import LOGITS, Manifest
+from logitcache.cache.skeleton import read_tables
+from logitcache.logits import NO_LOGITS, Logits
+from logitcache.targets import FeatureValues, Targets
+
+Rows = Mapping[str, NDArray[Any]]
+"""Rows by array name."""
+
+
+class Coders:
+    """The encodings of every target of a cache, by the name of its group."""
+
+    def __init__(self, root: Path, manifest: Manifest, layout: Layout) -> None:
+        self._root, self._manifest, self._layout = root, manifest, layout
+
+    def targets(self, rows: Rows) -> dict[str, Targets]:
+        """Decode rows [B, ...] of all arrays into targets by teacher, as far as the cache's dtypes go."""
+        found = {}
+        for name in self._manifest.teachers:
+            groups = {group.target: group for group in self._layout.of(name)}
+            logits = groups.pop(LOGITS, None)
+            features = {
+                target: self.features[group.name].decode(_tensors(group, rows)) for target, group in groups.items()
+            }
+            found[name] = Targets(NO_LOGITS if logits is None else self._logits(logits, rows, features), features)
+        return found
+
+    @cached_property
+    def logits(self) -> dict[str, Coder]:
+        """Those of logits."""
+        coders: dict[str, Coder] = {}
+        for group in self._layout.targets:
+            stored = self._manifest.teachers[group.teacher].stored_logits
+            if group.target == LOGITS and stored is not None:
+                coders[group.name] = stored.form.ready(self._tables(group))
+        return coders
+
+    @cached_property
+    def features(self) -> dict[str, FittedFeature]:
+        """Those of features."""
+        coders = {}
+        for group in self._layout.targets:
+            if group.target != LOGITS:
+                entry = self._manifest.teachers[group.teacher]
+                stored, kind = entry.stored_features[group.target], entry.features[group.target].kind
+                coders[group.name] = FittedFeature(stored.form, self._tables(group), kind, stored.shape)
+        return coders
+
+    def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
+        """Return weight [C, D] and bias [C] of the linear layer that a teacher's logits are kept as, or None."""
+        coder = self.logits.get(f"{teacher}.{LOGITS}")
+        if coder is None or "weight" not in coder.tables:
+            return None
+        weight = torch.from_numpy(np.array(coder.tables["weight"]))
+        bias = coder.tables.get("bias")
+        return weight, torch.zeros(len(weight)) if bias is None else torch.from_numpy(np.array(bias))
+
+    def _logits(self, group: ArrayGroup, rows: Rows, features: Mapping[str, FeatureValues]) -> Logits:
+        num_classes = self._manifest.teachers[group.teacher].num_classes
+        assert num_classes is not None
+        kept = {name: value for name, value in features.items() if isinstance(value, Tensor)}
+        return self.logits[group.name].decode(kept | _tensors(group, rows), num_classes)
+
+    def _tables(self, group: ArrayGroup) -> Tables:
+        return read_tables(self._root, group)
+
+
+def _tensors(group: ArrayGroup, rows: Rows) -> dict[str, Tensor]:
+    return {array.suffix: torch.from_numpy(rows[array.name]) for array in group.rows}

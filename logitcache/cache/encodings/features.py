@@ -1,0 +1,195 @@
+"""Features: what is taken of a tap, and how it is kept."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from logitcache import features
+from logitcache.cache.encodings.base import RowArray, Storage, Tables, TableShape
+from logitcache.errors import RecipeError
+from logitcache.features import FeatureKind
+from logitcache.recipe import Component, Count
+from logitcache.targets import CompactFeature, FeatureValues
+
+LEVELS = 127
+DIMS: dict[tuple[str, int], tuple[str, ...]] = {
+    ("pooled", 1): ("channel",),
+    ("maps", 1): ("channel",),
+    ("maps", 2): ("token", "channel"),
+    ("maps", 3): ("channel", "height", "width"),
+    ("attention", 1): ("token",),
+    ("attention", 2): ("height", "width"),
+    ("grad_cam", 1): ("token",),
+    ("grad_cam", 2): ("height", "width"),
+}
+"""Names of a feature's axes, by its kind and how many it has."""
+
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "pooled": features.pooled,
+    "maps": lambda values: values,
+    "attention": features.attention,
+}
+
+
+class Feature(Component):
+    """What a module inside the teacher puts out, or takes in (`tap: path:input`).
+
+    pooled: the mean over places or tokens. maps: as it is. attention: the mean of squares over channels. grad_cam:
+    where the logit of the label (of the answer, without one) gets its evidence. `size` brings maps to a smaller height
+    and width; `channels` keeps the leading components of a basis fitted to calibration rows, and gives back features of
+    full width. int8 keeps a float16 scale for each channel of maps, each token, or each vector.
+    """
+
+    kind: FeatureKind
+    tap: Annotated[str, Field(min_length=1, max_length=200)]
+    size: Count | tuple[Count, Count] | None = None
+    channels: Count | None = None
+    dtype: Literal["float16", "float32", "int8"] = "float16"
+    storage: Storage = "hot"
+
+    @model_validator(mode="after")
+    def _options_agree(self) -> Self:
+        if self.size is not None and self.kind == "pooled":
+            raise ValueError("size is of maps: a pooled feature has none. Leave it out")
+        if self.channels is not None and self.kind not in ("pooled", "maps"):
+            raise ValueError(f"channels: {self.kind} has one channel. Leave it out")
+        return self
+
+    @property
+    def measured(self) -> bool:
+        """Whether the error of every row is recorded: more than the rounding of a float."""
+        return self.channels is not None or self.dtype == "int8"
+
+    def take(self, values: Tensor, gradient: Tensor | None) -> Tensor:
+        """Reduce what a tap holds [B, ...]; `gradient` is that of the class's logit, for grad_cam."""
+        if self.size is not None:
+            values = features.as_maps(values)
+            gradient = None if gradient is None else features.as_maps(gradient)
+        if gradient is not None and self.kind == "grad_cam":
+            values = features.grad_cam(values, gradient)
+        else:
+            values = _REDUCTIONS[self.kind](values)
+        if self.size is not None:
+            values = features.resized(values, (self.size, self.size) if isinstance(self.size, int) else self.size)
+        if (self.kind, values.ndim - 1) not in DIMS:
+            raise RecipeError(
+                f"the tap {self.tap!r} holds {list(values.shape[1:])} for each image, which is neither a vector [C], "
+                "tokens [N, D] nor maps [C, H, W]. Fix: tap another module"
+            )
+        return values.float()
+
+    def fitted(self, vectors: Callable[[], Tensor], shape: tuple[int, ...]) -> "FittedFeature":
+        """Fit to vectors of channels [M, C], which are only asked for where there is something to fit."""
+        form = FeatureForm(dtype=self.dtype, storage=self.storage, channels=self.channels)
+        if self.channels is None:
+            return FittedFeature(form, {}, self.kind, shape)
+        if self.channels >= shape[form.axis(shape)]:
+            raise RecipeError(
+                f"channels: {self.channels} of {shape[form.axis(shape)]} at the tap {self.tap!r}: that is all. Fix: "
+                "fewer, or leave it out"
+            )
+        sample = vectors().double()
+        mean = sample.mean(dim=0)
+        scatter = (sample - mean).T @ (sample - mean)
+        basis = torch.linalg.eigh(scatter).eigenvectors.flip(1).T[: self.channels]
+        tables = {"centre": mean.float().numpy(), "basis": basis.float().contiguous().numpy()}
+        return FittedFeature(form, tables, self.kind, shape)
+
+
+class FeatureForm(Component):
+    """How a feature is kept: its numbers, or their components in the basis that lies beside them."""
+
+    dtype: Literal["float16", "float32", "int8"]
+    storage: Storage
+    channels: Count | None = None
+
+    def axis(self, shape: tuple[int, ...]) -> int:
+        """Return the axis of channels of a feature of shape [C], [N, D] or [C, H, W]."""
+        return 1 if len(shape) == 2 else 0
+
+    def kept_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of what is kept of a feature."""
+        axis = self.axis(shape)
+        return shape if self.channels is None else (*shape[:axis], self.channels, *shape[axis + 1 :])
+
+    def arrays(self, kind: FeatureKind, shape: tuple[int, ...]) -> tuple[RowArray, ...]:
+        """List the arrays that a feature takes. Raises RecipeError for a shape that its kind does not have."""
+        if (kind, len(shape)) not in DIMS:
+            raise RecipeError(f"a feature of kind {kind} has no shape {list(shape)}")
+        dims, kept = DIMS[kind, len(shape)], self.kept_shape(shape)
+        if self.dtype != "int8":
+            return (RowArray("", kept, self.dtype, dims),)
+        scales = kept[:1] if len(kept) > 1 else ()
+        return (RowArray("level", kept, "int8", dims), RowArray("scale", scales, "float16", dims[: len(scales)]))
+
+    def table_shapes(self, shape: tuple[int, ...]) -> dict[str, TableShape]:
+        """List the tables: those of a basis, where there is one."""
+        if self.channels is None:
+            return {}
+        width = shape[self.axis(shape)]
+        return {"centre": TableShape((width,), "float32"), "basis": TableShape((self.channels, width), "float32")}
+
+
+@dataclass(frozen=True, eq=False)
+class FittedFeature:
+    """Both directions between features [B, *shape] and their arrays.
+
+    tables: centre, float32 [C], and basis, float32 [K, C], orthonormal rows, where channels are projected.
+    """
+
+    form: FeatureForm
+    tables: Tables = field(repr=False)
+    kind: FeatureKind
+    shape: tuple[int, ...]
+    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    gives: ClassVar[frozenset[str]] = frozenset()
+
+    def encode(self, values: Tensor) -> dict[str, Tensor]:
+        """Encode features, float32 [B, *shape]."""
+        kept = self._projected(values)
+        if self.form.dtype != "int8":
+            return {"": kept.half() if self.form.dtype == "float16" else kept}
+        axes = tuple(range(2 if kept.ndim > 2 else 1, kept.ndim))
+        # Float16 rounds; levels are counted with the rounded scale, which is a little larger so that they fit.
+        scale = (kept.abs().amax(dim=axes) / LEVELS * (1 + 2**-10)).half()
+        wide = scale.float().clamp(min=2**-24).reshape(*scale.shape, *(1,) * len(axes))
+        return {"level": (kept / wide).round().clamp(-LEVELS, LEVELS).to(torch.int8), "scale": scale}
+
+    def decode(self, rows: Mapping[str, Tensor]) -> FeatureValues:
+        """Return the features as they are kept, or their encoded form, which becomes float32 on the device."""
+        if self.form.dtype != "int8" and self.form.channels is None:
+            return rows[""]
+        return CompactFeature(rows, self.shape, self._values)
+
+    def _values(self, rows: Mapping[str, Tensor]) -> Tensor:
+        if self.form.dtype == "int8":
+            level, scale = rows["level"].float(), rows["scale"].float()
+            kept = level * scale.reshape(*scale.shape, *(1,) * (level.ndim - scale.ndim))
+        else:
+            kept = rows[""].float()
+        if self.form.channels is None:
+            return kept
+        centre, basis = self._on(kept.device)
+        axis = self.form.axis(self.shape) + 1
+        with torch.autocast(kept.device.type, enabled=False):
+            return (kept.movedim(axis, -1) @ basis + centre).movedim(-1, axis)
+
+    def _projected(self, values: Tensor) -> Tensor:
+        if self.form.channels is None:
+            return values.float()
+        centre, basis = self._on(values.device)
+        axis = self.form.axis(self.shape) + 1
+        with torch.autocast(values.device.type, enabled=False):
+            return ((values.float().movedim(axis, -1) - centre) @ basis.T).movedim(-1, axis)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._placed:
+            centre, basis = (torch.from_numpy(np.array(self.tables[name])).to(device) for name in ("centre", "basis"))
+            self._placed[device] = centre, basis
+        return self._placed[device]

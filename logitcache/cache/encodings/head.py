@@ -1,0 +1,142 @@
+"""Logits as what the last linear layer takes in, with its weights: exact for any number of classes, at its width."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from logitcache.cache.encodings.base import RowArray, Sample, Storage, Tables, TableShape
+from logitcache.cache.encodings.features import Feature
+from logitcache.errors import RecipeError
+from logitcache.logits import CompactLogits, Logits
+from logitcache.models.taps import INPUT
+from logitcache.recipe import Component, Count, Name
+from logitcache.targets import feature_values
+
+PENULTIMATE = "penultimate"
+"""The feature that a head's input is kept as."""
+
+TOLERANCE = 0.02
+"""Of the largest logit: bfloat16 has 8 bits."""
+
+
+class Head(Component):
+    """The head's input in place of its output: a feature named `penultimate`, which losses of features use as well.
+
+    `module` is the path of the linear layer; by default the last one of the network.
+    """
+
+    measured: ClassVar[bool] = True
+    temperature_of_errors: ClassVar[float] = 1.0
+
+    kind: Literal["head"] = "head"
+    module: str | None = None
+    dtype: Literal["float16", "float32"] = "float16"
+    storage: Storage = "hot"
+
+    def path(self, network: nn.Module) -> str:
+        """Return the path of the linear layer. Raises RecipeError where there is none."""
+        linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+        path = self.module if self.module is not None or not linear else linear[-1]
+        if path is None or path not in linear:
+            what = "the network has none" if path is None else f"{path!r} is none"
+            raise RecipeError(f"kind: head keeps the input of an nn.Linear, and {what}. Fix: one of {linear}, or dense")
+        return path
+
+    def features(self, network: nn.Module) -> dict[str, Feature]:
+        """Return the features that are kept for it."""
+        tap = self.path(network) + INPUT
+        return {PENULTIMATE: Feature(kind="maps", tap=tap, dtype=self.dtype, storage=self.storage)}
+
+    def fitted(self, sample: Sample) -> "FittedHead":
+        """Take the weights. Raises RecipeError where the logits are not what the layer puts out."""
+        path = self.path(sample.network)
+        layer = sample.network.get_submodule(path)
+        assert isinstance(layer, nn.Linear)
+        weight = layer.weight.detach().float().cpu().numpy()
+        parameters = dict(layer.named_parameters())
+        bias = {"bias": parameters["bias"].detach().float().cpu().numpy()} if "bias" in parameters else {}
+        form = HeadForm(width=weight.shape[1], bias=bool(bias), storage=self.storage)
+        head = FittedHead(form, {"weight": weight, **bias})
+        values, logits = feature_values(sample.examples.features[PENULTIMATE]).cpu(), sample.examples.logits
+        assert isinstance(logits, Tensor)
+        logits = logits.float().cpu()
+        found = head.logits(values) if values.shape[1:] == weight.shape[1:] else logits.new_full((1, 1), torch.inf)
+        if found.shape != logits.shape or float((found - logits).abs().max()) > TOLERANCE * float(logits.abs().max()):
+            raise RecipeError(
+                f"kind: head: the logits are not what {path!r} puts out. Fix: `module:` names the layer that ends the "
+                "network, or kind: transform"
+            )
+        return head
+
+
+class HeadForm(Component):
+    """A linear layer of some width, with a bias or without, on the feature `feature`."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+
+    kind: Literal["head"] = "head"
+    feature: Name = PENULTIMATE
+    width: Count
+    bias: bool
+    storage: Storage
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The features that it is decoded from."""
+        return (self.feature,)
+
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row takes: none beside the feature."""
+        return ()
+
+    def table_shapes(self, num_classes: int) -> dict[str, TableShape]:
+        """List the weights of the layer."""
+        bias = {"bias": TableShape((num_classes,), "float32")} if self.bias else {}
+        return {"weight": TableShape((num_classes, self.width), "float32"), **bias}
+
+    def ready(self, tables: Tables) -> "FittedHead":
+        """Restore the layer from its weights."""
+        return FittedHead(self, tables)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """A linear layer: tables weight, float32 [C, D], and bias, float32 [C], where it has one."""
+
+    form: HeadForm
+    tables: Tables = field(repr=False)
+    _placed: dict[torch.device, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
+
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row takes: none beside the feature."""
+        return self.form.arrays(num_classes)
+
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Keep nothing of the logits: the feature is kept as such."""
+        return {}
+
+    def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
+        """Return the encoded form, which becomes float32 logits on the device; rows hold the feature."""
+        return CompactLogits({self.form.feature: rows[self.form.feature]}, num_classes, self._decoded)
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """Return logits, float32 [B, C], for inputs [B, D]."""
+        weight, bias = self._on(inputs.device)
+        with torch.autocast(inputs.device.type, enabled=False):
+            return functional.linear(inputs.float(), weight, bias)
+
+    def _decoded(self, rows: Mapping[str, Tensor]) -> Tensor:
+        return self.logits(rows[self.form.feature])
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        if device not in self._placed:
+            weight, bias = (self.tables.get(name) for name in ("weight", "bias"))
+            assert weight is not None
+            placed = torch.from_numpy(np.array(weight)).to(device)
+            self._placed[device] = placed, None if bias is None else torch.from_numpy(np.array(bias)).to(device)
+        return self._placed[device]

@@ -1,0 +1,33 @@
+"""Where the labels of a cache lie: one array of one uncompressed chunk, whose file is its values."""
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from logitcache.views.datasets.base import Fingerprint, label_dtype
+
+
+class LabelFile(NamedTuple):
+    """The key of the labels, with their shape, [N] or [N, C], and type."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def label_file(recorded: Fingerprint) -> LabelFile:
+    """Return where the labels of the images of a fingerprint lie."""
+    classes = (recorded.num_classes or 0,) if recorded.multi_label else ()
+    shape = (recorded.num_images, *classes)
+    return LabelFile(label_key(len(shape)), shape, label_dtype(len(shape)))
+
+
+def label_key(ndim: int) -> str:
+    """Return the key of labels of so many axes."""
+    return f"label/c{'/0' * ndim}"

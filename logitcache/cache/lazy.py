@@ -1,0 +1,105 @@
+"""Targets as Dask arrays: each chunk is a shard, which is read and decoded where and when it is computed."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+from dask.base import tokenize
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.arrays import ArrayLayout, Shard
+from logitcache.cache.coders import Coders
+from logitcache.cache.layout import Layout, layout_of
+from logitcache.cache.manifest import LOGITS, Manifest
+from logitcache.cache.unpack import Unpacker
+from logitcache.cache.verify import require_intact
+from logitcache.logits import Logits, dense_logits, log_probs
+from logitcache.targets import feature_values
+
+
+def as_dask(root: Path, manifest: Manifest) -> dict[str, dict[str, da.Array]]:
+    """Return every target by teacher and name, float32 [V, N, ...]; nothing is read yet."""
+    return {
+        teacher: {target: _array(root, manifest, teacher, target) for target in targets}
+        for teacher, targets in manifest.targets.items()
+    }
+
+
+def _array(root: Path, manifest: Manifest, teacher: str, target: str) -> da.Array:
+    manifest = manifest.restricted(manifest.views.num_views, {teacher: [target]})
+    reader = _ShardReader(root, manifest, teacher, target)
+    layout = reader.layout
+    rows = tuple(layout.shard(0, number) for number in range(layout.shards_per_view))
+    chunks = ((1,) * layout.num_views, tuple(shard.stop - shard.start for shard in rows), *((n,) for n in reader.shape))
+    return da.map_blocks(
+        _decoded,
+        reader=reader,
+        chunks=chunks,
+        dtype=np.float32,
+        meta=np.empty((0,) * len(chunks), np.float32),
+        name=f"{teacher}.{target}-{tokenize(str(root.absolute()), manifest.digest())}",
+    )
+
+
+def _decoded(reader: "_ShardReader", block_id: tuple[int, ...]) -> NDArray[np.float32]:
+    return reader(*block_id[:2])
+
+
+@dataclass(frozen=True)
+class _ShardReader:
+    """Read one target of whole shards. It can be pickled: each process reads tables and metadata itself."""
+
+    root: Path
+    manifest: Manifest
+    teacher: str
+    target: str
+
+    def __call__(self, view: int, number: int) -> NDArray[np.float32]:
+        """Return what was answered to the rows of a shard, [1, rows, ...]; raise CacheError where it is damaged."""
+        shard = self.layout.shard(view, number)
+        require_intact(self.root, self.layout, [shard])
+        rows = {array.name: self._rows(array, shard) for group in self.layout.targets for array in group.rows}
+        targets = self._coders.targets(rows)[self.teacher]
+        found = _dense(targets.logits) if self.target == LOGITS else feature_values(targets.features[self.target])
+        values: NDArray[np.float32] = found.float().numpy()[None]
+        return values
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _ShardReader, (self.root, self.manifest, self.teacher, self.target)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The arrays of this target, and of those that it is decoded with."""
+        return replace(layout_of(self.manifest), views=None)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What a row decodes to."""
+        entry = self.manifest.teachers[self.teacher]
+        if self.target != LOGITS:
+            return entry.stored_features[self.target].shape
+        assert entry.num_classes is not None
+        return (entry.num_classes,)
+
+    @cached_property
+    def _coders(self) -> Coders:
+        return Coders(self.root, self.manifest, self.layout)
+
+    def _rows(self, array: ArrayLayout, shard: Shard) -> NDArray[Any]:
+        if array.storage == "packed":
+            return Unpacker(self.root, array)(shard)
+        shape = (shard.stop - shard.start, *array.row_shape)
+        # Rows come first in the file of a hot shard, whose size has been compared.
+        return np.fromfile(self.root / array.file(shard), array.dtype, int(np.prod(shape))).reshape(shape)
+
+
+def _dense(logits: Logits) -> Tensor:
+    """Return logits [B, C]; of a form that keeps a distribution alone its log-probabilities, which are logits of it."""
+    try:
+        return dense_logits(logits)
+    except TypeError:
+        return log_probs(logits)

@@ -1,0 +1,57 @@
+"""The errors of an encoding over all rows: a histogram for each shard, which add up in any order."""
+
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from logitcache.recipe import Component, Float
+
+LOWEST, OCTAVES, PER_OCTAVE = -40, 48, 8
+"""Bins from 2^-40 to 2^8, an eighth of an octave each; what is smaller or larger is in the first or last."""
+
+SUM, MAX, COUNTS = 0, 1, 2
+NUM_STATISTICS = COUNTS + OCTAVES * PER_OCTAVE
+QUANTILE = 0.999
+Error = Annotated[Float, Field(ge=0.0)]
+
+
+class RowErrors(Component):
+    """Mean, 99.9th percentile (up to the next eighth of an octave) and maximum over all rows.
+
+    Of logits KL(full ‖ decoded) in nats at `temperature`; of a feature, without one, squared error over squares.
+    """
+
+    temperature: Error | None
+    mean: Error
+    p999: Error
+    max: Error
+
+
+def statistics_of(errors: Tensor) -> NDArray[np.float64]:
+    """Return the statistics [S] of the errors [B] of a batch: sum, maximum, and how many fall into each bin."""
+    values = errors.double().cpu().numpy()
+    with np.errstate(divide="ignore"):
+        place = np.floor((np.log2(values) - LOWEST) * PER_OCTAVE)
+    bins = np.clip(place, 0, OCTAVES * PER_OCTAVE - 1).astype(np.int64)
+    counts = np.bincount(bins, minlength=OCTAVES * PER_OCTAVE)
+    return np.concatenate([[values.sum(), values.max(initial=0.0)], counts])
+
+
+def add(total: NDArray[np.float64], more: NDArray[np.float64]) -> None:
+    """Add statistics [S] to a total, in place."""
+    largest = max(total[MAX], more[MAX])
+    total += more
+    total[MAX] = largest
+
+
+def summary(shards: NDArray[np.float64], temperature: float | None) -> RowErrors:
+    """Return the errors over all rows of shards with statistics [N, S]."""
+    counts = shards[:, COUNTS:].sum(axis=0)
+    largest, num_rows = float(shards[:, MAX].max()), counts.sum()
+    reached = int(np.searchsorted(counts.cumsum(), QUANTILE * num_rows))
+    upper = 2.0 ** (LOWEST + (reached + 1) / PER_OCTAVE)
+    mean = float(shards[:, SUM].sum() / num_rows)
+    return RowErrors(temperature=temperature, mean=mean, p999=min(upper, largest), max=largest)

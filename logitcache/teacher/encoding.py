@@ -1,0 +1,53 @@
+"""From a teacher's answers to the arrays that are kept of them, with the error of every row."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from logitcache.cache.arrays import ArrayGroup
+from logitcache.cache.coders import Coders
+from logitcache.cache.encodings.measure import divergences
+from logitcache.cache.manifest import LOGITS, TeacherEntry
+from logitcache.targets import FeatureValues, Targets, feature_values
+
+
+class Encoded(NamedTuple):
+    """The arrays of a target by suffix, [B, ...] each, and the errors of its rows [B] where these are recorded."""
+
+    arrays: dict[str, Tensor]
+    errors: Tensor | None
+
+
+def encode(coders: Coders, entry: TeacherEntry, groups: Sequence[ArrayGroup], answers: Targets) -> dict[str, Encoded]:
+    """Encode a batch's answers on the device they are on, by target: those of `groups`, and what these need."""
+    teacher = groups[0].teacher
+    measured = {group.target: group.errors is not None for group in groups}
+    needed = () if entry.stored_logits is None or LOGITS not in measured else entry.stored_logits.form.needs
+    found: dict[str, Encoded] = {}
+    kept: dict[str, Tensor] = {}
+    for name in entry.features:
+        if name in measured or name in needed:
+            coder, exact = coders.features[f"{teacher}.{name}"], feature_values(answers.features[name])
+            arrays = coder.encode(exact)
+            decoded = coder.decode(arrays)
+            found[name] = Encoded(arrays, _squared_error(decoded, exact) if measured.get(name) else None)
+            kept[name] = feature_values(decoded)
+    if LOGITS in measured:
+        assert entry.logits is not None
+        assert entry.num_classes is not None
+        assert isinstance(answers.logits, Tensor)
+        logits = coders.logits[f"{teacher}.{LOGITS}"]
+        arrays = logits.encode(answers.logits)
+        errors = None
+        if measured[LOGITS]:
+            back = logits.decode({**kept, **arrays}, entry.num_classes)
+            errors = divergences(answers.logits, back, entry.logits.temperature_of_errors)
+        found[LOGITS] = Encoded(arrays, errors)
+    return found
+
+
+def _squared_error(decoded: FeatureValues, exact: Tensor) -> Tensor:
+    """Return squared error over squares, [B]."""
+    difference, whole = (feature_values(decoded) - exact).flatten(1), exact.flatten(1)
+    return difference.square().sum(dim=1) / whole.square().sum(dim=1).clamp(min=1e-30)

@@ -1,0 +1,130 @@
+"""Decide how everything that is asked for is kept: fit encodings to a calibration sample of each teacher."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.layout import Layout, layout_of
+from logitcache.cache.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
+from logitcache.cache.skeleton import table_bytes, table_problems
+from logitcache.device import to_device
+from logitcache.errors import CacheError, LogitCacheError, RecipeError
+from logitcache.targets import Targets
+from logitcache.teacher.calibration import Calibration
+from logitcache.teacher.models import Teacher
+from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.views.spec import Views
+
+Tables = Mapping[str, NDArray[np.generic]]
+"""Tables by array name, as in `net.logits.basis`."""
+
+
+def fit(
+    recipe: PrecomputeRecipe,
+    views: Views,
+    teachers: list[Teacher],
+    entries: Mapping[str, TeacherEntry],
+    examples: Mapping[str, Targets],
+    num_views: int | None = None,
+) -> tuple[dict[str, TeacherEntry], dict[str, NDArray[np.generic]]]:
+    """Return the entries with forms for all that has none yet, and the tables of these forms by array name.
+
+    Calibration rows are drawn from the first `num_views` views, by default from those of the recipe.
+    """
+    spec = recipe.views.model_copy(update={"num_views": num_views or recipe.views.num_views})
+    recipe = recipe.model_copy(update={"views": spec})
+    fitted = dict(entries)
+    tables: dict[str, NDArray[np.generic]] = {}
+    for teacher in teachers:
+        entry = entries.get(teacher.name)
+        if entry is not None and entry.unfitted:
+            sample = Calibration(recipe, views, teacher, examples[teacher.name])
+            fitted[teacher.name], found = _fitted(entry, sample)
+            tables |= {f"{teacher.name}.{name}": table for name, table in found.items()}
+    return fitted, tables
+
+
+def _fitted(entry: TeacherEntry, sample: Calibration) -> tuple[TeacherEntry, dict[str, NDArray[np.generic]]]:
+    found: dict[str, NDArray[np.generic]] = {}
+    logits, features = entry.stored_logits, dict(entry.stored_features)
+    for target in entry.unfitted:
+        if target == LOGITS:
+            assert entry.logits is not None
+            coder = entry.logits.fitted(sample)
+            logits = StoredLogits(form=coder.form, **_recorded(coder.tables, sample))
+            found |= {f"{target}.{name}": table for name, table in coder.tables.items()}
+        else:
+            shape = tuple(sample.examples.features[target].shape[1:])
+            kept = entry.features[target].fitted(functools.partial(sample.vectors, target), shape)
+            features[target] = StoredFeature(shape=shape, form=kept.form, **_recorded(kept.tables, sample))
+            found |= {f"{target}.{name}": table for name, table in kept.tables.items()}
+    return entry.model_copy(update={"stored_logits": logits, "stored_features": features}), found
+
+
+def _recorded(tables: Tables, sample: Calibration) -> dict[str, Any]:
+    """Return what the manifest says of tables."""
+    digests = {name: hashlib.sha256(table_bytes(table)).hexdigest() for name, table in tables.items()}
+    return {"tables": digests, "calibration_views": sample.recipe.views.num_views if digests else None}
+
+
+def table_files(layout: Layout, tables: Tables) -> dict[str, bytes]:
+    """Return the stored bytes of tables by key."""
+    return {table.file: table_bytes(tables[table.name]) for table in layout.tables if table.name in tables}
+
+
+FitAgain = Callable[[Mapping[str, TeacherEntry], int | None], Tables]
+"""Fits what has no form yet to rows of some views, and returns tables by array name."""
+
+
+def mended_tables(path: Path, goal: Manifest, fit_again: FitAgain) -> dict[str, bytes]:
+    """Return the bytes of damaged tables by key, fitted again; raise CacheError where that gives others."""
+    stored = {
+        name: entry.restricted([target for target in entry.targets if target not in entry.unfitted])
+        for name, entry in goal.teachers.items()
+    }
+    known = layout_of(goal.model_copy(update={"teachers": stored}))
+    damaged = {problem.key for problem in table_problems(path, known.groups)}
+    files: dict[str, bytes] = {}
+    for group in known.groups:
+        if any(table.file in damaged for table in group.tables):
+            entry = stored[group.teacher].restricted([group.target])
+            views, unfitted = _as_asked(entry, group.target)
+            files |= table_files(known, fit_again({group.teacher: unfitted}, views))
+    for table in known.tables:
+        if table.file in damaged and hashlib.sha256(files[table.file]).hexdigest() != table.sha256:
+            raise CacheError(
+                f"{path / table.file} is damaged, and what is fitted here is another table. Fix: put back a copy of "
+                f"it, or remove {path} and precompute again"
+            )
+    return {key: files[key] for key in damaged}
+
+
+def _as_asked(entry: TeacherEntry, target: str) -> tuple[int | None, TeacherEntry]:
+    """Return of how many views a target's calibration rows were drawn, and the entry without its form."""
+    if target == LOGITS and entry.stored_logits is not None:
+        return entry.stored_logits.calibration_views, entry.model_copy(update={"stored_logits": None})
+    others = {name: stored for name, stored in entry.stored_features.items() if name != target}
+    return entry.stored_features[target].calibration_views, entry.model_copy(update={"stored_features": others})
+
+
+def examples_of(teachers: list[Teacher], pixels: Tensor, labels: Tensor) -> dict[str, Targets]:
+    """Let every teacher answer the canaries."""
+    examples = {}
+    for teacher in teachers:
+        try:
+            examples[teacher.name] = teacher(to_device(pixels, teacher.device), to_device(labels, teacher.device))
+        except LogitCacheError:
+            raise
+        except (RuntimeError, ValueError, TypeError) as cause:  # what a network of the user's raises
+            raise RecipeError(
+                f"teacher {teacher.name!r} cannot take the views, uint8 {list(pixels.shape[1:])}: {cause}.\n"
+                f"  Fix: end views.augmentations with the size that it takes, or choose `mode` and "
+                f"teachers.{teacher.name}.preprocessing that fit it"
+            ) from cause
+    return examples
