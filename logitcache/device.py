@@ -1,5 +1,6 @@
 """Devices: the one module that knows which there are and how to feed them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
@@ -15,8 +16,8 @@ Precision = Literal["float32", "bfloat16", "float16"]
 def resolve_device(name: str) -> torch.device:
     """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device that is there.
 
-    "auto" takes the first CUDA device, else MPS, else the CPU. Raises RecipeError when the device
-    is unknown or absent.
+    "auto" takes the first CUDA device, else MPS, else the CPU. Of several processes that torchrun started on a machine
+    each has its own CUDA device. Raises RecipeError when the device is unknown or absent.
     """
     if name == "auto":
         return _best_device()
@@ -25,7 +26,7 @@ def resolve_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise RecipeError(f"device '{name}' is unknown.\n  Fix: say auto, cpu, cuda, cuda:N or mps.") from error
     if device.type == "cuda":
-        _require_cuda(name, device.index or 0)
+        return _own_cuda_device(name, device.index)
     elif device.type == "mps":
         if not torch.backends.mps.is_available():
             raise RecipeError(f"device '{name}' is not available here.\n  Fix: device: auto.")
@@ -36,8 +37,37 @@ def resolve_device(name: str) -> torch.device:
 
 def _best_device() -> torch.device:
     if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return _own_cuda_device("auto", None)
+    return torch.device("mps" if torch.backends.mps.is_available() and _num_local() == 1 else "cpu")
+
+
+def _num_local() -> int:
+    """Return how many processes torchrun started on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _own_cuda_device(name: str, index: int | None) -> torch.device:
+    if _num_local() == 1:
+        _require_cuda(name, index or 0)
+        return torch.device("cuda") if index is None else torch.device("cuda", index)
+    if index is not None:
+        raise RecipeError(
+            f"device '{name}' is one for {_num_local()} processes.\n  Fix: device: cuda gives each its own."
+        )
+    place = int(os.environ["LOCAL_RANK"])
+    _require_cuda(f"cuda:{place}", place)
+    return torch.device("cuda", place)
+
+
+def distributed_backend() -> str:
+    """Name what carries tensors between processes: NCCL those on CUDA devices, gloo those on the CPU."""
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def make_current(device: torch.device) -> None:
+    """Let what names no device, page-locking among it, work with this one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _require_cuda(name: str, index: int) -> None:
@@ -106,12 +136,17 @@ def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the generators of the CPU and of one device for a block; the caller's states are put back."""
     before = random_states(device)
     try:
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        elif device.type == "mps":
-            torch.mps.manual_seed(seed)
+        seed_generators(device, seed)
         yield
     finally:
         set_random_states(device, before)
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed the generators of the CPU and of one device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -1,59 +1,168 @@
 """Which losses a cache can serve: what each needs, and what the cache holds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
+from logitcache.cache.encodings.head import PENULTIMATE
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import Cache
 from logitcache.errors import RecipeError
+from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import Loss
-from logitcache.student.losses.base import Need
+from logitcache.student.losses.base import HeldTeacher, Need
+from logitcache.views.datasets.base import Labels, is_multi_label
 
-FROM_LABELS: frozenset[Need] = frozenset({"labels", "single labels"})
+FROM_LABELS: frozenset[Need] = frozenset({"labels", "single labels", "multi labels"})
+ONE_CLASS: frozenset[Need] = frozenset({"labels", "single labels"})
+FROM_LOGITS: frozenset[Need] = frozenset({"logits", "dense logits"})
 
 
 def asks_teacher(loss: Loss) -> bool:
     """Say whether a loss needs anything of a teacher."""
-    return bool(loss.needs - FROM_LABELS)
+    return bool(loss.needs - FROM_LABELS or loss.features)
 
 
-def require_served(losses: Sequence[Loss], cache: Cache) -> None:
-    """Raise RecipeError listing every loss that asks for what the cache does not hold, with what would add it."""
+def shares_classes(loss: Loss) -> bool:
+    """Say whether a loss compares the student's logits with the teacher's, so that both are of the same classes."""
+    return bool(loss.needs & FROM_LOGITS) and "head" not in loss.needs
+
+
+def held_teachers(cache: Cache) -> dict[str, HeldTeacher]:
+    """Return what a cache holds of each teacher."""
+    return {
+        name: HeldTeacher(
+            entry.num_classes if entry.logits is not None else None, cache.features(name), cache.head(name)
+        )
+        for name, entry in cache.manifest.teachers.items()
+    }
+
+
+def asked_targets(
+    losses: Sequence[Loss], ensembles: Mapping[str, Ensemble], held: Mapping[str, HeldTeacher]
+) -> dict[str, list[str]]:
+    """Return what the losses read of each teacher: its logits, and names of features."""
+    asked: dict[str, list[str]] = {}
+    with_logits = [name for name, teacher in held.items() if teacher.num_classes is not None]
+    for loss in filter(asks_teacher, losses):
+        logits = [LOGITS] if loss.needs - FROM_LABELS else []
+        ensemble = ensembles.get(loss.teacher or "")
+        names = [loss.teacher or next(iter(held))] if ensemble is None else ensemble.teachers or with_logits
+        for name in names:
+            asked[name] = [*asked.get(name, ()), *logits, *loss.features]
+    return {name: list(dict.fromkeys(targets)) for name, targets in asked.items()}
+
+
+def require_served(losses: Sequence[Loss], cache: Cache, ensembles: Collection[str] = ()) -> None:
+    """Raise RecipeError listing every loss that asks for what the cache does not hold, with what would add it.
+
+    `ensembles` of the cache's teachers, by name, may be asked too.
+    """
     lines = [
         f"losses.{number} ({loss.kind}) {reason}"
         for number, loss in enumerate(losses)
-        for reason in (*_unlabelled(loss, cache), *_unanswered(loss, cache))
+        for reason in (*_unlabelled(loss, cache), *_unanswered(loss, cache, ensembles))
     ]
     if lines:
         raise RecipeError(f"{cache.path} does not serve these losses:\n  " + "\n  ".join(lines))
 
 
+def other_labels(loss: Loss, labels: Labels) -> Iterator[str]:
+    """Yield why labels of a kind, one class an image or any number of them, are not what a loss asks for."""
+    if is_multi_label(labels) and loss.needs & ONE_CLASS:
+        yield (
+            "needs labels of one class an image, these images are of any number. Fix: binary_cross_entropy or "
+            "multi_label_kl, with a temperature that needs no labels"
+        )
+    elif is_multi_label(labels) and loss.exclusive:
+        yield "takes images to be of one class, these are of any number. Fix: multi_label_kl, or mean_squared_error"
+    elif "multi labels" in loss.needs and not is_multi_label(labels) and (labels >= 0).any():
+        yield (
+            "needs labels of any number of classes an image, these images are of one. Fix: cross_entropy, or a data "
+            "set whose labels are vectors with 1 or 0 for each class"
+        )
+
+
+def require_labels(losses: Sequence[Loss], labels: Labels, where: str = "") -> None:
+    """Raise RecipeError for losses that ask for labels of another kind than those of images."""
+    for number, loss in enumerate(losses):
+        for reason in other_labels(loss, labels):
+            raise RecipeError(f"{where}losses.{number} ({loss.kind}) {reason}")
+
+
 def _unlabelled(loss: Loss, cache: Cache) -> Iterator[str]:
     if loss.needs & FROM_LABELS and not (cache.labels >= 0).any():
         yield "needs labels, the cache's images have none. Fix: leave this loss out"
-    elif "single labels" in loss.needs and cache.manifest.views.mixing:
+        return
+    yield from other_labels(loss, cache.labels)
+    if "single labels" in loss.needs and cache.manifest.views.mixing:
         yield (
             "needs one label an image, the cache's images are mixed. Fix: kl_divergence and cross_entropy, or "
             "precompute without views.mixing"
         )
 
 
-def _unanswered(loss: Loss, cache: Cache) -> Iterator[str]:
+def _unanswered(loss: Loss, cache: Cache, ensembles: Collection[str]) -> Iterator[str]:
     """Yield why the teacher's answers as they are kept do not do."""
     if not asks_teacher(loss):
         return
+    if loss.teacher in ensembles:
+        yield from _more_than_a_distribution(loss)
+        return
     teachers = cache.manifest.teachers
-    if loss.teacher is None and len(teachers) > 1:
-        yield f"names no teacher, the cache has {sorted(teachers)}. Fix: set `teacher`"
+    if loss.teacher is None and len(teachers) + len(ensembles) > 1:
+        yield f"names no teacher, the cache has {sorted([*teachers, *ensembles])}. Fix: set `teacher`"
         return
     name = loss.teacher or next(iter(teachers))
     if name not in teachers:
         yield f"names teacher {name!r}, the cache has {sorted(teachers)}. Fix: one of these"
         return
-    held = teachers[name].logits
-    for need in sorted(loss.needs - FROM_LABELS):
+    yield from unkept_features(loss, name, held_teachers(cache)[name])
+    if loss.features and cache.manifest.views.targets == "linear":
+        yield (
+            "needs features, the cache mixes the answers to two images (targets: linear), and features are not mixed. "
+            "Fix: kl_divergence"
+        )
+    stored = teachers[name].stored_logits
+    for need in sorted(loss.needs & FROM_LOGITS):
         if need != "logits" and cache.manifest.views.targets == "linear":
             yield f"needs {need}, the cache mixes probabilities (targets: linear). Fix: kl_divergence"
-        elif need not in held.gives:
+        elif stored is None:
+            yield f"needs {need}, the cache keeps features of {name!r} alone. Fix: add teachers.{name}.logits to it"
+        elif need not in stored.form.gives:
             yield (
-                f"needs {need}, the cache keeps {held.kind} logits of {name!r}. Fix: another loss "
+                f"needs {need}, the cache keeps {stored.form.kind} logits of {name!r}. Fix: another loss "
                 f"(kl_divergence takes any), or precompute with teachers.{name}.logits: {{kind: dense}}"
             )
+
+
+def _more_than_a_distribution(loss: Loss) -> Iterator[str]:
+    """Yield what a loss asks of an ensemble, which has no logits and no features of its own."""
+    features = [f"feature {name!r}" for name in loss.features]
+    for need in (*sorted(loss.needs - FROM_LABELS - {"logits"}), *features):
+        yield (
+            f"needs {need}, the ensemble {loss.teacher!r} is a mean of probabilities. Fix: another loss (kl_divergence "
+            "takes any), or set `teacher` to one of its members"
+        )
+
+
+def unkept_features(loss: Loss, name: str, held: HeldTeacher) -> Iterator[str]:
+    """Yield which of the features that a loss asks of a teacher are not held, with the line that adds them."""
+    line = f"teachers.{name}.features.{{}}: {{{{kind: {{}}, tap: …}}}}; the same command then adds it"
+    for feature, kinds in loss.features.items():
+        kept = held.features.get(feature)
+        if kept is None:
+            fix = f"add to the precompute recipe: {line.format(feature, kinds[0])}"
+            there = sorted(held.features) or "none"
+            yield f"needs feature {feature!r} of {name!r}, the cache keeps {there}. Fix: {fix}"
+        elif kept.kind not in kinds:
+            fix = f"keep another beside it: {line.format(f'{feature}_{kinds[0]}', kinds[0])}"
+            yield f"needs {' or '.join(kinds)}, feature {feature!r} of {name!r} is kept as {kept.kind}. Fix: {fix}"
+    if "head" in loss.needs and held.head is None:
+        yield (
+            f"needs the last linear layer of {name!r}, the cache does not keep it. "
+            f"Fix: precompute with teachers.{name}.logits: {{kind: head}}, which keeps it"
+        )
+    if "head" in loss.needs and PENULTIMATE not in loss.features:
+        yield (
+            f"needs what the last linear layer of {name!r} takes in, which is kept as {PENULTIMATE!r}, not as "
+            f"{', '.join(map(repr, loss.features))}. Fix: set `feature: {PENULTIMATE}`"
+        )

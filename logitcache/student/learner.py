@@ -1,55 +1,126 @@
 """All that training changes: weights, their average, the optimiser, the scaler and the place in the data."""
 
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from logitcache.device import grad_scaler, random_states, set_random_states
+from logitcache.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
+from logitcache.files import write_atomically
 from logitcache.models import Classifier
+from logitcache.models.taps import Tapped
+from logitcache.student.losses.base import Context, StepSums
+from logitcache.student.progress import Progress
+from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.recipes import TrainingRecipe
+from logitcache.student.whole import WholeBatch
+from logitcache.targets import Batch, Targets
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
-class Learner:
-    """A model in training; `state` and `load` carry it over a stop bit by bit."""
+class Terms(nn.Module):
+    """The model with its losses, as one module: processes add up the gradients of what its `forward` uses."""
 
-    def __init__(self, recipe: TrainingRecipe, classifier: Classifier, device: torch.device) -> None:
-        self.device = device
-        self.model = classifier.to(device)
+    def __init__(
+        self, recipe: TrainingRecipe, model: nn.Module, adapters: nn.ModuleList, device: torch.device, ranks: Ranks
+    ) -> None:
+        """Take a model that gives logits, and features by tap too where the losses name taps."""
+        super().__init__()
+        self.model, self.adapters = model, adapters
+        self._losses, self._precision, self._device = recipe.losses, recipe.precision, device
+        self._has_taps = any(loss.taps for loss in recipe.losses)
+        self._whole = WholeBatch(recipe.losses, ranks)
+
+    def forward(self, batch: Batch, progress: Progress) -> Tensor:
+        """Compute each loss times its weight, [L]."""
+        with autocast(self._device, self._precision):
+            found = self.model(batch.images)
+        own = Targets(*found) if self._has_taps else Targets(found), batch
+        whole = self._whole(*own)
+        pairs = zip(self._losses, self.adapters, strict=True)
+        terms = [
+            loss(*(own if loss.by_row else whole), Context(adapter, progress)) * loss.weight.at(progress)
+            for loss, adapter in pairs
+        ]
+        return torch.stack(terms)
+
+
+class Learner:
+    """A model in training; `state` and `load` carry it over a stop bit by bit.
+
+    Several ranks hold the same, but for their own random states and the sums of their own rows.
+    """
+
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        classifier: Classifier,
+        device: torch.device,
+        adapters: nn.ModuleList,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Take up a model, and an adapter for each loss."""
+        self.device, self.ranks = device, ranks
+        self.model, self.adapters = classifier.to(device), adapters.to(device)
+        self.trained = nn.ModuleList([self.model, self.adapters])
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        self.optimizer = recipe.optimizer.build(self.model)
+        self.optimizer = recipe.optimizer.build(self.trained)
         self.scaler = grad_scaler(device, recipe.precision)
         self._decay = recipe.ema or 0.0
         self.ema = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True) if recipe.ema else None
+        taps = [tap for loss in recipe.losses for tap in loss.taps]
+        # After the copy for the average, or that would have the hooks too.
+        tapped = Tapped(self.model, self.model.module, taps, who="the model") if taps else self.model
         # Kernels must depend on a batch's size alone, not on the sizes before it: a resumed run starts anywhere.
-        self.forward = torch.compile(self.model, dynamic=False) if recipe.compile else self.model
+        forward = torch.compile(tapped, dynamic=False) if recipe.compile else tapped
+        assert isinstance(forward, nn.Module)
+        self.terms = ranks.wrapped(Terms(recipe, forward, self.adapters, device, ranks))
+        kept = [module for module in self.adapters.modules() if isinstance(module, StepSums)]
+        self._step_sums = [module.get_buffer(name) for module in kept for name in module.sums]
         self.step = self.epoch = self.batch = 0
         self.sums = torch.zeros(2, len(recipe.losses), dtype=torch.float64, device=_sums_device(device))
         self.seconds = 0.0
+        if not ranks.is_first:
+            seed_generators(device, ranks.own_seed(recipe.seed))
 
     @property
     def measured(self) -> nn.Module:
         """The model to measure and to keep: the average where there is one."""
         return self.ema.module if self.ema is not None else self.model
 
+    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
+        """Add up gradients, and in the last backward pass of a step exchange them with the other ranks."""
+        return self.ranks.exchanging(self.terms, is_last)
+
     def add(self, terms: Tensor, rows: Tensor) -> None:
         """Add loss terms [L], each a mean over its number of rows [L], to the sums of the epoch."""
         self.sums += torch.stack([terms.detach().to(self.sums) * rows.to(self.sums), rows.to(self.sums)])
 
+    def end_step(self) -> None:
+        """Count the step, once the weights have moved."""
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        for values in self._step_sums:
+            self.ranks.add_up(values)
+        self.step += 1
+        self.batch += 1
+
     def means(self) -> list[float]:
         """Return each loss term's mean over the rows of the epoch so far."""
-        totals, rows = self.sums
+        totals, rows = self.ranks.add_up(self.sums.clone())
         means: list[float] = (totals / rows.clamp(min=1)).tolist()
         return means
 
     def finite(self) -> bool:
         """Say whether every loss of the epoch so far and every weight is a number."""
-        values = [self.sums, *(parameter.detach() for parameter in self.model.parameters())]
-        return all(bool(value.isfinite().all()) for value in values)
+        values = [self.sums, *(parameter.detach() for parameter in self.trained.parameters())]
+        return self.ranks.every(all(bool(value.isfinite().all()) for value in values))
 
     def end_epoch(self) -> None:
         """Go to the start of the next epoch."""
@@ -64,30 +135,46 @@ class Learner:
         else:
             torch._foreach_copy_(list(averages), list(currents))  # counters
 
+    def save_adapters(self, path: Path) -> None:
+        """Write what the losses trained beside the model, by the number of the loss, where there is any."""
+        trained = {name: parameter.detach().cpu() for name, parameter in self.adapters.named_parameters()}
+        if trained:
+            write_atomically(path, save(trained))
+
     def state(self) -> dict[str, Any]:
         """Return everything as tensors and plain numbers."""
         return {
             "model": self.model.state_dict(),
+            "adapters": self.adapters.state_dict(),
             "ema": self.ema.state_dict() if self.ema is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "place": [self.step, self.epoch, self.batch],
-            "sums": self.sums,
             "seconds": self.seconds,
-            "random": random_states(self.device),
+            "ranks": self.ranks.gathered({"sums": self.sums.cpu(), "random": random_states(self.device)}),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave; its tensors are on the CPU."""
         self.model.load_state_dict(state["model"])
+        self.adapters.load_state_dict(state["adapters"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch, self.batch = state["place"]
-        self.sums.copy_(state["sums"])
         self.seconds = state["seconds"]
-        set_random_states(self.device, state["random"])
+        self._load_own(state["ranks"])
+
+    def _load_own(self, kept: list[dict[str, Any]]) -> None:
+        """Take back what each rank had; where they are of another number, the first takes all sums."""
+        sums = [own["sums"] for own in kept]
+        if len(kept) != self.ranks.size:
+            sums = [torch.stack(sums).sum(dim=0), *[torch.zeros_like(sums[0])] * (self.ranks.size - 1)]
+        self.sums.copy_(sums[self.ranks.rank])
+        # One more rank than there were begins with draws of its own.
+        for own in kept[self.ranks.rank : self.ranks.rank + 1]:
+            set_random_states(self.device, own["random"])
 
 
 def _sums_device(device: torch.device) -> torch.device:

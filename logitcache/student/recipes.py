@@ -8,24 +8,50 @@ from logitcache.cache.reader import Replay
 from logitcache.device import Precision
 from logitcache.models import Model, Preprocessing
 from logitcache.recipe import Component, Count, Float, Name, Positive
-from logitcache.student.losses import CrossEntropy, KLDivergence, Loss
+from logitcache.student.ensembles import Ensemble
+from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
+from logitcache.student.multi_label import THRESHOLD
 from logitcache.student.optimizers import AdamW, Optimizer, Schedule
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
 from logitcache.views.mixing import Mixings
+from logitcache.views.sampling import MIXED_SAMPLING, EveryImage, Sampling
 from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 
+LabelLoss = Annotated[CrossEntropy | BinaryCrossEntropy, Field(discriminator="kind")]
 Decay = Annotated[Float, Field(gt=0.0, lt=1.0)]
 
 
+class ClassGroups(Component):
+    """Classes by their number of training images: head, more than so many, tail, fewer than so many, and medium."""
+
+    head: Annotated[int, Field(ge=0)] = 100
+    tail: Annotated[int, Field(ge=0)] = 20
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.tail > self.head + 1:
+            raise ValueError(f"tail (< {self.tail}) and head (> {self.head}) have classes in common: raise head")
+        return self
+
+
 class Validation(Component):
-    """Untouched images to measure on: a data set, or a cache of it whose teacher the student is compared with."""
+    """Untouched images to measure on: a data set, or a cache of it whose teacher the student is compared with.
+
+    `class_map` says which of the model's classes a class of the images is, by its name or index, where they have
+    others. Of images of any number of classes, answers are yes where their probability is above `threshold`. `groups`
+    and `taps`, modules to compare with the teachers' features, are for `evaluate` alone.
+    """
 
     dataset: Dataset | None = None
     cache: str | None = None
     augmentations: tuple[Augmentation, ...] = ()
+    class_map: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    threshold: Annotated[Float, Field(gt=0.0, lt=1.0)] = THRESHOLD
+    groups: ClassGroups = ClassGroups()
+    taps: tuple[str, ...] = ()
     every: Count = 1
     batch_size: Count = 512
 
@@ -50,6 +76,7 @@ class TrainingRecipe(Component):
 
     `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. An epoch is as many images
     as there are; with `views_per_image` k it is k views of every k-th image, so that one decode serves k views.
+    `sampling` may draw images by class instead, as many.
     `verify` says how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits` what counts
     as the drift of other kernels; `factories` are the functions of the user's own code that a cache's views may call.
     """
@@ -62,6 +89,7 @@ class TrainingRecipe(Component):
     batch_size: Count = 256
     micro_batches: Count = 1
     views_per_image: Count = 1
+    sampling: Sampling = EveryImage()
     drop_last: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: Optimizer = AdamW()
@@ -85,6 +113,15 @@ class TrainingRecipe(Component):
         coupled = [loss.kind for loss in self.losses if not loss.by_row]
         if coupled and self.micro_batches > 1:
             raise ValueError(f"{coupled} compare the rows of a whole batch with one another: leave out micro_batches")
+        if coupled and self.batch_size == 1:
+            raise ValueError(f"{coupled} compare the rows of a batch with one another: make batch_size 2 or more")
+        return self
+
+    @model_validator(mode="after")
+    def _gradients_within_are_there(self) -> Self:
+        within = [loss.kind for loss in self.losses if loss.differentiates]
+        if within and self.compile:
+            raise ValueError(f"{within} take gradients inside the model, which a compiled one hides: leave out compile")
         return self
 
     @model_validator(mode="after")
@@ -101,7 +138,8 @@ class StudentRecipe(TrainingRecipe):
     """A student that learns from a cache; `dataset` says where its images lie now, when they have moved.
 
     `num_views` takes only the first views of the cache; by default those that it has when the run begins. `replay` says
-    whether the parameters of augmentations are drawn again or, where the cache has recorded them, read.
+    whether the parameters of augmentations are drawn again or, where the cache has recorded them, read. `ensembles` are
+    teachers made of the cache's, for losses to name.
     """
 
     cache: str
@@ -110,6 +148,7 @@ class StudentRecipe(TrainingRecipe):
     replay: Replay = "planned"
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (KLDivergence(),)
     teachers: dict[Name, LiveTeacher] = Field(default_factory=dict)
+    ensembles: dict[Name, Ensemble] = Field(default_factory=dict)
 
 
 class TeacherRecipe(TrainingRecipe):
@@ -118,12 +157,14 @@ class TeacherRecipe(TrainingRecipe):
     dataset: Dataset
     augmentations: tuple[Augmentation, ...] = ()
     mixing: Mixings = ()
-    losses: Annotated[tuple[CrossEntropy, ...], Field(min_length=1)] = (CrossEntropy(),)
+    losses: Annotated[tuple[LabelLoss, ...], Field(min_length=1)] = (CrossEntropy(),)
 
     @model_validator(mode="after")
     def _views_are_possible(self) -> Self:
         if self.mixing and self.views_per_image > 1:
             raise ValueError(MIXED_VIEWS_PER_IMAGE)
+        if self.mixing and self.sampling.by_class:
+            raise ValueError(MIXED_SAMPLING)
         return self
 
     def views(self) -> ViewSpec:

@@ -6,10 +6,11 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import yaml
@@ -17,31 +18,58 @@ import yaml
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.files import remove_leftovers, write_atomically
 from logitcache.recipe import Component, dump_recipe, load_recipe
+from logitcache.student.ranks import ALONE, Ranks
 from logitcache.versions import versions
 
 # What may change between a run and its continuation: how fast and where, never what is computed. Places are free
 # since the identity of what lies there is compared.
-_FREE = ("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers")
+_FREE = (
+    *("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers"),
+    *("validation.groups", "validation.taps"),
+)
 _PLACES = ("out", "cache", "dataset", "validation.cache", "validation.dataset")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _by_first(
+    method: Callable[Concatenate["RunDirectory", P], T],
+) -> Callable[Concatenate["RunDirectory", P], T]:
+    """Let the first of several ranks alone touch the directory: the others get what it found."""
+
+    @wraps(method)
+    def shared(run: "RunDirectory", /, *args: P.args, **options: P.kwargs) -> T:
+        return run.ranks.by_first(lambda: method(run, *args, **options))
+
+    return shared
 
 
 class RunDirectory:
-    """Where a training run keeps what it makes."""
+    """Where a training run keeps what it makes; several ranks call it together, and the first reads and writes."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, ranks: Ranks = ALONE) -> None:
         self.path = Path(path)
+        self.ranks = ranks
         self.checkpoint = self.path / "checkpoint.pt"
         self._result = self.path / "result.json"
         self._recipe, self._environment = self.path / "recipe.yaml", self.path / "environment.json"
         self._metrics = self.path / "metrics.jsonl"
         self._rows: list[dict[str, Any]] = []
+        self._lock: int | None = None
 
     @property
+    @_by_first
     def begun(self) -> bool:
         """Whether there is something to continue."""
+        return self._begun
+
+    @property
+    def _begun(self) -> bool:
         return self.checkpoint.exists() or self._result.exists()
 
     @property
+    @_by_first
     def rows(self) -> list[dict[str, Any]]:
         """The metrics of the finished epochs."""
         return list(self._rows)
@@ -49,25 +77,33 @@ class RunDirectory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep every other training out of the directory while the block runs; the lock ends with the process."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RecipeError(f"another training writes to {self.path}. Fix: wait, or another `out:`") from error
+            self._take()
             yield
         finally:
-            os.close(lock)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
+    @_by_first
+    def _take(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(f"another training writes to {self.path}. Fix: wait, or another `out:`") from error
+
+    @_by_first
     def require_free(self) -> None:
         """Raise RecipeError where a run has begun."""
-        if self.begun:
+        if self._begun:
             raise RecipeError(f"{self.path} holds a run already. Fix: --resume to continue it, or another `out:`")
 
+    @_by_first
     def require_recipe(self, recipe: Component) -> None:
         """Raise MismatchError unless a run that has begun has the same recipe, apart from places and speed."""
-        if not self.begun:
+        if not self._begun:
             return
         try:
             old = _entries(load_recipe(self._recipe, type(recipe)))
@@ -86,16 +122,21 @@ class RunDirectory:
                 + "\n  Fix: change these back to continue it, or give another `out:`"
             )
 
+    @_by_first
     def learns_from(self) -> dict[str, Any]:
         """Return the identity of what a run that has begun learns from; nothing of one that has not."""
-        found: dict[str, Any] = self._read_json(self._environment)["learns_from"] if self.begun else {}
+        return self._learns_from()
+
+    def _learns_from(self) -> dict[str, Any]:
+        found: dict[str, Any] = self._read_json(self._environment)["learns_from"] if self._begun else {}
         return found
 
+    @_by_first
     def require_identity(self, identity: dict[str, Any]) -> None:
         """Raise MismatchError unless a run that has begun learns from the same data and is measured on the same."""
-        if not self.begun:
+        if not self._begun:
             return
-        old, new = dict(_flat(self.learns_from())), dict(_flat(identity))
+        old, new = dict(_flat(self._learns_from())), dict(_flat(identity))
         changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
         if changed:
             raise MismatchError(
@@ -103,9 +144,10 @@ class RunDirectory:
                 "Fix: name the cache and the images that it was begun on, or give another `out:`"
             )
 
+    @_by_first
     def open(self, recipe: Component, identity: dict[str, Any]) -> None:
         """Fill the directory and say in it what the run is; a continuation adds its versions where they changed."""
-        sessions = self._read_json(self._environment)["versions"] if self.begun else []
+        sessions = self._read_json(self._environment)["versions"] if self._begun else []
         if versions() not in sessions[-1:]:
             sessions.append(versions())
         remove_leftovers(self.path)
@@ -113,6 +155,7 @@ class RunDirectory:
         environment = {"versions": sessions, "learns_from": identity}
         write_atomically(self._environment, json.dumps(environment, indent=2).encode())
 
+    @_by_first
     def rewind(self, epoch: int) -> None:
         """Forget the metrics of `epoch` and later ones, which will be computed again."""
         lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
@@ -123,6 +166,7 @@ class RunDirectory:
         if [row["epoch"] for row in self._rows] != list(range(epoch)):
             raise self._damaged(self._metrics, "it lacks epochs that the checkpoint has")
 
+    @_by_first
     def record(self, row: dict[str, Any]) -> None:
         """Add an epoch's metrics to metrics.jsonl and metrics.csv."""
         self._rows.append(row)
@@ -133,12 +177,14 @@ class RunDirectory:
         writer.writerows(self._rows)
         write_atomically(self.path / "metrics.csv", table.getvalue().encode())
 
+    @_by_first
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Write the state, whole or not at all."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         write_atomically(self.checkpoint, buffer.getbuffer())
 
+    @_by_first
     def load_checkpoint(self) -> dict[str, Any] | None:
         """Read the state to the CPU, running nothing that the file holds; None when there is none yet."""
         if not self.checkpoint.exists():
@@ -155,10 +201,12 @@ class RunDirectory:
             raise self._damaged(self.checkpoint, error) from error
         return state
 
+    @_by_first
     def finish(self, result: dict[str, Any]) -> None:
         """Write what the run measured: the run is finished."""
         write_atomically(self._result, json.dumps(result, indent=2).encode())
 
+    @_by_first
     def finished(self) -> dict[str, Any] | None:
         """Return what a finished run measured, where it lies now; None for one that is not finished."""
         return self._read_json(self._result) | {"out": str(self.path)} if self._result.exists() else None

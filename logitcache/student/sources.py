@@ -1,23 +1,35 @@
 """What a run learns from, opened and checked before the first step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, Replay, open_cache
 from logitcache.errors import MismatchError, RecipeError
-from logitcache.student.compatibility import asks_teacher, require_served
+from logitcache.student.compatibility import (
+    FROM_LABELS,
+    asked_targets,
+    held_teachers,
+    require_labels,
+    require_served,
+    shares_classes,
+)
+from logitcache.student.ensembles import Ensemble, classes_of
 from logitcache.student.losses import Loss
+from logitcache.student.losses.base import HeldTeacher
+from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.targets import Targets
 from logitcache.views.datasets import fingerprint, open_dataset
+from logitcache.views.datasets.base import is_multi_label
+from logitcache.views.datasets.labels import class_counts
 from logitcache.views.epochs import EpochLoader, no_targets
 from logitcache.views.spec import Views, require_one_size
 
-LiveTargets = Callable[[Tensor], Mapping[str, Targets]]
+LiveTargets = Callable[[Tensor, Tensor], Mapping[str, Targets]]
 
 
 @dataclass(frozen=True)
@@ -27,18 +39,33 @@ class Source:
     loader: EpochLoader
     num_classes: int
     identity: dict[str, Any]
+    num_images: int
+    teachers: Mapping[str, HeldTeacher] = field(default_factory=dict)
     live: LiveTargets | None = None
     num_live: int = 0
+    ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Labelled images of each class, int64 [C]."""
+        return torch.from_numpy(class_counts(self.loader.views.dataset.labels, self.num_classes))
 
 
 def open_source(
-    recipe: StudentRecipe | TeacherRecipe, live: LiveTargets | None, begun: Mapping[str, Any] | None = None
+    recipe: StudentRecipe | TeacherRecipe,
+    live: LiveTargets | None,
+    begun: Mapping[str, Any] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Source:
     """Open what a recipe learns from; raises where images, cache and losses do not belong together.
 
-    `begun` is the identity of the source that the run began with: a cache may have grown since.
+    `begun` is the identity of the source that the run began with: a cache may have grown since. Of several `ranks` each
+    takes its part of every batch.
     """
-    return _from_cache(recipe, live, begun or {}) if isinstance(recipe, StudentRecipe) else _from_labels(recipe)
+    part = {"rank": ranks.rank, "world_size": ranks.size}
+    if isinstance(recipe, StudentRecipe):
+        return _from_cache(recipe, live, begun or {}, part)
+    return _from_labels(recipe, part)
 
 
 def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Replay = "planned") -> Views:
@@ -46,9 +73,17 @@ def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Repl
     return cache.views(dataset, recipe.verify, limits=recipe.drift_limits, replay=replay, factories=recipe.factories)
 
 
-def _from_cache(recipe: StudentRecipe, live: LiveTargets | None, begun: Mapping[str, Any]) -> Source:
-    cache = _as_begun(open_cache(recipe.cache), recipe.num_views, begun)
-    require_served(recipe.losses, cache)
+def _from_cache(
+    recipe: StudentRecipe, live: LiveTargets | None, begun: Mapping[str, Any], part: Mapping[str, int]
+) -> Source:
+    cache = _as_begun(open_cache(recipe.cache), begun)
+    teachers, held = list(cache.manifest.teachers), held_teachers(cache)
+    classes = {name: teacher.num_classes for name, teacher in held.items() if teacher.num_classes is not None}
+    labelled = bool((cache.labels >= 0).any()) and not is_multi_label(cache.labels)
+    classes = classes_of(recipe.ensembles, classes, labelled)
+    require_served(recipe.losses, cache, recipe.ensembles)
+    # Nothing else is compared with its records, or read.
+    cache = cache.only(asked_targets(recipe.losses, recipe.ensembles, held), _num_views(cache, recipe, begun))
     if live is not None and cache.manifest.views.targets == "linear":
         raise RecipeError(
             f"{recipe.cache} mixes the answers to two images (targets: linear), which no live teacher gives. "
@@ -61,52 +96,64 @@ def _from_cache(recipe: StudentRecipe, live: LiveTargets | None, begun: Mapping[
         targets_of=cache.rows if live is None else no_targets,
         checksums_of=cache.checksums_of(recipe.verify),
         shuffle_block=cache.shuffle_block,
+        **part,
     )
     names = list(cache.manifest.teachers)
     identity = {
         "cache": cache.manifest.content_digest(),
         "num_views": cache.num_views,
-        "teachers": names,
+        "teachers": teachers,
         "online": live is not None,
     }
     return Source(
         loader,
-        _num_classes(recipe.losses, cache.manifest),
+        _num_classes(recipe.losses, classes, views.dataset.num_classes),
         identity,
+        len(views.dataset.ids),
+        held,
         None if live is None else _only(live, names),
         0 if live is None else len(names),
+        recipe.ensembles,
     )
 
 
-def _as_begun(cache: Cache, num_views: int | None, begun: Mapping[str, Any]) -> Cache:
-    """Return a cache as it was when the run began, or as a run that begins now sees it: with the first views."""
-    manifest = cache.manifest
-    if num_views is not None and num_views > cache.num_views:
-        raise RecipeError(f"num_views is {num_views}, {cache.path} has {cache.num_views} views. Fix: at most these")
-    views, names = begun.get("num_views", num_views or cache.num_views), begun.get("teachers", list(manifest.teachers))
-    if views > cache.num_views or not set(names) <= manifest.teachers.keys():
-        return cache  # another one: its identity differs
-    return Cache(cache.path, manifest.restricted(views, names))
+def _as_begun(cache: Cache, begun: Mapping[str, Any]) -> Cache:
+    """Return a cache with the teachers that it had when the run began; as it is where it is another."""
+    targets = cache.manifest.targets
+    names = begun.get("teachers", list(targets))
+    return cache.only({name: targets[name] for name in names}) if set(names) <= targets.keys() else cache
+
+
+def _num_views(cache: Cache, recipe: StudentRecipe, begun: Mapping[str, Any]) -> int:
+    """Return how many views a run takes: those that there were when it began, or begins."""
+    if recipe.num_views is not None and recipe.num_views > cache.num_views:
+        raise RecipeError(
+            f"num_views is {recipe.num_views}, {cache.path} has {cache.num_views} views. Fix: at most these"
+        )
+    views: int = begun.get("num_views", recipe.num_views or cache.num_views)
+    return min(views, cache.num_views)  # of another cache with fewer, the identity differs
 
 
 def _only(live: LiveTargets, names: Sequence[str]) -> LiveTargets:
-    def answers(images: Tensor) -> Mapping[str, Targets]:
-        found = live(images)
+    def answers(images: Tensor, labels: Tensor) -> Mapping[str, Targets]:
+        found = live(images, labels)
         return {name: found[name] for name in names}
 
     return answers
 
 
-def _from_labels(recipe: TeacherRecipe) -> Source:
+def _from_labels(recipe: TeacherRecipe, part: Mapping[str, int]) -> Source:
     dataset = open_dataset(recipe.dataset)
     if dataset.num_classes is None:
         raise RecipeError(
             "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"
         )
+    require_labels(recipe.losses, dataset.labels)
     views = Views(dataset, recipe.views())
     require_one_size(views)
-    loader = _loader(recipe, views)
-    return Source(loader, dataset.num_classes, {"dataset": fingerprint(dataset).model_dump(mode="json")})
+    loader = _loader(recipe, views, **part)
+    identity = {"dataset": fingerprint(dataset).model_dump(mode="json")}
+    return Source(loader, dataset.num_classes, identity, len(dataset.ids))
 
 
 def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any) -> EpochLoader:
@@ -117,19 +164,28 @@ def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any)
         seed=recipe.seed,
         drop_last=recipe.drop_last,
         views_per_image=recipe.views_per_image,
+        sampling=recipe.sampling,
         start_method=recipe.start_method,
         **options,
     )
 
 
-def _num_classes(losses: Sequence[Loss], manifest: Manifest) -> int:
-    """Return the number of classes of the teachers that the losses ask, of the first where they ask none."""
-    first = next(iter(manifest.teachers))
-    asked = [loss.teacher or first for loss in losses if asks_teacher(loss)] or [first]
-    counts = {name: manifest.teachers[name].num_classes for name in asked}
+def _num_classes(losses: Sequence[Loss], classes: Mapping[str, int], labelled: int | None) -> int:
+    """Return the number of classes of the teachers whose logits the losses compare with the student's.
+
+    Where there are none it is that of the labels, if a loss takes them, or else of the first teacher.
+    """
+    first = next(iter(classes), None)
+    asked = [loss.teacher or first for loss in losses if shares_classes(loss)]
+    counts = {name: classes[name] for name in asked if name is not None}
+    if not counts:
+        found = labelled if any(loss.needs & FROM_LABELS for loss in losses) else classes.get(first or "", labelled)
+        if found is None:
+            raise RecipeError("nothing says how many classes the model has. Fix: a loss on labels, or on logits")
+        return found
     if len(set(counts.values())) > 1:
         raise MismatchError(
             f"one student cannot learn from teachers of different numbers of classes: {counts}. "
             "Fix: losses whose teachers predict the same classes"
         )
-    return counts[asked[0]]
+    return next(iter(counts.values()))

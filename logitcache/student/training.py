@@ -1,6 +1,7 @@
 """Stage two: train a student from a cache, or any model on labels. One loop serves both."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -8,22 +9,32 @@ import torch
 from torch import Tensor
 
 from logitcache.console import say, track
-from logitcache.device import autocast, own_randomness, resolve_device, synchronize
-from logitcache.errors import LogitCacheError, MismatchError
+from logitcache.device import own_randomness, resolve_device, synchronize
+from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.models import Classifier, StoredModel, save_model
 from logitcache.stopping import StopFlag, stop_flag
-from logitcache.student.evaluation import Validator, open_validator
+from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Learner
-from logitcache.student.models import build_classifier
+from logitcache.student.losses import Loss
+from logitcache.student.models import build_adapters, build_classifier
+from logitcache.student.progress import Progress
+from logitcache.student.ranks import Ranks, joined
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.run import RunDirectory
 from logitcache.student.sources import LiveTargets, Source, open_source
-from logitcache.targets import Batch, Targets
+from logitcache.student.validation import Validator, open_validator
+from logitcache.targets import Batch
+
+SHOWN = ("top1", "top5", "mean_ap", "f1_macro", "agreement")
+"""What is told of an epoch, as far as it was measured."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run measured; accuracies are fractions of the validation images, None where it had none."""
+    """What a finished run measured; accuracies are fractions of the validation images, None where it had none.
+
+    Of images of any number of classes there are mean average precision and F1 in place of top-1 and top-5.
+    """
 
     out: str
     epochs: int
@@ -37,21 +48,33 @@ class RunResult:
     best_top1: float | None
     agreement: float | None
     teacher_passes: int
+    mean_ap: float | None = None
+    f1_macro: float | None = None
+    f1_micro: float | None = None
+    best_mean_ap: float | None = None
 
 
 def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: LiveTargets | None = None) -> RunResult:
     """Train to the end of the recipe and return what was measured.
 
     `resume` continues from the run's checkpoint bit by bit. `live` answers each batch in place of the cache (--online).
-    The caller's global random state is the same afterwards. Raises MismatchError before the first step where cache,
-    images and recipe do not belong together, Stopped after SIGTERM or Ctrl-C.
+    The caller's global random state is the same afterwards. Under torchrun all processes train one model together, on
+    parts of the same batches. Raises MismatchError before the first step where cache, images and recipe do not belong
+    together, Stopped after SIGTERM or Ctrl-C.
     """
+    with joined() as ranks:
+        return _train(recipe, resume, live, ranks)
+
+
+def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTargets | None, ranks: Ranks) -> RunResult:
     device = resolve_device(recipe.device)
-    run = RunDirectory(recipe.out)
+    ranks.use(device)
+    _require_parts(recipe.losses, ranks)
+    run = RunDirectory(recipe.out, ranks)
     if not resume:
         run.require_free()
     run.require_recipe(recipe)
-    source = open_source(recipe, live, run.learns_from())
+    source = open_source(recipe, live, run.learns_from(), ranks)
     validator = open_validator(recipe, source.num_classes)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)
@@ -59,7 +82,7 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
         return RunResult(**finished)
     with own_randomness(device, recipe.seed):
         classifier = build_classifier(recipe, source, None if validator is None else validator.sample())
-        learner = Learner(recipe, classifier, device)
+        learner = Learner(recipe, classifier, device, build_adapters(recipe, source, classifier), ranks)
         with run.held(), stop_flag() as stop:
             if resume and not run.begun:
                 say(f"there is no run in {run.path} to resume: a new one starts")
@@ -70,6 +93,16 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
                 measured = _measure(recipe, learner, run, validator, stop)
                 _finish_epoch(recipe, source, learner, run, measured)
     return _finish_run(recipe, source, learner, run)
+
+
+def _require_parts(losses: Sequence[Loss], ranks: Ranks) -> None:
+    """Raise RecipeError for losses that a process cannot compute on its part of a batch."""
+    remembering = [f"losses.{n} ({loss.kind})" for n, loss in enumerate(losses) if loss.remembers_rows]
+    if remembering and ranks.size > 1:
+        raise RecipeError(
+            f"{', '.join(remembering)} remembers every row that it saw, and each of {ranks.size} processes sees "
+            "a part. Fix: one process (--nproc-per-node 1), or other losses"
+        )
 
 
 def _take_up(learner: Learner, run: RunDirectory) -> None:
@@ -89,42 +122,41 @@ def _take_up(learner: Learner, run: RunDirectory) -> None:
 def _train_epoch(recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory, stop: StopFlag) -> None:
     """Run an epoch, from where the learner is in it: the loop of stage two."""
     started = time.perf_counter() - learner.seconds
-    learner.model.train()
+    learner.trained.train()
     batches = source.loader.epoch(learner.epoch, learner.batch)
     name = f"epoch {learner.epoch + 1}/{recipe.epochs}"
     for batch in track(batches, name, len(source.loader), "batches", learner.batch):
-        batch = _on_device(batch, learner, source.live)
+        batch = _on_device(batch, learner, source)
+        progress = Progress(learner.step, len(source.loader), recipe.epochs)
         factor = recipe.schedule.factor(learner.step, len(source.loader), recipe.epochs)
         for group in learner.optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr * factor
-        rows = _rows(recipe, batch)
-        for micro in _split(batch, recipe.micro_batches):
-            with autocast(learner.device, recipe.precision):
-                logits = learner.forward(micro.images)
-            terms = torch.stack([loss(Targets(logits), micro) * loss.weight for loss in recipe.losses])
-            micro_rows = _rows(recipe, micro)
-            loss_of_batch = (terms * (micro_rows / rows.clamp(min=1))).sum()
-            learner.scaler.scale(loss_of_batch).backward()  # type: ignore[no-untyped-call]
+        rows = learner.ranks.mean_rows(_rows(recipe, batch))
+        micros = _split(batch, recipe.micro_batches)
+        for micro in micros:
+            with learner.accumulating(micro is micros[-1]):
+                terms: Tensor = learner.terms(micro, progress)
+                micro_rows = _rows(recipe, micro)
+                loss_of_batch = (terms * (micro_rows / rows)).sum()
+                learner.scaler.scale(loss_of_batch).backward()  # type: ignore[no-untyped-call]
             learner.add(terms, micro_rows)
         learner.scaler.unscale_(learner.optimizer)
         if recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(learner.model.parameters(), recipe.clip_norm)
+            torch.nn.utils.clip_grad_norm_(learner.trained.parameters(), recipe.clip_norm)
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.optimizer.zero_grad(set_to_none=True)
-        if learner.ema is not None:
-            learner.ema.update_parameters(learner.model)
-        learner.step += 1
-        learner.batch += 1
+        learner.end_step()
         learner.seconds = time.perf_counter() - started
-        _keep_place(recipe, learner, run, stop)
+        _keep_place(recipe, learner, run, learner.ranks.agreed(stop))
     synchronize(learner.device)
     learner.seconds = time.perf_counter() - started
 
 
-def _on_device(batch: Batch, learner: Learner, live: LiveTargets | None) -> Batch:
+def _on_device(batch: Batch, learner: Learner, source: Source) -> Batch:
     batch = batch.to(learner.device)
-    return batch if live is None else replace(batch, teachers=live(batch.images))
+    batch = batch if source.live is None else replace(batch, teachers=source.live(batch.images, batch.labels))
+    return with_ensembles(batch, source.ensembles)
 
 
 def _split(batch: Batch, count: int) -> list[Batch]:
@@ -171,7 +203,9 @@ def _measure(
     if validator is None or not (last or (learner.epoch + 1) % every == 0):
         return {}
     _save(learner, run)
-    measures = validator.measure(learner.measured, learner.device, recipe.precision, stop)
+    measures = learner.ranks.by_first(
+        lambda: validator.measure(learner.measured, learner.device, recipe.precision, stop)
+    )
     return {f"val_{name}": value for name, value in asdict(measures).items() if value is not None}
 
 
@@ -199,9 +233,7 @@ def _finish_epoch(
 
 def _line(row: dict[str, Any], epochs: int) -> str:
     parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"loss {row['loss']:.4f}"]
-    parts += [
-        f"{name} {100 * row[f'val_{name}']:.2f} %" for name in ("top1", "top5", "agreement") if f"val_{name}" in row
-    ]
+    parts += [f"{name} {100 * row[f'val_{name}']:.2f} %" for name in SHOWN if f"val_{name}" in row]
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
@@ -215,9 +247,9 @@ def _finish_run(recipe: TrainingRecipe, source: Source, learner: Learner, run: R
         num_classes=source.num_classes,
         in_channels=channels,
     )
-    save_model(run.path, classifier.module, stored)
+    learner.ranks.by_first(lambda: _save_weights(run, learner, classifier, stored))
     last, images = run.rows[-1], recipe.epochs * source.loader.images_per_epoch
-    measured = {name: last.get(f"val_{name}") for name in ("top1", "top5", "agreement")}
+    measured = {name: last.get(f"val_{name}") for name in (*SHOWN, "f1_micro")}
     result = RunResult(
         out=str(run.path),
         epochs=recipe.epochs,
@@ -226,9 +258,19 @@ def _finish_run(recipe: TrainingRecipe, source: Source, learner: Learner, run: R
         seconds=round(sum(row["seconds"] for row in run.rows), 3),
         num_parameters=sum(p.numel() for p in classifier.parameters()),
         loss=last["loss"],
-        best_top1=max((row["val_top1"] for row in run.rows if "val_top1" in row), default=None),
+        best_top1=_best(run, "val_top1"),
+        best_mean_ap=_best(run, "val_mean_ap"),
         teacher_passes=images * source.num_live,
         **measured,
     )
     run.finish(asdict(result))
     return result
+
+
+def _save_weights(run: RunDirectory, learner: Learner, classifier: Classifier, stored: StoredModel) -> None:
+    save_model(run.path, classifier.module, stored)
+    learner.save_adapters(run.path / "adapters.safetensors")
+
+
+def _best(run: RunDirectory, name: str) -> float | None:
+    return max((row[name] for row in run.rows if name in row), default=None)

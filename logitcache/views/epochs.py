@@ -13,11 +13,13 @@ from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.checksums import require_rows
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod, ViewLoader
-from logitcache.views.order import epoch_order, share_of
+from logitcache.views.order import share_of
+from logitcache.views.sampling import EveryImage, Sampling
 from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, Views
 
 TargetsOf = Callable[[Sequence[ViewKey]], Mapping[str, Targets]]
 ChecksumsOf = Callable[[Sequence[ViewKey]], NDArray[np.uint32]]
+EVERY_IMAGE = EveryImage()
 
 
 def no_targets(keys: Sequence[ViewKey]) -> Mapping[str, Targets]:
@@ -26,12 +28,13 @@ def no_targets(keys: Sequence[ViewKey]) -> Mapping[str, Targets]:
 
 
 class EpochLoader:
-    """Epochs of as many keys as there are images, in an order that is a function of seed and epoch.
+    """Epochs of as many keys as there are images, in an order that is a function of labels, seed and epoch.
 
     Epoch e replays view e modulo the number of views. With `views_per_image` k, one decode serves k views: an epoch
     takes k views of every k-th image, and each k epochs together take k views of every image. Partners that are mixed
     with one another come together. Of several processes, `rank` of `world_size` takes its part of every batch of
-    `batch_size`. With `checksums_of`, every image that is rendered is compared.
+    `batch_size`. With `checksums_of`, every image that is rendered is compared. `sampling` says which images an epoch
+    takes: by default every one once.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class EpochLoader:
         seed: int = 0,
         drop_last: bool = False,
         views_per_image: int = 1,
+        sampling: Sampling = EVERY_IMAGE,
         shuffle_block: int | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -52,7 +56,8 @@ class EpochLoader:
     ) -> None:
         self.views = views
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
-        self.views_per_image = views_per_image
+        self.views_per_image, self._sampling = views_per_image, sampling
+        sampling.require_possible(views.dataset, bool(views.spec.mixing))
         self._targets_of, self._checksums_of = targets_of, checksums_of
         self._block, self._share = shuffle_block, (rank, world_size)
         self._images = ViewLoader(views, num_workers, start_method)
@@ -121,9 +126,11 @@ class EpochLoader:
         count, shared, num_views = len(self.views.dataset.ids), self.views_per_image, self.views.spec.num_views
         group, part = divmod(epoch, shared)
         pairing = self.views.spec.pairing(count)
-        places = epoch_order(count, self.seed, group, self._block, 1 if pairing is None else 2)
+        unit = 1 if pairing is None else 2
+        places, repeats = self._sampling.order(self.views.dataset, self.seed, group, self._block, unit)
         slots = np.arange(part * count, (part + 1) * count)
-        views, places = (group * shared + slots % shared) % num_views, places[slots // shared]
+        place = slots // shared
+        views, places = ((group + repeats[place]) * shared + slots % shared) % num_views, places[place]
         return views, places if pairing is None else pairing.images(views, places)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:

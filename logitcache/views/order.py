@@ -25,10 +25,13 @@ def epoch_order(num_images: int, seed: int, epoch: int, block: int | None = None
         return np.append(places, np.arange(num_images - rest, num_images))
     if block is None or block >= num_images:
         return permutation(seed, epoch, num_images)
-    num_blocks = -(-num_images // block)
     shuffled = permutation(seed, epoch, num_images)
-    rank = np.argsort(permutation(seed ^ 1, epoch, num_blocks), kind="stable")
-    return shuffled[np.argsort(rank[shuffled // block], kind="stable")]
+    return shuffled[np.argsort(block_ranks(num_images, seed, epoch, block)[shuffled // block], kind="stable")]
+
+
+def block_ranks(num_images: int, seed: int, epoch: int, block: int) -> NDArray[np.int64]:
+    """Return the place in an epoch of each run of `block` consecutive images."""
+    return np.argsort(permutation(seed ^ 1, epoch, -(-num_images // block)), kind="stable")
 
 
 def share_of(items: Sequence[T], rank: int, world_size: int, unit: int = 1) -> Sequence[T]:

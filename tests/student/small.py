@@ -69,12 +69,14 @@ def fill(
     teachers: Mapping[str, nn.Module] | None = None,
     logits: Mapping[str, Any] | None = None,
     images: Mapping[str, Any] | object = IMAGES,
+    features: Mapping[str, Any] | None = None,
     **changes: Any,
 ) -> Path:
     """Fill a cache of augmented views; `images` are a recipe entry or a data set."""
     named = isinstance(images, Mapping)
     modules = teachers or {"net": network()}
     entry = {"preprocessing": GREY.model_dump(mode="json"), "logits": logits or {"kind": "dense", "dtype": "float32"}}
+    entry |= {"features": features or {}}
     entries = {
         "cache": str(path),
         "dataset": images if named else None,

@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
+from logitcache.models import load_model
+from logitcache.student.cost import Contender, LatencyPlan
 from logitcache.student.evaluation import evaluate
 from logitcache.student.training import train
-from tests.student.small import LINEAR, PARTLY, TEST_IMAGES, metrics, student, teacher
+from logitcache.views.datasets import Bundled, open_dataset
+from tests.student.small import LINEAR, PARTLY, TEST_IMAGES, THREE, metrics, network, student, teacher
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +33,9 @@ def test_a_run_evaluates_to_the_last_row_of_its_metrics(run: Path) -> None:
     result = evaluate(run)
     last = {key: value for key, value in metrics(run)[-1].items() if key.startswith("val_")}
     assert _measures(result) == last
-    assert set(last) == {"val_top1", "val_top5", "val_agreement", "val_kl", "val_teacher_top1"}
+    assert set(last) == {"val_top1", "val_top5", "val_agreement", "val_kl", "val_teacher_top1", "val_ece"}
     assert (result.run, result.images) == (str(run), 100)
-    assert result.num_parameters == json.loads((run / "result.json").read_text())["num_parameters"]
+    assert result.costs[0].num_parameters == json.loads((run / "result.json").read_text())["num_parameters"]
     assert result.measures.top1 is not None
     assert result.measures.teacher_top1
     assert result.retention == result.measures.top1 / result.measures.teacher_top1
@@ -119,3 +122,101 @@ def test_measuring_leaves_the_callers_random_state(run: Path) -> None:
     before = torch.get_rng_state()
     evaluate(run)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def _guesses(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The classes that a run gives to the test images, and their own, by another way."""
+    images = open_dataset(Bundled.model_validate(TEST_IMAGES))
+    pixels = torch.stack([images.read(index) for index in range(len(images.ids))])
+    with torch.no_grad():
+        best = load_model(run).module.eval()((pixels / 255 - 0.5) / 0.5).argmax(dim=1)
+    return best, torch.from_numpy(images.labels)
+
+
+def test_every_class_is_measured_and_grouped_by_its_training_images(run: Path) -> None:
+    result = evaluate(run, ["validation.groups={head: 20, tail: 20}"])
+    best, labels = _guesses(run)
+    top1 = [float((best == label)[labels == label].float().mean()) for label in range(10)]
+    assert [item.top1 for item in result.per_class] == pytest.approx(top1)
+    assert [item.images for item in result.per_class] == [10] * 10
+    assert [item.training_images for item in result.per_class] == [20] * 10
+    assert result.per_class[1].name == "Trouser"
+    assert result.groups is not None
+    assert [(group.group, group.classes) for group in result.groups] == [("head", 0), ("medium", 10), ("tail", 0)]
+    assert result.groups[1].top1 == pytest.approx(sum(top1) / 10)
+
+
+def test_a_teachers_training_images_are_counted_too(tmp_path: Path) -> None:
+    train(teacher(tmp_path / "run", validation={"dataset": TEST_IMAGES}))
+    result = evaluate(tmp_path / "run")
+    assert {item.training_images for item in result.per_class} == {20}
+    assert [cost.model for cost in result.costs] == ["student"]
+
+
+def test_training_images_of_code_are_not_opened_unasked(tmp_path: Path) -> None:
+    train(teacher(tmp_path / "run", dataset=THREE, validation={"dataset": THREE}))
+    word = f"validation.dataset.factory={THREE['factory']}"
+    assert evaluate(tmp_path / "run", [word]).groups is None
+    result = evaluate(tmp_path / "run", [word, f"dataset.factory={THREE['factory']}"])
+    assert result.groups is not None
+    assert sum(item.training_images or 0 for item in result.per_class) == 200
+
+
+def test_a_run_whose_cache_is_gone_is_measured_without_what_only_that_knew(run: Path) -> None:
+    result = evaluate(run, ["cache=/nowhere/cache.zarr"])
+    assert result.measures == evaluate(run).measures
+    assert result.groups is None
+    assert [cost.model for cost in result.costs] == ["student"]
+
+
+def test_teachers_are_weighed_where_they_are_given(run: Path) -> None:
+    assert [(cost.model, cost.num_parameters) for cost in evaluate(run).costs[1:]] == [("net", None)]
+    net = Contender(torch.nn.Sequential(Floats(), network()), "float32")
+    result = evaluate(run, teachers={"net": net}, latency=LatencyPlan(batch_sizes=(2,), warm_up=1, repeats=2))
+    assert result.costs[1].compression == pytest.approx(1.0)  # the same architecture
+    assert result.costs[1].flops_ratio == pytest.approx(1.0)
+    assert [(row.model, row.batch_size) for row in result.latencies] == [("student", 2), ("net", 2)]
+    assert result.latencies[1].speed_up == result.latencies[1].seconds / result.latencies[0].seconds
+
+
+class Floats(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels / 255
+
+
+def test_images_of_other_classes_are_measured_by_a_map_of_them(run: Path) -> None:
+    best, labels = _guesses(run)
+    shared = {"Trouser": 1, "Bag": 3, "9": 9}
+    theirs = torch.tensor([-1, 1, -1, -1, -1, -1, -1, -1, 3, 9])[labels]
+    result = evaluate(run, [f"validation.class_map={json.dumps(shared)}"])
+    assert (result.images, result.images_left_out) == (30, 70)
+    assert result.measures.top1 == pytest.approx(float((best == theirs)[theirs >= 0].float().mean()))
+    assert [item.label for item in result.per_class if item.images] == [1, 3, 9]
+    assert {item.name for item in result.per_class} == {None}
+
+
+def test_a_map_lets_images_of_another_number_of_classes_be_measured(run: Path) -> None:
+    images = f"dataset: {{kind: custom, factory: '{THREE['factory']}'}}"
+    result = evaluate(run, [f"validation={{{images}, class_map: {{a: 7, 2: 7}}}}"])
+    assert result.images + result.images_left_out == 200
+    assert [item.label for item in result.per_class if item.images] == [7]
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("{Trousers: 1}", "Did you mean 'Trouser'"),
+        ("{10: 1}", "no class '10'"),
+        ("{Bag: 10}", "no classes of the model"),
+        ("{}", "class_map"),
+    ],
+)
+def test_a_map_of_classes_that_are_not_there_is_refused(run: Path, classes: str, message: str) -> None:
+    with pytest.raises(LogitCacheError, match=message):
+        evaluate(run, [f"validation.class_map={classes}"])
+
+
+def test_taps_need_features_to_compare_them_with(run: Path) -> None:
+    with pytest.raises(RecipeError, match=r"validation\.cache, precomputed with teachers\.NAME\.features"):
+        evaluate(run, ["validation.taps=[head]"])
+    assert evaluate(run).cka == ()

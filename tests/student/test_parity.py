@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 from torch import nn
 
+from logitcache.student.losses import Loss
+from logitcache.student.losses.features import FeatureLoss
 from logitcache.student.training import RunResult, train
 from logitcache.teacher.online import live_targets
-from tests.student.small import fill, network, recorded_losses, student
+from tests.student.featured import FEATURES, LOSSES, ON_FEATURES, fill_featured
+from tests.student.small import PARTLY, fill, network, recorded_losses, student
 
 STEPS = {"batch_size": 20, "epochs": 5}  # 50 steps over 200 images
 NUM_STEPS = 50
+MIXED = {"num_views": 2, "mixing": [{"kind": "mixup", "p": 0.5}, {"kind": "cutmix", "p": 0.5}]}
 
 
 def _both(
@@ -30,8 +34,8 @@ def _both(
     return (offline, np.array(cached)), (online, np.array(live))
 
 
-def _largest_difference(first: RunResult, second: RunResult) -> float:
-    a, b = (load_file(Path(result.out, "weights.safetensors")) for result in (first, second))
+def _largest_difference(first: RunResult, second: RunResult, file: str = "weights.safetensors") -> float:
+    a, b = (load_file(Path(result.out, file)) for result in (first, second))
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
@@ -68,6 +72,34 @@ def test_two_teachers_agree_with_two_live_teachers(two_teachers: Path, tmp_path:
     assert _largest_difference(offline, online) <= 1e-6
     assert offline.teacher_passes == 0
     assert online.teacher_passes == 2 * online.images == 2 * 5 * 200
+
+
+def test_every_loss_on_features_has_its_parity() -> None:
+    union = [loss for loss in get_args(get_args(Loss)[0]) if issubclass(loss, FeatureLoss)]
+    assert ON_FEATURES.keys() == {loss.model_fields["kind"].default for loss in union}
+
+
+@pytest.mark.parametrize(
+    ("filled", "changes"),
+    [({}, {"ema": 0.9}), ({"views": MIXED}, {}), ({"images": PARTLY}, {"dataset": PARTLY})],
+    ids=["plain", "mixed", "partly labelled"],
+)
+def test_fifty_steps_on_cached_features_are_fifty_steps_online(tmp_path: Path, filled: Any, changes: Any) -> None:
+    cache = fill_featured(tmp_path / "cache", **filled)
+    entries = {"losses": LOSSES, "optimizer": {"kind": "sgd", "lr": 0.01}} | changes
+    (offline, cached), (online, live) = _both(cache, {"net": network()}, tmp_path, **entries)
+    assert np.abs(cached - live).max() <= 1e-6
+    for file in ("weights.safetensors", "adapters.safetensors"):
+        assert _largest_difference(offline, online, file) <= 1e-6
+
+
+def test_features_in_int8_are_close_to_online(tmp_path: Path) -> None:
+    features = {name: entry | {"dtype": "int8"} for name, entry in FEATURES.items()}
+    cache = fill_featured(tmp_path / "cache", features=features)
+    changes = {"losses": LOSSES, "optimizer": {"kind": "sgd", "lr": 0.01}}
+    (_, cached), (_, live) = _both(cache, {"net": network()}, tmp_path, **changes)
+    first = np.abs(cached[0] / live[0] - 1)  # later steps start from other weights
+    assert 0 < first.max() <= 0.02
 
 
 def test_float16_is_close_to_online(caches: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_an_incomplete_cache_is_refused(caches: Path, tmp_path: Path) -> None:
     images = {"kind": "bundled", "num_images": 600}
     path = fill(caches / "incomplete", images=images, views={"num_views": 1}, shard_rows=512)
     layout = layout_of(open_cache(path).manifest)
-    (path / layout.teachers[0].record_file(list(layout.shards())[-1])).unlink()
+    (path / layout.targets[0].record_file(list(layout.shards())[-1])).unlink()
     _refused(student(tmp_path / "run", path), CacheError, "incomplete: 1 of 2 shards", 3)
 
 
@@ -158,3 +158,10 @@ def test_losses_of_raw_logits_are_refused_on_a_few(top_k: Path, tmp_path: Path, 
 def test_a_loss_over_whole_batches_takes_no_parts_of_them(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\['dist'\] compare the rows of a whole batch.*leave out micro_batches"):
         student(tmp_path / "run", cache, losses=[{"kind": "dist"}], micro_batches=2)
+
+
+def test_a_loss_that_compares_the_rows_of_a_batch_takes_no_batch_of_one(cache: Path, tmp_path: Path) -> None:
+    coupled = [{"kind": kind, "student": "0", "feature": "f"} for kind in ("rkd", "cka", "pkt", "similarity")]
+    with pytest.raises(ValueError, match=r"\['rkd', 'cka', 'pkt', 'similarity'\] compare.*make batch_size 2 or more"):
+        student(tmp_path / "run", cache, losses=[*coupled, {"kind": "kl_divergence"}], batch_size=1)
+    assert student(tmp_path / "run", cache, losses=[{"kind": "kl_divergence"}], batch_size=1).batch_size == 1

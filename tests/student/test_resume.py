@@ -18,7 +18,7 @@ import torch
 
 from logitcache import files
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError, Stopped
-from logitcache.student import evaluation
+from logitcache.student import measures
 from logitcache.student.learner import Learner
 from logitcache.student.recipes import StudentRecipe
 from logitcache.student.training import train
@@ -154,7 +154,7 @@ def test_sigterm_while_measuring_then_resume_gives_the_same_bytes(
 ) -> None:
     recipe = student(tmp_path / "run", cache, **VARIANTS["ema"])
     with monkeypatch.context() as patch:
-        _call_at(patch, evaluation, "_counts", call, _signal(signal.SIGTERM))
+        _call_at(patch, measures, "_of_rows", call, _signal(signal.SIGTERM))
         with pytest.raises(Stopped) as stopped:
             train(recipe)
     assert stopped.value.exit_code == 75

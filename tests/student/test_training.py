@@ -270,7 +270,7 @@ def test_a_run_directory_tells_all_of_the_run(cache: Path, tmp_path: Path) -> No
     assert json.loads((run / "result.json").read_text()) == dataclasses.asdict(result)
     environment = json.loads((run / "environment.json").read_text())
     manifest = open_cache(cache).manifest
-    learnt = manifest.restricted(manifest.views.num_views, list(manifest.teachers))
+    learnt = manifest.restricted(manifest.views.num_views, manifest.targets)
     assert environment["learns_from"]["cache"] == learnt.content_digest()
     assert environment["learns_from"]["validation"]["dataset"]["num_images"] == 100
     assert "torch" in environment["versions"][0]

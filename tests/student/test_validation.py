@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.cache.reader import open_cache
-from logitcache.errors import RecipeError
+from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import load_model
 from logitcache.student.training import train
 from logitcache.views.datasets import Bundled, open_dataset
@@ -86,3 +86,18 @@ def test_validation_of_partly_labelled_images_counts_those_with_a_label(cache: P
     with torch.no_grad():
         best = load_model(tmp_path / "run").module.eval()((pixels / 255 - 0.5) / 0.5).argmax(dim=1)
     assert result.top1 == pytest.approx((best == labels).float().mean().item())
+
+
+def test_what_only_evaluation_uses_may_change_when_a_run_continues(cache: Path, tmp_path: Path) -> None:
+    first = train(student(tmp_path / "run", cache, epochs=1, validation={"dataset": TEST_IMAGES}))
+    other = {"dataset": TEST_IMAGES, "groups": {"head": 10, "tail": 5}, "taps": ["head"]}
+    assert train(student(tmp_path / "run", cache, epochs=1, validation=other), resume=True) == first
+    mapped = {"dataset": TEST_IMAGES, "class_map": {"Bag": 8}}
+    with pytest.raises(MismatchError, match="class_map"):
+        train(student(tmp_path / "run", cache, epochs=1, validation=mapped), resume=True)
+
+
+def test_groups_of_classes_have_none_in_common(cache: Path, tmp_path: Path) -> None:
+    groups = {"head": 10, "tail": 12}
+    with pytest.raises(ValueError, match="in common"):
+        student(tmp_path / "run", cache, validation={"dataset": TEST_IMAGES, "groups": groups})

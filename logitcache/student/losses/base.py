@@ -1,22 +1,103 @@
 """What every loss shares."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
-from logitcache.recipe import Float
+from logitcache.features import FeatureKind, FeatureShape
+from logitcache.recipe import Component
+from logitcache.student.progress import Progress
 from logitcache.targets import Batch, Targets
 
 UNLABELLED = -1
 
-Need = Literal["labels", "single labels", "logits", "dense logits"]
-"""What a loss asks for: labels, perhaps mixed; one label an image; the teacher's distribution; its raw logits."""
+Need = Literal["labels", "single labels", "multi labels", "logits", "dense logits", "head"]
+"""What a loss asks for: one class an image, perhaps mixed; one that is not mixed; labels of any number of classes an
+image; the teacher's distribution; its raw logits; its last linear layer."""
 
-Weight = Annotated[Float, Field(ge=0.0)]
+
+@dataclass(frozen=True)
+class HeldTeacher:
+    """What a cache holds of a teacher: its features' shapes, and W [C, D] and b [C] of its last linear layer, if kept.
+
+    Without classes it answers with features alone.
+    """
+
+    num_classes: int | None
+    features: Mapping[str, FeatureShape]
+    head: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a loss is put to work: shapes at the student's taps, without the batch, the teachers, how many images.
+
+    class_counts: labelled images of each class, int64 [C]; None where that is not known.
+    """
+
+    taps: Mapping[str, tuple[int, ...]]
+    teachers: Mapping[str, HeldTeacher]
+    num_images: int
+    class_counts: Tensor | None = None
+
+
+class StepSums(nn.Module):
+    """An adapter with sums over the rows of a step, in buffers that `sums` names: several processes add theirs up."""
+
+    sums: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a loss is given beside outputs and batch: the module that it built for itself, and where training stands."""
+
+    adapter: nn.Module
+    progress: Progress
+
+
+class LossBase(Component, ABC):
+    """What the training loop asks of a loss, beside its fields.
+
+    `by_row` says whether the loss is a mean over rows, so that the parts of a batch sum to the whole; `differentiates`
+    whether it takes gradients of its own through the student, which a compiled one does not give; `remembers_rows`
+    whether its adapter keeps something of every row that it saw, which is more than one of several processes sees;
+    `exclusive` whether it takes an image to be of one class alone, as a softmax does.
+    """
+
+    by_row: ClassVar[bool] = True
+    differentiates: ClassVar[bool] = False
+    remembers_rows: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
+        """Return the unweighted loss of a batch, a scalar, at least float32.
+
+        `outputs` are the student's: logits [B, C], and features by tap as its modules gave them.
+        """
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The student's taps that the loss looks at."""
+        return ()
+
+    @property
+    def features(self) -> Mapping[str, tuple[FeatureKind, ...]]:
+        """The teacher's features that the loss looks at, and the kinds of each that will do."""
+        return {}
+
+    def adapter(self, site: Site) -> nn.Module:
+        """Build what the loss trains beside the student, or remembers from step to step."""
+        return nn.Identity()
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Count the rows that the loss is a mean over."""
+        return every_row(batch)
 
 
 def targets_of(teachers: Mapping[str, Targets], name: str | None) -> Targets:

@@ -1,13 +1,16 @@
 """Cross-entropy against labels, where there are labels."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.recipe import Component, Fraction
-from logitcache.student.losses.base import UNLABELLED, Need, Weight
-from logitcache.targets import Batch, MixedLabels, Targets, at_least_float32
+from logitcache.logits import at_least_float32
+from logitcache.recipe import Float, Fraction
+from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, MixedLabels, Targets
 
 
 def cross_entropy(
@@ -37,21 +40,52 @@ def _counted(labels: Tensor, mixed: MixedLabels | None) -> Tensor:
     return known if mixed is None else known & (mixed.partners != UNLABELLED)
 
 
-class CrossEntropy(Component):
-    """Cross-entropy against the labels; rows without a label do not count."""
+class LogPriors(nn.Module):
+    """Add τ log π to logits, π the classes' frequencies among the labelled images.
+
+    Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), equation 10. A class without an image counts
+    as if it had one.
+    """
+
+    added: Tensor
+
+    def __init__(self, class_counts: Tensor, tau: float) -> None:
+        """Take the images of each class, [C]."""
+        super().__init__()
+        counts = class_counts.double().clamp(min=1)
+        self.register_buffer("added", (tau * (counts / counts.sum()).log()).float())
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return the adjusted logits [B, C], at least float32."""
+        return at_least_float32(logits) + self.added
+
+
+class CrossEntropy(LossBase):
+    """Cross-entropy against the labels; rows without a label do not count.
+
+    With `logit_adjustment` τ, of logits to which τ log π was added, π the training images' class frequencies: what is
+    measured and kept are the logits as they are, which then err on every class alike. Published with τ = 1.
+    """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
-    by_row: ClassVar[bool] = True
     teacher: ClassVar[str | None] = None
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: Fraction = 0.0
-    weight: Weight = 1.0
+    logit_adjustment: Annotated[Float, Field(ge=0.0)] = 0.0
+    weight: Weight = constant(1.0)
 
-    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         assert isinstance(outputs.logits, Tensor)
-        return cross_entropy(outputs.logits, batch.labels, self.label_smoothing, batch.mixed)
+        return cross_entropy(context.adapter(outputs.logits), batch.labels, self.label_smoothing, batch.mixed)
+
+    def adapter(self, site: Site) -> nn.Module:
+        """Build what adjusts the logits, where they are."""
+        if not self.logit_adjustment:
+            return nn.Identity()
+        assert site.class_counts is not None, "the loss needs labels"
+        return LogPriors(site.class_counts, self.logit_adjustment)
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""

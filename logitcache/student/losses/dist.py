@@ -3,16 +3,21 @@
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from logitcache.recipe import Component, Name, Positive
-from logitcache.student.losses.base import Need, Weight, every_row, targets_of
-from logitcache.targets import Batch, Targets, dense_logits, log_probs
+from logitcache.logits import dense_logits, log_probs
+from logitcache.recipe import Name
+from logitcache.student.losses.base import Context, LossBase, Need, Site, targets_of
+from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-8
 
 
-def dist(student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> Tensor:
+def dist(
+    student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float | Tensor = 1.0
+) -> Tensor:
     """Return T² · (β · (1 - mean correlation of rows) + γ · (1 - mean correlation of columns)), a scalar.
 
     Pearson's correlation of softmax(z / T) between student and teacher: of the classes in each row, and of the rows in
@@ -33,25 +38,32 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
-class DIST(Component):
+class DIST(LossBase):
     """Correlations in place of divergences; published with weight 2 beside cross-entropy."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
     by_row: ClassVar[bool] = False
+    exclusive: ClassVar[bool] = True
 
     kind: Literal["dist"] = "dist"
-    beta: Weight = 1.0
-    gamma: Weight = 1.0
-    temperature: Positive = 1.0
-    weight: Weight = 1.0
+    beta: Weight = constant(1.0)
+    gamma: Weight = constant(1.0)
+    temperature: Temperature = constant(1.0)
+    weight: Weight = constant(1.0)
     teacher: Name | None = None
 
-    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the loss asks of its data."""
+        return frozenset({"dense logits", *self.temperature.needs})
+
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
         assert isinstance(outputs.logits, Tensor)
-        return dist(outputs.logits, logits, self.beta, self.gamma, self.temperature)
+        temperature = self.temperature.now(outputs.logits, logits, batch, context)
+        beta, gamma = (weight.at(context.progress) for weight in (self.beta, self.gamma))
+        return dist(outputs.logits, logits, beta, gamma, temperature)
 
-    def rows(self, batch: Batch) -> Tensor:
-        """Count the rows that the loss is a mean over."""
-        return every_row(batch)
+    def adapter(self, site: Site) -> nn.Module:
+        """Build what the temperature remembers."""
+        return self.temperature.memory()

@@ -2,23 +2,33 @@
 
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from logitcache.recipe import Component, Name, Positive
+from logitcache.logits import Logits, log_probs
+from logitcache.recipe import Name
 from logitcache.student.losses.base import (
+    Context,
+    LossBase,
     Need,
-    Weight,
+    Site,
     cross,
     labelled_rows,
     mean_of_labelled,
     split_by_label,
     targets_of,
 )
-from logitcache.targets import Batch, Logits, Targets, log_probs
+from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
 
 
 def dkd(
-    student: Tensor, teacher: Logits, labels: Tensor, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0
+    student: Tensor,
+    teacher: Logits,
+    labels: Tensor,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float | Tensor = 4.0,
 ) -> Tensor:
     """Return T² · mean of α · KL(b_t ‖ b_s) + β · KL(p̂_t ‖ p̂_s) over the labelled rows, a scalar in nats.
 
@@ -33,24 +43,29 @@ def dkd(
     return temperature**2 * mean_of_labelled(alpha * against_rest + beta * among_others, labels)
 
 
-class DKD(Component):
+class DKD(LossBase):
     """Decoupled distillation, the label against the rest and the rest among themselves; published for single labels."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
-    by_row: ClassVar[bool] = True
 
     kind: Literal["dkd"] = "dkd"
-    alpha: Weight = 1.0
-    beta: Weight = 8.0
-    temperature: Positive = 4.0
-    weight: Weight = 1.0
+    alpha: Weight = constant(1.0)
+    beta: Weight = constant(8.0)
+    temperature: Temperature = constant(4.0)
+    weight: Weight = constant(1.0)
     teacher: Name | None = None
 
-    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         assert isinstance(outputs.logits, Tensor)
         logits = targets_of(batch.teachers, self.teacher).logits
-        return dkd(outputs.logits, logits, batch.labels, self.alpha, self.beta, self.temperature)
+        temperature = self.temperature.now(outputs.logits, logits, batch, context)
+        alpha, beta = (weight.at(context.progress) for weight in (self.alpha, self.beta))
+        return dkd(outputs.logits, logits, batch.labels, alpha, beta, temperature)
+
+    def adapter(self, site: Site) -> nn.Module:
+        """Build what the temperature remembers."""
+        return self.temperature.memory()
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""

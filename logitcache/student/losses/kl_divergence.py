@@ -4,23 +4,26 @@ standardised as in Sun et al., "Logit standardization in knowledge distillation"
 
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from logitcache.recipe import Component, Name, Positive
-from logitcache.student.losses.base import Need, Weight, every_row, targets_of
-from logitcache.targets import Batch, Logits, Targets, at_least_float32, dense_logits, log_probs
+from logitcache.logits import Logits, at_least_float32, dense_logits, log_probs
+from logitcache.recipe import Name
+from logitcache.student.losses.base import Context, LossBase, Need, Site, targets_of
+from logitcache.student.losses.temperatures import RowTemperature
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-7
 
 
-def kl_divergence(student: Tensor, teacher: Logits, temperature: float = 1.0) -> Tensor:
+def kl_divergence(student: Tensor, teacher: Logits, temperature: float | Tensor = 1.0) -> Tensor:
     """Return T² · mean over rows of Σ p_t (log p_t - log p_s), p = softmax(z / T), a scalar in nats, at least float32.
 
-    `student`: logits [B, C]. `teacher`: logits [B, C] or an encoded form. The factor T² keeps the gradient's size
-    independent of T. Zero when both agree.
+    `student`: logits [B, C]. `teacher`: logits [B, C] or an encoded form. `temperature`: one for all, or one for each
+    row [B]. The factor T² keeps the gradient's size independent of T. Zero when both agree.
     """
     log_p_s, log_p_t = log_probs(student, temperature), log_probs(teacher, temperature)
-    return temperature**2 * (log_p_t.exp() * (log_p_t - log_p_s)).sum(dim=1).mean()
+    return (temperature**2 * (log_p_t.exp() * (log_p_t - log_p_s)).sum(dim=1)).mean()
 
 
 def standardize(logits: Tensor) -> Tensor:
@@ -29,33 +32,34 @@ def standardize(logits: Tensor) -> Tensor:
     return (values - values.mean(dim=1, keepdim=True)) / (EPSILON + values.std(dim=1, keepdim=True))
 
 
-class KLDivergence(Component):
+class KLDivergence(LossBase):
     """KL divergence from the teacher's distribution to the student's at a temperature, times T².
 
     With `standardize` both logits are standardised first, row by row; published with T = 2 and weight 9.
     """
 
-    by_row: ClassVar[bool] = True
+    exclusive: ClassVar[bool] = True
 
     kind: Literal["kl_divergence"] = "kl_divergence"
-    temperature: Positive = 1.0
+    temperature: RowTemperature = constant(1.0)
     standardize: bool = False
-    weight: Weight = 1.0
+    weight: Weight = constant(1.0)
     teacher: Name | None = None
 
     @property
     def needs(self) -> frozenset[Need]:
         """What the loss asks of its data."""
-        return frozenset({"dense logits" if self.standardize else "logits"})
+        return frozenset({"dense logits" if self.standardize else "logits", *self.temperature.needs})
 
-    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         logits = targets_of(batch.teachers, self.teacher).logits
         assert isinstance(outputs.logits, Tensor)
+        temperature = self.temperature.now(outputs.logits, logits, batch, context)
         if not self.standardize:
-            return kl_divergence(outputs.logits, logits, self.temperature)
-        return kl_divergence(standardize(outputs.logits), standardize(dense_logits(logits)), self.temperature)
+            return kl_divergence(outputs.logits, logits, temperature)
+        return kl_divergence(standardize(outputs.logits), standardize(dense_logits(logits)), temperature)
 
-    def rows(self, batch: Batch) -> Tensor:
-        """Count the rows that the loss is a mean over."""
-        return every_row(batch)
+    def adapter(self, site: Site) -> nn.Module:
+        """Build what the temperature remembers."""
+        return self.temperature.memory()

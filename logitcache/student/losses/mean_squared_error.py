@@ -5,9 +5,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.recipe import Component, Name
-from logitcache.student.losses.base import Need, Weight, every_row, targets_of
-from logitcache.targets import Batch, Targets, at_least_float32, dense_logits
+from logitcache.logits import at_least_float32, dense_logits
+from logitcache.recipe import Name
+from logitcache.student.losses.base import Context, LossBase, Need, targets_of
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -15,22 +17,17 @@ def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
 
 
-class MeanSquaredError(Component):
+class MeanSquaredError(LossBase):
     """Squared error between logits; needs every logit as it was."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
-    by_row: ClassVar[bool] = True
 
     kind: Literal["mean_squared_error"] = "mean_squared_error"
-    weight: Weight = 1.0
+    weight: Weight = constant(1.0)
     teacher: Name | None = None
 
-    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
         assert isinstance(outputs.logits, Tensor)
         return mean_squared_error(outputs.logits, logits)
-
-    def rows(self, batch: Batch) -> Tensor:
-        """Count the rows that the loss is a mean over."""
-        return every_row(batch)

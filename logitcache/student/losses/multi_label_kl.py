@@ -1,16 +1,19 @@
 """Soft targets for images with any number of labels: each class is a binary question of its own."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.recipe import Component, Name, Positive
-from logitcache.student.losses.base import Need, Weight, every_row, targets_of
-from logitcache.targets import Batch, Targets, at_least_float32, dense_logits
+from logitcache.logits import at_least_float32, dense_logits
+from logitcache.recipe import Name
+from logitcache.student.losses.base import Context, LossBase, Need, Site, targets_of
+from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
 
 
-def multi_label_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+def multi_label_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
     """Return T² · mean over rows and classes of KL(σ(z_t / T) ‖ σ(z_s / T)), a scalar in nats, at least float32.
 
     `student`, `teacher`: logits [B, C]. Zero when both agree.
@@ -22,23 +25,26 @@ def multi_label_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -
     return temperature**2 * (yes + no).mean()
 
 
-class MultiLabelKL(Component):
+class MultiLabelKL(LossBase):
     """Binary KL divergence of every class, for teachers of several labels an image."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
-    by_row: ClassVar[bool] = True
-
     kind: Literal["multi_label_kl"] = "multi_label_kl"
-    temperature: Positive = 1.0
-    weight: Weight = 1.0
+    temperature: Temperature = constant(1.0)
+    weight: Weight = constant(1.0)
     teacher: Name | None = None
 
-    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the loss asks of its data."""
+        return frozenset({"dense logits", *self.temperature.needs})
+
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
         assert isinstance(outputs.logits, Tensor)
-        return multi_label_kl(outputs.logits, logits, self.temperature)
+        temperature = self.temperature.now(outputs.logits, logits, batch, context)
+        return multi_label_kl(outputs.logits, logits, temperature)
 
-    def rows(self, batch: Batch) -> Tensor:
-        """Count the rows that the loss is a mean over."""
-        return every_row(batch)
+    def adapter(self, site: Site) -> nn.Module:
+        """Build what the temperature remembers."""
+        return self.temperature.memory()

@@ -4,22 +4,29 @@ with normalized loss and customized soft labels" (ICCV 2023).
 
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from logitcache.recipe import Component, Name, Positive
+from logitcache.logits import Logits, log_probs
+from logitcache.recipe import Name
 from logitcache.student.losses.base import (
+    Context,
+    LossBase,
     Need,
-    Weight,
+    Site,
     cross,
     labelled_rows,
     mean_of_labelled,
     split_by_label,
     targets_of,
 )
-from logitcache.targets import Batch, Logits, Targets, log_probs
+from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
 
 
-def nkd(student: Tensor, teacher: Logits, labels: Tensor, gamma: float = 1.5, temperature: float = 1.0) -> Tensor:
+def nkd(
+    student: Tensor, teacher: Logits, labels: Tensor, gamma: float = 1.5, temperature: float | Tensor = 1.0
+) -> Tensor:
     """Return the mean of -p_t[y] log p_s[y] - γ T² Σ p̂_t log p̂_s over the labelled rows, a scalar in nats.
 
     p = softmax(z); p̂ is the distribution over the classes other than the label, of softmax(z / T). `student`: logits
@@ -34,23 +41,27 @@ def nkd(student: Tensor, teacher: Logits, labels: Tensor, gamma: float = 1.5, te
     return mean_of_labelled(rows, labels)
 
 
-class NKD(Component):
+class NKD(LossBase):
     """Normalised distillation: soft cross-entropy of the label and, apart, of the others; goes beside cross-entropy."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
-    by_row: ClassVar[bool] = True
 
     kind: Literal["nkd"] = "nkd"
-    gamma: Weight = 1.5
-    temperature: Positive = 1.0
-    weight: Weight = 1.0
+    gamma: Weight = constant(1.5)
+    temperature: Temperature = constant(1.0)
+    weight: Weight = constant(1.0)
     teacher: Name | None = None
 
-    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         assert isinstance(outputs.logits, Tensor)
         logits = targets_of(batch.teachers, self.teacher).logits
-        return nkd(outputs.logits, logits, batch.labels, self.gamma, self.temperature)
+        temperature = self.temperature.now(outputs.logits, logits, batch, context)
+        return nkd(outputs.logits, logits, batch.labels, self.gamma.at(context.progress), temperature)
+
+    def adapter(self, site: Site) -> nn.Module:
+        """Build what the temperature remembers."""
+        return self.temperature.memory()
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""

@@ -4,16 +4,28 @@ perspective" (ICLR 2021).
 
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from logitcache.recipe import Component, Name, Positive
-from logitcache.student.losses.base import Need, Weight, cross, labelled_rows, mean_of_labelled, targets_of
-from logitcache.targets import Batch, Logits, Targets, log_probs
+from logitcache.logits import Logits, log_probs
+from logitcache.recipe import Name
+from logitcache.student.losses.base import (
+    Context,
+    LossBase,
+    Need,
+    Site,
+    cross,
+    labelled_rows,
+    mean_of_labelled,
+    targets_of,
+)
+from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-7
 
 
-def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float = 2.0) -> Tensor:
+def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | Tensor = 2.0) -> Tensor:
     """Return T² · mean of -w Σ p_t log p_s over the labelled rows, a scalar in nats, at least float32; 0 without any.
 
     p = softmax(z / T), and w = 1 - exp(-CE_s / CE_t) with the cross-entropies against the label at T = 1: rows count
@@ -28,21 +40,26 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float = 
     return temperature**2 * mean_of_labelled(weight * soft, labels)
 
 
-class WSLD(Component):
+class WSLD(LossBase):
     """Soft cross-entropy, weighted by row; published with weight 2.5 beside cross-entropy."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
-    by_row: ClassVar[bool] = True
 
     kind: Literal["wsld"] = "wsld"
-    temperature: Positive = 2.0
-    weight: Weight = 1.0
+    temperature: Temperature = constant(2.0)
+    weight: Weight = constant(1.0)
     teacher: Name | None = None
 
-    def __call__(self, outputs: Targets, batch: Batch) -> Tensor:
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         assert isinstance(outputs.logits, Tensor)
-        return wsld(outputs.logits, targets_of(batch.teachers, self.teacher).logits, batch.labels, self.temperature)
+        logits = targets_of(batch.teachers, self.teacher).logits
+        temperature = self.temperature.now(outputs.logits, logits, batch, context)
+        return wsld(outputs.logits, logits, batch.labels, temperature)
+
+    def adapter(self, site: Site) -> nn.Module:
+        """Build what the temperature remembers."""
+        return self.temperature.memory()
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""

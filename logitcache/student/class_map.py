@@ -1,0 +1,54 @@
+"""Whose classes are whose: measuring on a data set that names its classes in another way."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.errors import MismatchError
+from logitcache.views.datasets.base import UNLABELLED, ImageDataset, is_multi_label
+
+SHOWN = 20
+
+
+def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_classes: int) -> NDArray[np.int64]:
+    """Return the labels of a data set in the model's classes, [N]; -1 for images of classes that are not mapped.
+
+    A key is the name of one of the data set's classes or, where none has that name, its index. Raises MismatchError for
+    classes that are not there, on either side.
+    """
+    if is_multi_label(dataset.labels):
+        raise MismatchError(
+            "validation.class_map: the images are of any number of classes each, which are not mapped. "
+            "Fix: leave it out, and validate on the model's classes"
+        )
+    wrong = {key: label for key, label in class_map.items() if not 0 <= label < num_classes}
+    if wrong:
+        raise MismatchError(
+            f"validation.class_map: {wrong} are no classes of the model, which has {num_classes}. "
+            f"Fix: 0 to {num_classes - 1}"
+        )
+    names, count = dataset.class_names or (), dataset.num_classes or 0
+    # One more for images without a label, whose index -1 finds it.
+    table = np.full(count + 1, UNLABELLED, np.int64)
+    for key, label in class_map.items():
+        table[_index(key, names, count)] = label
+    labels: NDArray[np.int64] = table[dataset.labels]
+    if (labels == UNLABELLED).all():
+        raise MismatchError("validation.class_map: no image is of a class that is mapped. Fix: map others")
+    return labels
+
+
+def _index(key: str, names: tuple[str, ...], count: int) -> int:
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < count:
+        return int(key)
+    near = get_close_matches(key, names, n=1)
+    known = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "") if names else "without names"
+    raise MismatchError(
+        f"validation.class_map: the images have no class {key!r}. "
+        + (f"Did you mean {near[0]!r}? " if near else "")
+        + f"Fix: a name or an index of their {count} classes ({known})"
+    )

@@ -1,0 +1,50 @@
+"""Similarity preserving: Tung and Mori, "Similarity-preserving knowledge distillation" (ICCV 2019)."""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from logitcache.features import FeatureKind, pooled
+from logitcache.logits import at_least_float32
+from logitcache.recipe import Name
+from logitcache.student.adapters import unit
+from logitcache.student.losses.base import Context, Need
+from logitcache.student.losses.features import FeatureLoss, full_precision
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
+
+
+@full_precision
+def similarity(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return ‖G_s - G_t‖² / B², G = f fᵀ with rows of L2 norm 1, a scalar, at least float32; zero where both agree.
+
+    `student` [B, ...] and `teacher` [B, ...]: features of any shapes, each taken as one vector an image.
+    """
+    return (_gram(student) - _gram(teacher)).square().mean()
+
+
+def _gram(features: Tensor) -> Tensor:
+    vectors = at_least_float32(features).flatten(1)
+    return unit(vectors @ vectors.T)
+
+
+class Similarity(FeatureLoss):
+    """Which images of a batch are alike, to the student as to the teacher; published with weight 3000.
+
+    Maps are compared as they are, place by place; beside a pooled feature the student is pooled too.
+    """
+
+    by_row: ClassVar[bool] = False
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
+
+    kind: Literal["similarity"] = "similarity"
+    student: str
+    feature: Name
+    teacher: Name | None = None
+    weight: Weight = constant(1.0)
+
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
+        """Return the unweighted loss of a batch."""
+        student, teacher = self.compared(outputs, batch)
+        return similarity(pooled(student) if teacher.ndim == 2 else student, teacher)

@@ -1,0 +1,99 @@
+"""Softmax regression: Yang et al., "Knowledge distillation via softmax regression representation learning" (ICLR 2021).
+
+With `logit_weight: 0` it is the loss of SimKD, Chen et al., "Knowledge distillation with the reused teacher classifier"
+(CVPR 2022).
+"""
+
+from typing import ClassVar, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from logitcache.errors import RecipeError
+from logitcache.features import FeatureKind, pooled
+from logitcache.logits import at_least_float32, dense_logits
+from logitcache.recipe import Name
+from logitcache.student.adapters import Projection, num_pooled
+from logitcache.student.losses.base import Context, Need, Site, targets_of
+from logitcache.student.losses.features import FeatureLoss, full_precision, held_by
+from logitcache.student.losses.hint import hint
+from logitcache.student.schedules import Weight, constant
+from logitcache.targets import Batch, Targets
+
+
+@full_precision
+def softmax_regression(student: Tensor, weight: Tensor, bias: Tensor, logits: Tensor) -> Tensor:
+    """Return the mean of (W f_s + b - z_t)² over rows and classes, a scalar, at least float32.
+
+    What the teacher's last layer says to the student's features, against what it said to the teacher's. `student`:
+    vectors [B, D] of a projection that is trained with the student; `weight`: [C, D]; `bias`: [C]; `logits`: [B, C].
+    """
+    found = F.linear(at_least_float32(student), weight.to(student), bias.to(student))
+    return F.mse_loss(found, at_least_float32(logits))
+
+
+class Head(nn.Module):
+    """A projection of the student's features, and the teacher's last layer, which is not trained."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, num_in: int, num_out: int, head: tuple[Tensor, Tensor] | None) -> None:
+        super().__init__()
+        self.project = Projection(num_in, num_out)
+        weight, bias = head or (torch.zeros(0, num_out), torch.zeros(0))
+        # The cache has them: a checkpoint need not.
+        self.register_buffer("weight", weight.float(), persistent=False)
+        self.register_buffer("bias", bias.float(), persistent=False)
+
+
+class SRRL(FeatureLoss):
+    """Squared errors of pooled features, and of the logits that the teacher's own last layer makes of the student's.
+
+    Both of a linear projection of the student's pooled features, which leaves rows independent; the authors' code has
+    batch normalisation and ReLU in it.
+    """
+
+    kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
+
+    kind: Literal["srrl"] = "srrl"
+    student: str
+    feature: Name
+    teacher: Name | None = None
+    weight: Weight = constant(1.0)
+    feature_weight: Weight = constant(1.0)
+    logit_weight: Weight = constant(1.0)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the loss asks of its data."""
+        return frozenset({"head", "dense logits"} if self._takes_head else ())
+
+    @property
+    def _takes_head(self) -> bool:
+        return self.logit_weight != constant(0.0)
+
+    def adapter(self, site: Site) -> nn.Module:
+        """Build the projection, beside the teacher's last layer; raises RecipeError where that takes other features."""
+        student, kept = self.shapes(site)
+        head = held_by(site, self.teacher).head if self._takes_head else None
+        num_in, num_out = num_pooled(student), num_pooled(kept.shape)
+        if head is not None and head[0].shape[1] != num_out:
+            raise RecipeError(
+                f"feature {self.feature!r} has {num_out} channels, the teacher's last layer takes {head[0].shape[1]}. "
+                "Fix: keep what that layer takes in, as in tap: fc:input"
+            )
+        return Head(num_in, num_out, head)
+
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
+        """Return the unweighted loss of a batch."""
+        student, teacher = self.compared(outputs, batch)
+        head = cast(Head, context.adapter)
+        projected = head.project(pooled(student))
+        of_features, of_logits = (weight.at(context.progress) for weight in (self.feature_weight, self.logit_weight))
+        loss = of_features * hint(projected, pooled(teacher))
+        if not self._takes_head:
+            return loss
+        logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
+        return loss + of_logits * softmax_regression(projected, head.weight, head.bias, logits)

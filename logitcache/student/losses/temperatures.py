@@ -1,0 +1,144 @@
+"""Temperatures of a loss: schedules, one that follows the student, and one for each row."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+import torch
+from pydantic import AfterValidator, BeforeValidator, Discriminator, model_validator
+from torch import Tensor, nn
+
+from logitcache.logits import Logits, log_probs
+from logitcache.recipe import Positive
+from logitcache.student.losses.base import StepSums
+from logitcache.student.losses.cross_entropy import CrossEntropy, cross_entropy
+from logitcache.student.schedules import (
+    Constant,
+    Cosine,
+    Exponential,
+    Linear,
+    Moment,
+    NonNegative,
+    TemperatureBase,
+    WarmUp,
+    as_schedule,
+)
+from logitcache.targets import Batch
+
+
+class Thermostat(StepSums):
+    """A temperature, and by how much the student lagged the teacher in the last step: Σ of the gap, and its rows."""
+
+    sums: ClassVar[tuple[str, ...]] = ("gap", "rows")
+
+    temperature: Tensor
+    gap: Tensor
+    rows: Tensor
+    step: Tensor
+
+    def __init__(self, start: float) -> None:
+        """Begin at a temperature, before the first step."""
+        super().__init__()
+        self.register_buffer("temperature", torch.tensor(start))
+        self.register_buffer("gap", torch.tensor(0.0))
+        self.register_buffer("rows", torch.tensor(0.0))
+        self.register_buffer("step", torch.tensor(-1))
+
+
+class Dynamic(TemperatureBase):
+    """Rise by `step` while the student lags the teacher by more than `margin`, and fall by it while the student leads.
+
+    The gap is the student's cross-entropy with the labels less the teacher's, at T = 1, over the labelled rows of the
+    step before: the micro-batches of a step share one temperature. The first step has `start`; T stays in [min, max],
+    and where no row has a label. The rule is ours; Islam et al., "Dynamic temperature scheduler for knowledge
+    distillation" (2025), go by the same gap.
+    """
+
+    needs: ClassVar[frozenset[Literal["labels"]]] = frozenset({"labels"})
+
+    kind: Literal["dynamic"] = "dynamic"
+    start: Positive
+    step: Positive
+    margin: NonNegative = 0.0
+    min: Positive
+    max: Positive
+
+    @model_validator(mode="after")
+    def _start_within(self) -> Self:
+        if not self.min <= self.start <= self.max:
+            raise ValueError(f"start ({self.start:g}) must be from min ({self.min:g}) to max ({self.max:g})")
+        return self
+
+    @property
+    def lowest(self) -> float:
+        """The smallest value at any time."""
+        return self.min
+
+    def memory(self) -> nn.Module:
+        """Build what is remembered from step to step."""
+        return Thermostat(self.start)
+
+    @torch.no_grad()
+    def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> Tensor:
+        """Return the temperature of the step, a scalar; in training, note how far the student lags."""
+        memory = moment.adapter
+        assert isinstance(memory, Thermostat)
+        if memory.training:
+            rows = CrossEntropy().rows(batch)
+            behind = cross_entropy(student, batch.labels, mixed=batch.mixed)
+            behind = behind - cross_entropy(log_probs(teacher), batch.labels, mixed=batch.mixed)
+            self._note(memory, behind * rows, rows, moment.progress.step)
+        # A backward pass may still need the value when the next step changes the buffer.
+        return memory.temperature.clone()
+
+    def _note(self, memory: Thermostat, gap: Tensor, rows: Tensor, step: int) -> None:
+        """Move the temperature at the first part of a step, and add up the gap of all; never waits for the device."""
+        is_first = memory.step != step
+        mean = memory.gap / memory.rows.clamp(min=1)
+        change = self.step * ((mean > self.margin).float() - (mean < 0).float())
+        memory.temperature.add_(change * is_first).clamp_(self.min, self.max)
+        for total, part in ((memory.gap, gap), (memory.rows, rows)):
+            total.copy_(torch.where(is_first, part, total + part))
+        memory.step.fill_(step)
+
+
+class ByConfidence(TemperatureBase):
+    """A temperature for each row: `low` + (`high` - `low`) · p_max, the teacher's largest probability at T = 1.
+
+    With `high` above `low`, rows that the teacher is sure of are softened more. The rule is ours, as it asks of the
+    teacher no more than a distribution; Wei and Bai, "Dynamic temperature knowledge distillation" (2024), go by the
+    sharpness of both models' logits.
+    """
+
+    kind: Literal["by_confidence"] = "by_confidence"
+    low: Positive
+    high: Positive
+
+    @property
+    def lowest(self) -> float:
+        """The smallest value at any time."""
+        return min(self.low, self.high)
+
+    @torch.no_grad()
+    def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> Tensor:
+        """Return the temperature of each row, [B]."""
+        return self.low + (self.high - self.low) * log_probs(teacher).amax(dim=1).exp()
+
+
+def _always_positive(temperature: TemperatureBase) -> TemperatureBase:
+    if temperature.lowest <= 0:
+        raise ValueError("must be greater than 0 at all times")
+    return temperature
+
+
+Temperature = Annotated[
+    Constant | Linear | Cosine | Exponential | WarmUp | Dynamic,
+    Discriminator("kind"),
+    BeforeValidator(as_schedule),
+    AfterValidator(_always_positive),
+]
+
+RowTemperature = Annotated[
+    Constant | Linear | Cosine | Exponential | WarmUp | Dynamic | ByConfidence,
+    Discriminator("kind"),
+    BeforeValidator(as_schedule),
+    AfterValidator(_always_positive),
+]

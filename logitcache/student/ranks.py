@@ -1,0 +1,223 @@
+"""The processes that train together, as torchrun starts them: what they share out, add up and agree on."""
+
+import itertools
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from logitcache.console import hushed
+from logitcache.device import distributed_backend, make_current
+from logitcache.errors import LogitCacheError, RecipeError
+from logitcache.stopping import StopFlag
+
+T = TypeVar("T")
+
+# The others wait while the first one reads, measures or writes.
+LONGEST_WAIT = timedelta(hours=1)
+_meetings = itertools.count()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process, `rank` of `size`; alone by default, and every method is then the plain thing.
+
+    The methods that exchange anything are for all ranks together, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and tells."""
+        return self.rank == 0
+
+    def use(self, device: torch.device) -> None:
+        """Make a device the one that this process computes on; raises RecipeError where ranks cannot share its kind."""
+        if self.size == 1:
+            return
+        if device.type == "mps":
+            raise RecipeError(f"device 'mps' cannot serve {self.size} processes. Fix: device: cpu, or one process")
+        make_current(device)
+
+    def own_seed(self, seed: int) -> int:
+        """Return the seed of what ranks must draw each for themselves, as dropout does."""
+        return int(np.random.SeedSequence((seed, self.rank)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    def wrapped(self, module: nn.Module) -> nn.Module:
+        """Return a module whose gradients are the mean over ranks after a backward pass."""
+        if self.size == 1:
+            return module
+        # Where nothing is unused, DDP would say on stderr at every start that it looked in vain.
+        module.register_parameter("unused", nn.Parameter(next(module.parameters()).new_zeros(1)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # older releases have no other name
+            # A loss on features alone leaves parameters unused. To look for them also keeps the buckets as they are:
+            # DDP would else lay them out again after a first step, and a resumed run would add up in another order.
+            # Statistics of normalisation are those of the first rank, which alone measures and writes.
+            return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
+
+    def exchanging(self, module: nn.Module, exchanges: bool) -> AbstractContextManager[None]:
+        """Have the backward pass within the block exchange the gradients of a wrapped module, or only add to them."""
+        return nullcontext() if exchanges or self.size == 1 else module.no_sync()  # type: ignore[operator]
+
+    def mean_rows(self, rows: Tensor) -> Tensor:
+        """Return the mean over ranks of numbers of rows [L], of which all ranks together have at least one."""
+        if self.size == 1:
+            return rows.clamp(min=1)
+        return self.add_up(rows.clone()).clamp(min=1) / self.size
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """Add to a tensor, in place, those of the other ranks."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def every(self, holds: bool) -> bool:
+        """Say whether something holds on every rank."""
+        flag = torch.tensor(int(not holds))
+        return self.add_up(flag).item() == 0
+
+    def agreed(self, stop: StopFlag) -> StopFlag:
+        """Return a flag that is the same on all ranks: set once any of them was asked to stop."""
+        if self.size == 1:
+            return stop
+        signum = torch.tensor(stop.signum or 0)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        # Another flag: this one may be set before it is read again, on this rank alone.
+        agreed = StopFlag()
+        agreed.signum = int(signum) or None
+        return agreed
+
+    def gathered(self, value: T) -> list[T]:
+        """Return the values of all ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def rows_of_all(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Return the rows [B, ...] of all ranks, in their order; `counts` says how many each has."""
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def by_first(self, function: Callable[[], T]) -> T:
+        """Call a function on the first rank and give all what it returns; where it raises, the others end quietly."""
+        if self.size == 1:
+            return function()
+        answer: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                answer[0] = function()
+            except Exception as error:
+                dist.broadcast_object_list([None, _exit_code(error)], src=0)
+                raise
+        dist.broadcast_object_list(answer, src=0)
+        found, exit_code = answer
+        if exit_code is not None:
+            raise SystemExit(exit_code)
+        return found  # type: ignore[no-any-return]
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """Meet the other processes that torchrun started, for a block; a block within another finds them met.
+
+    The first rank alone shows progress. Of the ranks that an error ends one shows it, the first to fail; in the others
+    SystemExit ends the program.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    store, rank, size = _meet()
+    with _shown_by_first(rank):
+        try:
+            yield Ranks(rank, size)
+            Ranks(rank, size).every(True)  # a rank that leaves early would cut off one that still listens
+        except Exception as error:
+            shown = _explained(error, rank, size)
+            if not _first_to_fail(store):
+                raise SystemExit(_exit_code(shown)) from error
+            if shown is error:
+                raise
+            raise shown from error
+    # After an error the process ends, and the group with it: NCCL might wait here for a rank that is gone.
+    dist.destroy_process_group()
+
+
+def _meet() -> tuple[Store, int, int]:
+    """Connect the processes; returns what they keep notes in, this one's rank, and how many there are."""
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise RecipeError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set. Fix: start the processes "
+            "with torchrun, which sets all of these, or unset WORLD_SIZE for one process"
+        )
+    try:
+        store, rank, size = next(rendezvous("env://"))
+        store = PrefixStore(f"logitcache/{next(_meetings)}", store)
+        dist.init_process_group(distributed_backend(), store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
+    except dist.DistError as cause:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RecipeError(
+            f"rank {os.environ['RANK']} cannot meet the others at {place}: {_first_line(cause)}. "
+            "Fix: the address of the first machine, and a port of it that is open to the others"
+        ) from cause
+    return store, rank, size
+
+
+@contextmanager
+def _shown_by_first(rank: int) -> Iterator[None]:
+    """Let the first rank alone show progress and warnings while the block runs: the others have the same to say."""
+    with warnings.catch_warnings(), nullcontext() if rank == 0 else hushed():
+        # Compiled models meet the first; the user can do nothing about it.
+        warnings.filterwarnings("ignore", "" if rank else "Grad strides do not match bucket view strides")
+        yield
+
+
+def _first_to_fail(store: Store) -> bool:
+    try:
+        return store.add("failed", 1) == 1
+    except dist.DistError:  # it ended with the process that kept it
+        return True
+
+
+def _exit_code(error: Exception) -> int:
+    return error.exit_code if isinstance(error, LogitCacheError) else 1
+
+
+def _explained(error: Exception, rank: int, size: int) -> Exception:
+    """Say what a broken connection means; leave every other error as it is."""
+    broken = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+    if not broken:
+        return error
+    return LogitCacheError(
+        f"rank {rank} lost another of the {size} processes that train together, which was killed or cut off: "
+        f"{_first_line(error)}. Fix: start all of them again with --resume"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

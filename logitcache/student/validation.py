@@ -1,0 +1,159 @@
+"""Run a model over untouched images, beside the teacher where a cache has its answers."""
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from logitcache.cache.manifest import LOGITS
+from logitcache.cache.reader import Cache, open_cache
+from logitcache.console import track
+from logitcache.device import Precision, autocast
+from logitcache.errors import MismatchError
+from logitcache.stopping import StopFlag
+from logitcache.student.class_map import mapped_labels
+from logitcache.student.compatibility import require_labels
+from logitcache.student.measures import Measures, Tally
+from logitcache.student.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
+from logitcache.student.recipes import TrainingRecipe, Validation
+from logitcache.student.sources import views_of
+from logitcache.targets import Batch
+from logitcache.views.datasets import fingerprint, open_dataset
+from logitcache.views.datasets.base import is_multi_label
+from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
+from logitcache.views.keys import ViewKey
+from logitcache.views.spec import Views, ViewSpec, require_one_size
+
+NUM_SAMPLES = 8
+AnyTally = Tally | MultiLabelTally
+AnyMeasures = Measures | MultiLabelMeasures
+
+
+class Validator:
+    """Images to measure on, in order, with the teacher's answers where they are known.
+
+    `labels` [N], where they are given, take the place of the images' own: of a data set of other classes, in those of
+    the model. Images whose label is -1 there are left out. `threshold` is the probability above which answers to images
+    of any number of classes are yes.
+    """
+
+    def __init__(
+        self,
+        views: Views,
+        cache: Cache | None,
+        batch_size: int,
+        num_workers: int,
+        labels: NDArray[np.int64] | None = None,
+        threshold: float = THRESHOLD,
+    ) -> None:
+        targets_of: TargetsOf = no_targets if cache is None else cache.rows
+        self.cache = cache
+        self._views, self._labels = views, labels
+        several = functools.partial(MultiLabelTally.of, threshold=threshold)
+        self._tally: Callable[..., AnyTally] = several if is_multi_label(views.dataset.labels) else Tally.of
+        self._loader = EpochLoader(views, targets_of, batch_size=batch_size, num_workers=num_workers)
+        count = len(views.dataset.ids)
+        self._indices = range(count) if labels is None else np.flatnonzero(labels >= 0).tolist()
+        self.num_images = len(self._indices)
+        self.num_left_out = count - self.num_images
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the model's classes, where the images have them."""
+        return self._views.dataset.class_names if self._labels is None else None
+
+    def identity(self) -> dict[str, Any]:
+        """Say which images and whose answers these are; reads the images that are not remembered."""
+        if self.cache is not None:
+            manifest = self.cache.manifest
+            return {"cache": manifest.restricted(1, manifest.targets).content_digest()}
+        return {"dataset": fingerprint(self._views.dataset).model_dump(mode="json")}
+
+    def sample(self) -> Tensor:
+        """Render the first few images, uint8 [B, C, H, W]."""
+        return self._views.__getitems__(self._keys(0, NUM_SAMPLES))
+
+    def _keys(self, start: int, count: int) -> list[ViewKey]:
+        return [ViewKey(0, index) for index in self._indices[start : start + count]]
+
+    def batches(self, device: torch.device, what: str, stop: StopFlag | None = None) -> Iterator[Batch]:
+        """Yield all images in batches on a device, in order; raises Stopped when the flag is set."""
+        size = self._loader.batch_size
+        keys = [self._keys(start, size) for start in range(0, self.num_images, size)]
+        for batch in track(self._loader.batches(keys), what, len(keys), "batches"):
+            if stop:
+                raise stop.stopped("stopped while measuring; the same command with --resume continues")
+            yield self._relabelled(batch).to(device)
+
+    def _relabelled(self, batch: Batch) -> Batch:
+        if self._labels is None:
+            return batch
+        labels = torch.from_numpy(self._labels[batch.keys[:, 1].numpy()])
+        return Batch(batch.images, labels, batch.keys, batch.teachers, batch.mixed)
+
+    def measure(
+        self, model: nn.Module, device: torch.device, precision: Precision = "float32", stop: StopFlag | None = None
+    ) -> AnyMeasures:
+        """Run a model (uint8 pixels in, logits out) over all images; raises Stopped when the flag is set."""
+        return self.tally(model, device, precision, stop).measures()
+
+    @torch.no_grad()
+    def tally(
+        self, model: nn.Module, device: torch.device, precision: Precision = "float32", stop: StopFlag | None = None
+    ) -> AnyTally:
+        """Run a model over all images and count; raises Stopped when the flag is set."""
+        model.eval()
+
+        def counted(batch: Batch) -> AnyTally:
+            with autocast(device, precision):
+                logits = model(batch.images).float()
+            return self._tally(logits, batch.labels, batch.teachers)
+
+        return functools.reduce(operator.add, map(counted, self.batches(device, "validate", stop)))
+
+
+def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None:
+    """Open the images to measure on; raises MismatchError when they, or the cache's teachers, have other classes."""
+    validation = recipe.validation
+    if validation is None:
+        return None
+    cache = None if validation.cache is None else only_logits(open_cache(validation.cache))
+    if cache is None:
+        views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
+        require_one_size(views)
+    else:
+        views = views_of(cache, validation.dataset, recipe)
+        if views.spec.mixing:
+            raise MismatchError(
+                f"validation: {validation.cache} holds mixed images, which have no one label. "
+                "Fix: a cache of the images as they are"
+            )
+    require_labels(recipe.losses, views.dataset.labels, "validation: ")
+    labels = _labels(validation, views, num_classes)
+    found = {"the images": views.dataset.num_classes if labels is None else num_classes}
+    if cache is not None:
+        found |= {f"teacher {name!r}": entry.num_classes for name, entry in cache.manifest.teachers.items()}
+    for who, count in found.items():
+        if count not in (None, num_classes):
+            raise MismatchError(
+                f"validation: {who} has {count} classes, the model {num_classes}. Fix: validate on the same classes, "
+                "or say by validation.class_map which are the same"
+            )
+    return Validator(views, cache, validation.batch_size, recipe.num_workers, labels, validation.threshold)
+
+
+def only_logits(cache: Cache) -> Cache:
+    """Leave out all but the teachers' logits: nothing else is read then."""
+    return cache.only({name: [LOGITS] for name, entry in cache.manifest.teachers.items() if entry.logits is not None})
+
+
+def _labels(validation: Validation, views: Views, num_classes: int) -> NDArray[np.int64] | None:
+    """Return the images' labels in the model's classes, where they are of other classes."""
+    if validation.class_map is None:
+        return None
+    return mapped_labels(views.dataset, validation.class_map, num_classes)
