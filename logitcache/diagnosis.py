@@ -79,6 +79,7 @@ class _Error:
         tail = names[-1:] if self.type in ("missing", "extra_forbidden") else []
         keys, types, self.is_alternative = _locate(model, names[: len(names) - len(tail)])
         context = error.get("ctx", {})
+        self.least = context.get("min_length")
         if self.type.startswith("union_tag"):
             tail = [str(context["discriminator"]).strip("'")]
         self.keys: Keys = (*keys, *tail)
@@ -98,6 +99,8 @@ class _Error:
         return f"key '{dotted(self.keys)}' = {show(self.value)}: {wrong}{self._fix()}"
 
     def _wrong(self) -> str:
+        if self.type == "too_short":
+            return f"give at least {'one' if self.least == 1 else self.least}"
         text = self.message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
         text = text.replace("Input should be", "must be").replace("String should", "must")
         return _WRONG.get(self.type, text)
@@ -138,7 +141,8 @@ def _merged(errors: list[_Error]) -> list[tuple[Keys, str]]:
         deeper = any(
             len(other.keys) > len(error.keys) and other.keys[: len(error.keys)] == error.keys for other in errors
         )
-        if error.is_alternative and deeper:
+        # An item that is wrong is not counted, so that a list may seem too short because of it.
+        if deeper and (error.is_alternative or error.type == "too_short"):
             continue
         if not (error.type in _MISSING and error.keys in meant):
             by_keys.setdefault(error.keys, []).append(error)

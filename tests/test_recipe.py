@@ -58,6 +58,8 @@ class Run(Component):
     validation: Images | None = None
     optimizer: Annotated[Sgd | AdamW, Field(discriminator="kind")] = Sgd()
     losses: tuple[Loss, ...] = (Loss(),)
+    steps: Annotated[tuple[Sgd, ...], Field(min_length=1)] = (Sgd(),)
+    members: Annotated[tuple[Name, ...], Field(min_length=2)] = ("a", "b")
     teachers: dict[Name, Images] = Field(default_factory=dict)
     epochs: Count = 1
     size: int | tuple[int, int] | None = None
@@ -171,6 +173,10 @@ def test_five_mistakes_are_reported_together_with_line_key_and_suggestion(refuse
         (VALID + "size: big", "run.yaml:2: key 'size' = \"big\": must be a whole number or a list"),
         (VALID + "size: [1, x]", "run.yaml:2: key 'size.1' = \"x\": must be a whole number"),
         (VALID + "validation: {kind: bundled, fractoin: 1}", "did you mean 'fraction'?"),
+        (VALID + "steps: []", "run.yaml:2: key 'steps' = []: give at least one"),
+        (VALID + "steps: [{lr: no}]", "run.yaml:2: key 'steps.0.lr' = \"no\": must be a number"),
+        (VALID + "members: [a]", "run.yaml:2: key 'members' = [\"a\"]: give at least 2"),
+        (VALID + "members: [a, b c]", "run.yaml:2: key 'members.1' = \"b c\""),
         (VALID + "teachers: {a b: {kind: bundled}}", "run.yaml:2: key 'teachers.a b'"),
     ],
 )
@@ -277,6 +283,7 @@ def test_set_starts_from_the_default_of_what_the_recipe_leaves_out(load):
         ("losses.1.weight=1", "--set losses.1.weight=1: 'losses' is a list with entries 0 to 0"),
         ("losses.first=1", "'losses' is a list with entries 0 to 0, not 'first'"),
         ("dataset.kind.x=1", "'dataset.kind' is \"bundled\", which has no key 'x'"),
+        ("steps=[]", "--set steps=[]: key 'steps' = []: give at least one"),
         ("epochs", "--set epochs: write key=value"),
         ("=1", "--set =1: write key=value"),
         ("a..b=1", "--set a..b=1: write key=value"),

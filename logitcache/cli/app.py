@@ -87,6 +87,8 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 def _print(answer: Answer, as_json: bool) -> int:
+    if not answer.is_shown:
+        return answer.exit_code
     if as_json:
         document = answer.document
         if answer.errors:

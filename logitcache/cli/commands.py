@@ -8,7 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Exit, Option, Typer, echo
+from typer import Argument, BadParameter, Exit, Option, Typer, echo
 
 from logitcache.cli.common import Answer, Overrides, command
 
@@ -74,6 +74,14 @@ def precompute(
         str | None,
         Option("--part", metavar="I/N", help="Take each N-th shard only; 1/N to N/N make the whole, in any order."),
     ] = None,
+    scheduler: Annotated[
+        str | None,
+        Option("--scheduler", metavar="ADDRESS", help="Let the workers of this Dask scheduler do it: tcp://host:8786."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        Option("--workers", min=1, metavar="N", help="Let N processes of this machine do it, each with a GPU if any."),
+    ] = None,
 ) -> Answer:
     """Run the teachers once over every view.
 
@@ -82,9 +90,15 @@ def precompute(
     """
     from logitcache.recipe import load_recipe
     from logitcache.teacher.precompute import PrecomputeRecipe
-    from logitcache.teacher.precompute import precompute as run
 
-    return Answer(asdict(run(load_recipe(recipe, PrecomputeRecipe, overrides), part=part)))
+    plan = load_recipe(recipe, PrecomputeRecipe, overrides)
+    if scheduler is None and workers is None:
+        from logitcache.teacher.precompute import precompute as run
+
+        return Answer(asdict(run(plan, part=part)))
+    from logitcache.teacher.cluster import precompute_on_cluster
+
+    return Answer(asdict(precompute_on_cluster(plan, scheduler=scheduler, workers=workers, part=part)))
 
 
 @command(app, "train-student")
@@ -100,38 +114,82 @@ def train_student(
 ) -> Answer:
     """Train a student from a cache, with no teacher in the loop."""
     from logitcache.recipe import load_recipe
+    from logitcache.student.ranks import joined
     from logitcache.student.recipes import StudentRecipe
     from logitcache.student.training import train
 
     changes = overrides if verify is None else [*overrides, f"verify={verify}"]
-    student = load_recipe(recipe, StudentRecipe, changes)
-    live = None
-    if online:
-        from logitcache.teacher.online import live_targets
+    with joined() as ranks:
+        student = load_recipe(recipe, StudentRecipe, changes)
+        live = None
+        if online:
+            from logitcache.teacher.online import live_targets
 
-        live = live_targets(student.cache, student.device, student.teachers)
-    return Answer(asdict(train(student, resume=resume, live=live)))
+            live = live_targets(student.cache, student.device, student.teachers)
+        return Answer(asdict(train(student, resume=resume, live=live)), is_shown=ranks.is_first)
 
 
 @command(app, "train-teacher")
 def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> Answer:
     """Train a teacher on labels, by the same loop."""
     from logitcache.recipe import load_recipe
+    from logitcache.student.ranks import joined
     from logitcache.student.recipes import TeacherRecipe
     from logitcache.student.training import train
 
-    return Answer(asdict(train(load_recipe(recipe, TeacherRecipe, overrides), resume=resume)))
+    with joined() as ranks:
+        result = train(load_recipe(recipe, TeacherRecipe, overrides), resume=resume)
+        return Answer(asdict(result), is_shown=ranks.is_first)
 
 
 @command(app, "evaluate")
 def evaluate(
     run: Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")],
     overrides: Overrides,
+    latency: Annotated[
+        bool, Option("--latency", help="Time the model too, and the teachers where they can be built.")
+    ] = False,
+    batch_size: Annotated[
+        list[int],
+        Option("--batch-size", min=1, metavar="N", show_default="1, 32", help="Images at a time; repeatable."),
+    ] = [],  # noqa: B006  # Typer's way
+    threads: Annotated[
+        list[int],
+        Option("--threads", min=1, metavar="N", show_default="all", help="CPU threads; repeatable."),
+    ] = [],  # noqa: B006
+    repeats: Annotated[
+        int | None,
+        Option("--repeats", min=1, metavar="N", show_default="30", help="Batches to take the median of."),
+    ] = None,
+    warm_up: Annotated[
+        int | None, Option("--warm-up", min=1, metavar="N", show_default="5", help="Batches that do not count.")
+    ] = None,
 ) -> Answer:
-    """Measure a trained model again, on its own or (--set validation.…) on other images."""
-    from logitcache.student.evaluation import evaluate as measure
+    """Measure a trained model again, on its own or (--set validation.…) on other images.
 
-    return Answer(asdict(measure(run, overrides)))
+    The options from --batch-size to --warm-up say how to time, and need --latency.
+    """
+    options = {"--batch-size": batch_size, "--threads": threads, "--repeats": repeats, "--warm-up": warm_up}
+    unused = [option for option, value in options.items() if value and not latency]
+    if unused:
+        raise BadParameter("says how to time, and nothing is timed without --latency", param_hint=unused)
+    from logitcache.report.evaluation import evaluate_beside_teachers
+    from logitcache.student.cost import LatencyPlan
+
+    timing = {"batch_sizes": tuple(batch_size), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
+    plan = LatencyPlan.model_validate({key: value for key, value in timing.items() if value}) if latency else None
+    return Answer(asdict(evaluate_beside_teachers(run, overrides, plan)))
+
+
+@command(app, "summary")
+def summary(
+    cache: CachePath,
+    views: Annotated[int | None, Option("--views", min=1, metavar="N", help="Read the first N views only.")] = None,
+) -> Answer:
+    """Show how good the teachers are, alone and together, by view and by class, from the cache alone."""
+    from logitcache.report.summary import summarize
+
+    return Answer(asdict(summarize(cache, views)))
 
 
 @command(app, "inspect")
@@ -176,7 +234,7 @@ def gc(
     total = sum(garbage.bytes for garbage in found)
     verb = "would be removed" if dry_run else "removed"
     lines = [f"{garbage.path}: {garbage.why} ({garbage.bytes} bytes)\n" for garbage in found]
-    text = "".join(lines) + f"{len(found)} of {total} bytes {verb}\n"
+    text = "".join(lines) + f"{len(found)} files or folders, {total} bytes, {verb}\n"
     document = {"cache": str(cache), "dry_run": dry_run, "bytes": total, "found": [asdict(item) for item in found]}
     return Answer(document, text)
 

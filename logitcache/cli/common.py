@@ -18,13 +18,17 @@ from logitcache.errors import Stopped
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found; `text` is for human eyes, by default a table of the document."""
+    """What a command found; `text` is for human eyes, by default a table of the document.
+
+    Of several processes that found it together, one shows it.
+    """
 
     document: Mapping[str, Any]
     text: str | None = None
     errors: tuple[str, ...] = ()
     error_type: str = ""
     exit_code: int = 0
+    is_shown: bool = True
 
 
 Overrides = Annotated[

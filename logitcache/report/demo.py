@@ -15,9 +15,9 @@ from logitcache.files import write_atomically
 from logitcache.models import Bundled as BundledTeacher
 from logitcache.models import Classifier, resolve_preprocessing
 from logitcache.recipe import load_recipe
-from logitcache.student.evaluation import Validator
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.student.training import train
+from logitcache.student.validation import Validator
 from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, precompute
 from logitcache.views.datasets import Bundled
 from logitcache.views.spec import Views, ViewSpec
@@ -113,7 +113,7 @@ def _measure_teacher() -> DemoTeacher:
     built = BundledTeacher().build(None, 1)
     classifier = Classifier(built.module, resolve_preprocessing(built, None, who="the bundled teacher"))
     validator = Validator(Views(load_recipe(TEST, Bundled).open(), ViewSpec()), None, 512, 0)
-    top1 = validator.measure(classifier, torch.device("cpu")).top1
+    top1 = validator.measure(classifier, torch.device("cpu")).quality
     assert top1 is not None
     return DemoTeacher("bundled", sum(p.numel() for p in classifier.parameters()), top1)
 

@@ -4,9 +4,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitcache.errors import RecipeError
+from logitcache.cache.create import read_manifest
+from logitcache.cache.reader import Cache
+from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.notation import nearest
 from logitcache.recipe import Component, load_recipe, read_recipe
+from logitcache.student.compatibility import require_served
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.teacher.precompute import PrecomputeRecipe
 
@@ -27,7 +30,7 @@ class CheckedRecipe:
 
 
 def check_recipes(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> list[CheckedRecipe]:
-    """Validate recipes of any kind; every mistake of every file is in the result."""
+    """Validate recipes of any kind, a student's also against its cache where that is there; all mistakes are told."""
     return [_check(path, overrides) for path in paths]
 
 
@@ -35,10 +38,19 @@ def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
     command = None
     try:
         command = command_of(path)
-        load_recipe(path, RECIPES[command], overrides)
-    except RecipeError as error:
+        recipe = load_recipe(path, RECIPES[command], overrides)
+        if isinstance(recipe, StudentRecipe):
+            _require_served(recipe)
+    except LogitCacheError as error:
         return CheckedRecipe(str(path), command, str(error))
     return CheckedRecipe(str(path), command, None)
+
+
+def _require_served(recipe: StudentRecipe) -> None:
+    """Raise RecipeError for losses that the cache cannot serve, where it is there to ask."""
+    path = Path(recipe.cache)
+    if path.exists():
+        require_served(recipe.losses, Cache(path, read_manifest(path)), recipe.ensembles)
 
 
 def command_of(path: str | Path) -> str:

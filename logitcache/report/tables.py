@@ -8,6 +8,7 @@ from rich.table import Table
 
 MISSING = "-"
 LONGEST_LIST = 240
+LONGEST_TABLE = 40
 
 
 def as_text(document: Mapping[str, Any]) -> str:
@@ -51,7 +52,9 @@ def _is_table(value: Any) -> bool:
 
 def _print_table(console: Console, title: str, rows: list[dict[str, str]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [[row.get(name, MISSING) for name in columns] for row in rows]
+    cells = [[row.get(name, MISSING) for name in columns] for row in rows[:LONGEST_TABLE]]
+    if len(rows) > LONGEST_TABLE:
+        title = f"{title}, the first {LONGEST_TABLE} of {len(rows)} (--json has all)"
     if console.is_terminal:
         table = Table(*columns, title=title, title_justify="left")
         for row in cells:

@@ -20,6 +20,7 @@ COMMANDS = [
     ["train-teacher"],
     ["evaluate"],
     ["inspect"],
+    ["summary"],
     ["verify"],
     ["gc"],
     ["recipe"],

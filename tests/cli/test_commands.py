@@ -7,6 +7,7 @@ import pytest
 
 from logitcache import console
 from logitcache.cli import main
+from logitcache.student.cost import LatencyPlan
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,49 @@ def test_train_teacher_runs_the_same_loop(verb, recipe):
     assert calls[0][1] == {"resume": False}
 
 
-def test_evaluate_and_inspect_and_demo_call_their_verbs(tmp_path, verb):
-    evaluated = verb("logitcache.student.evaluation", "evaluate", Result("runs/s"))
+def test_evaluate_passes_what_to_time_on(tmp_path, monkeypatch):
+    plans = []
+
+    def evaluate(run, overrides, latency):
+        plans.append(latency)
+        return Result(str(run))
+
+    monkeypatch.setattr("logitcache.report.evaluation.evaluate_beside_teachers", evaluate)
+    assert main(["evaluate", str(tmp_path), "--set", "validation.every=2"]) == 0
+    assert main(["evaluate", str(tmp_path), "--latency"]) == 0
+    sizes = ["--batch-size", "4", "--batch-size", "8", "--threads", "1", "--repeats", "3", "--warm-up", "2"]
+    assert main(["evaluate", str(tmp_path), "--latency", *sizes]) == 0
+    assert main(["evaluate", str(tmp_path), "--latency", "--batch-size", "0"]) == 2
+    assert [plan and plan.model_dump() for plan in plans] == [
+        None,
+        {"batch_sizes": (1, 32), "threads": (), "warm_up": 5, "repeats": 30},
+        {"batch_sizes": (4, 8), "threads": (1,), "warm_up": 2, "repeats": 3},
+    ]
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--threads", "--repeats", "--warm-up"])
+def test_evaluate_takes_no_option_of_a_timing_that_is_not_asked_for(option, tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path), option, "1"]) == 2
+    message = capsys.readouterr().err
+    assert f"'{option}'" in message
+    assert "nothing is timed without --latency" in message
+    assert len(message.splitlines()) == 2
+
+
+def test_evaluate_shows_how_it_times_by_default(capsys):
+    plan = LatencyPlan()
+    assert main(["evaluate", "--help"]) == 0
+    text = capsys.readouterr().out
+    for shown in (", ".join(map(str, plan.batch_sizes)), plan.repeats, plan.warm_up):
+        assert f"[default: ({shown});" in " ".join(text.split())
+
+
+def test_inspect_and_summary_and_demo_call_their_verbs(tmp_path, verb):
+    summarized = verb("logitcache.report.summary", "summarize", Result("a.zarr"))
     inspected = verb("logitcache.report.inspect", "inspect_cache", {"views": 4})
     told = verb("logitcache.report.demo", "run_demo", Result("demo"))
-    assert main(["evaluate", str(tmp_path), "--set", "validation.every=2"]) == 0
-    assert evaluated == [((tmp_path, ["validation.every=2"]), {})]
+    assert main(["summary", str(tmp_path)]) == main(["summary", str(tmp_path), "--views", "2"]) == 0
+    assert summarized == [((tmp_path, None), {}), ((tmp_path, 2), {})]
     assert main(["inspect", str(tmp_path)]) == 0
     assert inspected == [((tmp_path,), {})]
     assert main(["demo", "--out", str(tmp_path)]) == 0

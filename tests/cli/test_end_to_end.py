@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from logitcache.cli import main
+from tests.teacher.apart import until
 
 PRECOMPUTE = """
 cache: {tmp}/c.zarr
@@ -152,14 +152,13 @@ def test_a_signal_stops_precompute_which_the_printed_line_continues(
     options = ["--set", "views.num_views=40", "--set", "num_workers=1"]
     command = [sys.executable, "-m", "logitcache", "precompute", recipes["precompute"], *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        record = tmp_path / "c.zarr" / "teacher.commits" / "c.0.0.0.0"
-        while not record.exists() and process.poll() is None:
-            time.sleep(0.01)
+        record = tmp_path / "c.zarr" / "teacher.logits.commits" / "c.0.0.0.0"
+        until(lambda: record.exists() or process.poll() is not None)
         os.killpg(process.pid, signum)  # as a terminal and Slurm do: the workers get it too
         _, message = process.communicate(timeout=120)
     assert process.returncode == code, message
     assert f"Resume: logitcache precompute {recipes['precompute']} --set views.num_views=40" in message
-    committed = len(list((tmp_path / "c.zarr" / "teacher.commits").glob("c.*")))
+    committed = len(list((tmp_path / "c.zarr" / "teacher.logits.commits").glob("c.*")))
     assert 0 < committed < 40
     document = run(capsys, "precompute", recipes["precompute"], "--set", "views.num_views=40")[1]
     assert document["shards_written"] == 40 - committed

@@ -36,3 +36,9 @@ def test_results_are_aligned_text_in_a_pipe():
 )
 def test_bytes_have_three_digits_and_a_unit(count, text):
     assert format_bytes(count) == text
+
+
+def test_a_long_table_says_how_much_of_it_is_shown():
+    lines = as_text({"rows": [{"label": label} for label in range(1000)]}).splitlines()
+    assert "rows, the first 40 of 1000 (--json has all):" in lines
+    assert lines[-1].strip() == "39"

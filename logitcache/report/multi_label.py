@@ -1,0 +1,150 @@
+"""How good the teachers of a cache are on images of any number of classes each, view by view, from the cache alone."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.reader import Cache
+from logitcache.console import track
+from logitcache.logits import dense_logits
+from logitcache.report.inspect import ROWS, labels_as_seen
+from logitcache.student.multi_label import (
+    MultiLabelMeasures,
+    MultiLabelTally,
+    average_precisions,
+    binary_log_probs,
+    is_dense,
+)
+from logitcache.views.keys import ViewKey
+
+ENSEMBLE = "(ensemble)"
+"""No teacher can have this name."""
+
+
+@dataclass(frozen=True)
+class MultiLabelTeacher:
+    """A teacher's figures as `evaluate` gives them, each the mean over views; None without labels or all logits."""
+
+    teacher: str
+    classes: int | None
+    mean_ap: float | None
+    f1_macro: float | None
+    f1_micro: float | None
+
+
+@dataclass(frozen=True)
+class LabelAgreement:
+    """The fraction of answers, of every row and class, that are yes from both of two teachers, or no from both."""
+
+    first: str
+    second: str
+    agreement: float
+
+
+@dataclass(frozen=True)
+class MultiLabelSummary:
+    """What the answers in a cache are worth, over `views` of them.
+
+    With several teachers their ensemble stands among them: the mean of their probabilities. `per_view` and `per_class`
+    have a row a view and a class, with the average precision of each teacher by name; a class's is the mean over views,
+    and `images` are those known to be of it.
+    """
+
+    cache: str
+    images: int
+    views: int
+    labelled_rows: int
+    teachers: tuple[MultiLabelTeacher, ...]
+    agreement: tuple[LabelAgreement, ...]
+    per_view: tuple[dict[str, Any], ...]
+    per_class: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a view says: figures by teacher, average precisions [C] by teacher, and how much each two agree."""
+
+    measures: Mapping[str, MultiLabelMeasures]
+    precisions: Mapping[str, NDArray[np.float64]]
+    agreement: Mapping[tuple[str, str], float]
+
+
+def summarize_multi_label(cache: Cache, views: int) -> MultiLabelSummary:
+    """Read the first views of a cache that holds logits alone, one at a time; one of them is held in memory."""
+    found = [_measured(cache, view) for view in track(range(views), "summary", views, "views")]
+    known = cache.labels >= 0
+    names = dict.fromkeys([*cache.manifest.teachers, *found[0].measures])
+    return MultiLabelSummary(
+        cache=str(cache.path),
+        images=len(cache),
+        views=views,
+        labelled_rows=views * int(known.any(axis=1).sum()),
+        teachers=tuple(_teacher(name, cache, found) for name in names),
+        agreement=tuple(
+            LabelAgreement(*pair, float(np.mean([view.agreement[pair] for view in found])))
+            for pair in found[0].agreement
+        ),
+        per_view=tuple(
+            {"view": number, **{name: measures.mean_ap for name, measures in view.measures.items()}}
+            for number, view in enumerate(found)
+        ),
+        per_class=tuple(_per_class(cache, found)),
+    )
+
+
+def _measured(cache: Cache, view: int) -> _View:
+    tallies = functools.reduce(_joined, (_tallies(cache, view, start) for start in range(0, len(cache), ROWS)))
+    alone = [name for name in tallies if name != ENSEMBLE]
+    return _View(
+        {name: tally.measures() for name, tally in tallies.items()},
+        {name: average_precisions(tally.logits, tally.labels) for name, tally in tallies.items()},
+        {(a, b): float((tallies[a].answers == tallies[b].answers).mean()) for a, b in itertools.combinations(alone, 2)},
+    )
+
+
+def _tallies(cache: Cache, view: int, start: int) -> dict[str, MultiLabelTally]:
+    """Take the answers of all teachers whose logits are all kept, and of all of them together, to some rows."""
+    keys = [ViewKey(view, index) for index in range(start, min(start + ROWS, len(cache)))]
+    labels = torch.from_numpy(labels_as_seen(cache, keys))
+    kept = {name: targets.logits for name, targets in cache.answers(keys).items() if is_dense(targets.logits)}
+    logits: dict[str, Tensor] = {name: dense_logits(value) for name, value in kept.items()}
+    if len(logits) > 1 and len({value.shape for value in logits.values()}) == 1:
+        yes, no = binary_log_probs(list(logits.values()))
+        logits[ENSEMBLE] = yes - no
+    return {name: MultiLabelTally.of(value, labels, {}) for name, value in logits.items()}
+
+
+def _joined(first: dict[str, MultiLabelTally], second: dict[str, MultiLabelTally]) -> dict[str, MultiLabelTally]:
+    return {name: tally + second[name] for name, tally in first.items()}
+
+
+def _teacher(name: str, cache: Cache, found: list[_View]) -> MultiLabelTeacher:
+    measures = [view.measures[name] for view in found if name in view.measures]
+    entry = cache.manifest.teachers.get(name, next(iter(cache.manifest.teachers.values())))
+    return MultiLabelTeacher(
+        name,
+        entry.num_classes,
+        _mean([item.mean_ap for item in measures]),
+        _mean([item.f1_macro for item in measures]),
+        _mean([item.f1_micro for item in measures]),
+    )
+
+
+def _per_class(cache: Cache, found: list[_View]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each class that an image is known to be of."""
+    images = (cache.labels == 1).sum(axis=0)
+    for label in np.flatnonzero(images).tolist():
+        precisions = {name: _mean([v.precisions[name][label] for v in found]) for name in found[0].precisions}
+        yield {"label": label, "images": int(images[label]), **precisions}
+
+
+def _mean(values: list[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None and not np.isnan(value)]
+    return float(np.mean(numbers)) if numbers else None

@@ -1,0 +1,78 @@
+"""A run measured beside the teachers that its cache tells how to build."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from logitcache import console
+from logitcache.cli import main
+from logitcache.models import Bundled
+from logitcache.recipe import load_recipe
+from logitcache.report.evaluation import evaluate_beside_teachers
+from logitcache.student.cost import LatencyPlan
+from logitcache.student.training import train
+from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from tests.student.small import TEST_IMAGES, TINY, fill, linear, student, teacher
+
+CUSTOM = {"kind": "custom", "factory": "tests.student.small:linear"}
+IDENTITY = {"mean": [0.0], "std": [1.0]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on a cache of the shipped teacher, of one of the user's own code and of a module."""
+    root = tmp_path_factory.mktemp("beside")
+    teachers = {
+        "shipped": {"model": {"kind": "bundled"}},
+        "own": {"model": CUSTOM, "preprocessing": IDENTITY},
+    }
+    cache = fill(root / "cache", teachers={"module": linear()}, images={"kind": "bundled", "num_images": 50})
+    train(student(root / "one", cache, epochs=1, validation={"dataset": TEST_IMAGES}))
+    cache = fill_recipe(root / "several", teachers)
+    losses = [{"kind": "kl_divergence", "teacher": "shipped"}]
+    train(student(root / "run", cache, epochs=1, losses=losses, validation={"dataset": TEST_IMAGES}))
+    return root
+
+
+def fill_recipe(path: Path, teachers: dict[str, object]) -> Path:
+    entries = {"cache": str(path), "dataset": {"kind": "bundled", "num_images": 50}, "teachers": teachers}
+    precompute(load_recipe({**entries, "num_workers": 0, "device": "cpu"}, PrecomputeRecipe))
+    return path
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_teachers_are_weighed_by_what_the_cache_tells_and_code_by_the_users_word(run: Path) -> None:
+    student, shipped, own = evaluate_beside_teachers(run / "run").costs
+    assert shipped.num_parameters == parameters(Bundled().build(None, 1).module)
+    assert shipped.compression == shipped.num_parameters / (student.num_parameters or 0)
+    assert (own.model, own.num_parameters) == ("own", None)
+    word = f"teachers.own={json.dumps({'model': CUSTOM})}"
+    result = evaluate_beside_teachers(run / "run", [word], LatencyPlan(batch_sizes=(2,), warm_up=1, repeats=1))
+    assert result.costs[2].num_parameters == parameters(linear())
+    assert [row.model for row in result.latencies] == ["student", "shipped", "own"]
+
+
+def test_a_teacher_that_was_given_as_an_object_is_not_known(run: Path) -> None:
+    assert [(cost.model, cost.flops) for cost in evaluate_beside_teachers(run / "one").costs[1:]] == [("module", None)]
+
+
+def test_a_run_on_labels_has_no_teacher(tmp_path: Path) -> None:
+    train(teacher(tmp_path / "run", model=TINY, validation={"dataset": TEST_IMAGES}))
+    assert [cost.model for cost in evaluate_beside_teachers(tmp_path / "run").costs] == ["student"]
+
+
+def test_a_run_whose_cache_is_gone_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(run / "run"), "--set", "cache=/nowhere", "--json"]) == 0
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["groups"] is None
+    assert len(document["per_class"]) == 10
+    assert "training images are not counted" in err
+    assert main(["evaluate", str(run / "run"), "-q"]) == 0
+    assert "compression" in capsys.readouterr().out
+    console.configure(quiet=True)
