@@ -11,7 +11,6 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitcache.cache.layout import Shard
+from logitcache.cache.arrays import Shard
 from logitcache.cache.reader import open_cache
 from logitcache.cache.sharing import Claim, writing
 from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, teacher
-from tests.teacher.killing import committed, ended, forked
+from tests.teacher.apart import ended, forked, until
+from tests.teacher.killing import committed
 
 NUM_SHARDS = 9
 """Three views of 300 images, by 128 rows."""
@@ -91,11 +91,6 @@ def outcome(path: Path, whole: dict[str, bytes], found: list[dict[str, Any]]) ->
     }
 
 
-def until(condition: Callable[[], object]) -> None:
-    while not condition():
-        time.sleep(0.002)
-
-
 def records(path: Path) -> int:
     return len(list(path.glob("views.commits/c.*.0.0")))
 
@@ -110,7 +105,7 @@ def by_parts(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
 
 def one_is_killed(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     first, second = start(path), start(path)
-    until(lambda: records(path) >= 3)
+    until(lambda: records(path), 3)
     os.kill(first[0], signal.SIGKILL)
     results([first])
     kept = {name: os.lstat(path / name) for name in committed(path)}
@@ -120,22 +115,27 @@ def one_is_killed(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     return found | {"kept": same and len(kept) > 0}
 
 
-def the_last_claim_is_freed_late(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
-    """A shard is in other hands until all the others are done."""
-    run(path, "1/9")
-    hand_over, handed = os.pipe()
+def holding(path: Path) -> int:
+    """Start a process that claims the last shard and keeps it; returns its id."""
 
     def hold() -> int:
         with writing(path):
             assert Claim(path, Shard(2, 256, 300)).take()
-            os.write(handed, b"x")
-            time.sleep(60)
+            (path.parent / "result-held").touch()
+            time.sleep(600)
         return 0
 
     holder = forked(hold)
-    os.read(hand_over, 1)
+    until((path.parent / "result-held").exists)
+    return holder
+
+
+def the_last_claim_is_freed_late(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """A shard is in other hands until all the others are done."""
+    run(path, "1/9")
+    holder = holding(path)
     worker = start(path)
-    until(lambda: records(path) == NUM_SHARDS - 1)
+    until(lambda: records(path), NUM_SHARDS - 1)
     os.kill(holder, signal.SIGKILL)
     ended(holder)
     [first] = results([worker])
@@ -147,16 +147,7 @@ def the_last_claim_is_freed_late(path: Path, whole: dict[str, bytes]) -> dict[st
 def nothing_to_claim(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     """A run whose last shard is in other hands ends, and says so."""
     run(path, "1/9")
-
-    def hold() -> int:
-        with writing(path):
-            assert Claim(path, Shard(2, 256, 300)).take()
-            (path.parent / "result-held").write_text("")
-            time.sleep(60)
-        return 0
-
-    holder = forked(hold)
-    until((path.parent / "result-held").exists)
+    holder = holding(path)
     first = run(path)
     os.kill(holder, signal.SIGKILL)
     ended(holder)
@@ -177,7 +168,7 @@ def growing(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     """Two grow a finished cache of one teacher by the other; one is killed."""
     run(path, teachers={"first": teacher(DENSE16)})
     first, second = start(path), start(path)
-    until(lambda: len(list(path.glob("second.commits/c.*.0.0"))) >= 2)
+    until(lambda: len(list(path.glob("second.logits.commits/c.*.0.0"))), 2)
     os.kill(first[0], signal.SIGKILL)
     return outcome(path, whole, results([first, second]))
 
@@ -187,10 +178,15 @@ def read_while_it_grows(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     run(path, teachers={"first": teacher(DENSE16)}, num_views=2)
     child, report = start(path)
     seen = []
-    while not (report.exists() and seen[-1:] == [[3, 2]]):
+
+    def grown() -> bool:
+        done = report.exists()
         cache = open_cache(path)
         cache.rows([ViewKey(cache.num_views - 1, 299)])
         seen.append([cache.num_views, len(cache.manifest.teachers)])
+        return done
+
+    until(grown)
     found = outcome(path, whole, results([(child, report)]))
     # Canaries stay those of the views that a cache began with.
     return found | {"seen": sorted(map(list, set(map(tuple, seen)))), "opened": len(seen), "identical": True}

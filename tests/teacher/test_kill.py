@@ -1,10 +1,7 @@
 """Killed or stopped at any moment, a run continues to the same bytes."""
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,16 +14,12 @@ from logitcache.recipe import dump_recipe
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import Linear, contents, recipe, teacher
 from tests.teacher import killing
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.teacher.apart import program, stopped
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.teacher.killing", str(tmp_path_factory.mktemp("kill"))]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    found: list[dict[str, Any]] = program("killing", tmp_path_factory.mktemp("kill"))
     return found
 
 
@@ -76,6 +69,11 @@ def slow_recipe(cache: Path, **changes: Any) -> PrecomputeRecipe:
     return recipe(cache, **changes)
 
 
+def num_records(cache: Path) -> int:
+    """Count the shards that are committed."""
+    return len(list(cache.glob("t.logits.commits/c.*")))
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     path = tmp_path_factory.mktemp("whole") / "c.zarr"
@@ -93,19 +91,13 @@ def test_a_signal_stops_at_a_shard_and_the_command_continues(
     cache = tmp_path / "c.zarr"
     plan = slow_recipe(cache, num_workers=num_workers, start_method="fork")
     (tmp_path / "r.yaml").write_text(dump_recipe(plan))
-    command = [sys.executable, "-m", "logitcache", "precompute", str(tmp_path / "r.yaml")]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list(cache.glob("t.commits/c.*")) and process.poll() is None:
-        time.sleep(0.01)
-    # To workers too, as a terminal and a scheduler do.
-    os.killpg(process.pid, signum)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == code, errors
+    found, errors = stopped(["precompute", str(tmp_path / "r.yaml")], signum, lambda: num_records(cache))
+    assert found == code, errors
     assert "of the 10 shards that were to do are committed" in errors
     assert "Resume: logitcache precompute" in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.rglob("*logitcache-tmp"))
-    records = len(list(cache.glob("t.commits/c.*")))
+    records = num_records(cache)
     assert 1 <= records < 10
     assert len(list(cache.glob("t.logits/c.*"))) == records
     assert f"stopped: {records} of" in errors

@@ -43,13 +43,13 @@ def test_a_complete_cache_says_that_there_is_nothing_to_do(tmp_path: Path, capsy
 
 def test_a_run_continues_where_another_stopped(tmp_path: Path) -> None:
     partial(tmp_path / "c.zarr")
-    done = [name for name in contents(tmp_path / "c.zarr") if name.startswith("t.commits/c.")]
-    assert done == ["t.commits/c.0.0.0.0"]
+    done = [name for name in contents(tmp_path / "c.zarr") if name.startswith("t.logits.commits/c.")]
+    assert done == ["t.logits.commits/c.0.0.0.0"]
     before = stamps(tmp_path / "c.zarr")
     result = run(tmp_path / "c.zarr", Pixels(NUM_IMAGES), shard_rows=128)
     assert (result.shards, result.shards_written, result.views) == (6, 5, 600 - 128)
     after = stamps(tmp_path / "c.zarr")
-    assert all(after[name] == before[name] for name in ("t.commits/c.0.0.0.0", "t.logits/c.0.0.0", "zarr.json"))
+    assert all(after[name] == before[name] for name in ("t.logits.commits/c.0.0.0.0", "t.logits/c.0.0.0", "zarr.json"))
     assert contents(tmp_path / "c.zarr") == whole(tmp_path / "w.zarr")
     assert sorted(os.listdir(tmp_path)) == ["c.zarr", "w.zarr"]
 

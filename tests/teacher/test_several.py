@@ -2,9 +2,8 @@
 
 import errno
 import fcntl
-import json
+import io
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -18,18 +17,14 @@ from logitcache.errors import RecipeError
 from logitcache.teacher.precompute import precompute
 from logitcache.teacher.share import Part
 from tests.cache.made import Linear, Pixels, contents, recipe, run
+from tests.teacher.apart import program, until
 from tests.teacher.runs import NUM_IMAGES, whole
 from tests.teacher.several import NUM_SHARDS
-
-REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    command = [sys.executable, "-m", "tests.teacher.several", str(tmp_path_factory.mktemp("several"))]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    found: dict[str, dict[str, Any]] = program("several", tmp_path_factory.mktemp("several"))
     return found
 
 
@@ -100,19 +95,21 @@ def test_a_file_system_without_locks_is_named_and_serves_one_process(
     assert "lies on a file system without file locks" in capsys.readouterr().err
 
 
-def test_a_run_waits_while_another_prepares_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_waits_while_another_prepares_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.zarr"
+    # Not capsys: a line that is written while it reads is lost.
+    errors = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", errors)
     console.configure()
     try:
         with preparing(path) as target:
             assert target == tmp_path / "c.zarr.creating"
             thread = threading.Thread(target=whole, args=(path,))
             thread.start()
-            errors = ""
-            while "waiting for another precompute" not in errors:
-                errors += capsys.readouterr().err
+            until(lambda: "waiting for another precompute" in errors.getvalue())
             assert not path.exists()
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     finally:
         console.configure(quiet=True)
     assert contents(path) == whole(tmp_path / "w.zarr")

@@ -10,8 +10,8 @@ from PIL import Image
 
 from logitcache.cache.reader import open_cache
 from logitcache.errors import DataError, RecipeError
+from logitcache.logits import LinearLogits
 from logitcache.models import Preprocessing
-from logitcache.targets import LinearLogits
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 from tests.cache.made import DENSE32, FLIP_AND_CROP, Linear, Pixels, contents, recipe, run, teacher
@@ -64,7 +64,7 @@ def test_images_are_decoded_once_for_the_views_that_share_them(tmp_path: Path) -
 def test_a_stopped_run_of_several_views_continues(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"views": views_of(3), "shard_rows": 128}
     partial(tmp_path / "c.zarr", batches=9, views_per_image=2, **changes)
-    done = [name for name in contents(tmp_path / "c.zarr") if name.startswith("t.commits/c.")]
+    done = [name for name in contents(tmp_path / "c.zarr") if name.startswith("t.logits.commits/c.")]
     assert 0 < len(done) < 9
     run(tmp_path / "c.zarr", Pixels(NUM_IMAGES), views_per_image=3, **changes)
     run(tmp_path / "w.zarr", Pixels(NUM_IMAGES), **changes)

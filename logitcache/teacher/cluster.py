@@ -1,0 +1,186 @@
+"""Stage one on a Dask cluster: the client prepares and finishes the cache, workers fill its shards.
+
+The scheduler hands every shard to one worker, and to another where that one dies. What is committed lies on the disk:
+client, scheduler and workers may all be killed and started again.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import pickle
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from logitcache.cache.arrays import Shard
+from logitcache.cache.sharing import preparing, writing
+from logitcache.console import say, track
+from logitcache.device import resolve_device
+from logitcache.errors import CacheError, MissingExtraError, RecipeError
+from logitcache.stopping import stop_flag
+from logitcache.teacher.dask import Check, LostScheduler, arriving, connected, local_cluster, resources_of, result_of
+from logitcache.teacher.precompute import Done, PrecomputeResult, finished, stopped_message
+from logitcache.teacher.preparation import Plan, build_teachers, open_images, prepare
+from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.teacher.share import WHOLE, Part, Share
+from logitcache.teacher.worker import Job, compute, release
+from logitcache.views import canaries
+from logitcache.views.spec import Views, require_one_size
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+RETRIES = 3
+"""How often a shard is computed again after an error that is no user's."""
+
+FIRST, AGAIN = 30.0, 300.0
+"""Seconds to wait for a scheduler that was never there, and for one that was lost."""
+
+LOSSES = 5
+"""How often in a row a scheduler may be lost with nothing committed in between."""
+
+VISIBLE, PAUSE = 90.0, 0.1
+"""Seconds after which a network disk shows here what a worker wrote, and between looking for it."""
+
+
+def precompute_on_cluster(
+    recipe: PrecomputeRecipe, *, scheduler: str | None = None, workers: int | None = None, part: str | None = None
+) -> PrecomputeResult:
+    """Fill the recipe's cache by the workers of a running `scheduler`, or by `workers` processes of this machine.
+
+    The bytes are those that `precompute` writes. Data set and models are named in the recipe: each worker opens them
+    itself. Raises as `precompute` does, RecipeError where no scheduler answers, CacheError where workers keep dying.
+    """
+    started = time.perf_counter()
+    if (scheduler is None) == (workers is None):
+        raise RecipeError("a cluster is either at an address or of this machine. Fix: --scheduler or --workers")
+    if importlib.util.find_spec("distributed") is None:
+        raise MissingExtraError("a Dask cluster", "cluster")
+    _require_named(recipe)
+    mine = WHOLE if part is None else Part.parse(part)
+    path, done = Path(recipe.cache), Done()
+    with contextlib.ExitStack() as held:
+        with preparing(path) as target:
+            plan = _plan(recipe, target, path)
+            held.enter_context(writing(path))
+        run = _Run(recipe, path, plan, mine, done)
+        if run.groups(plan.pending):
+            torch.cuda.empty_cache()  # what the client's teachers took of a device is for the workers
+            if workers is not None:
+                local = held.enter_context(local_cluster(workers, resolve_device(recipe.device)))
+                run.fill(local.address, local.threads)
+            elif scheduler is not None:
+                run.fill(scheduler)
+    return finished(path, plan, done, started)
+
+
+def _require_named(recipe: PrecomputeRecipe) -> None:
+    missing = [] if recipe.dataset is not None else ["dataset"]
+    missing += [f"teachers.{name}.model" for name, source in recipe.teachers.items() if source.model is None]
+    if missing:
+        raise RecipeError(
+            f"the recipe does not name {', '.join(missing)}: on a cluster every worker opens these itself, objects are "
+            'not sent. Fix: name them in the recipe; your own as {kind: custom, factory: "package.module:function"}'
+        )
+
+
+def _plan(recipe: PrecomputeRecipe, target: Path, path: Path) -> Plan:
+    views = Views(open_images(recipe, None), recipe.views)
+    require_one_size(views)
+    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
+    teachers = build_teachers(recipe, {}, views, key, resolve_device(recipe.device))
+    return prepare(recipe, views, teachers, target, path)
+
+
+class _Run:
+    """The shards of a plan that are to do, and what is done of them."""
+
+    def __init__(self, recipe: PrecomputeRecipe, path: Path, plan: Plan, part: Part, done: Done) -> None:
+        self._recipe, self._path, self._plan, self._part, self._done = recipe, path, plan, part, done
+        self._share = Share(path, plan.layout, (), recipe.views_per_image, part)
+
+    def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
+        """Return those of some shards that are for this run, in groups that share decodes."""
+        return Share(self._path, self._plan.layout, shards, self._recipe.views_per_image, self._part).groups
+
+    def fill(self, address: str, threads: int | None = None) -> None:
+        """Hand out shards until all are committed, or none of those that are left can be had.
+
+        `threads`: what torch is to use in each worker, None as it is there.
+        """
+        job = Job(self._recipe, replace(self._plan, pending=[]), self._path.absolute(), threads)
+        name = _name(job)
+        left, patience, losses = self._plan.pending, FIRST, 0
+        with stop_flag() as stop:
+
+            def check() -> None:
+                if stop:
+                    raise stop.stopped(stopped_message(self._path, self._done.shards, len(self._plan.pending)))
+
+            while groups := self.groups(left):
+                before = self._done.shards
+                try:
+                    with contextlib.closing(connected(address, patience, check)) as client:
+                        self._hand_out(client, name, pickle.dumps(job), groups, check)
+                        with contextlib.suppress(OSError):  # all is committed, whoever is gone by now
+                            client.run(release, name, on_error="ignore")
+                    losses = 0
+                except LostScheduler as error:
+                    say(f"the scheduler at {address} is gone, waiting for it to come back")
+                    patience, losses = AGAIN, 1 if self._done.shards > before else losses + 1
+                    if losses > LOSSES:
+                        raise CacheError(
+                            f"{error}. {self._path} is incomplete. Fix: the same command continues"
+                        ) from error
+                left = self._missing(groups)
+                # Others have what nobody could have: as in a single process, these are left to them.
+                if not losses and self._done.shards == before:
+                    return
+
+    def _hand_out(self, client: "Client", name: str, job: bytes, groups: Sequence[list[Shard]], check: Check) -> None:
+        """Let workers do each group of shards; raise what a user can mend, and what goes wrong again and again."""
+        rows = self._plan.layout.shard_rows
+        try:
+            futures = client.map(
+                compute,
+                [name] * len(groups),
+                [job] * len(groups),
+                groups,
+                key=[f"shard-view{group[0].view}-{group[0].start // rows}-{name}" for group in groups],
+                resources=resources_of(client, check),
+                retries=RETRIES,
+            )
+        except OSError as error:
+            raise LostScheduler(f"the scheduler of {client} is gone: {error}") from error
+        unit = "shards" if self._recipe.views_per_image == 1 else "groups of shards"
+        for future in track(arriving(client, futures, check), "precompute", len(groups), unit):
+            outcome = result_of(future)
+            self._done.add(outcome.done)
+            if outcome.refusal is not None:
+                raise outcome.refusal.error()
+            self._require_seen(outcome.committed)
+
+    def _missing(self, groups: Sequence[list[Shard]]) -> list[Shard]:
+        return [shard for group in groups for shard in group if self._share.missing(shard)]
+
+    def _require_seen(self, committed: list[Shard]) -> None:
+        """Wait until what workers committed is seen here too; raise CacheError where it never is."""
+        deadline = time.monotonic() + VISIBLE
+        while unseen := self._missing([committed]):
+            if time.monotonic() > deadline:
+                view, start, stop = unseen[0]
+                raise CacheError(
+                    f"a worker has committed view {view} rows {start}..{stop} to {self._path.absolute()}, which is not "
+                    "there at the client. Fix: a file system that client and workers share, at the same path"
+                )
+            time.sleep(PAUSE)
+
+
+def _name(job: Job) -> str:
+    """Return what tells a job from others on one scheduler: clients of the same job share its tasks."""
+    parts = (str(job.path), str(job.threads), job.recipe.model_dump_json(), job.plan.goal.model_dump_json())
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

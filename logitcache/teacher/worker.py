@@ -1,0 +1,181 @@
+"""What a process of a cluster does: open what a recipe names, once, and fill the shards that it is handed."""
+
+import multiprocessing
+import pickle
+import platform
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+
+from logitcache.cache.arrays import Shard
+from logitcache.cache.create import read_manifest
+from logitcache.cache.reader import Cache
+from logitcache.cache.sharing import writing
+from logitcache.device import resolve_device
+from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
+from logitcache.models import weights_digest
+from logitcache.stopping import ignore_signals
+from logitcache.teacher.models import Teacher
+from logitcache.teacher.precompute import Done, fill
+from logitcache.teacher.preparation import Plan, build_teachers, open_images
+from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.teacher.share import WHOLE, Share
+from logitcache.views import canaries
+from logitcache.views.loader import ViewLoader
+from logitcache.views.spec import Views
+
+PATIENCE, PAUSE = 30.0, 0.1
+"""Seconds to wait for a shard that another process of this machine has claimed, and between asking for it."""
+
+
+class Job(NamedTuple):
+    """A cache to fill, by a plan whose pending shards are handed out apart; `threads` are torch's, None as they are."""
+
+    recipe: PrecomputeRecipe
+    plan: Plan
+    path: Path
+    threads: int | None
+
+
+class Refusal(NamedTuple):
+    """An error that the user can mend, as a value: it is not tried again, and travels whatever its class takes."""
+
+    kind: type[LogitCacheError]
+    text: str
+
+    @classmethod
+    def of(cls, error: LogitCacheError) -> Self:
+        """Keep an error and where it happened."""
+        return cls(type(error), f"{error}\n  On worker: {platform.node()}")
+
+    def error(self) -> LogitCacheError:
+        """Return the error again."""
+        return self.kind.__new__(self.kind, self.text)
+
+
+class Outcome(NamedTuple):
+    """What came of some shards: what was done here, which of them are committed by now, and what is to be mended."""
+
+    done: Done
+    committed: list[Shard]
+    refusal: Refusal | None = None
+
+
+def compute(key: str, job: bytes, shards: Sequence[Shard]) -> Outcome:
+    """Fill shards, all of the same images, of a pickled Job; `key` names what is opened for it in this process."""
+    done = Done()
+    with _computing:
+        try:
+            return Outcome(done, _open(key, job).fill(shards, done))
+        except LogitCacheError as error:
+            return Outcome(done, [], Refusal.of(error))
+        except BaseException:
+            _close()  # what failed in an unknown way may be unusable
+            raise
+
+
+def release(key: str) -> None:
+    """Let go of what is opened for a job, unless it is in use."""
+    if key in _opened and _computing.acquire(blocking=False):
+        try:
+            _close()
+        finally:
+            _computing.release()
+
+
+def dask_setup(worker: object) -> None:
+    """Leave signals to the client, which ends the workers that it started; Dask calls this in a worker's process."""
+    ignore_signals()
+
+
+class _Opened:
+    """The images, the teachers and the processes that render: what all shards of a job need."""
+
+    def __init__(self, job: Job) -> None:
+        recipe, plan = job.recipe, job.plan
+        self._job = job
+        _require_may_start(recipe.num_workers)
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self._views = Views(open_images(recipe, None), recipe.views)
+        self._teachers = _teachers(recipe, self._views)
+        _require_same(job, self._views, self._teachers)
+        self._loader = ViewLoader(self._views.answered(), recipe.num_workers, recipe.start_method)
+        self._layout = plan.layout
+
+    def fill(self, shards: Sequence[Shard], done: Done) -> list[Shard]:
+        """Compute what nobody else has, and wait a while for what somebody has; returns what is committed."""
+        recipe, plan, path, _ = self._job
+        share = Share(path, self._layout, shards, recipe.views_per_image, WHOLE)
+        deadline = time.monotonic() + PATIENCE
+        with writing(path):
+            while True:
+                fill(recipe, self._views, self._loader, self._teachers, path, plan, share, done)
+                committed = [shard for shard in shards if not share.missing(shard)]
+                if len(committed) == len(shards) or time.monotonic() > deadline:
+                    return committed
+                time.sleep(PAUSE)
+
+    def close(self) -> None:
+        """End the processes that render."""
+        self._loader.close()
+
+
+_computing = threading.Lock()
+"""Held while shards are computed: a worker of several threads has one device all the same."""
+
+_opened: dict[str, _Opened] = {}
+"""At most one."""
+
+
+def _open(key: str, job: bytes) -> _Opened:
+    if key not in _opened:
+        _close()
+        _opened[key] = _Opened(pickle.loads(job))
+    return _opened[key]
+
+
+def _close() -> None:
+    while _opened:
+        _opened.popitem()[1].close()
+
+
+def _teachers(recipe: PrecomputeRecipe, views: Views) -> list[Teacher]:
+    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
+    return build_teachers(recipe, {}, views, key, resolve_device(recipe.device))
+
+
+def _require_same(job: Job, views: Views, teachers: Sequence[Teacher]) -> None:
+    """Raise unless cache, images, pixels and weights here are those of the client: a recipe names them by path."""
+    path, goal = job.path, job.plan.goal
+    try:
+        recorded = read_manifest(path)
+    except CacheError as error:
+        raise CacheError(f"{error}\n  Fix: a file system that client and workers share, at the same path") from error
+    if recorded.canaries != goal.canaries or recorded.fingerprint != goal.fingerprint:
+        raise MismatchError(
+            f"{path} is another cache here than at the client. Fix: a file system that client and workers share"
+        )
+    cache = Cache(path, goal)
+    cache.require_dataset(views.dataset)
+    cache.require_canaries(views)
+    for teacher in teachers:
+        here, wanted = weights_digest(teacher.classifier.module), goal.teachers[teacher.name].weights
+        if here != wanted:
+            raise MismatchError(
+                f"teachers.{teacher.name}: its weights are {here[:8]}… here, and {wanted[:8]}… at the client.\n"
+                "  Fix: let the recipe name the same file for all"
+            )
+
+
+def _require_may_start(num_workers: int) -> None:
+    if num_workers and multiprocessing.current_process().daemon:
+        raise RecipeError(
+            f"num_workers is {num_workers}, but under Dask's nanny this worker may start no processes.\n"
+            "  Fix: start workers with `dask worker --no-nanny`, or DASK_DISTRIBUTED__WORKER__DAEMON=False in their "
+            "environment; or render in the worker itself: --set num_workers=0"
+        )

@@ -1,0 +1,53 @@
+"""A cluster of this machine, which the command starts and ends."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from logitcache.errors import RecipeError
+from logitcache.recipe import dump_recipe
+from logitcache.teacher import dask
+from logitcache.teacher.precompute import precompute
+from tests.cache.made import contents, teacher
+from tests.teacher.apart import stopped
+from tests.teacher.test_cluster import named
+from tests.teacher.test_kill import num_records
+
+
+def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cuda = torch.device("cuda")
+    assert dask._own(2, cuda) == [
+        {"env": {"CUDA_VISIBLE_DEVICES": "0"}, "resources": {"GPU": 1}},
+        {"env": {"CUDA_VISIBLE_DEVICES": "1"}, "resources": {"GPU": 1}},
+    ]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
+    assert [own["env"]["CUDA_VISIBLE_DEVICES"] for own in dask._own(2, cuda)] == ["5", "3"]
+    assert dask._own(3, torch.device("cpu")) == [{}, {}, {}]
+    with pytest.raises(RecipeError, match="--workers 3: each takes a GPU, and this machine shows 2"):
+        dask._own(3, cuda)
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_a_cluster_of_this_machine_and_the_command_continues(tmp_path: Path) -> None:
+    cache = tmp_path / "c.zarr"
+    slow = {"kind": "custom", "factory": "tests.teacher.test_kill:slow"}
+    plan = named(cache, teachers={"t": teacher(model=slow)}, batch_size=8, num_workers=1, start_method="fork")
+    (tmp_path / "r.yaml").write_text(dump_recipe(plan))
+    command = ["precompute", str(tmp_path / "r.yaml"), "--workers", "1"]
+    code, errors = stopped(command, signal.SIGINT, lambda: num_records(cache))
+    assert code == 130, errors
+    assert "of the 6 shards that were to do are committed" in errors
+    assert "--workers 1\n" in errors.partition("Resume: ")[2]
+    assert "Traceback" not in errors
+    records = num_records(cache)
+    assert 1 <= records < 6
+    quicker = {"batch_size": 128, "num_workers": 0}
+    assert precompute(plan.model_copy(update=quicker)).shards_written == 6 - records
+    precompute(plan.model_copy(update={**quicker, "cache": str(tmp_path / "w.zarr")}))
+    assert contents(cache) == contents(tmp_path / "w.zarr")
+    assert sorted(os.listdir(tmp_path)) == ["c.zarr", "r.yaml", "w.zarr"]
