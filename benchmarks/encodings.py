@@ -6,10 +6,11 @@ FILE.npz holds an array `imagenet`, float [4·n, C]: row r·n + i is the answer 
 teacher's answers to four views of some hundred images will do, saved with numpy.savez(FILE, imagenet=logits). Without a
 file logits of a random linear head are made, which only shows that everything runs: no goal is judged.
 
-Everything that is fitted is fitted on four fifths of the images and judged on the others. Bytes are those of one chunk
-of the judged rows, compressed with the codec of packed arrays (zstd 19 with checksum); the tables of a fit, stored once
-in a cache, are not counted. KL is KL(full ‖ decoded) in nats, its mean and its 99.9th percentile. "At equal bytes"
-means on the lines, log KL over log bytes, through the figures of each encoding. Exits 1 when a goal is missed.
+Everything that is fitted is fitted on four fifths of the images and judged on the others, five times, so that every row
+is judged once. Bytes are those of one chunk of all judged rows, compressed as packed arrays are, by zstd 19 with
+checksum; the tables of a fit, stored once in a cache, are not counted. KL is KL(full ‖ decoded) in nats, its mean and
+its 99.9th percentile. "At equal bytes" means on the lines, log KL over log bytes, through the figures of each encoding.
+Exits 1 when a goal is missed.
 """
 
 import argparse
@@ -23,24 +24,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numcodecs import Zstd
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models import resnet18
 
-from logitcache.cache.encodings import Dense, TopK
+from logitcache.cache.encodings import Coder, Dense, TopK
 from logitcache.cache.encodings.basis import fit_basis
 from logitcache.cache.encodings.fitted_transform import FittedTransform
-from logitcache.cache.encodings.measure import Fitted, measure, stored, stored_bytes
+from logitcache.cache.encodings.measure import LEVEL, ErrorMeter, stored
 from logitcache.cache.encodings.packed_top_k import PackedTopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
 from logitcache.console import configure
-from logitcache.targets import log_probs
+from logitcache.logits import log_probs
 from logitcache.versions import versions
 
-NUM_VIEWS, JUDGED = 4, 5
+NUM_VIEWS, NUM_FOLDS = 4, 5
 TEMPERATURES = (1.0, 2.0, 4.0)
 STEPS = (4.0, 2.8, 2.0, 1.4, 1.0, 0.9, 0.7, 0.6, 0.5, 0.4, 0.28, 0.2)
-QUICK_STEPS = (2.0, 1.4, 1.0, 0.9, 0.6, 0.5)
+QUICK_STEPS = (1.0, 0.9, 0.6, 0.5)
 CORRECTIONS = (64, 32, 0)
 RANKS = (5, 10, 20, 50, 100, 150, 200, 250, 300)
 GOALS = ((215, 1.0, 5.0), (215, 4.0, 10.0), (320, 1.0, 10.0), (320, 4.0, 25.0))
@@ -49,7 +52,7 @@ GOALS = ((215, 1.0, 5.0), (215, 4.0, 10.0), (320, 1.0, 10.0), (320, 4.0, 25.0))
 TOP_10_BYTES, DECODE_SHARE, BATCH, STEP_IMAGES = 24.0, 0.02, 256, 8
 
 
-class Rows(NamedTuple):
+class Fold(NamedTuple):
     """Calibration rows [N, C] with the images they show, and the rows that are judged."""
 
     fitted: Tensor
@@ -57,14 +60,17 @@ class Rows(NamedTuple):
     judged: Tensor
 
 
-def load(file: Path | None) -> Rows:
+def load(file: Path | None) -> list[Fold]:
     """Load logits, or make some, and split them by image."""
     logits = made() if file is None else torch.from_numpy(np.load(file)["imagenet"].astype(np.float32))
     num_images = len(logits) // NUM_VIEWS
-    judged = np.random.default_rng(0).permutation(num_images)[: num_images // JUDGED]
-    images = torch.arange(NUM_VIEWS * num_images) % num_images
-    is_judged = torch.isin(images, torch.from_numpy(judged))
-    return Rows(logits[: len(images)][~is_judged], images[~is_judged], logits[: len(images)][is_judged])
+    shuffled = np.random.default_rng(0).permutation(num_images)
+    images, logits = torch.arange(NUM_VIEWS * num_images) % num_images, logits[: NUM_VIEWS * num_images]
+    folds = []
+    for number in range(NUM_FOLDS):
+        is_judged = torch.isin(images, torch.from_numpy(shuffled[number::NUM_FOLDS]))
+        folds.append(Fold(logits[~is_judged], images[~is_judged], logits[is_judged]))
+    return folds
 
 
 def made(num_images: int = 250, num_classes: int = 400) -> Tensor:
@@ -77,34 +83,52 @@ def made(num_images: int = 250, num_classes: int = 400) -> Tensor:
     return (hidden.exp() * scale).flatten(0, 1) @ torch.randn(96, num_classes, generator=generator) / 8
 
 
-def candidates(rows: Rows, quick: bool) -> Iterator[tuple[str, dict[str, Any], Fitted, bool]]:
-    """Yield family, fields, encoding and whether it is stored compressed."""
-    num_classes = rows.judged.shape[1]
-    yield "dense float16", {}, Dense(), False
-    yield "uint8", {}, UInt8(), False
+def candidates(folds: list[Fold], quick: bool) -> Iterator[tuple[str, dict[str, Any], list[Coder], bool]]:
+    """Yield family, fields, the encoding as each fold fits it, and whether it is stored compressed."""
+    num_classes, count = folds[0].judged.shape[1], len(folds)
+    yield "dense float16", {}, [Dense()] * count, False
+    yield "uint8", {}, [UInt8()] * count, False
     ranks = [k for k in RANKS if k < num_classes]
     for k in ranks:
-        yield "top_k", {"k": k}, TopK(k=k), False
+        yield "top_k", {"k": k}, [TopK(k=k)] * count, False
     for k in ranks:
-        yield "packed_top_k", {"k": k}, PackedTopK(k=k), True
-    basis = fit_basis(rows.fitted, rows.images)
+        yield "packed_top_k", {"k": k}, [PackedTopK(k=k)] * count, True
+    bases = [fit_basis(fold.fitted, fold.images) for fold in folds]
     for corrections in CORRECTIONS[: 1 if quick else None]:
         for step in QUICK_STEPS if quick else STEPS:
             transform = Transform(step=step, corrections=min(corrections, num_classes))
-            fields = {"step": step, "corrections": corrections}
-            yield "transform", fields, transform.with_basis(basis, rows.fitted), True
+            fitted = [transform.with_basis(basis, fold.fitted) for basis, fold in zip(bases, folds, strict=True)]
+            yield "transform", {"step": step, "corrections": corrections}, [*fitted], True
 
 
-def judge(family: str, fields: dict[str, Any], encoding: Fitted, compressed: bool, judged: Tensor) -> dict[str, Any]:
-    """Measure one encoding."""
-    errors = measure(encoding, judged, TEMPERATURES)
+def judge(
+    family: str, fields: dict[str, Any], encodings: list[Coder], compressed: bool, folds: list[Fold]
+) -> dict[str, Any]:
+    """Measure one encoding on the rows that each fold did not fit it to."""
+    meter, parts = ErrorMeter(TEMPERATURES), {}
+    for encoding, (_, _, judged) in zip(encodings, folds, strict=True):
+        arrays = stored(encoding, judged)
+        rows = {name: torch.from_numpy(values) for name, values in arrays.items()}
+        meter.add(judged, encoding.decode(rows, judged.shape[1]))
+        for row in encoding.arrays(judged.shape[1]):
+            parts.setdefault((row.suffix, row.order), []).append(arrays[row.suffix].reshape(len(judged), -1))
+    num_rows = sum(len(fold.judged) for fold in folds)
+    errors = meter.errors()
     return {
         "family": family,
         **fields,
-        "bytes": round(stored_bytes(encoding, judged, compressed), 2),
+        "bytes": round(sum(chunk_bytes(order, part, compressed) for (_, order), part in parts.items()) / num_rows, 2),
         "mean": {f"{error.temperature:g}": error.mean for error in errors},
         "p99.9": {f"{error.temperature:g}": error.p999 for error in errors},
     }
+
+
+def chunk_bytes(order: str, parts: list[NDArray[Any]], compressed: bool) -> int:
+    """Return the bytes of the rows of all folds in one chunk; where one has more numbers, others have zeros."""
+    widest = max(part.shape[1] for part in parts)
+    rows = np.concatenate([np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in parts])
+    chunk = np.ascontiguousarray(rows.T if order == "component" else rows).tobytes()
+    return len(Zstd(level=LEVEL, checksum=True).encode(chunk)) if compressed else len(chunk)
 
 
 def at_bytes(results: list[dict[str, Any]], family: str, num_bytes: float, temperature: float) -> float:
@@ -173,14 +197,14 @@ def main() -> int:
     arguments = parser.parse_args()
     configure(quiet=True)
     torch.manual_seed(0)
-    rows = load(arguments.logits)
+    folds = load(arguments.logits)
     judged, last = [], None
-    for family, fields, encoding, compressed in candidates(rows, arguments.quick):
-        judged.append(judge(family, fields, encoding, compressed, rows.judged))
-        last = encoding
+    for family, fields, encodings, compressed in candidates(folds, arguments.quick):
+        judged.append(judge(family, fields, encodings, compressed, folds))
+        last = encodings[0]
     compared = goals(judged) if arguments.logits else []
     assert isinstance(last, FittedTransform)
-    share = decode_share(last, rows.judged, 3 if arguments.quick else 9)
+    share = decode_share(last, folds[0].judged, 3 if arguments.quick else 9)
     name = "time of decoding 256 rows / step of ResNet-18 on 256"
     compared.append({"goal": name, "figure": share, "most": DECODE_SHARE, "met": share <= DECODE_SHARE})
     if arguments.json:

@@ -32,8 +32,8 @@ from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.versions import versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-KILLS = 35
-"""Kills of one round of the program that kills."""
+KILLS = 20
+"""Caches that one round of the program that kills looks at, each after a kill or two."""
 
 
 def program(name: str, *arguments: str, before: tuple[str, ...] = ()) -> Any:
@@ -48,7 +48,7 @@ def program(name: str, *arguments: str, before: tuple[str, ...] = ()) -> Any:
 
 
 def kills(folder: Path, quick: bool) -> dict[str, Any]:
-    rounds = 1 if quick else 6
+    rounds = 1 if quick else 11
     found = program("killing", str(folder), str(rounds))
     assert len(found) == KILLS * rounds
     lost = [one for one in found if not one["kept"] or not one["identical"] or one["beside"] != ["c.zarr"]]

@@ -30,9 +30,10 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
+from logitcache.cache.arrays import ArrayLayout, seal
 from logitcache.cache.create import read_manifest
 from logitcache.cache.decoded import SharedShards
-from logitcache.cache.layout import ArrayLayout, Layout, choose_shard_rows, layout_of, seal
+from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.rows import PackedRows, Sharing, num_kept
@@ -94,6 +95,7 @@ def manifest_of(logits: dict[str, Any], num_images: int, num_views: int, num_cla
                 "precision": "float32",
                 "num_classes": num_classes,
                 "logits": logits,
+                "stored_logits": {"form": logits},
             }
         },
         "canaries": [{"view": 0, "index": 0, "raw": some, "plan": some, "augmented": pixel_digest(pixels[0])}],
@@ -114,8 +116,10 @@ def skeleton(path: Path, logits: dict[str, Any], num_images: int, num_views: int
 
 
 def made(array: ArrayLayout, count: int, generator: np.random.Generator) -> NDArray[Any]:
-    """Make rows: float16 in steps of 1/4, as a coarse encoding has them; classes; or moments."""
+    """Make rows: float16 in steps of 1/4, as a coarse encoding has them; classes; moments; or no errors."""
     shape = (count, *array.row_shape)
+    if array.per_shard:
+        return np.zeros((1, *array.row_shape), array.dtype)
     if array.dtype.kind == "f":
         return (generator.standard_normal(shape, np.float32) * 8).round().astype(array.dtype) / 4
     return generator.integers(0, 1000, shape).astype(array.dtype)
@@ -136,7 +140,7 @@ def filled(path: Path, logits: dict[str, Any], num_images: int, num_classes: int
 
 def memmaps(cache: Cache, folder: Path) -> list[np.memmap[Any, Any]]:
     """Write the arrays as plain files, once, and map them."""
-    arrays = cache.layout.arrays
+    arrays = cache.layout.targets[0].rows
     folder.mkdir(exist_ok=True)
     for array in arrays:
         if not (folder / array.name).exists():
@@ -325,7 +329,7 @@ def sparse(path: Path) -> Path:
         for shard in layout.shards():
             records = []
             for array in group.arrays:
-                size = array.hot_bytes(shard.stop - shard.start)
+                size = array.hot_bytes(shard.stop - shard.start) if array.storage == "hot" else 400
                 if size not in digests:
                     digests[size] = hashlib.sha256(bytes(size)).digest()
                 with open(path / array.file(shard), "wb") as file:
@@ -347,7 +351,7 @@ def opening_row(path: Path, rounds: int) -> Row:
 def packed_row(folder: Path, num_images: int, rounds: int) -> Row:
     """Compare the decoding of a view into shared memory with a read of the whole array."""
     cache = filled(folder / "packed.zarr", {"kind": "dense", "storage": "packed"}, num_images, num_classes=200)
-    group = cache.layout.teachers[0]
+    group = cache.layout.targets[0]
     array = group.arrays[0]
     places = np.arange(0, array.num_images, array.shard_rows)
     memory = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else folder))

@@ -10,7 +10,8 @@ from logitcache.recipe import Component
 from logitcache.report.recipes import RECIPES
 
 TEXT = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
-NAMED = set(re.findall(r"[A-Za-z_0-9]+", " ".join(re.findall(r"`([^`]+)`", TEXT))))
+UNFENCED = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
+NAMED = set(re.findall(r"[A-Za-z_0-9]+", " ".join(re.findall(r"`([^`]+)`", UNFENCED))))
 
 
 def components(annotation: object) -> set[type[Component]]:

@@ -77,6 +77,38 @@ def test_the_recipes_for_small_images_run_on_a_folder_of_ones_own(photos: Path, 
     train_student("cifar", cache, tmp_path / "run", "model.width=4")
 
 
+BUNDLED = ["dataset.num_images=200", "num_workers=0", "device=cpu", "views.num_views=2"]
+SHORT = ["epochs=2", "num_workers=0", "device=cpu", "validation=null", "schedule.warmup_epochs=0"]
+
+
+def filled(name: str, cache: Path, *changes: str) -> Path:
+    recipe = load_recipe(PIPELINES / name / "precompute.yaml", PrecomputeRecipe, [f"cache={cache}", *BUNDLED, *changes])
+    assert precompute(recipe).views == 400
+    return cache
+
+
+def test_the_recipes_of_features_run(tmp_path: Path) -> None:
+    cache = filled("features", tmp_path / "c.zarr")
+    student = load_recipe(
+        PIPELINES / "features" / "student.yaml", StudentRecipe, [f"cache={cache}", *SHORT, f"out={tmp_path}/s"]
+    )
+    assert train(student).teacher_passes == 0
+    assert (tmp_path / "s" / "adapters.safetensors").is_file()
+
+
+def test_generations_and_an_ensemble_of_two_teachers_run(tmp_path: Path) -> None:
+    taught = ["dataset.num_images=200", *SHORT, f"out={tmp_path}/0"]
+    train(load_recipe(PIPELINES / "self_distillation" / "teacher.yaml", TeacherRecipe, taught))
+    for generation in (0, 1):
+        model = f"teachers.teacher.model.path={tmp_path}/{generation}"
+        cache = filled("self_distillation", tmp_path / f"{generation}.zarr", model)
+        changes = [f"cache={cache}", *SHORT, f"out={tmp_path}/{generation + 1}"]
+        train(load_recipe(PIPELINES / "self_distillation" / "student.yaml", StudentRecipe, changes))
+    cache = filled("ensemble", tmp_path / "both.zarr", f"teachers.mine.model.path={tmp_path}/2")
+    changes = [f"cache={cache}", *SHORT, f"out={tmp_path}/student"]
+    assert train(load_recipe(PIPELINES / "ensemble" / "student.yaml", StudentRecipe, changes)).images == 400
+
+
 def test_custom_loop_learns_from_a_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
