@@ -14,7 +14,7 @@ help:
 	@echo "make test    ruff, mypy and pytest (ARGS='-k replay' goes to pytest)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
-	@echo "make bench   every script in benchmarks/"
+	@echo "make bench   the scripts in benchmarks/, but losses.py"
 	@echo "make clean   remove what these made, .venv included"
 
 $(INSTALLED): pyproject.toml
@@ -32,14 +32,15 @@ lint: $(INSTALLED)
 	@$(PY) -m mypy --no-error-summary
 
 test: lint
-	@$(PY) -m pytest --quiet $(ARGS)
+	@$(PY) -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix --quiet .
 	@$(PY) -m ruff format --quiet .
 
+# Not that of losses: it takes an hour, and a data set.
 bench: $(INSTALLED)
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(PY) $$script $(ARGS); done
+	@set -e; for script in $(filter-out benchmarks/losses.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
 
 clean:
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
