@@ -71,10 +71,15 @@ class Coders:
         return weight, torch.zeros(len(weight)) if bias is None else torch.from_numpy(np.array(bias))
 
     def _logits(self, group: ArrayGroup, rows: Rows, features: Mapping[str, FeatureValues]) -> Logits:
-        num_classes = self._manifest.teachers[group.teacher].num_classes
-        assert num_classes is not None
-        kept = {name: value for name, value in features.items() if isinstance(value, Tensor)}
-        return self.logits[group.name].decode(kept | _tensors(group, rows), num_classes)
+        entry = self._manifest.teachers[group.teacher]
+        assert entry.num_classes is not None
+        assert entry.stored_logits is not None
+        kept = _tensors(group, rows)
+        for name in entry.stored_logits.form.needs:
+            value = features[name]
+            assert isinstance(value, Tensor)  # a layout with another is not possible
+            kept[name] = value
+        return self.logits[group.name].decode(kept, entry.num_classes)
 
     def _tables(self, group: ArrayGroup) -> Tables:
         return read_tables(self._root, group)

@@ -129,18 +129,19 @@ def kept_of(entry: TeacherEntry, target: str) -> Kept:
         if logits is None or stored is None or classes is None:
             raise RecipeError("its logits are kept in no form")
         form = stored.form
-        missing = [name for name in form.needs if name not in entry.features]
-        if missing:
-            raise RecipeError(f"its logits need the features {missing}, which are not kept")
+        for name, width in form.needs.items():
+            feature = entry.stored_features.get(name)
+            if feature is None or feature.shape != (width,) or not feature.form.is_plain:
+                raise RecipeError(f"its logits need the feature {name!r} as vectors of {width} numbers")
         shapes = form.table_shapes(classes)
         kept = Kept(form.arrays(classes), form.storage, shapes, stored.tables, logits.measured)
     else:
-        feature, found = entry.features[target], entry.stored_features.get(target)
+        asked, found = entry.features[target], entry.stored_features.get(target)
         if found is None:
             raise RecipeError(f"its feature {target!r} is kept in no form")
         shapes = found.form.table_shapes(found.shape)
-        rows = found.form.arrays(feature.kind, found.shape)
-        kept = Kept(rows, found.form.storage, shapes, found.tables, feature.measured)
+        rows = found.form.arrays(asked.kind, found.shape)
+        kept = Kept(rows, found.form.storage, shapes, found.tables, asked.measured)
     if kept.tables.keys() != kept.digests.keys():
         raise RecipeError(f"its {target} have the tables {sorted(kept.digests)}, not {sorted(kept.tables)}")
     return kept
@@ -196,7 +197,8 @@ def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage, prefi
 def require_possible(manifest: Manifest, where: str) -> None:
     """Raise CacheError for a manifest that no precompute can have written, before anything relies on its sizes."""
     try:
-        arrays = layout_of(manifest).arrays
+        layout = layout_of(manifest)
+        arrays = layout.arrays
         hot = [array for array in arrays if array.storage == "hot"]
         wrong = next((array for array in hot if array.shard_rows * array.row_bytes % PAGE), None)
         reason = "" if wrong is None else f"shards of {wrong.name} do not fill whole pages"
@@ -204,7 +206,7 @@ def require_possible(manifest: Manifest, where: str) -> None:
         reason = str(error)
     else:
         sizes = [array.num_views * (array.num_images + array.shard_rows) * array.row_bytes for array in arrays]
-        sizes += [table.num_bytes for table in layout_of(manifest).tables]
+        sizes += [table.num_bytes for table in layout.tables]
         pixels = math.prod((len(manifest.canaries), *manifest.image_shape))
         if max(*sizes, pixels) > MAX_BYTES:
             reason = f"{max(*sizes, pixels)} bytes are more than any disk holds"

@@ -278,12 +278,12 @@ def _short(value: object) -> str:
 
 
 def extends(wanted: Manifest, recorded: Manifest) -> bool:
-    """Whether what is wanted is all that is recorded, or more: further views and teachers."""
+    """Whether what is wanted is all that is recorded, or more: further views, teachers and features."""
     return not _differences(recorded, wanted) and not _lacks(recorded, wanted)
 
 
 def is_more(wanted: Manifest, recorded: Manifest) -> bool:
-    """Whether more views or teachers are wanted than are recorded."""
+    """Whether more views, teachers or features are wanted than are recorded."""
     return bool(_adds(recorded, wanted))
 
 

@@ -95,14 +95,15 @@ def _teacher(cache: Cache, name: str, entry: TeacherEntry, done: list[Shard]) ->
 
 def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Shard]) -> dict[str, Any]:
     """Say what a target is, what it takes, and how far it is from what the teacher answered."""
-    feature, stored = entry.features.get(group.target), entry.stored_features.get(group.target)
-    form = entry.stored_logits.form if stored is None and entry.stored_logits is not None else stored and stored.form
+    feature = entry.features.get(group.target)
+    stored = entry.stored_logits if feature is None else entry.stored_features[group.target]
+    assert stored is not None
     errors = errors_of(cache.path, cache.manifest, group, done)
     return {
         "target": group.target,
         "kept": None if feature is None else _entry(feature.model_dump(mode="json", exclude_none=True)),
-        "shape": [entry.num_classes] if stored is None else list(stored.shape),
-        "form": None if form is None else _entry(form.model_dump(mode="json", exclude_none=True)),
+        "shape": [entry.num_classes] if feature is None else list(entry.stored_features[group.target].shape),
+        "form": _entry(stored.form.model_dump(mode="json", exclude_none=True)),
         "bytes_per_row": _array_bytes(cache, [group], done)["bytes_per_row"],
         "table_bytes": sum(table.num_bytes for table in group.tables),
         "errors": {} if errors is None else errors.model_dump(mode="json"),

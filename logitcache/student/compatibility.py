@@ -56,10 +56,11 @@ def require_served(losses: Sequence[Loss], cache: Cache, ensembles: Collection[s
 
     `ensembles` of the cache's teachers, by name, may be asked too.
     """
+    held = held_teachers(cache)
     lines = [
         f"losses.{number} ({loss.kind}) {reason}"
         for number, loss in enumerate(losses)
-        for reason in (*_unlabelled(loss, cache), *_unanswered(loss, cache, ensembles))
+        for reason in (*_unlabelled(loss, cache), *_unanswered(loss, cache, held, ensembles))
     ]
     if lines:
         raise RecipeError(f"{cache.path} does not serve these losses:\n  " + "\n  ".join(lines))
@@ -100,7 +101,7 @@ def _unlabelled(loss: Loss, cache: Cache) -> Iterator[str]:
         )
 
 
-def _unanswered(loss: Loss, cache: Cache, ensembles: Collection[str]) -> Iterator[str]:
+def _unanswered(loss: Loss, cache: Cache, held: Mapping[str, HeldTeacher], ensembles: Collection[str]) -> Iterator[str]:
     """Yield why the teacher's answers as they are kept do not do."""
     if not asks_teacher(loss):
         return
@@ -115,7 +116,7 @@ def _unanswered(loss: Loss, cache: Cache, ensembles: Collection[str]) -> Iterato
     if name not in teachers:
         yield f"names teacher {name!r}, the cache has {sorted(teachers)}. Fix: one of these"
         return
-    yield from unkept_features(loss, name, held_teachers(cache)[name])
+    yield from unkept_features(loss, name, held[name])
     if loss.features and cache.manifest.views.targets == "linear":
         yield (
             "needs features, the cache mixes the answers to two images (targets: linear), and features are not mixed. "

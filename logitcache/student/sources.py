@@ -121,7 +121,9 @@ def _as_begun(cache: Cache, begun: Mapping[str, Any]) -> Cache:
     """Return a cache with the teachers that it had when the run began; as it is where it is another."""
     targets = cache.manifest.targets
     names = begun.get("teachers", list(targets))
-    return cache.only({name: targets[name] for name in names}) if set(names) <= targets.keys() else cache
+    if names == list(targets) or not set(names) <= targets.keys():
+        return cache
+    return cache.only({name: targets[name] for name in names})
 
 
 def _num_views(cache: Cache, recipe: StudentRecipe, begun: Mapping[str, Any]) -> int:

@@ -23,16 +23,14 @@ def encode(coders: Coders, entry: TeacherEntry, groups: Sequence[ArrayGroup], an
     """Encode a batch's answers on the device they are on, by target: those of `groups`, and what these need."""
     teacher = groups[0].teacher
     measured = {group.target: group.errors is not None for group in groups}
-    needed = () if entry.stored_logits is None or LOGITS not in measured else entry.stored_logits.form.needs
+    needed = {} if entry.stored_logits is None or LOGITS not in measured else entry.stored_logits.form.needs
     found: dict[str, Encoded] = {}
-    kept: dict[str, Tensor] = {}
     for name in entry.features:
         if name in measured or name in needed:
             coder, exact = coders.features[f"{teacher}.{name}"], feature_values(answers.features[name])
             arrays = coder.encode(exact)
-            decoded = coder.decode(arrays)
-            found[name] = Encoded(arrays, _squared_error(decoded, exact) if measured.get(name) else None)
-            kept[name] = feature_values(decoded)
+            errors = _squared_error(coder.decode(arrays), exact) if measured.get(name) else None
+            found[name] = Encoded(arrays, errors)
     if LOGITS in measured:
         assert entry.logits is not None
         assert entry.num_classes is not None
@@ -41,6 +39,7 @@ def encode(coders: Coders, entry: TeacherEntry, groups: Sequence[ArrayGroup], an
         arrays = logits.encode(answers.logits)
         errors = None
         if measured[LOGITS]:
+            kept = {name: found[name].arrays[""] for name in needed}
             back = logits.decode({**kept, **arrays}, entry.num_classes)
             errors = divergences(answers.logits, back, entry.logits.temperature_of_errors)
         found[LOGITS] = Encoded(arrays, errors)

@@ -51,6 +51,22 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "a head of no feature": lambda m: m["teachers"]["t"]["stored_logits"].update(
         form={"kind": "head", "width": 2**40, "bias": False, "storage": "hot"}, tables={"weight": "0" * 64}
     ),
+    "a head of another width": lambda m: m["teachers"]["t"].update(
+        features={"penultimate": {"kind": "maps", "tap": "fc:input", "storage": "packed"}},
+        stored_features={"penultimate": {"shape": [3], "form": {"dtype": "float16", "storage": "packed"}}},
+        stored_logits={
+            "form": {"kind": "head", "width": 4, "bias": False, "storage": "packed"},
+            "tables": {"weight": "0" * 64},
+        },
+    ),
+    "a head of bytes": lambda m: m["teachers"]["t"].update(
+        features={"penultimate": {"kind": "maps", "tap": "fc:input", "dtype": "int8", "storage": "packed"}},
+        stored_features={"penultimate": {"shape": [4], "form": {"dtype": "int8", "storage": "packed"}}},
+        stored_logits={
+            "form": {"kind": "head", "width": 4, "bias": False, "storage": "packed"},
+            "tables": {"weight": "0" * 64},
+        },
+    ),
     "a huge transform": lambda m: m["teachers"]["t"]["stored_logits"].update(
         form={"kind": "transform", "step": 1.0, "pairs": 2**50}, tables={"basis": "0" * 64}
     ),

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
-from logitcache.logits import log_probs
+from logitcache.logits import CompactLogits, log_probs
 from logitcache.report.inspect import inspect_cache
 from logitcache.targets import feature_values
 from logitcache.teacher.online import live_targets
@@ -160,6 +160,16 @@ def test_the_live_teacher_has_the_same_features(path: Path, keys: list[ViewKey])
     assert found.keys() == stored.keys()
     for name in ("maps", "small", "pooled", "tokens", "attention", "cam", "penultimate"):
         assert torch.allclose(feature_values(found[name]), feature_values(stored[name]), atol=1e-6), name
+
+
+def test_encoded_logits_hold_what_they_are_decoded_from_and_no_more(tmp_path: Path, cache: Cache) -> None:
+    key = [ViewKey(0, 3)]
+    make(tmp_path / "c", {"kind": "uint8", "storage": "packed"}, FEATURES)
+    beside_maps, head = open_cache(tmp_path / "c").rows(key)["t"].logits, cache.rows(key)["t"].logits
+    assert isinstance(beside_maps, CompactLogits)
+    assert isinstance(head, CompactLogits)
+    assert set(beside_maps.rows) == {"level", "scale"}
+    assert set(head.rows) == {"penultimate"}
 
 
 def test_only_reads_nothing_else(path: Path, tmp_path: Path, keys: list[ViewKey]) -> None:

@@ -37,8 +37,7 @@ def test_every_outcome_is_what_one_process_writes(outcomes: dict[str, dict[str, 
 def test_processes_that_start_together_share_the_work(outcomes: dict[str, dict[str, Any]]) -> None:
     found = outcomes["at_once"]
     assert sum(found["written"]) == NUM_SHARDS
-    # One that the machine starves may come too late to find a shard.
-    assert sum(written > 0 for written in found["written"]) >= 2
+    assert min(found["written"]) >= 1
     assert min(found["left"]) == 0
 
 

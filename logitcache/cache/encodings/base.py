@@ -95,7 +95,7 @@ class Plain(Component):
 
     measured: ClassVar[bool] = True
     temperature_of_errors: ClassVar[float] = 1.0
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[Mapping[str, int]] = {}
     tables: ClassVar[Tables] = {}
 
     @property

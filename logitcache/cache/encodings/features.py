@@ -108,6 +108,11 @@ class FeatureForm(Component):
     storage: Storage
     channels: Count | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is kept is the feature's own numbers."""
+        return self.dtype != "int8" and self.channels is None
+
     def axis(self, shape: tuple[int, ...]) -> int:
         """Return the axis of channels of a feature of shape [C], [N, D] or [C, H, W]."""
         return 1 if len(shape) == 2 else 0
@@ -163,7 +168,7 @@ class FittedFeature:
 
     def decode(self, rows: Mapping[str, Tensor]) -> FeatureValues:
         """Return the features as they are kept, or their encoded form, which becomes float32 on the device."""
-        if self.form.dtype != "int8" and self.form.channels is None:
+        if self.form.is_plain:
             return rows[""]
         return CompactFeature(rows, self.shape, self._values)
 

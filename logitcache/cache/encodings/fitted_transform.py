@@ -34,7 +34,7 @@ class TransformForm(Component):
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
-    needs: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[Mapping[str, int]] = {}
 
     kind: Literal["transform"] = "transform"
     storage: Literal["packed"] = "packed"

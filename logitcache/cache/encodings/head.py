@@ -86,9 +86,9 @@ class HeadForm(Component):
     storage: Storage
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        """The features that it is decoded from."""
-        return (self.feature,)
+    def needs(self) -> Mapping[str, int]:
+        """The feature that it is decoded from, and how wide a vector that is."""
+        return {self.feature: self.width}
 
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
         """List the arrays that a row takes: none beside the feature."""

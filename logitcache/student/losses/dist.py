@@ -3,12 +3,12 @@
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.logits import dense_logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import Context, LossBase, Need, Site, targets_of
-from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.losses.base import Context, Need
+from logitcache.student.losses.temperatures import Temperature, TemperedLoss
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -38,7 +38,7 @@ def correlation(a: Tensor, b: Tensor) -> Tensor:
     return found
 
 
-class DIST(LossBase):
+class DIST(TemperedLoss):
     """Correlations in place of divergences; published with weight 2 beside cross-entropy."""
 
     by_row: ClassVar[bool] = False
@@ -58,12 +58,6 @@ class DIST(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
-        assert isinstance(outputs.logits, Tensor)
-        temperature = self.temperature.now(outputs.logits, logits, batch, context)
+        student, teacher, temperature = self.compared(outputs, batch, context)
         beta, gamma = (weight.at(context.progress) for weight in (self.beta, self.gamma))
-        return dist(outputs.logits, logits, beta, gamma, temperature)
-
-    def adapter(self, site: Site) -> nn.Module:
-        """Build what the temperature remembers."""
-        return self.temperature.memory()
+        return dist(student, dense_logits(teacher), beta, gamma, temperature)

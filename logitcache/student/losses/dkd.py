@@ -2,22 +2,19 @@
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
 from logitcache.student.losses.base import (
     Context,
-    LossBase,
     Need,
-    Site,
     cross,
     labelled_rows,
     mean_of_labelled,
     split_by_label,
-    targets_of,
 )
-from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.losses.temperatures import Temperature, TemperedLoss
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -43,7 +40,7 @@ def dkd(
     return temperature**2 * mean_of_labelled(alpha * against_rest + beta * among_others, labels)
 
 
-class DKD(LossBase):
+class DKD(TemperedLoss):
     """Decoupled distillation, the label against the rest and the rest among themselves; published for single labels."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
@@ -57,15 +54,9 @@ class DKD(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        assert isinstance(outputs.logits, Tensor)
-        logits = targets_of(batch.teachers, self.teacher).logits
-        temperature = self.temperature.now(outputs.logits, logits, batch, context)
+        student, teacher, temperature = self.compared(outputs, batch, context)
         alpha, beta = (weight.at(context.progress) for weight in (self.alpha, self.beta))
-        return dkd(outputs.logits, logits, batch.labels, alpha, beta, temperature)
-
-    def adapter(self, site: Site) -> nn.Module:
-        """Build what the temperature remembers."""
-        return self.temperature.memory()
+        return dkd(student, teacher, batch.labels, alpha, beta, temperature)
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""

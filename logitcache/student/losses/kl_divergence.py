@@ -4,12 +4,12 @@ standardised as in Sun et al., "Logit standardization in knowledge distillation"
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.logits import Logits, at_least_float32, dense_logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import Context, LossBase, Need, Site, targets_of
-from logitcache.student.losses.temperatures import RowTemperature
+from logitcache.student.losses.base import Context, Need
+from logitcache.student.losses.temperatures import RowTemperature, TemperedLoss
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -32,7 +32,7 @@ def standardize(logits: Tensor) -> Tensor:
     return (values - values.mean(dim=1, keepdim=True)) / (EPSILON + values.std(dim=1, keepdim=True))
 
 
-class KLDivergence(LossBase):
+class KLDivergence(TemperedLoss):
     """KL divergence from the teacher's distribution to the student's at a temperature, times T².
 
     With `standardize` both logits are standardised first, row by row; published with T = 2 and weight 9.
@@ -53,13 +53,7 @@ class KLDivergence(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        logits = targets_of(batch.teachers, self.teacher).logits
-        assert isinstance(outputs.logits, Tensor)
-        temperature = self.temperature.now(outputs.logits, logits, batch, context)
+        student, teacher, temperature = self.compared(outputs, batch, context)
         if not self.standardize:
-            return kl_divergence(outputs.logits, logits, temperature)
-        return kl_divergence(standardize(outputs.logits), standardize(dense_logits(logits)), temperature)
-
-    def adapter(self, site: Site) -> nn.Module:
-        """Build what the temperature remembers."""
-        return self.temperature.memory()
+            return kl_divergence(student, teacher, temperature)
+        return kl_divergence(standardize(student), standardize(dense_logits(teacher)), temperature)

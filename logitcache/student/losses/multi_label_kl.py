@@ -2,13 +2,13 @@
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from logitcache.logits import at_least_float32, dense_logits
 from logitcache.recipe import Name
-from logitcache.student.losses.base import Context, LossBase, Need, Site, targets_of
-from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.losses.base import Context, Need
+from logitcache.student.losses.temperatures import Temperature, TemperedLoss
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -25,7 +25,7 @@ def multi_label_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor
     return temperature**2 * (yes + no).mean()
 
 
-class MultiLabelKL(LossBase):
+class MultiLabelKL(TemperedLoss):
     """Binary KL divergence of every class, for teachers of several labels an image."""
 
     kind: Literal["multi_label_kl"] = "multi_label_kl"
@@ -40,11 +40,5 @@ class MultiLabelKL(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
-        assert isinstance(outputs.logits, Tensor)
-        temperature = self.temperature.now(outputs.logits, logits, batch, context)
-        return multi_label_kl(outputs.logits, logits, temperature)
-
-    def adapter(self, site: Site) -> nn.Module:
-        """Build what the temperature remembers."""
-        return self.temperature.memory()
+        student, teacher, temperature = self.compared(outputs, batch, context)
+        return multi_label_kl(student, dense_logits(teacher), temperature)

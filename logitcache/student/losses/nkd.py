@@ -4,22 +4,19 @@ with normalized loss and customized soft labels" (ICCV 2023).
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
 from logitcache.student.losses.base import (
     Context,
-    LossBase,
     Need,
-    Site,
     cross,
     labelled_rows,
     mean_of_labelled,
     split_by_label,
-    targets_of,
 )
-from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.losses.temperatures import Temperature, TemperedLoss
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -41,7 +38,7 @@ def nkd(
     return mean_of_labelled(rows, labels)
 
 
-class NKD(LossBase):
+class NKD(TemperedLoss):
     """Normalised distillation: soft cross-entropy of the label and, apart, of the others; goes beside cross-entropy."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
@@ -54,14 +51,8 @@ class NKD(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        assert isinstance(outputs.logits, Tensor)
-        logits = targets_of(batch.teachers, self.teacher).logits
-        temperature = self.temperature.now(outputs.logits, logits, batch, context)
-        return nkd(outputs.logits, logits, batch.labels, self.gamma.at(context.progress), temperature)
-
-    def adapter(self, site: Site) -> nn.Module:
-        """Build what the temperature remembers."""
-        return self.temperature.memory()
+        student, teacher, temperature = self.compared(outputs, batch, context)
+        return nkd(student, teacher, batch.labels, self.gamma.at(context.progress), temperature)
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""

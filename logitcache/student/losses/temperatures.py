@@ -1,6 +1,7 @@
 """Temperatures of a loss: schedules, one that follows the student, and one for each row."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from abc import ABC
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 import torch
 from pydantic import AfterValidator, BeforeValidator, Discriminator, model_validator
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Positive
-from logitcache.student.losses.base import StepSums
+from logitcache.student.losses.base import Context, LossBase, Site, StepSums, targets_of
 from logitcache.student.losses.cross_entropy import CrossEntropy, cross_entropy
 from logitcache.student.schedules import (
     Constant,
@@ -21,7 +22,7 @@ from logitcache.student.schedules import (
     WarmUp,
     as_schedule,
 )
-from logitcache.targets import Batch
+from logitcache.targets import Batch, Targets
 
 
 class Thermostat(StepSums):
@@ -121,6 +122,31 @@ class ByConfidence(TemperatureBase):
     def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> Tensor:
         """Return the temperature of each row, [B]."""
         return self.low + (self.high - self.low) * log_probs(teacher).amax(dim=1).exp()
+
+
+class Tempered(Protocol):
+    """What names a teacher and a temperature."""
+
+    @property
+    def temperature(self) -> TemperatureBase: ...
+    @property
+    def teacher(self) -> str | None: ...
+
+
+class TemperedLoss(LossBase, ABC):
+    """A loss on logits with the fields of `Tempered`."""
+
+    def compared(
+        self: Tempered, outputs: Targets, batch: Batch, context: Context
+    ) -> tuple[Tensor, Logits, float | Tensor]:
+        """Return the student's logits [B, C], the teacher's in the form in which they are kept, and the temperature."""
+        logits = targets_of(batch.teachers, self.teacher).logits
+        assert isinstance(outputs.logits, Tensor)
+        return outputs.logits, logits, self.temperature.now(outputs.logits, logits, batch, context)
+
+    def adapter(self: Tempered, site: Site) -> nn.Module:
+        """Build what the temperature remembers."""
+        return self.temperature.memory()
 
 
 def _always_positive(temperature: TemperatureBase) -> TemperatureBase:

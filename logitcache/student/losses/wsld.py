@@ -4,21 +4,18 @@ perspective" (ICLR 2021).
 
 from typing import ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
 from logitcache.student.losses.base import (
     Context,
-    LossBase,
     Need,
-    Site,
     cross,
     labelled_rows,
     mean_of_labelled,
-    targets_of,
 )
-from logitcache.student.losses.temperatures import Temperature
+from logitcache.student.losses.temperatures import Temperature, TemperedLoss
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -40,7 +37,7 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | 
     return temperature**2 * mean_of_labelled(weight * soft, labels)
 
 
-class WSLD(LossBase):
+class WSLD(TemperedLoss):
     """Soft cross-entropy, weighted by row; published with weight 2.5 beside cross-entropy."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
@@ -52,14 +49,8 @@ class WSLD(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        assert isinstance(outputs.logits, Tensor)
-        logits = targets_of(batch.teachers, self.teacher).logits
-        temperature = self.temperature.now(outputs.logits, logits, batch, context)
-        return wsld(outputs.logits, logits, batch.labels, temperature)
-
-    def adapter(self, site: Site) -> nn.Module:
-        """Build what the temperature remembers."""
-        return self.temperature.memory()
+        student, teacher, temperature = self.compared(outputs, batch, context)
+        return wsld(student, teacher, batch.labels, temperature)
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""
