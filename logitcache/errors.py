@@ -6,6 +6,7 @@ ValueError
     ├── DataError            2   an image or a label cannot be read
     ├── MissingExtraError    2   an optional dependency is not installed
     ├── CacheError           3   a cache is damaged, incomplete, busy or not a cache
+    ├── RemoteError          3   storage at a URL does not answer, or refuses
     ├── MismatchError        4   sound, but made from other images, pixels or teachers
     │   └── ReplayMismatchError  the pixels rendered here are not those the teacher saw
     └── Stopped         75/130   SIGTERM or Ctrl-C; the same command continues
@@ -37,6 +38,12 @@ class MissingExtraError(LogitCacheError, ImportError):
 
 class CacheError(LogitCacheError):
     """A cache is damaged, incomplete, busy or not a cache."""
+
+    exit_code = 3
+
+
+class RemoteError(LogitCacheError):
+    """Storage at a URL does not answer, or refuses; the same command continues once it does."""
 
     exit_code = 3
 

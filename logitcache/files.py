@@ -72,6 +72,15 @@ def leftovers(directory: Path) -> list[Path]:
     return [Path(parent, name) for parent, _, names in os.walk(directory) for name in names if name.endswith(LEFTOVER)]
 
 
+def regular_size(path: Path) -> int | None:
+    """Return the size of a regular file; None for anything else, links included."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
 def file_digests(
     paths: Sequence[str | Path],
     *,
@@ -115,7 +124,7 @@ def remembered(
         finally:
             # A long first pass that is interrupted is not lost.
             if done:
-                keep(store, index.merged(stamps.as_rows(done)))
+                keep(store, index.merged(np.concatenate([rows[known], stamps.as_rows(done)])))
     digests = rows["digest"]
     if done:
         digests[~known] = stamps.as_rows(done)["digest"]

@@ -70,6 +70,19 @@ def test_second_run_reads_only_what_changed(three: list[Path], hashed: list[str]
 
 
 @pytest.mark.usefixtures("later")
+def test_what_is_asked_for_is_remembered_however_large_the_folder(
+    three: list[Path], hashed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamps, "_MOST_ROWS", 2)
+    file_digests(three, what="shard")
+    three[1].write_bytes(b"other")
+    for expected in (["b.bin"], []):
+        hashed.clear()
+        file_digests(three, what="shard")
+        assert hashed == expected
+
+
+@pytest.mark.usefixtures("later")
 def test_change_that_restores_size_and_mtime_is_noticed(three: list[Path]) -> None:
     file_digests(three, what="shard")
     before = three[0].stat()

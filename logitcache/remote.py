@@ -1,0 +1,310 @@
+"""Files elsewhere, named by URL: read and written through fsspec, tried again when that may help, some at a time.
+
+Credentials come from where the protocol's own tools look for them (for s3 the environment, profiles and roles of AWS),
+and from nowhere else: a URL that carries any is refused, and no message shows them.
+"""
+
+import contextlib
+import importlib
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from email.utils import parsedate_to_datetime
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError, RemoteError
+from logitcache.storage_errors import (
+    CHANGES,
+    NO_RANGES,
+    PRECONDITION_FAILED,
+    plain,
+    refusal,
+    require_place,
+    status_of,
+    told,
+)
+
+REQUESTS = 16
+"""Requests of a process that are in flight at a time."""
+
+ATTEMPTS, PAUSE, LONGEST_PAUSE, PATIENCE = 6, 0.25, 8.0, 90.0
+"""A request is tried so often, with pauses that double from PAUSE seconds on, and not again after PATIENCE seconds."""
+
+CONNECT_SECONDS, READ_SECONDS = 10, 30
+"""How long a server may take to answer, and to send on."""
+
+PART = 8 << 20
+"""Bytes of a large file that one request reads."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_WEB = ("http", "https")
+_EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
+_TAGS = ("ETag", "etag", "mtime", "created")  # of s3 and web servers, of other clouds, of disks, of fsspec's memory
+_FRESH_SECONDS = 2
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Entry(NamedTuple):
+    """What a listing tells of a file: its size, and what changes with its content, where the storage has that."""
+
+    size: int
+    tag: str
+
+
+def is_remote(location: str | os.PathLike[str]) -> bool:
+    """Whether a location is a URL, as s3://bucket/name is, and not a path of this machine."""
+    return _SCHEME.match(os.fspath(location)) is not None
+
+
+class Remote:
+    """A folder or a file at a URL. It can be pickled: each process connects by itself.
+
+    Keys name what lies below it, with "/" between folders; the key "" is the URL itself. All methods may be called
+    from several threads. They raise RemoteError where the storage does not answer or refuses, FileNotFoundError where
+    there is nothing; nothing is retried that would fail again.
+    """
+
+    def __init__(self, url: str) -> None:
+        """Take a URL apart; raise RecipeError for one that carries credentials or a query."""
+        parts = urlsplit(url)
+        require_place(parts)
+        self.url = url.rstrip("/")
+        self.scheme = parts.scheme.lower()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Remote, (self.url,)
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def is_listable(self) -> bool:
+        """Whether the storage lists what it has; a web server only hands out what is named, and takes nothing."""
+        return self.scheme not in _WEB
+
+    def at(self, key: str) -> "Remote":
+        """Return what lies below at a key."""
+        return Remote(f"{self.url}/{key}")
+
+    def read(self, key: str = "", size: int | None = None) -> bytes:
+        """Return the bytes of a file; of a large one whose size is known, several parts are read at a time."""
+        if size is None or size <= PART:
+            return bytes(self._request(f"read {key}", lambda fs: fs.cat_file(self._path(key)), key))
+        starts = range(0, size, PART)
+        return b"".join(self.each(lambda start: self.read_range(key, start, min(start + PART, size)), starts))
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Return the bytes start..stop of a file."""
+        if start == stop:
+            return b""  # no request can ask for nothing
+        found = bytes(self._request(f"read {key}", lambda fs: fs.cat_file(self._path(key), start=start, end=stop), key))
+        if len(found) != stop - start:
+            why = CHANGES if len(found) < stop - start else NO_RANGES
+            raise RemoteError(f"{self._shown(key)}: {len(found)} bytes where {stop - start} were asked for: {why}")
+        return found
+
+    def size(self, key: str = "") -> int:
+        """Return the size of a file in bytes."""
+        found = self._request(f"examine {key}", lambda fs: fs.info(self._path(key)), key)
+        if found.get("type") == "directory":
+            raise FileNotFoundError(self._shown(key))
+        return int(found["size"] if found.get("size") is not None else len(self.read(key)))
+
+    def entry(self, key: str = "") -> Entry:
+        """Return what a listing would tell of a file; RemoteError where the server does not say how long it is."""
+        found = self._request(f"examine {key}", lambda fs: fs.info(self._path(key)), key)
+        if found.get("type") == "directory":
+            raise FileNotFoundError(self._shown(key))
+        if found.get("size") is None:
+            raise RemoteError(f"{self._shown(key)}: the server does not say how many bytes it has")
+        return _entry(found)
+
+    def exists(self, key: str = "") -> bool:
+        """Whether a file is there."""
+        try:
+            self.size(key)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list(self, key: str = "") -> dict[str, Entry]:
+        """List all files below, at any depth, by key; nothing where there is nothing."""
+        self._require_listable()
+        path = self._path(key)
+        try:
+            found = self._request(f"list {key}", lambda fs: fs.find(path, detail=True), key)
+        except FileNotFoundError:
+            return {}
+        start = len(self._root.lstrip("/")) + 1
+        return {str(name).lstrip("/")[start:]: _entry(info) for name, info in found.items()}
+
+    def write(self, key: str, data: bytes | bytearray | memoryview, *, new: bool = False) -> None:
+        """Write a file whole or not at all; with `new` raise FileExistsError where there is one, if the storage can.
+
+        An attempt that seemed to fail may have written it: after FileExistsError compare what is there.
+        """
+        self._require_listable()
+        content = bytes(data)
+        options = {"mode": "create"} if new and self.scheme in ("s3", "s3a") else {}
+        try:
+            self._request(f"write {key}", lambda fs: fs.pipe_file(self._path(key), content, **options), key)
+        except FileNotFoundError as error:
+            raise RemoteError(f"{self._shown(key)}: cannot write it: there is no such bucket or folder") from error
+        except RemoteError as error:
+            if new and status_of(error.__cause__) == PRECONDITION_FAILED:
+                raise FileExistsError(self._shown(key)) from error
+            raise
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove files; those that are not there are no error."""
+
+        self._require_listable()
+
+        def one(key: str) -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self._request(f"remove {key}", lambda fs: fs.rm_file(self._path(key)), key)
+
+        for _ in self.each(one, list(keys)):
+            pass
+
+    def each(self, function: Callable[[T], R], items: Sequence[T], at_once: int = REQUESTS) -> Iterator[R]:
+        """Yield what a function of this storage returns for each item, in order; so many run at once."""
+        if len(items) <= 1:
+            yield from map(function, items)
+            return
+        pool = ThreadPoolExecutor(min(at_once, len(items)), thread_name_prefix="logitcache-remote")
+        try:
+            yield from pool.map(function, items)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _request(self, doing: str, function: Callable[[Any], R], key: str) -> R:
+        """Ask the storage, again where that may help."""
+        began, pause = time.monotonic(), PAUSE
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with _in_flight:
+                    return function(self._files)
+            except Exception as error:  # each protocol has its own
+                failure = told(error)
+                refused = refusal(failure, self._shown(key), doing.split()[0])
+                if refused is not None:
+                    raise refused from failure
+                if isinstance(failure, FileNotFoundError):
+                    raise FileNotFoundError(self._shown(key)) from failure
+                if isinstance(failure, FileExistsError | LogitCacheError):
+                    raise
+                if attempt == ATTEMPTS or time.monotonic() - began > PATIENCE:
+                    raise RemoteError(
+                        f"{self._shown(key)}: cannot {doing.split()[0]} it, tried {attempt} times in "
+                        f"{time.monotonic() - began:.0f} s: {plain(failure)}.\n"
+                        "  Fix: see that the storage answers, then run the same command again"
+                    ) from failure
+            time.sleep(pause * _chance.uniform(0.5, 1.5))
+            pause = min(2 * pause, LONGEST_PAUSE)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _require_listable(self) -> None:
+        if not self.is_listable:
+            raise RecipeError(
+                f"{self.url}: a web server only hands out what is named; nothing is listed, written or removed there. "
+                "Fix: name storage such as s3://bucket/name, or a path"
+            )
+
+    @property
+    def _files(self) -> Any:
+        return _file_system(self.scheme, os.getpid())
+
+    @cached_property
+    def _root(self) -> str:
+        return self.url if self.scheme in _WEB else _SCHEME.sub("", self.url)
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}" if key else self._root
+
+    def _shown(self, key: str) -> str:
+        return f"{self.url}/{key}" if key else self.url
+
+
+def _entry(info: Mapping[str, Any]) -> Entry:
+    """Take from what a protocol tells of a file its size, and its tag or else when it was changed."""
+    found = [str(info[name]) for name in _TAGS if info.get(name)]
+    return Entry(int(info.get("size") or 0), found[0] if found else _past(info.get("Last-Modified")))
+
+
+def _past(date: str | None) -> str:
+    """Return the date of a change; nothing for a fresh one, as another change within its second would not show."""
+    if date is None or time.time() - parsedate_to_datetime(date).timestamp() < _FRESH_SECONDS:
+        return ""
+    return date
+
+
+_in_flight = threading.BoundedSemaphore(REQUESTS)
+_chance = random.Random()
+"""Of its own: nobody else's random numbers change."""
+
+_known: dict[tuple[str, int], Any] = {}
+_making = threading.Lock()
+
+
+def _renew() -> None:
+    """Forget what threads of the parent held when this process was forked: they are not here to let go of it."""
+    global _in_flight, _making
+    _in_flight, _making = threading.BoundedSemaphore(REQUESTS), threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
+def _file_system(scheme: str, process: int) -> Any:
+    """Return this process's file system of a protocol; a fork cannot use its parent's."""
+    with _making:
+        found = _known.get((scheme, process))
+        if found is None:
+            found = _known[scheme, process] = _made(scheme)
+        return found
+
+
+def _made(scheme: str) -> Any:
+    import fsspec
+
+    try:
+        found = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **_options(scheme))
+    except ImportError as error:
+        if scheme in _EXTRAS:
+            raise MissingExtraError(f"{scheme}://", _EXTRAS[scheme]) from error
+        raise RecipeError(f"{scheme}:// needs another package: {error}") from error
+    except ValueError as error:
+        raise RecipeError(
+            f"{scheme}:// is no protocol that fsspec knows. Fix: s3://, http(s):// or another of fsspec's, or a path"
+        ) from error
+    if hasattr(found, "retries"):
+        found.retries = 1  # tried again here, and not by both
+    return found
+
+
+def _options(scheme: str) -> Mapping[str, Any]:
+    if scheme in ("s3", "s3a"):
+        retries = {"total_max_attempts": 1}
+        seconds = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
+        options = {**seconds, "retries": retries, "max_pool_connections": REQUESTS}
+        return {"config_kwargs": options, "max_concurrency": 1}  # or every read would ask for the size first
+    if scheme in _WEB:
+        timeout = importlib.import_module("aiohttp").ClientTimeout(
+            sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS, total=None
+        )
+        return {"client_kwargs": {"timeout": timeout}}
+    return {}
