@@ -14,7 +14,7 @@ from torch import Tensor
 from logitcache.errors import DataError, RecipeError
 from logitcache.recipe import Component
 from logitcache.views.augmentations import Augmentation, Ints
-from logitcache.views.datasets.base import ImageDataset
+from logitcache.views.datasets.base import ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, draw_mixture
 from logitcache.views.pairing import Pairing
@@ -211,7 +211,8 @@ class Views:
 
     def _augmented(self, keys: list[ViewKey]) -> Tensor:
         """Render views as they are before mixing."""
-        decoded = {index: self.dataset.read(index) for index in {key[1] for key in keys}}
+        indices = list({key[1] for key in keys})
+        decoded = dict(zip(indices, read_images(self.dataset, indices), strict=True))
         images = [decoded[key[1]] for key in keys]
         plans = self.plan(keys, np.array([image.shape for image in images], dtype=np.int64)[:, 1:])
         try:

@@ -24,9 +24,12 @@ from logitcache.views.datasets import (
     fingerprint,
     pixel_digest,
 )
+from logitcache.views.datasets.base import read_images
+from tests.views.archives import samples, tarred, written
 
 ADAPTER: TypeAdapter[Dataset] = TypeAdapter(Dataset)
-KINDS = ["bundled", "custom", "image_folder", "torchvision"]
+KINDS = ["bundled", "custom", "image_folder", "torchvision", "webdataset"]
+AT_URLS = ["image_folder at a URL", "webdataset at a URL"]
 CUSTOM = """
 import numpy as np
 
@@ -76,14 +79,19 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, object]:
     if kind == "custom":
         (tmp_path / "noise_data.py").write_text(CUSTOM)
         return {"kind": kind, "factory": "noise_data:Noise", "arguments": {"size": 9}}
+    place = f"file://{tmp_path}/" if kind in AT_URLS else ""
+    if kind.startswith("webdataset"):
+        written(tmp_path, "a-1.tar", tarred(samples(range(5))))
+        written(tmp_path, "a-2.tar", tarred(samples(range(5, 8))))
+        return {"kind": "webdataset", "shards": [f"{place}a-{{1..2}}.tar"]}
     for name in ("cat/a", "cat/b", "dog/a"):
         (tmp_path / "pets" / name).parent.mkdir(parents=True, exist_ok=True)
         colour = (len(name), ord(name[-1]), 3)
         Image.new("RGB", (5, 4), colour).save(tmp_path / "pets" / f"{name}.png")
-    return {"kind": kind, "root": "pets"}
+    return {"kind": "image_folder", "root": f"{place}pets"}
 
 
-every_kind = pytest.mark.parametrize("recipe", KINDS, indirect=True)
+every_kind = pytest.mark.parametrize("recipe", [*KINDS, *AT_URLS], indirect=True)
 
 
 def test_every_kind_of_the_union_is_tested() -> None:
@@ -120,6 +128,14 @@ def test_images_are_bytes_and_the_same_each_time(recipe) -> None:
         assert image.dtype == torch.uint8
         assert image.ndim == 3
         assert torch.equal(image, again.read(index))
+
+
+@every_kind
+def test_a_batch_is_what_single_reads_give(recipe) -> None:
+    dataset = dataset_of(recipe)
+    indices = [2, 0, 1, 2]
+    for index, image in zip(indices, read_images(dataset, indices), strict=True):
+        assert torch.equal(image, dataset.read(index))
 
 
 @every_kind

@@ -15,6 +15,7 @@ from logitcache.views.datasets.custom import Custom, as_image_dataset
 from logitcache.views.datasets.differences import explain_difference
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.torchvision import Torchvision
+from logitcache.views.datasets.webdataset import WebDataset
 
 __all__ = [
     "Bundled",
@@ -24,6 +25,7 @@ __all__ = [
     "ImageDataset",
     "ImageFolder",
     "Torchvision",
+    "WebDataset",
     "as_image_dataset",
     "explain_difference",
     "fingerprint",
@@ -31,9 +33,11 @@ __all__ = [
     "pixel_digest",
 ]
 
-Dataset = Annotated[Bundled | Custom | ImageFolder | Torchvision, Field(discriminator="kind")]
+Dataset = Annotated[Bundled | Custom | ImageFolder | Torchvision | WebDataset, Field(discriminator="kind")]
 
 
 def open_dataset(given: object) -> ImageDataset:
     """Open a recipe entry, or take the data set that Python code passed."""
-    return given.open() if isinstance(given, Bundled | Custom | ImageFolder | Torchvision) else as_image_dataset(given)
+    if isinstance(given, Bundled | Custom | ImageFolder | Torchvision | WebDataset):
+        return given.open()
+    return as_image_dataset(given)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Protocol, Self
+from typing import Annotated, Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,14 @@ class ImageDataset(Protocol):
         """
 
 
+@runtime_checkable
+class ReadsTogether(Protocol):
+    """A data set that reads several images faster at once than one by one, as storage that answers late does."""
+
+    def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return what `read` gives for each index."""
+
+
 class Fingerprint(Component):
     """What two data sets must share to be the same: names, order, classes, labels, sizes and every byte.
 
@@ -76,6 +84,13 @@ class Fingerprint(Component):
         if self.multi_label and self.num_classes is None:
             raise ValueError("multi-hot labels of an unknown number of classes")
         return self
+
+
+def read_images(dataset: ImageDataset, indices: Sequence[int]) -> list[Tensor]:
+    """Return several images, read together where the data set offers that."""
+    if isinstance(dataset, ReadsTogether):
+        return dataset.read_batch(indices)
+    return [dataset.read(index) for index in indices]
 
 
 def fingerprint(dataset: ImageDataset) -> Fingerprint:

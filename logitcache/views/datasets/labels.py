@@ -1,9 +1,13 @@
 """Labels: one class an image, or a yes or no to every class; what is made and asked of them."""
 
+import json
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcache.errors import DataError
 from logitcache.views.datasets.base import UNLABELLED, Labels, is_multi_label
 
 _SHAPES = "a label is one whole number, -1 or None; or, of any number of classes, a vector with 1 or 0 for each class"
@@ -41,6 +45,18 @@ def _shown(value: NDArray[np.generic]) -> str:
     return np.array2string(value, threshold=8, separator=", ")
 
 
+def label_of_text(text: bytes) -> Labels:
+    """Return the label that a text states: a whole number, or a list in JSON; raises ValueError for another."""
+    try:
+        label = int(text)
+    except ValueError:
+        try:
+            label = json.loads(text)
+        except ValueError:
+            raise ValueError(f"its text is {text[:40]!r}, neither a whole number nor a list of them") from None
+    return as_label(label)
+
+
 class LabelTable:
     """The labels of a data set as they come in, image by image; the first that is there decides of which sort."""
 
@@ -62,6 +78,30 @@ class LabelTable:
 
 def _sort(shape: tuple[int, ...]) -> str:
     return f"of {shape[0]} classes, each 1 or 0" if shape else "one whole number"
+
+
+def num_classes_of(labels: Labels, stated: int | None, ids: Sequence[str], name: str) -> int | None:
+    """Return what is stated, else one more than the largest label; of multi-hot labels their length.
+
+    Without a label it is None. Raises DataError for labels that are not of as many classes as is stated.
+    """
+    if is_multi_label(labels):
+        columns: int = labels.shape[1]
+        if stated not in (None, columns):
+            raise DataError(
+                f"labels of {name} are of {columns} classes, but there are {stated}.\n"
+                "  Fix: one number for each class, or correct num_classes and classes."
+            )
+        return columns
+    largest = int(labels.max())
+    if largest == UNLABELLED:
+        return None
+    if stated is not None and largest >= stated:
+        raise DataError(
+            f"image '{ids[int(np.argmax(labels))]}' of {name} has label {largest}, but there are "
+            f"{stated} classes.\n  Fix: count classes from 0, or correct num_classes."
+        )
+    return stated or largest + 1
 
 
 def class_counts(labels: Labels, num_classes: int) -> NDArray[np.int64]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from logitcache.console import track
 from logitcache.errors import DataError, LogitCacheError
-from logitcache.views.datasets.base import UNLABELLED, Labels, as_digests, is_multi_label, pixel_digest
-from logitcache.views.datasets.labels import LabelTable, as_label
+from logitcache.views.datasets.base import Labels, as_digests, pixel_digest
+from logitcache.views.datasets.labels import LabelTable, as_label, num_classes_of
 from logitcache.views.datasets.random_state import elsewhere, position, torch_untouched, untouched
 from logitcache.views.datasets.scan_memory import Scan, ScanMemory
 
@@ -58,27 +58,7 @@ class MapImages:
     def num_classes(self) -> int | None:
         """What the object says, else one more than the largest label; of multi-hot labels their length."""
         stated = self._num_classes or (len(self._class_names) if self._class_names else None)
-        if is_multi_label(self.labels):
-            return self._num_columns(stated)
-        largest = int(self.labels.max())
-        if largest == UNLABELLED:
-            return None
-        if stated is not None and largest >= stated:
-            place = int(np.argmax(self.labels))
-            raise DataError(
-                f"image '{self.ids[place]}' of {self._name} has label {largest}, but there are "
-                f"{stated} classes.\n  Fix: count classes from 0, or correct num_classes."
-            )
-        return stated or largest + 1
-
-    def _num_columns(self, stated: int | None) -> int:
-        columns: int = self.labels.shape[1]
-        if stated not in (None, columns):
-            raise DataError(
-                f"labels of {self._name} are of {columns} classes, but there are {stated}.\n"
-                "  Fix: one number for each class, or correct num_classes and classes."
-            )
-        return columns
+        return num_classes_of(self.labels, stated, self.ids, self._name)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -1,0 +1,67 @@
+"""Class folders: how the images below a root are ordered and labelled, wherever the root is.
+
+Order and classes are those of torchvision's ImageFolder, but hidden files and folders are left out.
+"""
+
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.errors import DataError
+from logitcache.views.datasets.base import UNLABELLED
+from logitcache.views.datasets.ids import PackedIds
+from logitcache.views.datasets.image_files import known, some
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+class Listing(NamedTuple):
+    """Images in order, by their paths below a root; their labels [n] and what the classes are called."""
+
+    ids: PackedIds
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...] | None
+
+
+def unlabelled(root: str, files: list[str]) -> Listing:
+    """List images without labels; raises DataError where there are none."""
+    if not files:
+        raise DataError(_why_no_images(root))
+    return Listing(PackedIds(files), np.full(len(files), UNLABELLED, np.int64), None)
+
+
+def by_class(root: str, loose: list[str], classes: list[str], images: list[list[str]]) -> Listing:
+    """List the images of each class; `loose` are those of none. Raises DataError for what is ambiguous or empty."""
+    if loose and not any(images):
+        return unlabelled(root, loose)
+    if loose:
+        raise DataError(
+            f"'{root}' holds both class folders ('{classes[0]}') and images of no class "
+            f"({some(loose)}).\n  Fix: move the images into class folders or away, or set "
+            "labelled: false to take every image without a label."
+        )
+    _check_classes(root, classes, images)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in images])
+    return Listing(PackedIds(itertools.chain.from_iterable(images)), labels, tuple(classes))
+
+
+def _check_classes(root: str, classes: list[str], images: list[list[str]]) -> None:
+    if not any(images):
+        raise DataError(_why_no_images(root))
+    empty = [name for name, files in zip(classes, images, strict=True) if not files]
+    if empty:
+        raise DataError(
+            f"class folders without an image in '{root}': {some(empty)}.\n"
+            f"  Fix: remove them, or add images ({known()})."
+        )
+    if {name.lower() for name in classes} <= _SPLITS:
+        raise DataError(
+            f"'{root}' holds splits ({some(classes)}), which would become the classes.\n"
+            f"  Fix: set root: {root}/{classes[0]}, or labelled: false to take every image."
+        )
+
+
+def _why_no_images(root: str) -> str:
+    return f"there are no images in '{root}'.\n  Fix: correct root, or add images ({known()})."

@@ -1,0 +1,152 @@
+"""WebDataset: samples in tar archives, on this machine or at URLs."""
+
+import contextlib
+import hashlib
+import io
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import field_validator
+from torch import Tensor
+
+from logitcache.errors import DataError, RemoteError
+from logitcache.recipe import Component, Count
+from logitcache.views.datasets.base import first_word
+from logitcache.views.datasets.braces import expanded
+from logitcache.views.datasets.image_files import decode
+from logitcache.views.datasets.labels import num_classes_of
+from logitcache.views.datasets.pixels import Mode
+from logitcache.views.datasets.samples import Samples, samples_of
+from logitcache.views.datasets.shard_files import RemoteShard, shard_at
+from logitcache.views.datasets.shard_index import differ
+
+_GAP = 1 << 16  # bytes between two images that are cheaper to read than to ask for apart
+_SPAN = 1 << 21  # bytes that one request reads of several images
+
+
+class WebDataset(Component):
+    """Tar archives of samples, at paths or URLs: "s3://bucket/train-{000..146}.tar", or a list of them.
+
+    Members that share their path up to the first dot of the file's name are a sample, and that path is its id: an
+    image, told by its extension, and a label, `cls`: the index of a class, or a list of 1, 0 and -1 (unknown) for each.
+    With `labelled: false` labels are left alone. `num_classes`: by default one more than the largest label.
+    """
+
+    kind: Literal["webdataset"] = "webdataset"
+    shards: str | tuple[str, ...]
+    mode: Mode = "RGB"
+    labelled: bool = True
+    num_classes: Count | None = None
+    decoder: Literal["pillow"] = "pillow"
+
+    @field_validator("shards")
+    @classmethod
+    def _names_shards(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        names = locations(value)
+        if not all(names) or not names:
+            raise ValueError("it names no shard")
+        twice = [name for name, before in zip(sorted(names)[1:], sorted(names), strict=False) if name == before]
+        if twice:
+            raise ValueError(f"'{twice[0]}' is named twice")
+        return value
+
+    def open(self) -> "ShardImages":
+        """Find the samples; reads each byte of shards that are new or changed. Raises DataError for what is wrong."""
+        samples = samples_of([shard_at(name) for name in locations(self.shards)], self.labelled)
+        return ShardImages(samples, self.mode, self.num_classes)
+
+
+def locations(shards: str | tuple[str, ...]) -> list[str]:
+    """Return the paths and URLs that patterns stand for, in order."""
+    return [name for pattern in ([shards] if isinstance(shards, str) else shards) for name in expanded(pattern)]
+
+
+class _Span(NamedTuple):
+    """The bytes start..stop of a shard, and the samples whose images they hold."""
+
+    shard: int
+    start: int
+    stop: int
+    samples: list[int]
+
+
+class ShardImages:
+    """The images of samples in order: shard by shard, and in each as they were written."""
+
+    class_names = None
+
+    def __init__(self, samples: Samples, mode: Mode, num_classes: int | None) -> None:
+        self.ids, self.labels = samples.ids, samples.labels
+        self.num_classes = num_classes_of(self.labels, num_classes, self.ids, "the shards")
+        self._samples = samples
+        self._mode = mode
+        # Where any is remote, pieces of all of them may be read at the same time.
+        self._first = next((one for one in samples.shards if isinstance(one, RemoteShard)), samples.shards[0])
+
+    def read(self, index: int) -> Tensor:
+        """Return uint8 [C, H, W]; raises DataError naming an image that has changed or cannot be decoded."""
+        return self.read_batch([index])[0]
+
+    def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return several images; what lies close together is read at once, and all of it at the same time."""
+        spans = _spans(self._samples, indices)
+        found = {}
+        for span, data in zip(spans, self._first.each(self._piece, spans), strict=True):
+            for index in span.samples:
+                start, size, digest = self._samples.table[index].item()[:3]
+                content = data[start - span.start : start - span.start + size]
+                if first_word(hashlib.sha256(content).digest()) != digest:
+                    raise self._changed(span.shard, index)
+                found[index] = decode(io.BytesIO(content), self._mode, self._shown(span.shard, index))
+        return [found[index] for index in indices]
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return the heights and widths of all images [n, 2]."""
+        return np.stack([self._samples.table["height"], self._samples.table["width"]], axis=1)
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Return the digests of all images [n]."""
+        return np.ascontiguousarray(self._samples.table["digest"])
+
+    def _piece(self, span: _Span) -> bytes:
+        shard = self._samples.shards[span.shard]
+        try:
+            return shard.piece(span.start, span.stop)
+        except OSError as cause:
+            raise DataError(
+                f"{self._shown(span.shard, span.samples[0])} cannot be read: {cause.strerror or 'the shard is gone'}.\n"
+                "  Fix: put it back; shards must not change during a run."
+            ) from cause
+        except RemoteError as error:
+            with contextlib.suppress(RemoteError):  # what went wrong first says more
+                if differ(shard.entry(), self._samples.states[span.shard]):
+                    raise self._changed(span.shard, span.samples[0]) from error
+            raise
+
+    def _changed(self, shard: int, index: int) -> DataError:
+        return DataError(
+            f"{self._shown(shard, index)} is not what it was when the shard was opened.\n"
+            "  Fix: put the shard back, or start again; shards must not change during a run."
+        )
+
+    def _shown(self, shard: int, index: int) -> str:
+        return f"the image of sample '{self.ids[index]}' in shard '{self._samples.shards[shard]}'"
+
+
+def _spans(samples: Samples, indices: Sequence[int]) -> list[_Span]:
+    """Join the places of images that lie close together, as long as one request should read them."""
+    shards = samples.shard_of(np.array(indices)).tolist()
+    spans: list[_Span] = []
+    for shard, (start, size), index in sorted(zip(shards, samples.places(indices), indices, strict=True)):
+        if spans and shard == spans[-1].shard and _is_close(spans[-1], start, size):
+            spans[-1].samples.append(index)
+            spans[-1] = spans[-1]._replace(stop=max(spans[-1].stop, start + size))
+        else:
+            spans.append(_Span(shard, start, start + size, [index]))
+    return spans
+
+
+def _is_close(span: _Span, start: int, size: int) -> bool:
+    return start <= span.stop + _GAP and start + size - span.start <= _SPAN
