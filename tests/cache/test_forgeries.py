@@ -68,7 +68,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
         },
     ),
     "a huge transform": lambda m: m["teachers"]["t"]["stored_logits"].update(
-        form={"kind": "transform", "step": 1.0, "pairs": 2**50}, tables={"basis": "0" * 64}
+        form={"kind": "transform", "step": 1.0, "pairs": 2**50, "quints": 0}, tables={"basis": "0" * 64}
     ),
     "unknown encoding": lambda m: m["teachers"]["t"].update(logits={"kind": "pickle"}),
     "no canaries": lambda m: m.update(canaries=[]),

@@ -24,7 +24,7 @@ PARTS = {
     "top_k": [".log_p", ".index", ".tail"],
     "uint8": [".level", ".scale"],
     "packed_top_k": [".index", ".fall", ".tail"],
-    "transform": [".wide", ".byte", ".pair", ".top_byte", ".top_pair", ".mean", ".exponent"],
+    "transform": [".wide", ".byte", ".pair", ".triple", ".quint", ".top_byte", ".top_pair", ".mean", ".exponent"],
 }
 Array = np.ndarray[Any, Any]
 PAGE = " ".join((Path(__file__).parents[2] / "docs" / "format.md").read_text().split())
@@ -61,7 +61,7 @@ def groups(path: Path) -> dict[str, list[str]]:
         form = entry["stored_logits"]["form"]
         parts = PARTS[form["kind"]] + ([".errors"] if form["kind"] != "dense" else [])
         if form["kind"] == "transform":
-            counts = [form["wide"], form["bytes"], form["pairs"], form["correction_bytes"]]
+            counts = [form[name] for name in ("wide", "bytes", "pairs", "triples", "quints", "correction_bytes")]
             counts += [form["corrections"] - form["correction_bytes"], 1, 1, 1]
             parts = [part for part, count in zip(parts, counts, strict=True) if count]
         found[f"{name}.logits"] = [f"{name}.logits{part}" for part in parts]
@@ -126,10 +126,11 @@ def test_the_rows_are_the_answers_to_the_views(path: Path) -> None:
     assert np.allclose(array(path, "t.logits.tail"), moments, rtol=tolerance, atol=tolerance)
 
 
-def nibbles(packed: Array, count: int) -> Array:
-    """Read numbers of four bits, in two's complement, the lower bits first."""
-    both = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :count].astype(int)
-    return np.asarray(both - 16 * (both > 7))
+def digits(packed: Array, base: int, each: int, count: int) -> Array:
+    """Read the digits of bytes, the first that of ones, from -base/2 to less than base/2."""
+    places = [packed.astype(int) // base**place % base for place in range(each)]
+    values = np.stack(places, axis=-1).reshape(*packed.shape[:-1], -1)[..., :count]
+    return np.where(2 * values >= base, values - base, values)
 
 
 def transformed(path: Path) -> Array:
@@ -139,21 +140,24 @@ def transformed(path: Path) -> Array:
     rows = {name: array(path, f"t.logits.{name}") for name in ("mean", "exponent")}
     nothing = np.empty((*rows["mean"].shape, 0), int)
 
-    def part(name: str, count: int, packed: bool = False) -> Array:
+    def part(name: str, count: int, base: int = 0, each: int = 1) -> Array:
         found = array(path, f"t.logits.{name}") if count else nothing
-        return nibbles(found, count) if packed and count else found
+        return digits(found, base, each, count) if base and count else found
 
-    q = np.concatenate([part("wide", form["wide"]), part("byte", form["bytes"]), part("pair", form["pairs"], True)], -1)
+    coupled = [part("wide", form["wide"]), part("byte", form["bytes"])]
+    coupled += [part("pair", form["pairs"], 16, 2), part("triple", form["triples"], 6, 3)]
+    coupled_q, quints = np.concatenate(coupled, -1), part("quint", form["quints"], 3, 5)
     num_bytes = form["correction_bytes"]
-    top = [part("top_byte", num_bytes), part("top_pair", form["corrections"] - num_bytes, True)]
+    top = [part("top_byte", num_bytes), part("top_pair", form["corrections"] - num_bytes, 16, 2)]
     corrections = np.concatenate(top, -1)
-    found = np.empty((*q.shape[:2], table["basis"].shape[1]))
-    for place in np.ndindex(q.shape[:2]):
+    found = np.empty((*quints.shape[:2], table["basis"].shape[1]))
+    for place in np.ndindex(found.shape[:2]):
         state, numbers = 0, []
-        for number in q[place].tolist():
+        for number in coupled_q[place].tolist():
             bit = state & 1
-            numbers.append(2 * number - bit * int(np.sign(number)))
+            numbers.append(-2 * number - 1 if bit else 2 * number)
             state = (state >> 1) ^ (33 * bit) ^ (10 * (number % 2))
+        numbers += [2 * number for number in quints[place].tolist()]
         scale = 2 ** int(rows["exponent"][place])
         whole = np.array(numbers) @ table["basis"].astype(int) * scale + table["centre"]
         values = whole * form["step"] / 4096

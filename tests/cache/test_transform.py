@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logitcache.cache.encodings import trellis
 from logitcache.cache.encodings.basis import fit_basis
-from logitcache.cache.encodings.bits import pack_bits, pack_pairs, unpack_bits, unpack_pairs
+from logitcache.cache.encodings.bits import pack_bits, pack_digits, unpack_bits, unpack_digits
 from logitcache.cache.encodings.fitted_transform import FittedTransform, TransformForm
 from logitcache.cache.encodings.measure import measure, stored, stored_bytes
 from logitcache.cache.encodings.packed_top_k import PackedTopK
@@ -48,7 +48,7 @@ def decoded(fitted: FittedTransform, logits: Tensor) -> Tensor:
 
 
 @given(st.integers(1, 17), st.integers(1, 9), st.integers(0, 2**31))
-def test_bits_and_pairs_come_back(width: int, count: int, seed: int) -> None:
+def test_bits_come_back(width: int, count: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
     values = torch.from_numpy(generator.integers(0, 2**width, (3, count)))
     packed = pack_bits(values, width)
@@ -57,23 +57,34 @@ def test_bits_and_pairs_come_back(width: int, count: int, seed: int) -> None:
     # Most significant bits last, as numpy packs them in little order.
     bits = ((values.numpy()[:, :, None] >> np.arange(width)) & 1).reshape(3, -1)
     assert np.array_equal(packed.numpy(), np.packbits(bits, axis=1, bitorder="little"))
-    pairs = torch.from_numpy(generator.integers(-8, 8, (3, count)))
-    assert torch.equal(unpack_pairs(pack_pairs(pairs), count).long(), pairs)
 
 
-def levels_one_by_one(q: list[int]) -> list[int]:
+@given(st.sampled_from([(16, 2), (6, 3), (3, 5)]), st.integers(1, 16), st.integers(0, 2**31))
+def test_digits_come_back(size: tuple[int, int], count: int, seed: int) -> None:
+    base, each = size
+    lowest = -(base // 2)
+    values = np.random.default_rng(seed).integers(lowest, lowest + base, (3, count))
+    packed = pack_digits(torch.from_numpy(values), base, each)
+    assert packed.shape == (3, -(-count // each))
+    assert torch.equal(unpack_digits(packed, base, each, count).long(), torch.from_numpy(values))
+    first = [int(value) % base for value in values[0, :each]]
+    assert int(packed[0, 0]) == sum(digit * base**place for place, digit in enumerate(first))
+    assert not pack_digits(torch.zeros(1, count), base, each).any()
+
+
+def levels_one_by_one(q: list[int], coupled: int) -> list[int]:
     """Follow the states of the trellis number by number."""
     state, values = 0, []
-    for number in q:
-        values.append(2 * number - (state & 1) * int(np.sign(number)))
+    for place, number in enumerate(q):
+        values.append(-2 * number - 1 if state & 1 and place < coupled else 2 * number)
         state = trellis._next_state(state, number % 2)
     return values
 
 
-@given(st.lists(st.integers(-9, 9), min_size=1, max_size=90))
-def test_the_product_of_parities_gives_the_bits_of_the_recurrence(q: list[int]) -> None:
-    found = trellis.half_steps(torch.tensor([q]).float(), trellis.recurrence(len(q)))
-    assert found[0].tolist() == levels_one_by_one(q)
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=90), st.integers(0, 90))
+def test_the_product_of_parities_gives_the_bits_of_the_recurrence(q: list[int], coupled: int) -> None:
+    found = trellis.half_steps(torch.tensor([q]).float(), trellis.recurrence(coupled, len(q)))
+    assert found[0].tolist() == levels_one_by_one(q, coupled)
 
 
 def test_every_state_has_two_ways_in_and_the_trellis_reaches_all() -> None:
@@ -82,33 +93,45 @@ def test_every_state_has_two_ways_in_and_the_trellis_reaches_all() -> None:
 
 
 @settings(max_examples=10)
-@given(st.integers(0, 2**31))
-def test_viterbi_finds_what_trying_everything_finds(seed: int) -> None:
+@given(st.integers(0, 2**31), st.integers(0, 5))
+def test_viterbi_finds_what_trying_everything_finds(seed: int, coupled: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     exact = torch.randn(1, 5, generator=generator) * 1.5
-    bits = trellis.bits(torch.full((5,), 1.5))
-    limits = torch.full((5,), 2.0)
+    bits = trellis.bits(torch.full((5,), 1.5), coupled)
+    allowed = [range(-3 if place < coupled else -2, 3) for place in range(5)]
     cost = {}
-    for q in itertools.product(range(-2, 3), repeat=5):
-        error = sum((a - b) ** 2 for a, b in zip(exact[0].tolist(), levels_one_by_one(list(q)), strict=True))
-        cost[q] = error + trellis.RATE * sum(float(bits[0, abs(number)]) for number in q)
-    found = tuple(int(number) for number in trellis.quantise(exact, bits, limits)[0])
+    for q in itertools.product(*allowed):
+        error = sum((a - b) ** 2 for a, b in zip(exact[0].tolist(), levels_one_by_one(list(q), coupled), strict=True))
+        cost[q] = error + trellis.RATE * sum(float(bits[place, 16 + number]) for place, number in enumerate(q))
+    found = tuple(int(number) for number in trellis.quantise(exact, bits, torch.full((5,), 2.0), coupled)[0])
     assert cost[found] == pytest.approx(min(cost.values()), rel=1e-5)
 
 
 def test_the_trellis_errs_less_than_rounding_does_at_the_same_spacing() -> None:
     exact = torch.rand(400, 200, generator=torch.Generator().manual_seed(0)) * 40 - 20
-    q = trellis.quantise(exact, torch.zeros(200, 16), torch.full((200,), 127.0))
-    error = (trellis.half_steps(q, trellis.recurrence(200)) - exact).square().mean()
+    q = trellis.quantise(exact, torch.zeros(200, 32), torch.full((200,), 127.0), 200)
+    error = (trellis.half_steps(q, trellis.recurrence(200, 200)) - exact).square().mean()
     # Rounding to even numbers errs by 1/3; no quantiser gains more than πe/6.
     assert 1 / 3 / 1.4233 < error < 1 / 3 / 1.25
 
 
 def test_bits_are_a_distribution_over_both_signs() -> None:
-    probability = trellis.bits(torch.tensor([0.05, 0.7, 4.0])).double().exp2().reciprocal()
-    total = probability[:, 0] + 2 * probability[:, 1:].sum(dim=1)
-    assert bool((total > 0.99).all())
-    assert bool((total < 1.01).all())
+    for coupled in (0, 3):
+        probability = trellis.bits(torch.tensor([0.05, 0.7, 4.0]), coupled).double().exp2().reciprocal()
+        total = probability.sum(dim=1)
+        assert bool((total > 0.99).all())
+        assert bool((total < 1.01).all())
+
+
+def test_both_quantisers_are_used_alike() -> None:
+    """Else an entropy coder, which is not told which one is meant, would lose by that."""
+    exact = torch.randn(300, 200, generator=torch.Generator().manual_seed(0)) * 2
+    bits, matrix = trellis.bits(torch.full((200,), 2.0), 200), trellis.recurrence(200, 200)
+    q = trellis.quantise(exact - 0.5, bits, torch.full((200,), 127.0), 200)
+    second = trellis.half_steps(q, matrix) != 2 * q
+    for number in (-2, -1, 0, 1):
+        shares = [float((q[which] == number).float().mean()) for which in (second, ~second)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.02)
 
 
 def test_the_basis_is_orthonormal_and_spans_all_but_the_mean() -> None:
@@ -151,7 +174,10 @@ def test_decoding_repeats_the_ranking_of_the_encoder(fitted: FittedTransform) ->
     rows = {name: torch.from_numpy(values) for name, values in stored(fitted, logits).items()}
     table = fitted._on(torch.device("cpu"))
     parts = [rows[name].float() for name in ("wide", "byte") if name in rows]
-    q = torch.cat([*parts, unpack_pairs(rows["pair"], fitted.form.pairs).float()], dim=1)
+    for name, base, each, count in (("pair", 16, 2, "pairs"), ("triple", 6, 3, "triples"), ("quint", 3, 5, "quints")):
+        if name in rows:
+            parts.append(unpack_digits(rows[name], base, each, getattr(fitted.form, count)).float())
+    q = torch.cat(parts, dim=1)
     values = trellis.half_steps(q, table["recurrence"])
     sums = (values.flip(1).double() @ table["basis"].flip(0).double()).long()
     backwards = sums * 2 ** rows["exponent"].long()[:, None] + table["whole_centre"]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from logitcache.errors import RecipeError
 
-WITHIN = 6.0
+WITHIN = 10.0
 HELD_OUT = 5
 SMOOTHED = 21
 LEADING = 30
@@ -44,7 +44,8 @@ def _principal(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean [C] and the eigenvectors [C - 1, C] of the covariance, the largest variance first.
 
     Views of an image differ in fewer ways than images do, yet there are more independent differences of views than
-    images: what varies within an image counts `WITHIN` times, which finds the small components with fewer images.
+    images: what varies within an image counts `WITHIN` times, which finds the small components with fewer images. Rows
+    far from the mean would decide alone: they count in proportion to their distance, not to its square.
     """
     mean = rows.mean(dim=0)
     centred = rows - mean
@@ -52,6 +53,8 @@ def _principal(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     sums.index_add_(0, images, centred)
     between = (sums / images.bincount()[:, None])[images]
     within = centred - between
+    weight = centred.norm(dim=1, keepdim=True).clamp(min=1e-30).rsqrt()
+    between, within = between * weight, within * weight
     scatter = between.T @ between + WITHIN * within.T @ within
     # Rows sum to zero. A little variance in every other direction makes that of all ones the last vector.
     num_classes = rows.shape[1]

@@ -18,14 +18,18 @@ def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
     return (bits << torch.arange(width, device=packed.device)).sum(dim=2)
 
 
-def pack_pairs(values: Tensor) -> Tensor:
-    """Pack integers -8..7, [B, n], two to a byte, into uint8 [B, ceil(n / 2)]; a pair of zeros is the byte 0."""
-    even = torch.nn.functional.pad(values.to(torch.int16), (0, values.shape[1] % 2)) & 15
-    return (even[:, 0::2] | even[:, 1::2] << 4).to(torch.uint8)
+def pack_digits(values: Tensor, base: int, each: int) -> Tensor:
+    """Pack integers [B, n], each modulo `base`, as `each` digits of a byte, into uint8 [B, ceil(n / each)].
+
+    The first digit counts ones; bytes are filled up with zeros.
+    """
+    digits = torch.nn.functional.pad(values.to(torch.int16), (0, -values.shape[1] % each)).remainder(base)
+    places = base ** torch.arange(each, dtype=torch.int16, device=values.device)
+    return (digits.view(len(values), -1, each) * places).sum(dim=2).to(torch.uint8)
 
 
-def unpack_pairs(packed: Tensor, count: int) -> Tensor:
-    """Return the `count` integers, int16 [B, count], that `pack_pairs` packed."""
-    wide = packed.to(torch.int16)
-    both = torch.stack([wide & 15, wide >> 4], dim=2).flatten(1)[:, :count]
-    return both - 16 * (both > 7)
+def unpack_digits(packed: Tensor, base: int, each: int, count: int) -> Tensor:
+    """Return the `count` integers, int16 [B, count], that `pack_digits` packed: from -base/2, less than base/2."""
+    places = base ** torch.arange(each, dtype=torch.int16, device=packed.device)
+    digits = (packed.to(torch.int16)[:, :, None] // places % base).flatten(1)[:, :count]
+    return digits - base * (digits >= (base + 1) // 2)

@@ -1,8 +1,8 @@
 """The stored form of a transform: its arrays, and both directions of its map."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,13 +10,26 @@ from pydantic import Field
 from torch import Tensor
 
 from logitcache.cache.encodings.base import RowArray, Tables, TableShape
-from logitcache.cache.encodings.bits import pack_pairs, unpack_pairs
+from logitcache.cache.encodings.bits import pack_digits, unpack_digits
 from logitcache.cache.encodings.trellis import bits, half_steps, quantise, recurrence
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import CompactLogits, Logits
 from logitcache.recipe import Component, Positive
 
-WIDE_LIMIT, BYTE_LIMIT, PAIR_LIMIT = 32767, 127, 7
+
+class Size(NamedTuple):
+    """Whole numbers up to `limit` in an array of `dtype`, of a byte as `each` digits to a base; see `bits`."""
+
+    suffix: str
+    dtype: str
+    limit: int
+    base: int = 0
+    each: int = 1
+
+
+WIDE, BYTE = Size("wide", "int16", 32767), Size("byte", "int8", 127)
+PAIR, TRIPLE, QUINT = Size("pair", "uint8", 7, 16, 2), Size("triple", "uint8", 2, 6, 3), Size("quint", "uint8", 1, 3, 5)
+MEAN_LIMIT = 32767
 EXACT = 2**24
 """Sums of integers below it are exact in float32, in any order."""
 
@@ -29,8 +42,8 @@ Number = Field(default=0, ge=0)
 class TransformForm(Component):
     """What, with its tables, rebuilds a fitted transform.
 
-    Of the coefficients the first `wide` take two bytes, `bytes` one, and the others, `pairs`, half of one; so do the
-    corrections, of which `correction_bytes` take one.
+    Of the coefficients the first `wide` take two bytes, `bytes` one, and of the others two, three or five share one;
+    the last, `quints`, are rounded each by itself. Two corrections share a byte after the first `correction_bytes`.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
@@ -42,27 +55,40 @@ class TransformForm(Component):
     wide: int = Number
     bytes: int = Number
     pairs: int = Number
+    triples: int = Number
+    quints: int = Field(ge=0)
     correction_bytes: int = Number
     corrections: int = Number
 
     @property
+    def coupled(self) -> int:
+        """Coefficients of a row that the trellis couples, the first ones."""
+        return self.wide + self.bytes + self.pairs + self.triples
+
+    @property
     def num_coefficients(self) -> int:
         """Coefficients of a row."""
-        return self.wide + self.bytes + self.pairs
+        return self.coupled + self.quints
+
+    @property
+    def coefficient_parts(self) -> tuple["Part", ...]:
+        """How the coefficients are stored, in their order."""
+        counts = (self.wide, self.bytes, self.pairs, self.triples, self.quints)
+        return _parts("", zip((WIDE, BYTE, PAIR, TRIPLE, QUINT), counts, strict=True))
+
+    @property
+    def correction_parts(self) -> tuple["Part", ...]:
+        """How the corrections are stored, the largest logit's first."""
+        return _parts("top_", ((BYTE, self.correction_bytes), (PAIR, self.corrections - self.correction_bytes)))
 
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
         """List the arrays that a row of `num_classes` logits takes; raises RecipeError for more numbers than these."""
         if max(self.num_coefficients, self.corrections) > num_classes or self.correction_bytes > self.corrections:
             raise RecipeError(f"a transform of {num_classes} classes cannot have {self!r}")
-        mended = self.corrections - self.correction_bytes
-        sized = (
-            ("wide", self.wide, "int16"),
-            ("byte", self.bytes, "int8"),
-            ("pair", -(-self.pairs // 2), "uint8"),
-            ("top_byte", self.correction_bytes, "int8"),
-            ("top_pair", -(-mended // 2), "uint8"),
-        )
-        rows = [RowArray(name, (size,), dtype, (name,), "component") for name, size, dtype in sized if size]
+        rows = [
+            RowArray(name, (-(-count // size.each),), size.dtype, (name,), "component")
+            for name, size, count in (*self.coefficient_parts, *self.correction_parts)
+        ]
         return (*rows, RowArray("mean", (), "int16", ()), RowArray("exponent", (), "uint8", ()))
 
     def table_shapes(self, num_classes: int) -> dict[str, TableShape]:
@@ -113,14 +139,14 @@ class FittedTransform:
             exact = (centred / self._unit - table["centre"]) @ self._inverse(logits.device)
         exponent = self._exponent(exact, mean[:, 0] / (form.step * MEAN_UNIT), table)
         scale = torch.ldexp(torch.ones_like(mean), exponent[:, None])
-        rounded = quantise(exact / scale, table["bits"], table["limits"])
+        rounded = quantise(exact / scale, table["bits"], table["limits"], form.coupled)
         approximation, top = self._approximate(rounded, exponent, table)
         steps = table["correction_step"] * scale
         residual = (centred.gather(1, top) - approximation.gather(1, top)) / steps
         mended = residual.sign() * (residual.abs() + 0.5 - DEAD_ZONE).floor()
         arrays = {
-            **_split(rounded, (form.wide, form.bytes, form.pairs), ("wide", "byte", "pair")),
-            **_split(mended, (0, form.correction_bytes, form.corrections - form.correction_bytes), _TOP),
+            **_split(rounded, form.coefficient_parts),
+            **_split(mended, form.correction_parts),
             "mean": (mean[:, 0] / (form.step * MEAN_UNIT * scale[:, 0])).round().to(torch.int16),
             "exponent": exponent.to(torch.uint8),
         }
@@ -133,11 +159,11 @@ class FittedTransform:
     def _logits(self, rows: Mapping[str, Tensor]) -> Tensor:
         form, exponent = self.form, rows["exponent"].int()
         table = self._on(exponent.device)
-        rounded = _joined(rows, (form.wide, form.bytes, form.pairs), ("wide", "byte", "pair"))
+        rounded = _joined(rows, form.coefficient_parts)
         approximation, top = self._approximate(rounded, exponent, table)
         scale = torch.ldexp(torch.ones_like(approximation[:, :1]), exponent[:, None])
         if form.corrections:
-            mended = _joined(rows, (0, form.correction_bytes, form.corrections - form.correction_bytes), _TOP)
+            mended = _joined(rows, form.correction_parts)
             approximation = approximation.scatter_add(1, top, mended * table["correction_step"] * scale)
         return approximation + rows["mean"].float()[:, None] * scale * (form.step * MEAN_UNIT)
 
@@ -163,20 +189,19 @@ class FittedTransform:
     def _exponent(self, exact: Tensor, mean: Tensor, table: Mapping[str, Tensor]) -> Tensor:
         """Return by which power of two each row's steps are longer, so that it fits: int32 [B], 0 but for outliers.
 
-        A few coefficients a little beyond half a byte do not make a row's steps longer; they are cut where that costs
-        less than a tenth of the error of rounding.
+        A few of the coefficients that share a byte are cut, where they are so little beyond what it holds that this
+        costs less than a tenth of the error of rounding.
         """
-        form, size = self.form, exact.abs() / 2
-        wide, narrow, pairs = torch.split(size, [form.wide, form.bytes, form.pairs], dim=1)
-        excess = (pairs - PAIR_LIMIT - 0.5).clamp(min=0).square().sum(dim=1) > 0.1 * size.shape[1] / 12
+        form, size, limits = self.form, exact.abs() / 2, table["limits"]
+        long, num = form.wide + form.bytes, form.num_coefficients
+        excess = (size - limits - 0.5).clamp(min=0)[:, long:].square().sum(dim=1) > 0.1 * num / 12
         # By the Cauchy-Schwarz inequality no sum of products, in any order, is larger than the product of the norms;
         # a rounded number is at most two half steps larger.
         needed = [
-            _largest(wide) / WIDE_LIMIT,
-            _largest(narrow) / BYTE_LIMIT,
-            _largest(pairs) / PAIR_LIMIT * excess,
-            exact.norm(dim=1) / (EXACT / table["column_norm"] - 2 * size.shape[1] ** 0.5),
-            mean.abs() / WIDE_LIMIT,
+            _largest((size / limits)[:, :long]),
+            _largest((size / limits)[:, long:]) * excess,
+            exact.norm(dim=1) / (EXACT / table["column_norm"] - 2 * num**0.5),
+            mean.abs() / MEAN_LIMIT,
         ]
         ratio = torch.stack(needed).amax(dim=0)
         wrong = ~(ratio <= 2**MAX_EXPONENT)
@@ -197,12 +222,6 @@ class FittedTransform:
             table["inverse"] = torch.linalg.solve(products, basis).T.float().contiguous().to(device)
         return table["inverse"]
 
-    def _limits(self) -> Tensor:
-        """Return the largest whole number that each coefficient can be, float32 [K]."""
-        form = self.form
-        sized = ((form.wide, WIDE_LIMIT), (form.bytes, BYTE_LIMIT), (form.pairs, PAIR_LIMIT))
-        return torch.cat([torch.full((count,), float(limit)) for count, limit in sized])
-
     def _on(self, device: torch.device) -> dict[str, Tensor]:
         """Return the tables on a device, in float32 but for the whole mean; copied there once."""
         if device not in self._placed:
@@ -210,14 +229,21 @@ class FittedTransform:
             table.setdefault("correction_step", torch.empty(0))
             table["whole_centre"] = torch.from_numpy(self.tables["centre"].astype(np.int64))
             table["column_norm"] = table["basis"].norm(dim=0).max()
-            table["bits"] = bits(table["deviation"])
-            table["recurrence"] = recurrence(self.form.num_coefficients)
-            table["limits"] = self._limits()
+            table["bits"] = bits(table["deviation"], self.form.coupled)
+            table["recurrence"] = recurrence(self.form.coupled, self.form.num_coefficients)
+            limits = [torch.full((count,), float(size.limit)) for _, size, count in self.form.coefficient_parts]
+            table["limits"] = torch.cat(limits)
             self._placed[device] = {name: values.to(device) for name, values in table.items()}
         return self._placed[device]
 
 
-_TOP = ("top_wide", "top_byte", "top_pair")
+Part = tuple[str, Size, int]
+"""The name of an array, how numbers lie in it, and how many of a row."""
+
+
+def _parts(prefix: str, counts: Iterable[tuple[Size, int]]) -> tuple[Part, ...]:
+    """Name the arrays that are not empty."""
+    return tuple((prefix + size.suffix, size, count) for size, count in counts if count)
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -225,19 +251,22 @@ def _largest(values: Tensor) -> Tensor:
     return values.amax(dim=1) if values.shape[1] else values.new_zeros(len(values))
 
 
-def _split(values: Tensor, sizes: tuple[int, int, int], names: tuple[str, str, str]) -> dict[str, Tensor]:
-    """Cut integers [B, n] into those of two bytes, of one byte and of half a byte."""
-    wide, narrow, pairs = torch.split(values, list(sizes), dim=1)
-    return {
-        names[0]: wide.to(torch.int16),
-        names[1]: narrow.clamp(-BYTE_LIMIT, BYTE_LIMIT).to(torch.int8),
-        names[2]: pack_pairs(pairs.clamp(-PAIR_LIMIT, PAIR_LIMIT)),
-    }
+def _split(values: Tensor, parts: tuple[Part, ...]) -> dict[str, Tensor]:
+    """Cut integers [B, n] into arrays."""
+    cut = torch.split(values, [count for _, _, count in parts], dim=1) if parts else ()
+    return {name: _stored(numbers, size) for numbers, (name, size, _) in zip(cut, parts, strict=True)}
 
 
-def _joined(rows: Mapping[str, Tensor], sizes: tuple[int, int, int], names: tuple[str, str, str]) -> Tensor:
+def _stored(numbers: Tensor, size: Size) -> Tensor:
+    lowest = -(size.base // 2) if size.base else -size.limit - 1
+    held = numbers.clamp(lowest, size.limit)
+    return pack_digits(held, size.base, size.each) if size.base else held.to(getattr(torch, size.dtype))
+
+
+def _joined(rows: Mapping[str, Tensor], parts: tuple[Part, ...]) -> Tensor:
     """Return as float32 [B, n] what `_split` cut."""
-    parts = [rows[name].float() for name, size in zip(names[:2], sizes[:2], strict=True) if size]
-    if sizes[2]:
-        parts.append(unpack_pairs(rows[names[2]], sizes[2]).float())
-    return torch.cat(parts, dim=1)
+    return torch.cat([_numbers(rows[name], size, count).float() for name, size, count in parts], dim=1)
+
+
+def _numbers(stored: Tensor, size: Size, count: int) -> Tensor:
+    return unpack_digits(stored, size.base, size.each, count) if size.base else stored

@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from logitcache.cache.encodings.base import Sample
 from logitcache.cache.encodings.basis import Basis, fit_basis
 from logitcache.cache.encodings.features import Feature
-from logitcache.cache.encodings.fitted_transform import BYTE_LIMIT, PAIR_LIMIT, FittedTransform, TransformForm
+from logitcache.cache.encodings.fitted_transform import BYTE, PAIR, FittedTransform, TransformForm
 from logitcache.recipe import Component, Positive
 
 BASIS_SCALE = 2**11
 """A float that keeps 11 bits, as TF32 does, holds every entry of the integer basis."""
 
 HEADROOM = 6.0
+PAIRS, TRIPLES, COUPLED = 3.0, 1.4, 0.8
+"""Deviations, in half steps, up to which pairs hold coefficients, and triples, and up to which they are not coupled."""
+
 NEGLIGIBLE = 0.05
-TEMPERATURES = (1.0, 2.0, 4.0)
+TEMPERATURES = (1.5, 4.0)
 
 
 class Transform(Component):
@@ -58,22 +61,29 @@ class Transform(Component):
         unit = self.step / 2
         # Coefficients beyond the last that ever differs from zero are dropped.
         deviation = basis.deviation[: max(1, _leading(basis.deviation, NEGLIGIBLE * self.step))] / unit
-        num = len(deviation)
-        wide, not_pairs = _leading(deviation / 2, BYTE_LIMIT / HEADROOM), _leading(deviation / 2, PAIR_LIMIT / HEADROOM)
+        num, coupled = len(deviation), _leading(deviation, COUPLED)
+        above = [_leading(deviation, limit) for limit in (2 * BYTE.limit / HEADROOM, PAIRS, TRIPLES)]
+        wide, long, not_triples = (min(count, coupled) for count in above)
+        # The search of zstd goes astray where the first numbers of many bits make it think that all are.
+        order = torch.cat([torch.arange(wide), torch.arange(wide, long).flip(0), torch.arange(long, num)])
         steps = _correction_steps(logits, min(self.corrections, logits.shape[1]), self.step)
         form = TransformForm(
             step=self.step,
             wide=wide,
-            bytes=not_pairs - wide,
-            pairs=num - not_pairs,
+            bytes=long - wide,
+            pairs=not_triples - long,
+            triples=coupled - not_triples,
+            quints=num - coupled,
             # A residual deviates by about a third of the step of the coefficients.
-            correction_bytes=int((steps * PAIR_LIMIT < HEADROOM * self.step / 3).sum()),
+            correction_bytes=int((steps * PAIR.limit < HEADROOM * self.step / 3).sum()),
             corrections=len(steps),
         )
+        vectors = (basis.vectors[order] * BASIS_SCALE).round()
         tables = {
-            "basis": (basis.vectors[:num] * BASIS_SCALE).round().short().cpu().numpy(),
-            "centre": (basis.mean / unit * BASIS_SCALE).round().int().cpu().numpy(),
-            "deviation": deviation.cpu().numpy().astype(np.float32),
+            "basis": vectors.short().cpu().numpy(),
+            # The middle of the coupled coefficients is half a half step below their mean.
+            "centre": (basis.mean / unit * BASIS_SCALE + vectors[:coupled].sum(dim=0) / 2).round().int().cpu().numpy(),
+            "deviation": deviation[order].cpu().numpy().astype(np.float32),
             "correction_step": steps.cpu().numpy().astype(np.float32),
         }
         return FittedTransform(form, {name: table for name, table in tables.items() if table.size})
