@@ -207,6 +207,32 @@ class LinearLogits:
         return replace(self, own=self.own[rows], partner=self.partner[rows], share=self.share[rows])
 
 
+@dataclass(frozen=True)
+class EnsembleLogits:
+    """A weighted mean of the distributions of several teachers, at whatever temperature it is asked for.
+
+    members: logits [B, C] or encoded forms; weights: [B, M], each row of them sums to 1.
+    """
+
+    members: tuple[Logits, ...]
+    weights: Tensor
+    num_classes: int
+
+    def log_probs(self, temperature: float | Tensor) -> Tensor:
+        """Return the log of the mean of the members' softmax(z / temperature), float32 [B, C]."""
+        found = torch.stack([log_probs(member, temperature) for member in self.members], dim=1)
+        return torch.logsumexp(self.weights.log()[:, :, None] + found, dim=1)
+
+    def to(self, device: torch.device) -> Self:
+        """Move to a device without waiting for the copies."""
+        members = tuple(moved(member, device) for member in self.members)
+        return replace(self, members=members, weights=to_device(self.weights, device))
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+        return replace(self, members=tuple(member[rows] for member in self.members), weights=self.weights[rows])
+
+
 def moved(logits: Logits, device: torch.device) -> Logits:
     """Move logits or their encoded form to a device without waiting for the copies."""
     return to_device(logits, device) if isinstance(logits, Tensor) else logits.to(device)

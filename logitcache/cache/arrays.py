@@ -19,6 +19,9 @@ LEVEL, COMPONENT_LEVEL = 5, 19
 RECORD_BYTES = 40
 """A commit record: the stored size of a shard's bytes (uint64, little endian), then their seal."""
 
+COMMITS = ".commits"
+"""How the names end of the arrays of commit records."""
+
 FLAT_KEYS = {"name": "default", "separator": "."}
 """Shards lie side by side in their array's folder."""
 
@@ -42,8 +45,8 @@ class Shard(NamedTuple):
 class ArrayLayout:
     """One array of rows: [view, sample, *row_shape], sharded along samples only.
 
-    `suffix` is its own name among the arrays of its group. With `per_shard` it has a row for each shard, of sums over
-    its `images_per_row` images.
+    `suffix` is its own name among the arrays of the group with the name `group`, in whose commit records it has the
+    place `position`. With `per_shard` it has a row for each shard, of sums over its `images_per_row` images.
     """
 
     name: str
@@ -58,6 +61,8 @@ class ArrayLayout:
     order: Order = "sample"
     per_shard: bool = False
     images_per_row: int = 1
+    group: str = ""
+    position: int = 0
 
     def rows_of(self, shard: Shard) -> slice:
         """Return which rows of a view a shard has: one per image, or one for all of them."""
@@ -85,8 +90,14 @@ class ArrayLayout:
 
     def file(self, shard: Shard) -> str:
         """Return the key of a shard's bytes in the store."""
-        number = shard.start // (self.shard_rows * self.images_per_row)
-        return f"{self.name}/c.{shard.view}.{number}" + ".0" * len(self.row_shape)
+        return f"{self.name}/c.{shard.view}.{self._number(shard)}" + ".0" * len(self.row_shape)
+
+    def record_file(self, shard: Shard) -> str:
+        """Return the key of the commit record of a shard in the store; it holds those of the other arrays too."""
+        return f"{self.group}{COMMITS}/c.{shard.view}.{self._number(shard)}.0.0"
+
+    def _number(self, shard: Shard) -> int:
+        return shard.start // (self.shard_rows * self.images_per_row)
 
     def zarr_options(self) -> dict[str, Any]:
         """Return the arguments of zarr.create_array."""
@@ -108,6 +119,33 @@ class ArrayLayout:
             "chunk_key_encoding": FLAT_KEYS,
             "config": {"write_empty_chunks": True},
         }
+
+
+class StoredShard(NamedTuple):
+    """One array's bytes of one shard, and the record that commits them."""
+
+    array: ArrayLayout
+    shard: Shard
+    record: bytes
+
+    @property
+    def size(self) -> int:
+        """Stored bytes according to the record."""
+        return int.from_bytes(self.record[:8], "little")
+
+    @property
+    def key(self) -> str:
+        """Key of the bytes in the store."""
+        return self.array.file(self.shard)
+
+    @property
+    def name(self) -> str:
+        """Return what a message calls it."""
+        return f"{self.array.name} view {self.shard.view} rows {self.shard.start}..{self.shard.stop}"
+
+    def is_of(self, digest: bytes) -> bool:
+        """Whether the record commits bytes with this sha256."""
+        return seal(digest, self.key) == self.record[8:]
 
 
 @dataclass(frozen=True)
@@ -153,9 +191,8 @@ class ArrayGroup:
     @property
     def commits(self) -> str:
         """Name of the array of commit records."""
-        return f"{self.name}.commits"
+        return f"{self.name}{COMMITS}"
 
     def record_file(self, shard: Shard) -> str:
         """Return the key of a shard's commit record in the store."""
-        first = self.arrays[0]
-        return f"{self.commits}/c.{shard.view}.{shard.start // (first.shard_rows * first.images_per_row)}.0.0"
+        return f"{self.commits}/{self.arrays[0].record_file(shard).partition('/')[2]}"

@@ -23,10 +23,13 @@ Rows = Mapping[str, NDArray[Any]]
 
 
 class Coders:
-    """The encodings of every target of a cache, by the name of its group."""
+    """The encodings of every target of a cache, by the name of its group.
 
-    def __init__(self, root: Path, manifest: Manifest, layout: Layout) -> None:
-        self._root, self._manifest, self._layout = root, manifest, layout
+    `tables`, by array name, are those that are not written yet.
+    """
+
+    def __init__(self, root: Path, manifest: Manifest, layout: Layout, tables: Tables | None = None) -> None:
+        self._root, self._manifest, self._layout, self._unwritten = root, manifest, layout, tables or {}
 
     def targets(self, rows: Rows) -> dict[str, Targets]:
         """Decode rows [B, ...] of all arrays into targets by teacher, as far as the cache's dtypes go."""
@@ -82,6 +85,8 @@ class Coders:
         return self.logits[group.name].decode(kept, entry.num_classes)
 
     def _tables(self, group: ArrayGroup) -> Tables:
+        if all(table.name in self._unwritten for table in group.tables):
+            return {table.suffix: self._unwritten[table.name] for table in group.tables}
         return read_tables(self._root, group)
 
 

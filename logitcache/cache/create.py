@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from logitcache.cache.copies import place_of
 from logitcache.cache.layout import require_possible
 from logitcache.cache.manifest import Manifest, parse_manifest
 from logitcache.cache.sharing import PREPARING, explained
@@ -15,24 +16,25 @@ from logitcache.errors import CacheError
 
 def read_manifest(path: Path) -> Manifest:
     """Read and check the manifest of the cache at `path`."""
-    file = path / ROOT
+    file, place = path / ROOT, place_of(path)
+    where = f"{place}/{ROOT}"
     try:
         if not file.is_file():
             found = f"is no cache (it has no {ROOT})" if path.exists() else "does not exist"
-            raise CacheError(f"{path} {found}. Fix: check the path, or make it with `logitcache precompute`")
+            raise CacheError(f"{place} {found}. Fix: check the path, or make it with `logitcache precompute`")
         stored = json.loads(file.read_bytes())
         attributes = stored["attributes"] if stored["node_type"] == "group" else {}
     except OSError as error:
-        raise CacheError(f"{file} cannot be read: {error.strerror}. Fix: make it readable") from error
+        raise CacheError(f"{where} cannot be read: {error.strerror}. Fix: make it readable") from error
     except CacheError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheError(
-            f"{file} is damaged: {type(error).__name__}: {error}. "
-            f"Fix: restore it, or remove {path} and precompute again"
+            f"{where} is damaged: {type(error).__name__}: {error}. "
+            f"Fix: restore it, or remove {place} and precompute again"
         ) from error
-    manifest = parse_manifest(attributes, str(path))
-    require_possible(manifest, str(path))
+    manifest = parse_manifest(attributes, str(place))
+    require_possible(manifest, str(place))
     return manifest
 
 
@@ -43,11 +45,13 @@ def create_skeleton(
 
     The file that carries the lock of whoever prepares is filled in place.
     """
-    with explained(path):
+    files, place = {**metadata_files(manifest), **samples.files(), **tables}, place_of(path)
+    with explained(path), place.creating():
+        place.create(files, ROOT)
         for leftover in [*target.iterdir(), *(target / PREPARING).parent.iterdir()]:
             if leftover not in (target / PREPARING, (target / PREPARING).parent):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        for key, data in {**metadata_files(manifest), **samples.files(), **tables}.items():
+        for key, data in files.items():
             (target / key).parent.mkdir(parents=True, exist_ok=True)
             (target / key).write_bytes(data)
         _sync_tree(target)

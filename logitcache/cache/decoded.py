@@ -11,25 +11,21 @@ import fcntl
 import hashlib
 import mmap
 import os
-import re
 import stat
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.errors import RecipeError
+from logitcache.cache.parts import PART, Part, locked_part, remove_abandoned, told_size
 
 VARIABLE = "LOGITCACHE_SHARED_MEMORY"
-"""The environment variable that bounds them: a number of bytes, which may end in M or G; 0 shares nothing."""
+"""The environment variable that bounds them: a number of bytes, which may end in K, M or G; 0 shares nothing."""
 
 MEMORY = Path("/dev/shm")
-_PART = ".part"
-_SIZE = re.compile(r"(\d{1,15})([MG]?)", re.ASCII)
-_UNITS = {"": 1, "M": 1 << 20, "G": 1 << 30}
 
 Decode = Callable[[], NDArray[Any]]
 
@@ -70,84 +66,37 @@ class SharedShards:
 
         if wanted > self._limit:
             return decoded()
-        try:
-            part = self._lock(name)
-        except OSError:
-            return decoded()
-        path = self._folder / (name + _PART)
-        try:
-            found = self._mapped(name, wanted)
-            if found is not None:
-                path.unlink(missing_ok=True)
-                return found
-            rows = decoded()
+        with ExitStack() as held:
             try:
-                self._make_room(wanted)
-                os.ftruncate(part, 0)
-                _write(part, rows.cast("B"))
-                path.rename(self._folder / name)
-            except OSError:  # no memory for it here
-                path.unlink(missing_ok=True)
-                return rows
-            return self._mapped(name, wanted) or rows
-        except BaseException:
-            path.unlink(missing_ok=True)
-            raise
-        finally:
-            os.close(part)
+                part = held.enter_context(locked_part(self._folder / name))
+            except OSError:
+                return decoded()
+            return self._mapped(name, wanted) or self._written(name, wanted, part, decoded())
 
-    def _lock(self, name: str) -> int:
-        """Open the file that a shard is written to, and wait for whoever writes it; the lock ends with its process."""
-        path = self._folder / (name + _PART)
-        while True:
-            part = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            try:
-                fcntl.flock(part, fcntl.LOCK_EX)
-                # Another may have renamed or removed it before it was locked here: then look again.
-                if path.exists() and os.path.samestat(os.fstat(part), os.stat(path)):
-                    return part
-            except FileNotFoundError:
-                pass
-            except BaseException:
-                os.close(part)
-                raise
-            os.close(part)
+    def _written(self, name: str, wanted: int, part: Part, rows: memoryview) -> mmap.mmap | memoryview:
+        with suppress(OSError):  # no memory for it here
+            self._make_room(wanted)
+            part.finish(rows)
+            return self._mapped(name, wanted) or rows
+        return rows
 
     def _make_room(self, wanted: int) -> None:
         """Remove what killed processes left, then the least recently used, until `wanted` more bytes fit."""
         kept = []
         for entry in os.scandir(self._folder):
             with suppress(FileNotFoundError):
-                if entry.name.endswith(_PART):
-                    _remove_abandoned(Path(entry.path))
+                if entry.name.endswith(PART):
+                    remove_abandoned(Path(entry.path))
                 status = entry.stat(follow_symlinks=False)
                 kept.append((status.st_mtime_ns, status.st_size, entry.path))
         room = self._limit - wanted - sum(size for _, size, _ in kept)
         for _, size, path in sorted(kept):
             if room >= 0:
                 return
-            if not path.endswith(_PART):
+            if not path.endswith(PART):
                 with suppress(FileNotFoundError):
                     os.unlink(path)
                 room += size
-
-
-def _write(descriptor: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(descriptor, data) :]
-
-
-def _remove_abandoned(part: Path) -> None:
-    """Remove a file that no living process is writing."""
-    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.stat(part)):
-            part.unlink()
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def shared_limit(memory: Path = MEMORY) -> int:
@@ -155,12 +104,9 @@ def shared_limit(memory: Path = MEMORY) -> int:
 
     Raises RecipeError where the environment variable is no size.
     """
-    told = os.environ.get(VARIABLE, "").strip()
-    if told:
-        match = _SIZE.fullmatch(told.upper())
-        if match is None:
-            raise RecipeError(f"{VARIABLE} is {told!r}, which is no size. Fix: bytes, or 500M, 8G; 0 shares nothing")
-        return int(match[1]) * _UNITS[match[2]]
+    told = told_size(VARIABLE)
+    if told is not None:
+        return told
     try:
         found = os.statvfs(memory)
     except OSError:

@@ -2,20 +2,23 @@
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.cache.arrays import ArrayGroup
+from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
 from logitcache.cache.growth import read_growth
 from logitcache.cache.layout import Layout, layout_of
+from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.place import Place
 from logitcache.cache.sharing import alone, preparing, try_creating
 from logitcache.cache.skeleton import GROWING, ROOT
 from logitcache.errors import CacheError
-from logitcache.files import leftovers
+from logitcache.files import LEFTOVER
 
 _CHUNK = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})(\.0)+")
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
@@ -31,30 +34,38 @@ class Garbage:
     bytes: int
 
 
-def collect(root: Path, *, dry_run: bool = False, growth: bool = False) -> list[Garbage]:
+def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False) -> list[Garbage]:
     """Remove what killed writers left in a cache and beside it; returns what it was.
 
     `growth` gives up a growth that is not finished too: the views and teachers that the root does not describe.
-    `dry_run` only lists. Raises CacheError where a precompute is at work, and where there is no cache and no beginning
-    of one.
+    `dry_run` only lists. Raises CacheError where a precompute of this machine is at work, and where there is no cache
+    and no beginning of one.
     """
+    root = locate(location)
+    place = place_of(root)
     with ExitStack() as held:
         beside = held.enter_context(try_creating(root))
-        found = [] if beside is None else [_garbage(beside, "a cache that was never finished being created")]
+        found = [] if beside is None else [_beside(beside)]
         if not found or (root / ROOT).exists():
             manifest = read_manifest(root)
             held.enter_context(preparing(root))
             if not alone(root):
-                raise CacheError(f"{root} is being written by a precompute. Fix: wait for it, or stop it")
-            found += _unneeded(root, manifest, growth)
-        for garbage in () if dry_run else found:
-            _remove(Path(garbage.path))
+                raise CacheError(f"{place} is being written by a precompute. Fix: wait for it, or stop it")
+            files = place.files()
+            inside = [*_unneeded(root, files, manifest, growth)]
+            found += [Garbage(f"{place}/{key}", why, _bytes(files, key)) for key, why in inside]
+            for key in () if dry_run else (key for key, _ in inside):
+                _remove(root, place, files, key)
+        if beside is not None and not dry_run:
+            _remove_tree(beside)
     return found
 
 
-def _unneeded(root: Path, manifest: Manifest, growth: bool) -> Iterator[Garbage]:
-    for path in leftovers(root):
-        yield _garbage(path, "a file that was only half written, or a claim")
+def _unneeded(root: Path, files: Mapping[str, int], manifest: Manifest, growth: bool) -> Iterator[tuple[str, str]]:
+    """Yield the keys of files and folders that nothing needs, with the reason."""
+    for key in files:
+        if key.endswith(LEFTOVER):
+            yield key, "a file that was only half written, or a claim"
     whole = layout_of(manifest)
     begun = whole
     try:
@@ -65,53 +76,68 @@ def _unneeded(root: Path, manifest: Manifest, growth: bool) -> Iterator[Garbage]
     kept = whole if growth else begun
     names = {group.name for group in kept.groups}
     for group in kept.groups:
-        yield from _chunks(root, kept, group)
+        yield from _chunks(files, kept, group)
+    folders = {key.partition("/")[0] for key in files if "/" in key}
+    folders |= {file.name for file in root.iterdir() if file.is_dir()}  # with nothing in them yet
     for group in begun.groups:
         # The records first: a shard without one is nothing.
         parts = (group.commits, *(array.name for array in group.arrays), *(table.name for table in group.tables))
         for name in parts if group.name not in names else ():
-            if (root / name).is_dir():
-                yield _garbage(root / name, "of a growth that is given up")
+            if name in folders:
+                yield name, "of a growth that is given up"
     known = {table.name for table in begun.tables}
-    for folder in sorted(root.iterdir()):
-        if folder.is_dir() and _TABLE.fullmatch(folder.name) and folder.name not in known:
-            yield _garbage(folder, "a table of a growth that never began")
-    if growth and (root / GROWING).exists():
+    for name in sorted(folders):
+        if _TABLE.fullmatch(name) and name not in known:
+            yield name, "a table of a growth that never began"
+    if growth and GROWING in files:
         # Last: until then it says whose these shards are.
-        yield _garbage(root / GROWING, "the note of a growth that is given up")
+        yield GROWING, "the note of a growth that is given up"
 
 
-def _chunks(root: Path, layout: Layout, group: ArrayGroup) -> Iterator[Garbage]:
+def _chunks(files: Mapping[str, int], layout: Layout, group: ArrayGroup) -> Iterator[tuple[str, str]]:
     """Yield records of views that there are not, and shards without a record."""
     recorded = set()
-    for file, place in _numbered(root / group.commits):
+    for key, place in _numbered(files, group.commits):
         if place[0] < layout.num_views and place[1] < layout.shards_per_view:
             recorded.add(place)
         else:
-            yield _garbage(file, "of views that the cache does not have")
+            yield key, "of views that the cache does not have"
     for array in group.arrays:
-        for file, place in _numbered(root / array.name):
+        for key, place in _numbered(files, array.name):
             if place not in recorded:
-                yield _garbage(file, "a shard that was never committed")
+                yield key, "a shard that was never committed"
 
 
-def _numbered(folder: Path) -> Iterator[tuple[Path, tuple[int, int]]]:
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        match = _CHUNK.fullmatch(file.name)
-        if match and (file.is_file() or file.is_symlink()):
-            yield file, (int(match[1]), int(match[2]))
+def _numbered(files: Mapping[str, int], folder: str) -> Iterator[tuple[str, tuple[int, int]]]:
+    for key in sorted(files):
+        parent, _, name = key.rpartition("/")
+        match = _CHUNK.fullmatch(name) if parent == folder else None
+        if match:
+            yield key, (int(match[1]), int(match[2]))
 
 
-def _garbage(path: Path, why: str) -> Garbage:
-    files = [path] if not path.is_dir() or path.is_symlink() else [file for file in path.rglob("*") if file.is_file()]
-    return Garbage(str(path), why, sum(file.lstat().st_size for file in files))
+def _below(files: Mapping[str, int], key: str) -> list[str]:
+    """List a file, or the files in a folder."""
+    return [file for file in files if file == key or file.startswith(f"{key}/")]
 
 
-def _remove(path: Path) -> None:
+def _bytes(files: Mapping[str, int], key: str) -> int:
+    return sum(files[file] for file in _below(files, key))
+
+
+def _beside(path: Path) -> Garbage:
+    size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+    return Garbage(str(path), "a cache that was never finished being created", size)
+
+
+def _remove(root: Path, place: Place, files: Mapping[str, int], key: str) -> None:
+    place.remove(_below(files, key))
+    if (root / key).is_dir():
+        _remove_tree(root / key)
+
+
+def _remove_tree(path: Path) -> None:
     try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        shutil.rmtree(path)
     except OSError as error:
         raise CacheError(f"{path} cannot be removed: {error.strerror}. Fix: make its folder writable") from error

@@ -1,6 +1,9 @@
 """Gather rows by key: from committed shards, once their bytes are compared with their records."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,26 +11,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard
+from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, StoredShard
+from logitcache.cache.copies import place_of
 from logitcache.cache.decoded import shared_shards
 from logitcache.cache.layout import Layout
 from logitcache.cache.mapping import MappedRows
+from logitcache.cache.room import SIZE
 from logitcache.cache.rows import PackedRows, RowSource, Sharing, columns_of, num_kept
-from logitcache.cache.verify import require_intact
+from logitcache.cache.verify import require_intact, rows_of
 from logitcache.errors import CacheError
 from logitcache.views.keys import ViewKey
 
+TRIES = 3
+"""How often a view is brought that other runs of the machine push out before it is mapped."""
+
 
 class StoredRows:
-    """Rows of all arrays by place. The shards of a view are compared before the first of its rows is given."""
+    """Rows of all arrays by place. The shards of a view are compared before the first of its rows is given.
+
+    Of a cache elsewhere a view is brought by that, and the next view is brought while it is in use. As many views are
+    mapped as half of the room for local copies holds: what other runs push out of the copy is gone from the disk when
+    it is no longer mapped.
+    """
 
     def __init__(self, root: Path, layout: Layout, shards: Sequence[Shard]) -> None:
         self._root, self._layout, self._committed = root, layout, shards
+        self._place = place_of(root)
         self._is_complete = len(shards) == layout.num_shards
         self._padded = layout.shards_per_view * layout.shard_rows
         self._compared: set[int] = set()
-        self._prepared: set[int] = set()
+        self._prepared: dict[int, None] = {}  # in order
         self._is_prepared = False
+        # Rows are not gathered from what is being unmapped.
+        self._using: AbstractContextManager[object] = nullcontext() if self._place.is_here else threading.RLock()
+
+    def rows(self, keys: Sequence[ViewKey]) -> dict[str, NDArray[Any]]:
+        """Gather the rows of keys of the arrays of all targets by array name, [B, *row_shape] each."""
+        with self._using:
+            return self.take(self.places(keys))
 
     def places(self, keys: Sequence[ViewKey]) -> NDArray[np.int64]:
         """Return where the rows of keys lie in every array, [B]; raise for a key that the cache does not have."""
@@ -44,7 +65,8 @@ class StoredRows:
         if not self._is_complete:
             self._require_committed(views, indices)
         if not self._is_prepared:
-            self._prepare(set(views.tolist()) - self._prepared)
+            with self._using:
+                self._prepare(set(views.tolist()))
         return views * self._padded + indices
 
     def take(self, places: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
@@ -56,17 +78,77 @@ class StoredRows:
     def compare(self, views: set[int] | None = None) -> None:
         """Raise CacheError naming the damaged shards of some views, or of all, that were not compared before."""
         new = (self._shards.keys() if views is None else views) - self._compared
-        require_intact(self._root, self._layout, [shard for view in sorted(new) for shard in self._shards[view]])
+        require_intact(self._root, self._brought, self._of_views(sorted(new)))
         self._compared |= new
 
-    def _prepare(self, views: set[int]) -> None:
-        if views:
+    def _prepare(self, wanted: set[int]) -> None:
+        views = wanted - self._prepared.keys()
+        if not views:
+            return
+        if not self._place.is_here:
+            self._forget_others(wanted, len(views))
+        for attempt in range(1, TRIES + 1):
             self.compare(views)
+            try:
+                for source in self._sources.values():
+                    for view in views:
+                        source.prepare(view)
+                break
+            except CacheError:
+                if self._place.is_here or attempt == TRIES:
+                    raise
+                self._compared -= views
+        self._prepared |= dict.fromkeys(sorted(views))
+        self._is_prepared = self._place.is_here and len(self._prepared) == self._layout.num_views
+        if not self._place.is_here:
+            first, count = max(wanted) + 1, self._layout.num_views
+            following = dict.fromkeys(view % count for view in range(first, first + len(wanted)))
+            self._place.ahead(self._parts(following.keys() - self._prepared.keys()))
+
+    def _forget_others(self, wanted: set[int], num_new: int) -> None:
+        """Let go of the views that were prepared first, until there is room for new ones."""
+        for view in [view for view in self._prepared if view not in wanted]:
+            if len(self._prepared) + num_new <= self._num_mapped:
+                return
             for source in self._sources.values():
-                for view in views:
-                    source.prepare(view)
-            self._prepared |= views
-            self._is_prepared = len(self._prepared) == self._layout.num_views
+                source.forget(view)
+            del self._prepared[view]
+            self._compared.discard(view)
+
+    @cached_property
+    def _num_mapped(self) -> int:
+        """How many views are mapped at a time, of a cache elsewhere."""
+        return max(1, (self._place.limit or 0) // (2 * max(1, self._bytes(self._brought))))
+
+    @cached_property
+    def _brought(self) -> Layout:
+        """What is brought of a view before it is read: all, or where the next has no room beside it, the hot arrays.
+
+        Packed shards are then brought as they are read. Raises CacheError where there is no room for hot ones either.
+        """
+        limit, num_views = self._place.limit, min(2, self._layout.num_views)
+        if limit is None or num_views * self._bytes(self._layout) <= limit:
+            return self._layout
+        hot = tuple(group for group in self._layout.targets if any(row.storage == "hot" for row in group.rows))
+        layout = replace(self._layout, targets=hot, views=None)
+        needed = num_views * self._bytes(layout)
+        if needed > limit:
+            raise CacheError(
+                f"a view of {self._place} takes {needed // num_views} bytes, the next is brought while one is read, "
+                f"and copies may hold {limit}. Fix: {SIZE}={needed} or more, or losses that ask for fewer targets"
+            )
+        return layout
+
+    def _bytes(self, layout: Layout) -> int:
+        """Stored bytes of a view, by those of the first."""
+        first = next(iter(self._shards), None)
+        return 0 if first is None else sum(part.size for part in rows_of(self._root, layout, self._shards[first]))
+
+    def _parts(self, views: Iterable[int]) -> list[StoredShard]:
+        return rows_of(self._root, self._brought, self._of_views(views))
+
+    def _of_views(self, views: Iterable[int]) -> list[Shard]:
+        return [shard for view in views for shard in self._shards.get(view, ())]
 
     @cached_property
     def _shards(self) -> dict[int, list[Shard]]:
@@ -82,7 +164,7 @@ class StoredRows:
             start = index - index % self._layout.shard_rows
             if all(shard.start != start for shard in self._shards.get(view, ())):
                 raise CacheError(
-                    f"{self._root}: view {view} of image {index} is not committed yet. "
+                    f"{self._place}: view {view} of image {index} is not committed yet. "
                     "Fix: finish `logitcache precompute`"
                 )
 

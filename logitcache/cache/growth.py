@@ -11,13 +11,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
 
+from logitcache.cache.copies import place_of
 from logitcache.cache.layout import layout_of, require_possible
 from logitcache.cache.manifest import Manifest, TeacherEntry, TeacherName, is_more
 from logitcache.cache.reached import with_errors
 from logitcache.cache.sharing import explained
 from logitcache.cache.skeleton import GROWING, ROOT, metadata_files
 from logitcache.errors import CacheError
-from logitcache.files import sync_directory, write_atomically
+from logitcache.files import sync_directory
 from logitcache.recipe import Component, Count
 
 
@@ -65,7 +66,7 @@ def read_growth(root: Path, recorded: Manifest) -> Manifest:
     except (ValidationError, RecursionError) as error:
         raise CacheError(
             f"{file} is damaged: it does not say what the cache was growing to. Fix: give this growth up "
-            f"(`logitcache gc {root} --growth`), then run precompute again"
+            f"(`logitcache gc {place_of(root)} --growth`), then run precompute again"
         ) from error
     manifest = growth.applied(recorded)
     require_possible(manifest, str(file))
@@ -77,14 +78,15 @@ def begin_growth(root: Path, goal: Manifest, tables: Mapping[str, bytes]) -> Non
 
     The tables of what is new, bytes by key, come first: the note names their digests.
     """
+    place = place_of(root)
     for key, values in tables.items():
         with explained(root / key):
             (root / key).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / key, values)
+        place.write(key, values)
     growth = Growth(num_views=goal.views.num_views, teachers=goal.teachers, versions=goal.versions)
     data = json.dumps(growth.model_dump(mode="json")).encode()
     if not _holds(root / GROWING, data):
-        write_atomically(root / GROWING, data)
+        place.write(GROWING, data)
     for group in layout_of(goal).groups:
         for name in (group.commits, *(array.name for array in group.arrays)):
             with explained(root / name):
@@ -103,14 +105,14 @@ def finish_growth(root: Path, goal: Manifest) -> None:
 def _update(root: Path, files: Mapping[str, bytes]) -> None:
     for key, data in files.items():
         if not _holds(root / key, data):
-            write_atomically(root / key, data)
+            place_of(root).write(key, data)
 
 
 def forget_growth(root: Path, recorded: Manifest) -> None:
     """Remove the note of a growth that the root describes already; another run may have begun to add even more."""
     if (root / GROWING).exists() and not is_more(read_growth(root, recorded), recorded):
         with explained(root / GROWING):
-            (root / GROWING).unlink(missing_ok=True)
+            place_of(root).remove([GROWING])
 
 
 def _holds(file: Path, data: bytes) -> bool:

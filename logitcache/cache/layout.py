@@ -103,8 +103,8 @@ def _target_group(manifest: Manifest, teacher: str, target: str) -> ArrayGroup:
     kept = kept_of(manifest.teachers[teacher], target)
     name = f"{teacher}.{target}"
     prefix = teacher if target == LOGITS else name
-    arrays = tuple(_array(manifest, name, row, kept.storage, prefix) for row in kept.rows)
-    errors = _errors_array(manifest, name) if kept.measured else None
+    arrays = tuple(_array(manifest, name, row, kept.storage, prefix, place) for place, row in enumerate(kept.rows))
+    errors = _errors_array(manifest, name, len(arrays)) if kept.measured else None
     tables = tuple(
         TableLayout(f"{name}.{key}", key, table.shape, np.dtype(table.dtype).newbyteorder("<"), kept.digests[key])
         for key, table in kept.tables.items()
@@ -147,7 +147,7 @@ def kept_of(entry: TeacherEntry, target: str) -> Kept:
     return kept
 
 
-def _errors_array(manifest: Manifest, stem: str) -> ArrayLayout:
+def _errors_array(manifest: Manifest, stem: str, position: int) -> ArrayLayout:
     """Lay out the statistics of the errors of rows: one row for each shard."""
     return ArrayLayout(
         name=f"{stem}.errors",
@@ -161,6 +161,8 @@ def _errors_array(manifest: Manifest, stem: str) -> ArrayLayout:
         storage="packed",
         per_shard=True,
         images_per_row=manifest.shard_rows,
+        group=stem,
+        position=position,
     )
 
 
@@ -175,11 +177,11 @@ def _views_group(manifest: Manifest) -> ArrayGroup | None:
         rows.append(RowArray(CHECKSUMS, (), "uint32", ()))
     if manifest.parameters:
         rows.append(RowArray(PARAMETERS, (len(manifest.parameters),), "int64", ("parameter",)))
-    arrays = tuple(_array(manifest, VIEWS, row, "packed", VIEWS) for row in rows)
+    arrays = tuple(_array(manifest, VIEWS, row, "packed", VIEWS, place) for place, row in enumerate(rows))
     return ArrayGroup(VIEWS, arrays) if arrays else None
 
 
-def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage, prefix: str) -> ArrayLayout:
+def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage, prefix: str, position: int) -> ArrayLayout:
     return ArrayLayout(
         name=f"{stem}.{row.suffix}" if row.suffix else stem,
         suffix=row.suffix,
@@ -191,6 +193,8 @@ def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage, prefi
         shard_rows=manifest.shard_rows,
         storage=storage,
         order=row.order,
+        group=stem,
+        position=position,
     )
 
 

@@ -1,6 +1,6 @@
 """Targets as Dask arrays: each chunk is a shard, which is read and decoded where and when it is computed."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,8 @@ from dask.base import tokenize
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.arrays import ArrayLayout, Shard
-from logitcache.cache.coders import Coders
-from logitcache.cache.layout import Layout, layout_of
 from logitcache.cache.manifest import LOGITS, Manifest
-from logitcache.cache.unpack import Unpacker
-from logitcache.cache.verify import require_intact
+from logitcache.cache.shards import ShardReader
 from logitcache.logits import Logits, dense_logits, log_probs
 from logitcache.targets import feature_values
 
@@ -31,8 +27,8 @@ def as_dask(root: Path, manifest: Manifest) -> dict[str, dict[str, da.Array]]:
 
 def _array(root: Path, manifest: Manifest, teacher: str, target: str) -> da.Array:
     manifest = manifest.restricted(manifest.views.num_views, {teacher: [target]})
-    reader = _ShardReader(root, manifest, teacher, target)
-    layout = reader.layout
+    reader = _TargetReader(root, manifest, teacher, target)
+    layout = reader.shards.layout
     rows = tuple(layout.shard(0, number) for number in range(layout.shards_per_view))
     chunks = ((1,) * layout.num_views, tuple(shard.stop - shard.start for shard in rows), *((n,) for n in reader.shape))
     return da.map_blocks(
@@ -45,12 +41,12 @@ def _array(root: Path, manifest: Manifest, teacher: str, target: str) -> da.Arra
     )
 
 
-def _decoded(reader: "_ShardReader", block_id: tuple[int, ...]) -> NDArray[np.float32]:
+def _decoded(reader: "_TargetReader", block_id: tuple[int, ...]) -> NDArray[np.float32]:
     return reader(*block_id[:2])
 
 
 @dataclass(frozen=True)
-class _ShardReader:
+class _TargetReader:
     """Read one target of whole shards. It can be pickled: each process reads tables and metadata itself."""
 
     root: Path
@@ -60,21 +56,19 @@ class _ShardReader:
 
     def __call__(self, view: int, number: int) -> NDArray[np.float32]:
         """Return what was answered to the rows of a shard, [1, rows, ...]; raise CacheError where it is damaged."""
-        shard = self.layout.shard(view, number)
-        require_intact(self.root, self.layout, [shard])
-        rows = {array.name: self._rows(array, shard) for group in self.layout.targets for array in group.rows}
-        targets = self._coders.targets(rows)[self.teacher]
+        shard = self.shards.layout.shard(view, number)
+        targets = self.shards.targets(self.shards.rows(shard), slice(None))[self.teacher]
         found = _dense(targets.logits) if self.target == LOGITS else feature_values(targets.features[self.target])
         values: NDArray[np.float32] = found.float().numpy()[None]
         return values
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _ShardReader, (self.root, self.manifest, self.teacher, self.target)
+        return _TargetReader, (self.root, self.manifest, self.teacher, self.target)
 
     @cached_property
-    def layout(self) -> Layout:
+    def shards(self) -> ShardReader:
         """The arrays of this target, and of those that it is decoded with."""
-        return replace(layout_of(self.manifest), views=None)
+        return ShardReader(self.root, self.manifest)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,17 +78,6 @@ class _ShardReader:
             return entry.stored_features[self.target].shape
         assert entry.num_classes is not None
         return (entry.num_classes,)
-
-    @cached_property
-    def _coders(self) -> Coders:
-        return Coders(self.root, self.manifest, self.layout)
-
-    def _rows(self, array: ArrayLayout, shard: Shard) -> NDArray[Any]:
-        if array.storage == "packed":
-            return Unpacker(self.root, array)(shard)
-        shape = (shard.stop - shard.start, *array.row_shape)
-        # Rows come first in the file of a hot shard, whose size has been compared.
-        return np.fromfile(self.root / array.file(shard), array.dtype, int(np.prod(shape))).reshape(shape)
 
 
 def _dense(logits: Logits) -> Tensor:

@@ -216,13 +216,13 @@ def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
     for key in type(recorded.views).model_fields:
         old, new = getattr(recorded.views, key), getattr(wanted.views, key)
         if old != new and key != "num_views":
-            lines.append(f"views.{key}: the cache has {_short(old)}, the recipe {_short(new)}")
+            lines.append(f"views.{key}: the cache has {short(old)}, the recipe {short(new)}")
     if recorded.image_shape != wanted.image_shape:
         lines.append(f"view shape: the cache has {recorded.image_shape}, the recipe gives {wanted.image_shape}")
     for key in ("shard_rows", "row_checksums", "parameters"):
         old, new = getattr(recorded, key), getattr(wanted, key)
         if old != new:
-            lines.append(f"{key}: the cache has {_short(old)}, the recipe {_short(new)}")
+            lines.append(f"{key}: the cache has {short(old)}, the recipe {short(new)}")
     for name in sorted(recorded.teachers.keys() & wanted.teachers.keys()):
         lines += _teacher_differences(name, recorded.teachers[name], wanted.teachers[name])
     return lines
@@ -263,14 +263,13 @@ def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry
         pairs += [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("num_classes", LOGITS)]
     common = [feature for feature in recorded.features if feature in wanted.features]
     pairs += [(_key(feature), recorded.features[feature], wanted.features[feature]) for feature in common]
-    return [
-        f"teachers.{name}.{key}: the cache has {_short(a)}, the recipe {_short(b)}" for key, a, b in pairs if a != b
-    ]
+    return [f"teachers.{name}.{key}: the cache has {short(a)}, the recipe {short(b)}" for key, a, b in pairs if a != b]
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
+    """Write a setting for a message."""
     if isinstance(value, tuple):
-        return "[" + ", ".join(_short(item) for item in value) + "]"
+        return "[" + ", ".join(short(item) for item in value) + "]"
     if isinstance(value, Component):
         text = json.dumps(value.model_dump(mode="json", exclude={"ratio_knots", "thresholds"}))
         return text if len(text) < 200 else text[:200] + "…"

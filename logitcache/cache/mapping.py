@@ -79,6 +79,7 @@ class MappedRows:
         # Not when the interpreter ends: other threads may still read, and the memory goes with the process.
         weakref.finalize(memory, _libc.munmap, reserved, total + HUGE_PAGE).atexit = False
         self._unmapped: dict[int, list[Shard]] = {}
+        self._mapped: dict[int, list[Shard]] = {}
         for shard in shards:
             self._unmapped.setdefault(shard.view, []).append(shard)
         self._mapping = threading.Lock()
@@ -92,7 +93,17 @@ class MappedRows:
         with self._mapping:
             for shard in self._unmapped.get(view, ()):
                 self._map_file(shard)
-            self._unmapped.pop(view, None)
+            if view in self._unmapped:
+                self._mapped[view] = self._unmapped.pop(view)
+
+    def forget(self, view: int) -> None:
+        """Unmap a view: a file that was removed meanwhile takes no more of the disk."""
+        with self._mapping:
+            for shard in self._mapped.get(view, ()):
+                address, size = self._range(shard)
+                _map(address, size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1)
+            if view in self._mapped:
+                self._unmapped[view] = self._mapped.pop(view)
 
     def expect(self, places: NDArray[np.int64]) -> None:
         """Tell the disk of all the pages of a batch at once, where pages are not in memory.
@@ -124,7 +135,6 @@ class MappedRows:
     def _map_file(self, shard: Shard) -> None:
         """Map a shard; a row past the end of a truncated file would kill the process, so its size is checked before."""
         array, path, rows = self._array, self._root / self._array.file(shard), shard.stop - shard.start
-        number = shard.view * self._per_view + shard.start // array.shard_rows
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError as error:
@@ -138,12 +148,18 @@ class MappedRows:
                     f"{path} has {size} bytes, its layout needs {expected}. Fix: run the same "
                     "`logitcache precompute` command again, it rewrites this shard"
                 )
-            address, needed = self._base + number * self._stride, -(-rows * array.row_bytes // PAGE) * PAGE
+            address, needed = self._range(shard)
             _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
             # Reading around a random row would bring in many times what is asked for.
             _libc.madvise(address, needed, mmap.MADV_RANDOM)
         finally:
             os.close(descriptor)
+
+    def _range(self, shard: Shard) -> tuple[int, int]:
+        """Return the address of a shard and the bytes of its pages."""
+        number = shard.view * self._per_view + shard.start // self._array.shard_rows
+        rows = shard.stop - shard.start
+        return self._base + number * self._stride, -(-rows * self._array.row_bytes // PAGE) * PAGE
 
     def _advise(self, rows: NDArray[np.int64]) -> None:
         """Let the disk read the pages of rows all at once."""

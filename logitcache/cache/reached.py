@@ -6,19 +6,21 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.cache.arrays import ArrayGroup, Shard
+from logitcache.cache.copies import place_of
 from logitcache.cache.layout import layout_of
 from logitcache.cache.manifest import LOGITS, Manifest
 from logitcache.cache.row_errors import RowErrors, summary
 from logitcache.cache.skeleton import ROOT, metadata_files
 from logitcache.cache.unpack import Unpacker
-from logitcache.files import write_atomically
+from logitcache.cache.verify import bring
 
 
 def errors_of(root: Path, manifest: Manifest, group: ArrayGroup, shards: Iterable[Shard]) -> RowErrors | None:
     """Add up the errors of some committed shards; None where there are none, or where they are not recorded."""
     if group.errors is None:
         return None
-    unpack = Unpacker(root, group.errors)
+    unpack, shards = Unpacker(root, group.errors), list(shards)
+    bring(root, group.errors, shards)  # many small ones, several at a time
     found = [unpack(shard)[0] for shard in shards]
     logits = manifest.teachers[group.teacher].logits
     temperature = logits.temperature_of_errors if group.target == LOGITS and logits is not None else None
@@ -44,4 +46,4 @@ def note_errors(root: Path, manifest: Manifest) -> None:
         if group.errors is not None and group.target not in manifest.teachers[group.teacher].errors
     )
     if any(lacking):
-        write_atomically(root / ROOT, metadata_files(with_errors(root, manifest))[ROOT])
+        place_of(root).write(ROOT, metadata_files(with_errors(root, manifest))[ROOT])

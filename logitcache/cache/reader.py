@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.cache.coders import Coders
+from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
 from logitcache.cache.gather import StoredRows
 from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, layout_of
+from logitcache.cache.locate import locate
 from logitcache.cache.locks import require_releases, require_trusted
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.plain import require_plain
@@ -43,10 +45,11 @@ FILES_COMPARED = 1024
 
 
 class Cache:
-    """Targets of every view of every image, by key. Opening runs no code of the cache and writes nothing."""
+    """Targets of every view of every image, by key. Opening runs no code of the cache and writes nothing to it."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        self.path = path
+        self.path = path  # the folder in which it is read
+        self.location = str(place_of(path))  # the same, or a URL
         self.manifest = manifest
         self.layout: Layout = layout_of(manifest)
         self.shards = committed_shards(path, self.layout)
@@ -84,7 +87,7 @@ class Cache:
             missing = sorted(set(wanted) - set(self.manifest.targets.get(name, ())))
             if missing or name not in self.manifest.teachers:
                 raise RecipeError(
-                    f"{self.path} has no {missing or 'targets'} of teacher {name!r}, but {self.manifest.targets}. "
+                    f"{self.location} has no {missing or 'targets'} of teacher {name!r}, but {self.manifest.targets}. "
                     "Fix: name what it has, or add it with precompute"
                 )
         return Cache(self.path, self.manifest.restricted(num_views or self.num_views, targets))
@@ -103,7 +106,7 @@ class Cache:
 
     def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
         """Gather what each teacher answered to the views of keys, in the cache's dtypes."""
-        return self._coders.targets(self._stored.take(self._stored.places(keys)))
+        return self._coders.targets(self._stored.rows(keys))
 
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
         """Gather the targets of a batch of keys, by teacher: its answers, or linear mixtures of its logits."""
@@ -165,14 +168,15 @@ class Cache:
         for name, value, known in (("verify", verify, canaries.Level), ("replay", replay, Replay)):
             if value not in get_args(known):
                 raise RecipeError(f"{name} is {value!r}. Fix: one of {', '.join(get_args(known))}")
-        require_trusted(self.manifest.views, factories, str(self.path))
-        self.require_intact()
+        require_trusted(self.manifest.views, factories, str(self.location))
+        if place_of(self.path).is_here:  # what is elsewhere is compared as it is brought
+            self.require_intact()
         if replay == "recorded":
-            require_replayable(self.manifest, str(self.path))
+            require_replayable(self.manifest, str(self.location))
         recorded = self._recorded[PARAMETERS] if replay == "recorded" else None
         opened = self._open_dataset(dataset)
         self.require_dataset(opened)
-        require_releases(self.manifest.views, verify, str(self.path))
+        require_releases(self.manifest.views, verify, str(self.location))
         views = Views(opened, self.manifest.views, recorded)
         if verify != "off":
             self.require_canaries(views, verify, limits)
@@ -183,7 +187,7 @@ class Cache:
         if fingerprint(dataset) != self.manifest.fingerprint:
             digests = read_digests(self.path, self.manifest)
             difference = explain_difference(self.manifest.fingerprint, digests, dataset)
-            raise MismatchError(f"{self.path} was made from other images:\n{difference}")
+            raise MismatchError(f"{self.location} was made from other images:\n{difference}")
 
     def require_canaries(
         self,
@@ -210,8 +214,8 @@ class Cache:
         recorded = self.manifest.dataset
         if recorded is None or isinstance(recorded, Custom):
             raise RecipeError(
-                f"{self.path} was made from a data set of the user's own code, and a cache never names code to run. "
-                "Fix: give the data set: `dataset:` in the recipe, or cache.loader(dataset=…); "
+                f"{self.location} was made from a data set of the user's own code, and a cache never names code to "
+                "run. Fix: give the data set: `dataset:` in the recipe, or cache.loader(dataset=…); "
                 "for a validation cache, `validation.dataset:`"
             )
         if isinstance(recorded, Torchvision):
@@ -220,12 +224,12 @@ class Cache:
             return recorded.open()
         except DataError as error:
             raise DataError(
-                f"{error}\n  {self.path} was made from images there. Fix, when they have moved: say where they "
+                f"{error}\n  {self.location} was made from images there. Fix, when they have moved: say where they "
                 "are now, `dataset:` in the recipe"
             ) from error
 
     def _origin(self, views: Views) -> canaries.Origin:
-        name = f"{self.path}, spec {self.manifest.views.digest()[:8]}…"
+        name = f"{self.location}, spec {self.manifest.views.digest()[:8]}…"
         exact = self.manifest.views.targets == "exact"
         may_replay = bool(self.manifest.parameters) and views.recorded is None and exact
         return canaries.Origin(name, self.manifest.versions, versions(), may_replay)
@@ -277,22 +281,22 @@ class Cache:
 
 
 def open_cache(path: str | Path) -> Cache:
-    """Open a finished cache; raise CacheError when it is damaged or incomplete.
+    """Open a finished cache, in a folder or at a URL; raise CacheError when it is damaged or incomplete.
 
     Stored bytes are compared with their commit records: those of a small cache here, those of a larger one before its
     rows are first read, and all of them before its views are rendered. Files that this machine has compared before and
-    that were not touched since are not read again.
+    that were not touched since are not read again. Those at a URL are compared as they are brought.
     """
-    root = Path(path)
+    root = locate(path)
     require_plain(root)
     cache = Cache(root, read_manifest(root))
     require_sound_skeleton(root, cache.manifest)
     if not cache.complete:
         total = cache.layout.num_shards
         raise CacheError(
-            f"{root} is incomplete: {total - len(cache.shards)} of {total} shards are not committed. "
+            f"{cache.location} is incomplete: {total - len(cache.shards)} of {total} shards are not committed. "
             "Fix: run the same `logitcache precompute` command again, it continues"
         )
-    if cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
+    if place_of(root).is_here and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
         cache.require_intact()
     return cache

@@ -33,6 +33,10 @@ class RecordedRows:
     def __reduce__(self) -> tuple[Any, ...]:
         return RecordedRows, (self._root, self._layout)
 
+    def at(self, root: Path) -> "RecordedRows":
+        """Return the same array of a cache that is read at another path."""
+        return RecordedRows(root, self._layout)
+
     def __call__(self, keys: Sequence[ViewKey]) -> NDArray[Any]:
         """Gather the rows of keys that the cache has, [B, *row_shape]."""
         views, indices = columns_of(keys)

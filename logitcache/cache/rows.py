@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from logitcache.cache.arrays import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard
 from logitcache.cache.decoded import SharedShards, name_of
 from logitcache.cache.unpack import Unpacker
+from logitcache.cache.verify import bring
 from logitcache.views.keys import ViewKey
 
 PACKED_SHARDS = 8
@@ -34,6 +35,9 @@ class RowSource(Protocol):
 
     def prepare(self, view: int) -> None:
         """Make a view ready; before any of its rows is gathered."""
+
+    def forget(self, view: int) -> None:
+        """Let go of a view, none of whose rows is gathered until it is prepared again."""
 
     def expect(self, places: NDArray[np.int64]) -> None:
         """Hear which rows are asked for next, while those of other arrays are still to come."""
@@ -86,6 +90,9 @@ class PackedRows:
     def prepare(self, view: int) -> None:
         """Do nothing: shards are decoded as they are asked for."""
 
+    def forget(self, view: int) -> None:
+        """Do nothing: what is decoded is memory."""
+
     def expect(self, places: NDArray[np.int64]) -> None:
         """Begin to decode the rest of the view of a batch, and the view after it."""
         if self._process != os.getpid():
@@ -104,6 +111,10 @@ class PackedRows:
         order = np.argsort(numbers, kind="stable")
         needed, starts = np.unique(numbers[order], return_index=True)
         bounds = [*starts.tolist(), len(order)]
+        # Those that come from elsewhere come together.
+        missing = [self._numbered(number) for number in needed.tolist() if number not in self._decoded]
+        if missing:
+            bring(self._root, self._layout, missing)
         for number, start, stop in zip(needed.tolist(), bounds[:-1], bounds[1:], strict=True):
             mine = order[start:stop]
             rows[mine] = self._shard(number).take(inside[mine], axis=0)
@@ -142,10 +153,13 @@ class PackedRows:
                 decoded.set_exception(error)
         return decoded.result()
 
-    def _load(self, number: int) -> NDArray[Any]:
+    def _numbered(self, number: int) -> Shard:
         view, place = divmod(number, self._per_view)
         start = place * self._layout.shard_rows
-        shard = Shard(view, start, min(start + self._layout.shard_rows, self._layout.num_images))
+        return Shard(view, start, min(start + self._layout.shard_rows, self._layout.num_images))
+
+    def _load(self, number: int) -> NDArray[Any]:
+        shard = self._numbered(number)
         if self._sharing is None:
             return self._unpack(shard)
         shared, group, position = self._sharing

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from logitcache.cache.arrays import Shard
+from logitcache.cache.copies import place_of
 from logitcache.cache.skeleton import ROOT
 from logitcache.console import say
 from logitcache.errors import CacheError
@@ -113,7 +114,7 @@ class Claim:
 
 def _lock(path: Path) -> tuple[int, Path]:
     while True:
-        target = _target(path)
+        target = target_of(path)
         # Another run may rename or remove the directory before it is locked here: then look again.
         with suppress(FileNotFoundError):
             if target != path:
@@ -123,7 +124,7 @@ def _lock(path: Path) -> tuple[int, Path]:
             lock = _open(file, create=target != path)
             try:
                 _flock(lock, fcntl.LOCK_EX, path)
-                if _target(path) == target and _is_at(lock, file):
+                if target_of(path) == target and _is_at(lock, file):
                     return lock, target
             except BaseException:
                 _release(lock)
@@ -134,7 +135,8 @@ def _lock(path: Path) -> tuple[int, Path]:
             _release(lock)
 
 
-def _target(path: Path) -> Path:
+def target_of(path: Path) -> Path:
+    """Return where to write a cache: `path` where it is; raise CacheError where something else is there."""
     if (path / ROOT).exists():
         return path
     if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
@@ -176,7 +178,7 @@ def _flock(lock: int, kind: int, path: Path) -> None:
     """Wait for a lock; say that it is waited for, or that this file system has none."""
     got = _try(lock, kind)
     if got is False:
-        say(f"waiting for another precompute, which prepares or finishes {path}")
+        say(f"waiting for another precompute, which prepares or finishes {place_of(path)}")
         fcntl.flock(lock, kind)
     elif got is None:
         say(

@@ -17,11 +17,11 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from logitcache.cache.arrays import ArrayGroup
+from logitcache.cache.copies import place_of
 from logitcache.cache.labels import label_file, label_key
 from logitcache.cache.layout import layout_of
 from logitcache.cache.manifest import Manifest, extends, parse_manifest
 from logitcache.errors import CacheError
-from logitcache.files import write_atomically
 from logitcache.views.canaries import pixel_digest
 from logitcache.views.datasets.base import Labels, label_dtype
 
@@ -61,23 +61,25 @@ class Problem(NamedTuple):
 def read_labels(root: Path, manifest: Manifest) -> Labels:
     """Read the labels as stage one saw them, int64 [N] or int8 [N, C]; -1 where there is none."""
     file = label_file(manifest.fingerprint)
-    found = np.frombuffer(_read(root / file.key, file.num_bytes), file.dtype)
+    found = np.frombuffer(_read(root, file.key, file.num_bytes), file.dtype)
     return found.astype(file.dtype.newbyteorder("=")).reshape(file.shape)
 
 
 def read_digests(root: Path, manifest: Manifest) -> NDArray[np.uint64]:
     """Read the digests of the images as stage one saw them, [N]."""
-    return np.frombuffer(_read(root / DIGESTS, 8 * manifest.num_images), "<u8").astype(np.uint64)
+    return np.frombuffer(_read(root, DIGESTS, 8 * manifest.num_images), "<u8").astype(np.uint64)
 
 
 def read_canaries(root: Path, manifest: Manifest) -> NDArray[np.uint8]:
     """Read the pixels of the canaries, [K, C, H, W]."""
     shape = (len(manifest.canaries), *manifest.image_shape)
-    return np.frombuffer(bytearray(_read(root / CANARIES, math.prod(shape))), np.uint8).reshape(shape)
+    return np.frombuffer(bytearray(_read(root, CANARIES, math.prod(shape))), np.uint8).reshape(shape)
 
 
-def _read(path: Path, size: int) -> bytes:
+def _read(root: Path, key: str, size: int) -> bytes:
     """Read a file of a known size: whatever a manifest claims, no more than is there is allocated."""
+    path = root / key
+    place_of(root).has(key)  # a copy may have lost it
     try:
         found = path.stat().st_size
         data = path.read_bytes() if found == size else b""
@@ -92,7 +94,7 @@ def read_tables(root: Path, group: ArrayGroup) -> dict[str, NDArray[Any]]:
     """Read the tables of a group by their own names; raise CacheError where they are not those of the manifest."""
     tables = {}
     for table in group.tables:
-        data = _read(root / table.file, table.num_bytes)
+        data = _read(root, table.file, table.num_bytes)
         if hashlib.sha256(data).hexdigest() != table.sha256:
             raise CacheError(f"{root / table.file}: its values differ from the manifest's digest")
         tables[table.suffix] = np.frombuffer(data, table.dtype).reshape(table.shape)
@@ -249,7 +251,7 @@ def _sample_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
         (DIGESTS, 8 * recorded.num_images, recorded.content),
     ):
         try:
-            if hashlib.sha256(_read(root / key, size)).hexdigest() != digest:
+            if hashlib.sha256(_read(root, key, size)).hexdigest() != digest:
                 yield Problem(key, f"{root / key}: its values differ from the manifest's digest")
         except CacheError as error:
             yield Problem(key, str(error))
@@ -269,9 +271,10 @@ def require_sound_skeleton(root: Path, manifest: Manifest) -> None:
     """Raise CacheError naming the damaged files of a cache's skeleton."""
     problems = list(skeleton_problems(root, manifest))
     if problems:
+        place = str(place_of(root))
         raise CacheError(
-            f"{root} is damaged:\n  "
-            + "\n  ".join(problem.text for problem in problems[:SHOWN])
+            f"{place} is damaged:\n  "
+            + "\n  ".join(problem.text.replace(str(root), place) for problem in problems[:SHOWN])
             + "\n  Fix: run the same `logitcache precompute` command again, it writes just these files again"
         )
 
@@ -289,5 +292,5 @@ def mend_skeleton(
     whole = {**metadata_files(manifest), **samples.files(), **tables} if damaged else {}
     for key in damaged:
         (root / key).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / key, whole[key])
+        place_of(root).write(key, whole[key])
     return damaged

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout, Shard
+from logitcache.cache.copies import place_of
+from logitcache.cache.verify import bring
 from logitcache.errors import CacheError
 
 _THREADS = min(8, os.cpu_count() or 1)
+TRIES = 3
+"""How often a shard is brought that other runs push out of a local copy before it is read."""
+
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _ONE_BYTE = {"name": "bytes"}
 
@@ -34,11 +40,20 @@ class Unpacker:
     def __call__(self, shard: Shard) -> NDArray[Any]:
         """Return a shard's rows [n, *row_shape]; raise CacheError where it is missing or damaged."""
         file = self._root / self._layout.file(shard)
+        for _ in range(TRIES):
+            bring(self._root, self._layout, [shard])
+            with suppress(FileNotFoundError):
+                return self._decoded(file, shard)
+        raise CacheError(f"{file} is missing. Fix: run `logitcache precompute` again, it writes what is missing")
+
+    def _decoded(self, file: Path, shard: Shard) -> NDArray[Any]:
         # zarr gives fill values for a file that is not there.
         if not file.is_file() or file.is_symlink():
-            raise CacheError(f"{file} is missing. Fix: run `logitcache precompute` again, it writes what is missing")
+            raise FileNotFoundError(file)
         try:
             return self._decode(file, shard)
+        except FileNotFoundError:
+            raise
         except Exception as error:  # zarr and its codecs raise anything for damaged bytes
             raise CacheError(
                 f"{file} cannot be decoded: {error}. Fix: run `logitcache precompute` again, it rewrites this shard"
@@ -47,7 +62,9 @@ class Unpacker:
     @cached_property
     def _decode(self) -> Callable[[Path, Shard], NDArray[Any]]:
         """Decode plain rows under zstd here, and leave every other chain of codecs to zarr."""
-        stored = json.loads((self._root / self._layout.name / "zarr.json").read_bytes())
+        key = f"{self._layout.name}/zarr.json"
+        place_of(self._root).has(key)  # a copy may have lost it
+        stored = json.loads((self._root / key).read_bytes())
         chain = stored["codecs"][0]["configuration"]["codecs"]
         plain = len(chain) == 2 and chain[0] in (_BYTES, _ONE_BYTE) and chain[1]["name"] == "zstd"
         return self._inflate if plain else self._read

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.arrays import Shard
+from logitcache.cache.copies import place_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import read_digests
 from logitcache.errors import CacheError
-from logitcache.files import write_atomically
 
 FILE = "digest/unreadable"
 """Not in the root, where readers of Zarr would wonder at it."""
@@ -22,12 +22,13 @@ def note_unreadable(root: Path, rows: Iterable[int]) -> None:
     """Remember the rows of images that stopped a run."""
     noted = sorted(_noted(root) | set(rows))
     if noted:
-        write_atomically(root / FILE, json.dumps(noted).encode())
+        place_of(root).write(FILE, json.dumps(noted).encode())
 
 
 def forget_unreadable(root: Path) -> None:
     """Forget them, once the images are those of the manifest."""
-    (root / FILE).unlink(missing_ok=True)
+    if (root / FILE).exists():
+        place_of(root).remove([FILE])
 
 
 def with_mended_images(

@@ -3,43 +3,23 @@
 import itertools
 import os
 import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from logitcache.cache.arrays import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, seal
+from logitcache.cache.arrays import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, StoredShard
+from logitcache.cache.copies import place_of
 from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import skeleton_problems
 from logitcache.errors import CacheError
-from logitcache.files import file_digests
+from logitcache.files import regular_size
 
 SHOWN = 5
 LISTED = 1000
 _RECORD = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})\.0\.0")
-
-
-class StoredShard(NamedTuple):
-    """One array's bytes of one shard, and the record that commits them."""
-
-    array: ArrayLayout
-    shard: Shard
-    record: bytes
-
-    @property
-    def size(self) -> int:
-        """Stored bytes according to the record."""
-        return int(np.frombuffer(self.record[:8], "<u8")[0])
-
-    @property
-    def name(self) -> str:
-        """Return what a message calls it."""
-        return f"{self.array.name} view {self.shard.view} rows {self.shard.start}..{self.shard.stop}"
 
 
 @dataclass(frozen=True)
@@ -90,16 +70,37 @@ def _record_names(layout: Layout) -> Iterator[str]:
             yield f"c.{view}.{number}.0.0"
 
 
-def _stored(root: Path, group: ArrayGroup, shard: Shard) -> list[StoredShard]:
+def stored(root: Path, group: ArrayGroup, shard: Shard) -> list[StoredShard]:
     """Return every array's part of a shard with its record; raise CacheError where that is damaged."""
-    file = root / group.record_file(shard)
-    if _size(file) != RECORD_BYTES * len(group.arrays):
-        raise CacheError(f"view {shard.view} rows {shard.start}..{shard.stop}: the commit record {file} is damaged")
-    records = file.read_bytes()
+    key = group.record_file(shard)
+    size = regular_size(root / key)
+    if size is None and place_of(root).has(key):  # a copy had lost it
+        size = regular_size(root / key)
+    if size != RECORD_BYTES * len(group.arrays):
+        where = f"{place_of(root)}/{key}"
+        raise CacheError(f"view {shard.view} rows {shard.start}..{shard.stop}: the commit record {where} is damaged")
+    records = (root / key).read_bytes()
     return [
         StoredShard(array, shard, records[number * RECORD_BYTES : (number + 1) * RECORD_BYTES])
         for number, array in enumerate(group.arrays)
     ]
+
+
+def bring(root: Path, array: ArrayLayout, shards: Iterable[Shard]) -> None:
+    """Let the folder of a cache have shards of an array, where they come from elsewhere."""
+    place = place_of(root)
+    if not place.is_here:
+        place.bring([_of_array(root, array, shard) for shard in shards])
+
+
+def _of_array(root: Path, array: ArrayLayout, shard: Shard) -> StoredShard:
+    key = array.record_file(shard)
+    if not place_of(root).has(key):
+        raise CacheError(
+            f"{place_of(root)}/{key} is missing. Fix: run `logitcache precompute` again, it writes what is missing"
+        )
+    start = array.position * RECORD_BYTES
+    return StoredShard(array, shard, (root / key).read_bytes()[start : start + RECORD_BYTES])
 
 
 class Damage(NamedTuple):
@@ -111,59 +112,48 @@ class Damage(NamedTuple):
 
 
 def damaged(root: Path, layout: Layout, committed: Committed, *, fresh: bool = False) -> list[Damage]:
-    """Compare the stored bytes of committed shards with their records; several files are read at a time."""
+    """Compare the stored bytes of committed shards with their records; several files are read at a time.
+
+    Of a cache elsewhere sizes are compared, and digests as far as they are remembered; `fresh` reads every byte.
+    """
     found: list[Damage] = []
     readable: list[tuple[StoredShard, ArrayGroup]] = []
     for group in layout.groups:
         for shard in sorted(committed[group.name]):
             try:
-                parts = _stored(root, group, shard)
+                readable += [(part, group) for part in stored(root, group, shard)]
             except CacheError as error:
                 found.append(Damage(shard, group, str(error)))
-                continue
-            for part in parts:
-                wrong = _wrong_size(root, part)
-                if wrong is None:
-                    readable.append((part, group))
-                else:
-                    found.append(Damage(shard, group, wrong))
-    files = [root / part.array.file(part.shard) for part, _ in readable]
-    digests = file_digests(files, what="shard", fresh=fresh, error=CacheError)
-    for (part, group), file, digest in zip(readable, files, digests, strict=True):
-        if seal(digest, part.array.file(part.shard)) != part.record[8:]:
-            found.append(Damage(part.shard, group, f"{part.name}: its bytes differ from its record ({file})"))
+    wrong = place_of(root).wrong([part for part, _ in readable], fresh=fresh)
+    found += [Damage(part.shard, group, text) for (part, group), text in zip(readable, wrong, strict=True) if text]
     return sorted(found, key=lambda damage: damage.shard)
 
 
-def _wrong_size(root: Path, part: StoredShard) -> str | None:
-    file = root / part.array.file(part.shard)
-    size = _size(file)
-    if size == part.size:
-        return None
-    here = "no regular file" if size is None else f"{size} bytes"
-    return f"{part.name}: {here} where its record says {part.size} bytes ({file})"
-
-
-def _size(file: Path) -> int | None:
-    """Return the size of a regular file; None for anything else, links included."""
-    try:
-        status = file.lstat()
-    except OSError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
 def require_intact(root: Path, layout: Layout, shards: Sequence[Shard]) -> None:
-    """Raise CacheError naming the damaged ones of shards that are committed in every group."""
+    """Raise CacheError naming the damaged ones of shards that are committed in every group.
+
+    Those of a cache elsewhere are brought here by that.
+    """
+    place = place_of(root)
+    if not place.is_here:
+        place.bring(rows_of(root, layout, shards))
+        return
     lines = [damage.text for damage in damaged(root, layout, {group.name: set(shards) for group in layout.groups})]
     if lines:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise CacheError(
-            f"{root} is damaged:\n  "
+            f"{place} is damaged:\n  "
             + "\n  ".join(lines[:SHOWN])
             + more
             + "\n  Fix: run the same `logitcache precompute` command again, it rewrites just these shards"
         )
+
+
+def rows_of(root: Path, layout: Layout, shards: Sequence[Shard]) -> list[StoredShard]:
+    """Return the parts of shards that hold rows, with their records."""
+    every = (stored(root, group, shard) for shard in shards for group in layout.groups)
+    kept = {array.name for group in layout.groups for array in group.rows}
+    return [part for parts in every for part in parts if part.array.name in kept]
 
 
 def verify_cache(root: Path, manifest: Manifest, layout: Layout) -> Verification:
@@ -172,6 +162,7 @@ def verify_cache(root: Path, manifest: Manifest, layout: Layout) -> Verification
     committed = committed_by_group(root, layout)
     problems += _not_committed(layout, set.intersection(*committed.values()))
     problems += [damage.text for damage in damaged(root, layout, committed, fresh=True)]
+    problems = [problem.replace(str(root), str(place_of(root))) for problem in problems]
     return Verification(layout.num_shards, stored_bytes(root), tuple(problems))
 
 
@@ -184,4 +175,4 @@ def _not_committed(layout: Layout, present: set[Shard]) -> list[str]:
 
 def stored_bytes(root: Path) -> int:
     """Add up the sizes of a cache's files, which others may write meanwhile."""
-    return sum(_size(file) or 0 for file in root.rglob("*"))
+    return place_of(root).stored_bytes()

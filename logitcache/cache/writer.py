@@ -14,9 +14,9 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, seal
+from logitcache.cache.copies import place_of
 from logitcache.cache.hot import hot_shard
 from logitcache.cache.layout import Layout
-from logitcache.files import write_atomically
 
 THREADS = 2
 
@@ -44,7 +44,7 @@ class CacheWriter:
     """Write shards in the background: one may wait for the disk while another is hashed and a third is filled."""
 
     def __init__(self, path: Path, layout: Layout) -> None:
-        self._path = path
+        self._place = place_of(path)
         self._groups = layout.groups
         self._encoders = {array.name: ShardEncoder(array) for array in layout.arrays}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="logitcache-writer")
@@ -73,12 +73,12 @@ class CacheWriter:
             if group.arrays[0].name not in rows:
                 continue
             records = [self._write_array(array, shard, rows[array.name]) for array in group.arrays]
-            write_atomically(self._path / group.record_file(shard), b"".join(records))
+            self._place.write(group.record_file(shard), b"".join(records))
         committed()
 
     def _write_array(self, array: ArrayLayout, shard: Shard, rows: NDArray[Any]) -> bytes:
         stored = self._encoders[array.name].encode(shard, rows)
-        write_atomically(self._path / array.file(shard), stored)
+        self._place.write(array.file(shard), stored)
         return commit_record(stored, array.file(shard))
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from logitcache.cache.create import read_manifest
+from logitcache.cache.derivation import network_of
+from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest, TeacherEntry
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
-from logitcache.errors import CacheError, LogitCacheError, RecipeError
+from logitcache.errors import CacheError, LogitCacheError, RecipeError, RemoteError
 from logitcache.models import Classifier, Model
 from logitcache.student.cost import Contender, LatencyPlan
 from logitcache.student.evaluation import EvaluationResult, evaluate, is_stated, read_run
@@ -36,8 +38,8 @@ def _teachers(run: Path, overrides: Sequence[str]) -> dict[str, Contender | None
     if not isinstance(recipe, StudentRecipe):
         return {}
     try:
-        manifest = read_manifest(Path(recipe.cache))
-    except CacheError:
+        manifest = read_manifest(locate(recipe.cache))
+    except (CacheError, RemoteError):
         return {}  # as `evaluate` tells
     return {name: _built(name, manifest, recipe, overrides) for name in manifest.teachers}
 
@@ -57,12 +59,13 @@ def _built(name: str, manifest: Manifest, recipe: StudentRecipe, overrides: Sequ
 
 
 def _recorded(name: str, entry: TeacherEntry) -> Model:
-    if entry.model is None or names_code(entry.model):
+    model = network_of(name, entry)
+    if model is None or names_code(model):
         raise RecipeError(
             "it was built by the user's own code, and a cache never names code to run. "
             f"Fix: --set 'teachers.{name}={{model: {{kind: custom, factory: …}}}}'"
         )
     try:
-        return _MODEL.validate_json(json.dumps(entry.model))
+        return _MODEL.validate_json(json.dumps(model))
     except ValidationError as error:
         raise CacheError(f"its model in the cache cannot be read: {error.errors()[0]['msg']}") from error

@@ -1,5 +1,6 @@
 """What a cache is: who made it, how complete, how good and how big."""
 
+import contextlib
 import functools
 import itertools
 import operator
@@ -14,18 +15,20 @@ from logitcache.cache.arrays import ArrayGroup, Shard
 from logitcache.cache.create import read_manifest
 from logitcache.cache.growth import read_growth
 from logitcache.cache.layout import layout_of
+from logitcache.cache.locate import locate
 from logitcache.cache.manifest import LOGITS, Manifest, TeacherEntry, is_more
 from logitcache.cache.reached import errors_of
 from logitcache.cache.reader import Cache
-from logitcache.cache.verify import committed_shards, stored_bytes
+from logitcache.cache.verify import committed_shards, stored, stored_bytes
+from logitcache.errors import CacheError
 from logitcache.logits import Logits, dense_logits, top1
 from logitcache.student.multi_label import MultiLabelTally, is_dense
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey
 
 ROWS = 4096
-RANKED = 1 << 26
-"""Logits, of all classes, whose order is looked at."""
+LOOKED_AT = 1 << 26
+"""Logits, of all classes, that a teacher's figure is taken from."""
 
 
 def inspect_cache(path: str | Path) -> dict[str, Any]:
@@ -33,14 +36,15 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
 
     `top1` is the teacher's accuracy on the labelled images of view 0, as it saw them, of the shards that are committed;
     a mixed image has the label of its larger part. Of images of any number of classes it is `mean_ap`, the mean average
-    precision, of the first images where there are many, and None where not all logits are kept.
+    precision, and None where not all logits are kept. Of many images and classes the first images stand for all (67,000
+    of 1,000 classes); `summary` counts all.
     """
-    root = Path(path)
+    root = locate(path)
     cache = Cache(root, read_manifest(root))
     manifest, layout = cache.manifest, cache.layout
     done = cache.shards
     return {
-        "cache": str(root),
+        "cache": cache.location,
         "complete": cache.complete,
         "shards": layout.num_views * layout.shards_per_view,
         "shards_committed": len(done),
@@ -98,7 +102,8 @@ def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Sha
     feature = entry.features.get(group.target)
     stored = entry.stored_logits if feature is None else entry.stored_features[group.target]
     assert stored is not None
-    errors = errors_of(cache.path, cache.manifest, group, done)
+    errors = entry.errors.get(group.target) if cache.complete else None  # over all rows, noted at the end
+    errors = errors or errors_of(cache.path, cache.manifest, group, done)
     return {
         "target": group.target,
         "kept": None if feature is None else _entry(feature.model_dump(mode="json", exclude_none=True)),
@@ -111,9 +116,13 @@ def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Sha
 
 
 def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) -> dict[str, Any]:
-    """Say what the arrays of groups take on the disk, in all and by row."""
+    """Say what the arrays of groups take on the disk, by their commit records, in all and by row."""
     every = [array for group in groups for array in group.arrays]
-    arrays = {array.name: sum(_size(cache.path / array.file(shard)) for shard in done) for array in every}
+    arrays = dict.fromkeys((array.name for array in every), 0)
+    for group, shard in itertools.product(groups, done):
+        with contextlib.suppress(CacheError):  # a damaged record, which `verify` tells of
+            for part in stored(cache.path, group, shard):
+                arrays[part.array.name] += part.size
     rows = sum(shard.stop - shard.start for shard in done)
     return {"array_bytes": arrays, "bytes_per_row": round(sum(arrays.values()) / rows, 1) if rows else None}
 
@@ -134,22 +143,22 @@ def _accuracy(cache: Cache, teacher: str, shards: list[Shard]) -> float | None:
 
 
 def _mean_ap(cache: Cache, teacher: str, shards: list[Shard]) -> float | None:
-    most = -(-RANKED // (ROWS * cache.labels.shape[1]))
     found = [
         MultiLabelTally.of(dense_logits(logits), torch.from_numpy(labels), {})
-        for labels, logits in itertools.islice(_answers(cache, teacher, shards), most)
+        for labels, logits in _answers(cache, teacher, shards)
         if is_dense(logits)
     ]
     return functools.reduce(operator.add, found).measures().mean_ap if found else None
 
 
 def _answers(cache: Cache, teacher: str, shards: list[Shard]) -> Iterator[tuple[Labels, Logits]]:
-    """Yield labels and logits of some rows at a time."""
+    """Yield labels and logits of some rows at a time, up to a number that is looked at in seconds."""
     only = cache.only({teacher: [LOGITS]}) if shards else cache
-    for shard in shards:
-        for start in range(shard.start, shard.stop, ROWS):
-            keys = [ViewKey(shard.view, index) for index in range(start, min(start + ROWS, shard.stop))]
-            yield labels_as_seen(cache, keys), only.answers(keys)[teacher].logits
+    most = -(-LOOKED_AT // (ROWS * (cache.manifest.teachers[teacher].num_classes or 1)))
+    starts = ((shard, start) for shard in shards for start in range(shard.start, shard.stop, ROWS))
+    for shard, start in itertools.islice(starts, most):
+        keys = [ViewKey(shard.view, index) for index in range(start, min(start + ROWS, shard.stop))]
+        yield labels_as_seen(cache, keys), only.answers(keys)[teacher].logits
 
 
 def labels_as_seen(cache: Cache, keys: list[ViewKey]) -> Labels:
@@ -161,10 +170,6 @@ def labels_as_seen(cache: Cache, keys: list[ViewKey]) -> Labels:
         return labels
     smaller = (mixture.share < 0.5).reshape(-1, *[1] * (labels.ndim - 1))
     return np.where(smaller, cache.labels[mixture.partners], labels).astype(labels.dtype)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
 
 
 def _entry(value: object) -> str:

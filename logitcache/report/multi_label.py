@@ -4,6 +4,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache
-from logitcache.console import track
+from logitcache.cache.shards import ShardReader
 from logitcache.logits import dense_logits
 from logitcache.report.inspect import ROWS, labels_as_seen
 from logitcache.student.multi_label import (
@@ -22,10 +24,14 @@ from logitcache.student.multi_label import (
     binary_log_probs,
     is_dense,
 )
+from logitcache.targets import Targets
+from logitcache.teacher.gathering import HERE, Cluster, gathered
 from logitcache.views.keys import ViewKey
 
 ENSEMBLE = "(ensemble)"
 """No teacher can have this name."""
+
+Tallies = dict[str, MultiLabelTally]
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,17 @@ class _View:
     agreement: Mapping[tuple[str, str], float]
 
 
-def summarize_multi_label(cache: Cache, views: int) -> MultiLabelSummary:
-    """Read the first views of a cache that holds logits alone, one at a time; one of them is held in memory."""
-    found = [_measured(cache, view) for view in track(range(views), "summary", views, "views")]
+def summarize_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> MultiLabelSummary:
+    """Read the first views of a cache that holds logits alone, one at a time; one of them is held in memory.
+
+    Average precision ranks all images of a view.
+    """
+    counter = _ViewCounter(cache.path.absolute(), cache.manifest)
+    found = list(gathered(counter, range(views), "summary", "views", cluster))
     known = cache.labels >= 0
     names = dict.fromkeys([*cache.manifest.teachers, *found[0].measures])
     return MultiLabelSummary(
-        cache=str(cache.path),
+        cache=cache.location,
         images=len(cache),
         views=views,
         labelled_rows=views * int(known.any(axis=1).sum()),
@@ -99,8 +109,21 @@ def summarize_multi_label(cache: Cache, views: int) -> MultiLabelSummary:
     )
 
 
-def _measured(cache: Cache, view: int) -> _View:
-    tallies = functools.reduce(_joined, (_tallies(cache, view, start) for start in range(0, len(cache), ROWS)))
+@dataclass(frozen=True)
+class _ViewCounter:
+    """Measure the answers of all teachers to a view. It can be pickled."""
+
+    root: Path
+    manifest: Manifest
+
+    def __call__(self, view: int) -> _View:
+        cache, reader = Cache(self.root, self.manifest), ShardReader(self.root, self.manifest)
+        shards = (shard for shard in reader.layout.shards() if shard.view == view)
+        parts = (_tallies(cache, view, *part) for shard in shards for part in reader.batches(shard, ROWS))
+        return _measured(functools.reduce(_joined, parts))
+
+
+def _measured(tallies: Tallies) -> _View:
     alone = [name for name in tallies if name != ENSEMBLE]
     return _View(
         {name: tally.measures() for name, tally in tallies.items()},
@@ -109,19 +132,22 @@ def _measured(cache: Cache, view: int) -> _View:
     )
 
 
-def _tallies(cache: Cache, view: int, start: int) -> dict[str, MultiLabelTally]:
-    """Take the answers of all teachers whose logits are all kept, and of all of them together, to some rows."""
-    keys = [ViewKey(view, index) for index in range(start, min(start + ROWS, len(cache)))]
-    labels = torch.from_numpy(labels_as_seen(cache, keys))
-    kept = {name: targets.logits for name, targets in cache.answers(keys).items() if is_dense(targets.logits)}
+def _tallies(cache: Cache, view: int, start: int, answers: Mapping[str, Targets]) -> Tallies:
+    """Take the answers of all teachers whose logits are all kept, and of all of them together, to rows from `start`."""
+    kept = {name: targets.logits for name, targets in answers.items() if is_dense(targets.logits)}
     logits: dict[str, Tensor] = {name: dense_logits(value) for name, value in kept.items()}
+    if not logits:
+        return {}
+    count = len(next(iter(logits.values())))
+    keys = [ViewKey(view, index) for index in range(start, start + count)]
+    labels = torch.from_numpy(labels_as_seen(cache, keys))
     if len(logits) > 1 and len({value.shape for value in logits.values()}) == 1:
         yes, no = binary_log_probs(list(logits.values()))
         logits[ENSEMBLE] = yes - no
     return {name: MultiLabelTally.of(value, labels, {}) for name, value in logits.items()}
 
 
-def _joined(first: dict[str, MultiLabelTally], second: dict[str, MultiLabelTally]) -> dict[str, MultiLabelTally]:
+def _joined(first: Tallies, second: Tallies) -> Tallies:
     return {name: tally + second[name] for name, tally in first.items()}
 
 

@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
 from logitcache.cache.layout import layout_of
+from logitcache.cache.locate import locate
 from logitcache.cache.locks import require_trusted
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache
@@ -41,12 +43,19 @@ def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
     `overrides` such as `dataset.root=DIR` say where the images are now; without any, images that
     are gone are reported and are no fault of the cache. Raises MismatchError for other images, pixels or plans.
     """
-    root = Path(path)
+    root = locate(path, fresh=True)
     manifest = read_manifest(root)
     found = verify_cache(root, manifest, layout_of(manifest))
-    note = "the cache is damaged" if found.problems else _compare_images(Cache(root, manifest), overrides)
+    note = _wrong(root, found.problems) if found.problems else _compare_images(Cache(root, manifest), overrides)
     images = "the same" if note is None else "not compared"
-    return VerifyResult(str(root), found.shards, found.bytes, images, note, found.problems)
+    return VerifyResult(str(place_of(root)), found.shards, found.bytes, images, note, found.problems)
+
+
+def _wrong(root: Path, problems: Sequence[str]) -> str:
+    """Say what a cache with problems is, and what mends it."""
+    if all(problem.endswith("not committed") for problem in problems):
+        return "the cache is incomplete. Fix: run the same `logitcache precompute` command again, it continues"
+    return f"the cache is damaged. Fix: `logitcache verify {place_of(root)} --repair RECIPE` writes just that again"
 
 
 def repair(path: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
@@ -58,15 +67,15 @@ def repair(path: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) 
     """
     from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 
-    root = Path(path)
+    root = locate(path, fresh=True)
     manifest = read_manifest(root)
-    plan = load_recipe(Path(recipe), PrecomputeRecipe, overrides).model_copy(update={"cache": str(root)})
+    plan = load_recipe(Path(recipe), PrecomputeRecipe, overrides).model_copy(update={"cache": str(path)})
     views = plan.views.model_copy(update={"num_views": manifest.views.num_views})
     kept = _kept(plan.teachers, manifest)
     # What it finds is remembered: precompute need not read every byte once more.
     verify_cache(root, manifest, layout_of(manifest))
     precompute(plan.model_copy(update={"views": views, "teachers": kept or plan.teachers}))
-    return verify(root)
+    return verify(path)
 
 
 def _kept(sources: Mapping[str, TeacherSource], manifest: Manifest) -> dict[str, TeacherSource]:
@@ -92,7 +101,7 @@ def _compare_images(cache: Cache, overrides: Sequence[str]) -> str | None:
     if theirs:
         return "they came from the user's own code: give --set dataset=…"
     try:
-        require_trusted(cache.manifest.views, (), str(cache.path))
+        require_trusted(cache.manifest.views, (), cache.location)
     except RecipeError as error:
         return str(error)
     try:

@@ -115,7 +115,7 @@ def comparable_features(validator: Validator) -> Cache | None:
     """Return the images' cache with nothing but such features as can be compared; None where there are none."""
     if validator.cache is None:
         return None
-    cache = open_cache(validator.cache.path)
+    cache = open_cache(validator.cache.location)
     comparable = {
         teacher: [name for name, shape in cache.features(teacher).items() if shape.kind in KINDS]
         for teacher in cache.manifest.teachers

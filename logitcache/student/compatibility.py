@@ -63,7 +63,7 @@ def require_served(losses: Sequence[Loss], cache: Cache, ensembles: Collection[s
         for reason in (*_unlabelled(loss, cache), *_unanswered(loss, cache, held, ensembles))
     ]
     if lines:
-        raise RecipeError(f"{cache.path} does not serve these losses:\n  " + "\n  ".join(lines))
+        raise RecipeError(f"{cache.location} does not serve these losses:\n  " + "\n  ".join(lines))
 
 
 def other_labels(loss: Loss, labels: Labels) -> Iterator[str]:
@@ -150,6 +150,8 @@ def unkept_features(loss: Loss, name: str, held: HeldTeacher) -> Iterator[str]:
     line = f"teachers.{name}.features.{{}}: {{{{kind: {{}}, tap: …}}}}; the same command then adds it"
     for feature, kinds in loss.features.items():
         kept = held.features.get(feature)
+        if kept is None and feature == PENULTIMATE and "head" in loss.needs:
+            continue  # it comes with the head, which is asked for below
         if kept is None:
             fix = f"add to the precompute recipe: {line.format(feature, kinds[0])}"
             there = sorted(held.features) or "none"

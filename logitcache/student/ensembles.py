@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -10,40 +10,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.device import to_device
 from logitcache.errors import MismatchError, RecipeError
-from logitcache.logits import NO_LOGITS, Logits, log_probs, moved
+from logitcache.logits import NO_LOGITS, EnsembleLogits, log_probs
 from logitcache.recipe import Component, Name, Positive
 from logitcache.student.losses.base import UNLABELLED
 from logitcache.targets import Batch, Targets
 
 Members = Annotated[tuple[Name, ...], Field(min_length=2)]
-
-
-@dataclass(frozen=True)
-class EnsembleLogits:
-    """A weighted mean of the distributions of several teachers, at whatever temperature it is asked for.
-
-    members: logits [B, C] or encoded forms; weights: [B, M], each row of them sums to 1.
-    """
-
-    members: tuple[Logits, ...]
-    weights: Tensor
-    num_classes: int
-
-    def log_probs(self, temperature: float | Tensor) -> Tensor:
-        """Return the log of the mean of the members' softmax(z / temperature), float32 [B, C]."""
-        found = torch.stack([log_probs(member, temperature) for member in self.members], dim=1)
-        return torch.logsumexp(self.weights.log()[:, :, None] + found, dim=1)
-
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copies."""
-        members = tuple(moved(member, device) for member in self.members)
-        return replace(self, members=members, weights=to_device(self.weights, device))
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-        return replace(self, members=tuple(member[rows] for member in self.members), weights=self.weights[rows])
 
 
 class EnsembleBase(Component, ABC):

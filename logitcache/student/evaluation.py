@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.create import read_manifest
+from logitcache.cache.locate import locate
 from logitcache.cache.reader import Cache
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
-from logitcache.errors import CacheError, DataError, RecipeError
+from logitcache.errors import CacheError, DataError, RecipeError, RemoteError
 from logitcache.models import Classifier, Custom, StoredModel, load_model, read_stored, resolve_preprocessing
 from logitcache.recipe import load_recipe, read_recipe
 from logitcache.student.alignment import TapSimilarity, compare_taps, require_features
@@ -134,7 +135,8 @@ def _lessons(recipe: StudentRecipe | TeacherRecipe, num_classes: int, overrides:
     """Look for what the run learnt from, which may be gone by now."""
     try:
         if isinstance(recipe, StudentRecipe):
-            cache = Cache(Path(recipe.cache), read_manifest(Path(recipe.cache)))  # no answer of it is read
+            path = locate(recipe.cache)
+            cache = Cache(path, read_manifest(path))  # no answer of it is read
             counts = _counts(cache.labels, cache.manifest.fingerprint.num_classes, num_classes)
             return _Lessons(tuple(cache.manifest.teachers), counts)
         if isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
@@ -142,7 +144,7 @@ def _lessons(recipe: StudentRecipe | TeacherRecipe, num_classes: int, overrides:
             return _Lessons()
         images = open_dataset(recipe.dataset)
         return _Lessons((), _counts(images.labels, images.num_classes, num_classes))
-    except (CacheError, DataError) as error:
+    except (CacheError, DataError, RemoteError) as error:
         say(f"training images are not counted, and teachers not weighed: {error}")
         return _Lessons()
 

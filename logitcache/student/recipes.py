@@ -2,12 +2,13 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from logitcache.cache.reader import Replay
 from logitcache.device import Precision
 from logitcache.models import Model, Preprocessing
 from logitcache.recipe import Component, Count, Float, Name, Positive
+from logitcache.remote import is_remote
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
 from logitcache.student.multi_label import THRESHOLD
@@ -107,6 +108,13 @@ class TrainingRecipe(Component):
     num_workers: Annotated[int, Field(ge=0)] = 2
     start_method: StartMethod = "forkserver"
     device: str = "auto"
+
+    @field_validator("out")
+    @classmethod
+    def _is_here(cls, out: str) -> str:
+        if is_remote(out):
+            raise ValueError(f"{out} is a URL; a run is kept in a folder of this machine. Name one")
+        return out
 
     @model_validator(mode="after")
     def _parts_sum_to_the_whole(self) -> Self:

@@ -130,7 +130,7 @@ def _num_views(cache: Cache, recipe: StudentRecipe, begun: Mapping[str, Any]) ->
     """Return how many views a run takes: those that there were when it began, or begins."""
     if recipe.num_views is not None and recipe.num_views > cache.num_views:
         raise RecipeError(
-            f"num_views is {recipe.num_views}, {cache.path} has {cache.num_views} views. Fix: at most these"
+            f"num_views is {recipe.num_views}, {cache.location} has {cache.num_views} views. Fix: at most these"
         )
     views: int = begun.get("num_views", recipe.num_views or cache.num_views)
     return min(views, cache.num_views)  # of another cache with fewer, the identity differs

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.reader import Cache, open_cache
-from logitcache.console import track
+from logitcache.console import say, track
 from logitcache.device import Precision, autocast
 from logitcache.errors import MismatchError
 from logitcache.stopping import StopFlag
@@ -132,6 +132,11 @@ def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None
             raise MismatchError(
                 f"validation: {validation.cache} holds mixed images, which have no one label. "
                 "Fix: a cache of the images as they are"
+            )
+        if views.spec.columns():
+            say(
+                f"{validation.cache} holds randomly augmented images: what is measured on them is lower than on the "
+                "images as they are"
             )
     require_labels(recipe.losses, views.dataset.labels, "validation: ")
     labels = _labels(validation, views, num_classes)

@@ -5,11 +5,10 @@ client, scheduler and workers may all be killed and started again.
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import pickle
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from logitcache.cache.arrays import Shard
+from logitcache.cache.copies import place_of
+from logitcache.cache.locate import locate
 from logitcache.cache.sharing import preparing, writing
 from logitcache.console import say, track
 from logitcache.device import resolve_device
@@ -27,7 +28,7 @@ from logitcache.teacher.precompute import Done, PrecomputeResult, finished, stop
 from logitcache.teacher.preparation import Plan, build_teachers, open_images, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.teacher.share import WHOLE, Part, Share
-from logitcache.teacher.worker import Job, compute, release
+from logitcache.teacher.worker import Job, Outcome, Work, compute, release
 from logitcache.views import canaries
 from logitcache.views.spec import Views, require_one_size
 
@@ -56,26 +57,30 @@ def precompute_on_cluster(
     itself. Raises as `precompute` does, RecipeError where no scheduler answers, CacheError where workers keep dying.
     """
     started = time.perf_counter()
-    if (scheduler is None) == (workers is None):
-        raise RecipeError("a cluster is either at an address or of this machine. Fix: --scheduler or --workers")
-    if importlib.util.find_spec("distributed") is None:
-        raise MissingExtraError("a Dask cluster", "cluster")
+    require_cluster(scheduler, workers)
     _require_named(recipe)
     mine = WHOLE if part is None else Part.parse(part)
-    path, done = Path(recipe.cache), Done()
+    path, done = locate(recipe.cache), Done()
     with contextlib.ExitStack() as held:
         with preparing(path) as target:
             plan = _plan(recipe, target, path)
             held.enter_context(writing(path))
-        run = _Run(recipe, path, plan, mine, done)
-        if run.groups(plan.pending):
-            torch.cuda.empty_cache()  # what the client's teachers took of a device is for the workers
-            if workers is not None:
-                local = held.enter_context(local_cluster(workers, resolve_device(recipe.device)))
-                run.fill(local.address, local.threads)
-            elif scheduler is not None:
-                run.fill(scheduler)
+
+        def job(threads: int | None) -> Work:
+            here = path.absolute()  # workers run in folders of their own
+            return Job(recipe, replace(plan.at(here), pending=[]), here, threads)
+
+        run = Run("precompute", path, plan, recipe.views_per_image, mine, done)
+        run.fill_on(job, scheduler, workers, resolve_device(recipe.device))
     return finished(path, plan, done, started)
+
+
+def require_cluster(scheduler: str | None, workers: int | None) -> None:
+    """Raise unless one kind of cluster is asked for, and Dask is there."""
+    if (scheduler is None) == (workers is None):
+        raise RecipeError("a cluster is either at an address or of this machine. Fix: --scheduler or --workers")
+    if importlib.util.find_spec("distributed") is None:
+        raise MissingExtraError("a Dask cluster", "cluster")
 
 
 def _require_named(recipe: PrecomputeRecipe) -> None:
@@ -96,24 +101,34 @@ def _plan(recipe: PrecomputeRecipe, target: Path, path: Path) -> Plan:
     return prepare(recipe, views, teachers, target, path)
 
 
-class _Run:
-    """The shards of a plan that are to do, and what is done of them."""
+class Run:
+    """The shards of a plan that are to do, and what is done of them; `what` names it to the user."""
 
-    def __init__(self, recipe: PrecomputeRecipe, path: Path, plan: Plan, part: Part, done: Done) -> None:
-        self._recipe, self._path, self._plan, self._part, self._done = recipe, path, plan, part, done
-        self._share = Share(path, plan.layout, (), recipe.views_per_image, part)
+    def __init__(self, what: str, path: Path, plan: Plan, views_per_image: int, part: Part, done: Done) -> None:
+        self._what, self._path, self._plan, self._part, self._done = what, path, plan, part, done
+        self._views_per_image = views_per_image
+        self._share = Share(path, plan.layout, (), views_per_image, part)
+
+    def fill_on(
+        self, job: Callable[[int | None], Work], scheduler: str | None, workers: int | None, device: torch.device
+    ) -> None:
+        """Hand out the job, of so many threads of torch, on a running scheduler or on workers of this machine."""
+        if not self.groups(self._plan.pending):
+            return
+        torch.cuda.empty_cache()  # what the client's teachers took of a device is for the workers
+        if workers is not None:
+            with local_cluster(workers, device) as local:
+                self.fill(local.address, job(local.threads))
+        elif scheduler is not None:
+            self.fill(scheduler, job(None))
 
     def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
         """Return those of some shards that are for this run, in groups that share decodes."""
-        return Share(self._path, self._plan.layout, shards, self._recipe.views_per_image, self._part).groups
+        return Share(self._path, self._plan.layout, shards, self._views_per_image, self._part).groups
 
-    def fill(self, address: str, threads: int | None = None) -> None:
-        """Hand out shards until all are committed, or none of those that are left can be had.
-
-        `threads`: what torch is to use in each worker, None as it is there.
-        """
-        job = Job(self._recipe, replace(self._plan, pending=[]), self._path.absolute(), threads)
-        name = _name(job)
+    def fill(self, address: str, job: Work) -> None:
+        """Hand out shards until all are committed, or none of those that are left can be had."""
+        name = job.name
         left, patience, losses = self._plan.pending, FIRST, 0
         with stop_flag() as stop:
 
@@ -134,7 +149,7 @@ class _Run:
                     patience, losses = AGAIN, 1 if self._done.shards > before else losses + 1
                     if losses > LOSSES:
                         raise CacheError(
-                            f"{error}. {self._path} is incomplete. Fix: the same command continues"
+                            f"{error}. {place_of(self._path)} is incomplete. Fix: the same command continues"
                         ) from error
                 left = self._missing(groups)
                 # Others have what nobody could have: as in a single process, these are left to them.
@@ -156,9 +171,9 @@ class _Run:
             )
         except OSError as error:
             raise LostScheduler(f"the scheduler of {client} is gone: {error}") from error
-        unit = "shards" if self._recipe.views_per_image == 1 else "groups of shards"
-        for future in track(arriving(client, futures, check), "precompute", len(groups), unit):
-            outcome = result_of(future)
+        unit = "shards" if self._views_per_image == 1 else "groups of shards"
+        for future in track(arriving(client, futures, check), self._what, len(groups), unit):
+            outcome: Outcome = result_of(future)
             self._done.add(outcome.done)
             if outcome.refusal is not None:
                 raise outcome.refusal.error()
@@ -173,14 +188,9 @@ class _Run:
         while unseen := self._missing([committed]):
             if time.monotonic() > deadline:
                 view, start, stop = unseen[0]
+                where = place_of(self._path.absolute())
                 raise CacheError(
-                    f"a worker has committed view {view} rows {start}..{stop} to {self._path.absolute()}, which is not "
-                    "there at the client. Fix: a file system that client and workers share, at the same path"
+                    f"a worker has committed view {view} rows {start}..{stop} to {where}, which is not there at the "
+                    "client. Fix: a file system that client and workers share, at the same path"
                 )
             time.sleep(PAUSE)
-
-
-def _name(job: Job) -> str:
-    """Return what tells a job from others on one scheduler: clients of the same job share its tasks."""
-    parts = (str(job.path), str(job.threads), job.recipe.model_dump_json(), job.plan.goal.model_dump_json())
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

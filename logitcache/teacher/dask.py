@@ -15,7 +15,6 @@ import torch
 from logitcache.console import say
 from logitcache.errors import CacheError, RecipeError
 from logitcache.teacher import worker
-from logitcache.teacher.worker import Outcome
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -99,14 +98,13 @@ def arriving(client: "Client", futures: "Sequence[Future]", check: Check) -> "It
                     looked = time.monotonic()
 
 
-def result_of(future: "Future") -> Outcome:
+def result_of(future: "Future") -> Any:
     """Return what a task returned; raise what it raised to the end, LostScheduler where nobody knows of it any more."""
     from distributed import KilledWorker
 
     status = future.status
     try:
-        found: Outcome = future.result()
-        return found
+        return future.result()
     except KilledWorker as error:
         raise CacheError(
             f"{error.allowed_failures + 1} workers died, one after the other, while they computed {error.task}: most "

@@ -2,14 +2,15 @@
 
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
 from logitcache.cache.create import read_manifest
+from logitcache.cache.derivation import network_of
 from logitcache.cache.encodings import Dense
+from logitcache.cache.locate import locate
 from logitcache.cache.manifest import TeacherEntry
 from logitcache.device import resolve_device
 from logitcache.errors import CacheError, MismatchError, RecipeError
@@ -38,7 +39,7 @@ def live_targets(
     `sources` are the user's own entries, needed for models of the user's code; `modules` the modules themselves. Raises
     MismatchError where a teacher is not the one that filled the cache.
     """
-    manifest = read_manifest(Path(cache))
+    manifest = read_manifest(locate(cache))
     unknown = sorted((sources or {}).keys() - manifest.teachers.keys())
     if unknown:
         raise RecipeError(
@@ -84,8 +85,9 @@ def _require_recorded(teacher: Teacher, entry: TeacherEntry) -> None:
 def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Module] | None) -> TeacherSource:
     """Read a teacher's source from the manifest, which never names code to run."""
     mine = name in (modules or {})
+    model = None if mine else network_of(name, entry)
     recorded = {
-        "model": None if mine else entry.model,
+        "model": model,
         "preprocessing": entry.preprocessing.model_dump(mode="json"),
         "precision": entry.precision,
     }
@@ -96,7 +98,7 @@ def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Mo
             f"teachers.{name}.model in the cache cannot be read: {error.errors()[0]['msg']}. "
             f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
         ) from error
-    if not mine and (source.model is None or names_code(entry.model)):
+    if not mine and (source.model is None or names_code(model)):
         raise RecipeError(
             f"teacher {name!r} was built by the user's own code, and a cache never names code to run. "
             f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"

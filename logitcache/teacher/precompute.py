@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from logitcache.cache.arrays import ArrayGroup, Shard
+from logitcache.cache.copies import place_of
 from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout
+from logitcache.cache.locate import locate
 from logitcache.cache.row_errors import add, statistics_of
 from logitcache.cache.sharing import preparing, writing
 from logitcache.cache.unreadable import note_unreadable
@@ -77,7 +79,7 @@ def precompute(
     recipe = as_given(recipe, teachers or {}, dataset)
     key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
     built = build_teachers(recipe, teachers or {}, views, key, device)
-    path = Path(recipe.cache)
+    path = locate(recipe.cache)
     done = Done()
     with contextlib.ExitStack() as seen:
         for teacher in built:
@@ -98,14 +100,21 @@ def finished(path: Path, plan: Plan, done: "Done", started: float) -> Precompute
     left = finish(path, plan)
     if left:
         say(
-            f"{path}: {done.shards} shards written, {left} of {plan.layout.num_shards} are left to other processes or "
-            "parts. Should these end without them, the same command writes them"
+            f"{place_of(path)}: {done.shards} shards written, {left} of {plan.layout.num_shards} are left to other "
+            "processes or parts. Should these end without them, the same command writes them"
         )
     elif not plan.pending:
-        say(f"{path} is complete, there is nothing to do")
+        say(f"{place_of(path)} is complete, there is nothing to do")
     seconds = time.perf_counter() - started
     return PrecomputeResult(
-        str(path), plan.layout.num_shards, done.shards, left, done.views, done.passes, seconds, stored_bytes(path)
+        str(place_of(path)),
+        plan.layout.num_shards,
+        done.shards,
+        left,
+        done.views,
+        done.passes,
+        seconds,
+        stored_bytes(path),
     )
 
 
@@ -149,14 +158,14 @@ def fill(
         while taken != done.shards:
             taken = done.shards
             ours, theirs = itertools.tee(share.take())
-            ahead = (_keys(batch) for group in theirs for batch in _batches(group, answered, recipe.batch_size))
+            ahead = (_keys(batch) for group in theirs for batch in batches_of(group, answered, recipe.batch_size))
             images = track(loader.render(ahead), "precompute", total, "batches")
             for group in ours:
                 work = _Work.of(plan.layout, share, group)
-                for batch in _batches(group, answered, recipe.batch_size):
+                for batch in batches_of(group, answered, recipe.batch_size):
                     rendered = _next_images(images, views, _keys(batch), path).chunk(len(batch))
                     for (shard, keys), pixels in zip(batch.items(), rendered, strict=True):
-                        _keep(work.rows[shard], shard, teachers, plan, views, keys, pixels)
+                        keep(work.rows[shard], shard, teachers, plan, views, keys, pixels)
                     if stop:
                         writer.flush()
                         raise stop.stopped(stopped_message(path, done.shards, len(plan.pending)))
@@ -183,7 +192,7 @@ class _Work(NamedTuple):
         return len({group.teacher for group in layout.targets if group.name in self.missing[shard]})
 
 
-def _batches(group: list[Shard], views: Views, batch_size: int) -> Iterator[dict[Shard, list[ViewKey]]]:
+def batches_of(group: list[Shard], views: Views, batch_size: int) -> Iterator[dict[Shard, list[ViewKey]]]:
     """Yield the keys of up to `batch_size` images by shard; a teacher's batch is the same whatever it is rendered with.
 
     Partners that are in one shard come together, so that each is decoded once.
@@ -220,7 +229,7 @@ def _is_readable(views: Views, index: int) -> bool:
     return True
 
 
-def _keep(
+def keep(
     rows: Rows, shard: Shard, teachers: list[Teacher], plan: Plan, views: Views, keys: list[ViewKey], images: Tensor
 ) -> None:
     """Let the teachers answer a batch of one shard, and put all that is kept of it in its places.
@@ -283,6 +292,6 @@ def _keep_answers(
 def stopped_message(path: Path, num_finished: int, total: int) -> str:
     """Say what a run that is stopped leaves."""
     return (
-        f"stopped: {num_finished} of the {total} shards that were to do are committed in {path}, what was in progress "
-        "is dropped. The same command continues"
+        f"stopped: {num_finished} of the {total} shards that were to do are committed in {place_of(path)}, what was in "
+        "progress is dropped. The same command continues"
     )

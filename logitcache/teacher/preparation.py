@@ -1,18 +1,22 @@
 """Before the first shard: open what the recipe names, then create its cache or prove that it is the one to continue."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
+from logitcache.cache.copies import place_of
 from logitcache.cache.create import create_skeleton, read_manifest
+from logitcache.cache.derivation import require_not_derived
 from logitcache.cache.growth import begin_growth, finish_growth, forget_growth, grown, read_growth
 from logitcache.cache.layout import CHECKSUMS, Layout, choose_shard_rows, layout_of
+from logitcache.cache.locate import refresh
 from logitcache.cache.manifest import Manifest, TeacherEntry, extends, is_more, require_growth
 from logitcache.cache.reached import note_errors
 from logitcache.cache.reader import Cache
@@ -27,7 +31,7 @@ from logitcache.files import remove_leftovers
 from logitcache.models import weights_digest
 from logitcache.recipe import Component
 from logitcache.targets import Targets
-from logitcache.teacher.fitting import examples_of, fit, mended_tables, table_files
+from logitcache.teacher.fitting import Tables, examples_of, fit, mended_tables, table_files
 from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.versions import versions
@@ -93,27 +97,53 @@ class Plan:
     num_recorded: int = 0
     checksums: RecordedRows | None = None
 
+    def at(self, path: Path) -> Self:
+        """Return the same plan of a cache that is read at another path."""
+        coders, checksums = Coders(path, self.goal, self.layout), self.checksums
+        return replace(self, coders=coders, checksums=None if checksums is None else checksums.at(path))
+
 
 def prepare(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], target: Path, path: Path) -> Plan:
     """Create the cache, or prove that the recipe continues or extends it; returns what is to do."""
     if target == path:
         return _continue(path, recipe, views, teachers)
-    keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)
-    records, pixels = canaries.take(views, keys)
-    samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
-    examples = examples_of(teachers, pixels, torch.from_numpy(samples.labels[[key.index for key in keys]]))
-    asked = _entries(recipe, teachers, views.dataset, examples)
-    entries, tables = fit(recipe, views, teachers, asked, examples)
-    rows = choose_shard_rows(list(entries.values()), len(views.dataset.ids), recipe.shard_rows)
-    manifest = _manifest(recipe, views, entries, records, pixels, rows)
+    manifest, samples, tables = begin(recipe, views, teachers)
     layout = layout_of(manifest)
     create_skeleton(target, path, manifest, samples, table_files(layout, tables))
     return Plan(manifest, layout, Coders(path, manifest, layout), list(layout.shards()))
 
 
-def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Plan:
-    """Refuse a recipe that asks for another cache; mend what is damaged of all but the shards, and begin to grow."""
+def begin(
+    recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], most_rows: int | None = None
+) -> tuple[Manifest, Samples, Tables]:
+    """Describe a new cache, and fit what is to be fitted, to at most so many calibration rows; writes nothing."""
+    keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)
+    records, pixels = canaries.take(views, keys)
+    samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
+    examples = examples_of(teachers, pixels, torch.from_numpy(samples.labels[[key.index for key in keys]]))
+    asked = _entries(recipe, teachers, views.dataset, examples)
+    entries, tables = fit(recipe, views, teachers, asked, examples, most_rows=most_rows)
+    rows = choose_shard_rows(list(entries.values()), len(views.dataset.ids), recipe.shard_rows)
+    return _manifest(recipe, views, entries, records, pixels, rows), samples, tables
+
+
+class Standing(NamedTuple):
+    """A cache that is there: what its root records and what is to be recorded, and what a recipe makes of it.
+
+    What the recipe adds has no form yet.
+    """
+
+    recorded: Manifest
+    manifest: Manifest
+    goal: Manifest
+    samples: Samples
+    examples: Mapping[str, Targets]
+
+
+def standing(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Standing:
+    """Refuse a recipe that asks for another cache than that at `path`; writes nothing."""
     recorded = read_manifest(path)
+    require_not_derived(recorded, path)
     if recorded.num_images != len(views.dataset.ids):
         Cache(path, recorded).require_dataset(views.dataset)
     records, pixels = canaries.take(views, [ViewKey(canary.view, canary.index) for canary in recorded.canaries])
@@ -130,18 +160,24 @@ def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list
     goal = _goal(cache, wanted)
     if manifest.canaries != wanted.canaries:
         cache.require_canaries(views)
+    return Standing(recorded, manifest, goal, samples, examples)
+
+
+def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Plan:
+    """Mend what is damaged of all but the shards of a cache, and begin to grow."""
+    recorded, manifest, goal, samples, examples = standing(path, recipe, views, teachers)
     tables = mended_tables(path, goal, lambda entries, count: fit(recipe, views, teachers, entries, examples, count)[1])
     for key in mend_skeleton(path, recorded, manifest, samples, tables):
-        say(f"writing again: {path / key}")
+        say(f"writing again: {place_of(path)}/{key}")
     forget_unreadable(path)
     if alone(path):
         remove_leftovers(path)
     if is_more(goal, manifest):
         entries, added = fit(recipe, views, teachers, goal.teachers, examples)
         goal = goal.model_copy(update={"teachers": entries})
-        _require_whole_pages(path, goal, manifest)
+        require_whole_pages(path, goal, manifest)
         begin_growth(path, goal, {**tables, **table_files(layout_of(goal), added)})
-    return _plan(cache, goal)
+    return _plan(Cache(path, manifest), goal)
 
 
 def _goal(cache: Cache, wanted: Manifest) -> Manifest:
@@ -153,21 +189,22 @@ def _goal(cache: Cache, wanted: Manifest) -> Manifest:
     if extends(recorded, wanted) and (cache.complete or not is_more(recorded, wanted)):
         return recorded.restricted(wanted.views.num_views, wanted.targets)
     growing = (
-        f" (growing to {begun.views.num_views} views by {', '.join(begun.teachers)}; `logitcache gc {path} --growth` "
-        "gives that up)"
+        f" (growing to {begun.views.num_views} views by {', '.join(begun.teachers)}; "
+        f"`logitcache gc {place_of(path)} --growth` gives that up)"
     )
-    require_growth(begun, wanted, f"{path}{growing if is_more(begun, recorded) else ''}")
+    require_growth(begun, wanted, f"{place_of(path)}{growing if is_more(begun, recorded) else ''}")
     raise AssertionError("it neither extends the cache nor differs from it")
 
 
-def _require_whole_pages(path: Path, goal: Manifest, recorded: Manifest) -> None:
+def require_whole_pages(path: Path, goal: Manifest, recorded: Manifest) -> None:
+    """Raise RecipeError naming what is new and would not fill whole pages with the shards that a cache has."""
     for name, entry in goal.teachers.items():
         added = [target for target in entry.targets if target not in recorded.targets.get(name, ())]
         wrong = [target for target in added if not _fills_pages(entry.restricted([target]), goal)]
         if wrong:
             raise RecipeError(
-                f"{path} has shards of {goal.shard_rows} rows, which {', '.join(wrong)} of teachers.{name} would not "
-                "fill whole pages with. Fix: storage: packed for these, or another cache"
+                f"{place_of(path)} has shards of {goal.shard_rows} rows, which {', '.join(wrong)} of teachers.{name} "
+                "would not fill whole pages with. Fix: storage: packed for these, or another cache"
             )
 
 
@@ -183,12 +220,14 @@ def _plan(cache: Cache, goal: Manifest) -> Plan:
     layout = layout_of(goal)
     checksums = {array.suffix: RecordedRows(cache.path, array) for array in cache.layout.views_arrays}.get(CHECKSUMS)
     coders = Coders(cache.path, goal, layout)
-    return Plan(goal, layout, coders, _unfinished(cache.path, layout), cache.num_views, checksums)
+    return Plan(goal, layout, coders, unfinished(cache.path, layout), cache.num_views, checksums)
 
 
 def finish(path: Path, plan: Plan) -> int:
     """Let the root describe what the cache has grown to, once that is whole; returns how many shards are not there."""
     with preparing(path):
+        if plan.pending:
+            refresh(path)  # what other machines have committed
         recorded = read_manifest(path)
         left = plan.layout.num_shards - len(committed_shards(path, plan.layout))
         if left == 0 and is_more(plan.goal, recorded) and extends(plan.goal, recorded):
@@ -257,12 +296,12 @@ def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, examp
     )
 
 
-def _unfinished(path: Path, layout: Layout) -> list[Shard]:
+def unfinished(path: Path, layout: Layout) -> list[Shard]:
     """List the shards to compute: those never committed, and those whose bytes are no longer what was committed."""
     committed = committed_by_group(path, layout)
     for shard, group, text in damaged(path, layout, committed):
         say(f"writing again: {text}")
-        (path / group.record_file(shard)).unlink(missing_ok=True)
+        place_of(path).remove([group.record_file(shard)])
         committed[group.name].discard(shard)
     done = set.intersection(*committed.values())
     return [shard for shard in layout.shards() if shard not in done]

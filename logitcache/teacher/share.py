@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from logitcache.cache.arrays import Shard
+from logitcache.cache.copies import place_of
 from logitcache.cache.layout import Layout
 from logitcache.cache.sharing import Claim
 from logitcache.errors import RecipeError
@@ -55,7 +56,8 @@ class Share:
 
     def missing(self, shard: Shard) -> list[str]:
         """Name what is not committed of a shard: the groups of arrays that have no record of it."""
-        return [group.name for group in self._layout.groups if not (self._path / group.record_file(shard)).exists()]
+        place = place_of(self._path)
+        return [group.name for group in self._layout.groups if not place.has(group.record_file(shard))]
 
     def committed(self, shard: Shard) -> None:
         """Let go of a shard that is committed, or that is given up."""

@@ -1,23 +1,27 @@
 """What a process of a cluster does: open what a recipe names, once, and fill the shards that it is handed."""
 
+import hashlib
 import multiprocessing
 import pickle
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import torch
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.create import read_manifest
+from logitcache.cache.locate import locate
 from logitcache.cache.reader import Cache
 from logitcache.cache.sharing import writing
 from logitcache.device import resolve_device
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
 from logitcache.models import weights_digest
+from logitcache.recipe import Component
+from logitcache.remote import is_remote
 from logitcache.stopping import ignore_signals
 from logitcache.teacher.models import Teacher
 from logitcache.teacher.precompute import Done, fill
@@ -32,6 +36,27 @@ PATIENCE, PAUSE = 30.0, 0.1
 """Seconds to wait for a shard that another process of this machine has claimed, and between asking for it."""
 
 
+class Filler(Protocol):
+    """What all shards of a job need, opened."""
+
+    def fill(self, shards: Sequence[Shard], done: Done) -> list[Shard]:
+        """Compute what nobody else has, and wait a while for what somebody has; returns what is committed."""
+
+    def close(self) -> None:
+        """End what was started."""
+
+
+class Work(Protocol):
+    """A cache to fill, as a value that can be pickled: shards are handed out apart."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from others on one scheduler: clients of the same work share its tasks."""
+
+    def open(self) -> Filler:
+        """Open all that it needs."""
+
+
 class Job(NamedTuple):
     """A cache to fill, by a plan whose pending shards are handed out apart; `threads` are torch's, None as they are."""
 
@@ -39,6 +64,28 @@ class Job(NamedTuple):
     plan: Plan
     path: Path
     threads: int | None
+
+    @property
+    def name(self) -> str:
+        """What tells it from others on one scheduler."""
+        return name_of(self.path, self.threads, self.recipe, self.plan.goal)
+
+    def open(self) -> "_Opened":
+        """Open images and teachers."""
+        return _Opened(self)
+
+    def located(self) -> "Job":
+        """Return the job with the path that a cache elsewhere is read at here."""
+        if not is_remote(self.recipe.cache):
+            return self
+        path = locate(self.recipe.cache)
+        return self._replace(path=path, plan=self.plan.at(path))
+
+
+def name_of(path: Path, threads: int | None, *parts: Component) -> str:
+    """Return a name for the work of filling a cache as some components say."""
+    texts = (str(path), str(threads), *(part.model_dump_json() for part in parts))
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 class Refusal(NamedTuple):
@@ -66,7 +113,7 @@ class Outcome(NamedTuple):
 
 
 def compute(key: str, job: bytes, shards: Sequence[Shard]) -> Outcome:
-    """Fill shards, all of the same images, of a pickled Job; `key` names what is opened for it in this process."""
+    """Fill shards, all of the same images, of pickled Work; `key` names what is opened for it in this process."""
     done = Done()
     with _computing:
         try:
@@ -96,6 +143,7 @@ class _Opened:
     """The images, the teachers and the processes that render: what all shards of a job need."""
 
     def __init__(self, job: Job) -> None:
+        job = job.located()
         recipe, plan = job.recipe, job.plan
         self._job = job
         _require_may_start(recipe.num_workers)
@@ -111,31 +159,39 @@ class _Opened:
         """Compute what nobody else has, and wait a while for what somebody has; returns what is committed."""
         recipe, plan, path, _ = self._job
         share = Share(path, self._layout, shards, recipe.views_per_image, WHOLE)
-        deadline = time.monotonic() + PATIENCE
-        with writing(path):
-            while True:
-                fill(recipe, self._views, self._loader, self._teachers, path, plan, share, done)
-                committed = [shard for shard in shards if not share.missing(shard)]
-                if len(committed) == len(shards) or time.monotonic() > deadline:
-                    return committed
-                time.sleep(PAUSE)
+        return filled(
+            path, share, lambda: fill(recipe, self._views, self._loader, self._teachers, path, plan, share, done)
+        )
 
     def close(self) -> None:
         """End the processes that render."""
         self._loader.close()
 
 
+def filled(path: Path, share: Share, fill: Callable[[], None]) -> list[Shard]:
+    """Fill a share, and wait a while for what somebody else has of it; returns what is committed."""
+    shards = [shard for group in share.groups for shard in group]
+    deadline = time.monotonic() + PATIENCE
+    with writing(path):
+        while True:
+            fill()
+            committed = [shard for shard in shards if not share.missing(shard)]
+            if len(committed) == len(shards) or time.monotonic() > deadline:
+                return committed
+            time.sleep(PAUSE)
+
+
 _computing = threading.Lock()
 """Held while shards are computed: a worker of several threads has one device all the same."""
 
-_opened: dict[str, _Opened] = {}
+_opened: dict[str, Filler] = {}
 """At most one."""
 
 
-def _open(key: str, job: bytes) -> _Opened:
+def _open(key: str, job: bytes) -> Filler:
     if key not in _opened:
         _close()
-        _opened[key] = _Opened(pickle.loads(job))
+        _opened[key] = pickle.loads(job).open()
     return _opened[key]
 
 

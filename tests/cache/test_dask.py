@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from logitcache.cache import lazy
+from logitcache.cache import shards
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.errors import CacheError
 from logitcache.logits import log_probs
@@ -89,13 +89,13 @@ def da_softmax(logits: Any) -> Any:
 
 def test_only_the_shards_that_are_computed_are_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
-    compare = lazy.require_intact
+    compare = shards.require_intact
 
     def noted(root: Path, layout: Any, shards: Any) -> None:
         read.extend(shards)
         compare(root, layout, shards)
 
-    monkeypatch.setattr(lazy, "require_intact", noted)
+    monkeypatch.setattr(shards, "require_intact", noted)
     logits = open_cache(cache).as_dask()["t"]["logits"]
     assert read == []
     assert logits[1, 130:140].compute().shape == (10, 16)

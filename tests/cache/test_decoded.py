@@ -142,7 +142,9 @@ def test_processes_at_once_decode_each_shard_once(tmp_path: Path) -> None:
     assert all(right for _, right in found)
 
 
-@pytest.mark.parametrize(("told", "limit"), [("0", 0), ("123", 123), ("5M", 5 << 20), (" 2g ", 2 << 30)])
+@pytest.mark.parametrize(
+    ("told", "limit"), [("0", 0), ("123", 123), ("5M", 5 << 20), ("7K", 7 << 10), (" 2g ", 2 << 30)]
+)
 def test_the_limit_is_told_by_the_environment(told: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, told)
     assert shared_limit() == limit
@@ -151,7 +153,7 @@ def test_the_limit_is_told_by_the_environment(told: str, limit: int, monkeypatch
 @pytest.mark.parametrize("told", ["-1", "5T", "much", "1e9"])
 def test_a_limit_that_is_no_size_is_refused(told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, told)
-    with pytest.raises(RecipeError, match=r"which is no size\. Fix: bytes, or 500M, 8G"):
+    with pytest.raises(RecipeError, match=r"which is no size\. Fix: a number of bytes, or one with K, M or G, as 8G"):
         shared_limit()
 
 

@@ -319,6 +319,8 @@ def test_what_is_missing_of_a_teacher_is_said_feature_by_feature() -> None:
     assert "needs the last linear layer of 'net'" in head
     assert "teachers.net.logits: {kind: head}" in head
     assert "kept as 'penultimate', not as 'pooled'. Fix: set `feature: penultimate`" in its_input
+    (one,) = reasons(SRRL(student="0", feature="penultimate"))  # which comes with the head
+    assert "teachers.net.logits: {kind: head}" in one
     assert reasons(SRRL(student="0", feature="pooled", logit_weight=0.0)) == []
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from logitcache.cache.encodings import TopK
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
-from logitcache.logits import NO_LOGITS, LinearLogits, Logits, dense_logits, log_probs, top1
+from logitcache.logits import NO_LOGITS, EnsembleLogits, LinearLogits, Logits, dense_logits, log_probs, top1
 from logitcache.recipe import load_recipe
-from logitcache.student.ensembles import Ensemble, EnsembleLogits, classes_of, with_ensembles
+from logitcache.student.ensembles import Ensemble, classes_of, with_ensembles
 from logitcache.student.recipes import StudentRecipe
 from logitcache.student.training import train
 from logitcache.targets import Batch, MixedLabels, Targets

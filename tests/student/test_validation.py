@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcache import console
 from logitcache.cache.reader import open_cache
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import load_model
@@ -69,6 +70,17 @@ def test_validation_on_a_cache_compares_with_the_teacher(cache: Path, untouched:
     assert row["val_kl"] == pytest.approx(np.mean(np.sum(np.exp(log_t) * (log_t - log_p), axis=1)), rel=1e-5)
     assert row["val_teacher_top1"] == pytest.approx(np.mean(log_t.argmax(axis=1) == labels))
     assert row["val_top1"] == pytest.approx(np.mean(log_p.argmax(axis=1) == labels))
+
+
+def test_accuracy_on_randomly_augmented_images_is_called_so(
+    cache: Path, untouched: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    console.configure()
+    for number, measured in enumerate((cache, untouched)):
+        train(student(tmp_path / str(number), cache, validation={"cache": str(measured)}))
+        said = f"{measured} holds randomly augmented images" in capfd.readouterr().err
+        assert said == (measured == cache)
+    console.configure(quiet=True)
 
 
 def test_fewer_than_five_classes_are_all_among_the_five_best(tmp_path: Path) -> None:

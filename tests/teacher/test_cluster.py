@@ -212,7 +212,7 @@ def test_a_scheduler_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pyt
 def test_shards_that_workers_commit_elsewhere_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = prepared(tmp_path / "c.zarr")
     monkeypatch.setattr(cluster, "VISIBLE", 0.2)
-    run = cluster._Run(job.recipe, job.path, job.plan, cluster.WHOLE, Done())
+    run = cluster.Run("precompute", job.path, job.plan, 1, cluster.WHOLE, Done())
     with pytest.raises(CacheError, match=r"committed view 0 rows 0\.\.128 to .*Fix: a file system that client and"):
         run._require_seen(job.plan.pending[:1])
 

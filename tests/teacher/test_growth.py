@@ -15,6 +15,7 @@ from torch import nn
 from logitcache import console
 from logitcache.cache.create import read_manifest
 from logitcache.cache.layout import layout_of
+from logitcache.cache.place import Folder
 from logitcache.cache.reader import open_cache
 from logitcache.cache.skeleton import GROWING
 from logitcache.cache.verify import committed_by_group
@@ -282,7 +283,6 @@ def test_a_reader_at_any_moment_of_the_last_step_sees_the_old_state_or_the_new(
     from logitcache.cache import growth
 
     seen: list[tuple[int, int]] = []
-    write = growth.write_atomically
 
     def look() -> None:
         found = open_cache(cache)
@@ -290,12 +290,13 @@ def test_a_reader_at_any_moment_of_the_last_step_sees_the_old_state_or_the_new(
         found.rows([ViewKey(found.num_views - 1, 0)])
         assert verified(cache) == ()
 
-    def replaced(path: Path, data: bytes) -> None:
-        look()
-        write(path, data)
-        look()
+    class Watched(Folder):
+        def write(self, key: str, data: bytes | memoryview) -> None:
+            look()
+            super().write(key, data)
+            look()
 
-    monkeypatch.setattr(growth, "write_atomically", replaced)
+    monkeypatch.setattr(growth, "place_of", Watched)
     grow(cache, 3, "tu", **RECORDED)
     assert seen[0] == (2, 1)
     assert seen[-1] == (3, 2)

@@ -1,0 +1,68 @@
+"""Digests of objects in storage, read in parts and remembered by the tags that the storage gives them."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from logitcache import stamps
+from logitcache.cache.arrays import StoredShard
+from logitcache.console import track
+from logitcache.errors import RemoteError
+from logitcache.files import keep, kept, user_cache_directory
+from logitcache.remote import PART, Entry, Remote
+
+
+def object_digests(
+    remote: Remote, parts: Sequence[StoredShard], listed: Mapping[str, Entry], *, fresh: bool
+) -> list[bytes | None]:
+    """Return the sha256 of shards' bytes in storage: what is remembered, None for others; `fresh` reads every byte.
+
+    What is not there has no bytes.
+    """
+    store = _memory(remote)
+    index = stamps.StampIndex(kept(store) or b"")
+    rows = stamps.as_rows(_row(remote, part.key, listed.get(part.key)) for part in parts)
+    if not fresh:
+        known = index.fill(rows)
+        return [digest.tobytes() if here else None for digest, here in zip(rows["digest"], known, strict=True)]
+    read = remote.each(lambda part: _streamed(remote, part), parts)
+    digests = list(track(read, f"reading {remote.name}", len(parts), "shards"))
+    if parts:
+        rows["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
+        keep(store, index.merged(rows))
+    return [*digests]
+
+
+def _streamed(remote: Remote, part: StoredShard) -> bytes:
+    """Hash the bytes of an object, part by part."""
+    digest = hashlib.sha256()
+    try:
+        for start in range(0, part.size, PART):
+            digest.update(remote.read_range(part.key, start, min(start + PART, part.size)))
+    except FileNotFoundError:
+        return _NOTHING
+    except RemoteError:
+        if remote.size(part.key) == part.size:
+            raise
+        return _NOTHING  # shorter than its record says
+    return digest.digest()
+
+
+_NOTHING = hashlib.sha256().digest()
+
+
+def _row(remote: Remote, key: str, entry: Entry | None) -> bytes:
+    """Return an object's row of the index: its tag stands where files have their times."""
+    if entry is None or not entry.tag:
+        return stamps.packed_row(f"{remote}/{key}", stamps.NO_STAMP)
+    tag = hashlib.sha256(entry.tag.encode()).digest()
+    first, second = (int.from_bytes(tag[start : start + 8], "little", signed=True) for start in (0, 8))
+    return stamps.packed_row(f"{remote}/{key}", (entry.size, first, second, 0))
+
+
+def _memory(remote: Remote) -> Path | None:
+    directory = user_cache_directory()
+    name = hashlib.sha256(remote.url.encode()).hexdigest()[:32]
+    return directory / f"{name}.objects" if directory else None

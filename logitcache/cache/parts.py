@@ -1,0 +1,105 @@
+"""Files that several processes of a machine make once: whoever comes first writes, the others wait and find them.
+
+A file is written beside its place, under a lock that ends with its process, and renamed when it is whole.
+"""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from logitcache.errors import RecipeError
+
+PART = ".part"
+"""How the name ends of what is being written."""
+
+_SIZE = re.compile(r"(\d{1,15})([KMG]?)", re.ASCII)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Part:
+    """What a file is written to, while it is locked."""
+
+    def __init__(self, file: Path, descriptor: int) -> None:
+        self._file, self._descriptor = file, descriptor
+
+    def finish(self, data: bytes | memoryview) -> None:
+        """Write the bytes of the file, which then is there."""
+        os.ftruncate(self._descriptor, 0)
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[os.write(self._descriptor, left) :]
+        _path(self._file).rename(self._file)
+
+    def close(self) -> None:
+        """Let others go on; what was not finished is removed."""
+        with suppress(OSError):
+            _remove_if_at(self._descriptor, _path(self._file))
+        os.close(self._descriptor)
+
+
+@contextmanager
+def locked_part(file: Path) -> Iterator[Part]:
+    """Open what a file is written to, once nobody else has it; whoever waited should look for the file first."""
+    while True:
+        part = os.open(_path(file), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(part, fcntl.LOCK_EX)
+        except BaseException:
+            os.close(part)
+            raise
+        # Another may have renamed or removed it before it was locked here: then look again.
+        if _is_at(part, _path(file)):
+            break
+        os.close(part)
+    opened = Part(file, part)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def remove_abandoned(part: Path) -> None:
+    """Remove a file that no living process is writing."""
+    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove_if_at(descriptor, part)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _path(file: Path) -> Path:
+    return file.with_name(file.name + PART)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_at(descriptor: int, path: Path) -> None:
+    if _is_at(descriptor, path):
+        path.unlink()
+
+
+def told_size(variable: str) -> int | None:
+    """Return the bytes that an environment variable says; None where it says nothing.
+
+    Raises RecipeError where it is no size.
+    """
+    told = os.environ.get(variable, "").strip()
+    if not told:
+        return None
+    match = _SIZE.fullmatch(told.upper())
+    if match is None:
+        raise RecipeError(
+            f"{variable} is {told!r}, which is no size. Fix: a number of bytes, or one with K, M or G, as 8G"
+        )
+    return int(match[1]) * _UNITS[match[2]]

@@ -1,0 +1,134 @@
+"""Where copies of caches at URLs lie on this machine, and how many bytes of shards they may hold.
+
+All runs of the machine share the folder. Each cache has a folder in it, with the URL beside its files. Shards that
+nobody asked for the longest are removed first; a file that is removed stays readable where it is mapped.
+"""
+
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from logitcache.cache.arrays import COMMITS
+from logitcache.cache.parts import PART, remove_abandoned, told_size
+from logitcache.errors import CacheError, RecipeError
+from logitcache.files import user_cache_directory
+
+FOLDER, SIZE = "LOGITCACHE_LOCAL_COPY", "LOGITCACHE_LOCAL_COPY_SIZE"
+"""The environment variables that say where, and how many bytes; these may end in K, M or G."""
+
+USED = "used"
+"""In the folder of a copy: an empty file for each view, as old as its last use."""
+
+_SHARD = re.compile(r"c\.(\d{1,19})\.\d{1,19}(\.0)*")
+_SECONDS = 5.0
+"""After which what other processes brought is counted again."""
+
+
+class Room:
+    """A folder of copies, and the bytes of shards that it may hold."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self._changing = threading.Lock()
+        self._left, self._promised, self._counted = 0, 0, -_SECONDS
+
+    @contextmanager
+    def made(self, wanted: int) -> Iterator[None]:
+        """Remove the least recently used shards until `wanted` more bytes fit, which are then written in the block.
+
+        Raises CacheError where they never fit.
+        """
+        if wanted > self.limit:
+            raise CacheError(
+                f"a shard of {wanted} bytes does not fit into the local copy, of {self.limit} bytes. "
+                f"Fix: {SIZE}={wanted} or more"
+            )
+        with self._changing:
+            if wanted > self._left or time.monotonic() - self._counted > _SECONDS:
+                self._left, self._counted = self._counted_room(wanted), time.monotonic()
+            self._left -= wanted
+            self._promised += wanted
+        try:
+            yield
+        finally:
+            with self._changing:
+                self._promised -= wanted
+
+    def _counted_room(self, wanted: int) -> int:
+        """Return how many bytes are left, once `wanted` are."""
+        kept = [found for copy in _folders(self.folder) for found in _shards(copy)]
+        left = self.limit - self._promised - sum(size for _, size, _ in kept)
+        for _, size, path in sorted(kept):
+            if left >= wanted:
+                break
+            if not path.endswith(PART):
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
+                left += size
+        return left
+
+
+def _shards(copy: Path) -> list[tuple[float, int, str]]:
+    """List when each shard of a copy was last used, its bytes and its path."""
+    used = {file.name: file.stat().st_mtime for file in _files(copy / USED)}
+    found = []
+    arrays = [array for cache in _folders(copy) for array in _folders(cache) if not array.name.endswith(COMMITS)]
+    for file in (file for array in arrays for file in _files(array)):
+        match = _SHARD.fullmatch(file.name.removesuffix(PART))
+        with suppress(FileNotFoundError):
+            if match and file.name.endswith(PART):
+                remove_abandoned(file)
+            if match:
+                status = file.stat(follow_symlinks=False)
+                found.append((max(status.st_mtime, used.get(match[1], 0.0)), status.st_size, str(file)))
+    return found
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [file for file in _entries(folder) if file.is_dir() and not file.is_symlink()]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in _entries(folder) if not file.is_dir()]
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def is_shard(key: str) -> bool:
+    """Whether a file is one that may be removed from a copy at any time."""
+    folder, _, name = key.rpartition("/")
+    return _SHARD.fullmatch(name) is not None and "/" not in folder and not folder.endswith(COMMITS)
+
+
+def copies_folder() -> Path | None:
+    """Return the folder of the copies; None for a user who has no home and names none."""
+    told = os.environ.get(FOLDER, "").strip()
+    if told:
+        return Path(os.path.abspath(os.path.expanduser(told)))
+    directory = user_cache_directory()
+    return directory / "copies" if directory else None
+
+
+def room() -> Room:
+    """Return the room for copies: by default a quarter of the disk's space.
+
+    Raises RecipeError for what is no size, and for a user who has no home and names no folder.
+    """
+    folder, limit = copies_folder(), told_size(SIZE)
+    if folder is None:
+        raise RecipeError(f"there is no home directory to keep copies of remote caches in. Fix: {FOLDER}=a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = os.statvfs(folder)
+    except OSError as error:
+        raise CacheError(f"{folder} cannot be used: {error.strerror}. Fix: {FOLDER}=a folder to write to") from error
+    return Room(folder, found.f_blocks * found.f_frsize // 4 if limit is None else limit)

@@ -1,0 +1,67 @@
+"""Whole shards, one at a time: what goes through all rows of a cache in order reads them so, in bounded memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.cache.arrays import ArrayLayout, Shard
+from logitcache.cache.coders import Coders, Rows
+from logitcache.cache.layout import Layout, layout_of
+from logitcache.cache.manifest import Manifest
+from logitcache.cache.unpack import Unpacker
+from logitcache.cache.verify import require_intact
+from logitcache.targets import Targets
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Read whole shards of what a manifest describes; `views`: what is recorded of the views themselves as well.
+
+    It can be pickled: each process reads tables and metadata itself.
+    """
+
+    root: Path
+    manifest: Manifest
+    views: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardReader, (self.root, self.manifest, self.views)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The arrays that are read."""
+        layout = layout_of(self.manifest)
+        return layout if self.views else replace(layout, views=None)
+
+    @cached_property
+    def coders(self) -> Coders:
+        """What decodes them."""
+        return Coders(self.root, self.manifest, self.layout)
+
+    def rows(self, shard: Shard) -> dict[str, NDArray[Any]]:
+        """Return a shard's rows by array name, [rows, ...]; raise CacheError where they are not those committed."""
+        require_intact(self.root, self.layout, [shard])
+        return {array.name: self._rows(array, shard) for group in self.layout.groups for array in group.rows}
+
+    def batches(self, shard: Shard, size: int) -> Iterator[tuple[int, dict[str, Targets]]]:
+        """Yield the answers of all teachers to up to `size` rows at a time, with the index of the first image."""
+        rows = self.rows(shard)
+        for start in range(0, shard.stop - shard.start, size):
+            yield shard.start + start, self.targets(rows, slice(start, start + size))
+
+    def targets(self, rows: Rows, some: slice) -> dict[str, Targets]:
+        """Decode some of a shard's rows, by teacher."""
+        arrays = (array.name for group in self.layout.targets for array in group.rows)
+        return self.coders.targets({name: rows[name][some] for name in arrays})
+
+    def _rows(self, array: ArrayLayout, shard: Shard) -> NDArray[Any]:
+        if array.storage == "packed":
+            return Unpacker(self.root, array)(shard)
+        shape = (shard.stop - shard.start, *array.row_shape)
+        # Rows come first in the file of a hot shard, whose size has been compared.
+        return np.fromfile(self.root / array.file(shard), array.dtype, int(np.prod(shape))).reshape(shape)
