@@ -31,12 +31,16 @@ RANKED = 1 << 22
 
 @dataclass(frozen=True)
 class Calibration:
-    """The sample of one teacher. It answers once, and not at all where nothing is to be fitted."""
+    """The sample of one teacher. It answers once, and not at all where nothing is to be fitted.
+
+    `most_rows` makes it smaller, for an estimate.
+    """
 
     recipe: PrecomputeRecipe
     views: Views
     teacher: Teacher
     examples: Targets
+    most_rows: int | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -64,12 +68,10 @@ class Calibration:
 
     @cached_property
     def _keys(self) -> list[ViewKey]:
-        logits = self.examples.logits
-        num_classes = logits.shape[1] if isinstance(logits, Tensor) else 0
-        wanted = max(ROWS, ROWS_PER_CLASS * num_classes)
-        bounded = min(wanted, max(1, MAX_BYTES // (4 * max(1, num_classes))))
-        spec = self.recipe.views
-        return calibration_keys(spec.seed, len(self.views.dataset.ids), spec.num_views, bounded)
+        logits, spec = self.examples.logits, self.recipe.views
+        rows = num_calibration_rows(logits.shape[1] if isinstance(logits, Tensor) else 0)
+        rows = rows if self.most_rows is None else min(rows, self.most_rows)
+        return calibration_keys(spec.seed, len(self.views.dataset.ids), spec.num_views, rows)
 
     @cached_property
     def _answers(self) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -104,6 +106,12 @@ def _vectors(values: Tensor) -> Tensor:
     rows, few = torch.arange(len(places))[:, None], torch.arange(min(PLACES, count))
     chosen = (rows + few * (count // len(few))) % count
     return places[rows, chosen].flatten(0, 1)
+
+
+def num_calibration_rows(num_classes: int) -> int:
+    """Return how many rows are asked for: several for each class, as far as they fit into memory."""
+    wanted = max(ROWS, ROWS_PER_CLASS * num_classes)
+    return min(wanted, max(1, MAX_BYTES // (4 * max(1, num_classes))))
 
 
 def calibration_keys(seed: int, num_images: int, num_views: int, count: int) -> list[ViewKey]:

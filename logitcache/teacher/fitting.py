@@ -32,10 +32,12 @@ def fit(
     entries: Mapping[str, TeacherEntry],
     examples: Mapping[str, Targets],
     num_views: int | None = None,
+    most_rows: int | None = None,
 ) -> tuple[dict[str, TeacherEntry], dict[str, NDArray[np.generic]]]:
     """Return the entries with forms for all that has none yet, and the tables of these forms by array name.
 
-    Calibration rows are drawn from the first `num_views` views, by default from those of the recipe.
+    Calibration rows are drawn from the first `num_views` views, by default from those of the recipe; `most_rows` makes
+    them fewer.
     """
     spec = recipe.views.model_copy(update={"num_views": num_views or recipe.views.num_views})
     recipe = recipe.model_copy(update={"views": spec})
@@ -44,7 +46,7 @@ def fit(
     for teacher in teachers:
         entry = entries.get(teacher.name)
         if entry is not None and entry.unfitted:
-            sample = Calibration(recipe, views, teacher, examples[teacher.name])
+            sample = Calibration(recipe, views, teacher, examples[teacher.name], most_rows)
             fitted[teacher.name], found = _fitted(entry, sample)
             tables |= {f"{teacher.name}.{name}": table for name, table in found.items()}
     return fitted, tables
@@ -57,20 +59,21 @@ def _fitted(entry: TeacherEntry, sample: Calibration) -> tuple[TeacherEntry, dic
         if target == LOGITS:
             assert entry.logits is not None
             coder = entry.logits.fitted(sample)
-            logits = StoredLogits(form=coder.form, **_recorded(coder.tables, sample))
+            logits = StoredLogits(form=coder.form, **recorded_tables(coder.tables, sample.recipe.views.num_views))
             found |= {f"{target}.{name}": table for name, table in coder.tables.items()}
         else:
             shape = tuple(sample.examples.features[target].shape[1:])
             kept = entry.features[target].fitted(functools.partial(sample.vectors, target), shape)
-            features[target] = StoredFeature(shape=shape, form=kept.form, **_recorded(kept.tables, sample))
+            known = recorded_tables(kept.tables, sample.recipe.views.num_views)
+            features[target] = StoredFeature(shape=shape, form=kept.form, **known)
             found |= {f"{target}.{name}": table for name, table in kept.tables.items()}
     return entry.model_copy(update={"stored_logits": logits, "stored_features": features}), found
 
 
-def _recorded(tables: Tables, sample: Calibration) -> dict[str, Any]:
-    """Return what the manifest says of tables."""
+def recorded_tables(tables: Tables, num_views: int) -> dict[str, Any]:
+    """Return what the manifest says of tables, fitted to rows of so many views."""
     digests = {name: hashlib.sha256(table_bytes(table)).hexdigest() for name, table in tables.items()}
-    return {"tables": digests, "calibration_views": sample.recipe.views.num_views if digests else None}
+    return {"tables": digests, "calibration_views": num_views if digests else None}
 
 
 def table_files(layout: Layout, tables: Tables) -> dict[str, bytes]:

@@ -1,0 +1,211 @@
+"""What stage one would do, found out as it does and without writing anything."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from logitcache.cache.arrays import Shard
+from logitcache.cache.coders import Coders
+from logitcache.cache.copies import place_of
+from logitcache.cache.layout import Layout, layout_of
+from logitcache.cache.locate import locate
+from logitcache.cache.manifest import Manifest, is_more
+from logitcache.cache.sharing import target_of
+from logitcache.cache.skeleton import require_sound_skeleton
+from logitcache.cache.verify import committed_by_group, damaged
+from logitcache.console import say
+from logitcache.device import resolve_device, synchronize
+from logitcache.teacher.calibration import num_calibration_rows
+from logitcache.teacher.fitting import Tables, examples_of, fit
+from logitcache.teacher.models import Teacher
+from logitcache.teacher.preparation import (
+    Plan,
+    as_given,
+    begin,
+    build_teachers,
+    open_images,
+    require_whole_pages,
+    standing,
+)
+from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.views import canaries
+from logitcache.views.spec import Views, require_one_size
+
+CALIBRATION_SECONDS, FEWEST_ROWS = 20.0, 256
+"""Calibration rows of a draft are as many as are answered in this time, and at least these."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan of what is to do to the cache that is read at `path`, with the shards that each group of arrays lacks.
+
+    calibration_rows: answered to fit encodings, of the `calibration_wanted` that stage one takes. opening, preparing:
+    seconds that stage one spends before the first shard, the images' digests being remembered.
+    """
+
+    recipe: PrecomputeRecipe
+    path: Path
+    views: Views
+    teachers: list[Teacher]
+    plan: Plan
+    missing: Mapping[str, AbstractSet[Shard]]
+    recorded: Manifest | None
+    calibration_rows: int
+    calibration_wanted: int
+    opening: float
+    preparing: float
+
+
+class Answered:
+    """The rows that teachers answered, by name, and the seconds that it took all of them."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.seconds = 0.0
+        self._began = 0.0
+
+    def begin(self, inputs: tuple[Tensor, Tensor]) -> None:
+        """Note when an answer begins."""
+        synchronize(inputs[0].device)
+        self._began = time.perf_counter()
+
+    def end(self, name: str, inputs: tuple[Tensor, Tensor]) -> None:
+        """Note when it ends."""
+        synchronize(inputs[0].device)
+        self.seconds += time.perf_counter() - self._began
+        self.rows[name] += len(inputs[0])
+
+
+@contextlib.contextmanager
+def answered(teachers: Sequence[Teacher]) -> Iterator[Answered]:
+    """Count what teachers answer within the block."""
+    found = Answered()
+    with contextlib.ExitStack() as hooks:
+        for teacher in teachers:
+            before, after = _hooks(found, teacher.name)
+            hooks.callback(teacher.register_forward_pre_hook(before).remove)
+            hooks.callback(teacher.register_forward_hook(after).remove)
+        yield found
+
+
+def _hooks(found: Answered, name: str) -> tuple[Callable[[Any, Any], None], Callable[[Any, Any, Any], None]]:
+    return lambda teacher, inputs: found.begin(inputs), lambda teacher, inputs, answers: found.end(name, inputs)
+
+
+@contextlib.contextmanager
+def drafted(
+    recipe: PrecomputeRecipe, *, teachers: Mapping[str, nn.Module] | None = None, dataset: object | None = None
+) -> Iterator[Draft]:
+    """Open what the recipe names and yield what `precompute` would do with it; raises as that does.
+
+    Of a cache that is there only what it lacks is to do; one whose skeleton is damaged is a CacheError.
+    """
+    device, given = resolve_device(recipe.device), teachers or {}
+    _digests(recipe, dataset)
+    began = time.perf_counter()
+    views = _digests(recipe, dataset)
+    opening = time.perf_counter() - began
+    require_one_size(views)
+    recipe = as_given(recipe, given, dataset)
+    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
+    built = build_teachers(recipe, given, views, key, device)
+    prepared = time.perf_counter() - began - opening
+    with contextlib.ExitStack() as seen:
+        for teacher in built:
+            seen.callback(teacher.remove_taps)
+        yield _draft(recipe, views, built, locate(recipe.cache), opening, prepared)
+
+
+def _digests(recipe: PrecomputeRecipe, dataset: object | None) -> Views:
+    """Open the images; the second time their digests are remembered, as they are when stage one comes."""
+    views = Views(open_images(recipe, dataset), recipe.views)
+    views.dataset.digests()
+    return views
+
+
+def _draft(
+    recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, opening: float, prepared: float
+) -> Draft:
+    cold, warm = (_pace(recipe, views, teachers) for _ in range(2))
+    pace, prepared = warm.row, prepared + max(0.0, cold.all - warm.all)
+    most = max(FEWEST_ROWS, int(CALIBRATION_SECONDS / pace))
+    is_new, began = target_of(path) != path, time.perf_counter()
+    with answered(teachers) as count:
+        recorded, goal, tables, num_canaries = (_new if is_new else _grown)(recipe, views, teachers, path, most)
+    used = {name: rows - num_canaries for name, rows in count.rows.items() if rows > num_canaries}
+    wanted = sum(_rows_wanted(goal, name) for name in used)
+    preparing = prepared + time.perf_counter() - began + (wanted - sum(used.values())) * pace
+    layout = layout_of(goal)
+    missing = {group.name: set(layout.shards()) for group in layout.groups} if is_new else _missing(path, layout)
+    lacking: set[Shard] = set().union(*missing.values())
+    pending = [shard for shard in layout.shards() if shard in lacking]
+    plan = Plan(goal, layout, Coders(path, goal, layout, tables), pending)
+    rows = sum(used.values()), wanted
+    return Draft(recipe, path, views, teachers, plan, missing, recorded, *rows, opening, preparing)
+
+
+class _Goal(NamedTuple):
+    """What a cache is and is to be, tables that are not written, and the canaries that a teacher answered for it."""
+
+    recorded: Manifest | None
+    goal: Manifest
+    tables: Tables
+    num_canaries: int
+
+
+def _new(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, most: int) -> _Goal:
+    place_of(path).require_vacant()
+    manifest, _, tables = begin(recipe, views, teachers, most)
+    return _Goal(None, manifest, tables, len(manifest.canaries))
+
+
+def _grown(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, most: int) -> _Goal:
+    found = standing(path, recipe, views, teachers)
+    require_sound_skeleton(path, found.recorded)
+    goal, tables = found.goal, dict[str, Any]()
+    if is_more(goal, found.manifest):
+        entries, tables = fit(recipe, views, teachers, goal.teachers, found.examples, most_rows=most)
+        goal = goal.model_copy(update={"teachers": entries})
+        require_whole_pages(path, goal, found.manifest)
+    return _Goal(found.recorded, goal, tables, len(found.recorded.canaries))
+
+
+class _Pace(NamedTuple):
+    """Seconds that some calibration rows take, all of them and each: rendered in one process, then answered."""
+
+    all: float
+    row: float
+
+
+def _pace(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> _Pace:
+    keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)
+    began = time.perf_counter()
+    pixels = views.answered().__getitems__(keys)
+    with answered(teachers):  # waits for the device
+        examples_of(teachers, pixels, torch.from_numpy(views.dataset.labels[[key.index for key in keys]]))
+    seconds = time.perf_counter() - began
+    return _Pace(seconds, max(seconds / len(keys), 1e-9))
+
+
+def _rows_wanted(goal: Manifest, teacher: str) -> int:
+    """Return how many calibration rows stage one takes of a teacher."""
+    asked = num_calibration_rows(goal.teachers[teacher].num_classes or 0)
+    return min(asked, goal.num_images * goal.views.num_views)
+
+
+def _missing(path: Path, layout: Layout) -> dict[str, set[Shard]]:
+    """Return the shards of each group that are not committed, or whose bytes are no longer what was committed."""
+    committed = committed_by_group(path, layout)
+    for shard, group, text in damaged(path, layout, committed):
+        say(f"to be written again: {text}")
+        committed[group.name].discard(shard)
+    every = set(layout.shards())
+    return {name: every - there for name, there in committed.items()}
