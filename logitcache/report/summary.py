@@ -1,14 +1,15 @@
 """How good the teachers of a cache are, alone and together: from the cache alone, shard by shard.
 
-`count_shard` is a pure function of a cache and a shard, and counts add up: shards may be counted anywhere, in any
-order.
+A `ShardCounter` is a pure function of a shard, and counts add up: shards may be counted anywhere, in any order. They
+are added in theirs, so that figures do not depend on who counts.
 """
 
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,17 +18,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.cache.arrays import Shard
+from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, open_cache
-from logitcache.console import track
+from logitcache.cache.shards import ShardReader
 from logitcache.errors import CacheError, RecipeError
 from logitcache.logits import Logits, TopKLogits, log_probs
 from logitcache.report.inspect import labels_as_seen
 from logitcache.report.multi_label import ENSEMBLE, MultiLabelSummary, summarize_multi_label
 from logitcache.student.validation import only_logits
+from logitcache.teacher.gathering import HERE, Cluster, gathered
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey
 
-NUMBERS = 1 << 22
+NUMBERS = 1 << 20
 """Probabilities of a teacher that are held at a time."""
 
 Counts = NDArray[np.float64]
@@ -113,11 +116,14 @@ class CacheSummary:
     per_class: tuple[dict[str, Any], ...]
 
 
-def summarize(path: str | Path, num_views: int | None = None) -> CacheSummary | MultiLabelSummary:
+def summarize(
+    path: str | Path, num_views: int | None = None, cluster: Cluster = HERE
+) -> CacheSummary | MultiLabelSummary:
     """Read the first `num_views` views of a finished cache, by default all, and measure its teachers.
 
-    A mixed image has the label of its larger part, as in `inspect`. Raises CacheError for a cache that is damaged,
-    incomplete or has no logits, RecipeError for more views than there are.
+    A mixed image has the label of its larger part, as in `inspect`. Memory holds a shard, or, of images of any number
+    of classes, a view. Raises CacheError for a cache that is damaged, incomplete or has no logits, RecipeError for more
+    views than there are.
     """
     cache = only_logits(open_cache(path))
     if not cache.manifest.teachers:
@@ -126,43 +132,56 @@ def summarize(path: str | Path, num_views: int | None = None) -> CacheSummary | 
         raise RecipeError(f"--views is {num_views}, {path} has {cache.num_views}. Fix: at most these")
     views = num_views or cache.num_views
     if is_multi_label(cache.labels):
-        return summarize_multi_label(cache, views)
+        return summarize_multi_label(cache, views, cluster)
     chosen = list(itertools.takewhile(lambda shard: shard.view < views, cache.layout.shards()))
+    counter = ShardCounter(cache.path.absolute(), cache.manifest)
+    counted = zip(chosen, gathered(counter, chosen, "summary", "shards", cluster), strict=True)
     total: ShardCounts | None = None
     per_view = []
-    for view, shards in itertools.groupby(track(chosen, "summary", len(chosen), "shards"), lambda shard: shard.view):
-        found = functools.reduce(operator.add, (count_shard(cache, shard) for shard in shards))
+    for view, shards in itertools.groupby(counted, lambda one: one[0].view):
+        found = functools.reduce(operator.add, (counts for _, counts in shards))
         total = found if total is None else total + found
         per_view.append({"view": view, **_top1_of_all(found)})
     assert total is not None
     return _summary(cache, views, total, tuple(per_view))
 
 
-def count_shard(cache: Cache, shard: Shard) -> ShardCounts:
-    """Count the answers of all teachers, each of which has logits, to the rows of a shard."""
-    return functools.reduce(operator.add, (_count(cache, keys) for keys in _batches(cache, shard)))
+@dataclass(frozen=True)
+class ShardCounter:
+    """Count the answers of all teachers, each of which has logits, to the rows of a shard. It can be pickled."""
+
+    root: Path
+    manifest: Manifest
+
+    def __call__(self, shard: Shard) -> ShardCounts:
+        """Count, a few rows at a time; raise CacheError where the shard is damaged."""
+        return functools.reduce(operator.add, self._parts(shard))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardCounter, (self.root, self.manifest)
+
+    def _parts(self, shard: Shard) -> Iterator[ShardCounts]:
+        """Cut a shard into few enough rows for a dense distribution of each teacher."""
+        size = max(1, NUMBERS // max(_classes(self.manifest).values()))
+        for start, answers in self._reader.batches(shard, size):
+            keys = [ViewKey(shard.view, index) for index in range(start, min(start + size, shard.stop))]
+            yield _count({name: a.logits for name, a in answers.items()}, labels_as_seen(self._cache, keys))
+
+    @cached_property
+    def _reader(self) -> ShardReader:
+        return ShardReader(self.root, self.manifest)
+
+    @cached_property
+    def _cache(self) -> Cache:
+        return Cache(self.root, self.manifest)
 
 
-def _batches(cache: Cache, shard: Shard) -> Iterator[list[ViewKey]]:
-    """Cut a shard into few enough rows for a dense distribution of each teacher."""
-    widest = max(map(_num_classes, _answers(cache, [ViewKey(shard.view, shard.start)]).values()))
-    size = max(1, NUMBERS // widest)
-    for start in range(shard.start, shard.stop, size):
-        yield [ViewKey(shard.view, index) for index in range(start, min(start + size, shard.stop))]
+def _classes(manifest: Manifest) -> dict[str, int]:
+    return {name: entry.num_classes or 0 for name, entry in manifest.teachers.items()}
 
 
-def _answers(cache: Cache, keys: Sequence[ViewKey]) -> dict[str, Logits]:
-    return {name: targets.logits for name, targets in cache.answers(keys).items()}
-
-
-def _num_classes(logits: Logits) -> int:
-    return logits.shape[1] if isinstance(logits, Tensor) else logits.num_classes
-
-
-def _count(cache: Cache, keys: list[ViewKey]) -> ShardCounts:
-    labels = labels_as_seen(cache, keys)
+def _count(answers: Mapping[str, Logits], labels: Labels) -> ShardCounts:
     teachers, best, mean = {}, {}, None
-    answers = _answers(cache, keys)
     together = len(answers) > 1 and len(set(map(_num_classes, answers.values()))) == 1
     for name, logits in answers.items():
         log_p = log_probs(logits)
@@ -173,7 +192,11 @@ def _count(cache: Cache, keys: list[ViewKey]) -> ShardCounts:
     if mean is not None:
         teachers[ENSEMBLE] = _answered(mean.log(), labels, None)
     agreeing = {(a, b): int((best[a] == best[b]).sum()) for a, b in itertools.combinations(best, 2)}
-    return ShardCounts(len(keys), teachers, agreeing)
+    return ShardCounts(len(labels), teachers, agreeing)
+
+
+def _num_classes(logits: Logits) -> int:
+    return logits.shape[1] if isinstance(logits, Tensor) else logits.num_classes
 
 
 def _answered(log_p: Tensor, labels: Labels, kept: float | None) -> Answered:
@@ -185,19 +208,22 @@ def _answered(log_p: Tensor, labels: Labels, kept: float | None) -> Answered:
     counted = [np.bincount(labels[known], column, log_p.shape[1]) for column in columns]
     p = log_p.exp()
     entropy = -(p * log_p.where(p > 0, 0)).sum(dim=1)
-    return Answered(np.stack(counted, axis=1).astype(np.float64), float(entropy.double().sum()), kept)
+    # Not torch's sum, which depends on the number of threads.
+    return Answered(np.stack(counted, axis=1).astype(np.float64), float(entropy.numpy().sum(dtype=np.float64)), kept)
 
 
 def _kept(logits: Logits) -> float | None:
     """Return the sum over rows of the probability of the classes that a top-k form keeps; None for other forms."""
-    return float((1 - logits.tail[:, 0].double().exp()).sum()) if isinstance(logits, TopKLogits) else None
+    if not isinstance(logits, TopKLogits):
+        return None
+    return float((1 - logits.tail[:, 0].double().exp()).numpy().sum())
 
 
 def _summary(cache: Cache, views: int, counts: ShardCounts, per_view: tuple[dict[str, Any], ...]) -> CacheSummary:
-    classes = {name: _num_classes(logits) for name, logits in _answers(cache, [ViewKey(0, 0)]).items()}
+    classes = _classes(cache.manifest)
     classes |= {ENSEMBLE: next(iter(classes.values()))}
     return CacheSummary(
-        cache=str(cache.path),
+        cache=cache.location,
         images=len(cache),
         views=views,
         labelled_rows=int(next(iter(counts.teachers.values())).totals[0]),

@@ -80,7 +80,7 @@ def test_inspect_tells_the_precision_on_the_first_view(path: Path, monkeypatch: 
     for name in SEEDS:
         assert "top1" not in shown[name]
         assert shown[name]["mean_ap"] == pytest.approx(np.mean(precisions(answers(cache, name, 0), labels)))
-    monkeypatch.setattr(inspecting, "RANKED", 100 * CLASSES)
+    monkeypatch.setattr(inspecting, "LOOKED_AT", 100 * CLASSES)
     # Batches end with their shards.
     expected = precisions(answers(cache, "a", 0)[:128], labels[:128])
     assert inspect_cache(path)["teachers"]["a"]["mean_ap"] == pytest.approx(np.mean(expected))

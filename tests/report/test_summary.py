@@ -5,6 +5,8 @@ import functools
 import itertools
 import json
 import operator
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from logitcache.cache.reader import Cache, open_cache
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.report import summary
-from logitcache.report.summary import ENSEMBLE, CacheSummary, count_shard, summarize
+from logitcache.report.summary import ENSEMBLE, CacheSummary, ShardCounter, summarize
 from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE32, TOP2_PACKED, Linear, Pixels, recipe, teacher
@@ -29,10 +31,19 @@ PACKED32 = {**DENSE32, "storage": "packed"}
 
 def fill(path: Path, seeds: dict[str, int], images: object, logits: Any = PACKED32, **changes: Any) -> Path:
     entries = {name: teacher(logits) for name in seeds}
-    plan = recipe(path, teachers=entries, shard_rows=64, **changes)
+    plan = recipe(path, teachers=entries, **({"shard_rows": 64} | changes))
     modules = {name: Linear(CLASSES, seed=seed) for name, seed in seeds.items()}
     precompute(plan, teachers=modules, dataset=images)
     return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread: arrays are small, and threads wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +95,7 @@ def test_figures_are_those_of_a_plain_loop(labelled: Path) -> None:
 
 def test_shards_may_be_counted_in_any_order_and_in_any_pieces(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(labelled)
-    parts = [count_shard(cache, shard) for shard in cache.layout.shards()]
+    parts = [*map(ShardCounter(cache.path, cache.manifest), cache.layout.shards())]
     assert len(parts) == 6
     forwards, backwards = functools.reduce(operator.add, parts), functools.reduce(operator.add, parts[::-1])
     whole = summarize(labelled)
@@ -161,6 +172,18 @@ def test_features_are_no_answers(tmp_path: Path) -> None:
     )
     with pytest.raises(CacheError, match="features alone"):
         summarize(tmp_path / "none")
+
+
+def test_memory_is_bounded_by_shards_whatever_their_number(tmp_path: Path) -> None:
+    views = {"num_views": 8}
+    path = fill(tmp_path / "c", {"a": 0, "b": 1}, Pixels(1024, CLASSES), batch_size=512, shard_rows=512, views=views)
+    peaks = []
+    for number in (1, 2, 8):  # the first also pays for what is imported late
+        tracemalloc.start()
+        assert len(summarize(path, number).per_view) == number
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] - peaks[1] < 8 * 512 * CLASSES * 4, peaks
 
 
 def test_the_command_prints_tables_or_one_document(labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:

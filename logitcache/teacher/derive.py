@@ -1,0 +1,176 @@
+"""Derive a cache from a finished one: logits kept in another way, or several teachers as one. No teacher, no images."""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from logitcache.cache.arrays import Shard
+from logitcache.cache.create import read_manifest
+from logitcache.cache.locate import locate
+from logitcache.cache.manifest import Manifest
+from logitcache.cache.reader import open_cache
+from logitcache.cache.sharing import preparing, writing
+from logitcache.cache.writer import CacheWriter
+from logitcache.console import track
+from logitcache.device import resolve_device
+from logitcache.errors import CacheError, MismatchError, RecipeError
+from logitcache.remote import is_remote
+from logitcache.stopping import stop_flag
+from logitcache.teacher.cluster import Run, require_cluster
+from logitcache.teacher.derive_plan import Source, prepare_derived
+from logitcache.teacher.derive_recipe import DeriveRecipe
+from logitcache.teacher.derive_rows import Deriver
+from logitcache.teacher.precompute import Done, PrecomputeResult, finished, stopped_message
+from logitcache.teacher.preparation import Plan
+from logitcache.teacher.share import WHOLE, Part, Share
+from logitcache.teacher.worker import Work, filled, name_of
+
+__all__ = ["DeriveRecipe", "derive", "derive_on_cluster"]
+
+
+def derive(recipe: DeriveRecipe, *, part: str | None = None) -> PrecomputeResult:
+    """Fill the recipe's `out` from its `cache`; continues where earlier runs stopped, and shares with other runs.
+
+    `part` "i/n" takes only each n-th shard. Raises CacheError for a source that is damaged or incomplete, RecipeError
+    for what it does not have, MismatchError where `out` is another cache, Stopped after SIGTERM or Ctrl-C.
+    """
+    started, mine, done = time.perf_counter(), WHOLE if part is None else Part.parse(part), Done()
+    with _prepared(recipe) as (source, plan, path):
+        share = Share(path, plan.layout, plan.pending, 1, mine)
+        if plan.pending:
+            fill(_deriver(recipe, source, plan), path, len(plan.pending), share, done)
+    return finished(path, plan, done, started)
+
+
+def derive_on_cluster(
+    recipe: DeriveRecipe, *, scheduler: str | None = None, workers: int | None = None, part: str | None = None
+) -> PrecomputeResult:
+    """Fill `out` by the workers of a running `scheduler`, or by `workers` processes of this machine.
+
+    The bytes are those that `derive` writes. Raises as it does.
+    """
+    started, mine, done = time.perf_counter(), WHOLE if part is None else Part.parse(part), Done()
+    require_cluster(scheduler, workers)
+    with _prepared(recipe) as (source, plan, path):
+
+        def job(threads: int | None) -> Work:
+            there = source.root.absolute()
+            here = path.absolute()
+            return DeriveJob(recipe, there, source.manifest, replace(plan.at(here), pending=[]), here, threads)
+
+        run = Run("derive", path, plan, 1, mine, done)
+        run.fill_on(job, scheduler, workers, resolve_device(recipe.device))
+    return finished(path, plan, done, started)
+
+
+@contextlib.contextmanager
+def _prepared(recipe: DeriveRecipe) -> Iterator[tuple[Source, Plan, Path]]:
+    """Open the source, and create the cache or prove that it is the one to continue; it is written to meanwhile."""
+    _require_apart(recipe)
+    path = locate(recipe.out)
+    cache = open_cache(recipe.cache)
+    source = Source.of(recipe, cache.path, cache.manifest)
+    with contextlib.ExitStack() as held:
+        with preparing(path) as target:
+            plan = prepare_derived(recipe, source, target, path)
+            held.enter_context(writing(path))
+        yield source, plan, path
+
+
+def _require_apart(recipe: DeriveRecipe) -> None:
+    """Raise RecipeError where one of both caches is, or lies in, the other."""
+    here, there = (one if is_remote(one) else Path(one).resolve().as_posix() for one in (recipe.out, recipe.cache))
+    if f"{here}/".startswith(f"{there}/") or f"{there}/".startswith(f"{here}/"):
+        raise RecipeError(
+            f"out is {recipe.out}, cache {recipe.cache}: a cache is not changed by deriving from it. Fix: another path"
+        )
+
+
+def _deriver(recipe: DeriveRecipe, source: Source, plan: Plan) -> Deriver:
+    device = resolve_device(recipe.device)
+    return Deriver(source.reader, plan.goal, plan.layout, plan.coders, source.origins, device)
+
+
+@torch.no_grad()
+def fill(deriver: Deriver, path: Path, total: int, share: Share, done: Done) -> None:
+    """Read, decode, encode and write, shard by shard; `total` shards were to do."""
+    writer = CacheWriter(path, deriver.layout)
+    with stop_flag() as stop, contextlib.closing(share), contextlib.closing(writer):
+
+        def check() -> None:
+            if stop:
+                writer.flush()
+                raise stop.stopped(stopped_message(path, done.shards, total))
+
+        taken = -1
+        # Once more after the last: a process that died may have let go of a shard since.
+        while taken != done.shards:
+            taken = done.shards
+            for (shard,) in track(share.take(), "derive", len(share.groups), "shards"):
+                rows = deriver.rows(shard, share.missing(shard), check)
+                writer.submit(shard, rows, functools.partial(share.committed, shard))
+                done.count(shard, 0)
+            writer.flush()
+
+
+class DeriveJob(NamedTuple):
+    """A derived cache to fill from a source; `threads` are torch's, None as they are."""
+
+    recipe: DeriveRecipe
+    root: Path
+    source: Manifest
+    plan: Plan
+    path: Path
+    threads: int | None
+
+    @property
+    def name(self) -> str:
+        """What tells it from others on one scheduler."""
+        return name_of(self.path, self.threads, self.recipe, self.plan.goal)
+
+    def open(self) -> "_Opened":
+        """Find both caches."""
+        root = locate(self.recipe.cache) if is_remote(self.recipe.cache) else self.root
+        path = locate(self.recipe.out) if is_remote(self.recipe.out) else self.path
+        return _Opened(self._replace(root=root, path=path, plan=self.plan.at(path)))
+
+
+class _Opened:
+    """The source as the client saw it, and the cache to fill."""
+
+    def __init__(self, job: DeriveJob) -> None:
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self._job = job
+        _require_same(job)
+        source = Source.of(job.recipe, job.root, job.source)
+        self._deriver = _deriver(job.recipe, source, job.plan)
+
+    def fill(self, shards: Sequence[Shard], done: Done) -> list[Shard]:
+        """Derive what nobody else has, and wait a while for what somebody has; returns what is committed."""
+        path, layout = self._job.path, self._job.plan.layout
+        share = Share(path, layout, shards, 1, WHOLE)
+        return filled(path, share, lambda: fill(self._deriver, path, len(shards), share, done))
+
+    def close(self) -> None:
+        """Let go of nothing: files are open only while they are read."""
+
+
+def _require_same(job: DeriveJob) -> None:
+    """Raise unless both caches are here those of the client: they are named by path."""
+    fix = "Fix: a file system that client and workers share, at the same path"
+    for path, wanted in ((job.root, job.source), (job.path, job.plan.goal)):
+        try:
+            found = read_manifest(path)
+        except CacheError as error:
+            raise CacheError(f"{error}\n  {fix}") from error
+        views = min(found.views.num_views, wanted.views.num_views)
+        targets = {name: kept for name, kept in wanted.targets.items() if name in found.teachers}
+        if found.restricted(views, targets).content_digest() != wanted.content_digest():
+            raise MismatchError(f"{path} is another cache here than at the client. {fix}")
