@@ -1,0 +1,127 @@
+"""Three large caches by the model that `logitcache plan` predicts with: what scale_tables.py writes down.
+
+Prices, and how fast teachers and rendering are, are ASSUMED: replace these constants by your own. What compression
+leaves of packed arrays was measured on the answers of a real model (benchmarks/encodings.py); memory and CPU time by
+image, by shard and by byte by scale_limits.py and scale_metadata.py.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+from read import manifest_of
+
+from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
+from logitcache.cache.manifest import Manifest
+from logitcache.report.costs import Crew, Pace, StoreCost, skeleton_sizes, store_cost, wall_seconds
+
+DATE = "22 November 2026"
+USD_GPU_HOUR, USD_GB_MONTH, USD_1000_PUTS, USD_1000_GETS = 2.5, 0.023, 0.005, 0.0004
+"""Assumed at that date, not looked up: of one data-centre GPU, and of object storage."""
+
+TEACHER_RATE, RENDER_RATE, WORKERS, CORES = 1000.0, 150.0, 12, 16
+"""Assumed: images a second of the teacher on one GPU, and of one process that renders; processes and cores by GPU."""
+
+KEEP_SECONDS, PACK_SECONDS, WRITE_RATE = 10e-6, 15e-6, 500e6
+"""Of a row-view: encoding and copying; compressing a packed row. Bytes a second that the writer keeps of hot rows."""
+
+LATENCY = 0.05
+"""Assumed: seconds that object storage takes to answer."""
+
+BATCH, PIXELS, VIEWS_PER_IMAGE = 256, 3 * 224 * 224, 2
+
+FALL_BYTES, TAIL_BYTES, INDEX_SHARE, ERRORS_BYTES = 5.94, 5.14, 0.945, 640.0
+"""What compression leaves of packed top-10: falls and tails of a row, a share of the classes, the errors of a shard."""
+
+ORDER_BYTES, SHUFFLE_BYTES, MIXED_BYTES = 20.0, 40.0, 210.0
+"""Peaks of memory by image, measured by scale_limits.py: a permutation, an epoch's order, that of mixed images."""
+
+FOLDER_BYTES, FOLDER_AGAIN_BYTES, TAR_BYTES, TAR_SENT_BYTES, TASK_BYTES = 900.0, 730.0, 440.0, 81.0, 7500.0
+"""By the same: opening an image folder, at first and again, and tar shards; the index of these; by task of Dask."""
+
+SKELETON_BYTES, LABELS_BYTES = 8.0, 16.0
+"""By scale_metadata.py, by image: opening a cache, and reading its labels."""
+
+ORDER_SECONDS, FOLDER_SECONDS, FOLDER_AGAIN_SECONDS, SKELETON_SECONDS = 350e-9, 100e-6, 25e-6, 30e-9
+COMPARE_SECONDS, AGAIN_SECONDS, TASK_SECONDS, INSPECT_SECONDS = 1.0e-9, 50e-6, 1.7e-3, 13e-9
+"""CPU time by the same, by image; by byte, by file, by task, and by image and class."""
+
+MAPPINGS = 65_530
+"""Files that a process of Linux may map, unless told."""
+
+
+class Scenario(NamedTuple):
+    """A data set and how many views of it there are."""
+
+    name: str
+    images: int
+    classes: int
+    views: int
+
+
+SCENARIOS = (
+    Scenario("ImageNet-1k × 300", 1_281_167, 1000, 300),
+    Scenario("ImageNet-22k × 90", 14_197_122, 21_841, 90),
+    Scenario("1 billion × 4", 1_000_000_000, 21_841, 4),
+)
+FORMS: dict[str, dict[str, Any]] = {
+    "packed top-10": {"kind": "packed_top_k", "k": 10},
+    "top-100": {"kind": "top_k", "k": 100},
+    "dense float16": {"kind": "dense"},
+}
+LARGE_SHARDS = 1 << 20
+"""`shard_rows` for the billion: a power of two, and 954 shards in a view."""
+
+
+class Case(NamedTuple):
+    """A scenario in one encoding."""
+
+    scenario: Scenario
+    form: str
+    manifest: Manifest
+    layout: Layout
+    store: StoreCost
+
+    @property
+    def rows(self) -> int:
+        """Row-views: an image in one view is one."""
+        return self.scenario.images * self.scenario.views
+
+
+def case_of(scenario: Scenario, form: str, shard_rows: int | None = None) -> Case:
+    """Lay out a scenario's cache and count what it takes; shards are as `precompute` chooses them, or as asked."""
+    small, _ = manifest_of(FORMS[form], 1000, scenario.views, scenario.classes)
+    fingerprint = small.fingerprint.model_copy(update={"num_images": scenario.images})
+    rows = choose_shard_rows(list(small.teachers.values()), scenario.images, shard_rows)
+    manifest = small.model_copy(update={"fingerprint": fingerprint, "shard_rows": rows})
+    layout = layout_of(manifest)
+    index = next((array.row_bytes for array in layout.arrays if array.suffix == "index"), 0)
+    packed = {
+        "t.logits.index": index * INDEX_SHARE,
+        "t.logits.fall": FALL_BYTES,
+        "t.logits.tail": TAIL_BYTES,
+        "t.logits.errors": ERRORS_BYTES,
+    }
+    return Case(scenario, form, manifest, layout, store_cost(layout, packed, skeleton_sizes(manifest)))
+
+
+@functools.cache
+def every_case() -> tuple[Case, ...]:
+    """Return every scenario in every encoding, and the largest once more with larger shards."""
+    cases = [case_of(scenario, form) for scenario in SCENARIOS for form in FORMS]
+    return (*cases, case_of(SCENARIOS[-1], "packed top-10", LARGE_SHARDS))
+
+
+def pace_of(case: Case) -> Pace:
+    """Return the assumed seconds by row-view."""
+    hot = sum(array.row_bytes for array in case.layout.arrays if array.storage == "hot")
+    packs = any(array.storage == "packed" and not array.per_shard for array in case.layout.arrays)
+    write = PACK_SECONDS * packs + hot / WRITE_RATE
+    return Pace(1 / RENDER_RATE, 1 / TEACHER_RATE, KEEP_SECONDS, write)
+
+
+def seconds_on(case: Case, gpus: int) -> float:
+    """Return the time of stage one: that of the GPU which has most shards, as a shard is computed whole."""
+    most, shards = math.ceil(case.layout.num_shards / gpus), case.layout.num_shards
+    rows = math.ceil(case.rows * most * gpus / shards)
+    return wall_seconds(rows, most * gpus, pace_of(case), Crew(WORKERS, CORES, 1, gpus))
