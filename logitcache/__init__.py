@@ -14,15 +14,18 @@ if TYPE_CHECKING:
         MismatchError,
         MissingExtraError,
         RecipeError,
+        RemoteError,
         ReplayMismatchError,
         Stopped,
     )
     from logitcache.recipe import load_recipe
+    from logitcache.report.plan import plan
     from logitcache.student import losses
     from logitcache.student.evaluation import evaluate
     from logitcache.student.recipes import StudentRecipe, TeacherRecipe
     from logitcache.student.training import train
     from logitcache.targets import Batch, Targets
+    from logitcache.teacher.derive import DeriveRecipe, derive
     from logitcache.teacher.precompute import PrecomputeRecipe, precompute
     from logitcache.views.keys import ViewKey
     from logitcache.views.spec import ViewSpec
@@ -32,11 +35,13 @@ __all__ = [
     "Cache",
     "CacheError",
     "DataError",
+    "DeriveRecipe",
     "LogitCacheError",
     "MismatchError",
     "MissingExtraError",
     "PrecomputeRecipe",
     "RecipeError",
+    "RemoteError",
     "ReplayMismatchError",
     "Stopped",
     "StudentRecipe",
@@ -45,10 +50,12 @@ __all__ = [
     "ViewKey",
     "ViewSpec",
     "__version__",
+    "derive",
     "evaluate",
     "load_recipe",
     "losses",
     "open_cache",
+    "plan",
     "precompute",
     "train",
 ]
@@ -62,14 +69,17 @@ _MODULES = {
         "MismatchError",
         "MissingExtraError",
         "RecipeError",
+        "RemoteError",
         "ReplayMismatchError",
         "Stopped",
     ),
     "logitcache.recipe": ("load_recipe",),
+    "logitcache.report.plan": ("plan",),
     "logitcache.student.evaluation": ("evaluate",),
     "logitcache.student.recipes": ("StudentRecipe", "TeacherRecipe"),
     "logitcache.student.training": ("train",),
     "logitcache.targets": ("Batch", "Targets"),
+    "logitcache.teacher.derive": ("DeriveRecipe", "derive"),
     "logitcache.teacher.precompute": ("PrecomputeRecipe", "precompute"),
     "logitcache.views.keys": ("ViewKey",),
     "logitcache.views.spec": ("ViewSpec",),

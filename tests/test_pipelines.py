@@ -12,6 +12,7 @@ from logitcache.recipe import load_recipe
 from logitcache.report.recipes import RECIPES, check_recipes, command_of
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.student.training import train
+from logitcache.teacher.derive import DeriveRecipe, derive
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
@@ -107,6 +108,16 @@ def test_generations_and_an_ensemble_of_two_teachers_run(tmp_path: Path) -> None
     cache = filled("ensemble", tmp_path / "both.zarr", f"teachers.mine.model.path={tmp_path}/2")
     changes = [f"cache={cache}", *SHORT, f"out={tmp_path}/student"]
     assert train(load_recipe(PIPELINES / "ensemble" / "student.yaml", StudentRecipe, changes)).images == 400
+
+
+def test_two_teachers_are_made_one_without_images_and_a_student_learns_from_it(tmp_path: Path) -> None:
+    cache = filled("derive", tmp_path / "c.zarr", "teachers.mine.model={kind: bundled}")
+    changes = [f"cache={cache}", f"out={tmp_path}/d.zarr", "device=cpu"]
+    assert derive(load_recipe(PIPELINES / "derive" / "recipe.yaml", DeriveRecipe, changes)).views == 400
+    both = "losses=[{kind: kl_divergence, teacher: both, temperature: 2}]"
+    changes = [f"cache={tmp_path}/d.zarr", *SHORT, f"out={tmp_path}/student", both]
+    student = load_recipe(PIPELINES / "fashion_mnist" / "student.yaml", StudentRecipe, changes)
+    assert train(student).teacher_passes == 0
 
 
 def test_custom_loop_learns_from_a_cache(

@@ -6,11 +6,14 @@ Verbs are imported inside the functions: `--help` must not wait for torch.
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Exit, Option, Typer, echo
 
-from logitcache.cli.common import Answer, Overrides, command
+from logitcache.cli.common import Answer, Overrides, Part, Scheduler, Workers, command
+
+if TYPE_CHECKING:
+    from logitcache.student.training import RunResult
 
 app = Typer(
     add_completion=False,
@@ -32,7 +35,7 @@ class Verify(StrEnum):
 
 
 Recipe = Annotated[Path, Argument(metavar="RECIPE", help="A YAML file.")]
-CachePath = Annotated[Path, Argument(metavar="CACHE", help="A folder made by precompute.")]
+CachePath = Annotated[str, Argument(metavar="CACHE", help="A folder or a URL (s3://…) made by precompute.")]
 Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
 
 
@@ -66,22 +69,39 @@ def demo(
     return Answer(asdict(run_demo(out, quick=quick)))
 
 
+@command(app, "plan")
+def plan(
+    recipe: Recipe,
+    overrides: Overrides,
+    batches: Annotated[
+        int | None,
+        Option("--batches", min=1, metavar="N", show_default="32, or 20 s", help="Probe at most N batches."),
+    ] = None,
+    taps: Annotated[
+        bool, Option("--taps", help="List the modules that features could tap, with what they take.")
+    ] = False,
+    workers: Annotated[
+        int, Option("--workers", min=1, metavar="N", help="Estimate N processes, each with a GPU if any.")
+    ] = 1,
+) -> Answer:
+    """Tell what precompute will take: bytes, files, time, memory, and whether the disk holds it. Writes nothing."""
+    from logitcache.recipe import load_recipe
+    from logitcache.report.plan import plan as tell
+    from logitcache.report.plan import plan_text
+    from logitcache.teacher.recipes import PrecomputeRecipe
+
+    wanted = load_recipe(recipe, PrecomputeRecipe, overrides)
+    document = tell(wanted, batches=batches, taps=taps, workers=workers)
+    return Answer(document, plan_text(document))
+
+
 @command(app, "precompute")
 def precompute(
     recipe: Recipe,
     overrides: Overrides,
-    part: Annotated[
-        str | None,
-        Option("--part", metavar="I/N", help="Take each N-th shard only; 1/N to N/N make the whole, in any order."),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        Option("--scheduler", metavar="ADDRESS", help="Let the workers of this Dask scheduler do it: tcp://host:8786."),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        Option("--workers", min=1, metavar="N", help="Let N processes of this machine do it, each with a GPU if any."),
-    ] = None,
+    part: Part = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
 ) -> Answer:
     """Run the teachers once over every view.
 
@@ -99,6 +119,28 @@ def precompute(
     from logitcache.teacher.cluster import precompute_on_cluster
 
     return Answer(asdict(precompute_on_cluster(plan, scheduler=scheduler, workers=workers, part=part)))
+
+
+@command(app, "derive")
+def derive(
+    recipe: Recipe,
+    overrides: Overrides,
+    part: Part = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+) -> Answer:
+    """Make a cache from a finished one: logits in another encoding, or several teachers as one.
+
+    Reads neither images nor teachers. The same command continues after a stop.
+    """
+    from logitcache.recipe import load_recipe
+    from logitcache.teacher.derive import DeriveRecipe, derive_on_cluster
+    from logitcache.teacher.derive import derive as run
+
+    plan = load_recipe(recipe, DeriveRecipe, overrides)
+    if scheduler is None and workers is None:
+        return Answer(asdict(run(plan, part=part)))
+    return Answer(asdict(derive_on_cluster(plan, scheduler=scheduler, workers=workers, part=part)))
 
 
 @command(app, "train-student")
@@ -126,7 +168,7 @@ def train_student(
             from logitcache.teacher.online import live_targets
 
             live = live_targets(student.cache, student.device, student.teachers)
-        return Answer(asdict(train(student, resume=resume, live=live)), is_shown=ranks.is_first)
+        return _trained(train(student, resume=resume, live=live), ranks.is_first)
 
 
 @command(app, "train-teacher")
@@ -139,7 +181,16 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
 
     with joined() as ranks:
         result = train(load_recipe(recipe, TeacherRecipe, overrides), resume=resume)
-        return Answer(asdict(result), is_shown=ranks.is_first)
+        return _trained(result, ranks.is_first)
+
+
+def _trained(result: "RunResult", is_shown: bool) -> Answer:
+    """Leave out of the text what such images are not measured by."""
+    from logitcache.report.tables import as_text
+
+    document = asdict(result)
+    text = as_text({name: value for name, value in document.items() if value is not None})
+    return Answer(document, text, is_shown=is_shown)
 
 
 @command(app, "evaluate")
@@ -185,11 +236,14 @@ def evaluate(
 def summary(
     cache: CachePath,
     views: Annotated[int | None, Option("--views", min=1, metavar="N", help="Read the first N views only.")] = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
 ) -> Answer:
     """Show how good the teachers are, alone and together, by view and by class, from the cache alone."""
     from logitcache.report.summary import summarize
+    from logitcache.teacher.gathering import Cluster
 
-    return Answer(asdict(summarize(cache, views)))
+    return Answer(asdict(summarize(cache, views, Cluster(scheduler, workers))))
 
 
 @command(app, "inspect")
@@ -235,7 +289,7 @@ def gc(
     verb = "would be removed" if dry_run else "removed"
     lines = [f"{garbage.path}: {garbage.why} ({garbage.bytes} bytes)\n" for garbage in found]
     text = "".join(lines) + f"{len(found)} files or folders, {total} bytes, {verb}\n"
-    document = {"cache": str(cache), "dry_run": dry_run, "bytes": total, "found": [asdict(item) for item in found]}
+    document = {"cache": cache, "dry_run": dry_run, "bytes": total, "found": [asdict(item) for item in found]}
     return Answer(document, text)
 
 

@@ -42,6 +42,21 @@ Overrides = Annotated[
     ),
 ]
 
+Part = Annotated[
+    str | None,
+    Option("--part", metavar="I/N", help="Take each N-th shard only; 1/N to N/N make the whole, in any order."),
+]
+Scheduler = Annotated[
+    str | None,
+    Option("--scheduler", metavar="ADDRESS", help="Let the workers of this Dask scheduler do it: tcp://host:8786."),
+]
+Workers = Annotated[
+    int | None,
+    Option(
+        "--workers", min=1, metavar="N", help="Let N processes of this machine do it, with a GPU each if it takes any."
+    ),
+]
+
 _Quiet = Annotated[bool, Option("-q", "--quiet", help="Show no progress.")]
 _Verbose = Annotated[bool, Option("-v", "--verbose", help="Show more about what happens.")]
 # `main` reads these two itself, since they matter when the rest cannot be parsed.

@@ -15,7 +15,9 @@ from logitcache.cli.common import Answer
 
 COMMANDS = [
     ["demo"],
+    ["plan"],
     ["precompute"],
+    ["derive"],
     ["train-student"],
     ["train-teacher"],
     ["evaluate"],

@@ -8,6 +8,7 @@ import pytest
 from logitcache import console
 from logitcache.cli import main
 from logitcache.student.cost import LatencyPlan
+from logitcache.teacher.gathering import Cluster
 
 
 @dataclass(frozen=True)
@@ -139,9 +140,12 @@ def test_inspect_and_summary_and_demo_call_their_verbs(tmp_path, verb):
     inspected = verb("logitcache.report.inspect", "inspect_cache", {"views": 4})
     told = verb("logitcache.report.demo", "run_demo", Result("demo"))
     assert main(["summary", str(tmp_path)]) == main(["summary", str(tmp_path), "--views", "2"]) == 0
-    assert summarized == [((tmp_path, None), {}), ((tmp_path, 2), {})]
+    assert summarized == [((str(tmp_path), None, Cluster()), {}), ((str(tmp_path), 2, Cluster()), {})]
+    assert main(["summary", str(tmp_path), "--workers", "2"]) == 0
+    assert main(["summary", str(tmp_path), "--scheduler", "tcp://a:1"]) == 0
+    assert [call[0][2] for call in summarized[2:]] == [Cluster(workers=2), Cluster("tcp://a:1")]
     assert main(["inspect", str(tmp_path)]) == 0
-    assert inspected == [((tmp_path,), {})]
+    assert inspected == [((str(tmp_path),), {})]
     assert main(["demo", "--out", str(tmp_path)]) == 0
     assert told == [((tmp_path,), {"quick": False})]
 
