@@ -50,6 +50,17 @@ def stamp(status: os.stat_result) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, inode
 
 
+_TAG = struct.Struct("<qqQ")
+
+
+def stamp_of_tag(size: int, tag: str) -> Stamp:
+    """Return what stands for the size and the tag of a file in storage; without a tag it is never found again."""
+    if not tag:
+        return NO_STAMP
+    first, second, third = _TAG.unpack(hashlib.blake2b(tag.encode(), digest_size=_TAG.size).digest())
+    return size, first, second, third
+
+
 def settled(stamp: Stamp, moment_ns: int) -> bool:
     """Say whether a file was last changed well before a moment."""
     return max(stamp[1], stamp[2]) + _RACY_NS < moment_ns

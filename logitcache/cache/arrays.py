@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,6 +19,9 @@ LEVEL, COMPONENT_LEVEL = 5, 19
 
 RECORD_BYTES = 40
 """A commit record: the stored size of a shard's bytes (uint64, little endian), then their seal."""
+
+RECORD = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})\.0\.0")
+"""What the file of a commit record is called: after the view and the number of the shard."""
 
 COMMITS = ".commits"
 """How the names end of the arrays of commit records."""

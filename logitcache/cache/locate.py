@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from logitcache.cache.arrays import RECORD
 from logitcache.cache.copies import Copy, copy_of, place_of
 from logitcache.cache.growth import read_growth
 from logitcache.cache.labels import label_file
@@ -17,7 +17,6 @@ from logitcache.cache.unreadable import FILE as UNREADABLE
 from logitcache.errors import CacheError
 from logitcache.remote import is_remote
 
-_RECORD = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})\.0\.0")
 MOST_ASKED = 1 << 20
 """Commit records that a web server is asked for."""
 
@@ -135,7 +134,7 @@ def _update_records(copy: Copy, layout: Layout, fresh: bool, is_same: bool) -> N
 
 
 def _is_record(key: str) -> bool:
-    return _RECORD.fullmatch(key.rpartition("/")[2]) is not None
+    return RECORD.fullmatch(key.rpartition("/")[2]) is not None
 
 
 def _bytes(file: Path) -> bytes | None:

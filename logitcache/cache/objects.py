@@ -55,11 +55,8 @@ _NOTHING = hashlib.sha256().digest()
 
 def _row(remote: Remote, key: str, entry: Entry | None) -> bytes:
     """Return an object's row of the index: its tag stands where files have their times."""
-    if entry is None or not entry.tag:
-        return stamps.packed_row(f"{remote}/{key}", stamps.NO_STAMP)
-    tag = hashlib.sha256(entry.tag.encode()).digest()
-    first, second = (int.from_bytes(tag[start : start + 8], "little", signed=True) for start in (0, 8))
-    return stamps.packed_row(f"{remote}/{key}", (entry.size, first, second, 0))
+    stamp = stamps.NO_STAMP if entry is None else stamps.stamp_of_tag(*entry)
+    return stamps.packed_row(f"{remote}/{key}", stamp)
 
 
 def _memory(remote: Remote) -> Path | None:

@@ -51,7 +51,7 @@ def locked_part(file: Path) -> Iterator[Part]:
             os.close(part)
             raise
         # Another may have renamed or removed it before it was locked here: then look again.
-        if _is_at(part, _path(file)):
+        if is_at(part, _path(file)):
             break
         os.close(part)
     opened = Part(file, part)
@@ -77,15 +77,16 @@ def _path(file: Path) -> Path:
     return file.with_name(file.name + PART)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether what is open is still what lies at a path."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
         return False
 
 
 def _remove_if_at(descriptor: int, path: Path) -> None:
-    if _is_at(descriptor, path):
+    if is_at(descriptor, path):
         path.unlink()
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.copies import place_of
+from logitcache.cache.parts import is_at
 from logitcache.cache.skeleton import ROOT
 from logitcache.console import say
 from logitcache.errors import CacheError
@@ -51,7 +52,7 @@ def try_creating(path: Path) -> Iterator[Path | None]:
     with explained(target), suppress(FileNotFoundError, NotADirectoryError):
         lock = _open(target / PREPARING)
     try:
-        yield target if lock is not None and _try(lock, fcntl.LOCK_EX) and _is_at(lock, target / PREPARING) else None
+        yield target if lock is not None and _try(lock, fcntl.LOCK_EX) and is_at(lock, target / PREPARING) else None
     finally:
         if lock is not None:
             _release(lock)
@@ -98,7 +99,7 @@ class Claim:
                 _release(lock)
                 return False
             # Another may have released it, and with it removed the file, before it was locked here.
-            if _is_at(lock, self._file):
+            if is_at(lock, self._file):
                 self._lock = lock
                 return True
             _release(lock)
@@ -124,12 +125,12 @@ def _lock(path: Path) -> tuple[int, Path]:
             lock = _open(file, create=target != path)
             try:
                 _flock(lock, fcntl.LOCK_EX, path)
-                if target_of(path) == target and _is_at(lock, file):
+                if target_of(path) == target and is_at(lock, file):
                     return lock, target
             except BaseException:
                 _release(lock)
                 raise
-            if target != path and _is_at(lock, file):
+            if target != path and is_at(lock, file):
                 # It came after the rename, and is nobody's.
                 shutil.rmtree(target, ignore_errors=True)
             _release(lock)
@@ -165,13 +166,6 @@ def _release(lock: int) -> None:
     if lock in _held:
         _held.discard(lock)
         os.close(lock)
-
-
-def _is_at(lock: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(lock), os.lstat(file))
-    except FileNotFoundError:
-        return False
 
 
 def _flock(lock: int, kind: int, path: Path) -> None:

@@ -2,14 +2,13 @@
 
 import itertools
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from logitcache.cache.arrays import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, StoredShard
+from logitcache.cache.arrays import RECORD, RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, StoredShard
 from logitcache.cache.copies import place_of
 from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import Manifest
@@ -19,7 +18,6 @@ from logitcache.files import regular_size
 
 SHOWN = 5
 LISTED = 1000
-_RECORD = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})\.0\.0")
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def _recorded_shards(root: Path, layout: Layout, group: ArrayGroup) -> set[Shard
         return set(layout.shards())
     shards = set()
     for name in names:
-        match = _RECORD.fullmatch(name)
+        match = RECORD.fullmatch(name)
         if match:
             shard = layout.shard(int(match[1]), int(match[2]))
             if shard.view < layout.num_views and shard.start < layout.num_images:

@@ -19,7 +19,6 @@ from logitcache.views.datasets.turns import turn
 
 _BLOCK = 1024  # files whose results are awaited together
 _FOUND = struct.Struct("<Q2q8x")  # digest, height, width: as long as the digests that stamps keep
-_TAG = struct.Struct("<qqQ")
 
 
 class Found(NamedTuple):
@@ -66,7 +65,7 @@ class RemoteMemory:
                 keep(path, stamps.StampIndex(kept(path) or b"").merged(rows[known]))
 
     def _row(self, number: int, entry: Entry) -> bytes:
-        return stamps.packed_row(f"{self._remote}/{self._names[number]}", _stamp(entry))
+        return stamps.packed_row(f"{self._remote}/{self._names[number]}", stamps.stamp_of_tag(*entry))
 
     def _path(self) -> Path | None:
         directory = user_cache_directory()
@@ -77,14 +76,6 @@ class RemoteMemory:
 def _recalled(path: Path | None, rows: stamps.Rows) -> NDArray[np.bool_]:
     """Fill in what was found before; returns for which rows it was."""
     return stamps.StampIndex(kept(path) or b"").fill(rows)
-
-
-def _stamp(entry: Entry) -> stamps.Stamp:
-    """Return what stands for size and tag of a file; without a tag the stamp that is never found again."""
-    if not entry.tag:
-        return stamps.NO_STAMP
-    first, second, third = _TAG.unpack(hashlib.blake2b(entry.tag.encode(), digest_size=_TAG.size).digest())
-    return entry.size, first, second, third
 
 
 def _blocks(numbers: Sequence[int]) -> list[Sequence[int]]:
