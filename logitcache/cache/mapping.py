@@ -15,11 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.arrays import PAGE, ArrayLayout, Shard
+from logitcache.cache.derivation import fix_of_damage
 from logitcache.errors import CacheError
 
 HUGE_PAGE = 2 << 20
 MOST_ADDRESSES = 1 << 44
 """Of 2^47 that a process has."""
+
+LONG_ROW = 256
+"""Bytes of a row from which it is worth 2 us a batch to find its place behind gaps."""
 
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
@@ -55,33 +59,34 @@ def _rows_to_huge_page(array: ArrayLayout, num_shards: int) -> int:
     size = array.shard_rows * array.row_bytes
     step = math.lcm(HUGE_PAGE, array.row_bytes)
     stride = -(-size // step) * step
-    return (stride - size) // array.row_bytes if size >= HUGE_PAGE and stride * num_shards <= MOST_ADDRESSES else 0
+    is_worth_it = array.row_bytes >= LONG_ROW and size >= HUGE_PAGE and stride * num_shards <= MOST_ADDRESSES
+    return (stride - size) // array.row_bytes if is_worth_it else 0
 
 
 class MappedRows:
     """Rows of shard files in one address range, of which all is reserved at once, and a view mapped when first needed.
 
-    `rows` is one array over the range. Where shards are large each begins at a huge page, if there are enough addresses
-    for that: a file whose pages the kernel keeps in blocks of 2 MiB is then mapped by blocks, which a random row finds
-    in a quarter less time. Between shards lie rows that are no memory.
+    `rows` is one array over the range. Where rows are long and shards large each shard begins at a huge page, if there
+    are enough addresses for that: a file whose pages the kernel keeps in blocks of 2 MiB is then mapped by blocks,
+    which a random row finds in a quarter less time. Between shards lie rows that are no memory.
     """
 
     def __init__(self, root: Path, array: ArrayLayout, shards: Iterable[Shard]) -> None:
         self._root, self._array = root, array
         assert array.shard_rows * array.row_bytes % PAGE == 0
-        self._per_view = -(-array.num_images // array.shard_rows)
-        self._gap = _rows_to_huge_page(array, array.num_views * self._per_view)
+        num_shards = array.num_views * array.shards_per_view
+        self._gap = _rows_to_huge_page(array, num_shards)
         self._stride = (array.shard_rows + self._gap) * array.row_bytes
-        total = array.num_views * self._per_view * self._stride
+        total = num_shards * self._stride
         reserved = _map(None, total + HUGE_PAGE, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1)
         self._base = -(-reserved // HUGE_PAGE) * HUGE_PAGE
         memory = (ctypes.c_uint8 * total).from_address(self._base)
         # Not when the interpreter ends: other threads may still read, and the memory goes with the process.
         weakref.finalize(memory, _libc.munmap, reserved, total + HUGE_PAGE).atexit = False
-        self._unmapped: dict[int, list[Shard]] = {}
-        self._mapped: dict[int, list[Shard]] = {}
+        self._shards: dict[int, list[Shard]] = {}
         for shard in shards:
-            self._unmapped.setdefault(shard.view, []).append(shard)
+            self._shards.setdefault(shard.view, []).append(shard)
+        self._mapped: set[int] = set()
         self._mapping = threading.Lock()
         self._left_to_advise, self._left_unasked = 1, 1
         rows: NDArray[Any] = np.frombuffer(memory, dtype=array.dtype).reshape(-1, *array.row_shape)  # type: ignore[call-overload]
@@ -91,19 +96,19 @@ class MappedRows:
     def prepare(self, view: int) -> None:
         """Map the shards of a view, unless they are."""
         with self._mapping:
-            for shard in self._unmapped.get(view, ()):
-                self._map_file(shard)
-            if view in self._unmapped:
-                self._mapped[view] = self._unmapped.pop(view)
+            if view not in self._mapped:
+                for shard in self._shards.get(view, ()):
+                    self._map_file(shard)
+                self._mapped.add(view)
 
     def forget(self, view: int) -> None:
         """Unmap a view: a file that was removed meanwhile takes no more of the disk."""
         with self._mapping:
-            for shard in self._mapped.get(view, ()):
-                address, size = self._range(shard)
-                _map(address, size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1)
             if view in self._mapped:
-                self._unmapped[view] = self._mapped.pop(view)
+                for shard in self._shards.get(view, ()):
+                    address, size = self._range(shard)
+                    _map(address, size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED, -1)
+                self._mapped.remove(view)
 
     def expect(self, places: NDArray[np.int64]) -> None:
         """Tell the disk of all the pages of a batch at once, where pages are not in memory.
@@ -116,11 +121,10 @@ class MappedRows:
 
     def take(self, places: NDArray[np.int64]) -> NDArray[Any]:
         """Gather rows of views that are prepared, [B, *row_shape]; any other address ends the process."""
-        places = self._rows_at(places)
-        if self._left_to_advise:
-            return self.rows.take(places, axis=0)
+        if self._gap:
+            places = self._rows_at(places)
         self._left_unasked -= 1
-        if self._left_unasked > 0:
+        if self._left_to_advise or self._left_unasked > 0:
             return self.rows.take(places, axis=0)
         self._left_unasked, before = _UNASKED, _disk_faults()
         rows = self.rows.take(places, axis=0)
@@ -138,16 +142,11 @@ class MappedRows:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         except OSError as error:
-            raise CacheError(
-                f"{path}: {error.strerror}. Fix: run `logitcache precompute` again, it writes what is missing"
-            ) from error
+            raise CacheError(f"{path}: {error.strerror}. {fix_of_damage(self._root)}") from error
         try:
             size, expected = os.fstat(descriptor).st_size, array.hot_bytes(rows)
             if size != expected:
-                raise CacheError(
-                    f"{path} has {size} bytes, its layout needs {expected}. Fix: run the same "
-                    "`logitcache precompute` command again, it rewrites this shard"
-                )
+                raise CacheError(f"{path} has {size} bytes, its layout needs {expected}. {fix_of_damage(self._root)}")
             address, needed = self._range(shard)
             _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
             # Reading around a random row would bring in many times what is asked for.
@@ -157,7 +156,7 @@ class MappedRows:
 
     def _range(self, shard: Shard) -> tuple[int, int]:
         """Return the address of a shard and the bytes of its pages."""
-        number = shard.view * self._per_view + shard.start // self._array.shard_rows
+        number = shard.view * self._array.shards_per_view + shard.start // self._array.shard_rows
         rows = shard.stop - shard.start
         return self._base + number * self._stride, -(-rows * self._array.row_bytes // PAGE) * PAGE
 

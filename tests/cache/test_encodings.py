@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.cache.encodings import Dense, Form, HeadForm, PackedTopK, TopK, TransformForm, UInt8
+from logitcache.cache.encodings.top_k import kept_and_tail
 from logitcache.errors import RecipeError
 from logitcache.logits import TopKLogits, log_probs, top1
 from logitcache.teacher.models import first_not_finite
@@ -131,50 +132,76 @@ def test_dense_errs_by_no_more_than_its_rounding(dtype: Any, error: float, value
     assert bool(((decoded.double() - logits.double()).abs() <= error * logits.double().abs() + error * 2**-14).all())
 
 
-@pytest.mark.parametrize("encoding", [Dense(), TopK(k=2)], ids=repr)
-def test_what_does_not_fit_float16_is_noticed(encoding: Any) -> None:
+def test_what_does_not_fit_float16_is_noticed() -> None:
     logits = torch.zeros(3, 5)
     logits[1, 0] = 70000.0
-    rows = [first_not_finite(values) for values in encoding.encode(logits).values()]
-    assert 1 in rows
+    (values,) = Dense().encode(logits).values()
+    assert first_not_finite(values) == 1
 
 
 def test_top_k_refuses_more_classes_than_there_are() -> None:
     with pytest.raises(RecipeError, match="k = 6 of 5 classes"):
         TopK(k=6).arrays(5)
-    assert TopK(k=5).arrays(5)[0].shape == (5,)
+    assert TopK(k=5).arrays(5)[0].shape == (6 + 5 + 5,)
 
 
-@pytest.mark.parametrize(("num_classes", "dtype"), [(2**16, "uint16"), (2**16 + 1, "uint32")])
-def test_top_k_indices_have_room_for_every_class(num_classes: int, dtype: str) -> None:
-    encoding = TopK(k=1)
-    assert encoding.arrays(num_classes)[1].dtype == dtype
+@pytest.mark.parametrize("num_classes", [2**16, 2**16 + 1])
+def test_top_k_indices_have_room_for_every_class(num_classes: int) -> None:
     logits = torch.zeros(1, num_classes)
     logits[0, -1] = 5.0
-    assert int(stored(encoding, logits)["index"].long()) == num_classes - 1
+    assert int(top_k(logits, 1).index.long()) == num_classes - 1
 
 
 @pytest.mark.parametrize("k", [1, 2, 13, 39])
 def test_top_k_keeps_what_brute_force_keeps(k: int) -> None:
     logits = heavy_tailed(50, seed=k)
-    encoded = TopK(k=k).encode(logits)
+    kept, index, tail = (values.double().numpy() for values in kept_and_tail(logits, k))
     exact = reference(logits)
     order = np.argsort(-exact, axis=1, kind="stable")
     rest = np.take_along_axis(exact, order[:, k:], axis=1)
-    assert np.array_equal(encoded["index"].numpy(), order[:, :k])
-    np.testing.assert_allclose(encoded["log_p"].numpy(), np.take_along_axis(exact, order[:, :k], 1), rtol=1e-3)
-    tail = encoded["tail"].double().numpy()
+    assert np.array_equal(index, order[:, :k])
+    np.testing.assert_allclose(kept, np.take_along_axis(exact, order[:, :k], 1), rtol=1e-3)
     np.testing.assert_allclose(tail[:, 0], np.log(np.exp(rest).sum(axis=1)), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(tail[:, 1], rest.mean(axis=1), rtol=1e-5)
     np.testing.assert_allclose(tail[:, 2], rest.var(axis=1), rtol=1e-4, atol=1e-5)
+    form = top_k(logits, k)
+    assert np.array_equal(form.log_p.numpy(), kept.astype(np.float16))
+    assert np.array_equal(form.index.long().numpy(), index)
+    assert np.array_equal(form.tail.double().numpy(), tail)
+
+
+@pytest.mark.parametrize("k", [3, 4])
+@pytest.mark.parametrize("num_classes", [40, 2**16, 2**16 + 1])
+def test_a_row_of_top_k_is_one_record(k: int, num_classes: int) -> None:
+    logits = heavy_tailed(5, num_classes)
+    logits[0, -1] = 50.0
+    (words,) = stored(TopK(k=k), logits).values()
+    index = "<u2" if num_classes <= 2**16 else "<u4"
+    record = np.dtype([("tail", "<f4", 3), ("index", index, k), ("log_p", "<f2", k)])
+    assert words.shape[1] * 2 in (record.itemsize, record.itemsize + 2)
+    read = np.ascontiguousarray(words.numpy().view(np.uint8)[:, : record.itemsize]).view(record)[:, 0]
+    form = top_k(logits, k)
+    assert read["index"][0, 0] == num_classes - 1
+    assert np.array_equal(read["index"], form.index.long().numpy())
+    assert np.array_equal(read["log_p"], form.log_p.numpy())
+    assert np.array_equal(read["tail"], form.tail.numpy())
+
+
+@pytest.mark.parametrize("size", [100.0, 1e4, 1e30])
+def test_top_k_holds_logits_of_any_size(size: float) -> None:
+    form = top_k(heavy_tailed(20) * size, 3)
+    assert first_not_finite(form.log_p) is first_not_finite(form.tail) is None
+    for temperature in (0.5, 1.0, 4.0):
+        assert first_not_finite(form.log_probs(temperature).exp()) is None
 
 
 def test_top_k_of_every_class_has_no_tail() -> None:
     logits = heavy_tailed(6)
     encoding = TopK(k=NUM_CLASSES)
     rows = stored(encoding, logits)
-    assert first_not_finite(rows["tail"]) is None
-    assert bool((rows["tail"][:, 0].exp() == 0).all())
+    tail = top_k(logits, NUM_CLASSES).tail
+    assert first_not_finite(tail) is None
+    assert bool((tail[:, 0].exp() == 0).all())
     for temperature in (0.5, 1.0, 4.0):
         assert divergence(logits, log_probs(encoding.decode(rows, NUM_CLASSES), temperature), temperature) < 1e-4
 
@@ -182,9 +209,11 @@ def test_top_k_of_every_class_has_no_tail() -> None:
 def test_ties_keep_k_different_classes() -> None:
     encoding = TopK(k=3)
     rows = stored(encoding, torch.tensor([[1.0] * 8, [0.0, 2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]]))
-    assert all(len(set(row)) == 3 for row in rows["index"].tolist())
-    assert set(rows["index"][1].tolist()) <= {1, 2, 3, 4}
-    values = log_probs(encoding.decode(rows, 8), 3.0)
+    form = encoding.decode(rows, 8)
+    assert isinstance(form, TopKLogits)
+    assert all(len(set(row)) == 3 for row in form.index.tolist())
+    assert set(form.index[1].tolist()) <= {1, 2, 3, 4}
+    values = log_probs(form, 3.0)
     torch.testing.assert_close(values[0].exp(), torch.full((8,), 0.125), atol=1e-3, rtol=0)
 
 

@@ -7,12 +7,11 @@ from torch import Tensor
 
 from logitcache.cache.encodings.base import Plain, RowArray, Storage
 from logitcache.cache.encodings.bits import pack_bits, unpack_bits
-from logitcache.cache.encodings.top_k import TopK
+from logitcache.cache.encodings.top_k import NUM_MOMENTS, TopK, kept_and_tail
 from logitcache.logits import Logits, TopKLogits
 from logitcache.recipe import Count, Positive
 
 LARGEST_FALL = 255
-SMALLEST_FLOAT16 = -65504.0
 TIE = 2**-16
 
 
@@ -37,21 +36,19 @@ class PackedTopK(Plain):
         return (
             RowArray("index", (num_bytes,), "uint8", ("byte",)),
             RowArray("fall", (self.k,), "uint8", ("rank",), "component"),
-            RowArray("tail", (3,), "float16", ("moment",), "component"),
+            RowArray("tail", (NUM_MOMENTS,), "float16", ("moment",), "component"),
         )
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """Encode logits [B, C]."""
-        encoded = TopK(k=self.k).encode(logits)
-        log_p = encoded["log_p"].float()
+        log_p, index, tail = kept_and_tail(logits, self.k)
         ranks = torch.arange(1, self.k + 1, device=logits.device)
         # The depth of a rank is at most 255 steps below that of the rank before.
         depth = (log_p / -self.step).round() - LARGEST_FALL * ranks
         depth = torch.cummin(depth, dim=1).values + LARGEST_FALL * ranks
         falls = torch.diff(depth, dim=1, prepend=torch.zeros_like(depth[:, :1]))
-        tail = encoded["tail"] if self.k < logits.shape[1] else encoded["tail"].clamp(min=SMALLEST_FLOAT16)
         return {
-            "index": pack_bits(encoded["index"], _width(logits.shape[1])),
+            "index": pack_bits(index, _width(logits.shape[1])),
             "fall": falls.nan_to_num(0.0, 0.0, 0.0).to(torch.uint8),
             "tail": tail.half(),
         }

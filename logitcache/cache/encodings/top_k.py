@@ -10,12 +10,18 @@ from logitcache.errors import RecipeError
 from logitcache.logits import Logits, TopKLogits
 from logitcache.recipe import Count
 
+NUM_MOMENTS = 3
+_TAIL_WORDS = 2 * NUM_MOMENTS
+_LOWEST = torch.finfo(torch.float16).min
+"""In place of -inf: of its exponential nothing is left either."""
+
 
 class TopK(Plain):
     """The k largest log-probabilities and classes, and of the dropped ones: log total probability, mean, variance.
 
     Log-probabilities, not probabilities, since float16 has no room for small ones; never renormalised, since a
-    distribution without its tail has an infinite divergence from the full one.
+    distribution without its tail has an infinite divergence from the full one. All of a row lies together, as words of
+    two bytes: a random row is one place of the disk, and of memory.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits"})
@@ -30,30 +36,43 @@ class TopK(Plain):
             raise RecipeError(
                 f"top_k keeps k = {self.k} of {num_classes} classes. Fix: k <= {num_classes}, or kind: dense"
             )
-        index = "uint16" if num_classes <= 2**16 else "uint32"
-        return (
-            RowArray("log_p", (self.k,), "float16", ("rank",)),
-            RowArray("index", (self.k,), index, ("rank",)),
-            RowArray("tail", (3,), "float32", ("moment",)),
-        )
+        words = _TAIL_WORDS + self._index_words(num_classes) + self.k
+        return (RowArray("", (words + words % 2,), "uint16", ("word",)),)
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """Encode logits [B, C]."""
-        log_p = torch.log_softmax(logits.float(), dim=1)
-        kept, index = log_p.topk(self.k, dim=1)
-        is_dropped = torch.ones_like(log_p, dtype=torch.bool).scatter_(1, index, False)
-        dropped = log_p[is_dropped].view(len(log_p), log_p.shape[1] - self.k)
-        return {"log_p": kept.half(), "index": index.int(), "tail": _moments(dropped)}
+        kept, index, tail = kept_and_tail(logits, self.k)
+        index = index.to(torch.int16 if logits.shape[1] <= 2**16 else torch.int32)  # as bits: wraps above 2^15
+        words = torch.cat([part.view(torch.int16) for part in (tail, index, kept.half())], dim=1)
+        return {"": torch.nn.functional.pad(words, (0, words.shape[1] % 2)).view(torch.uint16)}
 
     def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
         """Return the encoded form; it becomes a distribution at a temperature, on the device."""
-        return TopKLogits(rows["log_p"], rows["index"], rows["tail"], num_classes)
+        words, after = rows[""], _TAIL_WORDS + self._index_words(num_classes)
+        if not len(words):
+            words = words.new_empty(words.shape)  # with strides, which NumPy leaves out, and other types need
+        return TopKLogits(
+            words[:, after : after + self.k].view(torch.float16),
+            words[:, _TAIL_WORDS:after].view(torch.uint16 if num_classes <= 2**16 else torch.int32),
+            words[:, :_TAIL_WORDS].view(torch.float32),
+            num_classes,
+        )
+
+    def _index_words(self, num_classes: int) -> int:
+        return self.k if num_classes <= 2**16 else 2 * self.k
 
 
-def _moments(dropped: Tensor) -> Tensor:
-    """Return the log of the total probability, the mean and the variance of log-probabilities [B, D], as [B, 3]."""
+def kept_and_tail(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the k largest log-probabilities [B, k] of logits [B, C], their classes [B, k], and of the others [B, 3].
+
+    Of the dropped log-probabilities these are the log of their total probability, their mean and their variance.
+    """
+    log_p = torch.log_softmax(logits.float(), dim=1).clamp(min=_LOWEST)
+    kept, index = log_p.topk(k, dim=1)
+    is_dropped = torch.ones_like(log_p, dtype=torch.bool).scatter_(1, index, False)
+    dropped = log_p[is_dropped].view(len(log_p), log_p.shape[1] - k)
     if dropped.shape[1] == 0:
         # The logarithm of no probability has to be finite.
-        return dropped.new_tensor([torch.finfo(torch.float32).min, 0.0, 0.0]).expand(len(dropped), 3)
+        return kept, index, log_p.new_tensor([_LOWEST, 0.0, 0.0]).repeat(len(log_p), 1)
     variance, mean = torch.var_mean(dropped, dim=1, correction=0)
-    return torch.stack([dropped.logsumexp(dim=1), mean, variance], dim=1)
+    return kept, index, torch.stack([dropped.logsumexp(dim=1), mean, variance], dim=1)
