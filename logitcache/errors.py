@@ -29,6 +29,14 @@ class DataError(LogitCacheError):
     """An image or a label cannot be read; the message names it."""
 
 
+class RowError(DataError):
+    """A row of a batch that cannot be kept: which, and `why`."""
+
+    def __init__(self, row: int, why: str) -> None:
+        super().__init__(f"row {row} of a batch: {why}")
+        self.row, self.why = row, why
+
+
 class MissingExtraError(LogitCacheError, ImportError):
     """An optional dependency is not installed."""
 

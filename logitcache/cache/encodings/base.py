@@ -18,6 +18,9 @@ Storage = Literal["hot", "packed"]
 Order = Literal["sample", "component"]
 """How an inner chunk lies before it is compressed: row after row, or one number of all rows after another."""
 
+ZSTD_LEVELS: Mapping[Order, int] = {"sample": 5, "component": 16}
+"""How hard packed chunks are compressed. From 17 on zstd now and then takes numbers for text, which costs up to 5 %."""
+
 
 class RowArray(NamedTuple):
     """One array of an encoding: what it holds of each view of each image."""

@@ -1,4 +1,4 @@
-"""The basis in which the logits of a teacher vary independently (Karhunen-Loève)."""
+"""The basis in which the companded logits of a teacher vary independently (Karhunen-Loève)."""
 
 from typing import NamedTuple
 
@@ -7,6 +7,9 @@ from torch import Tensor
 
 from logitcache.errors import RecipeError
 
+BEND = 7.0
+"""Root mean squares of logits from which companding is felt."""
+
 WITHIN = 10.0
 HELD_OUT = 5
 SMOOTHED = 21
@@ -14,14 +17,29 @@ LEADING = 30
 
 
 class Basis(NamedTuple):
-    """Logits less their row mean are `mean` [C] plus coefficients times `vectors` [K, C], which are orthonormal.
+    """Logits less their row mean, companded, are `mean` [C] plus coefficients times `vectors` [C, C].
 
-    `deviation` [K]: root mean square of each coefficient on rows that the basis was not fitted to.
+    bend: where companding begins, see `compand`; vectors: orthonormal, the largest variance first; deviation: [C], root
+    mean square of each coefficient on rows that the basis was not fitted to.
     """
 
+    bend: float
     mean: Tensor
     vectors: Tensor
     deviation: Tensor
+
+
+def compand(logits: Tensor, bend: float) -> Tensor:
+    """Return bend · asinh(z / bend): what is much smaller than `bend` stays, what is larger counts by its logarithm.
+
+    The few largest logits of a row would else take bits of every coefficient, and their errors are mended anyway.
+    """
+    return bend * torch.asinh(logits / bend)
+
+
+def expand(companded: Tensor, bend: float) -> Tensor:
+    """Return the logits that `compand` companded."""
+    return bend * torch.sinh(companded / bend)
 
 
 def fit_basis(logits: Tensor, images: Tensor | None = None) -> Basis:
@@ -33,15 +51,17 @@ def fit_basis(logits: Tensor, images: Tensor | None = None) -> Basis:
         raise RecipeError(
             f"a basis cannot be fitted to {len(logits)} rows of logits. Fix: two calibration rows or more"
         )
-    rows = logits.double() - logits.double().mean(dim=1, keepdim=True)
+    centred = logits.double() - logits.double().mean(dim=1, keepdim=True)
+    bend = BEND * max(float(centred.square().mean().sqrt()), 1e-30)
+    rows = compand(centred, bend)
     numbers = torch.arange(len(rows)) if images is None else images
     numbers = torch.unique(numbers.to(rows.device), return_inverse=True)[1]
     mean, vectors = _principal(rows, numbers)
-    return Basis(mean.float(), vectors.float(), _deviation(rows, numbers).float())
+    return Basis(bend, mean.float(), vectors.float(), _deviation(rows, numbers).float())
 
 
 def _principal(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean [C] and the eigenvectors [C - 1, C] of the covariance, the largest variance first.
+    """Return the mean [C] and the eigenvectors [C, C] of the covariance, the largest variance first.
 
     Views of an image differ in fewer ways than images do, yet there are more independent differences of views than
     images: what varies within an image counts `WITHIN` times, which finds the small components with fewer images. Rows
@@ -56,16 +76,11 @@ def _principal(rows: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     weight = centred.norm(dim=1, keepdim=True).clamp(min=1e-30).rsqrt()
     between, within = between * weight, within * weight
     scatter = between.T @ between + WITHIN * within.T @ within
-    # Rows sum to zero. A little variance in every other direction makes that of all ones the last vector.
-    num_classes = rows.shape[1]
-    little = 1e-9 * (scatter.trace() / num_classes).clamp(min=1e-30)
-    scatter += little * (torch.eye(num_classes, dtype=rows.dtype, device=rows.device) - 1 / num_classes)
-    vectors = torch.linalg.eigh(scatter).eigenvectors
-    return mean, vectors.flip(1).T[: max(1, rows.shape[1] - 1)]
+    return mean, torch.linalg.eigh(scatter).eigenvectors.flip(1).T
 
 
 def _deviation(rows: Tensor, images: Tensor) -> Tensor:
-    """Return the root mean square of coefficients [C - 1] on a fifth of the images, in a basis fitted to the others."""
+    """Return the root mean square of coefficients [C] on a fifth of the images, in a basis fitted to the others."""
     held_out = images % HELD_OUT == 0
     fitted, judged = (rows[~held_out], rows[held_out]) if int(images.max()) >= HELD_OUT else (rows, rows)
     mean, vectors = _principal(fitted, images[~held_out] if len(fitted) < len(rows) else images)

@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor
 
 from logitcache.cache.encodings.base import RowArray, Tables, TableShape
+from logitcache.cache.encodings.basis import compand, expand
 from logitcache.cache.encodings.bits import pack_digits, unpack_digits
-from logitcache.cache.encodings.trellis import bits, half_steps, quantise, recurrence
-from logitcache.errors import DataError, RecipeError
+from logitcache.cache.encodings.trellis import bits, half_steps, middle, quantise, recurrence, shrinkage
+from logitcache.errors import RecipeError, RowError
 from logitcache.logits import CompactLogits, Logits
 from logitcache.recipe import Component, Positive
 
@@ -52,6 +53,7 @@ class TransformForm(Component):
     kind: Literal["transform"] = "transform"
     storage: Literal["packed"] = "packed"
     step: Positive
+    bend: Positive
     wide: int = Number
     bytes: int = Number
     pairs: int = Number
@@ -111,7 +113,8 @@ class FittedTransform:
     """A transform with its basis.
 
     tables: basis, int16 [K, C], in units of 2^-11; centre, int32 [C], in units of step · 2^-12; deviation, float32 [K],
-    of the coefficients in half steps; correction_step, float32 [corrections], in logits, absent without corrections.
+    of the coefficients in half steps; correction_step, float32 [corrections], in companded logits, absent without
+    corrections.
     """
 
     form: TransformForm
@@ -129,15 +132,16 @@ class FittedTransform:
         return self.form.arrays(num_classes)
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
-        """Encode logits [B, C]. Raises DataError for a row that is not finite, or far beyond the calibration rows."""
-        form = self.form
-        values = logits.float()
-        mean = values.mean(dim=1, keepdim=True)
-        centred = values - mean
-        table = self._on(logits.device)
-        with torch.autocast(logits.device.type, enabled=False):
-            exact = (centred / self._unit - table["centre"]) @ self._inverse(logits.device)
-        exponent = self._exponent(exact, mean[:, 0] / (form.step * MEAN_UNIT), table)
+        """Encode logits [B, C]. Raises RowError for a row that is not finite, or far beyond the calibration rows."""
+        form, table = self.form, self._on(logits.device)
+        mean = logits.float().mean(dim=1, keepdim=True)
+        centred = logits.float() - mean
+        near = self._coefficients(compand(centred, form.bend), table)
+        is_far = self._exponent(near, compand(mean, form.bend), table)[:, None] > 0
+        # Companding would take what is far beyond the calibration rows out of the few dimensions where they lie.
+        mean, centred = (torch.where(is_far, value, compand(value, form.bend)) for value in (mean, centred))
+        exact = self._coefficients(centred, table)
+        exponent = torch.where(is_far[:, 0], self._exponent(exact, mean, table).clamp(min=1), 0)
         scale = torch.ldexp(torch.ones_like(mean), exponent[:, None])
         rounded = quantise(exact / scale, table["bits"], table["limits"], form.coupled)
         approximation, top = self._approximate(rounded, exponent, table)
@@ -147,7 +151,7 @@ class FittedTransform:
         arrays = {
             **_split(rounded, form.coefficient_parts),
             **_split(mended, form.correction_parts),
-            "mean": (mean[:, 0] / (form.step * MEAN_UNIT * scale[:, 0])).round().to(torch.int16),
+            "mean": (mean / (form.step * MEAN_UNIT * scale))[:, 0].round().to(torch.int16),
             "exponent": exponent.to(torch.uint8),
         }
         return {row.suffix: arrays[row.suffix] for row in self.arrays(logits.shape[1])}
@@ -165,10 +169,19 @@ class FittedTransform:
         if form.corrections:
             mended = _joined(rows, form.correction_parts)
             approximation = approximation.scatter_add(1, top, mended * table["correction_step"] * scale)
-        return approximation + rows["mean"].float()[:, None] * scale * (form.step * MEAN_UNIT)
+        mean = rows["mean"].float()[:, None] * scale * (form.step * MEAN_UNIT)
+        is_far = exponent[:, None] > 0
+        mean, centred = (torch.where(is_far, value, expand(value, form.bend)) for value in (mean, approximation))
+        return mean + centred
+
+    def _coefficients(self, centred: Tensor, table: Mapping[str, Tensor]) -> Tensor:
+        """Return the coefficients [B, K], in half steps, of logits less their mean [B, C], companded or not."""
+        with torch.autocast(centred.device.type, enabled=False):
+            exact = (centred / self._unit - table["centre"]) @ self._inverse(centred.device)
+        return (exact + table["middle"]) * table["shrinkage"] - table["middle"]
 
     def _approximate(self, rounded: Tensor, exponent: Tensor, table: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the logits [B, C] that coefficients [B, K] stand for, and the classes to correct, the largest first.
+        """Return what coefficients [B, K] stand for, [B, C], and the classes to correct, the largest first.
 
         Everything that the order depends on is a whole number, and of equals the lower class comes first: encoder and
         decoder agree on every device.
@@ -183,7 +196,7 @@ class FittedTransform:
 
     @property
     def _unit(self) -> float:
-        """What one unit of the integer sums is in logits."""
+        """What one unit of the integer sums is in companded logits."""
         return self.form.step / 2 / 2**11
 
     def _exponent(self, exact: Tensor, mean: Tensor, table: Mapping[str, Tensor]) -> Tensor:
@@ -201,14 +214,15 @@ class FittedTransform:
             _largest((size / limits)[:, :long]),
             _largest((size / limits)[:, long:]) * excess,
             exact.norm(dim=1) / (EXACT / table["column_norm"] - 2 * num**0.5),
-            mean.abs() / MEAN_LIMIT,
+            mean[:, 0].abs() / (form.step * MEAN_UNIT * MEAN_LIMIT),
         ]
         ratio = torch.stack(needed).amax(dim=0)
         wrong = ~(ratio <= 2**MAX_EXPONENT)
         if bool(wrong.any()):
-            raise DataError(
-                f"logits of row {int(wrong.int().argmax())} of a batch are not finite, or more than 2^{MAX_EXPONENT} "
-                "times as large as those that the transform was fitted to. Fix: kind: dense, or a teacher that is whole"
+            raise RowError(
+                int(wrong.int().argmax()),
+                f"its logits are not finite, or more than 2^{MAX_EXPONENT} times as large as those that the transform "
+                "was fitted to. Fix: kind: dense, or a teacher that is whole",
             )
         return (ratio * 1.01).clamp(min=1).log2().ceil().int()
 
@@ -230,6 +244,8 @@ class FittedTransform:
             table["whole_centre"] = torch.from_numpy(self.tables["centre"].astype(np.int64))
             table["column_norm"] = table["basis"].norm(dim=0).max()
             table["bits"] = bits(table["deviation"], self.form.coupled)
+            table["middle"] = middle(table["deviation"], self.form.coupled)
+            table["shrinkage"] = shrinkage(table["deviation"], self.form.coupled)
             table["recurrence"] = recurrence(self.form.coupled, self.form.num_coefficients)
             limits = [torch.full((count,), float(size.limit)) for _, size, count in self.form.coefficient_parts]
             table["limits"] = torch.cat(limits)

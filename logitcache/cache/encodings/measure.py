@@ -9,10 +9,9 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.encodings.base import Coder
+from logitcache.cache.encodings.base import ZSTD_LEVELS, Coder, Order
 from logitcache.logits import Logits, log_probs
 
-LEVEL = 19
 QUANTILE = 0.999
 
 
@@ -83,11 +82,16 @@ def measure(fitted: Coder, logits: Tensor, temperatures: Sequence[float], batch_
 def stored_bytes(fitted: Coder, logits: Tensor, compressed: bool = True) -> float:
     """Return the bytes per row that logits [N, C] take in one chunk of packed storage, or uncompressed.
 
-    Compressed with zstd at the level of packed arrays; numbers that zstd makes longer count as it leaves them.
+    Compressed as packed arrays are; numbers that zstd makes longer count as it leaves them.
     """
     rows = fitted.arrays(logits.shape[1])
     if not compressed:
         return float(sum(row.num_bytes for row in rows))
-    arrays, codec = stored(fitted, logits), Zstd(level=LEVEL, checksum=True)
-    chunks = (np.moveaxis(arrays[row.suffix], 0, -1 if row.order == "component" else 0) for row in rows)
-    return sum(len(codec.encode(np.ascontiguousarray(chunk).tobytes())) for chunk in chunks) / len(logits)
+    arrays = stored(fitted, logits)
+    return sum(chunk_bytes(arrays[row.suffix], row.order) for row in rows) / len(logits)
+
+
+def chunk_bytes(rows: NDArray[Any], order: Order) -> int:
+    """Return the bytes of rows [N, ...] in one chunk of packed storage."""
+    chunk = np.moveaxis(rows, 0, -1) if order == "component" else rows
+    return len(Zstd(level=ZSTD_LEVELS[order], checksum=True).encode(np.ascontiguousarray(chunk).tobytes()))

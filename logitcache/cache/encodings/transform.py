@@ -12,13 +12,14 @@ from logitcache.cache.encodings.base import Sample
 from logitcache.cache.encodings.basis import Basis, fit_basis
 from logitcache.cache.encodings.features import Feature
 from logitcache.cache.encodings.fitted_transform import BYTE, PAIR, FittedTransform, TransformForm
+from logitcache.cache.encodings.trellis import shrinkage
 from logitcache.recipe import Component, Positive
 
 BASIS_SCALE = 2**11
 """A float that keeps 11 bits, as TF32 does, holds every entry of the integer basis."""
 
 HEADROOM = 6.0
-PAIRS, TRIPLES, COUPLED = 3.0, 1.4, 0.8
+PAIRS, TRIPLES, COUPLED = 3.0, 1.4, 0.7
 """Deviations, in half steps, up to which pairs hold coefficients, and triples, and up to which they are not coupled."""
 
 NEGLIGIBLE = 0.05
@@ -64,11 +65,10 @@ class Transform(Component):
         num, coupled = len(deviation), _leading(deviation, COUPLED)
         above = [_leading(deviation, limit) for limit in (2 * BYTE.limit / HEADROOM, PAIRS, TRIPLES)]
         wide, long, not_triples = (min(count, coupled) for count in above)
-        # The search of zstd goes astray where the first numbers of many bits make it think that all are.
-        order = torch.cat([torch.arange(wide), torch.arange(wide, long).flip(0), torch.arange(long, num)])
-        steps = _correction_steps(logits, min(self.corrections, logits.shape[1]), self.step)
+        steps = _correction_steps(logits, min(self.corrections, logits.shape[1]), self.step, basis.bend)
         form = TransformForm(
             step=self.step,
+            bend=basis.bend,
             wide=wide,
             bytes=long - wide,
             pairs=not_triples - long,
@@ -78,12 +78,15 @@ class Transform(Component):
             correction_bytes=int((steps * PAIR.limit < HEADROOM * self.step / 3).sum()),
             corrections=len(steps),
         )
-        vectors = (basis.vectors[order] * BASIS_SCALE).round()
+        # The search of zstd goes astray where the first numbers of many bits make it think that all are.
+        order = torch.cat([torch.arange(wide), torch.arange(wide, long).flip(0), torch.arange(long, num)])
+        deviation = deviation[order]
+        vectors = (basis.vectors[order] * shrinkage(deviation, coupled)[:, None] * BASIS_SCALE).round()
         tables = {
             "basis": vectors.short().cpu().numpy(),
             # The middle of the coupled coefficients is half a half step below their mean.
             "centre": (basis.mean / unit * BASIS_SCALE + vectors[:coupled].sum(dim=0) / 2).round().int().cpu().numpy(),
-            "deviation": deviation[order].cpu().numpy().astype(np.float32),
+            "deviation": deviation.cpu().numpy().astype(np.float32),
             "correction_step": steps.cpu().numpy().astype(np.float32),
         }
         return FittedTransform(form, {name: table for name, table in tables.items() if table.size})
@@ -95,17 +98,19 @@ def _leading(deviation: Tensor, limit: float) -> int:
     return int(larger.max()) + 1 if len(larger) else 0
 
 
-def _correction_steps(logits: Tensor, count: int, step: float) -> Tensor:
+def _correction_steps(logits: Tensor, count: int, step: float, bend: float) -> Tensor:
     """Return the step of each rank's correction, [count], ascending, at most `step`.
 
-    An error e of a logit costs p(1 - p) e² / 2T² of divergence. Steps make it cost as much at each rank as on average
-    below: the sum over temperatures of those costs, times step², is one number.
+    An error e of a logit costs p(1 - p) e² / 2T² of divergence; where it is companded, 1 + (z / bend)² times as much.
+    Steps make it cost as much at each rank as on average below: the sum over temperatures of those costs, times step²,
+    is one number.
     """
     ordered = logits.float().sort(dim=1, descending=True).values
+    stretch = 1 + ((ordered - ordered.mean(dim=1, keepdim=True)) / bend).square()
     cost = torch.zeros(ordered.shape[1], device=logits.device)
     for temperature in TEMPERATURES:
         p = torch.softmax(ordered / temperature, dim=1)
-        cost += (p * (1 - p)).mean(dim=0) / (2 * temperature**2)
+        cost += (p * (1 - p) * stretch).mean(dim=0) / (2 * temperature**2)
     base = cost[count:].mean() if count < len(cost) else cost[-1]
     steps = step * (base / cost[:count].clamp(min=1e-30)).sqrt().clamp(min=1 / math.sqrt(BASIS_SCALE), max=1.0)
     return torch.cummax(steps, dim=0).values if count else steps
