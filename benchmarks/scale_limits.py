@@ -2,8 +2,8 @@
 
     python benchmarks/scale_limits.py [--quick] [--json] [--folder DIR]
 
-The order of an epoch, plain and mixed; opening an image folder, for the first time and again; opening tar shards, and
-what of them every process that renders is sent; `inspect`, which looks at some of a view; handing out tasks by Dask
+The order of an epoch, plain, mixed and in blocks; opening an image folder and tar shards, for the first time and again,
+and what of them the processes that render share; `inspect`, which looks at some of a view; handing out tasks by Dask
 (left out with --quick, and where it is not installed). Each step is done in a process of its own; figures are bytes of
 memory at its peak by image, and beside them CPU time, which is not judged but for that of `inspect`, roughly. Exits 1
 when a figure is more than a quarter above that which scale_model.py reckons with; with --quick, where few images blur
@@ -30,14 +30,16 @@ from read import Row
 from scale import conclude
 from scale_metadata import NUM_CLASSES, SETTLED, memory_of, simulated, took
 from scale_model import (
+    BLOCKED_MB,
     FOLDER_AGAIN_BYTES,
     FOLDER_BYTES,
+    FOLDER_SHARED_BYTES,
     INSPECT_SECONDS,
     MIXED_BYTES,
     ORDER_BYTES,
     SHUFFLE_BYTES,
     TAR_BYTES,
-    TAR_SENT_BYTES,
+    TAR_SHARED_BYTES,
     TASK_BYTES,
 )
 
@@ -47,15 +49,17 @@ from logitcache.views.datasets.base import fingerprint
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.webdataset import WebDataset
 from logitcache.views.epochs import EpochLoader
-from logitcache.views.order import epoch_order
+from logitcache.views.order import EpochOrder
 from logitcache.views.spec import Views, ViewSpec
 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
 QUICK_ORDERS, FULL_ORDERS = (1_281_167,), (1_281_167, 14_197_122, 100_000_000)
-MOST_MIXED = 2_000_000
-FEW, QUICK_FILES, FULL_FILES = 2000, 10_000, 100_000
+FEW, QUICK_FILES, FULL_FILES = 20_000, 40_000, 200_000
+MANY, BLOCK = 1_000_000_000, 16_384
+"""Images of an epoch in blocks, which takes as much memory of any number."""
+
 FEWEST_TASKS, TASKS = 200, 6000
 IN_SHARD, IN_FOLDER = 1000, 1000
 JOB_BYTES = 20_000
@@ -67,16 +71,16 @@ ROOM, ROOM_OF_FEW, ROUGHLY, INSPECTED = 1.25, 2.0, 4, 65_536
 
 def permute(images: int) -> None:
     """Draw the order of all images."""
-    epoch_order(images, 0, 0)
+    EpochOrder(images, 0, 0)
 
 
-def begin_epoch(images: int, mixes: bool) -> None:
+def begin_epoch(images: int, mixes: bool, block: int | None = None) -> None:
     """Draw the first batch of an epoch."""
     dataset = MadeImages(1)
     dataset.ids = Names(images)  # its labels are counted apart
     mixing = ({"kind": "mixup"},) if mixes else ()
     spec = ViewSpec.model_validate({"num_views": 4, "mixing": mixing})
-    next(EpochLoader(Views(dataset, spec)).keys(0))
+    next(EpochLoader(Views(dataset, spec), shuffle_block=block).keys(0))
 
 
 def order_rows(images: int) -> Iterator[Row]:
@@ -84,13 +88,18 @@ def order_rows(images: int) -> Iterator[Row]:
     cases: list[tuple[str, Callable[..., None], tuple[Any, ...], float]] = [
         ("a permutation", permute, (images,), ORDER_BYTES),
         ("an epoch", begin_epoch, (images, False), SHUFFLE_BYTES),
+        ("a mixed epoch", begin_epoch, (images, True), MIXED_BYTES),
     ]
-    if images <= MOST_MIXED:
-        cases.append(("a mixed epoch", begin_epoch, (images, True), MIXED_BYTES))
     for name, step, arguments, wanted in cases:
         found = took(step, *arguments)
         note = f"{found}: {1e9 * found.seconds / images:.0f} ns an image"
         yield Row(f"{name} of {images:,} images", found.memory / images, ROOM * wanted, "B", True, note)
+
+
+def blocked_row() -> Row:
+    """Draw the first batch of an epoch in blocks."""
+    found = took(begin_epoch, MANY, False, BLOCK)
+    return Row(f"an epoch of {MANY:,} images in blocks", found.memory / 1e6, ROOM * BLOCKED_MB, "MB", True, f"{found}")
 
 
 def picture() -> bytes:
@@ -123,18 +132,25 @@ def write_shards(root: Path, images: int) -> None:
                     archive.addfile(member, io.BytesIO(data))
 
 
+def sent(dataset: object) -> int:
+    """Count the bytes that pickle would give, without making them."""
+    arrays: list[pickle.PickleBuffer] = []
+    rest = pickle.dumps(dataset, 5, buffer_callback=arrays.append)
+    return len(rest) + sum(array.raw().nbytes for array in arrays)
+
+
 def open_folder(root: Path) -> int:
-    """Open an image folder as stage one and two do; returns how much of it a process that renders is sent."""
+    """Open an image folder as stage one and two do; returns how much of it the processes that render share."""
     dataset = ImageFolder(root=str(root)).open()
     fingerprint(dataset)
-    return len(pickle.dumps(dataset))
+    return sent(dataset)
 
 
 def open_shards(root: Path) -> int:
-    """Open tar shards as stage one and two do; returns how much of it a process that renders is sent."""
+    """Open tar shards as stage one and two do; returns how much of it the processes that render share."""
     dataset = WebDataset(shards=tuple(str(path) for path in sorted(root.iterdir()))).open()
     fingerprint(dataset)
-    return len(pickle.dumps(dataset))
+    return sent(dataset)
 
 
 def dataset_rows(folder: Path, images: int, room: float) -> Iterator[Row]:
@@ -143,6 +159,7 @@ def dataset_rows(folder: Path, images: int, room: float) -> Iterator[Row]:
         write_folder(folder / f"files{count}", count)
         write_shards(folder / f"shards{count}", count)
     time.sleep(SETTLED)
+    shared: dict[str, float] = {}
     for name, step, kind, wanted in (
         ("an image folder, at first", open_folder, "files", FOLDER_BYTES),
         ("an image folder, again", open_folder, "files", FOLDER_AGAIN_BYTES),
@@ -154,7 +171,12 @@ def dataset_rows(folder: Path, images: int, room: float) -> Iterator[Row]:
         note = f"{found}: {1e6 * (found.seconds - few.seconds) / more:.1f} us an image"
         each = (found.memory - few.memory) / more
         yield Row(f"{name}: {images:,} images", each, room * wanted, "B", True, note)
-    yield Row("tar shards, to each process that renders", found.value / images, ROOM * TAR_SENT_BYTES, "B", True)
+        shared[kind] = found.value / images
+    for name, kind, wanted in (
+        ("an image folder", "files", FOLDER_SHARED_BYTES),
+        ("tar shards", "shards", TAR_SHARED_BYTES),
+    ):
+        yield Row(f"{name}, shared by all that render", shared[kind], ROOM * wanted, "B", True)
 
 
 def look(path: Path) -> None:
@@ -204,6 +226,7 @@ def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure everything."""
     for images in QUICK_ORDERS if quick else FULL_ORDERS:
         yield from order_rows(images)
+    yield blocked_row()
     room = ROOM_OF_FEW if quick else ROOM
     yield from dataset_rows(folder, QUICK_FILES if quick else FULL_FILES, room)
     yield inspect_row(folder / "c.zarr")
@@ -218,7 +241,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer images, no tasks")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put up to 100,000 small files")
+    parser.add_argument("--folder", help="where to put up to 220,000 small files")
     arguments = parser.parse_args()
     configure(quiet=True)
     torch.set_num_threads(1)

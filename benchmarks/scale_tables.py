@@ -120,8 +120,9 @@ def _met(case: Case) -> dict[str, str]:
         "stage one on Dask: client and scheduler": both(layout.num_shards, model.TASK_BYTES, model.TASK_SECONDS),
         "images as files: index, at first": both(images, model.FOLDER_BYTES, model.FOLDER_SECONDS),
         "images as files: index, again": both(images, model.FOLDER_AGAIN_BYTES, model.FOLDER_AGAIN_SECONDS),
+        "the same, once for all processes that render": size(model.FOLDER_SHARED_BYTES * images),
         "images in tar shards: index": size(model.TAR_BYTES * images),
-        "the same in each process that renders": size(model.TAR_SENT_BYTES * images),
+        "once for all processes that render": size(model.TAR_SHARED_BYTES * images),
         "opening: labels and digests compared": both(images, model.SKELETON_BYTES, model.SKELETON_SECONDS),
         "labels in a student": size(model.LABELS_BYTES * images),
         "all shards compared, once by machine": clock(model.COMPARE_SECONDS * store.bytes),
@@ -129,6 +130,7 @@ def _met(case: Case) -> dict[str, str]:
         "`inspect`, which looks at some of view 0": clock(model.INSPECT_SECONDS * looked_at),
         "order of an epoch": both(images, model.SHUFFLE_BYTES, model.ORDER_SECONDS),
         "order of an epoch that mixes": size(model.MIXED_BYTES * images),
+        "order of an epoch in blocks (`shuffle_block`)": size(model.BLOCKED_MB * 1e6),
         "files mapped for a view of top-100": f"{mapped:,} of {model.MAPPINGS:,}",
         "the same for all views": f"{mapped * case.scenario.views:,} of {model.MAPPINGS:,}",
     }

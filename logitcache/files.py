@@ -7,24 +7,28 @@ import itertools
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from logitcache import stamps
 from logitcache.console import track
 from logitcache.errors import CacheError, DataError, LogitCacheError
 
 _BLOCK = 256  # files a thread takes at a time: enough to hide the cost of handing them out
+_SPAN = 1 << 14  # files that are handed out to threads at a time
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # more than cores: network disks answer late
 LEFTOVER = ".logitcache-tmp"
 """How the names end of files that matter only while they are written."""
 
 _LONGEST_STEM = 80  # characters of the final name in a temporary one: a name may hold 255 bytes
 _KEPT = b"logitcache kept 1\n"
+
+T = TypeVar("T")
 
 
 class Measure(NamedTuple):
@@ -41,11 +45,15 @@ def write_atomically(path: Path, data: bytes | bytearray | memoryview, sync: boo
     `sync=False` leaves out the flush to the disk. Raises CacheError when the disk is full or the
     folder may not be written; nothing is left behind then.
     """
+    _write_atomically(path, [data], sync)
+
+
+def _write_atomically(path: Path, blocks: Iterable[bytes | bytearray | memoryview], sync: bool) -> None:
     part = path.with_name(f"{path.name[:_LONGEST_STEM]}.{os.getpid()}-{secrets.token_hex(4)}{LEFTOVER}")
     try:
         with _removed_on_failure(part):
             with open(part, "xb") as file:
-                file.write(data)
+                file.writelines(blocks)
                 if sync:
                     file.flush()
                     os.fsync(file.fileno())
@@ -94,7 +102,8 @@ def file_digests(
     again, for damage that leaves no stamp. `what` names one such file ("image", "shard"). Raises
     `error` for the first file that cannot be read.
     """
-    return remembered(paths, _SHA256, what=what, fresh=fresh, error=error)
+    found = remembered(paths, SHA256, what=what, fresh=fresh, error=error)
+    return [digest.tobytes() for digest in found]
 
 
 def remembered(
@@ -102,36 +111,57 @@ def remembered(
     measure: Measure,
     *,
     what: str,
+    width: int = 32,
     fresh: bool = False,
     error: type[LogitCacheError] = DataError,
-) -> list[bytes]:
-    """Return 32 bytes that `measure` found in each file; only files that changed since last time are opened."""
-    if not paths:
-        return []
-    names = [os.path.abspath(path) for path in paths]
-    store = _index_path(names, measure.name)
-    index = stamps.StampIndex(kept(store) or b"")
+) -> NDArray[np.uint8]:
+    """Return the first bytes of what `measure` found in each file, [n, width]; only files that changed are opened.
+
+    Paths are asked for when they are needed, some at a time: `paths` may make them then.
+    """
+    found = np.empty((len(paths), width), np.uint8)
+    if not len(paths):
+        return found
+    store = _index_path(paths, measure.name)
+    index = stamps.StampIndex(_kept(store) or b"")
+    known = np.zeros(len(paths), bool)
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda block: _stamp_rows(block, what, error), _blocks(names))
-        rows = stamps.as_rows(itertools.chain.from_iterable(found))
-        known = np.zeros(len(rows), bool) if fresh else index.fill(rows)
-        todo = [names[i] for i in np.flatnonzero(~known)]
-        measured = pool.map(lambda block: _measured_rows(block, measure, what, error), _blocks(todo))
-        done: list[bytes] = []
+        for start in range(0, len(paths), _SPAN):
+            span = slice(start, start + _SPAN)
+            names = [os.path.abspath(path) for path in paths[span]]
+            packed = pool.map(lambda block: _stamp_rows(block, what, error), _pieces(names, _BLOCK))
+            rows = stamps.as_rows(itertools.chain.from_iterable(packed))
+            known[span] = False if fresh else index.fill(rows)
+            found[span] = rows["digest"][:, :width]
+        todo = np.flatnonzero(~known)
+        rows, done = stamps.no_rows(len(todo)), 0
+        measured = _measured(pool, paths, todo, lambda block: _measured_rows(block, measure, what, error))
         try:
-            every = itertools.chain.from_iterable(measured)
-            done.extend(track(every, f"{measure.doing} {what}s", len(todo), unit=f"{what}s"))
+            for row in track(measured, f"{measure.doing} {what}s", len(todo), unit=f"{what}s"):
+                rows[done] = row
+                done += 1
         finally:
             # A long first pass that is interrupted is not lost.
             if done:
-                keep(store, index.merged(np.concatenate([rows[known], stamps.as_rows(done)])))
-    digests = rows["digest"]
-    if done:
-        digests[~known] = stamps.as_rows(done)["digest"]
-    return [digest.tobytes() for digest in digests]
+                _keep(store, lambda: index.merged_blocks(rows[:done]))
+    found[todo] = rows["digest"][:, :width]
+    return found
 
 
-_SHA256 = Measure("stamps", "hashing", lambda file: hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
+def _measured(
+    pool: ThreadPoolExecutor,
+    paths: Sequence[str | Path],
+    todo: NDArray[np.int64],
+    measure: Callable[[Sequence[str]], stamps.Rows],
+) -> Iterator[np.void]:
+    """Yield the row of each file in turn."""
+    for start in range(0, len(todo), _SPAN):
+        names = [os.path.abspath(paths[number]) for number in todo[start : start + _SPAN].tolist()]
+        for rows in pool.map(measure, _pieces(names, _BLOCK)):
+            yield from rows
+
+
+SHA256 = Measure("stamps", "hashing", lambda file: hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
 
 
 def user_cache_directory() -> Path | None:
@@ -147,17 +177,31 @@ def user_cache_directory() -> Path | None:
 
 def keep(path: Path | None, payload: bytes) -> None:
     """Keep bytes that can be computed again, beside their own digest, where that is possible."""
+    _keep(path, lambda: [payload])
+
+
+def _keep(path: Path | None, blocks: Callable[[], Iterable[bytes]]) -> None:
+    """Keep bytes that are made block by block, twice: for their digest, which comes first, and to be written."""
     if path is None:
         return
     with contextlib.suppress(OSError, LogitCacheError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _KEPT + hashlib.sha256(payload).digest() + payload, sync=False)
+        digest = hashlib.sha256()
+        for block in blocks():
+            digest.update(block)
+        _write_atomically(path, itertools.chain([_KEPT + digest.digest()], blocks()), sync=False)
 
 
 def kept(path: Path | None) -> bytes | None:
     """Return bytes kept before; None when there are none or they are damaged."""
+    payload = _kept(path)
+    return None if payload is None else bytes(payload)
+
+
+def _kept(path: Path | None) -> memoryview | None:
+    """Return the same without a second copy of them."""
     try:
-        data = path.read_bytes() if path else b""
+        data = memoryview(path.read_bytes() if path else b"")
     except OSError:
         return None
     head = len(_KEPT) + 32
@@ -165,17 +209,18 @@ def kept(path: Path | None) -> bytes | None:
     return payload if data[:head] == _KEPT + hashlib.sha256(payload).digest() else None
 
 
-def _index_path(names: Sequence[str], ending: str) -> Path | None:
-    """Return where the stamps of the folder that holds all of these absolute paths are kept, under an ending."""
+def _index_path(paths: Sequence[str | Path], ending: str) -> Path | None:
+    """Return where the stamps of the folder that holds all of these files are kept, under an ending."""
     # The first and the last in order share what all of them share.
-    folder = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])
+    ends = min(map(os.path.abspath, paths)), max(map(os.path.abspath, paths))
+    folder = os.path.commonpath([os.path.dirname(name) for name in ends])
     directory = user_cache_directory()
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
     return directory / f"{name}.{ending}" if directory else None
 
 
-def _blocks(names: Sequence[str]) -> Iterator[Sequence[str]]:
-    return (names[start : start + _BLOCK] for start in range(0, len(names), _BLOCK))
+def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def _stamp_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -> list[bytes]:
@@ -189,7 +234,7 @@ def _stamp_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -
     return rows
 
 
-def _measured_rows(names: Sequence[str], measure: Measure, what: str, error: type[LogitCacheError]) -> list[bytes]:
+def _measured_rows(names: Sequence[str], measure: Measure, what: str, error: type[LogitCacheError]) -> stamps.Rows:
     rows = []
     for name in names:
         with _readable(name, what, error), open(name, "rb") as file:
@@ -199,7 +244,7 @@ def _measured_rows(names: Sequence[str], measure: Measure, what: str, error: typ
             after = stamps.stamp(os.fstat(file.fileno()))
         lasting = before == after and stamps.settled(before, started)
         rows.append(stamps.packed_row(name, before if lasting else stamps.NO_STAMP, found))
-    return rows
+    return stamps.as_rows(rows)
 
 
 @contextlib.contextmanager

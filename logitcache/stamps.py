@@ -9,7 +9,7 @@ import hashlib
 import os
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,7 @@ _ROW = np.dtype(
 _PACKED = struct.Struct("<QqqqQ32s")  # the same bytes
 _STAMP_FIELDS = ["size", "mtime_ns", "ctime_ns", "inode"]
 _RACY_NS = 2_000_000_000
+_BLOCK = 1 << 16  # rows of an index that are put together at a time
 _MOST_ROWS = 8_000_000
 
 
@@ -71,6 +72,11 @@ def packed_row(name: str, stamp: Stamp, digest: bytes = bytes(32)) -> bytes:
     return _PACKED.pack(key(name), *stamp, digest)
 
 
+def no_rows(count: int) -> Rows:
+    """Return [n] rows that are still to be filled."""
+    return np.empty(count, _ROW)
+
+
 def as_rows(packed: Iterable[bytes]) -> Rows:
     """Return [n] rows, whose fields are the key, the stamp and the digest."""
     rows: Rows = np.frombuffer(bytearray(b"".join(packed)), _ROW)
@@ -80,27 +86,48 @@ def as_rows(packed: Iterable[bytes]) -> Rows:
 class StampIndex:
     """Digests by stamp, in order of the key."""
 
-    def __init__(self, stored: bytes = b"") -> None:
+    def __init__(self, stored: bytes | memoryview = b"") -> None:
         """Read an index; bytes of another length than whole rows count as none."""
         sound = len(stored) % _ROW.itemsize == 0
         self._rows: Rows = np.frombuffer(stored if sound else b"", _ROW)
+        self._keys = np.ascontiguousarray(self._rows["key"])
+        self._asked = np.zeros(len(self._rows), bool)
 
     def fill(self, rows: Rows) -> NDArray[np.bool_]:
         """Fill in the digests of rows whose stamp is known; returns which were."""
         if len(self._rows) == 0:
             return np.zeros(len(rows), bool)
-        place = np.searchsorted(self._rows["key"], rows["key"])
-        old = self._rows[np.minimum(place, len(self._rows) - 1)]
+        place = np.minimum(np.searchsorted(self._keys, rows["key"]), len(self._rows) - 1)
+        old = self._rows[place]
         known = old["key"] == rows["key"]
         for field in _STAMP_FIELDS:
             known &= old[field] == rows[field]
         rows["digest"][known] = old["digest"][known]
+        self._asked[place[known]] = True
         return np.asarray(known, bool)
 
     def merged(self, rows: Rows) -> bytes:
-        """Return the bytes of an index that holds these rows and the older ones of other files."""
-        older = self._rows[~np.isin(self._rows["key"], rows["key"])]
-        if len(older) + len(rows) > _MOST_ROWS:
-            older = older[:0]
-        both = np.concatenate([older, rows[rows["size"] >= 0]])
-        return both[np.argsort(both["key"], kind="stable")].tobytes()
+        """Return the bytes of an index that holds these rows, those that were found, and the older ones of others."""
+        return b"".join(self.merged_blocks(rows))
+
+    def merged_blocks(self, rows: Rows) -> Iterator[bytes]:
+        """Yield the same bytes, some rows at a time."""
+        new = np.flatnonzero(rows["size"] >= 0)
+        old = self._older(rows)
+        order = np.argsort(np.concatenate([self._keys[old], rows["key"][new]]), kind="stable")
+        for start in range(0, len(order), _BLOCK):
+            chosen = order[start : start + _BLOCK]
+            is_old = chosen < len(old)
+            block = np.empty(len(chosen), _ROW)
+            block[is_old] = self._rows[old[chosen[is_old]]]
+            block[~is_old] = rows[new[chosen[~is_old] - len(old)]]
+            yield block.tobytes()
+
+    def _older(self, rows: Rows) -> NDArray[np.int64]:
+        """Return the places of rows that stay: those of other files, and of too many those that were found."""
+        replacing = np.sort(rows["key"])
+        place = np.minimum(np.searchsorted(replacing, self._keys), len(replacing) - 1)
+        stays = replacing[place] != self._keys if len(replacing) else np.ones(len(self._keys), bool)
+        if int(stays.sum()) + len(rows) > _MOST_ROWS:
+            stays &= self._asked
+        return np.flatnonzero(stays)

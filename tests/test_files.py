@@ -83,6 +83,25 @@ def test_what_is_asked_for_is_remembered_however_large_the_folder(
 
 
 @pytest.mark.usefixtures("later")
+def test_files_are_handled_some_at_a_time(tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((files, "_SPAN"), (files, "_BLOCK"), (stamps, "_BLOCK")):
+        monkeypatch.setattr(module, name, 3)
+    paths = [tmp_path / f"{number}.bin" for number in range(20)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes(number))
+    assert file_digests(paths[:11], what="shard") == sha256(paths[:11])
+    for number in (0, 5, 10):
+        paths[number].write_bytes(b"other")
+    hashed.clear()
+    assert file_digests(paths, what="shard") == sha256(paths)
+    assert hashed == [f"{number}.bin" for number in (0, 5, *range(10, 20))]
+    hashed.clear()
+    found = files.remembered(paths, files.SHA256, what="shard", width=5)
+    assert [row.tobytes() for row in found] == [digest[:5] for digest in sha256(paths)]
+    assert hashed == []
+
+
+@pytest.mark.usefixtures("later")
 def test_change_that_restores_size_and_mtime_is_noticed(three: list[Path]) -> None:
     file_digests(three, what="shard")
     before = three[0].stat()

@@ -66,8 +66,8 @@ def test_time_is_that_of_the_gpu_with_most_shards(scripts: dict[str, ModuleType]
 
 def test_larger_shards_take_fewer_files_of_the_same_bytes(scripts: dict[str, ModuleType]) -> None:
     model = scripts["scale_model"]
-    large = model.every_case()[-1]
-    small = model.case_of(large.scenario, large.form)
+    large = model.case_of(model.SCENARIOS[-1], "packed top-10")
+    small = model.case_of(large.scenario, large.form, 65_536)
     assert large.store.files * 15 < small.store.files
     assert large.store.bytes == pytest.approx(small.store.bytes, rel=0.01)
     assert requests_of_a_view(large.store, large.layout).gets < requests_of_a_view(small.store, small.layout).gets / 10

@@ -13,13 +13,14 @@ from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.checksums import require_rows
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod, ViewLoader
-from logitcache.views.order import share_of
+from logitcache.views.order import Drawn, Ints, share_of
 from logitcache.views.sampling import EveryImage, Sampling
 from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, Views
 
 TargetsOf = Callable[[Sequence[ViewKey]], Mapping[str, Targets]]
 ChecksumsOf = Callable[[Sequence[ViewKey]], NDArray[np.uint32]]
 EVERY_IMAGE = EveryImage()
+_DRAWN = 1 << 14  # images whose keys are drawn at a time, a batch at least
 
 
 def no_targets(keys: Sequence[ViewKey]) -> Mapping[str, Targets]:
@@ -113,29 +114,31 @@ class EpochLoader:
         count = len(self.views.dataset.ids)
         return count - count % self.batch_size if self.drop_last else count
 
-    def keys(self, epoch: int) -> Iterator[list[ViewKey]]:
-        """Yield the keys of each batch of an epoch; those of this process."""
-        views, indices = self._order(epoch)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            keys = list(map(ViewKey, views[batch].tolist(), indices[batch].tolist()))
-            yield list(share_of(keys, *self._share, self._unit))
+    def keys(self, epoch: int, start: int = 0) -> Iterator[list[ViewKey]]:
+        """Yield the keys of each batch of an epoch from batch `start` on; those of this process."""
+        unit = 2 if self.views.spec.mixing else 1
+        order = self._sampling.order(self.views.dataset, self.seed, epoch // self.views_per_image, self._block, unit)
+        count, several = len(self.views.dataset.ids), max(1, _DRAWN // self.batch_size) * self.batch_size
+        for first in range(start * self.batch_size, len(self) * self.batch_size, several):
+            drawn = self._drawn(epoch, order, first, min(first + several, len(self) * self.batch_size, count))
+            keys = list(map(ViewKey, *(numbers.tolist() for numbers in drawn)))
+            for batch in range(0, len(keys), self.batch_size):
+                yield list(share_of(keys[batch : batch + self.batch_size], *self._share, self._unit))
 
-    def _order(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return views [N] and images [N] of an epoch in order."""
+    def _drawn(self, epoch: int, order: tuple[Drawn, Drawn], start: int, stop: int) -> tuple[Ints, Ints]:
+        """Return views and images of a slice of an epoch."""
         count, shared, num_views = len(self.views.dataset.ids), self.views_per_image, self.views.spec.num_views
         group, part = divmod(epoch, shared)
-        pairing = self.views.spec.pairing(count)
-        unit = 1 if pairing is None else 2
-        places, repeats = self._sampling.order(self.views.dataset, self.seed, group, self._block, unit)
-        slots = np.arange(part * count, (part + 1) * count)
+        slots = np.arange(part * count + start, part * count + stop)
         place = slots // shared
-        views, places = ((group + repeats[place]) * shared + slots % shared) % num_views, places[place]
-        return views, places if pairing is None else pairing.images(views, places)
+        images, repeats = (numbers[place[0] : place[-1] + 1][place - place[0]] for numbers in order)
+        views = ((group + repeats) * shared + slots % shared) % num_views
+        pairing = self.views.spec.pairing(count)
+        return views, images if pairing is None else pairing.images(views, images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch `start` on."""
-        return self.batches(itertools.islice(self.keys(epoch), start, None))
+        return self.batches(self.keys(epoch, start))
 
     def _checked(self, keys: list[ViewKey]) -> list[ViewKey]:
         """Raise IndexError for a key that names no view, before anything is rendered."""

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from logitcache.errors import LogitCacheError
 from logitcache.stopping import ignore_signals
+from logitcache.views.handover import Handover
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 
@@ -30,6 +31,11 @@ class _Guarded:
 
     def __init__(self, views: Views) -> None:
         self.views = views
+        self._handover = Handover(views)
+
+    def __reduce__(self) -> tuple[Callable[..., "_Guarded"], tuple[object, ...]]:
+        """Share what is large in the views with the other workers."""
+        return _Guarded, (self._handover,)
 
     def __getitems__(self, keys: list[ViewKey]) -> Tensor | LogitCacheError:
         try:

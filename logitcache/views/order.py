@@ -1,35 +1,84 @@
 """The order of an epoch: a pure function of sizes, seed and epoch."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.views.keys import permutation
+from logitcache.views.keys import order_words, permutation
 
 T = TypeVar("T")
+Ints = NDArray[np.int64]
 
 
-def epoch_order(num_images: int, seed: int, epoch: int, block: int | None = None, unit: int = 1) -> NDArray[np.int64]:
-    """Return the places of an epoch in order, a permutation of range(num_images).
+class Drawn(Protocol):
+    """Numbers of an epoch, in order, by slices."""
+
+    def __getitem__(self, places: slice, /) -> NDArray[np.integer[Any]]: ...
+
+
+class EpochOrder:
+    """The places of an epoch in order, a permutation of range(num_images), of which slices are drawn.
 
     With `block`, places are shuffled within runs of `block` consecutive ones, and the runs are shuffled: rows that must
-    be decoded together are then used together. Runs of `unit` places stay together, as those of a pair do, and begin at
-    multiples of `unit`: one that is short comes last.
+    be decoded together are then used together; of these only the runs of a slice are in memory. Runs of `unit` places
+    stay together, as those of a pair do, and begin at multiples of `unit`: one that is short comes last.
     """
-    if unit > 1:
-        num_units, rest = divmod(num_images, unit)
-        units = epoch_order(num_units, seed, epoch, None if block is None else block // unit)
-        places = (units[:, None] * unit + np.arange(unit)).ravel()
-        return np.append(places, np.arange(num_images - rest, num_images))
-    if block is None or block >= num_images:
-        return permutation(seed, epoch, num_images)
-    shuffled = permutation(seed, epoch, num_images)
-    return shuffled[np.argsort(block_ranks(num_images, seed, epoch, block)[shuffled // block], kind="stable")]
+
+    def __init__(self, num_images: int, seed: int, epoch: int, block: int | None = None, unit: int = 1) -> None:
+        self._num_images, self._unit = num_images, unit
+        self._num_units = num_images // unit
+        block = None if block is None else block // unit
+        self._units: Drawn
+        if block is None or block >= self._num_units:
+            self._units = permutation(seed, epoch, self._num_units)
+        else:
+            self._units = _Runs(self._num_units, seed, epoch, block)
+
+    def __getitem__(self, places: slice) -> Ints:
+        """Return the places of a slice of an epoch; its step is 1."""
+        start, stop, _ = places.indices(self._num_images)
+        first = min(start // self._unit, self._num_units)
+        units = self._units[first : -(-stop // self._unit)].astype(np.int64)
+        drawn = (units[:, None] * self._unit + np.arange(self._unit)).ravel()
+        rest = np.arange(self._num_units * self._unit, self._num_images)
+        return np.append(drawn, rest)[start - first * self._unit : stop - first * self._unit]
 
 
-def block_ranks(num_images: int, seed: int, epoch: int, block: int) -> NDArray[np.int64]:
+class _Runs:
+    """Runs of `block` consecutive places, shuffled, and the places in each: those of the last slice are kept."""
+
+    def __init__(self, count: int, seed: int, epoch: int, block: int) -> None:
+        self._count, self._seed, self._epoch, self._block = count, seed, epoch, block
+        self._runs = permutation(seed ^ 1, epoch, -(-count // block)).astype(np.int64)
+        self._stops = np.cumsum(self._sizes(self._runs))
+        self._kept = (0, 0, self._runs[:0])
+
+    def __getitem__(self, places: slice) -> Ints:
+        start, stop, _ = places.indices(self._count)
+        if start >= stop:
+            return self._runs[:0]
+        first, last, drawn = self._kept
+        if not first <= start <= stop <= last:
+            first, last, drawn = self._kept = self._draw(start, stop)
+        return drawn[start - first : stop - first]
+
+    def _draw(self, start: int, stop: int) -> tuple[int, int, Ints]:
+        """Draw the runs that a slice touches; returns which slice they are themselves."""
+        numbers = np.arange(np.searchsorted(self._stops, start, "right"), np.searchsorted(self._stops, stop) + 1)
+        runs = self._runs[numbers]
+        sizes, stops = self._sizes(runs), self._stops[numbers]
+        first = int(stops[0] - sizes[0])
+        images = np.repeat(runs * self._block - (stops - sizes), sizes) + np.arange(first, stops[-1])
+        order = np.lexsort((order_words(self._seed, self._epoch, images), np.repeat(numbers, sizes)))
+        return first, int(stops[-1]), images[order]
+
+    def _sizes(self, runs: Ints) -> Ints:
+        return np.minimum(self._block, self._count - runs * self._block)
+
+
+def block_ranks(num_images: int, seed: int, epoch: int, block: int) -> Ints:
     """Return the place in an epoch of each run of `block` consecutive images."""
     return np.argsort(permutation(seed ^ 1, epoch, -(-num_images // block)), kind="stable")
 

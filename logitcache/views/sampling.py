@@ -8,16 +8,13 @@ from decimal import Context, Decimal, localcontext
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from logitcache.errors import RecipeError
 from logitcache.recipe import Component, Float
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, is_multi_label
 from logitcache.views.keys import Draws, Words, below
-from logitcache.views.order import block_ranks, epoch_order
-
-Ints = NDArray[np.int64]
+from logitcache.views.order import Drawn, EpochOrder, Ints, block_ranks
 
 MIXED_SAMPLING = (
     "sampling by class draws images by their own class, mixing brings each image's partner with it. Fix: leave out one "
@@ -37,10 +34,10 @@ class EveryImage(Component):
     def require_possible(self, dataset: ImageDataset, mixes: bool) -> None:
         """Accept any data set."""
 
-    def order(self, dataset: ImageDataset, seed: int, epoch: int, block: int | None, unit: int) -> tuple[Ints, Ints]:
+    def order(self, dataset: ImageDataset, seed: int, epoch: int, block: int | None, unit: int) -> tuple[Drawn, Drawn]:
         """Return the images [N] of an epoch in order, and how often each was drawn before in it: never."""
         count = len(dataset.ids)
-        return epoch_order(count, seed, epoch, block, unit), np.zeros(count, np.int64)
+        return EpochOrder(count, seed, epoch, block, unit), np.broadcast_to(np.int64(0), count)
 
 
 class _ByClass(Component, ABC):
@@ -74,7 +71,7 @@ class _ByClass(Component, ABC):
     def order(self, dataset: ImageDataset, seed: int, epoch: int, block: int | None, unit: int) -> tuple[Ints, Ints]:
         """Return the images [N] of an epoch in order, and how often each was drawn before in it.
 
-        With `block`, those of a run of `block` consecutive images come together, as in `epoch_order`.
+        With `block`, those of a run of `block` consecutive images come together, as in `EpochOrder`.
         """
         assert unit == 1, "nothing is mixed"
         labels = np.asarray(dataset.labels, np.int64)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout, Shard
-from logitcache.cache.encodings import Dense, TopK
+from logitcache.cache.encodings import Dense, PackedTopK, TopK
 from logitcache.cache.layout import SHARD_BYTES, Layout, choose_shard_rows
 from logitcache.cache.manifest import StoredLogits, TeacherEntry
 from logitcache.cache.verify import committed_shards
@@ -54,7 +54,7 @@ def arrays_of(logits: Any, num_classes: int, views: int, images: int, shard_rows
 
 @given(
     st.lists(st.tuples(st.sampled_from(ENCODINGS), st.integers(3, 30000)), min_size=1, max_size=3),
-    st.integers(1, 10**7),
+    st.integers(1, 10**10),
 )
 def test_chosen_shards_fill_pages_and_stay_small(teachers: list[tuple[Any, int]], num_images: int) -> None:
     entries = [entry(logits, num_classes) for logits, num_classes in teachers]
@@ -71,6 +71,18 @@ def test_chosen_shards_fill_pages_and_stay_small(teachers: list[tuple[Any, int]]
     assert rows < 2 * num_images or rows <= PAGE
     # A choice that is written down is accepted.
     assert choose_shard_rows(entries, num_images, rows) == rows
+
+
+@given(st.integers(1, 8_388_607))
+def test_caches_of_some_million_images_have_shards_of_one_size(num_images: int) -> None:
+    rows = choose_shard_rows([entry(PackedTopK(k=10), 1000)], num_images, None)
+    assert rows == min(65_536, 1 << (num_images - 1).bit_length())
+
+
+@given(st.integers(8_388_608, 10**10))
+def test_shards_grow_with_the_images_until_they_take_a_million_rows(num_images: int) -> None:
+    rows = choose_shard_rows([entry(PackedTopK(k=10), 1000)], num_images, None)
+    assert rows == 1 << 20 if num_images >= 1 << 26 else 64 <= num_images // rows < 128
 
 
 @given(st.sampled_from([Dense(), Dense(dtype="float32"), TopK(k=3)]), st.integers(3, 3000), st.integers(1, 9000))

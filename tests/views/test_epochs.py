@@ -13,8 +13,8 @@ from logitcache.errors import RecipeError
 from logitcache.targets import Batch, Targets
 from logitcache.views.augmentations import HorizontalFlip
 from logitcache.views.epochs import EpochLoader
-from logitcache.views.keys import ViewKey, permutation
-from logitcache.views.order import epoch_order, share_of
+from logitcache.views.keys import ViewKey, order_words, permutation
+from logitcache.views.order import EpochOrder, share_of
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 
@@ -26,6 +26,10 @@ words64 = st.integers(0, 2**64 - 1)
 @pytest.fixture(scope="module")
 def views() -> Views:
     return Views(Images(textured(23, 6, 6)), ViewSpec(num_views=3, augmentations=(HorizontalFlip(),)))
+
+
+def epoch_order(count: int, seed: int, epoch: int, block: int | None = None, unit: int = 1) -> np.ndarray:
+    return EpochOrder(count, seed, epoch, block, unit)[:]
 
 
 def rows(batch: Batch) -> list[tuple[list[int], list[int]]]:
@@ -51,6 +55,32 @@ def test_blocks_and_the_images_in_them_are_shuffled_anew_each_epoch():
     assert len({tuple((order[:, 0] // 10).tolist()) for order in orders}) == 4
     within = [order[order[:, 0] // 10 == 5].tolist() for order in orders]
     assert len({tuple(row[0]) for row in within}) == 4
+
+
+def by_definition(count: int, seed: int, block: int) -> list[int]:
+    """Sort the places of epoch 1 by the rank of their run, and in it by their words."""
+    runs = permutation(seed ^ 1, 1, -(-count // block)).tolist() if block < count else [0]
+    words = order_words(seed, 1, np.arange(count)).tolist()
+    return sorted(range(count), key=lambda place: (runs.index(place // min(block, count)), words[place], place))
+
+
+@given(count=counts, seed=words64, block=st.integers(1, 450), cuts=st.lists(st.integers(0, 400), max_size=6))
+def test_slices_of_an_order_are_those_of_the_whole_in_whatever_turn_they_are_drawn(count, seed, block, cuts):
+    whole, order = by_definition(count, seed, block), EpochOrder(count, seed, 1, block)
+    for start, stop in itertools.pairwise([0, *cuts, count]):
+        assert order[start:stop].tolist() == whole[start:stop]
+
+
+@given(count=counts, seed=words64, block=blocks.map(lambda block: block and 3 * block), cut=st.integers(0, 400))
+def test_slices_may_cut_units(count, seed, block, cut):
+    order, again = (EpochOrder(count, seed, 1, block, unit=3) for _ in range(2))
+    assert [*order[:cut], *order[cut:]] == again[:].tolist()
+
+
+def test_a_slice_of_a_thousand_million_places_is_drawn_alone():
+    found = EpochOrder(10**9, 5, 2, block=1 << 14)[500_000_000:500_040_000]
+    assert len(set(found.tolist())) == 40_000
+    assert len(set((found >> 14).tolist())) in (3, 4)
 
 
 def test_without_a_block_all_images_are_shuffled_together():

@@ -11,6 +11,7 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from logitcache import stamps
+from logitcache.console import configure
 from logitcache.errors import DataError
 from logitcache.views.datasets import ImageFolder, fingerprint
 
@@ -179,7 +180,8 @@ def test_names_that_are_not_utf_8_can_be_read_and_told_apart(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_flat_folder_has_no_labels(tmp_path: Path, labelled: bool) -> None:
+def test_flat_folder_has_no_labels(tmp_path: Path, labelled: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    configure()
     for name in ("b.png", "a.png"):
         save(RGB, tmp_path / name)
     (tmp_path / "notes").mkdir()
@@ -187,6 +189,7 @@ def test_flat_folder_has_no_labels(tmp_path: Path, labelled: bool) -> None:
     assert list(dataset.ids) == ["a.png", "b.png"]
     assert dataset.labels.tolist() == [-1, -1]
     assert (dataset.num_classes, dataset.class_names) == (None, None)
+    assert ("has no class folders, so that its 2 images have no labels" in capsys.readouterr().err) == labelled
 
 
 def test_without_labels_every_image_below_the_root_is_taken(pets: Path) -> None:

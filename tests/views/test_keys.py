@@ -195,3 +195,19 @@ def test_every_image_is_equally_often_in_every_place():
     for epoch in range(3000):
         places[np.arange(6), permutation(7, epoch, 6)] += 1
     assert stats.chisquare(places.ravel(), ddof=10).pvalue > 1e-4
+
+
+@pytest.mark.parametrize("count", [65_536, 200_001])
+def test_a_permutation_of_many_is_in_order_of_their_words(count):
+    places = np.arange(count, dtype=np.uint64)
+    words = Draws(6, np.full_like(places, 3), places).words("order", 0, 2)
+    assert np.array_equal(permutation(6, 3, count), np.lexsort((places, words[:, 1], words[:, 0])))
+
+
+def test_equal_words_are_in_order_of_their_places(monkeypatch):
+    def few_words(seed, epoch, indices):
+        return (indices * 7919 % 11).astype(np.uint64) << np.uint64(54)
+
+    monkeypatch.setattr(keys, "order_words", few_words)
+    places = np.arange(150_000)
+    assert np.array_equal(permutation(0, 0, 150_000), np.lexsort((places, places * 7919 % 11)))

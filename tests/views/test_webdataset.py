@@ -26,6 +26,7 @@ from logitcache.cache.reader import open_cache
 from logitcache.errors import DataError, MismatchError, RemoteError
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.views.datasets import ImageFolder, WebDataset, fingerprint, shard_files, webdataset
+from logitcache.views.datasets import samples as found_samples
 from logitcache.views.datasets.braces import expanded
 from logitcache.views.datasets.shard_index import index_of
 from logitcache.views.datasets.turns import turn
@@ -277,6 +278,14 @@ def test_who_waits_for_others_can_be_told_to_stop(shards: Path, tmp_path: Path) 
         waiter.result(timeout=10)
     with pytest.raises(CancelledError):
         index_of(shard_files.shard_at(f"{shards}/train-000.tar"), waiting)
+
+
+def test_names_whose_numbers_are_equal_are_compared_themselves(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(found_samples, "hash", len, raising=False)
+    assert list(opened(shards).ids) == [f"{number:06d}" for number in range(15)]
+    written(shards, "train-002.tar", tarred(samples([8])))
+    with pytest.raises(DataError, match=r"sample '000008' is in two shards, '.*001\.tar' and '.*002\.tar'"):
+        opened(shards)
 
 
 class Mean(nn.Module):

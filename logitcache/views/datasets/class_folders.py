@@ -3,12 +3,13 @@
 Order and classes are those of torchvision's ImageFolder, but hidden files and folders are left out.
 """
 
-import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.console import say
 from logitcache.errors import DataError
 from logitcache.views.datasets.base import UNLABELLED
 from logitcache.views.datasets.ids import PackedIds
@@ -25,17 +26,21 @@ class Listing(NamedTuple):
     class_names: tuple[str, ...] | None
 
 
-def unlabelled(root: str, files: list[str]) -> Listing:
+def unlabelled(root: str, files: PackedIds) -> Listing:
     """List images without labels; raises DataError where there are none."""
     if not files:
         raise DataError(_why_no_images(root))
-    return Listing(PackedIds(files), np.full(len(files), UNLABELLED, np.int64), None)
+    return Listing(files, np.full(len(files), UNLABELLED, np.int64), None)
 
 
-def by_class(root: str, loose: list[str], classes: list[str], images: list[list[str]]) -> Listing:
+def by_class(root: str, loose: list[str], classes: list[str], images: Sequence[PackedIds]) -> Listing:
     """List the images of each class; `loose` are those of none. Raises DataError for what is ambiguous or empty."""
     if loose and not any(images):
-        return unlabelled(root, loose)
+        say(
+            f"'{root}' has no class folders, so that its {len(loose)} images have no labels. Fix: correct root, or set "
+            "labelled: false if that is meant"
+        )
+        return unlabelled(root, PackedIds(loose))
     if loose:
         raise DataError(
             f"'{root}' holds both class folders ('{classes[0]}') and images of no class "
@@ -44,10 +49,10 @@ def by_class(root: str, loose: list[str], classes: list[str], images: list[list[
         )
     _check_classes(root, classes, images)
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in images])
-    return Listing(PackedIds(itertools.chain.from_iterable(images)), labels, tuple(classes))
+    return Listing(PackedIds.joined(images), labels, tuple(classes))
 
 
-def _check_classes(root: str, classes: list[str], images: list[list[str]]) -> None:
+def _check_classes(root: str, classes: list[str], images: Sequence[PackedIds]) -> None:
     if not any(images):
         raise DataError(_why_no_images(root))
     empty = [name for name, files in zip(classes, images, strict=True) if not files]

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.errors import DataError
-from logitcache.files import Measure, file_digests, remembered
+from logitcache.files import SHA256, Measure, remembered
 from logitcache.recipe import Component
 from logitcache.remote import Remote, is_remote
-from logitcache.views.datasets.base import as_digests, first_word
 from logitcache.views.datasets.class_folders import Listing, by_class, unlabelled
+from logitcache.views.datasets.ids import PackedIds, PathsBelow
 from logitcache.views.datasets.image_files import decode, is_image, size_of
 from logitcache.views.datasets.pixels import Mode
 from logitcache.views.datasets.remote_folder import RemoteImages, open_folder
@@ -57,27 +57,24 @@ class FolderImages:
     def __init__(self, root: Path, mode: Mode, listing: Listing) -> None:
         self.ids, self.labels, self.class_names = listing
         self.num_classes = len(self.class_names) if self.class_names else None
-        self._root = root
+        self._paths = PathsBelow(str(root), self.ids)
         self._mode = mode
 
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
-        path = self._path(self.ids[index])
+        path = self._paths[index]
         with _there(path), open(path, "rb") as file:
             return decode(file, self._mode, path)
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the heights and widths of all images [n, 2], from the heads of those files that changed."""
-        found = remembered([self._path(name) for name in self.ids], _SIZES, what="image")
-        return np.frombuffer(b"".join(found), "<i8").reshape(len(found), -1)[:, :2].astype(np.int64)
+        found = remembered(self._paths, _SIZES, what="image", width=16)
+        return found.view("<i8").astype(np.int64, copy=False)
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]; only those that changed are read again."""
-        found = file_digests([self._path(name) for name in self.ids], what="image")
-        return as_digests(first_word(digest) for digest in found)
-
-    def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        found = remembered(self._paths, SHA256, what="image", width=8)
+        return found.view("<u8").astype(np.uint64, copy=False)[:, 0]
 
 
 @contextlib.contextmanager
@@ -105,21 +102,21 @@ def _by_class(root: Path) -> Listing:
     return by_class(str(root), loose, classes, [_images_below(root, name) for name in classes])
 
 
-def _images_below(root: Path, folder: str) -> list[str]:
+def _images_below(root: Path, folder: str) -> PackedIds:
     """Return the paths of the images in a folder and its folders, relative to the root."""
     top = os.path.join(root, folder) if folder else str(root)
-    found = []
-    for parent, names in sorted(_walk(top)):
+    found = {}
+    for parent, names in _walk(top):
         inside = os.path.relpath(parent, root).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
-        found += [prefix + name for name in names if is_image(os.path.join(parent, name))]
-    return found
+        found[parent] = PackedIds(prefix + name for name in names if is_image(os.path.join(parent, name)))
+    return PackedIds.joined([found[parent] for parent in sorted(found)])
 
 
 def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
     """Yield each folder with its file names, neither hidden, links followed as torchvision does."""
     for parent, folders, names in os.walk(top, followlinks=True, onerror=_unreadable_folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in folders:
             _check_link(os.path.join(parent, name))
         yield parent, sorted(name for name in names if not name.startswith("."))

@@ -13,6 +13,7 @@ from logitcache.errors import DataError, RecipeError, RemoteError
 from logitcache.remote import Entry, Remote
 from logitcache.views.datasets.base import first_word
 from logitcache.views.datasets.class_folders import Listing, by_class, unlabelled
+from logitcache.views.datasets.ids import PackedIds
 from logitcache.views.datasets.image_files import decode, is_image, size_of
 from logitcache.views.datasets.pixels import Mode
 from logitcache.views.datasets.remote_memory import Found, RemoteMemory
@@ -30,12 +31,13 @@ def open_folder(remote: Remote, mode: Mode, labelled: bool) -> "RemoteImages":
         raise DataError(f"the image folder '{remote}' is a file, not a folder.\n  Fix: correct root.")
     images, folders = _below(remote.url, entries)
     if not labelled:
-        return RemoteImages(remote, mode, unlabelled(remote.url, images), entries)
+        return RemoteImages(remote, mode, unlabelled(remote.url, PackedIds(images)), entries)
     loose = [name for name in images if "/" not in name]
     classes: dict[str, list[str]] = {folder: [] for folder in sorted(folders)}
     for name in images[len(loose) :]:
         classes[name.partition("/")[0]].append(name)
-    return RemoteImages(remote, mode, by_class(remote.url, loose, list(classes), list(classes.values())), entries)
+    listing = by_class(remote.url, loose, list(classes), [PackedIds(names) for names in classes.values()])
+    return RemoteImages(remote, mode, listing, entries)
 
 
 def _below(root: str, keys: Mapping[str, Entry]) -> tuple[list[str], set[str]]:

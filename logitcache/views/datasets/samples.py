@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +12,16 @@ from logitcache.console import track
 from logitcache.errors import DataError
 from logitcache.remote import REQUESTS, Entry
 from logitcache.views.datasets.base import UNLABELLED, Labels
-from logitcache.views.datasets.ids import PackedIds
+from logitcache.views.datasets.ids import PackedIds, narrowed
 from logitcache.views.datasets.labels import LabelTable, label_of_text
 from logitcache.views.datasets.shard_files import Shard
 from logitcache.views.datasets.shard_index import LABEL, ShardIndex, index_of, key_of
 
+Unsigned = NDArray[np.unsignedinteger[Any]]
+
 
 class Samples(NamedTuple):
-    """Shards with their states, and of the images of all of them, in order, names, labels and rows of SAMPLES [n].
+    """Shards with their states, and of the images of all of them, in order, names and labels, and what `Places` holds.
 
     `stops` [S] counts the images up to the end of each shard.
     """
@@ -29,16 +31,39 @@ class Samples(NamedTuple):
     stops: NDArray[np.int64]
     ids: PackedIds
     labels: Labels
-    table: NDArray[np.void]
+    places: "Places"
 
     def shard_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return in which shard each image lies."""
         return np.searchsorted(self.stops, indices, side="right")
 
-    def places(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+
+class Places(NamedTuple):
+    """Of images: the first byte of each in its shard and how many there are, [n], its digest [n], its size [n, 2].
+
+    Numbers take the narrowest type that holds them.
+    """
+
+    starts: Unsigned
+    lengths: Unsigned
+    digests: Unsigned
+    sizes: Unsigned
+
+    def pieces(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """Return where in its shard each image begins, and how many bytes it has."""
-        rows = self.table[list(indices)]
-        return list(zip(rows["start"].tolist(), rows["size"].tolist(), strict=True))
+        rows = list(indices)
+        return list(zip(self.starts[rows].tolist(), self.lengths[rows].tolist(), strict=True))
+
+
+class _Part(NamedTuple):
+    """What is kept of a shard: numbers that equal names share, and of the texts of labels each different one, once."""
+
+    state: Entry
+    ids: PackedIds
+    hashes: NDArray[np.int64]
+    places: Places
+    texts: Sequence[bytes | None]
+    text_of: Unsigned
 
 
 def samples_of(shards: Sequence[Shard], labelled: bool) -> Samples:
@@ -48,58 +73,72 @@ def samples_of(shards: Sequence[Shard], labelled: bool) -> Samples:
     """
     pool, given_up = ThreadPoolExecutor(min(REQUESTS, len(shards)), "logitcache-shards"), threading.Event()
     try:
-        indexed = pool.map(lambda shard: index_of(shard, given_up), shards)
-        found = list(track(indexed, "reading shards", len(shards), unit="shards"))
+        found = pool.map(lambda shard: _part(*index_of(shard, given_up)), shards)
+        parts = list(track(found, "reading shards", len(shards), unit="shards"))
     finally:
         given_up.set()
         pool.shutdown(cancel_futures=True)
-    indexes = [index for _, index in found]
-    ids = _unique_ids(shards, indexes)
+    _require_unique(shards, parts)
+    stops = np.cumsum([len(part.ids) for part in parts])
     return Samples(
         shards,
-        [state for state, _ in found],
-        np.cumsum([len(index.names) for index in indexes]),
-        PackedIds(ids),
-        _labels(shards, indexes, ids) if labelled else np.full(len(ids), UNLABELLED, np.int64),
-        np.concatenate([index.samples for index in indexes]),
+        [part.state for part in parts],
+        stops,
+        PackedIds.joined([part.ids for part in parts]),
+        _labels(shards, parts) if labelled else np.full(stops[-1], UNLABELLED, np.int64),
+        Places(*map(np.concatenate, zip(*(part.places for part in parts), strict=True))),
     )
 
 
-def _unique_ids(shards: Sequence[Shard], indexes: Sequence[ShardIndex]) -> list[str]:
-    ids = [key_of(name) for index in indexes for name in index.names]
-    if len(set(ids)) == len(ids):
-        return ids
+def _part(state: Entry, index: ShardIndex) -> _Part:
+    keys, rows, texts = list(map(key_of, index.names)), index.samples, dict[bytes | None, int]()
+    text_of = np.array([texts.setdefault(text, len(texts)) for text in index.labels])
+    sizes = np.stack([rows["height"], rows["width"]], axis=1)
+    places = Places(narrowed(rows["start"]), narrowed(rows["size"]), rows["digest"].astype(np.uint64), narrowed(sizes))
+    hashes = np.fromiter(map(hash, keys), np.int64, len(keys))
+    return _Part(state, PackedIds(keys), hashes, places, list(texts), narrowed(text_of))
+
+
+def _require_unique(shards: Sequence[Shard], parts: Sequence[_Part]) -> None:
+    """Raise DataError for a name of two samples; only names whose numbers are equal are compared."""
+    hashes = np.sort(np.concatenate([part.hashes for part in parts]))
+    twice = hashes[1:][hashes[1:] == hashes[:-1]]
     seen: dict[str, Shard] = {}
-    for shard, index in zip(shards, indexes, strict=True):
-        for key in map(key_of, index.names):
+    for shard, part in zip(shards, parts, strict=True) if len(twice) else ():
+        for place in np.flatnonzero(np.isin(part.hashes, twice)).tolist():
+            key = part.ids[place]
             if key in seen:
                 raise DataError(
                     f"sample '{key}' is in two shards, '{seen[key]}' and '{shard}'.\n"
                     "  Fix: write them again with keys of their own, or leave one of the shards out."
                 )
             seen[key] = shard
-    raise AssertionError("a key is there twice")
 
 
-def _labels(shards: Sequence[Shard], indexes: Sequence[ShardIndex], ids: Sequence[str]) -> Labels:
+def _labels(shards: Sequence[Shard], parts: Sequence[_Part]) -> Labels:
     """Read the labels of samples; without any, none has one."""
-    texts = [label for index in indexes for label in index.labels]
-    table = LabelTable(len(texts))
-    if all(text is None for text in texts):
+    table = LabelTable(sum(len(part.ids) for part in parts))
+    if all(text is None for part in parts for text in part.texts):
         return table.values
     read: dict[bytes, Labels] = {}
-    for number, text in enumerate(texts):
-        try:
-            if text is None:
-                raise ValueError(f"it has no '{LABEL}', and others have. Give it one, -1 for no label")
-            if text not in read:
-                read[text] = label_of_text(text)
-            table.put(number, read[text])
-        except ValueError as cause:
-            stops = np.cumsum([len(index.labels) for index in indexes])
-            shard = shards[int(np.searchsorted(stops, number, side="right"))]
-            raise DataError(
-                f"sample '{ids[number]}' of shard '{shard}' has no usable label: {cause}.\n"
-                "  Fix: correct it, or set labelled: false to use none."
-            ) from cause
+    number = 0
+    for shard, part in zip(shards, parts, strict=True):
+        for place, text_of in enumerate(part.text_of.tolist()):
+            try:
+                table.put(number, _label(part.texts[text_of], read))
+            except ValueError as cause:
+                raise DataError(
+                    f"sample '{part.ids[place]}' of shard '{shard}' has no usable label: {cause}.\n"
+                    "  Fix: correct it, or set labelled: false to use none."
+                ) from cause
+            number += 1
     return table.values
+
+
+def _label(text: bytes | None, read: dict[bytes, Labels]) -> Labels:
+    """Return the label that a text states; each text is read once. Raises ValueError for one that cannot be used."""
+    if text is None:
+        raise ValueError(f"it has no '{LABEL}', and others have. Give it one, -1 for no label")
+    if text not in read:
+        read[text] = label_of_text(text)
+    return read[text]

@@ -95,20 +95,20 @@ class ShardImages:
         found = {}
         for span, data in zip(spans, self._first.each(self._piece, spans), strict=True):
             for index in span.samples:
-                start, size, digest = self._samples.table[index].item()[:3]
+                [(start, size)] = self._samples.places.pieces([index])
                 content = data[start - span.start : start - span.start + size]
-                if first_word(hashlib.sha256(content).digest()) != digest:
+                if first_word(hashlib.sha256(content).digest()) != self._samples.places.digests[index]:
                     raise self._changed(span.shard, index)
                 found[index] = decode(io.BytesIO(content), self._mode, self._shown(span.shard, index))
         return [found[index] for index in indices]
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the heights and widths of all images [n, 2]."""
-        return np.stack([self._samples.table["height"], self._samples.table["width"]], axis=1)
+        return self._samples.places.sizes.astype(np.int64)
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""
-        return np.ascontiguousarray(self._samples.table["digest"])
+        return self._samples.places.digests.astype(np.uint64, copy=False)
 
     def _piece(self, span: _Span) -> bytes:
         shard = self._samples.shards[span.shard]
@@ -139,7 +139,7 @@ def _spans(samples: Samples, indices: Sequence[int]) -> list[_Span]:
     """Join the places of images that lie close together, as long as one request should read them."""
     shards = samples.shard_of(np.array(indices)).tolist()
     spans: list[_Span] = []
-    for shard, (start, size), index in sorted(zip(shards, samples.places(indices), indices, strict=True)):
+    for shard, (start, size), index in sorted(zip(shards, samples.places.pieces(indices), indices, strict=True)):
         if spans and shard == spans[-1].shard and _is_close(spans[-1], start, size):
             spans[-1].samples.append(index)
             spans[-1] = spans[-1]._replace(stop=max(spans[-1].stop, start + size))
