@@ -95,4 +95,5 @@ def _suggestion(network: nn.Module, path: str) -> str:
     names = [name for name, _ in network.named_modules() if name]
     near = difflib.get_close_matches(path, names, n=3)
     listed = ", ".join(names[:SHOWN]) + (f", … ({len(names)} in all)" if len(names) > SHOWN else "")
-    return (f"Did you mean {' or '.join(map(repr, near))}? " if near else "") + f"Its modules: {listed}"
+    meant = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return f"{meant}Fix: tap one of its modules: {listed}"

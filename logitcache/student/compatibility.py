@@ -66,6 +66,25 @@ def require_served(losses: Sequence[Loss], cache: Cache, ensembles: Collection[s
         raise RecipeError(f"{cache.location} does not serve these losses:\n  " + "\n  ".join(lines))
 
 
+def require_rows(losses: Sequence[Loss], num_images: int, batch_size: int, drop_last: bool) -> None:
+    """Raise RecipeError for losses that compare more images than the last batch of an epoch has."""
+    last = num_images % batch_size
+    if drop_last or not last:
+        return
+    lines = [
+        f"losses.{number} ({loss.kind}) takes {loss.min_rows} or more"
+        for number, loss in enumerate(losses)
+        if last < loss.min_rows
+    ]
+    if lines:
+        raise RecipeError(
+            f"{num_images} images in batches of {batch_size} leave a last batch of {last}, too few for losses that "
+            "compare images with one another:\n  "
+            + "\n  ".join(lines)
+            + "\n  Fix: drop_last: true, or another batch_size"
+        )
+
+
 def other_labels(loss: Loss, labels: Labels) -> Iterator[str]:
     """Yield why labels of a kind, one class an image or any number of them, are not what a loss asks for."""
     if is_multi_label(labels) and loss.needs & ONE_CLASS:
@@ -123,6 +142,8 @@ def _unanswered(loss: Loss, cache: Cache, held: Mapping[str, HeldTeacher], ensem
             "Fix: kl_divergence"
         )
     stored = teachers[name].stored_logits
+    if "head" in loss.needs and held[name].head is None:
+        return  # which brings logits of every kind
     for need in sorted(loss.needs & FROM_LOGITS):
         if need != "logits" and cache.manifest.views.targets == "linear":
             yield f"needs {need}, the cache mixes probabilities (targets: linear). Fix: kl_divergence"
@@ -150,8 +171,8 @@ def unkept_features(loss: Loss, name: str, held: HeldTeacher) -> Iterator[str]:
     line = f"teachers.{name}.features.{{}}: {{{{kind: {{}}, tap: …}}}}; the same command then adds it"
     for feature, kinds in loss.features.items():
         kept = held.features.get(feature)
-        if kept is None and feature == PENULTIMATE and "head" in loss.needs:
-            continue  # it comes with the head, which is asked for below
+        if kept is None and _comes_with_head(feature, kinds):
+            continue  # it is asked for below
         if kept is None:
             fix = f"add to the precompute recipe: {line.format(feature, kinds[0])}"
             there = sorted(held.features) or "none"
@@ -159,9 +180,24 @@ def unkept_features(loss: Loss, name: str, held: HeldTeacher) -> Iterator[str]:
         elif kept.kind not in kinds:
             fix = f"keep another beside it: {line.format(f'{feature}_{kinds[0]}', kinds[0])}"
             yield f"needs {' or '.join(kinds)}, feature {feature!r} of {name!r} is kept as {kept.kind}. Fix: {fix}"
-    if "head" in loss.needs and held.head is None:
+    yield from _unkept_head(loss, name, held)
+
+
+def _comes_with_head(feature: str, kinds: Collection[str]) -> bool:
+    return feature == PENULTIMATE and "pooled" in kinds
+
+
+def _unkept_head(loss: Loss, name: str, held: HeldTeacher) -> Iterator[str]:
+    """Yield what a loss asks of a teacher's last linear layer and is not held: the layer, or what it takes in."""
+    its_input = any(
+        feature not in held.features and _comes_with_head(feature, kinds) for feature, kinds in loss.features.items()
+    )
+    layer = "head" in loss.needs and held.head is None
+    if layer or its_input:
+        last = f"the last linear layer of {name!r}"
+        what = last if layer else f"{PENULTIMATE!r}, what {last} takes in"
         yield (
-            f"needs the last linear layer of {name!r}, the cache does not keep it. "
+            f"needs {what}; the cache does not keep it. "
             f"Fix: precompute with teachers.{name}.logits: {{kind: head}}, which keeps it"
         )
     if "head" in loss.needs and PENULTIMATE not in loss.features:

@@ -54,7 +54,7 @@ class EvaluationResult:
 
 
 @dataclass(frozen=True)
-class _Lessons:
+class _LearntFrom:
     """What is still known of what a run learnt from: its teachers, and the training images of each class [C]."""
 
     teachers: tuple[str, ...] = ()
@@ -79,11 +79,11 @@ def evaluate(
     classifier = _load(run, recipe, overrides).to(device).eval()
     num_classes = read_stored(run / "model.json").num_classes
     validator = _images(run, recipe, num_classes)
-    lessons = _lessons(recipe, num_classes, overrides)
+    learnt_from = _learnt_from(recipe, num_classes, overrides)
     tally = validator.tally(classifier, device, recipe.precision)
-    measures, per_class = tally.measures(), tally.per_class(validator.class_names, lessons.class_counts)
+    measures, per_class = tally.measures(), tally.per_class(validator.class_names, learnt_from.class_counts)
     image = validator.sample()[0].to(device)
-    beside = dict.fromkeys(lessons.teachers) | dict(teachers or {})
+    beside = dict.fromkeys(learnt_from.teachers) | dict(teachers or {})
     assert recipe.validation is not None, "or there would be no images"
     student, groups = Contender(classifier, recipe.precision), recipe.validation.groups
     return EvaluationResult(
@@ -92,7 +92,7 @@ def evaluate(
         images_left_out=validator.num_left_out,
         measures=measures,
         retention=_retention(measures),
-        groups=tally.groups(lessons.class_counts, groups.head, groups.tail),
+        groups=tally.groups(learnt_from.class_counts, groups.head, groups.tail),
         costs=costs(classifier, beside, image),
         latencies=() if latency is None else latencies(student, beside, image, latency),
         cka=compare_taps(classifier, _taps(recipe), validator, device, recipe.precision),
@@ -131,22 +131,22 @@ def _retention(measures: AnyMeasures) -> float | None:
     return own / teacher if own is not None and teacher else None
 
 
-def _lessons(recipe: StudentRecipe | TeacherRecipe, num_classes: int, overrides: Sequence[str]) -> _Lessons:
+def _learnt_from(recipe: StudentRecipe | TeacherRecipe, num_classes: int, overrides: Sequence[str]) -> _LearntFrom:
     """Look for what the run learnt from, which may be gone by now."""
     try:
         if isinstance(recipe, StudentRecipe):
             path = locate(recipe.cache)
             cache = Cache(path, read_manifest(path))  # no answer of it is read
             counts = _counts(cache.labels, cache.manifest.fingerprint.num_classes, num_classes)
-            return _Lessons(tuple(cache.manifest.teachers), counts)
+            return _LearntFrom(tuple(cache.manifest.teachers), counts)
         if isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
             say(f"training images are not counted: --set dataset.factory={recipe.dataset.factory} lets them be opened")
-            return _Lessons()
+            return _LearntFrom()
         images = open_dataset(recipe.dataset)
-        return _Lessons((), _counts(images.labels, images.num_classes, num_classes))
+        return _LearntFrom((), _counts(images.labels, images.num_classes, num_classes))
     except (CacheError, DataError, RemoteError) as error:
         say(f"training images are not counted, and teachers not weighed: {error}")
-        return _Lessons()
+        return _LearntFrom()
 
 
 def _counts(labels: Labels, labelled: int | None, num_classes: int) -> NDArray[np.int64] | None:

@@ -13,6 +13,7 @@ from logitcache.device import autocast, grad_scaler, random_states, seed_generat
 from logitcache.files import write_atomically
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
+from logitcache.student.batch_norm import synchronize
 from logitcache.student.losses.base import Context, StepSums
 from logitcache.student.progress import Progress
 from logitcache.student.ranks import ALONE, Ranks
@@ -67,6 +68,8 @@ class Learner:
         """Take up a model, and an adapter for each loss."""
         self.device, self.ranks = device, ranks
         self.model, self.adapters = classifier.to(device), adapters.to(device)
+        if recipe.sync_batch_norm:
+            synchronize(self.model, ranks)
         self.trained = nn.ModuleList([self.model, self.adapters])
         if recipe.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -93,6 +96,11 @@ class Learner:
     def measured(self) -> nn.Module:
         """The model to measure and to keep: the average where there is one."""
         return self.ema.module if self.ema is not None else self.model
+
+    def share_statistics(self) -> None:
+        """Give all ranks the first one's statistics of normalisation: all then measure the model that is kept."""
+        for buffer in self.measured.buffers():
+            self.ranks.take_firsts(buffer)
 
     def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
         """Add up gradients, and in the last backward pass of a step exchange them with the other ranks."""

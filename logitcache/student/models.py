@@ -1,42 +1,69 @@
 """The model to train, proved to fit what it learns from before the first step."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from logitcache.console import say
+from logitcache.device import own_randomness
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.models import Classifier, default_preprocessing, resolve_preprocessing
 from logitcache.models.taps import Tapped
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Site
-from logitcache.student.recipes import TrainingRecipe
-from logitcache.student.sources import Source
-from logitcache.views.keys import ViewKey
+from logitcache.student.recipes import StudentRecipe, TrainingRecipe
+from logitcache.student.sources import Lesson
 
 
-def build_classifier(recipe: TrainingRecipe, source: Source, validation: Tensor | None) -> Classifier:
+def build_classifier(recipe: TrainingRecipe, lesson: Lesson, validation: Tensor | None) -> Classifier:
     """Build the model and try it on black images of the training size, and on some to measure on, uint8 [B, C, H, W].
 
     Raises RecipeError for images that it cannot take, MismatchError for another number of classes.
     """
-    shape = source.loader.views[ViewKey(0, 0)].shape
-    built = recipe.model.build(source.num_classes, shape[0])
+    num_channels = lesson.image_shape[0]
+    built = recipe.model.build(lesson.num_classes, num_channels)
     preprocessing = resolve_preprocessing(
-        built, recipe.preprocessing, who="the recipe", default=default_preprocessing(shape[0])
+        built, recipe.preprocessing, who="the recipe", default=default_preprocessing(num_channels)
     )
     classifier = Classifier(built.module, preprocessing)
-    _try(classifier, torch.zeros((2, *shape), dtype=torch.uint8), source.num_classes, "the images")
+    _try(classifier, _black(lesson), lesson.num_classes, "the images")
     if validation is not None:
-        _try(classifier, validation, source.num_classes, "the validation images")
+        _try(classifier, validation, lesson.num_classes, "the validation images")
     return classifier
 
 
-def build_adapters(recipe: TrainingRecipe, source: Source, classifier: Classifier) -> nn.ModuleList:
+def build_adapters(recipe: TrainingRecipe, lesson: Lesson, classifier: Classifier) -> nn.ModuleList:
     """Build what each loss trains beside the model, or remembers; raises RecipeError for a wrong tap."""
-    taps = tuple(dict.fromkeys(tap for loss in recipe.losses for tap in loss.taps))
-    site = Site(_shapes_at(classifier, taps, source), source.teachers, source.num_images, source.class_counts)
+    shapes = _shapes_at(classifier, _taps(recipe), lesson)
+    site = Site(shapes, lesson.teachers, lesson.num_images, lesson.class_counts)
     return nn.ModuleList(_adapter(number, loss, site) for number, loss in enumerate(recipe.losses))
+
+
+def _taps(recipe: TrainingRecipe) -> list[str]:
+    return [tap for loss in recipe.losses for tap in loss.taps]
+
+
+def require_fit(recipe: StudentRecipe, lesson: Lesson) -> None:
+    """Raise, as training would, where the student does not fit what it learns from, or where a tap of it does not fire.
+
+    Weights are not loaded. Those that bring their own preprocessing say at which size the network runs: of such a
+    student the taps are only looked for.
+    """
+    architecture = recipe.model.architecture()
+    taps = () if recipe.validation is None else recipe.validation.taps
+    with own_randomness(torch.device("cpu"), recipe.seed):
+        if architecture != recipe.model and recipe.preprocessing is None:
+            network = architecture.build(lesson.num_classes, lesson.image_shape[0]).module
+            Tapped(network, network, [*_taps(recipe), *taps], who="the model")
+            say("the student's weights are not loaded here: at the size that they ask for, training tries it first")
+            return
+        bare = recipe.model_copy(update={"model": architecture})
+        classifier = build_classifier(bare, lesson, None)
+        # What a loss remembers of every image is not worth its memory here.
+        build_adapters(bare, replace(lesson, num_images=1), classifier)
+        _shapes_at(classifier, taps, lesson)
 
 
 def _adapter(number: int, loss: Loss, site: Site) -> nn.Module:
@@ -47,17 +74,21 @@ def _adapter(number: int, loss: Loss, site: Site) -> nn.Module:
 
 
 @torch.no_grad()
-def _shapes_at(classifier: Classifier, taps: Sequence[str], source: Source) -> dict[str, tuple[int, ...]]:
+def _shapes_at(classifier: Classifier, taps: Sequence[str], lesson: Lesson) -> dict[str, tuple[int, ...]]:
     """Run the model on black images, in its evaluation mode so that nothing of it moves; shapes without the batch."""
     if not taps:
         return {}
     tapped = Tapped(classifier.eval(), classifier.module, taps, who="the model")
     try:
-        image = source.loader.views[ViewKey(0, 0)]
-        _, found = tapped(torch.zeros((2, *image.shape), dtype=torch.uint8))
+        _, found = tapped(_black(lesson))
     finally:
         tapped.remove()
     return {tap: tuple(features.shape[1:]) for tap, features in found.items()}
+
+
+def _black(lesson: Lesson) -> Tensor:
+    """Return two black images of the training size."""
+    return torch.zeros((2, *lesson.image_shape), dtype=torch.uint8)
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.recipe import Component, Float, Fraction, Positive
+from logitcache.student.schedules import NonNegative
 
-NonNegative = Annotated[Float, Field(ge=0.0)]
 Momentum = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
 
@@ -57,7 +57,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     ]
 
 
-class Schedule(Component):
+class LearningRateSchedule(Component):
     """Linear warm-up, then a cosine from the optimiser's lr down to `final_lr` times it."""
 
     warmup_epochs: NonNegative = 0.0

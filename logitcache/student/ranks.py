@@ -24,7 +24,7 @@ from logitcache.stopping import StopFlag
 
 T = TypeVar("T")
 
-# The others wait while the first one reads, measures or writes.
+# The others wait while the first one reads or writes.
 LONGEST_WAIT = timedelta(hours=1)
 _meetings = itertools.count()
 
@@ -66,7 +66,7 @@ class Ranks:
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # older releases have no other name
             # A loss on features alone leaves parameters unused. To look for them also keeps the buckets as they are:
             # DDP would else lay them out again after a first step, and a resumed run would add up in another order.
-            # Statistics of normalisation are those of the first rank, which alone measures and writes.
+            # Of statistics of normalisation each rank has its own; the first one's are measured and kept.
             return DistributedDataParallel(module, find_unused_parameters=True, broadcast_buffers=False)
 
     def exchanging(self, module: nn.Module, exchanges: bool) -> AbstractContextManager[None]:
@@ -84,6 +84,13 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def take_firsts(self, values: Tensor) -> None:
+        """Overwrite a tensor with that of the first rank."""
+        if self.size > 1:
+            sent = values.contiguous()
+            dist.broadcast(sent, src=0)
+            values.copy_(sent)
 
     def every(self, holds: bool) -> bool:
         """Say whether something holds on every rank."""

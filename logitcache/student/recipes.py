@@ -12,7 +12,7 @@ from logitcache.remote import is_remote
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
 from logitcache.student.multi_label import THRESHOLD
-from logitcache.student.optimizers import AdamW, Optimizer, Schedule
+from logitcache.student.optimizers import AdamW, LearningRateSchedule, Optimizer
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level
 from logitcache.views.datasets import Dataset
@@ -77,7 +77,8 @@ class TrainingRecipe(Component):
 
     `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. An epoch is as many images
     as there are; with `views_per_image` k it is k views of every k-th image, so that one decode serves k views.
-    `sampling` may draw images by class instead, as many.
+    `sampling` may draw images by class instead, as many. `sync_batch_norm` normalises by the whole batch where several
+    processes share it, each on a CUDA device.
     `verify` says how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits` what counts
     as the drift of other kernels; `factories` are the functions of the user's own code that a cache's views may call.
     """
@@ -94,10 +95,11 @@ class TrainingRecipe(Component):
     drop_last: bool = False
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     optimizer: Optimizer = AdamW()
-    schedule: Schedule = Schedule()
+    schedule: LearningRateSchedule = LearningRateSchedule()
     clip_norm: Positive | None = None
     ema: Decay | None = None
     precision: Precision = "float32"
+    sync_batch_norm: bool = False
     channels_last: bool = False
     compile: bool = False
     validation: Validation | None = None
@@ -121,8 +123,10 @@ class TrainingRecipe(Component):
         coupled = [loss.kind for loss in self.losses if not loss.by_row]
         if coupled and self.micro_batches > 1:
             raise ValueError(f"{coupled} compare the rows of a whole batch with one another: leave out micro_batches")
-        if coupled and self.batch_size == 1:
-            raise ValueError(f"{coupled} compare the rows of a batch with one another: make batch_size 2 or more")
+        largest = max(loss.min_rows for loss in self.losses)
+        if self.batch_size < largest:
+            few = [loss.kind for loss in self.losses if self.batch_size < loss.min_rows]
+            raise ValueError(f"{few} compare the rows of a batch with one another: make batch_size {largest} or more")
         return self
 
     @model_validator(mode="after")
@@ -130,6 +134,11 @@ class TrainingRecipe(Component):
         within = [loss.kind for loss in self.losses if loss.differentiates]
         if within and self.compile:
             raise ValueError(f"{within} take gradients inside the model, which a compiled one hides: leave out compile")
+        if within and self.sync_batch_norm:
+            raise ValueError(
+                f"{within} take gradients inside the model, and torch.nn.SyncBatchNorm has none of these: leave out "
+                "sync_batch_norm"
+            )
         return self
 
     @model_validator(mode="after")

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitcache.cache.reader import Cache, Replay, open_cache
+from logitcache.cache.reader import Cache, Replay, open_uncompared
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.student.compatibility import (
     FROM_LABELS,
     asked_targets,
     held_teachers,
     require_labels,
+    require_rows,
     require_served,
     shares_classes,
 )
@@ -27,28 +28,36 @@ from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.datasets.base import is_multi_label
 from logitcache.views.datasets.labels import class_counts
 from logitcache.views.epochs import EpochLoader, no_targets
+from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, require_one_size
 
 LiveTargets = Callable[[Tensor, Tensor], Mapping[str, Targets]]
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What a model is to fit: classes, images uint8 [C, H, W], teachers, and how many images there are to learn from.
+
+    class_counts: labelled images of each class, int64 [C].
+    """
+
+    num_classes: int
+    image_shape: tuple[int, ...]
+    num_images: int
+    class_counts: Tensor
+    teachers: Mapping[str, HeldTeacher] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Source:
-    """Batches, the number of classes, and what identifies them; `live` teachers answer in place of the cache."""
+    """Batches, what they ask of a model, and what identifies them; `live` teachers answer in place of the cache."""
 
     loader: EpochLoader
-    num_classes: int
+    lesson: Lesson
     identity: dict[str, Any]
-    num_images: int
-    teachers: Mapping[str, HeldTeacher] = field(default_factory=dict)
     live: LiveTargets | None = None
     num_live: int = 0
     ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
-
-    @property
-    def class_counts(self) -> Tensor:
-        """Labelled images of each class, int64 [C]."""
-        return torch.from_numpy(class_counts(self.loader.views.dataset.labels, self.num_classes))
 
 
 def open_source(
@@ -76,14 +85,11 @@ def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Repl
 def _from_cache(
     recipe: StudentRecipe, live: LiveTargets | None, begun: Mapping[str, Any], part: Mapping[str, int]
 ) -> Source:
-    cache = _as_begun(open_cache(recipe.cache), begun)
-    teachers, held = list(cache.manifest.teachers), held_teachers(cache)
-    classes = {name: teacher.num_classes for name, teacher in held.items() if teacher.num_classes is not None}
-    labelled = bool((cache.labels >= 0).any()) and not is_multi_label(cache.labels)
-    classes = classes_of(recipe.ensembles, classes, labelled)
-    require_served(recipe.losses, cache, recipe.ensembles)
+    cache = _as_begun(open_uncompared(recipe.cache), begun)
+    teachers, lesson = list(cache.manifest.teachers), lesson_of(recipe, cache)
     # Nothing else is compared with its records, or read.
-    cache = cache.only(asked_targets(recipe.losses, recipe.ensembles, held), _num_views(cache, recipe, begun))
+    asked = asked_targets(recipe.losses, recipe.ensembles, lesson.teachers)
+    cache = cache.only(asked, _num_views(cache, recipe, begun))
     if live is not None and cache.manifest.views.targets == "linear":
         raise RecipeError(
             f"{recipe.cache} mixes the answers to two images (targets: linear), which no live teacher gives. "
@@ -105,16 +111,22 @@ def _from_cache(
         "teachers": teachers,
         "online": live is not None,
     }
-    return Source(
-        loader,
-        _num_classes(recipe.losses, classes, views.dataset.num_classes),
-        identity,
-        len(views.dataset.ids),
-        held,
-        None if live is None else _only(live, names),
-        0 if live is None else len(names),
-        recipe.ensembles,
-    )
+    if live is None:
+        return Source(loader, lesson, identity, ensembles=recipe.ensembles)
+    return Source(loader, lesson, identity, _only(live, names), len(names), recipe.ensembles)
+
+
+def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
+    """Return what a cache asks of a student; raises where it, the losses and the ensembles do not belong together."""
+    held = held_teachers(cache)
+    classes = {name: teacher.num_classes for name, teacher in held.items() if teacher.num_classes is not None}
+    labelled = bool((cache.labels >= 0).any()) and not is_multi_label(cache.labels)
+    classes = classes_of(recipe.ensembles, classes, labelled)
+    require_served(recipe.losses, cache, recipe.ensembles)
+    require_rows(recipe.losses, len(cache), recipe.batch_size, recipe.drop_last)
+    num_classes = _num_classes(recipe.losses, classes, cache.manifest.fingerprint.num_classes)
+    counts = torch.from_numpy(class_counts(cache.labels, num_classes))
+    return Lesson(num_classes, cache.manifest.image_shape, len(cache), counts, held)
 
 
 def _as_begun(cache: Cache, begun: Mapping[str, Any]) -> Cache:
@@ -155,7 +167,9 @@ def _from_labels(recipe: TeacherRecipe, part: Mapping[str, int]) -> Source:
     require_one_size(views)
     loader = _loader(recipe, views, **part)
     identity = {"dataset": fingerprint(dataset).model_dump(mode="json")}
-    return Source(loader, dataset.num_classes, identity, len(dataset.ids))
+    counts = torch.from_numpy(class_counts(dataset.labels, dataset.num_classes))
+    shape = tuple(views[ViewKey(0, 0)].shape)
+    return Source(loader, Lesson(dataset.num_classes, shape, len(dataset.ids), counts), identity)
 
 
 def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any) -> EpochLoader:

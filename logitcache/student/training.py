@@ -1,7 +1,6 @@
 """Stage two: train a student from a cache, or any model on labels. One loop serves both."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,9 +12,9 @@ from logitcache.device import own_randomness, resolve_device, synchronize
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.models import Classifier, StoredModel, save_model
 from logitcache.stopping import StopFlag, stop_flag
+from logitcache.student.batch_norm import require_possible
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Learner
-from logitcache.student.losses import Loss
 from logitcache.student.models import build_adapters, build_classifier
 from logitcache.student.progress import Progress
 from logitcache.student.ranks import Ranks, joined
@@ -69,20 +68,21 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
 def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTargets | None, ranks: Ranks) -> RunResult:
     device = resolve_device(recipe.device)
     ranks.use(device)
-    _require_parts(recipe.losses, ranks)
+    _require_parts(recipe, device, ranks)
     run = RunDirectory(recipe.out, ranks)
     if not resume:
         run.require_free()
     run.require_recipe(recipe)
     source = open_source(recipe, live, run.learns_from(), ranks)
-    validator = open_validator(recipe, source.num_classes)
+    validator = open_validator(recipe, source.lesson.num_classes)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)
     if (finished := run.finished()) is not None:
+        say(f"{run.path} is finished, there is nothing to do")
         return RunResult(**finished)
     with own_randomness(device, recipe.seed):
-        classifier = build_classifier(recipe, source, None if validator is None else validator.sample())
-        learner = Learner(recipe, classifier, device, build_adapters(recipe, source, classifier), ranks)
+        classifier = build_classifier(recipe, source.lesson, None if validator is None else validator.sample())
+        learner = Learner(recipe, classifier, device, build_adapters(recipe, source.lesson, classifier), ranks)
         with run.held(), stop_flag() as stop:
             if resume and not run.begun:
                 say(f"there is no run in {run.path} to resume: a new one starts")
@@ -95,9 +95,11 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
     return _finish_run(recipe, source, learner, run)
 
 
-def _require_parts(losses: Sequence[Loss], ranks: Ranks) -> None:
-    """Raise RecipeError for losses that a process cannot compute on its part of a batch."""
-    remembering = [f"losses.{n} ({loss.kind})" for n, loss in enumerate(losses) if loss.remembers_rows]
+def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -> None:
+    """Raise RecipeError for what a process cannot compute on its part of a batch."""
+    if recipe.sync_batch_norm:
+        require_possible(device, ranks)
+    remembering = [f"losses.{n} ({loss.kind})" for n, loss in enumerate(recipe.losses) if loss.remembers_rows]
     if remembering and ranks.size > 1:
         raise RecipeError(
             f"{', '.join(remembering)} remembers every row that it saw, and each of {ranks.size} processes sees "
@@ -203,10 +205,9 @@ def _measure(
     if validator is None or not (last or (learner.epoch + 1) % every == 0):
         return {}
     _save(learner, run)
-    measures = learner.ranks.by_first(
-        lambda: validator.measure(learner.measured, learner.device, recipe.precision, stop)
-    )
-    return {f"val_{name}": value for name, value in asdict(measures).items() if value is not None}
+    learner.share_statistics()
+    tally = validator.tally(learner.measured, learner.device, recipe.precision, learner.ranks, stop)
+    return {f"val_{name}": value for name, value in asdict(tally.measures()).items() if value is not None}
 
 
 def _finish_epoch(
@@ -244,7 +245,7 @@ def _finish_run(recipe: TrainingRecipe, source: Source, learner: Learner, run: R
     stored = StoredModel(
         model=recipe.model.architecture(),
         preprocessing=classifier.preprocessing,
-        num_classes=source.num_classes,
+        num_classes=source.lesson.num_classes,
         in_channels=channels,
     )
     learner.ranks.by_first(lambda: _save_weights(run, learner, classifier, stored))

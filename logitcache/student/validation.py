@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from logitcache.cache.manifest import LOGITS
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.reader import Cache, open_uncompared
 from logitcache.console import say, track
 from logitcache.device import Precision, autocast
 from logitcache.errors import MismatchError
@@ -20,6 +20,7 @@ from logitcache.student.class_map import mapped_labels
 from logitcache.student.compatibility import require_labels
 from logitcache.student.measures import Measures, Tally
 from logitcache.student.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
+from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.recipes import TrainingRecipe, Validation
 from logitcache.student.sources import views_of
 from logitcache.targets import Batch
@@ -27,6 +28,7 @@ from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.datasets.base import is_multi_label
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
+from logitcache.views.order import share_of
 from logitcache.views.spec import Views, ViewSpec, require_one_size
 
 NUM_SAMPLES = 8
@@ -81,13 +83,12 @@ class Validator:
     def _keys(self, start: int, count: int) -> list[ViewKey]:
         return [ViewKey(0, index) for index in self._indices[start : start + count]]
 
-    def batches(self, device: torch.device, what: str, stop: StopFlag | None = None) -> Iterator[Batch]:
-        """Yield all images in batches on a device, in order; raises Stopped when the flag is set."""
+    def batches(self, device: torch.device, what: str, ranks: Ranks = ALONE) -> Iterator[Batch]:
+        """Yield all images in batches on a device, in order; to each of several ranks its share of the batches."""
         size = self._loader.batch_size
         keys = [self._keys(start, size) for start in range(0, self.num_images, size)]
-        for batch in track(self._loader.batches(keys), what, len(keys), "batches"):
-            if stop:
-                raise stop.stopped("stopped while measuring; the same command with --resume continues")
+        own = share_of(keys, ranks.rank, ranks.size)
+        for batch in track(self._loader.batches(own), what, len(own), "batches"):
             yield self._relabelled(batch).to(device)
 
     def _relabelled(self, batch: Batch) -> Batch:
@@ -96,25 +97,36 @@ class Validator:
         labels = torch.from_numpy(self._labels[batch.keys[:, 1].numpy()])
         return Batch(batch.images, labels, batch.keys, batch.teachers, batch.mixed)
 
-    def measure(
-        self, model: nn.Module, device: torch.device, precision: Precision = "float32", stop: StopFlag | None = None
-    ) -> AnyMeasures:
-        """Run a model (uint8 pixels in, logits out) over all images; raises Stopped when the flag is set."""
-        return self.tally(model, device, precision, stop).measures()
+    def measure(self, model: nn.Module, device: torch.device, precision: Precision = "float32") -> AnyMeasures:
+        """Return the figures of what `tally` counts in this process."""
+        return self.tally(model, device, precision).measures()
 
     @torch.no_grad()
     def tally(
-        self, model: nn.Module, device: torch.device, precision: Precision = "float32", stop: StopFlag | None = None
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: Precision = "float32",
+        ranks: Ranks = ALONE,
+        stop: StopFlag | None = None,
     ) -> AnyTally:
-        """Run a model over all images and count; raises Stopped when the flag is set."""
-        model.eval()
+        """Run a model (uint8 pixels in, logits out) over all images and count.
 
-        def counted(batch: Batch) -> AnyTally:
+        Of several ranks each counts its share of the batches, and all get the sum. Raises Stopped on all of them once
+        the flag of any is set.
+        """
+        model.eval()
+        own: AnyTally | None = None
+        for batch in self.batches(device, "validate", ranks):
+            if stop:
+                break
             with autocast(device, precision):
                 logits = model(batch.images).float()
-            return self._tally(logits, batch.labels, batch.teachers)
-
-        return functools.reduce(operator.add, map(counted, self.batches(device, "validate", stop)))
+            found = self._tally(logits, batch.labels, batch.teachers)
+            own = found if own is None else operator.add(own, found)
+        if stop is not None and (agreed := ranks.agreed(stop)):
+            raise agreed.stopped("stopped while measuring; the same command with --resume continues")
+        return functools.reduce(operator.add, (part for part in ranks.gathered(own) if part is not None))
 
 
 def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None:
@@ -122,7 +134,7 @@ def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None
     validation = recipe.validation
     if validation is None:
         return None
-    cache = None if validation.cache is None else only_logits(open_cache(validation.cache))
+    cache = None if validation.cache is None else only_logits(open_uncompared(validation.cache))
     if cache is None:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
         require_one_size(views)

@@ -80,5 +80,5 @@ def test_what_is_no_tensor_is_refused_by_name() -> None:
 @pytest.mark.parametrize("tap", ["", ":input", "0.third", "2"])
 def test_a_path_that_is_not_there_is_refused_with_those_that_are(tap: str) -> None:
     net = network()
-    with pytest.raises(RecipeError, match=r"has no module .*\n.*Its modules: 0, 0\.first, 0\.second, 1"):
+    with pytest.raises(RecipeError, match=r"has no module .*\n.*its modules: 0, 0\.first, 0\.second, 1"):
         Tapped(net, net, [tap], "the student")

@@ -136,8 +136,8 @@ def _learner(entry: Any) -> Learner:
     """A learner as training would build it."""
     torch.manual_seed(entry.seed)
     source = sources.open_source(entry, None)
-    classifier = models.build_classifier(entry, source, None)
-    return Learner(entry, classifier, torch.device("cpu"), models.build_adapters(entry, source, classifier))
+    classifier = models.build_classifier(entry, source.lesson, None)
+    return Learner(entry, classifier, torch.device("cpu"), models.build_adapters(entry, source.lesson, classifier))
 
 
 @pytest.mark.parametrize(
@@ -240,10 +240,10 @@ def test_an_adapter_that_is_no_longer_finite_is_seen(featured: Path, tmp_path: P
 def test_looking_for_shapes_moves_nothing(featured: Path, tmp_path: Path) -> None:
     entry = student(tmp_path / "run", featured, losses=[LOSSES[3]])
     source = sources.open_source(entry, None)
-    classifier = models.build_classifier(entry, source, None)
+    classifier = models.build_classifier(entry, source.lesson, None)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     generator = torch.get_rng_state()
-    models.build_adapters(entry, source, classifier)
+    models.build_adapters(entry, source.lesson, classifier)
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
     assert not any(len(module._forward_hooks) for module in classifier.modules())
@@ -316,12 +316,26 @@ def test_what_is_missing_of_a_teacher_is_said_feature_by_feature() -> None:
     (other,) = reasons(CKA(student="0", feature="missing"))
     assert "the cache keeps ['attention', 'cam', 'maps', 'pooled']" in other
     head, its_input = reasons(SRRL(student="0", feature="pooled"))
-    assert "needs the last linear layer of 'net'" in head
+    assert "needs the last linear layer of 'net'; the cache does not keep it" in head
     assert "teachers.net.logits: {kind: head}" in head
     assert "kept as 'penultimate', not as 'pooled'. Fix: set `feature: penultimate`" in its_input
     (one,) = reasons(SRRL(student="0", feature="penultimate"))  # which comes with the head
     assert "teachers.net.logits: {kind: head}" in one
     assert reasons(SRRL(student="0", feature="pooled", logit_weight=0.0)) == []
+    for loss in (SRRL(student="0", feature="penultimate", logit_weight=0.0), CKA(student="0", feature="penultimate")):
+        (head,) = reasons(loss)
+        assert "needs 'penultimate', what the last linear layer of 'net' takes in; the cache does not keep it" in head
+        assert head.endswith("Fix: precompute with teachers.net.logits: {kind: head}, which keeps it")
+    (places,) = reasons(AttentionTransfer(student="0", feature="penultimate"))  # a vector has none
+    assert "teachers.net.features.penultimate: {kind: attention, tap: …}" in places
+
+
+def test_a_head_that_is_not_kept_is_the_one_thing_to_mend(top_k: Path, tmp_path: Path) -> None:
+    losses = [{"kind": "srrl", **VECTORS}]
+    with pytest.raises(RecipeError) as refused:
+        train(student(tmp_path / "run", top_k, losses=losses))
+    assert str(refused.value).count("Fix: ") == 1
+    assert "teachers.net.logits: {kind: head}" in str(refused.value)
 
 
 def test_the_last_layer_of_a_teacher_takes_its_own_input_alone(featured: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.models import SmallCNN
-from logitcache.student.optimizers import SGD, AdamW, Schedule, parameter_groups
+from logitcache.student.optimizers import SGD, AdamW, LearningRateSchedule, parameter_groups
 
 
 @pytest.mark.parametrize("optimizer", [SGD(weight_decay=0.3), AdamW(weight_decay=0.3)], ids=lambda o: o.kind)
@@ -54,12 +54,12 @@ def test_betas_that_never_forget_are_refused_with_the_recipe(betas: tuple[float,
         AdamW(betas=betas)
 
 
-def _factors(schedule: Schedule, steps: int, epochs: int) -> list[float]:
+def _factors(schedule: LearningRateSchedule, steps: int, epochs: int) -> list[float]:
     return [schedule.factor(step, steps, epochs) for step in range(steps * epochs + 1)]
 
 
 def test_the_learning_rate_falls_from_the_first_step_to_the_end() -> None:
-    factors = _factors(Schedule(final_lr=0.1), 10, 3)
+    factors = _factors(LearningRateSchedule(final_lr=0.1), 10, 3)
     assert factors[0] == 1.0
     assert factors[15] == pytest.approx(0.55)
     assert factors[-1] == pytest.approx(0.1)
@@ -67,25 +67,27 @@ def test_the_learning_rate_falls_from_the_first_step_to_the_end() -> None:
 
 
 def test_warm_up_rises_in_equal_steps_to_the_full_rate() -> None:
-    factors = _factors(Schedule(warmup_epochs=0.5), 10, 3)
+    factors = _factors(LearningRateSchedule(warmup_epochs=0.5), 10, 3)
     assert factors[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert factors[5:] == sorted(factors[5:], reverse=True)
     assert factors[-1] == pytest.approx(0.0)
 
 
 def test_warm_up_may_be_longer_than_the_training() -> None:
-    assert _factors(Schedule(warmup_epochs=4), 5, 2) == pytest.approx([(step + 1) / 20 for step in range(11)])
+    assert _factors(LearningRateSchedule(warmup_epochs=4), 5, 2) == pytest.approx(
+        [(step + 1) / 20 for step in range(11)]
+    )
 
 
 def test_one_step_of_training_has_the_full_rate() -> None:
-    assert Schedule().factor(0, 1, 1) == 1.0
-    assert Schedule(warmup_epochs=1).factor(0, 1, 1) == 1.0
+    assert LearningRateSchedule().factor(0, 1, 1) == 1.0
+    assert LearningRateSchedule(warmup_epochs=1).factor(0, 1, 1) == 1.0
 
 
 @pytest.mark.parametrize(("warmup", "final"), [(0, 0.0), (1, 0.0), (2, 0.05)])
 def test_the_schedule_is_that_of_torch(warmup: int, final: float) -> None:
     steps, epochs, lr = 7, 5, 0.4
-    schedule = Schedule(warmup_epochs=warmup, final_lr=final)
+    schedule = LearningRateSchedule(warmup_epochs=warmup, final_lr=final)
     rates = [lr * schedule.factor(step, steps, epochs) for step in range(steps * epochs)]
     assert rates == pytest.approx(_of_torch(lr, warmup * steps, steps * epochs, final * lr), rel=1e-9)
 

@@ -84,7 +84,7 @@ def test_images_without_a_label_to_measure_on_tell_how_like_the_teacher_a_studen
     assert inspect_cache(path)["teachers"]["net"]["top1"] is None
     told = summarize(path)
     assert isinstance(told, CacheSummary)
-    assert (told.labelled_rows, told.teachers[0].top1, told.per_class) == (0, None, ())
+    assert (told.labelled_row_views, told.teachers[0].top1, told.per_class) == (0, None, ())
 
 
 def test_a_folder_without_classes_is_enough_for_a_student(tmp_path: Path) -> None:

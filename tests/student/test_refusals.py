@@ -1,5 +1,6 @@
 """What training refuses before the first step, with the reason and the fix."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def test_a_loss_of_an_unknown_teacher_is_refused(
     _refused(student(tmp_path / "run", two_teachers, losses=losses), RecipeError, match, 2)
 
 
+def test_damage_counts_where_it_is_read(two_teachers: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(two_teachers, tmp_path / "c.zarr"))
+    shard = next(path.glob("second.logits/c.0.0*"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    losses = [{"kind": "kl_divergence", "teacher": "second"}]
+    _refused(student(tmp_path / "second", path, losses=losses), CacheError, "second.logits view 0", 3)
+    recipes = [
+        student(tmp_path / name, cache, losses=[{"kind": "kl_divergence", "teacher": "first"}], epochs=1)
+        for name, cache in (("sound", two_teachers), ("damaged", path))
+    ]
+    sound, damaged = (train(recipe) for recipe in recipes)
+    assert damaged.loss == sound.loss
+
+
 def test_an_incomplete_cache_is_refused(caches: Path, tmp_path: Path) -> None:
     images = {"kind": "bundled", "num_images": 600}
     path = fill(caches / "incomplete", images=images, views={"num_views": 1}, shard_rows=512)
@@ -162,6 +177,22 @@ def test_a_loss_over_whole_batches_takes_no_parts_of_them(cache: Path, tmp_path:
 
 def test_a_loss_that_compares_the_rows_of_a_batch_takes_no_batch_of_one(cache: Path, tmp_path: Path) -> None:
     coupled = [{"kind": kind, "student": "0", "feature": "f"} for kind in ("rkd", "cka", "pkt", "similarity")]
-    with pytest.raises(ValueError, match=r"\['rkd', 'cka', 'pkt', 'similarity'\] compare.*make batch_size 2 or more"):
+    with pytest.raises(ValueError, match=r"\['rkd', 'cka', 'pkt', 'similarity'\] compare.*make batch_size 3 or more"):
         student(tmp_path / "run", cache, losses=[*coupled, {"kind": "kl_divergence"}], batch_size=1)
+    with pytest.raises(ValueError, match=r"\['rkd', 'cka'\] compare.*make batch_size 3 or more"):
+        student(tmp_path / "run", cache, losses=coupled, batch_size=2)
     assert student(tmp_path / "run", cache, losses=[{"kind": "kl_divergence"}], batch_size=1).batch_size == 1
+
+
+def test_a_last_batch_with_too_little_to_compare_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Of 200 images in batches of 199 one is left, in batches of 66 two, in batches of 197 three."""
+    losses = [{"kind": "cross_entropy"}, {"kind": "dist"}]
+    for batch_size, left in ((199, 1), (66, 2)):
+        recipe = student(tmp_path / "run", cache, losses=losses, batch_size=batch_size)
+        text = _refused(recipe, RecipeError, f"200 images in batches of {batch_size} leave a last batch of {left}", 2)
+        assert "losses.1 (dist) takes 3 or more\n  Fix: drop_last: true, or another batch_size" in text
+        assert "losses.0" not in text
+    for number, changes in enumerate(({"batch_size": 197}, {"batch_size": 199, "drop_last": True})):
+        assert train(student(tmp_path / f"{number}", cache, losses=losses, epochs=1, **changes)).steps == 2 - number
+    alone = [{"kind": "cross_entropy"}]
+    assert train(student(tmp_path / "alone", cache, losses=alone, batch_size=199, epochs=1)).steps == 2

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from logitcache import files
+from logitcache.console import configure
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError, Stopped
 from logitcache.student import measures
 from logitcache.student.learner import Learner
@@ -244,14 +245,16 @@ def _contents(directory: Path) -> dict[str, bytes]:
 
 
 def test_resuming_a_finished_run_returns_its_result_and_trains_nothing(
-    finished: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = _contents(finished)
+    configure()
     monkeypatch.delattr(Learner, "add")
     result = train(student(finished, cache, validation=VALIDATION), resume=True)
     assert (result.steps, result.epochs, result.out) == (STEPS, 2, str(finished))
     assert result.loss == metrics(finished)[-1]["loss"]
     assert _contents(finished) == before
+    assert f"{finished} is finished, there is nothing to do" in capsys.readouterr().err
 
 
 def test_a_finished_run_may_have_moved_and_lost_its_checkpoint(finished: Path, cache: Path, tmp_path: Path) -> None:

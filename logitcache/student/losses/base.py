@@ -63,13 +63,15 @@ class Context:
 class LossBase(Component, ABC):
     """What the training loop asks of a loss, beside its fields.
 
-    `by_row` says whether the loss is a mean over rows, so that the parts of a batch sum to the whole; `differentiates`
-    whether it takes gradients of its own through the student, which a compiled one does not give; `remembers_rows`
-    whether its adapter keeps something of every row that it saw, which is more than one of several processes sees;
-    `exclusive` whether it takes an image to be of one class alone, as a softmax does.
+    `by_row` says whether the loss is a mean over rows, so that the parts of a batch sum to the whole; `min_rows` from
+    how many rows on it says anything, as fewer leave it nothing to compare; `differentiates` whether it takes gradients
+    of its own through the student, which a compiled one does not give; `remembers_rows` whether its adapter keeps
+    something of every row that it saw, which is more than one of several processes sees; `exclusive` whether it takes
+    an image to be of one class alone, as a softmax does.
     """
 
     by_row: ClassVar[bool] = True
+    min_rows: ClassVar[int] = 1
     differentiates: ClassVar[bool] = False
     remembers_rows: ClassVar[bool] = False
     exclusive: ClassVar[bool] = False
@@ -114,11 +116,6 @@ def targets_of(teachers: Mapping[str, Targets], name: str | None) -> Targets:
 def every_row(batch: Batch) -> Tensor:
     """Count the rows of a batch, on its device: the `rows` of a loss that is a mean over all of them."""
     return torch.full((), len(batch), device=batch.labels.device)
-
-
-def labelled_rows(batch: Batch) -> Tensor:
-    """Count the rows of a batch that have a label."""
-    return (batch.labels != UNLABELLED).sum()
 
 
 def mean_of_labelled(rows: Tensor, labels: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ class CKA(FeatureLoss):
     """One minus linear CKA within the batch, on pooled features."""
 
     by_row: ClassVar[bool] = False
+    min_rows: ClassVar[int] = 3  # two rows, centred, are one vector and its negative
     needs: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
 

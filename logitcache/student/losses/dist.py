@@ -42,6 +42,7 @@ class DIST(TemperedLoss):
     """Correlations in place of divergences; published with weight 2 beside cross-entropy."""
 
     by_row: ClassVar[bool] = False
+    min_rows: ClassVar[int] = 3  # within a class, two numbers correlate by 1 or -1
     exclusive: ClassVar[bool] = True
 
     kind: Literal["dist"] = "dist"

@@ -1,20 +1,13 @@
 """Decoupled distillation: Zhao et al., "Decoupled knowledge distillation" (CVPR 2022)."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import (
-    Context,
-    Need,
-    cross,
-    labelled_rows,
-    mean_of_labelled,
-    split_by_label,
-)
-from logitcache.student.losses.temperatures import Temperature, TemperedLoss
+from logitcache.student.losses.base import Context, cross, mean_of_labelled, split_by_label
+from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -40,10 +33,8 @@ def dkd(
     return temperature**2 * mean_of_labelled(alpha * against_rest + beta * among_others, labels)
 
 
-class DKD(TemperedLoss):
+class DKD(SingleLabelLoss):
     """Decoupled distillation, the label against the rest and the rest among themselves; published for single labels."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
 
     kind: Literal["dkd"] = "dkd"
     alpha: Weight = constant(1.0)
@@ -57,7 +48,3 @@ class DKD(TemperedLoss):
         student, teacher, temperature = self.compared(outputs, batch, context)
         alpha, beta = (weight.at(context.progress) for weight in (self.alpha, self.beta))
         return dkd(student, teacher, batch.labels, alpha, beta, temperature)
-
-    def rows(self, batch: Batch) -> Tensor:
-        """Count the rows that the loss is a mean over."""
-        return labelled_rows(batch)

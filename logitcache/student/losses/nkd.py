@@ -2,21 +2,14 @@
 with normalized loss and customized soft labels" (ICCV 2023).
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import (
-    Context,
-    Need,
-    cross,
-    labelled_rows,
-    mean_of_labelled,
-    split_by_label,
-)
-from logitcache.student.losses.temperatures import Temperature, TemperedLoss
+from logitcache.student.losses.base import Context, cross, mean_of_labelled, split_by_label
+from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -38,10 +31,8 @@ def nkd(
     return mean_of_labelled(rows, labels)
 
 
-class NKD(TemperedLoss):
+class NKD(SingleLabelLoss):
     """Normalised distillation: soft cross-entropy of the label and, apart, of the others; goes beside cross-entropy."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
 
     kind: Literal["nkd"] = "nkd"
     gamma: Weight = constant(1.5)
@@ -53,7 +44,3 @@ class NKD(TemperedLoss):
         """Return the unweighted loss of a batch."""
         student, teacher, temperature = self.compared(outputs, batch, context)
         return nkd(student, teacher, batch.labels, self.gamma.at(context.progress), temperature)
-
-    def rows(self, batch: Batch) -> Tensor:
-        """Count the rows that the loss is a mean over."""
-        return labelled_rows(batch)

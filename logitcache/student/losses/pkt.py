@@ -40,6 +40,7 @@ class PKT(FeatureLoss):
     """Which images of a batch are near, as probabilities, on pooled features; published with weight 30000."""
 
     by_row: ClassVar[bool] = False
+    min_rows: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
 

@@ -45,6 +45,7 @@ class RKD(FeatureLoss):
     """Distances and angles between the images of a batch, on pooled features; published with these two weights."""
 
     by_row: ClassVar[bool] = False
+    min_rows: ClassVar[int] = 3  # distances are over their mean: of one pair all are alike
     needs: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
 

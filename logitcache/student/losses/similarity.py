@@ -35,6 +35,7 @@ class Similarity(FeatureLoss):
     """
 
     by_row: ClassVar[bool] = False
+    min_rows: ClassVar[int] = 2
     needs: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
 

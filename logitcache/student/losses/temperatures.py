@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Positive
-from logitcache.student.losses.base import Context, LossBase, Site, StepSums, targets_of
+from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site, StepSums, targets_of
 from logitcache.student.losses.cross_entropy import CrossEntropy, cross_entropy
 from logitcache.student.schedules import (
     Constant,
@@ -147,6 +147,16 @@ class TemperedLoss(LossBase, ABC):
     def adapter(self: Tempered, site: Site) -> nn.Module:
         """Build what the temperature remembers."""
         return self.temperature.memory()
+
+
+class SingleLabelLoss(TemperedLoss, ABC):
+    """A loss on logits that is a mean over the rows with a label, of one class each."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
+
+    def rows(self, batch: Batch) -> Tensor:
+        """Count the rows that have a label."""
+        return (batch.labels != UNLABELLED).sum()
 
 
 def _always_positive(temperature: TemperatureBase) -> TemperatureBase:

@@ -2,20 +2,14 @@
 perspective" (ICLR 2021).
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import (
-    Context,
-    Need,
-    cross,
-    labelled_rows,
-    mean_of_labelled,
-)
-from logitcache.student.losses.temperatures import Temperature, TemperedLoss
+from logitcache.student.losses.base import Context, cross, mean_of_labelled
+from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -37,10 +31,8 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | 
     return temperature**2 * mean_of_labelled(weight * soft, labels)
 
 
-class WSLD(TemperedLoss):
+class WSLD(SingleLabelLoss):
     """Soft cross-entropy, weighted by row; published with weight 2.5 beside cross-entropy."""
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
 
     kind: Literal["wsld"] = "wsld"
     temperature: Temperature = constant(2.0)
@@ -51,7 +43,3 @@ class WSLD(TemperedLoss):
         """Return the unweighted loss of a batch."""
         student, teacher, temperature = self.compared(outputs, batch, context)
         return wsld(student, teacher, batch.labels, temperature)
-
-    def rows(self, batch: Batch) -> Tensor:
-        """Count the rows that the loss is a mean over."""
-        return labelled_rows(batch)
