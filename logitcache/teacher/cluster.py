@@ -24,12 +24,12 @@ from logitcache.device import resolve_device
 from logitcache.errors import CacheError, MissingExtraError, RecipeError
 from logitcache.stopping import stop_flag
 from logitcache.teacher.dask import Check, LostScheduler, arriving, connected, local_cluster, resources_of, result_of
+from logitcache.teacher.opening import build_teachers, open_images
 from logitcache.teacher.precompute import Done, PrecomputeResult, finished, stopped_message
-from logitcache.teacher.preparation import Plan, build_teachers, open_images, prepare
+from logitcache.teacher.preparation import Plan, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.teacher.share import WHOLE, Part, Share
 from logitcache.teacher.worker import Job, Outcome, Work, compute, release
-from logitcache.views import canaries
 from logitcache.views.spec import Views, require_one_size
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ def _require_named(recipe: PrecomputeRecipe) -> None:
 def _plan(recipe: PrecomputeRecipe, target: Path, path: Path) -> Plan:
     views = Views(open_images(recipe, None), recipe.views)
     require_one_size(views)
-    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
-    teachers = build_teachers(recipe, {}, views, key, resolve_device(recipe.device))
+    teachers = build_teachers(recipe, {}, views, resolve_device(recipe.device))
     return prepare(recipe, views, teachers, target, path)
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from logitcache.cache.arrays import Shard
+from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
 from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest
@@ -173,4 +174,4 @@ def _require_same(job: DeriveJob) -> None:
         views = min(found.views.num_views, wanted.views.num_views)
         targets = {name: kept for name, kept in wanted.targets.items() if name in found.teachers}
         if found.restricted(views, targets).content_digest() != wanted.content_digest():
-            raise MismatchError(f"{path} is another cache here than at the client. {fix}")
+            raise MismatchError(f"{place_of(path)} is another cache here than at the client. {fix}")

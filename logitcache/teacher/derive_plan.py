@@ -13,8 +13,9 @@ from logitcache.cache.coders import Coders
 from logitcache.cache.copies import place_of
 from logitcache.cache.create import create_skeleton, read_manifest
 from logitcache.cache.derivation import Derivation, Member
+from logitcache.cache.differences import short
 from logitcache.cache.layout import choose_shard_rows, layout_of
-from logitcache.cache.manifest import LOGITS, Manifest, StoredLogits, TeacherEntry, short
+from logitcache.cache.manifest import LOGITS, Manifest, StoredLogits, TeacherEntry
 from logitcache.cache.shards import ShardReader
 from logitcache.cache.sharing import alone
 from logitcache.cache.skeleton import Samples, mend_skeleton, read_canaries, read_digests, read_labels, read_tables
@@ -42,7 +43,9 @@ class Source:
         """Take of a cache what a recipe asks for. Raises RecipeError or MismatchError where it cannot be had."""
         views = recipe.num_views or manifest.views.num_views
         if views > manifest.views.num_views:
-            raise RecipeError(f"num_views is {views}, {root} has {manifest.views.num_views}. Fix: at most these")
+            raise RecipeError(
+                f"num_views is {views}, {place_of(root)} has {manifest.views.num_views}. Fix: at most these"
+            )
         origins = {name: _origin(name, teacher, root, manifest) for name, teacher in recipe.teachers.items()}
         needed: dict[str, set[str]] = {}
         for origin in origins.values():
@@ -100,12 +103,15 @@ def _require_dense(name: str, root: Path, entries: Mapping[str, TeacherEntry]) -
     for member, entry in entries.items():
         stored = entry.stored_logits
         if stored is None:
-            raise RecipeError(f"teachers.{name}: {root} keeps no logits of {member!r}. Fix: `keep` its features")
+            raise RecipeError(
+                f"teachers.{name}: {place_of(root)} keeps no logits of {member!r}. Fix: `keep` its features"
+            )
         if "dense logits" not in stored.form.gives:
             raise RecipeError(
-                f"teachers.{name}.logits: {root} keeps of {member!r} the largest logits alone ({stored.form.kind}): "
-                "what the others were is lost, and an encoding or a mean of them would err by nobody knows how much. "
-                "Fix: `keep: [logits]` copies them as they are; or derive from a cache that keeps all logits"
+                f"teachers.{name}.logits: {place_of(root)} keeps of {member!r} the largest logits alone "
+                f"({stored.form.kind}): what the others were is lost, and an encoding or a mean of them would err by "
+                "nobody knows how much. Fix: `keep: [logits]` copies them as they are; or derive from a cache that "
+                "keeps all logits"
             )
 
 
@@ -113,7 +119,9 @@ def _kept(name: str, teacher: DerivedTeacher, entry: TeacherEntry, root: Path) -
     """Return the targets that are copied, with those that they are decoded with."""
     asked = entry.targets if teacher.keep == "all" else teacher.keep
     if unknown := sorted(set(asked) - set(entry.targets)):
-        raise RecipeError(f"teachers.{name}.keep: {root} has no {unknown}, but {list(entry.targets)}. Fix: name these")
+        raise RecipeError(
+            f"teachers.{name}.keep: {place_of(root)} has no {unknown}, but {list(entry.targets)}. Fix: name these"
+        )
     encoded = teacher.logits is not None
     return entry.restricted([target for target in asked if not (encoded and target == LOGITS)]).targets
 
@@ -126,7 +134,7 @@ def prepare_derived(recipe: DeriveRecipe, source: Source, target: Path, path: Pa
         needed = min(canary.view for canary in manifest.canaries) + 1
         raise RecipeError(
             f"num_views: none of the views that prove the pixels is among the first {manifest.views.num_views} of "
-            f"{source.root}. Fix: num_views: {needed} or more"
+            f"{place_of(source.root)}. Fix: num_views: {needed} or more"
         )
     pixels = read_canaries(source.root, manifest)[np.array(is_seen)]
     samples = Samples(read_labels(source.root, manifest), read_digests(source.root, manifest), pixels)
@@ -212,7 +220,7 @@ def _continue(path: Path, recipe: DeriveRecipe, source: Source, wanted: Manifest
     differences = list(_differences(recorded, wanted, recipe))
     if differences:
         raise MismatchError(
-            f"{path} is another cache than the recipe and {source.root} make:\n  "
+            f"{place_of(path)} is another cache than the recipe and {place_of(source.root)} make:\n  "
             + "\n  ".join(differences)
             + "\n  Fix: give `out:` another path, or remove that cache"
         )

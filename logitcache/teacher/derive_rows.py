@@ -170,20 +170,24 @@ class Deriver:
 
     def _encode(self, rows: Rows, answers: Mapping[str, Targets], shard: Shard, here: slice) -> None:
         """Encode a batch of answers for every teacher whose logits are kept anew."""
+
+        def name_of(row: int) -> str:
+            return f"view {shard.view} of image {shard.start + here.start + row}"
+
         for name, origin in self.origins.items():
             groups = [g for g in self.layout.of(name) if g.target == LOGITS and LOGITS not in origin.kept]
             if not groups or groups[0].arrays[0].name not in rows:
                 continue
             (group,) = groups
             exact = origin.logits({member: answers[member].to(self.device) for member in origin.weights})
-            encoded = encode(self.coders, self.goal.teachers[name], groups, Targets(exact))[LOGITS]
+            encoded = encode(self.coders, self.goal.teachers[name], groups, Targets(exact), name_of)[LOGITS]
             for array in group.rows:
                 values = encoded.arrays[array.suffix]
                 row = first_not_finite(values)
                 if row is not None:
                     raise DataError(
-                        f"teachers.{name}: a logit of view {shard.view} of image {shard.start + here.start + row} does "
-                        f"not fit {values.dtype}. Fix: teachers.{name}.logits: {{kind: dense, dtype: float32}}"
+                        f"teachers.{name}: a logit of {name_of(row)} does not fit {values.dtype}. Fix: "
+                        f"teachers.{name}.logits: {{kind: dense, dtype: float32}}"
                     )
                 rows[array.name][here] = values.cpu().numpy()
             if group.errors is not None and encoded.errors is not None:

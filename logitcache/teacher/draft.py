@@ -2,40 +2,34 @@
 
 import contextlib
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
 from logitcache.cache.copies import place_of
+from logitcache.cache.differences import is_more
 from logitcache.cache.layout import Layout, layout_of
 from logitcache.cache.locate import locate
-from logitcache.cache.manifest import Manifest, is_more
+from logitcache.cache.manifest import Manifest
 from logitcache.cache.sharing import target_of
 from logitcache.cache.skeleton import require_sound_skeleton
 from logitcache.cache.verify import committed_by_group, damaged
 from logitcache.console import say
-from logitcache.device import resolve_device, synchronize
+from logitcache.device import resolve_device
 from logitcache.teacher.calibration import num_calibration_rows
 from logitcache.teacher.fitting import Tables, examples_of, fit
 from logitcache.teacher.models import Teacher
-from logitcache.teacher.preparation import (
-    Plan,
-    as_given,
-    begin,
-    build_teachers,
-    open_images,
-    require_whole_pages,
-    standing,
-)
+from logitcache.teacher.opening import as_given, build_teachers, open_images
+from logitcache.teacher.preparation import Plan, begin, require_whole_pages, standing
 from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.teacher.timing import answered, by_row
 from logitcache.views import canaries
 from logitcache.views.spec import Views, require_one_size
 
@@ -64,42 +58,6 @@ class Draft:
     preparing: float
 
 
-class Answered:
-    """The rows that teachers answered, by name, and the seconds that it took all of them."""
-
-    def __init__(self) -> None:
-        self.rows: Counter[str] = Counter()
-        self.seconds = 0.0
-        self._began = 0.0
-
-    def begin(self, inputs: tuple[Tensor, Tensor]) -> None:
-        """Note when an answer begins."""
-        synchronize(inputs[0].device)
-        self._began = time.perf_counter()
-
-    def end(self, name: str, inputs: tuple[Tensor, Tensor]) -> None:
-        """Note when it ends."""
-        synchronize(inputs[0].device)
-        self.seconds += time.perf_counter() - self._began
-        self.rows[name] += len(inputs[0])
-
-
-@contextlib.contextmanager
-def answered(teachers: Sequence[Teacher]) -> Iterator[Answered]:
-    """Count what teachers answer within the block."""
-    found = Answered()
-    with contextlib.ExitStack() as hooks:
-        for teacher in teachers:
-            before, after = _hooks(found, teacher.name)
-            hooks.callback(teacher.register_forward_pre_hook(before).remove)
-            hooks.callback(teacher.register_forward_hook(after).remove)
-        yield found
-
-
-def _hooks(found: Answered, name: str) -> tuple[Callable[[Any, Any], None], Callable[[Any, Any, Any], None]]:
-    return lambda teacher, inputs: found.begin(inputs), lambda teacher, inputs, answers: found.end(name, inputs)
-
-
 @contextlib.contextmanager
 def drafted(
     recipe: PrecomputeRecipe, *, teachers: Mapping[str, nn.Module] | None = None, dataset: object | None = None
@@ -109,14 +67,13 @@ def drafted(
     Of a cache that is there only what it lacks is to do; one whose skeleton is damaged is a CacheError.
     """
     device, given = resolve_device(recipe.device), teachers or {}
-    _digests(recipe, dataset)
+    _open_views(recipe, dataset)
     began = time.perf_counter()
-    views = _digests(recipe, dataset)
+    views = _open_views(recipe, dataset)
     opening = time.perf_counter() - began
     require_one_size(views)
     recipe = as_given(recipe, given, dataset)
-    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
-    built = build_teachers(recipe, given, views, key, device)
+    built = build_teachers(recipe, given, views, device)
     prepared = time.perf_counter() - began - opening
     with contextlib.ExitStack() as seen:
         for teacher in built:
@@ -124,7 +81,7 @@ def drafted(
         yield _draft(recipe, views, built, locate(recipe.cache), opening, prepared)
 
 
-def _digests(recipe: PrecomputeRecipe, dataset: object | None) -> Views:
+def _open_views(recipe: PrecomputeRecipe, dataset: object | None) -> Views:
     """Open the images; the second time their digests are remembered, as they are when stage one comes."""
     views = Views(open_images(recipe, dataset), recipe.views)
     views.dataset.digests()
@@ -138,18 +95,22 @@ def _draft(
     pace, prepared = warm.row, prepared + max(0.0, cold.all - warm.all)
     most = max(FEWEST_ROWS, int(CALIBRATION_SECONDS / pace))
     is_new, began = target_of(path) != path, time.perf_counter()
-    with answered(teachers) as count:
+    with answered(teachers) as answers:
         recorded, goal, tables, num_canaries = (_new if is_new else _grown)(recipe, views, teachers, path, most)
-    used = {name: rows - num_canaries for name, rows in count.rows.items() if rows > num_canaries}
-    wanted = sum(_rows_wanted(goal, name) for name in used)
-    preparing = prepared + time.perf_counter() - began + (wanted - sum(used.values())) * pace
+    preparing = prepared + time.perf_counter() - began
+    used = wanted = 0
+    for name, batches in answers.batches.items():
+        calibration = [(rows - num_canaries, clock) for rows, clock in batches if rows > num_canaries]
+        if calibration:
+            asked = _rows_wanted(goal, name)
+            used, wanted = used + calibration[-1][0], wanted + asked
+            preparing += correction(calibration, asked, recipe.num_workers, pace)
     layout = layout_of(goal)
     missing = {group.name: set(layout.shards()) for group in layout.groups} if is_new else _missing(path, layout)
     lacking: set[Shard] = set().union(*missing.values())
     pending = [shard for shard in layout.shards() if shard in lacking]
     plan = Plan(goal, layout, Coders(path, goal, layout, tables), pending)
-    rows = sum(used.values()), wanted
-    return Draft(recipe, path, views, teachers, plan, missing, recorded, *rows, opening, preparing)
+    return Draft(recipe, path, views, teachers, plan, missing, recorded, used, wanted, opening, preparing)
 
 
 class _Goal(NamedTuple):
@@ -193,6 +154,16 @@ def _pace(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> _P
         examples_of(teachers, pixels, torch.from_numpy(views.dataset.labels[[key.index for key in keys]]))
     seconds = time.perf_counter() - began
     return _Pace(seconds, max(seconds / len(keys), 1e-9))
+
+
+def correction(batches: Sequence[tuple[int, float]], wanted: int, num_workers: int, pace: float) -> float:
+    """Return how much longer than it took here calibration takes steadily, on as many rows as are wanted.
+
+    batches: rows, and the time, after each batch of one teacher. pace: seconds by row, where there is only one batch.
+    """
+    (first, began), (_, ended) = batches[0], batches[-1]
+    row = by_row(batches, num_workers)[1] if len(batches) > 1 else pace
+    return (wanted - first) * row - (ended - began)
 
 
 def _rows_wanted(goal: Manifest, teacher: str) -> int:

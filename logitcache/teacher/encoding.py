@@ -1,14 +1,16 @@
 """From a teacher's answers to the arrays that are kept of them, with the error of every row."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from logitcache.cache.arrays import ArrayGroup
 from logitcache.cache.coders import Coders
 from logitcache.cache.encodings.measure import divergences
 from logitcache.cache.manifest import LOGITS, TeacherEntry
+from logitcache.errors import DataError, RowError
 from logitcache.targets import FeatureValues, Targets, feature_values
 
 
@@ -19,8 +21,13 @@ class Encoded(NamedTuple):
     errors: Tensor | None
 
 
-def encode(coders: Coders, entry: TeacherEntry, groups: Sequence[ArrayGroup], answers: Targets) -> dict[str, Encoded]:
-    """Encode a batch's answers on the device they are on, by target: those of `groups`, and what these need."""
+def encode(
+    coders: Coders, entry: TeacherEntry, groups: Sequence[ArrayGroup], answers: Targets, name_of: Callable[[int], str]
+) -> dict[str, Encoded]:
+    """Encode a batch's answers on the device they are on, by target: those of `groups`, and what these need.
+
+    Raises DataError naming, as `name_of` does, the first row whose logits are refused.
+    """
     teacher = groups[0].teacher
     measured = {group.target: group.errors is not None for group in groups}
     needed = {} if entry.stored_logits is None or LOGITS not in measured else entry.stored_logits.form.needs
@@ -29,14 +36,17 @@ def encode(coders: Coders, entry: TeacherEntry, groups: Sequence[ArrayGroup], an
         if name in measured or name in needed:
             coder, exact = coders.features[f"{teacher}.{name}"], feature_values(answers.features[name])
             arrays = coder.encode(exact)
-            errors = _squared_error(coder.decode(arrays), exact) if measured.get(name) else None
+            errors = relative_error(coder.decode(arrays), exact) if measured.get(name) else None
             found[name] = Encoded(arrays, errors)
     if LOGITS in measured:
         assert entry.logits is not None
         assert entry.num_classes is not None
         assert isinstance(answers.logits, Tensor)
         logits = coders.logits[f"{teacher}.{LOGITS}"]
-        arrays = logits.encode(answers.logits)
+        try:
+            arrays = logits.encode(answers.logits)
+        except RowError as error:
+            raise DataError(f"teacher {teacher!r}, {name_of(error.row)}: {error.why}") from error
         errors = None
         if measured[LOGITS]:
             kept = {name: found[name].arrays[""] for name in needed}
@@ -46,7 +56,9 @@ def encode(coders: Coders, entry: TeacherEntry, groups: Sequence[ArrayGroup], an
     return found
 
 
-def _squared_error(decoded: FeatureValues, exact: Tensor) -> Tensor:
-    """Return squared error over squares, [B]."""
-    difference, whole = (feature_values(decoded) - exact).flatten(1), exact.flatten(1)
-    return difference.square().sum(dim=1) / whole.square().sum(dim=1).clamp(min=1e-30)
+def relative_error(decoded: FeatureValues, exact: Tensor) -> Tensor:
+    """Return the squared error of each row over its squares, [B], of decoded features and exact ones [B, ...]."""
+    found, wanted = feature_values(decoded).flatten(1), exact.flatten(1)
+    # Squares of what is very small or large would leave float32.
+    unit = torch.maximum(found.abs(), wanted.abs()).amax(dim=1, keepdim=True).clamp(min=1e-30)
+    return ((found - wanted) / unit).square().sum(dim=1) / (wanted / unit).square().sum(dim=1).clamp(min=1e-30)

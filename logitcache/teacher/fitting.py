@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcache.cache.copies import place_of
 from logitcache.cache.layout import Layout, layout_of
 from logitcache.cache.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
 from logitcache.cache.skeleton import table_bytes, table_problems
@@ -102,8 +103,8 @@ def mended_tables(path: Path, goal: Manifest, fit_again: FitAgain) -> dict[str, 
     for table in known.tables:
         if table.file in damaged and hashlib.sha256(files[table.file]).hexdigest() != table.sha256:
             raise CacheError(
-                f"{path / table.file} is damaged, and what is fitted here is another table. Fix: put back a copy of "
-                f"it, or remove {path} and precompute again"
+                f"{place_of(path)}/{table.file} is damaged, and what is fitted here is another table. Fix: put back "
+                f"a copy of it, or remove {place_of(path)} and precompute again"
             )
     return {key: files[key] for key in damaged}
 

@@ -16,7 +16,7 @@ from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preproc
 from logitcache.models.taps import Tapped
 from logitcache.recipe import Component
 from logitcache.targets import Targets, feature_values
-from logitcache.views.datasets.labels import single_labels
+from logitcache.teacher.grad_cam import GradedPass
 
 
 class TeacherSource(Component):
@@ -47,10 +47,11 @@ class Teacher(nn.Module):
         self.name, self.precision, self.device = name, source.precision, device
         self.classifier = classifier.to(device).eval()
         self.features, self.named = features_of(name, source, classifier.module), frozenset(source.features)
-        self._graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
-        self._answers = source.logits is not None or bool(self._graded)
-        taps = [feature.tap for feature in self.features.values()]
-        self._tapped = Tapped(classifier.module, classifier.module, taps, f"teacher {name!r}")
+        plain = [feature.tap for feature in self.features.values() if feature.kind != "grad_cam"]
+        graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
+        self._answers = source.logits is not None or bool(graded)
+        self._tapped = Tapped(classifier.module, classifier.module, plain, f"teacher {name!r}")
+        self._graded = GradedPass(classifier, tuple(dict.fromkeys(graded)), f"teacher {name!r}")
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, labels: Tensor) -> Targets:
@@ -59,18 +60,15 @@ class Teacher(nn.Module):
         labels: int64 [B], -1 where there is none, or multi-hot [B, C]; a Grad-CAM map is of the one class that a label
         names, else of the answer.
         """
-        with torch.set_grad_enabled(bool(self._graded)), autocast(self.device, self.precision):
-            inputs = self.classifier.normalize(pixels)
-            if self._graded:
-                inputs = inputs.requires_grad_().clone()
-            output, tapped = self._tapped(inputs)
+        with autocast(self.device, self.precision):
+            output, tapped = self._tapped(self.classifier.normalize(pixels))
             logits = self.classifier.checked(output).float() if self._answers else None
-            gradients = {} if logits is None else self._gradients(logits, tapped, labels)
+            graded = {} if logits is None else self._graded(pixels, labels, logits)
         features = {
-            name: feature.take(tapped[feature.tap].detach(), gradients.get(feature.tap))
+            name: feature.take(*(graded[feature.tap] if feature.kind == "grad_cam" else (tapped[feature.tap], None)))
             for name, feature in self.features.items()
         }
-        answers = Targets(NO_LOGITS if logits is None else logits.detach(), features)
+        answers = Targets(NO_LOGITS if logits is None else logits, features)
         for name, values in _values(answers).items():
             if len(values) != len(pixels):
                 raise RecipeError(
@@ -81,22 +79,6 @@ class Teacher(nn.Module):
     def remove_taps(self) -> None:
         """Take the hooks off the network, which is the caller's."""
         self._tapped.remove()
-
-    def _gradients(self, logits: Tensor, tapped: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Return the gradient of each image's logit, of its label or of the answer, at the taps of Grad-CAM maps."""
-        if not self._graded:
-            return {}
-        labels = single_labels(labels)
-        classes = torch.where((labels >= 0) & (labels < logits.shape[1]), labels, logits.argmax(dim=1))
-        # A row's logit depends on that row alone: the gradient of the sum is each row's own.
-        chosen = logits.gather(1, classes[:, None]).sum()
-        found = torch.autograd.grad(chosen, [tapped[tap] for tap in self._graded], allow_unused=True)
-        for tap, gradient in zip(self._graded, found, strict=True):
-            if gradient is None:
-                raise RecipeError(
-                    f"teacher {self.name!r}: the logits do not depend on {tap!r}. Fix: tap another module"
-                )
-        return {tap: gradient.float() for tap, gradient in zip(self._graded, found, strict=True)}
 
 
 def features_of(name: str, source: TeacherSource, network: nn.Module) -> dict[str, Feature]:

@@ -47,29 +47,23 @@ def live_targets(
         )
     teachers = []
     for name, entry in manifest.teachers.items():
-        given = (sources or {}).get(name)
-        kept: dict[str, Any] = {"logits": None if entry.logits is None else Dense(), "features": entry.features}
-        source = (
-            _recorded_source(name, entry, modules).model_copy(update=kept)
-            if given is None
-            else TeacherSource(
-                model=given.model,
-                preprocessing=given.preprocessing or entry.preprocessing,
-                precision=entry.precision,
-                **kept,
-            )
-        )
-        teacher = build_teacher(
-            name,
-            source,
-            (modules or {}).get(name),
-            entry.num_classes,
-            manifest.image_shape[0],
-            resolve_device(device),
-        )
+        source, module = _source(name, entry, (sources or {}).get(name), modules), (modules or {}).get(name)
+        channels = manifest.image_shape[0]
+        teacher = build_teacher(name, source, module, entry.num_classes, channels, resolve_device(device))
         _require_recorded(teacher, entry)
         teachers.append(teacher)
     return lambda pixels, labels: {teacher.name: teacher(pixels, labels) for teacher in teachers}
+
+
+def _source(
+    name: str, entry: TeacherEntry, given: LiveSource | None, modules: Mapping[str, nn.Module] | None
+) -> TeacherSource:
+    """Return the user's own source of a teacher, else the recorded one, to answer all that the cache keeps."""
+    kept: dict[str, Any] = {"logits": None if entry.logits is None else Dense(), "features": entry.features}
+    if given is None:
+        return _recorded_source(name, entry, modules).model_copy(update=kept)
+    preprocessing = given.preprocessing or entry.preprocessing
+    return TeacherSource(model=given.model, preprocessing=preprocessing, precision=entry.precision, **kept)
 
 
 def _require_recorded(teacher: Teacher, entry: TeacherEntry) -> None:

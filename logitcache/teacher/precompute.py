@@ -10,30 +10,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from logitcache.cache.arrays import ArrayGroup, Shard
+from logitcache.cache.arrays import Shard
 from logitcache.cache.copies import place_of
-from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout
+from logitcache.cache.layout import Layout
 from logitcache.cache.locate import locate
-from logitcache.cache.row_errors import add, statistics_of
 from logitcache.cache.sharing import preparing, writing
 from logitcache.cache.unreadable import note_unreadable
-from logitcache.cache.verify import stored_bytes
 from logitcache.cache.writer import CacheWriter, Rows, empty_rows
 from logitcache.console import say, track
-from logitcache.device import resolve_device, to_device
+from logitcache.device import resolve_device
 from logitcache.errors import DataError
 from logitcache.stopping import stop_flag
-from logitcache.teacher.encoding import Encoded, encode
-from logitcache.teacher.models import Teacher, require_answers, require_fits
-from logitcache.teacher.preparation import Plan, as_given, build_teachers, finish, open_images, prepare
+from logitcache.teacher.keeping import Keeper
+from logitcache.teacher.models import Teacher
+from logitcache.teacher.opening import as_given, build_teachers, open_images
+from logitcache.teacher.preparation import Plan, finish, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.teacher.share import WHOLE, Part, Share
-from logitcache.views import canaries
-from logitcache.views.checksums import require_rows, row_checksums
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, require_one_size
@@ -43,7 +38,7 @@ __all__ = ["PrecomputeRecipe", "PrecomputeResult", "precompute"]
 
 @dataclass(frozen=True)
 class PrecomputeResult:
-    """What a run did; `views` are images as the teachers saw them, computed in this run.
+    """What a run did; `row_views` counts what it wrote answers to, of which an image in one view is one.
 
     `shards_left` are not committed yet: other processes have claimed them, or other parts have them.
     """
@@ -52,7 +47,7 @@ class PrecomputeResult:
     shards: int
     shards_written: int
     shards_left: int
-    views: int
+    row_views: int
     teacher_passes: int
     seconds: float
     bytes: int
@@ -77,8 +72,7 @@ def precompute(
     views = Views(open_images(recipe, dataset), recipe.views)
     require_one_size(views)
     recipe = as_given(recipe, teachers or {}, dataset)
-    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
-    built = build_teachers(recipe, teachers or {}, views, key, device)
+    built = build_teachers(recipe, teachers or {}, views, device)
     path = locate(recipe.cache)
     done = Done()
     with contextlib.ExitStack() as seen:
@@ -111,30 +105,30 @@ def finished(path: Path, plan: Plan, done: "Done", started: float) -> Precompute
         plan.layout.num_shards,
         done.shards,
         left,
-        done.views,
+        done.row_views,
         done.passes,
         seconds,
-        stored_bytes(path),
+        place_of(path).stored_bytes(),
     )
 
 
 @dataclass
 class Done:
-    """What is committed in this run: shards, their rows, and rows times the teachers that answered them."""
+    """What is committed in this run: shards, their row-views, and these times the teachers that answered them."""
 
     shards: int = 0
-    views: int = 0
+    row_views: int = 0
     passes: int = 0
 
     def count(self, shard: Shard, num_teachers: int) -> None:
         self.shards += 1
-        self.views += shard.stop - shard.start
+        self.row_views += shard.stop - shard.start
         self.passes += (shard.stop - shard.start) * num_teachers
 
     def add(self, other: "Done") -> None:
         """Count what was committed elsewhere for this run."""
         self.shards += other.shards
-        self.views += other.views
+        self.row_views += other.row_views
         self.passes += other.passes
 
 
@@ -149,7 +143,7 @@ def fill(
     done: Done,
 ) -> None:
     """Render, answer, encode and write, shard by shard: the loop of stage one."""
-    answered = views.answered()
+    answered, keeper = views.answered(), Keeper(views, teachers, plan)
     writer = CacheWriter(path, plan.layout)
     total = sum(-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in share.groups)
     with stop_flag() as stop, contextlib.closing(share), contextlib.closing(writer):
@@ -165,7 +159,7 @@ def fill(
                 for batch in batches_of(group, answered, recipe.batch_size):
                     rendered = _next_images(images, views, _keys(batch), path).chunk(len(batch))
                     for (shard, keys), pixels in zip(batch.items(), rendered, strict=True):
-                        keep(work.rows[shard], shard, teachers, plan, views, keys, pixels)
+                        keeper.keep(work.rows[shard], shard, keys, pixels)
                     if stop:
                         writer.flush()
                         raise stop.stopped(stopped_message(path, done.shards, len(plan.pending)))
@@ -227,66 +221,6 @@ def _is_readable(views: Views, index: int) -> bool:
     except DataError:
         return False
     return True
-
-
-def keep(
-    rows: Rows, shard: Shard, teachers: list[Teacher], plan: Plan, views: Views, keys: list[ViewKey], images: Tensor
-) -> None:
-    """Let the teachers answer a batch of one shard, and put all that is kept of it in its places.
-
-    Where only further teachers are to answer, the views must be those that the others have seen.
-    """
-    places = np.array([key.index for key in keys]) - shard.start
-    ids = [views.dataset.ids[key.index] for key in keys]
-    device = teachers[0].device
-    pixels = to_device(images, device)
-    labels = to_device(torch.from_numpy(views.dataset.labels[places + shard.start]), device)
-    for teacher in teachers:
-        groups = [group for group in plan.layout.of(teacher.name) if group.arrays[0].name in rows]
-        if groups:
-            answers = teacher(pixels, labels)
-            require_answers(teacher, answers, plan.goal.teachers[teacher.name], ids)
-            encoded = encode(plan.coders, plan.goal.teachers[teacher.name], groups, answers)
-            _keep_answers(rows, teacher, groups, encoded, ids, places)
-    if plan.layout.views is None:
-        return
-    if plan.layout.views.arrays[0].name in rows:
-        for array in plan.layout.views.arrays:
-            rows[array.name][places] = RECORDED[array.suffix](views, keys, images)
-    elif plan.checksums is not None and shard.view < plan.num_recorded:
-        require_rows(images, keys, plan.checksums(keys), views.dataset.ids)
-
-
-def _checksums(views: Views, keys: list[ViewKey], images: Tensor) -> NDArray[np.uint32]:
-    return row_checksums(images)
-
-
-def _parameters(views: Views, keys: list[ViewKey], images: Tensor) -> NDArray[np.int64]:
-    sizes = views.dataset.sizes()[[key.index for key in keys]]
-    return views.spec.rows(keys, sizes, len(views.dataset.ids))
-
-
-RECORDED = {CHECKSUMS: _checksums, PARAMETERS: _parameters}
-"""What may be kept of the views themselves."""
-
-
-def _keep_answers(
-    rows: Rows,
-    teacher: Teacher,
-    groups: Sequence[ArrayGroup],
-    encoded: Mapping[str, Encoded],
-    ids: Sequence[str],
-    places: NDArray[np.int64],
-) -> None:
-    """Copy what encodings made of a batch to its places in the shard."""
-    for target, (arrays, _) in encoded.items():
-        require_fits(teacher, target, arrays, ids)
-    for group in groups:
-        arrays, errors = encoded[group.target]
-        for array in group.rows:
-            rows[array.name][places] = arrays[array.suffix].cpu().numpy()
-        if group.errors is not None and errors is not None:
-            add(rows[group.errors.name][0], statistics_of(errors))
 
 
 def stopped_message(path: Path, num_finished: int, total: int) -> str:

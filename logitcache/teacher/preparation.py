@@ -1,23 +1,23 @@
-"""Before the first shard: open what the recipe names, then create its cache or prove that it is the one to continue."""
+"""Before the first shard: create the recipe's cache, or prove that it is the one to continue."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
 from logitcache.cache.copies import place_of
 from logitcache.cache.create import create_skeleton, read_manifest
 from logitcache.cache.derivation import require_not_derived
+from logitcache.cache.differences import extends, is_more, require_growth
 from logitcache.cache.growth import begin_growth, finish_growth, forget_growth, grown, read_growth
 from logitcache.cache.layout import CHECKSUMS, Layout, choose_shard_rows, layout_of
 from logitcache.cache.locate import refresh
-from logitcache.cache.manifest import Manifest, TeacherEntry, extends, is_more, require_growth
+from logitcache.cache.manifest import Manifest, TeacherEntry
 from logitcache.cache.reached import note_errors
 from logitcache.cache.reader import Cache
 from logitcache.cache.recorded import RecordedRows
@@ -29,61 +29,16 @@ from logitcache.console import say
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.files import remove_leftovers
 from logitcache.models import weights_digest
-from logitcache.recipe import Component
 from logitcache.targets import Targets
 from logitcache.teacher.fitting import Tables, examples_of, fit, mended_tables, table_files
-from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
+from logitcache.teacher.models import Teacher, TeacherSource
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.versions import versions
 from logitcache.views import canaries
-from logitcache.views.augmentations.foreign import locks
-from logitcache.views.datasets import fingerprint, open_dataset
+from logitcache.views.datasets import fingerprint
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
-
-
-def open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDataset:
-    """Open the images of the recipe, or those passed in their place."""
-    given = recipe.dataset if dataset is None else dataset
-    if given is None:
-        raise RecipeError("the recipe names no data set. Fix: give `dataset:`, or pass the data set itself")
-    for lock in locks(recipe.views.augmentations):
-        if lock.torchvision != version("torchvision"):
-            raise RecipeError(
-                f"{lock.what} names torchvision {lock.torchvision}, here is {version('torchvision')}. Fix: leave out "
-                "torchvision_version, which is filled in"
-            )
-    opened = open_dataset(given)
-    if len(opened.ids) == 0:
-        raise RecipeError("the data set has no images")
-    return opened
-
-
-def as_given(recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module], dataset: object | None) -> PrecomputeRecipe:
-    """Leave out of the recipe what objects took the place of: it did not make the cache."""
-    sources = {
-        name: source.model_copy(update={"model": None}) if name in teachers else source
-        for name, source in recipe.teachers.items()
-    }
-    entry = dataset if isinstance(dataset, Component) else None
-    return recipe.model_copy(
-        update={"teachers": sources, "dataset": recipe.dataset if dataset is None else entry},
-    )
-
-
-def build_teachers(
-    recipe: PrecomputeRecipe, given: Mapping[str, nn.Module], views: Views, key: ViewKey, device: torch.device
-) -> list[Teacher]:
-    """Build the recipe's teachers, around the modules that are given, for images such as that of `key`."""
-    unknown = sorted(given.keys() - recipe.teachers.keys())
-    if unknown:
-        raise RecipeError(f"teachers {unknown} were given, but the recipe names {sorted(recipe.teachers)}")
-    num_classes, channels = views.dataset.num_classes, views[key].shape[0]
-    return [
-        build_teacher(name, source, given.get(name), num_classes, channels, device)
-        for name, source in recipe.teachers.items()
-    ]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ from logitcache.cache.writer import Rows, empty_rows
 from logitcache.console import track
 from logitcache.device import synchronize
 from logitcache.teacher.compression import Piece, stored_of
-from logitcache.teacher.draft import Answered, Draft, answered
-from logitcache.teacher.precompute import batches_of, keep
+from logitcache.teacher.draft import Draft
+from logitcache.teacher.keeping import Keeper
+from logitcache.teacher.precompute import batches_of
 from logitcache.teacher.share import WHOLE, Share
+from logitcache.teacher.timing import Answered, answered, by_row
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 
@@ -133,7 +134,7 @@ def _steps(draft: Draft, count: int) -> list[Batch]:
 
 def _loop(draft: Draft, loader: ViewLoader, steps: list[Batch], answers: Answered, seconds: float | None) -> _Loop:
     """Render, answer and encode as stage one does, and note the time after each batch."""
-    pieces: dict[Shard, Piece] = {}
+    pieces, keeper = dict[Shard, Piece](), Keeper(draft.views, draft.teachers, draft.plan)
     # The processes that render go on, as they do in a long run.
     ahead = (_keys(batch) for batch in itertools.chain(steps, itertools.cycle(steps)))
     images = loader.render(ahead)
@@ -145,7 +146,7 @@ def _loop(draft: Draft, loader: ViewLoader, steps: list[Batch], answers: Answere
         waited += time.perf_counter() - asked
         for (shard, keys), pixels in zip(batch.items(), rendered.chunk(len(batch)), strict=True):
             piece = pieces.setdefault(shard, Piece(_room(draft, shard), []))
-            keep(piece.rows, shard, draft.teachers, draft.plan, draft.views, keys, pixels)
+            keeper.keep(piece.rows, shard, keys, pixels)
             piece.places.extend(key.index - shard.start for key in keys)
             rows += len(keys)
         synchronize(draft.teachers[0].device)
@@ -184,11 +185,6 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, marks: list[Mark], num_workers: int) -> "Measured":
-        """Leave out the first batches, which find everything cold, and of the others take medians."""
-        warm = min(1 + 2 * num_workers, (len(marks) - 1) // 2)
-        # Batches come in turns from the processes that render: as many are looked at together.
-        together = max(1, min(num_workers, (len(marks) - 1 - warm) // 2))
-        pairs = [(marks[at], marks[at + together]) for at in range(warm, len(marks) - together, together)]
-        spans = [[(b - a) / (two.rows - one.rows) for a, b in zip(one, two, strict=True)] for one, two in pairs]
-        _, clock, cores, waited, answered = (statistics.median(values) for values in zip(*spans, strict=True))
+        """Take what rows add once the loop runs steadily."""
+        _, clock, cores, waited, answered = by_row(marks, num_workers)
         return cls(clock, answered, max(0.0, clock - waited - answered), cores)

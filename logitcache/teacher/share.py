@@ -24,7 +24,7 @@ class Part(NamedTuple):
         match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         part = cls(int(match[1]), int(match[2])) if match else cls(0, 0)
         if not 1 <= part.number <= part.parts:
-            raise RecipeError(f"part {text!r}: it counts from 1. Fix: --part 1/8 to --part 8/8 for eight processes")
+            raise RecipeError(f"part {text!r} is none of 1/N to N/N. Fix: --part 1/8 to --part 8/8 for eight processes")
         return part
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol, Self
 import torch
 
 from logitcache.cache.arrays import Shard
+from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
 from logitcache.cache.locate import locate
 from logitcache.cache.reader import Cache
@@ -24,11 +25,11 @@ from logitcache.recipe import Component
 from logitcache.remote import is_remote
 from logitcache.stopping import ignore_signals
 from logitcache.teacher.models import Teacher
+from logitcache.teacher.opening import build_teachers, open_images
 from logitcache.teacher.precompute import Done, fill
-from logitcache.teacher.preparation import Plan, build_teachers, open_images
+from logitcache.teacher.preparation import Plan
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.teacher.share import WHOLE, Share
-from logitcache.views import canaries
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views
 
@@ -150,7 +151,7 @@ class _Opened:
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         self._views = Views(open_images(recipe, None), recipe.views)
-        self._teachers = _teachers(recipe, self._views)
+        self._teachers = build_teachers(recipe, {}, self._views, resolve_device(recipe.device))
         _require_same(job, self._views, self._teachers)
         self._loader = ViewLoader(self._views.answered(), recipe.num_workers, recipe.start_method)
         self._layout = plan.layout
@@ -200,11 +201,6 @@ def _close() -> None:
         _opened.popitem()[1].close()
 
 
-def _teachers(recipe: PrecomputeRecipe, views: Views) -> list[Teacher]:
-    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
-    return build_teachers(recipe, {}, views, key, resolve_device(recipe.device))
-
-
 def _require_same(job: Job, views: Views, teachers: Sequence[Teacher]) -> None:
     """Raise unless cache, images, pixels and weights here are those of the client: a recipe names them by path."""
     path, goal = job.path, job.plan.goal
@@ -214,7 +210,8 @@ def _require_same(job: Job, views: Views, teachers: Sequence[Teacher]) -> None:
         raise CacheError(f"{error}\n  Fix: a file system that client and workers share, at the same path") from error
     if recorded.canaries != goal.canaries or recorded.fingerprint != goal.fingerprint:
         raise MismatchError(
-            f"{path} is another cache here than at the client. Fix: a file system that client and workers share"
+            f"{place_of(path)} is another cache here than at the client. Fix: a file system that client and workers "
+            "share"
         )
     cache = Cache(path, goal)
     cache.require_dataset(views.dataset)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from tests.cache.made import Pixels, teacher
 
@@ -28,6 +29,16 @@ class Net(nn.Module):
         maps = self.relu(self.conv(images.double()))
         tokens = self.tokens(maps.flatten(2).transpose(1, 2))
         return self.fc(tokens.tanh().mean(dim=1))
+
+
+def attentive() -> nn.Module:
+    """Return a small vision transformer of torchvision, whose attention has a path of its own without gradients."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = VisionTransformer(SIDE, 2, 2, 4, 64, 128, num_classes=CLASSES)
+        for parameter in network.heads.parameters():  # zeros, before it is trained
+            nn.init.normal_(parameter)
+    return network
 
 
 FEATURES: dict[str, Any] = {

@@ -18,10 +18,10 @@ from logitcache.errors import CacheError, DataError, MismatchError, MissingExtra
 from logitcache.recipe import dump_recipe
 from logitcache.teacher import cluster, worker
 from logitcache.teacher.cluster import precompute_on_cluster
+from logitcache.teacher.opening import build_teachers, open_images
 from logitcache.teacher.precompute import Done, PrecomputeRecipe, precompute
-from logitcache.teacher.preparation import build_teachers, open_images, prepare
+from logitcache.teacher.preparation import prepare
 from logitcache.teacher.worker import Job, Outcome, Refusal, compute, release
-from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 from tests.cache.made import Pixels, contents, recipe, teacher
 from tests.teacher.apart import program
@@ -102,7 +102,7 @@ def prepared(path: Path, **changes: Any) -> Job:
     """Prepare a cache, and return the job of filling it."""
     wanted = named(path, **changes)
     views = Views(open_images(wanted, None), wanted.views)
-    teachers = build_teachers(wanted, {}, views, ViewKey(0, 0), torch.device("cpu"))
+    teachers = build_teachers(wanted, {}, views, torch.device("cpu"))
     target = path.with_name("c.zarr.creating")
     (target / "digest").mkdir(parents=True)
     return Job(wanted, prepare(wanted, views, teachers, target, path), path, None)

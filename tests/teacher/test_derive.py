@@ -72,7 +72,7 @@ def test_rows_are_what_the_encoding_makes_of_the_stored_logits(
 ) -> None:
     made = {name: {"members": {"a": 2}, "logits": entry} for name, entry in PLAIN.items()}
     result = derive(derivation(two, tmp_path / "d", made, shard_rows=shard_rows))
-    assert (result.views, result.teacher_passes, result.shards_left) == (2 * COUNT, 0, 0)
+    assert (result.row_views, result.teacher_passes, result.shards_left) == (2 * COUNT, 0, 0)
     assert verified(tmp_path / "d") == ()
     logits = stored(two, "a")
     for name, entry in PLAIN.items():

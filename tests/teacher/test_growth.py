@@ -118,7 +118,7 @@ def test_only_teachers_that_are_added_answer(cache: Path) -> None:
             return super().forward(images)
 
     result = grow(cache, 2, "tu", MODULES | {"t": Refusing()}, **RECORDED)
-    assert (result.views, result.teacher_passes) == (600, 600)
+    assert (result.row_views, result.teacher_passes) == (600, 600)
 
 
 def test_a_teacher_that_is_added_gives_the_same_bytes_as_at_once(cache: Path, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_of_what_is_added_only_what_does_not_fill_pages_is_named(tmp_path: Path)
 def test_plain_readers_see_the_grown_arrays(cache: Path) -> None:
     grow(cache, 3, "tu", **RECORDED)
     group = zarr.open_group(cache, mode="r")
-    for name in ("t.logits", "u.logits.log_p", "views.crc32", "t.logits.commits"):
+    for name in ("t.logits", "u.logits", "views.crc32", "t.logits.commits"):
         assert group[name].shape[0] == zarr.open_array(cache / name, mode="r").shape[0] == 3
     assert np.isfinite(group["t.logits"][:]).all()  # type: ignore[index]
 
@@ -301,7 +301,7 @@ def test_a_reader_at_any_moment_of_the_last_step_sees_the_old_state_or_the_new(
     assert seen[0] == (2, 1)
     assert seen[-1] == (3, 2)
     assert set(seen) == {(2, 1), (3, 2)}
-    assert len(seen) > 20
+    assert len(seen) == 2 * 10  # before and after each file
 
 
 @pytest.mark.parametrize("moment", range(0, 14, 2))

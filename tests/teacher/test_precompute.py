@@ -23,7 +23,7 @@ def test_the_result_counts_what_was_done(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "c.zarr"
     result = run(path, Pixels(NUM_IMAGES), shard_rows=128)
     assert (result.cache, result.shards, result.shards_written) == (str(path), 6, 6)
-    assert (result.views, result.teacher_passes) == (600, 600)
+    assert (result.row_views, result.teacher_passes) == (600, 600)
     assert result.bytes == sum(len(data) for data in contents(path).values())
     assert result.seconds > 0
 
@@ -37,7 +37,7 @@ def test_a_complete_cache_says_that_there_is_nothing_to_do(tmp_path: Path, capsy
     finally:
         console.configure(quiet=True)
     assert "is complete, there is nothing to do" in capsys.readouterr().err
-    assert (result.shards, result.shards_written, result.views, result.teacher_passes) == (6, 0, 0, 0)
+    assert (result.shards, result.shards_written, result.row_views, result.teacher_passes) == (6, 0, 0, 0)
     assert stamps(tmp_path) == before
 
 
@@ -47,7 +47,7 @@ def test_a_run_continues_where_another_stopped(tmp_path: Path) -> None:
     assert done == ["t.logits.commits/c.0.0.0.0"]
     before = stamps(tmp_path / "c.zarr")
     result = run(tmp_path / "c.zarr", Pixels(NUM_IMAGES), shard_rows=128)
-    assert (result.shards, result.shards_written, result.views) == (6, 5, 600 - 128)
+    assert (result.shards, result.shards_written, result.row_views) == (6, 5, 600 - 128)
     after = stamps(tmp_path / "c.zarr")
     assert all(after[name] == before[name] for name in ("t.logits.commits/c.0.0.0.0", "t.logits/c.0.0.0", "zarr.json"))
     assert contents(tmp_path / "c.zarr") == whole(tmp_path / "w.zarr")
@@ -67,7 +67,7 @@ def test_teachers_of_different_class_counts_share_unlabelled_images(tmp_path: Pa
     result = precompute(
         recipe(path, teachers=teachers), teachers={"few": Linear(5), "many": Linear(33)}, dataset=Pixels(60)
     )
-    assert (result.views, result.teacher_passes) == (120, 240)
+    assert (result.row_views, result.teacher_passes) == (120, 240)
     rows = open_cache(path).rows([ViewKey(0, 59)])
     assert rows["few"].logits.num_classes == 5  # type: ignore[union-attr]
     assert rows["many"].logits.shape == (1, 33)  # type: ignore[union-attr]

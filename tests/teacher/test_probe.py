@@ -10,7 +10,7 @@ from logitcache.cache.encodings.base import Order
 from logitcache.cache.writer import ShardEncoder
 from logitcache.teacher import compression, probe
 from logitcache.teacher.compression import Encoded, Sample, payload
-from logitcache.teacher.draft import drafted
+from logitcache.teacher.draft import correction, drafted
 from logitcache.teacher.probe import Mark, Measured
 from tests.cache.made import COUNT, PACKED_TOP2, Linear, Pixels, recipe, teacher
 
@@ -48,6 +48,22 @@ def test_batches_that_come_in_turns_are_looked_at_together() -> None:
 
 def test_one_batch_is_all_there_is() -> None:
     assert Measured.of(marks([2.0]), num_workers=4).loop == pytest.approx(0.2)
+
+
+def calibrated(seconds: list[float], rows: int = 10) -> list[tuple[int, float]]:
+    """Note calibration batches that took these seconds after the first, which ended at 7 s."""
+    return [((number + 1) * rows, at) for number, at in enumerate(np.cumsum([7.0, *seconds]).tolist())]
+
+
+def test_a_stall_does_not_count_in_calibration() -> None:
+    assert correction(calibrated([1.0] * 4 + [50.0] + [1.0] * 4), 100, 0, pace=9.0) == pytest.approx(-49.0)
+    assert correction(calibrated([1.0] * 9), 100, 0, pace=9.0) == pytest.approx(0.0)
+
+
+def test_calibration_on_more_rows_takes_as_much_longer() -> None:
+    assert correction(calibrated([1.0] * 9), 250, 0, pace=9.0) == pytest.approx(15.0)
+    assert correction(calibrated([3.0, 0.0] * 8, rows=5), 205, 2, pace=9.0) == pytest.approx(200 * 0.3 - 24.0)
+    assert correction(calibrated([]), 30, 0, pace=0.5) == pytest.approx(10.0)
 
 
 def test_sums_over_a_shard_are_no_rows_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

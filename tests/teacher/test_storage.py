@@ -144,7 +144,7 @@ def test_damage_is_found_and_just_it_is_mended(
         store.put(f"{name}/{SHARD}", change(whole[SHARD]))
     store.front.fail(0.05, seed=6)
     assert main(["verify", url, "-q"]) == 3
-    assert f"{url}/{SHARD}" in capsys.readouterr().err
+    assert f"{url}/{SHARD}" in capsys.readouterr().out
     assert main(["verify", url, "--repair", written(tmp_path, "other.zarr"), "--json", "-q"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
     assert store.contents(name) == whole
@@ -253,7 +253,7 @@ def test_a_cache_on_a_web_server_is_only_read(
             assert "web server" in capsys.readouterr().err
         (site / "x.zarr" / SHARD).write_bytes(b"")
         assert main(["verify", url, "-q"]) == 3
-        assert f"{url}/{SHARD}" in capsys.readouterr().err
+        assert f"{url}/{SHARD}" in capsys.readouterr().out
         front.fail(1, "500")
         assert main(["verify", url, "-q"]) == 3
         assert main(["inspect", url]) == 3

@@ -41,7 +41,7 @@ def test_a_cache_is_the_same_however_many_views_share_a_decode(
     run(tmp_path / "one.zarr", Pixels(NUM_IMAGES), **changes)
     several = changes | {"views_per_image": views_per_image, "num_workers": num_workers}
     result = run(tmp_path / "several.zarr", Pixels(NUM_IMAGES), **several)
-    assert (result.shards, result.shards_written, result.views) == (12, 12, 4 * NUM_IMAGES)
+    assert (result.shards, result.shards_written, result.row_views) == (12, 12, 4 * NUM_IMAGES)
     assert contents(tmp_path / "several.zarr") == contents(tmp_path / "one.zarr")
 
 

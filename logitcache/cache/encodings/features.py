@@ -42,7 +42,7 @@ class Feature(Component):
     pooled: the mean over places or tokens. maps: as it is. attention: the mean of squares over channels. grad_cam:
     where the logit of the label (of the answer, without one) gets its evidence. `size` brings maps to a smaller height
     and width; `channels` keeps the leading components of a basis fitted to calibration rows, and gives back features of
-    full width. int8 keeps a float16 scale for each channel of maps, each token, or each vector.
+    full width. int8 keeps a float32 scale for each channel of maps, each token, or each vector.
     """
 
     kind: FeatureKind
@@ -130,7 +130,7 @@ class FeatureForm(Component):
         if self.dtype != "int8":
             return (RowArray("", kept, self.dtype, dims),)
         scales = kept[:1] if len(kept) > 1 else ()
-        return (RowArray("level", kept, "int8", dims), RowArray("scale", scales, "float16", dims[: len(scales)]))
+        return (RowArray("level", kept, "int8", dims), RowArray("scale", scales, "float32", dims[: len(scales)]))
 
     def table_shapes(self, shape: tuple[int, ...]) -> dict[str, TableShape]:
         """List the tables: those of a basis, where there is one."""
@@ -161,10 +161,9 @@ class FittedFeature:
         if self.form.dtype != "int8":
             return {"": kept.half() if self.form.dtype == "float16" else kept}
         axes = tuple(range(2 if kept.ndim > 2 else 1, kept.ndim))
-        # Float16 rounds; levels are counted with the rounded scale, which is a little larger so that they fit.
-        scale = (kept.abs().amax(dim=axes) / LEVELS * (1 + 2**-10)).half()
-        wide = scale.float().clamp(min=2**-24).reshape(*scale.shape, *(1,) * len(axes))
-        return {"level": (kept / wide).round().clamp(-LEVELS, LEVELS).to(torch.int8), "scale": scale}
+        # Of zeros any scale will do. Subnormal ones have too few digits, and some devices take them for zero.
+        scale = (kept.abs().amax(dim=axes, keepdim=True) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
+        return {"level": (kept / scale).round().to(torch.int8), "scale": scale.squeeze(axes)}
 
     def decode(self, rows: Mapping[str, Tensor]) -> FeatureValues:
         """Return the features as they are kept, or their encoded form, which becomes float32 on the device."""

@@ -1,0 +1,61 @@
+"""What a recipe names, opened: its images and teachers, or the objects that are passed in their place."""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from logitcache.errors import RecipeError
+from logitcache.recipe import Component
+from logitcache.teacher.models import Teacher, build_teacher
+from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.views import canaries
+from logitcache.views.augmentations.foreign import locks
+from logitcache.views.datasets import open_dataset
+from logitcache.views.datasets.base import ImageDataset
+from logitcache.views.spec import Views
+
+
+def open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDataset:
+    """Open the images of the recipe, or those passed in their place."""
+    given = recipe.dataset if dataset is None else dataset
+    if given is None:
+        raise RecipeError("the recipe names no data set. Fix: give `dataset:`, or pass the data set itself")
+    for lock in locks(recipe.views.augmentations):
+        if lock.torchvision != version("torchvision"):
+            raise RecipeError(
+                f"{lock.what} names torchvision {lock.torchvision}, here is {version('torchvision')}. Fix: leave out "
+                "torchvision_version, which is filled in"
+            )
+    opened = open_dataset(given)
+    if len(opened.ids) == 0:
+        raise RecipeError("the data set has no images")
+    return opened
+
+
+def as_given(recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module], dataset: object | None) -> PrecomputeRecipe:
+    """Leave out of the recipe what objects took the place of: it did not make the cache."""
+    sources = {
+        name: source.model_copy(update={"model": None}) if name in teachers else source
+        for name, source in recipe.teachers.items()
+    }
+    entry = dataset if isinstance(dataset, Component) else None
+    return recipe.model_copy(
+        update={"teachers": sources, "dataset": recipe.dataset if dataset is None else entry},
+    )
+
+
+def build_teachers(
+    recipe: PrecomputeRecipe, given: Mapping[str, nn.Module], views: Views, device: torch.device
+) -> list[Teacher]:
+    """Build the recipe's teachers, around the modules that are given, for images such as those of the views."""
+    unknown = sorted(given.keys() - recipe.teachers.keys())
+    if unknown:
+        raise RecipeError(f"teachers {unknown} were given, but the recipe names {sorted(recipe.teachers)}")
+    key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
+    num_classes, channels = views.dataset.num_classes, views[key].shape[0]
+    return [
+        build_teacher(name, source, given.get(name), num_classes, channels, device)
+        for name, source in recipe.teachers.items()
+    ]
