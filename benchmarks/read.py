@@ -36,7 +36,7 @@ from logitcache.cache.decoded import SharedShards
 from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, open_cache
-from logitcache.cache.rows import PackedRows, Sharing, num_kept
+from logitcache.cache.rows import PackedRows, num_kept
 from logitcache.cache.skeleton import Samples, metadata_files
 from logitcache.cache.writer import CacheWriter
 from logitcache.console import configure
@@ -351,15 +351,14 @@ def opening_row(path: Path, rounds: int) -> Row:
 def packed_row(folder: Path, num_images: int, rounds: int) -> Row:
     """Compare the decoding of a view into shared memory with a read of the whole array."""
     cache = filled(folder / "packed.zarr", {"kind": "dense", "storage": "packed"}, num_images, num_classes=200)
-    group = cache.layout.targets[0]
-    array = group.arrays[0]
+    array = cache.layout.targets[0].arrays[0]
     places = np.arange(0, array.num_images, array.shard_rows)
     memory = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else folder))
     name = "zarrs" if find_spec("zarrs") else "zarr"
     pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if name == "zarrs" else {}
 
     def ours() -> None:
-        PackedRows(cache.path, array, num_kept(array), Sharing(SharedShards(memory, 1 << 40), group, 0)).take(places)
+        PackedRows(cache.path, array, num_kept(array), SharedShards(memory, 1 << 40)).take(places)
 
     def theirs() -> None:
         with zarr.config.set(pipeline):

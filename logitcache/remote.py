@@ -5,7 +5,6 @@ and from nowhere else: a URL that carries any is refused, and no message shows t
 """
 
 import contextlib
-import importlib
 import os
 import random
 import re
@@ -18,7 +17,8 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError, RemoteError
+from logitcache.errors import LogitCacheError, RecipeError, RemoteError
+from logitcache.protocols import S3, WEB, Limits, connected
 from logitcache.storage_errors import (
     CHANGES,
     NO_RANGES,
@@ -43,8 +43,6 @@ PART = 8 << 20
 """Bytes of a large file that one request reads."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_WEB = ("http", "https")
-_EXTRAS = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}
 _TAGS = ("ETag", "etag", "mtime", "created")  # of s3 and web servers, of other clouds, of disks, of fsspec's memory
 _FRESH_SECONDS = 2
 
@@ -93,7 +91,7 @@ class Remote:
     @property
     def is_listable(self) -> bool:
         """Whether the storage lists what it has; a web server only hands out what is named, and takes nothing."""
-        return self.scheme not in _WEB
+        return self.scheme not in WEB
 
     def at(self, key: str) -> "Remote":
         """Return what lies below at a key."""
@@ -118,19 +116,22 @@ class Remote:
 
     def size(self, key: str = "") -> int:
         """Return the size of a file in bytes."""
-        found = self._request(f"examine {key}", lambda fs: fs.info(self._path(key)), key)
-        if found.get("type") == "directory":
-            raise FileNotFoundError(self._shown(key))
-        return int(found["size"] if found.get("size") is not None else len(self.read(key)))
+        size = self._info(key).get("size")
+        return len(self.read(key)) if size is None else int(size)
 
     def entry(self, key: str = "") -> Entry:
         """Return what a listing would tell of a file; RemoteError where the server does not say how long it is."""
-        found = self._request(f"examine {key}", lambda fs: fs.info(self._path(key)), key)
-        if found.get("type") == "directory":
-            raise FileNotFoundError(self._shown(key))
+        found = self._info(key)
         if found.get("size") is None:
             raise RemoteError(f"{self._shown(key)}: the server does not say how many bytes it has")
         return _entry(found)
+
+    def _info(self, key: str) -> Mapping[str, Any]:
+        """Ask what the storage tells of a file; a folder is none."""
+        found: Mapping[str, Any] = self._request(f"examine {key}", lambda fs: fs.info(self._path(key)), key)
+        if found.get("type") == "directory":
+            raise FileNotFoundError(self._shown(key))
+        return found
 
     def exists(self, key: str = "") -> bool:
         """Whether a file is there."""
@@ -158,7 +159,7 @@ class Remote:
         """
         self._require_listable()
         content = bytes(data)
-        options = {"mode": "create"} if new and self.scheme in ("s3", "s3a") else {}
+        options = {"mode": "create"} if new and self.scheme in S3 else {}
         try:
             self._request(f"write {key}", lambda fs: fs.pipe_file(self._path(key), content, **options), key)
         except FileNotFoundError as error:
@@ -230,7 +231,7 @@ class Remote:
 
     @cached_property
     def _root(self) -> str:
-        return self.url if self.scheme in _WEB else _SCHEME.sub("", self.url)
+        return self.url if self.scheme in WEB else _SCHEME.sub("", self.url)
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}" if key else self._root
@@ -274,37 +275,5 @@ def _file_system(scheme: str, process: int) -> Any:
     with _making:
         found = _known.get((scheme, process))
         if found is None:
-            found = _known[scheme, process] = _made(scheme)
+            found = _known[scheme, process] = connected(scheme, Limits(REQUESTS, CONNECT_SECONDS, READ_SECONDS))
         return found
-
-
-def _made(scheme: str) -> Any:
-    import fsspec
-
-    try:
-        found = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **_options(scheme))
-    except ImportError as error:
-        if scheme in _EXTRAS:
-            raise MissingExtraError(f"{scheme}://", _EXTRAS[scheme]) from error
-        raise RecipeError(f"{scheme}:// needs another package: {error}") from error
-    except ValueError as error:
-        raise RecipeError(
-            f"{scheme}:// is no protocol that fsspec knows. Fix: s3://, http(s):// or another of fsspec's, or a path"
-        ) from error
-    if hasattr(found, "retries"):
-        found.retries = 1  # tried again here, and not by both
-    return found
-
-
-def _options(scheme: str) -> Mapping[str, Any]:
-    if scheme in ("s3", "s3a"):
-        retries = {"total_max_attempts": 1}
-        seconds = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS}
-        options = {**seconds, "retries": retries, "max_pool_connections": REQUESTS}
-        return {"config_kwargs": options, "max_concurrency": 1}  # or every read would ask for the size first
-    if scheme in _WEB:
-        timeout = importlib.import_module("aiohttp").ClientTimeout(
-            sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS, total=None
-        )
-        return {"client_kwargs": {"timeout": timeout}}
-    return {}

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import SplitResult
 
 from logitcache.errors import LogitCacheError, RecipeError, RemoteError
+from logitcache.protocols import S3, WEB
 
 _SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 _KEY_ID = re.compile(r"\bA[KS]IA[A-Z0-9]{12,}\b")
@@ -23,7 +24,6 @@ _PASSING_STATUS = (408, 409, 425, 429)
 _PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown")
 _ABSENT = (404, 410)
 PRECONDITION_FAILED = 412
-_NAMED = ("s3", "s3a", "http", "https")
 
 CHANGES = "it is being written. Fix: run the same command again once it is complete"
 NO_RANGES = (
@@ -34,7 +34,7 @@ NO_RANGES = (
 
 def require_place(parts: SplitResult) -> None:
     """Raise RecipeError for a URL that holds more than a place, or none."""
-    if not parts.netloc and parts.scheme.lower() in _NAMED:
+    if not parts.netloc and parts.scheme.lower() in (*S3, *WEB):
         raise RecipeError(f"{parts.geturl()} names no bucket or server. Fix: a URL as s3://bucket/name")
     # A secret with a slash ends what is taken for the server's name.
     torn = parts.netloc.count(":") == 1 and "@" in parts.path and not parts.netloc.rpartition(":")[2].isdigit()

@@ -9,19 +9,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from logitcache.cache.encodings.base import Order, Storage
+from logitcache.cache.encodings.base import ZSTD_LEVELS, Order, Storage
 
 PAGE = 4096
 INNER_BYTES = 128 << 10
 MIN_PACKED_INNER_ROWS, MIN_COMPONENT_INNER_ROWS = 1024, 2048
-LEVEL, COMPONENT_LEVEL = 5, 19
 """Of zstd. What lies component by component is small numbers, which a thorough search for matches packs well."""
 
-RECORD_BYTES = 40
+SIZE_BYTES, RECORD_BYTES = 8, 40
 """A commit record: the stored size of a shard's bytes (uint64, little endian), then their seal."""
 
+SHARD_NAME = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})(\.0)*")
+"""What the file of a shard is called: after its view and its number."""
+
 RECORD = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})\.0\.0")
-"""What the file of a commit record is called: after the view and the number of the shard."""
+"""What the file of a commit record is called, as `record_name` does."""
 
 COMMITS = ".commits"
 """How the names end of the arrays of commit records."""
@@ -35,6 +37,17 @@ INDEX_ENTRY_BYTES, INDEX_CHECKSUM_BYTES = 16, 4
 def seal(digest: bytes, key: str) -> bytes:
     """Return the sha256 of a shard's own sha256 and its key: moved elsewhere, even with its record, it does not fit."""
     return hashlib.sha256(digest + key.encode()).digest()
+
+
+def recorded_bytes(records: bytes) -> int:
+    """Add up the stored sizes that records tell."""
+    starts = range(0, len(records), RECORD_BYTES)
+    return sum(int.from_bytes(records[start : start + SIZE_BYTES], "little") for start in starts)
+
+
+def record_name(view: int, number: int) -> str:
+    """Return what the file of the commit records of a view's shard is called."""
+    return f"c.{view}.{number}.0.0"
 
 
 class Shard(NamedTuple):
@@ -73,6 +86,16 @@ class ArrayLayout:
         return slice(shard.start // self.images_per_row, -(-shard.stop // self.images_per_row))
 
     @property
+    def shards_per_view(self) -> int:
+        """Shards of a view."""
+        return -(-self.num_images // self.shard_rows)
+
+    @property
+    def padded(self) -> int:
+        """Rows of a view that is padded to whole shards."""
+        return self.shards_per_view * self.shard_rows
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row, uncompressed."""
         return math.prod(self.row_shape) * self.dtype.itemsize
@@ -83,8 +106,8 @@ class ArrayLayout:
         wanted = max(1, INNER_BYTES // self.row_bytes)
         if self.storage == "packed":
             wanted = max(wanted, MIN_PACKED_INNER_ROWS if self.order == "sample" else MIN_COMPONENT_INNER_ROWS)
-        small = [rows for rows in range(1, math.isqrt(self.shard_rows) + 1) if self.shard_rows % rows == 0]
-        return max(rows for one in small for rows in (one, self.shard_rows // one) if rows <= wanted)
+        # From above, as a forged number of rows may have a hundred million smaller divisors to try.
+        return next(rows for rows in range(min(wanted, self.shard_rows), 0, -1) if self.shard_rows % rows == 0)
 
     def hot_bytes(self, rows: int) -> int:
         """Stored bytes of a hot shard that holds `rows` rows: whole inner chunks, then the index."""
@@ -97,8 +120,13 @@ class ArrayLayout:
         return f"{self.name}/c.{shard.view}.{self._number(shard)}" + ".0" * len(self.row_shape)
 
     def record_file(self, shard: Shard) -> str:
-        """Return the key of the commit record of a shard in the store; it holds those of the other arrays too."""
-        return f"{self.group}{COMMITS}/c.{shard.view}.{self._number(shard)}.0.0"
+        """Return the key of the commit records of a shard in the store: its own, among those of its group's arrays."""
+        return f"{self.group}{COMMITS}/{record_name(shard.view, self._number(shard))}"
+
+    def record_in(self, records: bytes) -> bytes:
+        """Return its own record among those of its group's arrays; what there is of it, where they are cut short."""
+        start = self.position * RECORD_BYTES
+        return records[start : start + RECORD_BYTES]
 
     def _number(self, shard: Shard) -> int:
         return shard.start // (self.shard_rows * self.images_per_row)
@@ -106,8 +134,7 @@ class ArrayLayout:
     def zarr_options(self) -> dict[str, Any]:
         """Return the arguments of zarr.create_array."""
         tail = self.row_shape
-        level = LEVEL if self.order == "sample" else COMPONENT_LEVEL
-        packed = [{"name": "zstd", "configuration": {"level": level, "checksum": True}}]
+        packed = [{"name": "zstd", "configuration": {"level": ZSTD_LEVELS[self.order], "checksum": True}}]
         by_component = {"name": "transpose", "configuration": {"order": (0, *range(2, 2 + len(tail)), 1)}}
         transposed = self.storage == "packed" and self.order == "component"
         return {
@@ -135,7 +162,7 @@ class StoredShard(NamedTuple):
     @property
     def size(self) -> int:
         """Stored bytes according to the record."""
-        return int.from_bytes(self.record[:8], "little")
+        return int.from_bytes(self.record[:SIZE_BYTES], "little")
 
     @property
     def key(self) -> str:
@@ -149,7 +176,7 @@ class StoredShard(NamedTuple):
 
     def is_of(self, digest: bytes) -> bool:
         """Whether the record commits bytes with this sha256."""
-        return seal(digest, self.key) == self.record[8:]
+        return seal(digest, self.key) == self.record[SIZE_BYTES:]
 
 
 @dataclass(frozen=True)
@@ -175,22 +202,23 @@ class TableLayout:
 
 @dataclass(frozen=True)
 class ArrayGroup:
-    """Arrays that are written and committed together: one target of one teacher, or what is recorded of the views.
-
-    `errors` is the array of the errors of its rows, where these are recorded; it is one of `arrays`, the last.
-    """
+    """Arrays that are written and committed together: one target of one teacher, or what is recorded of the views."""
 
     name: str
     arrays: tuple[ArrayLayout, ...]
     tables: tuple[TableLayout, ...] = ()
-    errors: ArrayLayout | None = None
     teacher: str = ""
     target: str = ""
 
     @property
     def rows(self) -> tuple[ArrayLayout, ...]:
         """The arrays that hold rows."""
-        return self.arrays if self.errors is None else self.arrays[:-1]
+        return tuple(array for array in self.arrays if not array.per_shard)
+
+    @property
+    def errors(self) -> ArrayLayout | None:
+        """The array of the errors of its rows, where these are recorded."""
+        return next((array for array in self.arrays if array.per_shard), None)
 
     @property
     def commits(self) -> str:
@@ -198,5 +226,5 @@ class ArrayGroup:
         return f"{self.name}{COMMITS}"
 
     def record_file(self, shard: Shard) -> str:
-        """Return the key of a shard's commit record in the store."""
-        return f"{self.commits}/{self.arrays[0].record_file(shard).partition('/')[2]}"
+        """Return the key of a shard's commit records in the store, one of each array in their order."""
+        return self.arrays[0].record_file(shard)

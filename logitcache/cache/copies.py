@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from logitcache.cache.ahead import Ahead
-from logitcache.cache.arrays import COMMITS, RECORD_BYTES, StoredShard
+from logitcache.cache.arrays import COMMITS, RECORD, StoredShard, recorded_bytes
 from logitcache.cache.fetch import fetched
 from logitcache.cache.objects import object_digests
 from logitcache.cache.parts import locked_part
@@ -69,7 +69,7 @@ class Copy(Place):
         """Write the first files of a cache, the root last; raise CacheError where there is anything else."""
         if not self._created(files, root) and self.remote.read(root) != files[root]:
             raise CacheError(
-                f"another precompute has created {self} meanwhile, with other contents. Fix: run the same command "
+                f"another run has created {self} meanwhile, with other contents. Fix: run the same command "
                 "again, which continues that cache or says how they differ"
             )
 
@@ -136,14 +136,10 @@ class Copy(Place):
         """Add up the sizes of all objects; a web server lists none, and the commit records tell."""
         if self.remote.is_listable:
             return sum(self.files().values())
-        total = 0
-        for file in (file for file in self.path.rglob("*") if file.is_file()):
-            key = file.relative_to(self.path).as_posix()
-            total += 0 if is_shard(key) else file.stat().st_size
-            if file.parent.name.endswith(COMMITS) and file.name.startswith("c."):
-                data = file.read_bytes()
-                total += sum(int.from_bytes(data[at : at + 8], "little") for at in range(0, len(data), RECORD_BYTES))
-        return total
+        files = [file for file in self.path.rglob("*") if file.is_file()]
+        others = [file for file in files if not is_shard(file.relative_to(self.path).as_posix())]
+        records = [file for file in others if file.parent.name.endswith(COMMITS) and RECORD.fullmatch(file.name)]
+        return sum(file.stat().st_size for file in others) + sum(recorded_bytes(file.read_bytes()) for file in records)
 
     def wrong(self, parts: Sequence[StoredShard], *, fresh: bool) -> list[str | None]:
         """Compare the sizes in a listing; digests of what was read before and has the same tag; `fresh` reads all.
@@ -236,8 +232,7 @@ class Copy(Place):
         key = part.array.record_file(part.shard)
         data = self.remote.read(key)
         self.keep(key, data)
-        start = part.array.position * RECORD_BYTES
-        return part._replace(record=data[start : start + RECORD_BYTES])
+        return part._replace(record=part.array.record_in(data))
 
     def _use(self, views: set[int]) -> None:
         """Remember that views are in use."""

@@ -30,8 +30,7 @@ def read_manifest(path: Path) -> Manifest:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CacheError(
-            f"{where} is damaged: {type(error).__name__}: {error}. "
-            f"Fix: restore it, or remove {place} and precompute again"
+            f"{where} is damaged: {type(error).__name__}: {error}. Fix: restore it, or remove {place} and make it again"
         ) from error
     manifest = parse_manifest(attributes, str(place))
     require_possible(manifest, str(place))

@@ -9,6 +9,7 @@ all. A file that is removed stays readable where it is mapped.
 import atexit
 import fcntl
 import hashlib
+import math
 import mmap
 import os
 import stat
@@ -20,7 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.parts import PART, Part, locked_part, remove_abandoned, told_size
+from logitcache.cache.limits import Held, make_room, quarter_of, told_size
+from logitcache.cache.parts import PART, Part, locked_part, remove_abandoned
 
 VARIABLE = "LOGITCACHE_SHARED_MEMORY"
 """The environment variable that bounds them: a number of bytes, which may end in K, M or G; 0 shares nothing."""
@@ -38,7 +40,7 @@ class SharedShards:
 
     def get(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], decode: Decode) -> NDArray[Any]:
         """Return a shard, [rows, *row_shape], decoded here unless another process did; where there is room, shared."""
-        wanted = int(np.prod(shape)) * dtype.itemsize
+        wanted = math.prod(shape) * dtype.itemsize
         found = self._mapped(name, wanted) or self._made(name, wanted, decode)
         return np.frombuffer(found, dtype).reshape(shape)
 
@@ -82,21 +84,14 @@ class SharedShards:
 
     def _make_room(self, wanted: int) -> None:
         """Remove what killed processes left, then the least recently used, until `wanted` more bytes fit."""
-        kept = []
+        held = []
         for entry in os.scandir(self._folder):
             with suppress(FileNotFoundError):
                 if entry.name.endswith(PART):
                     remove_abandoned(Path(entry.path))
                 status = entry.stat(follow_symlinks=False)
-                kept.append((status.st_mtime_ns, status.st_size, entry.path))
-        room = self._limit - wanted - sum(size for _, size, _ in kept)
-        for _, size, path in sorted(kept):
-            if room >= 0:
-                return
-            if not path.endswith(PART):
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-                room += size
+                held.append(Held(status.st_mtime, status.st_size, entry.path))
+        make_room(held, self._limit - sum(file.size for file in held), wanted)
 
 
 def shared_limit(memory: Path = MEMORY) -> int:
@@ -108,10 +103,9 @@ def shared_limit(memory: Path = MEMORY) -> int:
     if told is not None:
         return told
     try:
-        found = os.statvfs(memory)
+        return quarter_of(memory)
     except OSError:
         return 0
-    return found.f_blocks * found.f_frsize // 4
 
 
 def shared_shards(memory: Path = MEMORY) -> SharedShards | None:

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 
+from logitcache.cache.copies import place_of
 from logitcache.cache.encodings import Encoding
-from logitcache.cache.manifest import Digest, Manifest, TeacherEntry, TeacherName
+from logitcache.cache.manifest import Digest, Manifest, TeacherEntry, TeacherName, parse_manifest
 from logitcache.errors import CacheError, MismatchError
 from logitcache.models import Preprocessing
 from logitcache.recipe import Component, Positive
@@ -81,10 +82,25 @@ def require_not_derived(manifest: Manifest, path: Path) -> None:
     derived = list(_derived(manifest))
     if derived:
         raise MismatchError(
-            f"{path} was derived from another cache ({', '.join(derived)}): a teacher's own answers are no part of it. "
-            "Fix: let precompute add to the source, then derive again to another path; `logitcache derive` with the "
-            "recipe that made it continues and mends it"
+            f"{place_of(path)} was derived from another cache ({', '.join(derived)}): a teacher's own answers are "
+            "no part of it. Fix: let precompute add to the source, then derive again to another path; `logitcache "
+            "derive` with the recipe that made it continues and mends it"
         )
+
+
+def is_derived(manifest: Manifest) -> bool:
+    """Whether `logitcache derive` made a cache."""
+    return any(_derived(manifest))
+
+
+def fix_of_damage(root: Path) -> str:
+    """Return what writes the bytes that the cache at `root` lacks: the command that its manifest says has made it."""
+    try:
+        attributes = json.loads((root / "zarr.json").read_bytes())["attributes"]
+        command = "derive" if is_derived(parse_manifest(attributes, str(root))) else "precompute"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the manifest is damaged as well
+        return "Fix: run the command that made it again, which writes just what is missing or damaged"
+    return f"Fix: run the same `logitcache {command}` command again, which writes just what is missing or damaged"
 
 
 def _derived(manifest: Manifest) -> Iterator[str]:

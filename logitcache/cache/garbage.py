@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitcache.cache.arrays import ArrayGroup
+from logitcache.cache.arrays import SHARD_NAME, ArrayGroup
 from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
 from logitcache.cache.growth import read_growth
@@ -20,7 +20,6 @@ from logitcache.cache.skeleton import GROWING, ROOT
 from logitcache.errors import CacheError
 from logitcache.files import LEFTOVER
 
-_CHUNK = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})(\.0)+")
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
 _TABLE = re.compile(rf"{_NAME}\.{_NAME}\.(basis|centre|deviation|correction_step|weight|bias)")
 
@@ -38,7 +37,7 @@ def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False
     """Remove what killed writers left in a cache and beside it; returns what it was.
 
     `growth` gives up a growth that is not finished too: the views and teachers that the root does not describe.
-    `dry_run` only lists. Raises CacheError where a precompute of this machine is at work, and where there is no cache
+    `dry_run` only lists. Raises CacheError where a run of this machine writes to it, and where there is no cache
     and no beginning of one.
     """
     root = locate(location)
@@ -50,7 +49,7 @@ def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False
             manifest = read_manifest(root)
             held.enter_context(preparing(root))
             if not alone(root):
-                raise CacheError(f"{place} is being written by a precompute. Fix: wait for it, or stop it")
+                raise CacheError(f"{place} is being written by a run. Fix: wait for it, or stop it")
             files = place.files()
             inside = [*_unneeded(root, files, manifest, growth)]
             found += [Garbage(f"{place}/{key}", why, _bytes(files, key)) for key, why in inside]
@@ -111,7 +110,7 @@ def _chunks(files: Mapping[str, int], layout: Layout, group: ArrayGroup) -> Iter
 def _numbered(files: Mapping[str, int], folder: str) -> Iterator[tuple[str, tuple[int, int]]]:
     for key in sorted(files):
         parent, _, name = key.rpartition("/")
-        match = _CHUNK.fullmatch(name) if parent == folder else None
+        match = SHARD_NAME.fullmatch(name) if parent == folder else None
         if match:
             yield key, (int(match[1]), int(match[2]))
 

@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, StoredShard
+from logitcache.cache.arrays import ArrayLayout, Shard, StoredShard
 from logitcache.cache.copies import place_of
 from logitcache.cache.decoded import shared_shards
+from logitcache.cache.derivation import fix_of_damage
 from logitcache.cache.layout import Layout
 from logitcache.cache.mapping import MappedRows
-from logitcache.cache.room import SIZE
-from logitcache.cache.rows import PackedRows, RowSource, Sharing, columns_of, num_kept
-from logitcache.cache.verify import require_intact, rows_of
+from logitcache.cache.room import SIZE, TRIES
+from logitcache.cache.rows import PackedRows, RowSource, columns_of, num_kept
+from logitcache.cache.verify import require_intact, row_shards
 from logitcache.errors import CacheError
 from logitcache.views.keys import ViewKey
-
-TRIES = 3
-"""How often a view is brought that other runs of the machine push out before it is mapped."""
 
 
 class StoredRows:
@@ -73,7 +71,10 @@ class StoredRows:
         """Gather the rows of the arrays of all targets by array name, [B, *row_shape] each."""
         for source in self._sources.values():
             source.expect(places)
-        return {name: source.take(places) for name, source in self._sources.items()}
+        rows = {}  # a comprehension takes a frame: 3 % of a batch of short rows
+        for name, source in self._sources.items():
+            rows[name] = source.take(places)
+        return rows
 
     def compare(self, views: set[int] | None = None) -> None:
         """Raise CacheError naming the damaged shards of some views, or of all, that were not compared before."""
@@ -142,10 +143,10 @@ class StoredRows:
     def _bytes(self, layout: Layout) -> int:
         """Stored bytes of a view, by those of the first."""
         first = next(iter(self._shards), None)
-        return 0 if first is None else sum(part.size for part in rows_of(self._root, layout, self._shards[first]))
+        return 0 if first is None else sum(part.size for part in row_shards(self._root, layout, self._shards[first]))
 
     def _parts(self, views: Iterable[int]) -> list[StoredShard]:
-        return rows_of(self._root, self._brought, self._of_views(views))
+        return row_shards(self._root, self._brought, self._of_views(views))
 
     def _of_views(self, views: Iterable[int]) -> list[Shard]:
         return [shard for view in views for shard in self._shards.get(view, ())]
@@ -161,25 +162,18 @@ class StoredRows:
     def _require_committed(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
         """Raise CacheError for a key of a shard that is not there: its addresses cannot be read."""
         for view, index in zip(views.tolist(), indices.tolist(), strict=True):
-            start = index - index % self._layout.shard_rows
-            if all(shard.start != start for shard in self._shards.get(view, ())):
+            if self._layout.shard(view, index // self._layout.shard_rows) not in self._shards.get(view, ()):
                 raise CacheError(
-                    f"{self._place}: view {view} of image {index} is not committed yet. "
-                    "Fix: finish `logitcache precompute`"
+                    f"{self._place}: view {view} of image {index} is not committed yet. {fix_of_damage(self._root)}"
                 )
 
     @cached_property
     def _sources(self) -> dict[str, RowSource]:
         shared = shared_shards()
 
-        def source(group: ArrayGroup, position: int, array: ArrayLayout) -> RowSource:
+        def source(array: ArrayLayout) -> RowSource:
             if array.storage == "hot":
                 return MappedRows(self._root, array, self._committed)
-            sharing = None if shared is None else Sharing(shared, group, position)
-            return PackedRows(self._root, array, num_kept(array), sharing)
+            return PackedRows(self._root, array, num_kept(array), shared)
 
-        return {
-            array.name: source(group, position, array)
-            for group in self._layout.targets
-            for position, array in enumerate(group.rows)
-        }
+        return {array.name: source(array) for group in self._layout.targets for array in group.rows}

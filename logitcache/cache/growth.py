@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from logitcache.cache.copies import place_of
+from logitcache.cache.differences import is_more
 from logitcache.cache.layout import layout_of, require_possible
-from logitcache.cache.manifest import Manifest, TeacherEntry, TeacherName, is_more
+from logitcache.cache.manifest import Manifest, TeacherEntry, TeacherName
 from logitcache.cache.reached import with_errors
 from logitcache.cache.sharing import explained
 from logitcache.cache.skeleton import GROWING, ROOT, metadata_files

@@ -14,7 +14,8 @@ from logitcache.cache.row_errors import NUM_STATISTICS
 from logitcache.errors import CacheError, RecipeError
 
 SHARD_BYTES = 32 << 20
-MAX_SHARD_ROWS = 65_536
+MAX_SHARD_ROWS, FEWEST_SHARDS, MOST_SHARD_ROWS = 65_536, 64, 1 << 20
+"""Rows of a shard, unless there are so many images that a view has at least so many larger ones; and then."""
 MAX_BYTES = 1 << 60
 CHECKSUMS, PARAMETERS = "crc32", "parameters"
 """What may be recorded of the views themselves."""
@@ -103,13 +104,14 @@ def _target_group(manifest: Manifest, teacher: str, target: str) -> ArrayGroup:
     kept = kept_of(manifest.teachers[teacher], target)
     name = f"{teacher}.{target}"
     prefix = teacher if target == LOGITS else name
-    arrays = tuple(_array(manifest, name, row, kept.storage, prefix, place) for place, row in enumerate(kept.rows))
-    errors = _errors_array(manifest, name, len(arrays)) if kept.measured else None
+    arrays = [_array(manifest, name, row, kept.storage, prefix, place) for place, row in enumerate(kept.rows)]
+    if kept.measured:
+        arrays.append(_errors_array(manifest, name, len(arrays)))
     tables = tuple(
         TableLayout(f"{name}.{key}", key, table.shape, np.dtype(table.dtype).newbyteorder("<"), kept.digests[key])
         for key, table in kept.tables.items()
     )
-    return ArrayGroup(name, (*arrays, *([] if errors is None else [errors])), tables, errors, teacher, target)
+    return ArrayGroup(name, tuple(arrays), tables, teacher, target)
 
 
 class Kept(NamedTuple):
@@ -221,7 +223,9 @@ def require_possible(manifest: Manifest, where: str) -> None:
 def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: int | None) -> int:
     """Choose the rows of a shard: a power of two, pages full for every hot array, and the largest array near 32 MiB.
 
-    Shard files of a hot array map one after another into one address range only if each fills whole pages.
+    Shard files of a hot array map one after another into one address range only if each fills whole pages. From 8.4
+    million images on shards grow with their number, so that a view has 64 to 128 of them as far as 32 MiB allow: enough
+    to be computed by many at a time, and few enough for one folder to hold those of all views.
     """
     kept = [kept_of(entry, target) for entry in entries for target in entry.targets]
     sizes = [(one.storage, row.num_bytes) for one in kept for row in one.rows]
@@ -236,6 +240,8 @@ def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: i
             )
         return asked
     rows = MAX_SHARD_ROWS
+    while rows < MOST_SHARD_ROWS and 2 * rows * FEWEST_SHARDS <= num_images:
+        rows *= 2
     while rows > step and (rows * largest > SHARD_BYTES or rows // 2 >= num_images):
         rows //= 2
     return rows

@@ -1,8 +1,8 @@
-"""The manifest: all that replaying pixels and decoding targets needs, and the check that a recipe agrees with it."""
+"""The manifest: all that replaying pixels and decoding targets needs."""
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_va
 from logitcache.cache.encodings import Encoding, Feature, FeatureForm, Form
 from logitcache.cache.row_errors import RowErrors
 from logitcache.device import Precision
-from logitcache.errors import CacheError, MismatchError
+from logitcache.errors import CacheError
 from logitcache.models import Preprocessing
 from logitcache.recipe import Component, Count, Name
 from logitcache.views.canaries import NUM_CANARIES, Canary
@@ -28,22 +28,19 @@ VIEWS = "views"
 """Stands in array names, in a teacher's place, for what is recorded of the views themselves."""
 
 
-def _not_reserved(name: str) -> str:
-    if name == VIEWS:
-        raise ValueError(f"{VIEWS!r} names what a cache records of the views themselves. Fix: another name")
-    return name
+def _other_than(taken: str, names: str) -> AfterValidator:
+    """Refuse a name that is taken; `names` says for what."""
+
+    def require_other(name: str) -> str:
+        if name == taken:
+            raise ValueError(f"{taken!r} names {names}. Fix: another name")
+        return name
+
+    return AfterValidator(require_other)
 
 
-TeacherName = Annotated[Name, AfterValidator(_not_reserved)]
-
-
-def _not_logits(name: str) -> str:
-    if name == LOGITS:
-        raise ValueError(f"{LOGITS!r} names the logits of a teacher. Fix: another name")
-    return name
-
-
-FeatureName = Annotated[Name, AfterValidator(_not_logits)]
+TeacherName = Annotated[Name, _other_than(VIEWS, "what a cache records of the views themselves")]
+FeatureName = Annotated[Name, _other_than(LOGITS, "the logits of a teacher")]
 
 
 class StoredLogits(Component):
@@ -189,7 +186,10 @@ def parse_manifest(attributes: object, where: str) -> Manifest:
     """Read the stored form; raise CacheError when it is of another format or was changed."""
     entry = attributes.get("logitcache") if isinstance(attributes, dict) else None
     if not isinstance(entry, dict):
-        raise CacheError(f"{where} is a Zarr store, but not a logitcache cache: its attributes have no 'logitcache'")
+        raise CacheError(
+            f"{where} is a Zarr store, but not a logitcache cache: its attributes have no 'logitcache'. "
+            "Fix: name a folder or URL that `logitcache precompute` or `logitcache derive` has filled"
+        )
     if entry.get("format_version") != FORMAT_VERSION:
         raise CacheError(
             f"{where} has format version {entry.get('format_version')!r}, this release reads {FORMAT_VERSION}. "
@@ -199,7 +199,7 @@ def parse_manifest(attributes: object, where: str) -> Manifest:
         if entry.get("sha256") != _digest(entry.get("manifest")):
             raise CacheError(
                 f"{where}: the manifest is damaged (its sha256 differs). Fix: restore zarr.json, or remove {where} and "
-                "precompute again"
+                "make it again"
             )
         return Manifest.model_validate_json(json.dumps(entry["manifest"]))
     except ValidationError as error:
@@ -208,93 +208,3 @@ def parse_manifest(attributes: object, where: str) -> Manifest:
         raise CacheError(f"{where}: the manifest is not valid: {place}: {first['msg']}") from error
     except RecursionError as error:
         raise CacheError(f"{where}: the manifest is not valid: it is nested too deeply") from error
-
-
-def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
-    """List what no cache can change."""
-    lines = []
-    for key in type(recorded.views).model_fields:
-        old, new = getattr(recorded.views, key), getattr(wanted.views, key)
-        if old != new and key != "num_views":
-            lines.append(f"views.{key}: the cache has {short(old)}, the recipe {short(new)}")
-    if recorded.image_shape != wanted.image_shape:
-        lines.append(f"view shape: the cache has {recorded.image_shape}, the recipe gives {wanted.image_shape}")
-    for key in ("shard_rows", "row_checksums", "parameters"):
-        old, new = getattr(recorded, key), getattr(wanted, key)
-        if old != new:
-            lines.append(f"{key}: the cache has {short(old)}, the recipe {short(new)}")
-    for name in sorted(recorded.teachers.keys() & wanted.teachers.keys()):
-        lines += _teacher_differences(name, recorded.teachers[name], wanted.teachers[name])
-    return lines
-
-
-def _lacks(recorded: Manifest, wanted: Manifest) -> list[str]:
-    """List what the cache has and the recipe does not ask for."""
-    old, new = recorded.views.num_views, wanted.views.num_views
-    lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new < old else []
-    return lines + [f"{name}: only in the cache" for name in _only(recorded, wanted)]
-
-
-def _adds(recorded: Manifest, wanted: Manifest) -> list[str]:
-    """List what the recipe asks for and the cache does not have."""
-    old, new = recorded.views.num_views, wanted.views.num_views
-    lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new > old else []
-    return lines + [f"{name}: only in the recipe" for name in _only(wanted, recorded)]
-
-
-def _only(one: Manifest, other: Manifest) -> Iterator[str]:
-    """Name, as a recipe does, the teachers and the targets that the other manifest does not have."""
-    for name, targets in one.targets.items():
-        if name not in other.targets:
-            yield f"teachers.{name}"
-            continue
-        for target in targets:
-            if target not in other.targets[name]:
-                yield f"teachers.{name}.{_key(target)}"
-
-
-def _key(target: str) -> str:
-    return target if target == LOGITS else f"features.{target}"
-
-
-def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry) -> list[str]:
-    pairs = [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("weights", "preprocessing", "precision")]
-    if recorded.logits is not None and wanted.logits is not None:
-        pairs += [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("num_classes", LOGITS)]
-    common = [feature for feature in recorded.features if feature in wanted.features]
-    pairs += [(_key(feature), recorded.features[feature], wanted.features[feature]) for feature in common]
-    return [f"teachers.{name}.{key}: the cache has {short(a)}, the recipe {short(b)}" for key, a, b in pairs if a != b]
-
-
-def short(value: object) -> str:
-    """Write a setting for a message."""
-    if isinstance(value, tuple):
-        return "[" + ", ".join(short(item) for item in value) + "]"
-    if isinstance(value, Component):
-        text = json.dumps(value.model_dump(mode="json", exclude={"ratio_knots", "thresholds"}))
-        return text if len(text) < 200 else text[:200] + "…"
-    return repr(value)
-
-
-def extends(wanted: Manifest, recorded: Manifest) -> bool:
-    """Whether what is wanted is all that is recorded, or more: further views, teachers and features."""
-    return not _differences(recorded, wanted) and not _lacks(recorded, wanted)
-
-
-def is_more(wanted: Manifest, recorded: Manifest) -> bool:
-    """Whether more views, teachers or features are wanted than are recorded."""
-    return bool(_adds(recorded, wanted))
-
-
-def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
-    """Raise MismatchError listing every way in which a recipe is another than one that continues or extends a cache."""
-    lines = _differences(recorded, wanted)
-    lacks = _lacks(recorded, wanted)
-    # More views, teachers and features are no fault, but tell a recipe of other teachers from one that leaves some out.
-    if lines or lacks:
-        raise MismatchError(
-            f"{where} was made by another recipe:\n  "
-            + "\n  ".join([*lines, *lacks, *(_adds(recorded, wanted) if lacks else [])])
-            + "\n  Fix: change the recipe back to continue this cache (it may add views, teachers and features), "
-            "or give the new one another `cache:` path"
-        )

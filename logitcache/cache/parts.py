@@ -5,18 +5,12 @@ A file is written beside its place, under a lock that ends with its process, and
 
 import fcntl
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from logitcache.errors import RecipeError
-
 PART = ".part"
 """How the name ends of what is being written."""
-
-_SIZE = re.compile(r"(\d{1,15})([KMG]?)", re.ASCII)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 class Part:
@@ -88,19 +82,3 @@ def is_at(descriptor: int, path: Path) -> bool:
 def _remove_if_at(descriptor: int, path: Path) -> None:
     if is_at(descriptor, path):
         path.unlink()
-
-
-def told_size(variable: str) -> int | None:
-    """Return the bytes that an environment variable says; None where it says nothing.
-
-    Raises RecipeError where it is no size.
-    """
-    told = os.environ.get(variable, "").strip()
-    if not told:
-        return None
-    match = _SIZE.fullmatch(told.upper())
-    if match is None:
-        raise RecipeError(
-            f"{variable} is {told!r}, which is no size. Fix: a number of bytes, or one with K, M or G, as 8G"
-        )
-    return int(match[1]) * _UNITS[match[2]]

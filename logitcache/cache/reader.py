@@ -14,23 +14,24 @@ from torch import Tensor
 from logitcache.cache.coders import Coders
 from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
+from logitcache.cache.derivation import fix_of_damage
 from logitcache.cache.gather import StoredRows
+from logitcache.cache.images import open_images, require_same_images
 from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, layout_of
 from logitcache.cache.locate import locate
 from logitcache.cache.locks import require_releases, require_trusted
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.plain import require_plain
 from logitcache.cache.recorded import RecordedRows, require_planned, require_replayable
-from logitcache.cache.rows import num_kept
-from logitcache.cache.skeleton import read_canaries, read_digests, read_labels, require_sound_skeleton
+from logitcache.cache.rows import shuffle_block
+from logitcache.cache.skeleton import read_canaries, read_labels, require_sound_skeleton
 from logitcache.cache.verify import committed_shards
-from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
+from logitcache.errors import CacheError, RecipeError
 from logitcache.features import FeatureShape
 from logitcache.logits import LinearLogits
 from logitcache.targets import Targets
 from logitcache.versions import versions
 from logitcache.views import canaries
-from logitcache.views.datasets import Custom, Torchvision, explain_difference, fingerprint, open_dataset
 from logitcache.views.datasets.base import ImageDataset, Labels
 from logitcache.views.epochs import ChecksumsOf, EpochLoader
 from logitcache.views.keys import ViewKey
@@ -168,15 +169,15 @@ class Cache:
         for name, value, known in (("verify", verify, canaries.Level), ("replay", replay, Replay)):
             if value not in get_args(known):
                 raise RecipeError(f"{name} is {value!r}. Fix: one of {', '.join(get_args(known))}")
-        require_trusted(self.manifest.views, factories, str(self.location))
+        require_trusted(self.manifest.views, factories, self.location)
         if place_of(self.path).is_here:  # what is elsewhere is compared as it is brought
             self.require_intact()
         if replay == "recorded":
-            require_replayable(self.manifest, str(self.location))
+            require_replayable(self.manifest, self.location)
         recorded = self._recorded[PARAMETERS] if replay == "recorded" else None
-        opened = self._open_dataset(dataset)
+        opened = open_images(self.manifest, self.location, dataset)
         self.require_dataset(opened)
-        require_releases(self.manifest.views, verify, str(self.location))
+        require_releases(self.manifest.views, verify, self.location)
         views = Views(opened, self.manifest.views, recorded)
         if verify != "off":
             self.require_canaries(views, verify, limits)
@@ -184,10 +185,7 @@ class Cache:
 
     def require_dataset(self, dataset: ImageDataset) -> None:
         """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
-        if fingerprint(dataset) != self.manifest.fingerprint:
-            digests = read_digests(self.path, self.manifest)
-            difference = explain_difference(self.manifest.fingerprint, digests, dataset)
-            raise MismatchError(f"{self.location} was made from other images:\n{difference}")
+        require_same_images(self.path, self.manifest, dataset)
 
     def require_canaries(
         self,
@@ -207,26 +205,6 @@ class Cache:
         columns = self.manifest.parameters
         if columns:
             require_planned(self._recorded[PARAMETERS], columns, views, self.shards)
-
-    def _open_dataset(self, dataset: object | None) -> ImageDataset:
-        if dataset is not None:
-            return open_dataset(dataset)
-        recorded = self.manifest.dataset
-        if recorded is None or isinstance(recorded, Custom):
-            raise RecipeError(
-                f"{self.location} was made from a data set of the user's own code, and a cache never names code to "
-                "run. Fix: give the data set: `dataset:` in the recipe, or cache.loader(dataset=…); "
-                "for a validation cache, `validation.dataset:`"
-            )
-        if isinstance(recorded, Torchvision):
-            recorded = recorded.model_copy(update={"download": False})  # opening a cache reaches for no network
-        try:
-            return recorded.open()
-        except DataError as error:
-            raise DataError(
-                f"{error}\n  {self.location} was made from images there. Fix, when they have moved: say where they "
-                "are now, `dataset:` in the recipe"
-            ) from error
 
     def _origin(self, views: Views) -> canaries.Origin:
         name = f"{self.location}, spec {self.manifest.views.digest()[:8]}…"
@@ -269,15 +247,8 @@ class Cache:
 
     @property
     def shuffle_block(self) -> int | None:
-        """Rows to shuffle among where a packed view has more shards than are kept decoded; None for all.
-
-        It depends on the cache alone, not on a machine's memory: so does the order of an epoch.
-        """
-        packed = [array for group in self.layout.targets for array in group.rows if array.storage == "packed"]
-        kept = min((num_kept(array) for array in packed), default=self.layout.shards_per_view)
-        if self.layout.shards_per_view <= kept:
-            return None
-        return kept // 2 * self.layout.shard_rows  # a batch at the seam of two blocks needs both
+        """Rows to shuffle among where a packed view has more shards than are kept decoded; None for all."""
+        return shuffle_block(self.layout)
 
 
 def open_cache(path: str | Path) -> Cache:
@@ -287,6 +258,14 @@ def open_cache(path: str | Path) -> Cache:
     rows are first read, and all of them before its views are rendered. Files that this machine has compared before and
     that were not touched since are not read again. Those at a URL are compared as they are brought.
     """
+    cache = open_uncompared(path)
+    if place_of(cache.path).is_here and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
+        cache.require_intact()
+    return cache
+
+
+def open_uncompared(path: str | Path) -> Cache:
+    """Open a finished cache of which some targets are wanted: none is compared before `only` has named them."""
     root = locate(path)
     require_plain(root)
     cache = Cache(root, read_manifest(root))
@@ -295,8 +274,6 @@ def open_cache(path: str | Path) -> Cache:
         total = cache.layout.num_shards
         raise CacheError(
             f"{cache.location} is incomplete: {total - len(cache.shards)} of {total} shards are not committed. "
-            "Fix: run the same `logitcache precompute` command again, it continues"
+            f"{fix_of_damage(root)}"
         )
-    if place_of(root).is_here and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
-        cache.require_intact()
     return cache

@@ -40,15 +40,13 @@ class RecordedRows:
     def __call__(self, keys: Sequence[ViewKey]) -> NDArray[Any]:
         """Gather the rows of keys that the cache has, [B, *row_shape]."""
         views, indices = columns_of(keys)
-        rows = self._layout.shard_rows
-        return self._rows.take(views * (-(-self._layout.num_images // rows) * rows) + indices)
+        return self._rows.take(views * self._layout.padded + indices)
 
     @cached_property
     def _rows(self) -> PackedRows:
         array = self._layout
-        shards_per_view = -(-array.num_images // array.shard_rows)
         small = KEPT_BYTES // (array.shard_rows * array.row_bytes)
-        return PackedRows(self._root, array, num_kept=max(2 * shards_per_view, small))
+        return PackedRows(self._root, array, num_kept=max(2 * array.shards_per_view, small))
 
 
 def require_replayable(manifest: Manifest, where: str) -> None:

@@ -5,15 +5,15 @@ nobody asked for the longest are removed first; a file that is removed stays rea
 """
 
 import os
-import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from logitcache.cache.arrays import COMMITS
-from logitcache.cache.parts import PART, remove_abandoned, told_size
+from logitcache.cache.arrays import COMMITS, SHARD_NAME
+from logitcache.cache.limits import Held, make_room, quarter_of, told_size
+from logitcache.cache.parts import PART, remove_abandoned
 from logitcache.errors import CacheError, RecipeError
 from logitcache.files import user_cache_directory
 
@@ -23,7 +23,9 @@ FOLDER, SIZE = "LOGITCACHE_LOCAL_COPY", "LOGITCACHE_LOCAL_COPY_SIZE"
 USED = "used"
 """In the folder of a copy: an empty file for each view, as old as its last use."""
 
-_SHARD = re.compile(r"c\.(\d{1,19})\.\d{1,19}(\.0)*")
+TRIES = 3
+"""How often what other runs push out of a copy is brought before it is read."""
+
 _SECONDS = 5.0
 """After which what other processes brought is counted again."""
 
@@ -60,31 +62,23 @@ class Room:
 
     def _counted_room(self, wanted: int) -> int:
         """Return how many bytes are left, once `wanted` are."""
-        kept = [found for copy in _folders(self.folder) for found in _shards(copy)]
-        left = self.limit - self._promised - sum(size for _, size, _ in kept)
-        for _, size, path in sorted(kept):
-            if left >= wanted:
-                break
-            if not path.endswith(PART):
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
-                left += size
-        return left
+        held = [found for copy in _folders(self.folder) for found in _shards(copy)]
+        return make_room(held, self.limit - self._promised - sum(file.size for file in held), wanted)
 
 
-def _shards(copy: Path) -> list[tuple[float, int, str]]:
-    """List when each shard of a copy was last used, its bytes and its path."""
+def _shards(copy: Path) -> list[Held]:
+    """List the shards of a copy."""
     used = {file.name: file.stat().st_mtime for file in _files(copy / USED)}
     found = []
     arrays = [array for cache in _folders(copy) for array in _folders(cache) if not array.name.endswith(COMMITS)]
     for file in (file for array in arrays for file in _files(array)):
-        match = _SHARD.fullmatch(file.name.removesuffix(PART))
+        match = SHARD_NAME.fullmatch(file.name.removesuffix(PART))
         with suppress(FileNotFoundError):
             if match and file.name.endswith(PART):
                 remove_abandoned(file)
             if match:
                 status = file.stat(follow_symlinks=False)
-                found.append((max(status.st_mtime, used.get(match[1], 0.0)), status.st_size, str(file)))
+                found.append(Held(max(status.st_mtime, used.get(match[1], 0.0)), status.st_size, str(file)))
     return found
 
 
@@ -106,7 +100,7 @@ def _entries(folder: Path) -> list[Path]:
 def is_shard(key: str) -> bool:
     """Whether a file is one that may be removed from a copy at any time."""
     folder, _, name = key.rpartition("/")
-    return _SHARD.fullmatch(name) is not None and "/" not in folder and not folder.endswith(COMMITS)
+    return SHARD_NAME.fullmatch(name) is not None and "/" not in folder and not folder.endswith(COMMITS)
 
 
 def copies_folder() -> Path | None:
@@ -128,7 +122,7 @@ def room() -> Room:
         raise RecipeError(f"there is no home directory to keep copies of remote caches in. Fix: {FOLDER}=a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = os.statvfs(folder)
+        quarter = quarter_of(folder)
     except OSError as error:
         raise CacheError(f"{folder} cannot be used: {error.strerror}. Fix: {FOLDER}=a folder to write to") from error
-    return Room(folder, found.f_blocks * found.f_frsize // 4 if limit is None else limit)
+    return Room(folder, quarter if limit is None else limit)

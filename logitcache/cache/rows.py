@@ -6,13 +6,14 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.arrays import RECORD_BYTES, ArrayGroup, ArrayLayout, Shard
+from logitcache.cache.arrays import ArrayLayout, Shard
 from logitcache.cache.decoded import SharedShards, name_of
+from logitcache.cache.layout import Layout
 from logitcache.cache.unpack import Unpacker
 from logitcache.cache.verify import bring
 from logitcache.views.keys import ViewKey
@@ -46,17 +47,21 @@ class RowSource(Protocol):
         """Gather rows, [B, *row_shape]."""
 
 
-class Sharing(NamedTuple):
-    """Where the decoded shards of an array are shared, and where the records lie that name them."""
-
-    shards: SharedShards
-    group: ArrayGroup
-    position: int
-
-
 def num_kept(layout: ArrayLayout) -> int:
     """Return how many decoded shards of a packed array are kept."""
     return max(PACKED_SHARDS, KEPT_BYTES // (layout.shard_rows * layout.row_bytes))
+
+
+def shuffle_block(layout: Layout) -> int | None:
+    """Return among how many rows to shuffle where a packed view has more shards than are kept decoded; None for all.
+
+    It depends on the cache alone, not on a machine's memory: so does the order of an epoch.
+    """
+    packed = [array for group in layout.targets for array in group.rows if array.storage == "packed"]
+    kept = min(map(num_kept, packed), default=layout.shards_per_view)
+    if layout.shards_per_view <= kept:
+        return None
+    return kept // 2 * layout.shard_rows  # a batch at the seam of two blocks needs both
 
 
 class PackedRows:
@@ -66,16 +71,10 @@ class PackedRows:
     the room.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        layout: ArrayLayout,
-        num_kept: int = PACKED_SHARDS,
-        sharing: Sharing | None = None,
-    ) -> None:
+    def __init__(self, root: Path, layout: ArrayLayout, num_kept: int, shared: SharedShards | None = None) -> None:
         self._root, self._layout = root, layout
-        self._room, self._sharing = num_kept, sharing
-        self._per_view = -(-layout.num_images // layout.shard_rows)
+        self._num_kept, self._shared = num_kept, shared
+        self._per_view, self._padded = layout.shards_per_view, layout.padded
         self._unpack = Unpacker(root, layout)
         self._begin()
 
@@ -98,7 +97,7 @@ class PackedRows:
         if self._process != os.getpid():
             self._begin()
         if len(places):
-            self._decode_ahead(int(places[-1]) // (self._per_view * self._layout.shard_rows))
+            self._decode_ahead(int(places[-1]) // self._padded)
 
     def take(self, places: NDArray[np.int64]) -> NDArray[Any]:
         """Gather rows, [B, *row_shape]."""
@@ -127,7 +126,7 @@ class PackedRows:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="logitcache-ahead")
         total = self._layout.num_views * self._per_view
-        first, count = view * self._per_view, min(2 * self._per_view, self._room // 2, total)
+        first, count = view * self._per_view, min(2 * self._per_view, self._num_kept // 2, total)
         self._thread.submit(self._decode_of, view, [number % total for number in range(first, first + count)])
 
     def _decode_of(self, view: int, numbers: list[int]) -> None:
@@ -143,7 +142,7 @@ class PackedRows:
             if decoded is None:
                 decoded = self._decoded[number] = Future()
             self._decoded.move_to_end(number)
-            while len(self._decoded) > self._room:
+            while len(self._decoded) > self._num_kept:
                 self._decoded.popitem(last=False)
         if is_new:
             try:
@@ -159,17 +158,14 @@ class PackedRows:
         return Shard(view, start, min(start + self._layout.shard_rows, self._layout.num_images))
 
     def _load(self, number: int) -> NDArray[Any]:
-        shard = self._numbered(number)
-        if self._sharing is None:
+        shard, layout = self._numbered(number), self._layout
+        if self._shared is None:
             return self._unpack(shard)
-        shared, group, position = self._sharing
-        file = self._layout.file(shard)
         try:
-            metadata = (self._root / self._layout.name / "zarr.json").read_bytes()
-            record = (self._root / group.record_file(shard)).read_bytes()
+            metadata = (self._root / layout.name / "zarr.json").read_bytes()
+            records = (self._root / layout.record_file(shard)).read_bytes()
         except OSError:
-            return self._unpack(shard)
-        record = record[position * RECORD_BYTES : (position + 1) * RECORD_BYTES]
-        name = name_of(file.encode(), metadata, record)
-        shape = (shard.stop - shard.start, *self._layout.row_shape)
-        return shared.get(name, shape, self._layout.dtype, lambda: self._unpack(shard))
+            return self._unpack(shard)  # nothing to name it by: it is decoded for this process alone
+        name = name_of(layout.file(shard).encode(), metadata, layout.record_in(records))
+        shape = (shard.stop - shard.start, *layout.row_shape)
+        return self._shared.get(name, shape, layout.dtype, lambda: self._unpack(shard))

@@ -1,5 +1,6 @@
 """Whole shards, one at a time: what goes through all rows of a cache in order reads them so, in bounded memory."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -64,4 +65,4 @@ class ShardReader:
             return Unpacker(self.root, array)(shard)
         shape = (shard.stop - shard.start, *array.row_shape)
         # Rows come first in the file of a hot shard, whose size has been compared.
-        return np.fromfile(self.root / array.file(shard), array.dtype, int(np.prod(shape))).reshape(shape)
+        return np.fromfile(self.root / array.file(shard), array.dtype, math.prod(shape)).reshape(shape)

@@ -23,6 +23,9 @@ from logitcache.files import LEFTOVER
 PREPARING, WRITING = f"digest/{ROOT}", f"label/{ROOT}"
 """Whose lock is for one process that prepares or finishes a cache, and for all that write to it."""
 
+MOST_MISSED = 1000
+"""How often a directory may be gone that was just made; more often it cannot be made, and no other run removes it."""
+
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 _held: set[int] = set()
 
@@ -114,26 +117,40 @@ class Claim:
 
 
 def _lock(path: Path) -> tuple[int, Path]:
+    missed = 0
     while True:
         target = target_of(path)
-        # Another run may rename or remove the directory before it is locked here: then look again.
-        with suppress(FileNotFoundError):
-            if target != path:
-                (target / PREPARING).parent.mkdir(parents=True, exist_ok=True)
-            # In what may be no cache, nothing is made before it is known to be one.
-            file = target / PREPARING if target != path or (target / PREPARING).is_file() else target
-            lock = _open(file, create=target != path)
-            try:
-                _flock(lock, fcntl.LOCK_EX, path)
-                if target_of(path) == target and is_at(lock, file):
-                    return lock, target
-            except BaseException:
-                _release(lock)
+        try:
+            lock = _lock_at(target, path)
+        except FileNotFoundError:
+            # Another run may rename or remove the directory before it is locked here: then look again.
+            missed += 1
+            if missed == MOST_MISSED:
                 raise
-            if target != path and is_at(lock, file):
-                # It came after the rename, and is nobody's.
-                shutil.rmtree(target, ignore_errors=True)
-            _release(lock)
+            continue
+        if lock is not None:
+            return lock, target
+
+
+def _lock_at(target: Path, path: Path) -> int | None:
+    """Lock the directory to write to; None where it has become another one meanwhile."""
+    if target != path:
+        (target / PREPARING).parent.mkdir(parents=True, exist_ok=True)
+    # In what may be no cache, nothing is made before it is known to be one.
+    file = target / PREPARING if target != path or (target / PREPARING).is_file() else target
+    lock = _open(file, create=target != path)
+    try:
+        _flock(lock, fcntl.LOCK_EX, path)
+        if target_of(path) == target and is_at(lock, file):
+            return lock
+    except BaseException:
+        _release(lock)
+        raise
+    if target != path and is_at(lock, file):
+        # It came after the rename, and is nobody's.
+        shutil.rmtree(target, ignore_errors=True)
+    _release(lock)
+    return None
 
 
 def target_of(path: Path) -> Path:
@@ -172,7 +189,7 @@ def _flock(lock: int, kind: int, path: Path) -> None:
     """Wait for a lock; say that it is waited for, or that this file system has none."""
     got = _try(lock, kind)
     if got is False:
-        say(f"waiting for another precompute, which prepares or finishes {place_of(path)}")
+        say(f"waiting for another run, which prepares or finishes {place_of(path)}")
         fcntl.flock(lock, kind)
     elif got is None:
         say(
@@ -211,5 +228,5 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"{path} cannot be written: {error.strerror}. Fix: mend the cause, or name another path"
+            f"{path} cannot be written: {error.strerror}. Fix: free space or grant access there, or name another path"
         ) from error

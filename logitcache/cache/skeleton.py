@@ -1,10 +1,11 @@
 """The skeleton of a cache: all but the shards, which is there before a teacher answers."""
 
+import contextlib
 import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +19,11 @@ from zarr.storage import MemoryStore
 
 from logitcache.cache.arrays import ArrayGroup
 from logitcache.cache.copies import place_of
+from logitcache.cache.derivation import fix_of_damage
+from logitcache.cache.differences import extends
 from logitcache.cache.labels import label_file, label_key
 from logitcache.cache.layout import layout_of
-from logitcache.cache.manifest import Manifest, extends, parse_manifest
+from logitcache.cache.manifest import Manifest, parse_manifest
 from logitcache.errors import CacheError
 from logitcache.views.canaries import pixel_digest
 from logitcache.views.datasets.base import Labels, label_dtype
@@ -175,38 +178,38 @@ def _metadata_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
     wanted = _metadata(manifest)
     # Another release of zarr may write the same in other words.
     read = _as_written if manifest.versions.get("zarr") == zarr.__version__ else _understood
-    growing = {array["name"] for array in skeleton_arrays(manifest)} - {"label", "digest", "canary"}
-    for name in [options["name"] for options in skeleton_arrays(manifest)]:
-        key = f"{name}/{ROOT}"
-        try:
+    growing = {f"{array['name']}/{ROOT}" for array in skeleton_arrays(manifest)}
+    growing -= {f"{name}/{ROOT}" for name in ("label", "digest", "canary")}
+    for key in [f"{options['name']}/{ROOT}" for options in skeleton_arrays(manifest)]:
+        with _compared(root, key) as problems:
             found, implied = read((root / key).read_bytes(), key), read(wanted[key].to_bytes(), key)
-            same = found == implied or (name in growing and _is_grown(root, found, implied))
-        except OSError as error:
-            yield Problem(key, f"{root / key} cannot be read: {error.strerror}")
-        except Exception as error:  # zarr raises anything for damaged metadata
-            yield Problem(key, f"{root / key} is damaged: {type(error).__name__}: {error}")
-        else:
-            if not same:
-                yield Problem(key, f"{root / key} does not describe what the manifest implies")
-    yield from _root_problems(root, manifest, wanted[ROOT].to_bytes(), read)
-
-
-def _root_problems(
-    root: Path, manifest: Manifest, implied: bytes, read: Callable[[bytes, str], Any]
-) -> Iterator[Problem]:
-    try:
+            if found != implied and not (key in growing and _is_grown(root, found, implied)):
+                problems.append(_other(root, key))
+        yield from problems
+    with _compared(root, ROOT) as problems:
         stored = (root / ROOT).read_bytes()
-        found = read(stored, ROOT)
         # A cache that has grown meanwhile agrees with the manifest that it has now.
         now = parse_manifest(json.loads(stored)["attributes"], str(root))
-        implied = implied if now == manifest else _metadata(now)[ROOT].to_bytes()
+        implied = read((wanted if now == manifest else _metadata(now))[ROOT].to_bytes(), ROOT)
+        if _without_manifest(read(stored, ROOT)) != _without_manifest(implied) or not extends(now, manifest):
+            problems.append(_other(root, ROOT))
+    yield from problems
+
+
+@contextlib.contextmanager
+def _compared(root: Path, key: str) -> Iterator[list[Problem]]:
+    """Gather the problems of metadata that are read and compared within."""
+    problems: list[Problem] = []
+    try:
+        yield problems
     except OSError as error:
-        yield Problem(ROOT, f"{root / ROOT} cannot be read: {error.strerror}")
+        problems.append(Problem(key, f"{root / key} cannot be read: {error.strerror}"))
     except Exception as error:  # zarr raises anything for damaged metadata
-        yield Problem(ROOT, f"{root / ROOT} is damaged: {type(error).__name__}: {error}")
-    else:
-        if _without_manifest(found) != _without_manifest(read(implied, ROOT)) or not extends(now, manifest):
-            yield Problem(ROOT, f"{root / ROOT} does not describe what the manifest implies")
+        problems.append(Problem(key, f"{root / key} is damaged: {type(error).__name__}: {error}"))
+
+
+def _other(root: Path, key: str) -> Problem:
+    return Problem(key, f"{root / key} does not describe what the manifest implies")
 
 
 def _is_grown(root: Path, found: Any, implied: Any) -> bool:
@@ -275,7 +278,7 @@ def require_sound_skeleton(root: Path, manifest: Manifest) -> None:
         raise CacheError(
             f"{place} is damaged:\n  "
             + "\n  ".join(problem.text.replace(str(root), place) for problem in problems[:SHOWN])
-            + "\n  Fix: run the same `logitcache precompute` command again, it writes just these files again"
+            + f"\n  {fix_of_damage(root)}"
         )
 
 

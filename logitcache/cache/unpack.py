@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,12 @@ from zarr.storage import LocalStore
 
 from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout, Shard
 from logitcache.cache.copies import place_of
+from logitcache.cache.derivation import fix_of_damage
+from logitcache.cache.room import TRIES
 from logitcache.cache.verify import bring
 from logitcache.errors import CacheError
 
 _THREADS = min(8, os.cpu_count() or 1)
-TRIES = 3
-"""How often a shard is brought that other runs push out of a local copy before it is read."""
-
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _ONE_BYTE = {"name": "bytes"}
 
@@ -44,7 +43,7 @@ class Unpacker:
             bring(self._root, self._layout, [shard])
             with suppress(FileNotFoundError):
                 return self._decoded(file, shard)
-        raise CacheError(f"{file} is missing. Fix: run `logitcache precompute` again, it writes what is missing")
+        raise CacheError(f"{file} is missing. {fix_of_damage(self._root)}")
 
     def _decoded(self, file: Path, shard: Shard) -> NDArray[Any]:
         # zarr gives fill values for a file that is not there.
@@ -55,9 +54,7 @@ class Unpacker:
         except FileNotFoundError:
             raise
         except Exception as error:  # zarr and its codecs raise anything for damaged bytes
-            raise CacheError(
-                f"{file} cannot be decoded: {error}. Fix: run `logitcache precompute` again, it rewrites this shard"
-            ) from error
+            raise CacheError(f"{file} cannot be decoded: {error}. {fix_of_damage(self._root)}") from error
 
     @cached_property
     def _decode(self) -> Callable[[Path, Shard], NDArray[Any]]:
@@ -96,7 +93,7 @@ class Unpacker:
                 zstd.decompress(chunk, flat[number * chunk_bytes : (number + 1) * chunk_bytes])
 
         # Decompression leaves other threads the interpreter.
-        list(_pool().map(inflate, [range(part, used, _THREADS) for part in range(min(used, _THREADS))]))
+        list(_pool(os.getpid()).map(inflate, [range(part, used, _THREADS) for part in range(min(used, _THREADS))]))
         return rows[: wanted.stop - wanted.start]
 
     @cached_property
@@ -116,13 +113,7 @@ def _content_bytes(frame: memoryview) -> int | None:
     return declared if size else None
 
 
-_pools: dict[int, ThreadPoolExecutor] = {}
-
-
-def _pool() -> ThreadPoolExecutor:
-    """Return this process's threads: a fork has none of its parent's."""
-    process = os.getpid()
-    if process not in _pools:
-        _pools.clear()
-        _pools[process] = ThreadPoolExecutor(_THREADS, thread_name_prefix="logitcache-unpack")
-    return _pools[process]
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="logitcache-unpack")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from logitcache.cache.arrays import RECORD, RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, StoredShard
+from logitcache.cache.arrays import RECORD, RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, StoredShard, record_name
 from logitcache.cache.copies import place_of
+from logitcache.cache.derivation import fix_of_damage
 from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import skeleton_problems
@@ -65,7 +66,7 @@ def _record_names(layout: Layout) -> Iterator[str]:
     """Yield what the record files of a group are called when all are there: matching many names takes longer."""
     for view in range(layout.num_views):
         for number in range(layout.shards_per_view):
-            yield f"c.{view}.{number}.0.0"
+            yield record_name(view, number)
 
 
 def stored(root: Path, group: ArrayGroup, shard: Shard) -> list[StoredShard]:
@@ -78,10 +79,7 @@ def stored(root: Path, group: ArrayGroup, shard: Shard) -> list[StoredShard]:
         where = f"{place_of(root)}/{key}"
         raise CacheError(f"view {shard.view} rows {shard.start}..{shard.stop}: the commit record {where} is damaged")
     records = (root / key).read_bytes()
-    return [
-        StoredShard(array, shard, records[number * RECORD_BYTES : (number + 1) * RECORD_BYTES])
-        for number, array in enumerate(group.arrays)
-    ]
+    return [StoredShard(array, shard, array.record_in(records)) for array in group.arrays]
 
 
 def bring(root: Path, array: ArrayLayout, shards: Iterable[Shard]) -> None:
@@ -94,11 +92,8 @@ def bring(root: Path, array: ArrayLayout, shards: Iterable[Shard]) -> None:
 def _of_array(root: Path, array: ArrayLayout, shard: Shard) -> StoredShard:
     key = array.record_file(shard)
     if not place_of(root).has(key):
-        raise CacheError(
-            f"{place_of(root)}/{key} is missing. Fix: run `logitcache precompute` again, it writes what is missing"
-        )
-    start = array.position * RECORD_BYTES
-    return StoredShard(array, shard, (root / key).read_bytes()[start : start + RECORD_BYTES])
+        raise CacheError(f"{place_of(root)}/{key} is missing. {fix_of_damage(root)}")
+    return StoredShard(array, shard, array.record_in((root / key).read_bytes()))
 
 
 class Damage(NamedTuple):
@@ -134,24 +129,18 @@ def require_intact(root: Path, layout: Layout, shards: Sequence[Shard]) -> None:
     """
     place = place_of(root)
     if not place.is_here:
-        place.bring(rows_of(root, layout, shards))
+        place.bring(row_shards(root, layout, shards))
         return
     lines = [damage.text for damage in damaged(root, layout, {group.name: set(shards) for group in layout.groups})]
     if lines:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-        raise CacheError(
-            f"{place} is damaged:\n  "
-            + "\n  ".join(lines[:SHOWN])
-            + more
-            + "\n  Fix: run the same `logitcache precompute` command again, it rewrites just these shards"
-        )
+        raise CacheError(f"{place} is damaged:\n  " + "\n  ".join(lines[:SHOWN]) + more + f"\n  {fix_of_damage(root)}")
 
 
-def rows_of(root: Path, layout: Layout, shards: Sequence[Shard]) -> list[StoredShard]:
+def row_shards(root: Path, layout: Layout, shards: Sequence[Shard]) -> list[StoredShard]:
     """Return the parts of shards that hold rows, with their records."""
     every = (stored(root, group, shard) for shard in shards for group in layout.groups)
-    kept = {array.name for group in layout.groups for array in group.rows}
-    return [part for parts in every for part in parts if part.array.name in kept]
+    return [part for parts in every for part in parts if not part.array.per_shard]
 
 
 def verify_cache(root: Path, manifest: Manifest, layout: Layout) -> Verification:
@@ -161,7 +150,7 @@ def verify_cache(root: Path, manifest: Manifest, layout: Layout) -> Verification
     problems += _not_committed(layout, set.intersection(*committed.values()))
     problems += [damage.text for damage in damaged(root, layout, committed, fresh=True)]
     problems = [problem.replace(str(root), str(place_of(root))) for problem in problems]
-    return Verification(layout.num_shards, stored_bytes(root), tuple(problems))
+    return Verification(layout.num_shards, place_of(root).stored_bytes(), tuple(problems))
 
 
 def _not_committed(layout: Layout, present: set[Shard]) -> list[str]:
@@ -169,8 +158,3 @@ def _not_committed(layout: Layout, present: set[Shard]) -> list[str]:
     lines = [f"view {s.view} rows {s.start}..{s.stop}: not committed" for s in itertools.islice(missing, LISTED)]
     more = layout.num_shards - len(present) - len(lines)
     return [*lines, f"and {more} more are not committed"] if more else lines
-
-
-def stored_bytes(root: Path) -> int:
-    """Add up the sizes of a cache's files, which others may write meanwhile."""
-    return place_of(root).stored_bytes()

@@ -67,8 +67,16 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
             "tables": {"weight": "0" * 64},
         },
     ),
+    "a head that was not asked for": lambda m: m["teachers"]["t"].update(
+        features={"penultimate": {"kind": "maps", "tap": "fc:input", "storage": "packed"}},
+        stored_features={"penultimate": {"shape": [4], "form": {"dtype": "float16", "storage": "packed"}}},
+        stored_logits={
+            "form": {"kind": "head", "width": 4, "bias": False, "storage": "packed"},
+            "tables": {"weight": "0" * 64},
+        },
+    ),
     "a huge transform": lambda m: m["teachers"]["t"]["stored_logits"].update(
-        form={"kind": "transform", "step": 1.0, "pairs": 2**50, "quints": 0}, tables={"basis": "0" * 64}
+        form={"kind": "transform", "step": 1.0, "bend": 1.0, "pairs": 2**50, "quints": 0}, tables={"basis": "0" * 64}
     ),
     "unknown encoding": lambda m: m["teachers"]["t"].update(logits={"kind": "pickle"}),
     "no canaries": lambda m: m.update(canaries=[]),

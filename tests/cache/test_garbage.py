@@ -65,6 +65,19 @@ def test_shards_that_were_never_committed_are_removed_and_committed_ones_kept(tm
     assert run(path, Pixels(NUM_IMAGES), shard_rows=128).shards_written == 5
 
 
+def test_of_every_array_a_shard_that_was_never_committed_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "c.zarr"
+    run(path, Pixels(NUM_IMAGES), shard_rows=128, row_checksums=True)
+    layout = open_cache(path).layout
+    number = layout.shards_per_view
+    names = [array.name for group in layout.groups for array in group.arrays]
+    assert "views.crc32" in names
+    for name in names:
+        committed = next((path / name).glob("c.0.0*"))
+        (path / name / committed.name.replace("c.0.0", f"c.0.{number}")).write_bytes(b"written, not committed")
+    assert sorted(Path(garbage.path).parent.name for garbage in collect(path, dry_run=True)) == sorted(names)
+
+
 def test_a_cache_that_was_never_created_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "c.zarr"
     (tmp_path / "c.zarr.creating/digest").mkdir(parents=True)
@@ -84,7 +97,7 @@ def test_a_cache_that_was_never_created_is_removed(tmp_path: Path) -> None:
 def test_nothing_is_removed_while_a_writer_is_at_work(cache: Path) -> None:
     litter(cache)
     before = stamps(cache)
-    with writing(cache), pytest.raises(CacheError, match="is being written by a precompute"):
+    with writing(cache), pytest.raises(CacheError, match="is being written by a run"):
         collect(cache)
     assert stamps(cache) == before
 

@@ -232,7 +232,7 @@ def test_two_teachers_keep_apart(tmp_path: Path) -> None:
     assert list(rows) == ["one", "two-2"]
     assert tuple(rows["one"].logits.shape) == (2, 16)  # type: ignore[union-attr]
     assert tuple(rows["two-2"].logits.log_probs(1.0).shape) == (2, 5)  # type: ignore[union-attr]
-    assert xarray.open_zarr(path)["two-2.logits.index"].shape == (2, 300, 2)
+    assert xarray.open_zarr(path)["two-2.logits"].shape == (2, 300, 10)
 
 
 def test_an_unfinished_cache_gives_the_rows_that_are_there(tmp_path: Path) -> None:

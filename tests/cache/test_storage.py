@@ -25,7 +25,7 @@ from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.room import FOLDER, SIZE
 from logitcache.cache.sharing import creating
-from logitcache.cache.verify import rows_of
+from logitcache.cache.verify import row_shards
 from logitcache.cli.app import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.remote import Remote
@@ -197,7 +197,7 @@ def test_a_record_that_claims_absurd_sizes_is_refused(url: str) -> None:
     change(url, "t.logits.commits/c.0.1.0.0", lambda data: b"\xff" * 7 + data[7:])
     with pytest.raises(CacheError, match=r"is damaged: .*4116 bytes where its record says \d{17,} bytes"):
         place_of(open_cache(url).path).bring(
-            rows_of(open_cache(url).path, open_cache(url).layout, [Shard(0, 128, 256)])
+            row_shards(open_cache(url).path, open_cache(url).layout, [Shard(0, 128, 256)])
         )
 
 
@@ -372,7 +372,7 @@ def test_of_two_machines_that_create_a_cache_the_second_continues_that_of_the_fi
     if same:
         assert fill(url).shards_written == 0
     else:
-        with pytest.raises(CacheError, match="another precompute has created"):
+        with pytest.raises(CacheError, match="another run has created"):
             fill(url, Pixels(NUM_IMAGES, seed=9))
     assert objects(url) == contents(sound)
 
