@@ -125,7 +125,7 @@ def _fix_of_scalar(error_type: str, value: Any) -> str:
         case "int_type", str() if value.isdecimal() and len(value) < 20:
             return f"; did you mean {int(value)}, without quotes?"
         case "string_type", bool() | int() | float():
-            return "; quote it if it is meant as text"
+            return f'; if it is meant as text, quote it: "{show(value)}" (with --set: \'KEY="{show(value)}"\')'
         case "tuple_type", bool() | int() | float() | str():
             return f"; write a list, as in [{show(value)}, …]"
         case "list_type", bool() | int() | float() | str():

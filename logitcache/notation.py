@@ -195,9 +195,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")])
-        hint = f"did you mean '{path.parent / near}'?" if near else "name a YAML file"
-        raise RecipeError(f"{path}: there is no such file; {hint}") from None
+        raise RecipeError(f"{path}: there is no such file; {_hint(path)}") from None
     except IsADirectoryError:
         names = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "it holds none"
         raise RecipeError(f"{path}: is a folder; name a recipe in it ({names})") from None
@@ -206,6 +204,17 @@ def _read_text(path: Path) -> str:
         raise RecipeError(f"{path}:{line}: not UTF-8; save the file as UTF-8 text") from None
     except OSError as error:
         raise RecipeError(f"{path}: {error.strerror}; name a file that can be read") from None
+
+
+def _hint(path: Path) -> str:
+    """Say which file may have been meant by a path where there is none."""
+    bare = Path(str(path).strip("'\""))
+    if bare != path:
+        return f"the quotes are taken as part of its name: write {bare}"
+    # Endings are alike in all names.
+    stems = {p.stem: p for p in path.parent.glob("*.y*ml")}
+    near = nearest(path.stem, stems)
+    return f"did you mean '{stems[near]}'?" if near else "name a YAML file"
 
 
 def _scalar(node: yaml.ScalarNode, place: Place) -> Any:

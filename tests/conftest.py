@@ -25,6 +25,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from logitcache.console import configure  # noqa: E402  # the function itself: tests put others in its place
+
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.load_profile("same")
 
@@ -53,6 +55,13 @@ def _two_threads() -> Iterator[None]:
 def _seeded() -> None:
     """Seed torch's generator; tests that must not depend on it reseed it themselves."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _silent_again() -> Iterator[None]:
+    """Show no progress after a test that had a command show some."""
+    yield
+    configure(quiet=True)
 
 
 @pytest.fixture(autouse=True)

@@ -7,12 +7,6 @@ from rich.console import Console
 from logitcache import console
 
 
-@pytest.fixture(autouse=True)
-def _silent_again():
-    yield
-    console.configure(quiet=True)
-
-
 def test_a_library_is_silent_by_default(capfd):
     console.configure(quiet=True)
     console.say("hello")

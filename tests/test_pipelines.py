@@ -64,7 +64,7 @@ def test_the_recipe_runs_on_a_folder_of_ones_own(name: str, photos: Path, tmp_pa
     result = precompute(
         load_recipe(PIPELINES / name / "precompute.yaml", PrecomputeRecipe, [*changes, *SMALL, *UNTRAINED])
     )
-    assert result.views == 4 * 12
+    assert result.row_views == 4 * 12
     train_student(name, cache, tmp_path / "run")
 
 
@@ -84,7 +84,7 @@ SHORT = ["epochs=2", "num_workers=0", "device=cpu", "validation=null", "schedule
 
 def filled(name: str, cache: Path, *changes: str) -> Path:
     recipe = load_recipe(PIPELINES / name / "precompute.yaml", PrecomputeRecipe, [f"cache={cache}", *BUNDLED, *changes])
-    assert precompute(recipe).views == 400
+    assert precompute(recipe).row_views == 400
     return cache
 
 
@@ -113,7 +113,7 @@ def test_generations_and_an_ensemble_of_two_teachers_run(tmp_path: Path) -> None
 def test_two_teachers_are_made_one_without_images_and_a_student_learns_from_it(tmp_path: Path) -> None:
     cache = filled("derive", tmp_path / "c.zarr", "teachers.mine.model={kind: bundled}")
     changes = [f"cache={cache}", f"out={tmp_path}/d.zarr", "device=cpu"]
-    assert derive(load_recipe(PIPELINES / "derive" / "recipe.yaml", DeriveRecipe, changes)).views == 400
+    assert derive(load_recipe(PIPELINES / "derive" / "recipe.yaml", DeriveRecipe, changes)).row_views == 400
     both = "losses=[{kind: kl_divergence, teacher: both, temperature: 2}]"
     changes = [f"cache={tmp_path}/d.zarr", *SHORT, f"out={tmp_path}/student", both]
     student = load_recipe(PIPELINES / "fashion_mnist" / "student.yaml", StudentRecipe, changes)

@@ -149,7 +149,8 @@ def test_five_mistakes_are_reported_together_with_line_key_and_suggestion(refuse
     assert message.splitlines() == [
         "6 mistakes:",
         "  run.yaml:2: key 'dataset.kind' = \"foldr\": unknown kind; did you mean 'folder'?",
-        "  run.yaml:3: key 'dataset.root' = 7: must be text; quote it if it is meant as text",
+        "  run.yaml:3: key 'dataset.root' = 7: must be text; if it is meant as text, quote it: \"7\" "
+        "(with --set: 'KEY=\"7\"')",
         "  run.yaml:6: key 'optimizer.momentun' = 0.9: unknown key; did you mean 'momentum'?",
         "  run.yaml:8: key 'losses.0.reduction' = \"men\": must be 'mean' or 'sum'; did you mean 'mean'?",
         "  run.yaml:9: key 'epochs' = true: must be a whole number",

@@ -27,16 +27,16 @@ EXIT_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 UsageError: type[Exception] = BadParameter.__mro__[1]
 
 # The machine's answers, not bugs: a full, read-only or forbidden place, a file in the way.
-_USER_ERRNOS = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EEXIST,
-    errno.EISDIR,
-    errno.ENOENT,
-    errno.ENOSPC,
-    errno.ENOTDIR,
-    errno.EPERM,
-    errno.EROFS,
+_FIXES = {
+    errno.EACCES: "make it readable and writable for you, or name another path",
+    errno.EDQUOT: "free space within your quota, or name a path on another disk",
+    errno.EEXIST: "name another path, or remove what is there",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENOENT: "correct the path, or make what it names",
+    errno.ENOSPC: "free space, or name a path on another disk",
+    errno.ENOTDIR: "name another path: a file lies where a folder should be",
+    errno.EPERM: "make it readable and writable for you, or name another path",
+    errno.EROFS: "name a path on a disk that can be written",
 }
 
 
@@ -117,14 +117,21 @@ def _explain(error: Exception, debug: bool) -> tuple[int, str]:
     if isinstance(error, LogitCacheError):
         return error.exit_code, str(error)
     if isinstance(error, UsageError):
-        return EXIT_USAGE, f"{_usage_message(error)}\n  Fix: see `logitcache --help`"
-    if isinstance(error, OSError) and error.errno in _USER_ERRNOS:
-        return EXIT_USAGE, f"{error.filename or 'the file system'}: {error.strerror}"
+        return EXIT_USAGE, _usage_message(error)
+    if isinstance(error, OSError) and error.errno in _FIXES:
+        return EXIT_USAGE, f"{error.filename or 'the file system'}: {error.strerror}\n  Fix: {_FIXES[error.errno]}"
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if debug:
         return EXIT_BUG, f"this is a bug in logitcache or in your own code: {summary}"
-    with tempfile.NamedTemporaryFile("w", prefix="logitcache-", suffix=".txt", delete=False, encoding="utf-8") as file:
-        traceback.print_exception(error, file=file)
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="logitcache-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+    except OSError:  # a full disk may have been the cause
+        sys.stderr.write(text)
+        return EXIT_BUG, f"this is a bug: {summary}"
     return EXIT_BUG, f"this is a bug: {summary} (traceback in {file.name}; --debug shows it)"
 
 
@@ -135,7 +142,9 @@ def _resume_line(arguments: list[str]) -> str:
 
 
 def _usage_message(error: Any) -> str:
-    return str(error.format_message())
+    """Write what Typer says, with the help to look into: that of the command, where one was named."""
+    command = "logitcache" if error.ctx is None else error.ctx.command_path
+    return f"{error.format_message()}\n  Fix: see `{command} --help`"
 
 
 def _print_errors(messages: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""What every command shares: its answer, its output options, its overrides."""
+"""What commands share: their answer, their output options, and the arguments that several take."""
 
 import inspect
 import signal
@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
-from typer import Option, Typer
+from typer import Argument, Option, Typer
 
 from logitcache import console
 from logitcache.errors import Stopped
@@ -31,6 +32,7 @@ class Answer:
     is_shown: bool = True
 
 
+Recipe = Annotated[Path, Argument(metavar="RECIPE", help="A YAML file.")]
 Overrides = Annotated[
     list[str],
     Option(
@@ -86,27 +88,23 @@ def _signals_stop() -> Iterator[None]:
         raise Stopped(message, received[0]) from None
 
 
-def command(app: Typer, name: str) -> Callable[[Callable[..., Answer]], Callable[..., Answer]]:
+def add_command(app: Typer, name: str, function: Callable[..., Answer]) -> None:
     """Register a function under a name, with the output options added to its own."""
 
-    def register(function: Callable[..., Answer]) -> Callable[..., Answer]:
-        @wraps(function)
-        def run(**options: Any) -> Answer:
-            output = {option: options.pop(option) for option in _OUTPUT_OPTIONS}
-            console.configure(quiet=output["quiet"], verbose=output["verbose"])
-            with _signals_stop():
-                return function(**options)
+    @wraps(function)
+    def run(**options: Any) -> Answer:
+        output = {option: options.pop(option) for option in _OUTPUT_OPTIONS}
+        console.configure(quiet=output["quiet"], verbose=output["verbose"])
+        with _signals_stop():
+            return function(**options)
 
-        signature = inspect.signature(function)
-        added = [
-            inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-            for option, kind in _OUTPUT_OPTIONS.items()
-        ]
-        parameters = [*signature.parameters.values(), *added]
-        # Typer reads both.
-        run.__dict__["__signature__"] = signature.replace(parameters=parameters)
-        run.__annotations__ = function.__annotations__ | _OUTPUT_OPTIONS
-        app.command(name)(run)
-        return run
-
-    return register
+    signature = inspect.signature(function)
+    added = [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for option, kind in _OUTPUT_OPTIONS.items()
+    ]
+    parameters = [*signature.parameters.values(), *added]
+    # Typer reads both.
+    run.__dict__["__signature__"] = signature.replace(parameters=parameters)
+    run.__annotations__ = function.__annotations__ | _OUTPUT_OPTIONS
+    app.command(name)(run)

@@ -88,7 +88,8 @@ def run_demo(directory: Path, quick: bool = False) -> DemoResult:
     teacher = _measure_teacher()
     say(f"teacher: {100 * teacher.top1:.2f} % of the test images, {teacher.num_parameters:,} parameters")
     cache = precompute(load_recipe(_precompute_recipe(directory), PrecomputeRecipe))
-    say(f"cache: {cache.views:,} views in {cache.seconds:.1f} s, {cache.bytes / 1e6:.1f} MB; the teacher is done")
+    written = f"{cache.row_views:,} row-views in {cache.seconds:.1f} s, {cache.bytes / 1e6:.1f} MB"
+    say(f"cache: {written}; the teacher is done")
     students = [_from_labels(directory, f"{NUM_LABELS} labels", FEW, seeds, epochs * NUM_IMAGES // NUM_LABELS)]
     for temperature in TEMPERATURES:
         count = seeds if temperature == TEMPERATURES[0] else 1

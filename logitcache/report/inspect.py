@@ -12,14 +12,16 @@ import numpy as np
 import torch
 
 from logitcache.cache.arrays import ArrayGroup, Shard
+from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
+from logitcache.cache.differences import is_more
 from logitcache.cache.growth import read_growth
 from logitcache.cache.layout import layout_of
 from logitcache.cache.locate import locate
-from logitcache.cache.manifest import LOGITS, Manifest, TeacherEntry, is_more
+from logitcache.cache.manifest import LOGITS, Manifest, TeacherEntry
 from logitcache.cache.reached import errors_of
 from logitcache.cache.reader import Cache
-from logitcache.cache.verify import committed_shards, stored, stored_bytes
+from logitcache.cache.verify import committed_shards, stored
 from logitcache.errors import CacheError
 from logitcache.logits import Logits, dense_logits, top1
 from logitcache.student.multi_label import MultiLabelTally, is_dense
@@ -48,18 +50,18 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
         "complete": cache.complete,
         "shards": layout.num_views * layout.shards_per_view,
         "shards_committed": len(done),
-        "bytes": stored_bytes(root),
+        "bytes": place_of(root).stored_bytes(),
         "images": manifest.num_images,
         "views": manifest.views.num_views,
         "image_shape": list(manifest.image_shape),
         "shard_rows": manifest.shard_rows,
         "seed": manifest.views.seed,
         "augmentations": [
-            _entry(item.model_dump(mode="json", exclude={"ratio_knots"})) for item in manifest.views.augmentations
+            item.model_dump(mode="json", exclude={"ratio_knots"}) for item in manifest.views.augmentations
         ],
-        "mixing": [_entry(item.model_dump(mode="json", exclude={"thresholds"})) for item in manifest.views.mixing],
+        "mixing": [item.model_dump(mode="json", exclude={"thresholds"}) for item in manifest.views.mixing],
         "targets": manifest.views.targets,
-        "dataset": None if manifest.dataset is None else _entry(manifest.dataset.model_dump(mode="json")),
+        "dataset": None if manifest.dataset is None else manifest.dataset.model_dump(mode="json"),
         "fingerprint": manifest.fingerprint.content,
         "teachers": {name: _teacher(cache, name, entry, done) for name, entry in manifest.teachers.items()},
         "recorded": None if layout.views is None else _array_bytes(cache, [layout.views], done),
@@ -86,10 +88,10 @@ def _growing(root: Path, manifest: Manifest) -> dict[str, Any] | None:
 def _teacher(cache: Cache, name: str, entry: TeacherEntry, done: list[Shard]) -> dict[str, Any]:
     groups = cache.layout.of(name)
     return {
-        "model": _entry(entry.model),
+        "model": entry.model,
         "weights": entry.weights,
         "classes": entry.num_classes,
-        "logits": None if entry.logits is None else _entry(entry.logits.model_dump(mode="json")),
+        "logits": None if entry.logits is None else entry.logits.model_dump(mode="json"),
         "precision": entry.precision,
         **_quality(cache, name, [shard for shard in done if shard.view == 0 and entry.logits is not None]),
         "targets": [_target(cache, entry, group, done) for group in groups],
@@ -106,9 +108,9 @@ def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Sha
     errors = errors or errors_of(cache.path, cache.manifest, group, done)
     return {
         "target": group.target,
-        "kept": None if feature is None else _entry(feature.model_dump(mode="json", exclude_none=True)),
+        "kept": None if feature is None else feature.model_dump(mode="json", exclude_none=True),
         "shape": [entry.num_classes] if feature is None else list(entry.stored_features[group.target].shape),
-        "form": _entry(stored.form.model_dump(mode="json", exclude_none=True)),
+        "form": stored.form.model_dump(mode="json", exclude_none=True) if feature is None else None,
         "bytes_per_row": _array_bytes(cache, [group], done)["bytes_per_row"],
         "table_bytes": sum(table.num_bytes for table in group.tables),
         "errors": {} if errors is None else errors.model_dump(mode="json"),
@@ -170,14 +172,3 @@ def labels_as_seen(cache: Cache, keys: list[ViewKey]) -> Labels:
         return labels
     smaller = (mixture.share < 0.5).reshape(-1, *[1] * (labels.ndim - 1))
     return np.where(smaller, cache.labels[mixture.partners], labels).astype(labels.dtype)
-
-
-def _entry(value: object) -> str:
-    """Write a recipe entry on one line."""
-    if not isinstance(value, dict):
-        return "given as an object" if value is None else str(value)
-    return (
-        "{"
-        + ", ".join(f"{key}: {_entry(item) if isinstance(item, dict) else item}" for key, item in value.items())
-        + "}"
-    )

@@ -66,7 +66,7 @@ class MultiLabelSummary:
     cache: str
     images: int
     views: int
-    labelled_rows: int
+    labelled_row_views: int
     teachers: tuple[MultiLabelTeacher, ...]
     agreement: tuple[LabelAgreement, ...]
     per_view: tuple[dict[str, Any], ...]
@@ -95,7 +95,7 @@ def summarize_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> 
         cache=cache.location,
         images=len(cache),
         views=views,
-        labelled_rows=views * int(known.any(axis=1).sum()),
+        labelled_row_views=views * int(known.any(axis=1).sum()),
         teachers=tuple(_teacher(name, cache, found) for name in names),
         agreement=tuple(
             LabelAgreement(*pair, float(np.mean([view.agreement[pair] for view in found])))

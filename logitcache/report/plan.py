@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from logitcache.cache.arrays import ArrayGroup, ArrayLayout
-from logitcache.cache.manifest import LOGITS, is_more
+from logitcache.cache.differences import is_more
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.verify import stored
 from logitcache.errors import RecipeError
 from logitcache.remote import is_remote
@@ -89,7 +90,7 @@ def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]
         "shard_rows": goal.shard_rows,
         "shards": layout.num_shards,
         "shards_to_do": len(pending),
-        "rows_to_do": sum(shard.stop - shard.start for shard in pending),
+        "row_views_to_do": sum(shard.stop - shard.start for shard in pending),
         "bytes": whole.bytes,
         "new_bytes": todo.bytes,
         "stored_bytes_per_row": round(whole.bytes_per_row, 1),
@@ -148,7 +149,7 @@ def _time(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]:
     return {
         "seconds": seconds,
         "time": {**time, "starting_seconds": found.start, "filling_seconds": filling},
-        "rows_per_second": rates,
+        "row_views_per_second": rates,
         "device_hours": device_hours(seconds, workers),
         "break_even_students": break_even(workers * (before + found.start + whole), rows, found.answer),
     }
@@ -186,9 +187,9 @@ def _memory(draft: Draft, found: Probe | None, whole: StoreCost) -> dict[str, An
 def _probed(draft: Draft, found: Probe | None) -> dict[str, Any]:
     return {
         "batches": found.batches if found else 0,
-        "rows": found.rows if found else 0,
-        "calibration_rows": draft.calibration_rows,
-        "calibration_rows_wanted": draft.calibration_wanted,
+        "row_views": found.rows if found else 0,
+        "calibration_row_views": draft.calibration_rows,
+        "calibration_row_views_wanted": draft.calibration_wanted,
     }
 
 
@@ -280,10 +281,10 @@ def _notes(document: Mapping[str, Any], workers: int) -> list[str]:
             f"the cache costs less than the teacher in the loop from {document['break_even_students']} students on, "
             f"where each trains {views} epoch{'s' if views > 1 else ''} or more"
         )
-    if probed["calibration_rows"] < probed["calibration_rows_wanted"]:
+    if probed["calibration_row_views"] < probed["calibration_row_views_wanted"]:
         notes.append(
-            f"encodings are fitted to {probed['calibration_rows']} rows here, and to "
-            f"{probed['calibration_rows_wanted']} by precompute: their bytes may come out a little different"
+            f"encodings are fitted to {probed['calibration_row_views']} row-views here, and to "
+            f"{probed['calibration_row_views_wanted']} by precompute: their bytes may come out a little different"
         )
     if workers > 1:
         notes.append(f"{workers} workers are not measured: each is taken to be as fast as one, with its share of cores")

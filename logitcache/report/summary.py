@@ -109,7 +109,7 @@ class CacheSummary:
     cache: str
     images: int
     views: int
-    labelled_rows: int
+    labelled_row_views: int
     teachers: tuple[TeacherSummary, ...]
     agreement: tuple[Agreement, ...]
     per_view: tuple[dict[str, Any], ...]
@@ -226,7 +226,7 @@ def _summary(cache: Cache, views: int, counts: ShardCounts, per_view: tuple[dict
         cache=cache.location,
         images=len(cache),
         views=views,
-        labelled_rows=int(next(iter(counts.teachers.values())).totals[0]),
+        labelled_row_views=int(next(iter(counts.teachers.values())).totals[0]),
         teachers=tuple(_teacher(name, classes[name], found, counts.rows) for name, found in counts.teachers.items()),
         agreement=tuple(Agreement(*pair, count / counts.rows) for pair, count in counts.agreeing.items()),
         per_view=per_view,
@@ -254,4 +254,4 @@ def _per_class(counts: ShardCounts) -> Iterable[dict[str, Any]]:
     rows = next(iter(counts.teachers.values())).by_class[:, 0]
     for label in np.flatnonzero(rows).tolist():
         top1 = {name: found.by_class[label, 1] / rows[label] for name, found in counts.teachers.items()}
-        yield {"label": label, "rows": int(rows[label]), **top1}
+        yield {"label": label, "row_views": int(rows[label]), **top1}

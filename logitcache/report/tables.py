@@ -1,8 +1,10 @@
 """Results for human eyes: tables on a terminal, aligned text in a pipe."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -12,7 +14,7 @@ LONGEST_TABLE = 40
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Write a result for stdout: scalars as aligned lines, lists of mappings as tables."""
+    """Write a result for stdout: scalars as aligned lines, lists of mappings as tables, entries as recipes do."""
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
         _print(console, document)
@@ -32,7 +34,7 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
 def _scalars(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in document.items():
         name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not _is_entry(value):
             yield from _scalars(value, f"{name}.")
         elif not _is_table(value):
             yield name, _format(str(key), value)
@@ -40,14 +42,19 @@ def _scalars(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 def _tables(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[dict[str, str]]]]:
     for key, value in document.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not _is_entry(value):
             yield from _tables(value, f"{prefix}{key}.")
         elif _is_table(value):
             yield f"{prefix}{key}", [dict(_scalars(row)) for row in value]
 
 
+def _is_entry(value: Any) -> bool:
+    """Say whether a value is an entry of a recipe, which names its kind."""
+    return isinstance(value, Mapping) and "kind" in value
+
+
 def _is_table(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping)
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and not _is_entry(value[0])
 
 
 def _print_table(console: Console, title: str, rows: list[dict[str, str]]) -> None:
@@ -81,6 +88,8 @@ def _format(name: str, value: Any) -> str:
             return f"{value:.3g} s"
         case float():
             return f"{value:.4g}"
+        case Mapping():
+            return yaml.safe_dump(dict(value), default_flow_style=True, sort_keys=False, width=math.inf).strip()
         case list() | tuple():
             text = ", ".join(_format("", item) for item in value) or MISSING
             return text if len(text) <= LONGEST_LIST else f"{len(value)} entries"

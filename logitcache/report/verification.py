@@ -1,11 +1,14 @@
 """Everything that can be wrong with a cache, told at once."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.cache.copies import place_of
 from logitcache.cache.create import read_manifest
+from logitcache.cache.derivation import fix_of_damage, is_derived
 from logitcache.cache.layout import layout_of
 from logitcache.cache.locate import locate
 from logitcache.cache.locks import require_trusted
@@ -14,7 +17,11 @@ from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify_cache
 from logitcache.errors import DataError, RecipeError
 from logitcache.recipe import Component, load_recipe
+from logitcache.report.recipes import load_own
+from logitcache.report.tables import as_text
+from logitcache.teacher.derive import DeriveRecipe, derive
 from logitcache.teacher.models import TeacherSource
+from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.views.datasets import Custom, Dataset
 
 
@@ -27,7 +34,7 @@ class _Located(Component):
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was compared; `images` is "the same" or "not compared", and `note` says why not."""
+    """What was compared; `images` is "the same" or "not compared", and `note` says why not; `fix` mends `problems`."""
 
     cache: str
     shards: int
@@ -35,6 +42,13 @@ class VerifyResult:
     images: str
     note: str | None
     problems: tuple[str, ...]
+    fix: str | None
+
+    @property
+    def error(self) -> str | None:
+        """Say on one line what the problems come to; None without any."""
+        count = len(self.problems)
+        return f"{self.cache}: {self.note} ({count} problem{'s' * (count > 1)}). Fix: {self.fix}" if count else None
 
 
 def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
@@ -46,36 +60,58 @@ def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
     root = locate(path, fresh=True)
     manifest = read_manifest(root)
     found = verify_cache(root, manifest, layout_of(manifest))
-    note = _wrong(root, found.problems) if found.problems else _compare_images(Cache(root, manifest), overrides)
+    note, fix = _told(Cache(root, manifest), found.problems, overrides)
     images = "the same" if note is None else "not compared"
-    return VerifyResult(str(place_of(root)), found.shards, found.bytes, images, note, found.problems)
+    return VerifyResult(str(place_of(root)), found.shards, found.bytes, images, note, found.problems, fix)
 
 
-def _wrong(root: Path, problems: Sequence[str]) -> str:
-    """Say what a cache with problems is, and what mends it."""
+def verification_text(result: VerifyResult) -> str:
+    """Write what was found for human eyes: a table, then a line for every problem; `fix` is told as the error."""
+    figures = {name: value for name, value in vars(result).items() if name != "fix"}
+    return as_text(figures | {"problems": len(result.problems)}) + "".join(f"{text}\n" for text in result.problems)
+
+
+def _told(cache: Cache, problems: Sequence[str], overrides: Sequence[str]) -> tuple[str | None, str | None]:
+    """Say why images are not compared, None where they are the same, and what mends a cache with problems."""
+    if not problems:
+        return _compare_images(cache, overrides), None
     if all(problem.endswith("not committed") for problem in problems):
-        return "the cache is incomplete. Fix: run the same `logitcache precompute` command again, it continues"
-    return f"the cache is damaged. Fix: `logitcache verify {place_of(root)} --repair RECIPE` writes just that again"
+        return "the cache is incomplete", fix_of_damage(cache.path).removeprefix("Fix: ")
+    command = shlex.join(["logitcache", "verify", cache.location, "--repair"])
+    return "the cache is damaged", f"run `{command} RECIPE`, which writes just that again"
 
 
 def repair(path: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
     """Read every stored byte again, write exactly what is damaged again by the recipe that made the cache, and verify.
 
-    `overrides` change the recipe, whose `cache` is this one. Views, teachers, logits and features that it asks for
-    beyond the cache are not added. Raises as precompute does where the recipe is another one, or where the cache cannot
-    be repaired.
+    `overrides` change the recipe, of precompute or derive, whose cache to fill is this one. Views, teachers, logits and
+    features that it asks for beyond the cache are not added. Raises as these do where the recipe is another one, or
+    where the cache cannot be repaired.
     """
-    from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-
     root = locate(path, fresh=True)
     manifest = read_manifest(root)
-    plan = load_recipe(Path(recipe), PrecomputeRecipe, overrides).model_copy(update={"cache": str(path)})
-    views = plan.views.model_copy(update={"num_views": manifest.views.num_views})
-    kept = _kept(plan.teachers, manifest)
-    # What it finds is remembered: precompute need not read every byte once more.
+    mend = _derive_again if is_derived(manifest) else _precompute_again
+    run = mend(recipe, overrides, str(path), manifest)
+    # What it finds is remembered: the run need not read every byte once more.
     verify_cache(root, manifest, layout_of(manifest))
-    precompute(plan.model_copy(update={"views": views, "teachers": kept or plan.teachers}))
+    run()
     return verify(path)
+
+
+def _precompute_again(
+    recipe: str | Path, overrides: Sequence[str], path: str, manifest: Manifest
+) -> Callable[[], object]:
+    plan = load_own(recipe, PrecomputeRecipe, overrides)
+    views = plan.views.model_copy(update={"num_views": manifest.views.num_views})
+    teachers = _kept(plan.teachers, manifest) or plan.teachers
+    changes = {"cache": path, "views": views, "teachers": teachers}
+    return functools.partial(precompute, plan.model_copy(update=changes))
+
+
+def _derive_again(recipe: str | Path, overrides: Sequence[str], path: str, manifest: Manifest) -> Callable[[], object]:
+    plan = load_own(recipe, DeriveRecipe, overrides)
+    changes = {"out": path, "num_views": manifest.views.num_views}
+    return functools.partial(derive, plan.model_copy(update=changes))
 
 
 def _kept(sources: Mapping[str, TeacherSource], manifest: Manifest) -> dict[str, TeacherSource]:

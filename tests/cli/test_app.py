@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import logitcache
-from logitcache import console, errors
+from logitcache import errors
 from logitcache.cli import commands, main
 from logitcache.cli.common import Answer
 
@@ -34,10 +34,9 @@ HEAVY = ("torch", "zarr", "numpy", "yaml", "rich", "torchvision", "dask")
 
 
 @pytest.fixture(autouse=True)
-def _signals_and_console():
+def _signals():
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     yield
-    console.configure(quiet=True)
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
 

@@ -5,7 +5,6 @@ from types import ModuleType
 
 import pytest
 
-from logitcache import console
 from logitcache.cli import main
 from logitcache.student.cost import LatencyPlan
 from logitcache.teacher.gathering import Cluster
@@ -15,12 +14,6 @@ from logitcache.teacher.gathering import Cluster
 class Result:
     out: str
     top1: float = 0.5
-
-
-@pytest.fixture(autouse=True)
-def _silent_again():
-    yield
-    console.configure(quiet=True)
 
 
 @pytest.fixture
@@ -53,8 +46,10 @@ def recipe(tmp_path):
 
 
 PRECOMPUTE = "cache: a.zarr\nteachers: {t: {model: {kind: small_cnn}}}\n"
+DERIVE = "cache: a.zarr\nout: b.zarr\nteachers: {t: {logits: {kind: top_k, k: 5}}}\n"
 STUDENT = "cache: a.zarr\nout: runs/s\nepochs: 2\nmodel: {kind: small_cnn}\n"
 TEACHER = "dataset: {kind: bundled}\nout: runs/t\nepochs: 2\nmodel: {kind: small_cnn}\n"
+KINDS = {"precompute": PRECOMPUTE, "derive": DERIVE, "train-student": STUDENT, "train-teacher": TEACHER}
 
 
 def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, recipe):
@@ -150,17 +145,21 @@ def test_inspect_and_summary_and_demo_call_their_verbs(tmp_path, verb):
     assert told == [((tmp_path,), {"quick": False})]
 
 
-def test_verify_tells_every_problem_and_exits_3(capsys, monkeypatch, tmp_path):
+def test_verify_tells_every_problem_once_and_exits_3(capsys, monkeypatch, tmp_path):
     from logitcache.report.verification import VerifyResult
 
-    result = VerifyResult(
-        "a.zarr", 2, 10, "not compared", "the cache is damaged", ("shard 0 differs", "shard 1 is gone")
-    )
+    problems = ("shard 0 differs " + "x" * 300, "shard 1 is gone")
+    result = VerifyResult("a.zarr", 2, 10, "not compared", "the cache is damaged", problems, "mend it")
     monkeypatch.setattr("logitcache.report.verification.verify", lambda *args: result)
     assert main(["verify", str(tmp_path), "--set", "dataset.root=x"]) == 3
     out, err = capsys.readouterr()
     assert "shards" in out
-    assert err == "Error: shard 0 differs\nError: shard 1 is gone\n"
+    assert out.endswith("".join(f"{problem}\n" for problem in problems))
+    assert err == "Error: a.zarr: the cache is damaged (2 problems). Fix: mend it\n"
+    assert main(["verify", str(tmp_path), "--json"]) == 3
+    document = json.loads(capsys.readouterr().out)
+    assert tuple(document["problems"]) == problems
+    assert document["error"]["message"] == "a.zarr: the cache is damaged (2 problems). Fix: mend it"
 
 
 def test_a_folder_that_is_no_cache_is_refused_with_exit_3(capsys, tmp_path):
@@ -168,15 +167,44 @@ def test_a_folder_that_is_no_cache_is_refused_with_exit_3(capsys, tmp_path):
     assert str(tmp_path) in capsys.readouterr().err
 
 
-def test_recipe_check_knows_the_three_kinds(capsys, tmp_path):
-    for name, text in [("p", PRECOMPUTE), ("s", STUDENT), ("t", TEACHER)]:
+def test_recipe_check_knows_the_kinds(capsys, tmp_path):
+    for name, text in KINDS.items():
         (tmp_path / name).write_text(text)
-    assert main(["recipe", "check", *(str(tmp_path / name) for name in "pst")]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        f"OK {tmp_path / 'p'} (precompute)",
-        f"OK {tmp_path / 's'} (train-student)",
-        f"OK {tmp_path / 't'} (train-teacher)",
-    ]
+    assert main(["recipe", "check", *(str(tmp_path / name) for name in KINDS)]) == 0
+    assert capsys.readouterr().out.splitlines() == [f"OK {tmp_path / name} ({name})" for name in KINDS]
+
+
+@pytest.mark.parametrize("wanted", ["plan", *KINDS])
+def test_a_recipe_of_another_command_is_told_as_that(capsys, recipe, wanted):
+    own = "precompute" if wanted == "plan" else wanted
+    for kind, text in KINDS.items():
+        if kind != own:
+            path = recipe(text)
+            assert main([wanted, path]) == 2
+            err = capsys.readouterr().err
+            assert err.startswith(f"Error: {path} looks like a recipe of `{kind}`")
+            assert f"takes one of `{own}`: it " in err
+            assert f"Fix: run `logitcache {kind} {path}`" in err
+            assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "expected"),
+    [
+        ("precompute", PRECOMPUTE + "out: x\n", "'out' = \"x\": unknown key"),
+        ("precompute", PRECOMPUTE + "epochs: 2\n", "'epochs' = 2: unknown key"),
+        ("train-student", STUDENT.replace("epochs", "epoch"), "did you mean 'epochs'?"),
+        ("train-teacher", TEACHER.replace("dataset: {kind: bundled}\n", ""), "'dataset' is missing"),
+        ("precompute", "a: 1\na: 2\n", "key 'a' appears twice"),
+        ("derive", "a: 1\n", "'teachers' is missing"),
+        ("train-student", STUDENT + "losses: [{kind: kl_divergence, a: 1, b: 2, c: 3, d: 4, e: 5}]\n", "5 mistakes"),
+    ],
+)
+def test_a_mistake_in_a_recipe_of_the_command_stays_one(capsys, recipe, command, text, expected):
+    assert main([command, recipe(text)]) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert "looks like" not in err
 
 
 def test_recipe_check_reports_every_mistake_of_every_file(capsys, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from logitcache import console
 from logitcache.cli import main
 from logitcache.models import Bundled
 from logitcache.recipe import load_recipe
@@ -75,4 +74,3 @@ def test_a_run_whose_cache_is_gone_says_so(run: Path, capsys: pytest.CaptureFixt
     assert "training images are not counted" in err
     assert main(["evaluate", str(run / "run"), "-q"]) == 0
     assert "compression" in capsys.readouterr().out
-    console.configure(quiet=True)

@@ -55,7 +55,7 @@ def precisions(logits: Table, labels: Table) -> list[float]:
 def test_figures_are_those_of_a_plain_loop(path: Path) -> None:
     result, cache, labels = summarize(path), open_cache(path), Marked().table
     assert isinstance(result, MultiLabelSummary)
-    assert (result.images, result.views, result.labelled_rows) == (COUNT, 2, 2 * COUNT)
+    assert (result.images, result.views, result.labelled_row_views) == (COUNT, 2, 2 * COUNT)
     said = {item.teacher: item for item in result.teachers}
     assert list(said) == ["a", "b", ENSEMBLE]
     z = {name: [answers(cache, name, view) for view in range(2)] for name in SEEDS}

@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import nn
 
-from logitcache import console
 from logitcache.cli import main
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
 from logitcache.recipe import load_recipe
@@ -83,14 +82,14 @@ def test_bytes_and_files_are_those_of_the_run_that_follows(name: str, tmp_path: 
     run(tmp_path / "c", Pixels(COUNT), **options)
     require_told(document, tmp_path / "c")
     assert (document["new_files"], document["new_bytes"]) == (document["files"], document["bytes"])
-    assert (document["state"], document["rows_to_do"]) == ("new", 2 * COUNT)
+    assert (document["state"], document["row_views_to_do"]) == ("new", 2 * COUNT)
 
 
 @pytest.mark.parametrize("logits", [PACKED, PACKED_TOP2], ids=lambda entry: str(entry["kind"]))
 def test_a_probe_of_some_batches_tells_what_all_of_them_take(logits: Any, tmp_path: Path) -> None:
     options = {"teachers": {"t": teacher(logits)}, "shard_rows": 2048, "batch_size": 200}
     document = told(tmp_path / "c", 3000, views={}, batches=4, **options)
-    assert (document["probe"]["batches"], document["probe"]["rows"]) == (4, 800)
+    assert (document["probe"]["batches"], document["probe"]["row_views"]) == (4, 800)
     run(tmp_path / "c", Pixels(3000), views={}, **options)
     # Sums of errors by shard are a few hundred bytes, whatever is in it; arrays of zeros are even less.
     document["arrays"] = [array for array in document["arrays"] if not array["array"].endswith(".errors")]
@@ -174,7 +173,7 @@ def test_a_further_teacher_is_planned_alone(cache: Path) -> None:
     given = {"t": Linear(), "u": Linear(seed=1)}
     document = plan(recipe(cache, **both), teachers=given, dataset=Pixels(COUNT))
     precompute(recipe(cache, **both), teachers=given, dataset=Pixels(COUNT))
-    assert (document["state"], document["rows_to_do"]) == ("growth", 2 * COUNT)
+    assert (document["state"], document["row_views_to_do"]) == ("growth", 2 * COUNT)
     require_told(document, cache)
 
 
@@ -226,9 +225,9 @@ def test_several_workers_are_an_estimate_that_says_so(tmp_path: Path) -> None:
 def test_calibration_on_fewer_rows_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft, "CALIBRATION_SECONDS", 0.0)
     document = told(tmp_path / "c", shard_rows=128, teachers={"t": teacher(TRANSFORM)})
-    assert document["probe"]["calibration_rows"] == draft.FEWEST_ROWS
-    assert document["probe"]["calibration_rows_wanted"] == 2 * COUNT
-    assert any("256 rows here, and to 600 by precompute" in note for note in document["notes"])
+    assert document["probe"]["calibration_row_views"] == draft.FEWEST_ROWS
+    assert document["probe"]["calibration_row_views_wanted"] == 2 * COUNT
+    assert any("256 row-views here, and to 600 by precompute" in note for note in document["notes"])
 
 
 class Twice(nn.Module):
@@ -345,7 +344,7 @@ def test_of_a_cache_at_a_url_only_what_it_lacks_is_planned(memory_url: str) -> N
     more = changed.model_copy(update={"views": changed.views.model_copy(update={"num_views": 3})})
     document = plan(more, teachers={"t": Linear()}, dataset=Pixels(COUNT))
     assert document["state"] == "growth"
-    assert document["rows_to_do"] == COUNT * (3 - changed.views.num_views)
+    assert document["row_views_to_do"] == COUNT * (3 - changed.views.num_views)
 
 
 def test_the_command_tells_it_as_text_and_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,15 +353,12 @@ def test_the_command_tells_it_as_text_and_as_json(tmp_path: Path, capsys: pytest
     entry = {"teacher": {"model": {"kind": "bundled"}}}
     plain = {"cache": str(tmp_path / "c"), "dataset": bundled, "teachers": entry, "num_workers": 0}
     file.write_text(yaml.safe_dump(plain))
-    try:
-        assert main(["plan", str(file), "--set", "views.num_views=2", "-q", "--json", "--taps", "--batches", "1"]) == 0
-        document = json.loads(capsys.readouterr().out)
-        assert document["rows_to_do"] == 120
-        assert document["taps"]
-        assert main(["plan", str(file), "-q"]) == 0
-        text = capsys.readouterr().out
-    finally:
-        console.configure(quiet=True)
+    assert main(["plan", str(file), "--set", "views.num_views=2", "-q", "--json", "--taps", "--batches", "1"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["row_views_to_do"] == 120
+    assert document["taps"]
+    assert main(["plan", str(file), "-q"]) == 0
+    text = capsys.readouterr().out
     assert "teacher.logits" in text
     assert "students on, where each trains 1 epoch or more." in text
     assert not (tmp_path / "c").exists()

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from logitcache import console
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
@@ -69,7 +68,7 @@ def by_name(result: CacheSummary) -> dict[str, summary.TeacherSummary]:
 
 def test_figures_are_those_of_a_plain_loop(labelled: Path) -> None:
     result, cache = summarize(labelled), open_cache(labelled)
-    assert (result.images, result.views, result.labelled_rows) == (COUNT, 2, 2 * COUNT)
+    assert (result.images, result.views, result.labelled_row_views) == (COUNT, 2, 2 * COUNT)
     p = {name: probabilities(cache, name) for name in ("a", "b")}
     p[ENSEMBLE] = (p["a"] + p["b"]) / 2
     assert list(by_name(result)) == list(p)
@@ -84,7 +83,7 @@ def test_figures_are_those_of_a_plain_loop(labelled: Path) -> None:
             assert row[name] == pytest.approx(hits.mean())
         for row in result.per_class:
             mine = cache.labels == row["label"]
-            assert row["rows"] == 2 * mine.sum()
+            assert row["row_views"] == 2 * mine.sum()
             assert row[name] == pytest.approx(np.mean(p[name][:, mine].argmax(axis=2) == row["label"]))
     [pair] = result.agreement
     same = p["a"].argmax(axis=2) == p["b"].argmax(axis=2)
@@ -111,7 +110,7 @@ def test_shards_may_be_counted_in_any_order_and_in_any_pieces(labelled: Path, mo
 
 def test_the_first_views_alone_may_be_read(labelled: Path) -> None:
     first, both = summarize(labelled, 1), summarize(labelled)
-    assert first.labelled_rows == COUNT
+    assert first.labelled_row_views == COUNT
     assert first.per_view == both.per_view[:1]
     with pytest.raises(RecipeError, match="at most these"):
         summarize(labelled, 3)
@@ -149,7 +148,7 @@ def test_answers_from_before_mixing_are_compared_with_the_images_own_labels(tmp_
 def test_without_labels_there_is_no_accuracy(tmp_path: Path) -> None:
     result = summarize(fill(tmp_path / "plain", {"a": 0, "b": 1}, Pixels(COUNT)))
     assert {item.top1 for item in result.teachers} == {item.top5 for item in result.teachers} == {None}
-    assert (result.labelled_rows, result.per_class) == (0, ())
+    assert (result.labelled_row_views, result.per_class) == (0, ())
     assert result.agreement[0].agreement < 1
     assert all(item.entropy > 0 for item in result.teachers)
 
@@ -193,4 +192,3 @@ def test_the_command_prints_tables_or_one_document(labelled: Path, capsys: pytes
     assert "per_view:" in text
     assert main(["summary", str(labelled), "--views", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(dataclasses.asdict(summarize(labelled, 1))))
-    console.configure(quiet=True)

@@ -11,6 +11,8 @@ def test_results_are_aligned_text_in_a_pipe():
             "teacher": None,
             "problems": [],
             "sizes": list(range(1000)),
+            "encoding": {"kind": "head", "module": None, "sizes": [1, 2]},
+            "drawn": [{"kind": "flip", "p": 0.5}, {"kind": "blur", "exact": True}],
             "students": [{"name": "cached", "top1": 0.79012}, {"name": "labels", "seeds": 3}],
         }
     )
@@ -22,6 +24,8 @@ def test_results_are_aligned_text_in_a_pipe():
         "teacher        -",
         "problems       -",
         "sizes          1000 entries",
+        "encoding       {kind: head, module: null, sizes: [1, 2]}",
+        "drawn          {kind: flip, p: 0.5}, {kind: blur, exact: true}",
         "",
         "students:",
         "  name    top1    seeds",

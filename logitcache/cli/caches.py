@@ -1,0 +1,71 @@
+"""The commands that look at a cache, and look after it."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from logitcache.cli.common import Answer, Overrides, Scheduler, Workers
+
+CachePath = Annotated[str, Argument(metavar="CACHE", help="A folder or a URL (s3://…) made by precompute or derive.")]
+
+
+def summary(
+    cache: CachePath,
+    views: Annotated[int | None, Option("--views", min=1, metavar="N", help="Read the first N views only.")] = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+) -> Answer:
+    """Show how good the teachers are. Alone and together, by view and by class, from the cache alone."""
+    from logitcache.report.summary import summarize
+    from logitcache.teacher.gathering import Cluster
+
+    return Answer(asdict(summarize(cache, views, Cluster(scheduler, workers))))
+
+
+def inspect(cache: CachePath) -> Answer:
+    """Show what a cache is, what made it and how large it is."""
+    from logitcache.report.inspect import inspect_cache
+
+    return Answer(inspect_cache(cache))
+
+
+def verify(
+    cache: CachePath,
+    overrides: Overrides,
+    repair: Annotated[
+        Path | None,
+        Option("--repair", metavar="RECIPE", help="Write what is damaged again, by the recipe that made the cache."),
+    ] = None,
+) -> Answer:
+    """Read a whole cache again. --set dataset.root=DIR says where its images are now."""
+    from logitcache.errors import CacheError
+    from logitcache.report.verification import repair as mend
+    from logitcache.report.verification import verification_text
+    from logitcache.report.verification import verify as check
+
+    result = check(cache, overrides) if repair is None else mend(cache, repair, overrides)
+    text = verification_text(result)
+    if result.error is None:
+        return Answer(asdict(result), text)
+    return Answer(asdict(result), text, (result.error,), CacheError.__name__, CacheError.exit_code)
+
+
+def gc(
+    cache: CachePath,
+    dry_run: Annotated[bool, Option("--dry-run", help="Remove nothing, only say what would be.")] = False,
+    growth: Annotated[
+        bool, Option("--growth", help="Give up unfinished views and teachers that were being added, too.")
+    ] = False,
+) -> Answer:
+    """Remove what killed writers left behind. Nothing that is committed, and not while a run writes to the cache."""
+    from logitcache.cache.garbage import collect
+
+    found = collect(cache, dry_run=dry_run, growth=growth)
+    total = sum(garbage.bytes for garbage in found)
+    verb = "would be removed" if dry_run else "removed"
+    lines = [f"{garbage.path}: {garbage.why} ({garbage.bytes} bytes)\n" for garbage in found]
+    text = "".join(lines) + f"{len(found)} files or folders, {total} bytes, {verb}\n"
+    document = {"cache": cache, "dry_run": dry_run, "bytes": total, "found": [asdict(item) for item in found]}
+    return Answer(document, text)

@@ -1,0 +1,110 @@
+"""Stage two: the commands that train, and the one that measures what was trained."""
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, BadParameter, Option
+
+from logitcache.cli.common import Answer, Overrides, Recipe
+
+if TYPE_CHECKING:
+    from logitcache.student.training import RunResult
+
+Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
+
+
+class Verify(StrEnum):
+    """How exactly the pixels rendered here must be those that the teacher saw."""
+
+    STRICT = "strict"
+    NUMERIC = "numeric"
+    OFF = "off"
+
+
+def train_student(
+    recipe: Recipe,
+    overrides: Overrides,
+    resume: Resume = False,
+    online: Annotated[bool, Option("--online", help="Put the teacher back in the loop, to compare.")] = False,
+    verify: Annotated[
+        Verify | None,
+        Option("--verify", help="How exactly the pixels must be those that the teacher saw."),
+    ] = None,
+) -> Answer:
+    """Train a student from a cache, with no teacher in the loop."""
+    from logitcache.report.recipes import load_own
+    from logitcache.student.ranks import joined
+    from logitcache.student.recipes import StudentRecipe
+    from logitcache.student.training import train
+
+    changes = overrides if verify is None else [*overrides, f"verify={verify}"]
+    with joined() as ranks:
+        student = load_own(recipe, StudentRecipe, changes)
+        live = None
+        if online:
+            from logitcache.teacher.online import live_targets
+
+            live = live_targets(student.cache, student.device, student.teachers)
+        return _trained(train(student, resume=resume, live=live), ranks.is_first)
+
+
+def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> Answer:
+    """Train a teacher on labels, by the same loop."""
+    from logitcache.report.recipes import load_own
+    from logitcache.student.ranks import joined
+    from logitcache.student.recipes import TeacherRecipe
+    from logitcache.student.training import train
+
+    with joined() as ranks:
+        result = train(load_own(recipe, TeacherRecipe, overrides), resume=resume)
+        return _trained(result, ranks.is_first)
+
+
+def _trained(result: "RunResult", is_shown: bool) -> Answer:
+    """Leave out of the text what such images are not measured by."""
+    from logitcache.report.tables import as_text
+
+    document = asdict(result)
+    text = as_text({name: value for name, value in document.items() if value is not None})
+    return Answer(document, text, is_shown=is_shown)
+
+
+def evaluate(
+    run: Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")],
+    overrides: Overrides,
+    latency: Annotated[
+        bool, Option("--latency", help="Time the model too, and the teachers where they can be built.")
+    ] = False,
+    batch_size: Annotated[
+        list[int],
+        Option("--batch-size", min=1, metavar="N", show_default="1, 32", help="Images at a time; repeatable."),
+    ] = [],  # noqa: B006  # Typer's way
+    threads: Annotated[
+        list[int],
+        Option("--threads", min=1, metavar="N", show_default="all", help="CPU threads; repeatable."),
+    ] = [],  # noqa: B006
+    repeats: Annotated[
+        int | None,
+        Option("--repeats", min=1, metavar="N", show_default="30", help="Batches to take the median of."),
+    ] = None,
+    warm_up: Annotated[
+        int | None, Option("--warm-up", min=1, metavar="N", show_default="5", help="Batches that do not count.")
+    ] = None,
+) -> Answer:
+    """Measure a trained model again.
+
+    On its own images, or with --set validation.… on others. The options from --batch-size to --warm-up say how to time,
+    and need --latency.
+    """
+    options = {"--batch-size": batch_size, "--threads": threads, "--repeats": repeats, "--warm-up": warm_up}
+    unused = [option for option, value in options.items() if value and not latency]
+    if unused:
+        raise BadParameter("says how to time, and nothing is timed without --latency", param_hint=unused)
+    from logitcache.report.evaluation import evaluate_beside_teachers
+    from logitcache.student.cost import LatencyPlan
+
+    timing = {"batch_sizes": tuple(batch_size), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
+    plan = LatencyPlan.model_validate({key: value for key, value in timing.items() if value}) if latency else None
+    return Answer(asdict(evaluate_beside_teachers(run, overrides, plan)))
