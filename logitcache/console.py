@@ -1,6 +1,13 @@
-"""Progress and messages on stderr: bars on a terminal, lines in a log, nothing in a library."""
+"""All that is printed: answers on stdout; errors, messages and progress on stderr, of which a library shows nothing.
 
+Text may hold what a cache, a file name or a server says. Everything printed passes `visible`, so that none of it
+reaches the terminal as a command.
+"""
+
+import sys
 import time
+import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
@@ -13,6 +20,9 @@ T = TypeVar("T")
 
 LINE_SECONDS = 5.0
 
+_INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+"""Unicode categories: controls, format characters (of bidirectional text, say), surrogates, line separators."""
+
 
 class _Output:
     """What this process shows; silent until `configure` is called."""
@@ -24,6 +34,36 @@ class _Output:
 
 
 _output = _Output()
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    r"""Escape characters that terminals obey or hide, as Python does: `\x1b`, `\u202e`; those of `keep` stay."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in keep or unicodedata.category(c) not in _INVISIBLE else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def write(text: str, *, err: bool = False) -> None:
+    """Write text on stdout, or on stderr; what the stream's encoding lacks is escaped too."""
+    stream = sys.stderr if err else sys.stdout
+    encoding = stream.encoding or "utf-8"
+    stream.write(visible(text).encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+@contextmanager
+def warnings_as_lines() -> Iterator[None]:
+    """Show warnings without the place in our code that they came from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_args, **_options: f"Warning: {visible(str(message))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def configure(*, quiet: bool = False, verbose: bool = False) -> None:
@@ -56,7 +96,7 @@ def hushed() -> Iterator[None]:
 def say(message: str) -> None:
     """Write one line on stderr, above any bar."""
     if _output.console is not None:
-        _output.console.print(message, markup=False, highlight=False, emoji=False)
+        _output.console.print(visible(message), markup=False, highlight=False, emoji=False)
 
 
 def detail(message: str) -> None:
@@ -94,7 +134,7 @@ def _with_lines(iterable: Iterable[T], description: str, total: int, unit: str, 
 
 def _with_bar(iterable: Iterable[T], description: str, total: int, unit: str, done: int) -> Iterator[T]:
     with _shared_progress() as progress:
-        task = progress.add_task(description, total=total, completed=done, unit=unit)
+        task = progress.add_task(visible(description, keep=""), total=total, completed=done, unit=unit)
         try:
             for item in iterable:
                 yield item
@@ -118,10 +158,10 @@ def _shared_progress() -> "Iterator[Progress]":
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[unit]}", markup=False),
         TimeRemainingColumn(),
     )
     progress = Progress(*columns, console=_output.console, transient=True)

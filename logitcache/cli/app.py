@@ -8,8 +8,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typer import BadParameter
@@ -58,7 +57,7 @@ def _run(arguments: list[str]) -> int:
     # Whatever a library or the user's own code prints must not spoil the one document.
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
     try:
-        with aside, _warnings_as_lines():
+        with aside, console.warnings_as_lines():
             answer = app(arguments or ["--help"], prog_name="logitcache", standalone_mode=False)
     except BrokenPipeError:
         raise
@@ -67,23 +66,12 @@ def _run(arguments: list[str]) -> int:
         code, message = _explain(error, debug="--debug" in arguments)
         _print_errors([message])
         if isinstance(error, Stopped):
-            print(f"Resume: {_resume_line(arguments)}", file=sys.stderr, flush=True)
+            console.write(f"Resume: {_resume_line(arguments)}\n", err=True)
         if as_json:
             _print_json({"error": _error_entry(type(error).__name__, message, code)})
         return code
     # Typer gives a number for --help and --version.
     return _print(answer, as_json) if isinstance(answer, Answer) else int(answer or 0)
-
-
-@contextlib.contextmanager
-def _warnings_as_lines() -> Iterator[None]:
-    """Show warnings without the place in our code that they came from."""
-    before = warnings.formatwarning
-    warnings.formatwarning = lambda message, category, filename, lineno, line=None: f"Warning: {message}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 def _print(answer: Answer, as_json: bool) -> int:
@@ -96,8 +84,7 @@ def _print(answer: Answer, as_json: bool) -> int:
             document = {**document, "error": error}
         _print_json(document)
     else:
-        sys.stdout.write(_text(answer))
-    sys.stdout.flush()
+        console.write(_text(answer))
     _print_errors(answer.errors)
     return answer.exit_code
 
@@ -113,7 +100,7 @@ def _text(answer: Answer) -> str:
 def _explain(error: Exception, debug: bool) -> tuple[int, str]:
     """Choose the exit code and the message; a bug leaves its traceback in a file."""
     if debug:
-        traceback.print_exception(error)
+        console.write(_traceback(error), err=True)
     if isinstance(error, LogitCacheError):
         return error.exit_code, str(error)
     if isinstance(error, UsageError):
@@ -123,16 +110,19 @@ def _explain(error: Exception, debug: bool) -> tuple[int, str]:
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if debug:
         return EXIT_BUG, f"this is a bug in logitcache or in your own code: {summary}"
-    text = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="logitcache-", suffix=".txt", delete=False, encoding="utf-8"
         ) as file:
-            file.write(text)
+            file.write(_traceback(error))
     except OSError:  # a full disk may have been the cause
-        sys.stderr.write(text)
+        console.write(_traceback(error), err=True)
         return EXIT_BUG, f"this is a bug: {summary}"
     return EXIT_BUG, f"this is a bug: {summary} (traceback in {file.name}; --debug shows it)"
+
+
+def _traceback(error: Exception) -> str:
+    return console.visible("".join(traceback.format_exception(error)))
 
 
 def _resume_line(arguments: list[str]) -> str:
@@ -149,7 +139,7 @@ def _usage_message(error: Any) -> str:
 
 def _print_errors(messages: Sequence[str]) -> None:
     for message in messages:
-        print(f"Error: {message}", file=sys.stderr, flush=True)
+        console.write(f"Error: {message}\n", err=True)
 
 
 def _error_entry(kind: str, message: str, code: int) -> dict[str, Any]:
@@ -157,8 +147,20 @@ def _error_entry(kind: str, message: str, code: int) -> dict[str, Any]:
 
 
 def _print_json(document: Any) -> None:
+    console.write(f"{json.dumps(_plain(document), indent=2, allow_nan=False)}\n")
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold: NaN, which it has not, becomes null; numpy's numbers and tensors plain ones."""
+    match value:
+        case str():
+            return value
+        case os.PathLike():
+            return os.fspath(value)
+        case Mapping():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
     from pydantic_core import to_jsonable_python
 
-    # JSON has no NaN; numpy's numbers and tensors become plain ones.
-    plain = to_jsonable_python(document, inf_nan_mode="null", fallback=lambda value: value.tolist(), by_alias=True)
-    print(json.dumps(plain, indent=2, ensure_ascii=False, allow_nan=False))
+    return to_jsonable_python(value, inf_nan_mode="null", fallback=lambda other: other.tolist(), by_alias=True)

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Exit, Option, Typer, echo
+from typer import Argument, Exit, Option, Typer
 
+from logitcache import console
 from logitcache.cli import caches, stage_one, stage_two
 from logitcache.cli.common import Answer, Overrides, add_command
 
@@ -28,7 +29,7 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         import logitcache
 
-        echo(f"logitcache {logitcache.__version__}")
+        console.write(f"logitcache {logitcache.__version__}\n")
         raise Exit
 
 

@@ -8,6 +8,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from logitcache.console import visible
+
 MISSING = "-"
 LONGEST_LIST = 240
 LONGEST_TABLE = 40
@@ -15,7 +17,8 @@ LONGEST_TABLE = 40
 
 def as_text(document: Mapping[str, Any]) -> str:
     """Write a result for stdout: scalars as aligned lines, lists of mappings as tables, entries as recipes do."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    # Without styles: what prints the text shows escape sequences instead of sending them.
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, color_system=None)
     with console.capture() as capture:
         _print(console, document)
     return capture.get()
@@ -33,11 +36,12 @@ def _print(console: Console, document: Mapping[str, Any]) -> None:
 
 def _scalars(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in document.items():
-        name = f"{prefix}{key}"
+        name = visible(f"{prefix}{key}", keep="")
         if isinstance(value, Mapping) and not _is_entry(value):
             yield from _scalars(value, f"{name}.")
         elif not _is_table(value):
-            yield name, _format(str(key), value)
+            # On one line, whatever it holds: a value cannot pass for another, or for an error.
+            yield name, visible(_format(str(key), value), keep="")
 
 
 def _tables(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[dict[str, str]]]]:
@@ -45,7 +49,7 @@ def _tables(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
         if isinstance(value, Mapping) and not _is_entry(value):
             yield from _tables(value, f"{prefix}{key}.")
         elif _is_table(value):
-            yield f"{prefix}{key}", [dict(_scalars(row)) for row in value]
+            yield visible(f"{prefix}{key}", keep=""), [dict(_scalars(row)) for row in value]
 
 
 def _is_entry(value: Any) -> bool:
