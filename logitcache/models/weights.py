@@ -3,25 +3,32 @@
 import hashlib
 import pickle
 import sys
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from logitcache.console import say
 from logitcache.errors import RecipeError
 from logitcache.files import write_atomically
 
-# What data-parallel and compiled modules put before every name.
-_WRAPPERS = ("module.", "_orig_mod.")
+# The attributes under which torch's own wrappers (data parallel, compiled, FSDP, averaged) hold the wrapped module.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_OF_AVERAGES = "n_averaged"  # what torch's AveragedModel counts beside the wrapped module
+_COUNTS = "num_batches_tracked"
 _NUM_SHOWN = 5
 
 State = dict[str, Tensor]
+
+
+class CodeInFile(ValueError):
+    """A file of weights holds objects that reading it would have to build."""
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -68,7 +75,7 @@ def read_state(path: Path, key: str | None = None, prefix: str | None = None) ->
     the file holds.
     """
     if not path.is_file():
-        raise RecipeError(f"there is no weights file {path}.\n  Fix: mend the path in the recipe.")
+        raise RecipeError(f"there is no weights file {path}.\n  Fix: correct the path in the recipe.")
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
     state = _select(content, key, path)
     if prefix is None:
@@ -77,7 +84,7 @@ def read_state(path: Path, key: str | None = None, prefix: str | None = None) ->
     if not chosen:
         raise RecipeError(
             f"no name in {path} begins with '{prefix}'; the first are {_listed(state)}.\n"
-            "  Fix: mend `prefix`, or leave it out."
+            "  Fix: correct `prefix`, or leave it out."
         )
     return chosen
 
@@ -97,19 +104,32 @@ def _load_torch(path: Path) -> object:
     if not start.startswith((b"PK", b"\x80")):  # a zip file, or the pickle of older releases
         raise RecipeError(f"{path} is no torch weights file.\n  Fix: point `path` at one, or at safetensors.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        return load_plain(path)
+    except CodeInFile as error:
         raise RecipeError(
-            f"{path} holds more than weights, and reading it could run code; it was not read.\n"
-            "  Fix: where you trust the file, load it and write its weights alone:\n"
+            f"{path} {error}; it was not read.\n"
+            "  Fix: ask its author for the weights alone, written where the model is in memory:\n"
             "    safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
-        ) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        reason = str(error).partition("\n")[0]
+        ) from None
+    except ValueError as error:
         raise RecipeError(
-            f"{path} cannot be read as a torch weights file: {reason}\n"
+            f"{path} cannot be read as a torch weights file: {error}\n"
             "  Fix: point `path` at what torch.save(model.state_dict()) wrote, or safetensors."
         ) from error
+
+
+def load_plain(path: Path) -> object:
+    """Read what torch.save wrote of tensors and plain values, to the CPU; runs nothing that the file holds.
+
+    Raises CodeInFile if it holds anything else, ValueError with a reason if it is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        # torch's own message recommends to load the file without this guard.
+        raise CodeInFile("holds more than tensors and plain values, and reading it could run code") from None
+    except Exception as error:  # damage can surface as almost anything in a reader of archives
+        raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
 
 
 def _is_state(value: object) -> bool:
@@ -126,7 +146,7 @@ def _select(content: Any, key: str | None, path: Path) -> State:
         for part in key.split("."):
             content = content.get(part) if isinstance(content, Mapping) else None
         if not _is_state(content):
-            raise RecipeError(f"{path} holds no weights under '{key}'.\n  Fix: mend `key`, or leave it out.")
+            raise RecipeError(f"{path} holds no weights under '{key}'.\n  Fix: correct `key`, or leave it out.")
         return dict(content)
     if _is_state(content):
         return dict(content)
@@ -144,34 +164,68 @@ def _select(content: Any, key: str | None, path: Path) -> State:
     )
 
 
-def _unwrapped(state: Mapping[str, Tensor], own: State) -> Mapping[str, Tensor]:
-    """Drop what torch's own wrappers put before every name, unless the module has it too."""
-    for wrapper in _WRAPPERS:
-        if all(n.startswith(wrapper) for n in state) and not any(n.startswith(wrapper) for n in own):
-            return {name.removeprefix(wrapper): state[name] for name in state}
-    return state
+def _plain(name: str) -> str:
+    """Drop the parts of a dotted name that torch's wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> Mapping[str, Tensor]:
+    """Rename tensors whose names differ from the module's only in wrappers, unless two would get one name."""
+    names = {_plain(name): name for name in own}
+    renamed = {names.get(_plain(name), name): value for name, value in state.items()}
+    return renamed if len(names) == len(own) and len(renamed) == len(state) else state
+
+
+def _computed(module: nn.Module) -> set[str]:
+    """Name the buffers that the module computes itself and keeps out of its state."""
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, part in module.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Set every parameter and buffer of a module.
 
-    Raises RecipeError that lists each missing, surplus or misshapen name; `source` is the file
-    that the message names.
+    Wrappers in the names are ignored; tensors that the module computes itself are skipped, which is reported. Raises
+    RecipeError that lists each missing, surplus or unfit name; `source` is the file that the message names.
     """
-    own = _state(module)
-    state = _unwrapped(state, own)
+    own, computed = _state(module), _computed(module)
+    state = _unwrapped(state, own.keys() | computed)
     missing = _without_ties(own, own.keys() - state.keys(), state)
     surplus = state.keys() - own.keys()
-    shapes = {n: (list(state[n].shape), list(own[n].shape)) for n in own.keys() & state.keys()}
-    wrong = [f"{n} is {there}, not {here}" for n, (there, here) in shapes.items() if there != here]
-    if not (missing or surplus or wrong):
-        module.load_state_dict(dict(state), strict=False)
+    skipped = surplus & {*computed, _OF_AVERAGES}
+    surplus -= skipped
+    pairs = {name: (state[name], own[name]) for name in own.keys() & state.keys()}
+    shapes = [f"{n} is {list(a.shape)}, not {list(b.shape)}" for n, (a, b) in pairs.items() if a.shape != b.shape]
+    kinds = [f"{n} is {_kind(a)}, not {_kind(b)}" for n, (a, b) in pairs.items() if not _same_kind(n, a, b)]
+    if not (missing or surplus or shapes or kinds):
+        if skipped:
+            say(f"{source}: skipped {_listed(skipped)}, which the model computes itself ({len(skipped)} in all)")
+        module.load_state_dict({name: state[name] for name in pairs}, strict=False)
         return
     lines = [f"{source} does not fit the model."]
     lines += [f"  Missing in the file ({len(missing)}): {_listed(missing)}."] if missing else []
     lines += [f"  Not in the model ({len(surplus)}): {_listed(surplus)}."] if surplus else []
-    lines += [f"  Another shape ({len(wrong)}): {_listed(wrong)}."] if wrong else []
-    raise RecipeError("\n".join([*lines, f"  Fix: {_mismatch_fix(missing, surplus)}"]))
+    lines += [f"  Another shape ({len(shapes)}): {_listed(shapes)}."] if shapes else []
+    lines += [f"  Another kind of number ({len(kinds)}): {_listed(kinds)}."] if kinds else []
+    raise RecipeError("\n".join([*lines, f"  Fix: {_mismatch_fix(missing or own, surplus, kinds)}"]))
+
+
+def _kind(tensor: Tensor) -> str:
+    """Name what a tensor holds, as far as a conversion would change or lose it."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        return "no plain tensor"
+    if tensor.is_complex():
+        return "complex"
+    return "floating-point" if tensor.is_floating_point() else "integer"
+
+
+def _same_kind(name: str, found: Tensor, wanted: Tensor) -> bool:
+    # Averages of weights may average the counts of batches too, which no prediction uses.
+    kinds = {_kind(found), _kind(wanted)}
+    return len(kinds) == 1 or (name.endswith(_COUNTS) and kinds == {"floating-point", "integer"})
 
 
 def _without_ties(own: State, names: Iterable[str], state: Mapping[str, Tensor]) -> list[str]:
@@ -181,18 +235,22 @@ def _without_ties(own: State, names: Iterable[str], state: Mapping[str, Tensor])
     """
     filled = {(own[n].data_ptr(), own[n].shape) for n in own.keys() & state.keys()}
     return [
-        name
-        for name in names
-        if (own[name].data_ptr(), own[name].shape) not in filled and not name.endswith("num_batches_tracked")
+        name for name in names if (own[name].data_ptr(), own[name].shape) not in filled and not name.endswith(_COUNTS)
     ]
 
 
-def _mismatch_fix(missing: Iterable[str], surplus: Iterable[str]) -> str:
-    """Guess what went wrong from the names alone."""
-    for name in sorted(missing):
-        for other in sorted(surplus):
-            if other.endswith("." + name):
-                return f"`prefix: {other.removesuffix(name)}` takes those names and drops that part."
+def _mismatch_fix(names: Iterable[str], surplus: Iterable[str], kinds: Collection[str]) -> str:
+    """Guess from the names alone what went wrong: those to find, and those that were found instead."""
+    wanted, prefixes = {_plain(name) for name in names}, Counter[str]()
+    for name in surplus:
+        parts = name.split(".")
+        cuts = (cut for cut in range(1, len(parts)) if _plain(".".join(parts[cut:])) in wanted)
+        prefixes.update(".".join(parts[:cut]) + "." for cut in cuts)
+    if prefixes:
+        prefix = min(prefixes, key=lambda each: (-prefixes[each], each))
+        return f"`prefix: {prefix}` takes those names and drops that part."
+    if kinds:
+        return "take the file before it was quantised or converted: weights are floating-point numbers."
     return "build the architecture, classes and options that these weights were trained in."
 
 
