@@ -144,7 +144,7 @@ class Run:
         started, used, self._waited = time.monotonic(), time.process_time(), 0.0
         for batch in self._loader.epoch(number):
             logits = self._student(batch.images.float() / 127.5 - 1)
-            lc.losses.kl_divergence(logits, batch.targets.logits, temperature=2.0).backward()
+            lc.losses.kl_divergence(logits, batch.targets, temperature=2.0).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
         return Epoch(started, time.monotonic(), self._waited, time.process_time() - used)

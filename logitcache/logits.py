@@ -1,10 +1,11 @@
 """Logits and the forms in which they may be kept: each becomes a distribution at a temperature, where it is needed."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -14,11 +15,19 @@ from logitcache.errors import RecipeError
 
 
 class EncodedLogits(Protocol):
-    """A distribution over classes kept in fewer numbers than classes."""
+    """A distribution over classes kept in fewer numbers than classes; a batch's `Targets` are one too."""
 
     @property
     def num_classes(self) -> int:
         """Classes of the full distribution."""
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether `logits` are the teacher's own, not log-probabilities."""
+
+    @property
+    def logits(self) -> Tensor:
+        """The teacher's logits, float32 [B, C]; of a form that keeps a distribution alone, log p at T = 1."""
 
     def log_probs(self, temperature: float | Tensor) -> Tensor:
         """Return log softmax(z / temperature), float32 [B, C], of one temperature or one for each row [B]."""
@@ -55,12 +64,17 @@ def as_column(temperature: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def dense_logits(logits: Logits) -> Tensor:
-    """Return all logits [B, C]; raise TypeError for an encoded form that has only a distribution."""
-    if isinstance(logits, CompactLogits):
-        return logits.logits
+    """Return the teacher's own logits [B, C]; raise RecipeError for an encoded form that has only a distribution."""
     if isinstance(logits, Tensor):
         return logits
-    raise TypeError(f"{type(logits).__name__} holds a distribution, not its logits")
+    values = logits.logits
+    if not logits.keeps_logits:
+        raise RecipeError(
+            f"the teacher's logits are not kept, only a distribution over {logits.num_classes} classes (top-k, mixed "
+            "answers or an ensemble). Fix: a loss of distributions, such as kl_divergence, or a cache that keeps every "
+            "logit (kind: dense, uint8, transform or head)"
+        )
+    return values
 
 
 def top1(logits: Logits) -> Tensor:
@@ -68,8 +82,23 @@ def top1(logits: Logits) -> Tensor:
     return (logits if isinstance(logits, Tensor) else logits.log_probs(1.0)).argmax(dim=1)
 
 
+class _Distribution(ABC):
+    """A form that keeps no logits: log-probabilities stand for them, which are logits of the same distribution."""
+
+    keeps_logits: ClassVar[bool] = False
+
+    @abstractmethod
+    def log_probs(self, temperature: float | Tensor) -> Tensor:
+        """Return log softmax(z / temperature), float32 [B, C]."""
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Log p at T = 1, float32 [B, C]: divided by another T it is not the distribution at T, `log_probs(T)` is."""
+        return self.log_probs(1.0)
+
+
 @dataclass(frozen=True)
-class TopKLogits:
+class TopKLogits(_Distribution):
     """The k largest log-probabilities, and what is known of the rest.
 
     log_p: [B, k] descending; index: int64-able [B, k]; tail: [B, 3], of the C - k dropped log-probabilities the log of
@@ -129,6 +158,7 @@ class CompactLogits:
     rows: Mapping[str, Tensor]
     num_classes: int
     decode: Callable[[Mapping[str, Tensor]], Tensor]
+    keeps_logits: ClassVar[bool] = True
 
     @cached_property
     def logits(self) -> Tensor:
@@ -153,6 +183,12 @@ class NoLogits:
     """Stands for the logits of a teacher of which only features are kept."""
 
     num_classes: int = 0
+    keeps_logits: ClassVar[bool] = False
+
+    @property
+    def logits(self) -> Tensor:
+        """Raise RecipeError: there are none."""
+        return self.log_probs(1.0)
 
     def log_probs(self, temperature: float | Tensor) -> Tensor:
         """Raise RecipeError: there are none."""
@@ -171,7 +207,7 @@ NO_LOGITS = NoLogits()
 
 
 @dataclass(frozen=True)
-class LinearLogits:
+class LinearLogits(_Distribution):
     """The answers to two images, mixed in place of an answer to their mixture.
 
     own, partner: logits [B, C] or encoded forms; share: [B], the weight of `own`. The distribution at a temperature is
@@ -208,7 +244,7 @@ class LinearLogits:
 
 
 @dataclass(frozen=True)
-class EnsembleLogits:
+class EnsembleLogits(_Distribution):
     """A weighted mean of the distributions of several teachers, at whatever temperature it is asked for.
 
     members: logits [B, C] or encoded forms; weights: [B, M], each row of them sums to 1.

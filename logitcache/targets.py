@@ -1,6 +1,6 @@
-"""`Targets`: what a teacher says of a batch, whether it came from a cache or from the live teacher."""
+"""`Targets`: a teacher's answers for a batch, read from a cache or computed by the live teacher."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitcache.device import to_device
-from logitcache.logits import Logits, at_least_float32, moved
+from logitcache.logits import Logits, at_least_float32, log_probs, moved
 
 
 @dataclass(frozen=True)
@@ -49,21 +49,79 @@ def _feature_moved(feature: FeatureValues, device: torch.device) -> FeatureValue
     return to_device(feature, device) if isinstance(feature, Tensor) else feature.to(device)
 
 
+class _Features(Mapping[str, Tensor]):
+    """Features by name; a compact one is decoded when it is first read."""
+
+    def __init__(self, compact: Mapping[str, FeatureValues]) -> None:
+        self._compact = compact
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._compact[name]
+        return value if isinstance(value, Tensor) else value.values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._compact)
+
+    def __len__(self) -> int:
+        return len(self._compact)
+
+
 @dataclass(frozen=True)
 class Targets:
-    """One teacher's answers for a batch: logits [B, C], and features by name."""
+    """One teacher's answers for a batch: tensors, whatever the form in which they are kept.
 
-    logits: Logits
-    features: Mapping[str, FeatureValues] = field(default_factory=dict)
+    compact, compact_features: the kept forms, which are small to move and to cut; each is decoded once, when its tensor
+    is first read, on the device where it is. A tensor is its own compact form.
+    """
 
-    def to(self, device: torch.device) -> "Targets":
-        """Move to a device without waiting for the copies."""
-        features = {name: _feature_moved(value, device) for name, value in self.features.items()}
-        return Targets(moved(self.logits, device), features)
+    compact: Logits
+    compact_features: Mapping[str, FeatureValues] = field(default_factory=dict)
+    _log_probs: dict[float, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @property
+    def logits(self) -> Tensor:
+        """The teacher's logits [B, C], a float tensor.
+
+        Of a form that keeps no logits (top-k, mixed answers, ensembles; `keeps_logits` is False) they are log p at
+        T = 1: divided by another T that is not the distribution at T, `log_probs(T)` is.
+        """
+        return self.compact if isinstance(self.compact, Tensor) else self.compact.logits
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether `logits` are the teacher's own, not log-probabilities."""
+        return isinstance(self.compact, Tensor) or self.compact.keeps_logits
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the distribution; 0 if only features are kept."""
+        return self.compact.shape[1] if isinstance(self.compact, Tensor) else self.compact.num_classes
+
+    def log_probs(self, temperature: float | Tensor = 1.0) -> Tensor:
+        """Return log softmax(z / temperature), float32 [B, C], of one temperature or one for each row [B].
+
+        Right for every form. The distribution at a number is computed once, also for several losses.
+        """
+        if isinstance(temperature, Tensor):
+            return log_probs(self.compact, temperature)
+        if temperature not in self._log_probs:
+            self._log_probs[temperature] = log_probs(self.compact, temperature)
+        return self._log_probs[temperature]
+
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        """Features [B, ...] by name, float tensors."""
+        return _Features(self.compact_features)
+
+    def to(self, device: torch.device | str) -> "Targets":
+        """Move to a device without waiting for the copies: the compact forms, which are decoded there."""
+        where = torch.device(device)
+        features = {name: _feature_moved(value, where) for name, value in self.compact_features.items()}
+        return Targets(moved(self.compact, where), features)
 
     def __getitem__(self, rows: slice) -> "Targets":
         """Take some rows of the batch."""
-        return Targets(self.logits[rows], {name: value[rows] for name, value in self.features.items()})
+        return Targets(self.compact[rows], {name: value[rows] for name, value in self.compact_features.items()})
 
 
 @dataclass(frozen=True)

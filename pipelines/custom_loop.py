@@ -38,7 +38,7 @@ def main() -> None:
         for batch in loader.epoch(epoch):  # replays view epoch % cache.num_views
             batch = batch.to(device)
             logits = student(normalize(batch.images))
-            loss = lc.losses.kl_divergence(logits, batch.targets.logits, temperature=2.0)
+            loss = lc.losses.kl_divergence(logits, batch.targets, temperature=2.0)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

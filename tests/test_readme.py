@@ -4,17 +4,34 @@ import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from logitcache.cli.commands import app
 from logitcache.recipe import load_recipe
 from logitcache.report.recipes import check_recipes
+from logitcache.student.recipes import StudentRecipe
+from logitcache.student.training import train
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+FASHION = ROOT / "pipelines/fashion_mnist/precompute.yaml"
+ENCODINGS = {
+    "float16": ["teachers.teacher.logits={kind: dense, dtype: float16}"],
+    "float32": ["teachers.teacher.logits={kind: dense, dtype: float32, storage: packed}"],
+    "uint8": ["teachers.teacher.logits={kind: uint8}"],
+    "top_k": ["teachers.teacher.logits={kind: top_k, k: 3}"],
+    "packed_top_k": ["teachers.teacher.logits={kind: packed_top_k, k: 3}"],
+    "transform": ["teachers.teacher.logits={kind: transform, step: 0.5}"],
+    "head": ["teachers.teacher.logits={kind: head}"],
+    "mixed": ["teachers.teacher.logits={kind: top_k, k: 3}", "views.mixing=[{kind: mixup}]", "views.targets=linear"],
+}
+"""Overrides of README's recipe, by what is kept of the logits."""
 
 
 def blocks(language: str) -> list[str]:
@@ -34,9 +51,45 @@ def test_both_make_targets_come_before_anything_else_to_run() -> None:
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [f"cache={tmp_path}/caches/fashion_mnist/train.zarr", "dataset.num_images=100", "num_workers=0"]
-    precompute(load_recipe(ROOT / "pipelines/fashion_mnist/precompute.yaml", PrecomputeRecipe, overrides))
+    precompute(load_recipe(FASHION, PrecomputeRecipe, overrides))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+
+
+@pytest.fixture(scope="module", params=ENCODINGS)
+def encoded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with README's cache, its logits in one of the encodings."""
+    folder = tmp_path_factory.mktemp(request.param)
+    overrides = [f"cache={folder}/caches/fashion_mnist/train.zarr", "dataset.num_images=100", "num_workers=0"]
+    precompute(load_recipe(FASHION, PrecomputeRecipe, [*overrides, "views.num_views=2", *ENCODINGS[request.param]]))
+    return folder
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_the_loop_trains_as_train_student_does(
+    encoded: Path, temperature: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(encoded)
+    (loop,) = (code for code in blocks("python") if "cache.loader(" in code)
+    assert "temperature=2.0" in loop
+    found: dict[str, Any] = {"__name__": "__main__"}
+    torch.manual_seed(0)
+    exec(compile(loop.replace("temperature=2.0", f"temperature={temperature}"), "README.md", "exec"), found)
+    entries = {
+        "model": {"kind": "custom", "factory": "tests.student.small:flat"},
+        "preprocessing": {"mean": [0.0], "std": [1.0]},
+        "optimizer": {"kind": "sgd", "lr": 0.01, "momentum": 0.0, "weight_decay": 0.0},
+        "schedule": {"final_lr": 1.0},
+        "losses": [{"kind": "kl_divergence", "temperature": temperature}],
+        **{"out": str(tmp_path / "run"), "cache": "caches/fashion_mnist/train.zarr", "epochs": 2, "batch_size": 64},
+        **{"num_workers": 0, "device": "cpu", "seed": 0},
+    }
+    train(load_recipe(entries, StudentRecipe))
+    trained = load_file(tmp_path / "run" / "weights.safetensors")
+    own = found["student"].state_dict()
+    assert trained.keys() == own.keys()
+    for name, values in own.items():
+        torch.testing.assert_close(trained[name], values, rtol=0, atol=1e-7)
 
 
 def test_every_command_shown_exists_with_its_options() -> None:

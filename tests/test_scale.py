@@ -76,7 +76,7 @@ def test_larger_shards_take_fewer_files_of_the_same_bytes(scripts: dict[str, Mod
 def test_a_simulated_cache_is_a_cache(simulated: Path) -> None:
     cache = open_cache(simulated)
     assert (cache.complete, len(cache), cache.num_views) == (True, IMAGES, VIEWS)
-    answers = log_probs(cache.answers([ViewKey(1, IMAGES - 1), ViewKey(0, IMAGES - 1)])["t"].logits, 1.0)
+    answers = log_probs(cache.answers([ViewKey(1, IMAGES - 1), ViewKey(0, IMAGES - 1)])["t"], 1.0)
     assert answers.exp().sum(dim=1).tolist() == pytest.approx([1, 1], abs=0.02)
     stored = np.asarray(zarr.open_array(simulated / "t.logits.fall", mode="r")[:, -100:])
     assert stored.any()

@@ -1,12 +1,26 @@
 """Targets and batches: they move and are cut as one."""
 
+from collections.abc import Callable, Mapping
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitcache.logits import CompactLogits, LinearLogits, Logits, TopKLogits, at_least_float32, log_probs, top1
-from logitcache.targets import Batch, MixedLabels, Targets
+from logitcache.errors import RecipeError
+from logitcache.logits import (
+    NO_LOGITS,
+    CompactLogits,
+    LinearLogits,
+    Logits,
+    TopKLogits,
+    at_least_float32,
+    dense_logits,
+    log_probs,
+    top1,
+)
+from logitcache.student import losses
+from logitcache.targets import Batch, CompactFeature, MixedLabels, Targets
 
 
 def _top_k(rows: int = 5) -> TopKLogits:
@@ -31,12 +45,11 @@ def _linear(rows: int = 5) -> LinearLogits:
 
 
 def _tensors(batch: Batch) -> list[torch.Tensor]:
-    dense, few, linear = batch.teachers["dense"], batch.teachers["few"].logits, batch.teachers["mixed"].logits
+    dense, few, linear = batch.teachers["dense"], batch.teachers["few"].compact, batch.teachers["mixed"].compact
     assert isinstance(few, TopKLogits)
     assert isinstance(linear, LinearLogits)
     assert isinstance(linear.partner, TopKLogits)
     assert isinstance(linear.own, torch.Tensor)
-    assert isinstance(dense.logits, torch.Tensor)
     assert batch.mixed is not None
     own = [batch.images, batch.labels, batch.keys, batch.mixed.partners, batch.mixed.share]
     mixed = [linear.own, linear.partner.log_p, linear.share]
@@ -169,3 +182,102 @@ def test_one_temperature_for_each_of_other_rows_is_not_broadcast() -> None:
     for logits in FORMS.values():
         with pytest.raises(RuntimeError):
             log_probs(logits, torch.ones(3))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_targets_are_tensors_whatever_their_form(form: str) -> None:
+    targets = Targets(FORMS[form])
+    assert targets.logits.is_floating_point()
+    assert targets.logits.shape == (5, 4)
+    assert targets.num_classes == 4
+    assert targets.keeps_logits == (form in ("tensor", "float16", "compact"))
+    assert targets[1:3].logits.shape == targets.to("cpu")[1:3].logits.shape == (2, 4)
+    torch.testing.assert_close(log_probs(targets.logits), targets.log_probs())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("temperature", [1, 2.0, torch.tensor(4.0), torch.linspace(1, 5, 5)])
+def test_targets_give_the_distribution_of_their_form_at_a_temperature(
+    form: str, temperature: float | torch.Tensor
+) -> None:
+    targets = Targets(FORMS[form])
+    assert torch.equal(targets.log_probs(temperature), log_probs(FORMS[form], temperature))
+    assert torch.equal(log_probs(targets, temperature), log_probs(FORMS[form], temperature))
+
+
+def test_the_tail_of_a_top_k_target_is_right_at_a_temperature_and_not_by_dividing_its_log_probabilities() -> None:
+    targets = Targets(_top_k())
+    assert torch.allclose(targets.log_probs(2.0), _top_k().log_probs(2.0))
+    assert not torch.allclose(log_probs(targets.logits, 2.0), targets.log_probs(2.0), atol=0.05)
+
+
+def test_targets_decode_once_and_where_they_are_read() -> None:
+    decoded = []
+
+    def decode(rows: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        decoded.append(rows["z"].device.type)
+        return rows["z"].float()
+
+    rows = {"z": torch.ones(5, 4, dtype=torch.uint8)}
+    targets = Targets(CompactLogits(rows, 4, decode), {"f": CompactFeature(rows, (4,), decode)}).to("cpu")
+    assert decoded == []
+    first = targets.log_probs(2.0)
+    assert targets.log_probs(2) is first
+    assert targets.logits is targets.logits
+    assert len(decoded) == 1
+    assert targets.features["f"] is targets.features["f"]
+    assert len(decoded) == 2
+
+
+def test_features_are_tensors_by_name() -> None:
+    rows = {"": torch.ones(5, 4, dtype=torch.float16)}
+    compact = CompactFeature(rows, (4,), lambda rows: rows[""].float())
+    features = Targets(_top_k(), {"kept": compact, "plain": torch.zeros(5, 2)}).features
+    assert list(features) == ["kept", "plain"]
+    assert len(features) == 2
+    assert features["kept"].dtype == torch.float32
+    assert features["plain"].shape == (5, 2)
+    with pytest.raises(KeyError):
+        features["other"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_public_losses_take_targets(form: str, temperature: float) -> None:
+    targets, student, labels = Targets(FORMS[form]), torch.linspace(-1, 1, 20).reshape(5, 4), torch.arange(5) % 4
+    p = log_probs(FORMS[form], temperature).double().exp()
+    log_q = torch.log_softmax(student.double() / temperature, dim=1)
+    expected = temperature**2 * (p * (p.log() - log_q)).nansum(dim=1).mean()
+    torch.testing.assert_close(
+        losses.kl_divergence(student, targets, temperature), expected.float(), rtol=1e-5, atol=1e-6
+    )
+    for loss in (losses.dkd, losses.nkd, losses.wsld):
+        found = loss(student, targets, labels, temperature=temperature)
+        assert torch.equal(found, loss(student, FORMS[form], labels, temperature=temperature))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_of_logits_refuse_targets_that_keep_a_distribution(form: str) -> None:
+    targets, student = Targets(FORMS[form]), torch.linspace(-1, 1, 20).reshape(5, 4)
+    head = torch.ones(4, 3), torch.ones(4)
+    calls: list[Callable[[Targets | torch.Tensor], torch.Tensor]] = [
+        lambda teacher: losses.mean_squared_error(student, teacher),
+        lambda teacher: losses.multi_label_kl(student, teacher, 2.0),
+        lambda teacher: losses.dist(student, teacher, temperature=2.0),
+        lambda teacher: losses.softmax_regression(student[:, :3], *head, teacher),
+        lambda teacher: losses.standardize(teacher),
+    ]
+    for call in calls:
+        if targets.keeps_logits:
+            assert torch.equal(call(targets), call(targets.logits))
+        else:
+            with pytest.raises(RecipeError, match=r"only a distribution over 4 classes.*Fix: a loss of distributions"):
+                call(targets)
+
+
+def test_targets_of_features_alone_have_no_logits() -> None:
+    targets = Targets(NO_LOGITS, {"f": torch.zeros(2, 3)})
+    assert (targets.keeps_logits, targets.num_classes) == (False, 0)
+    for read in (lambda: targets.logits, lambda: targets.log_probs(2.0), lambda: dense_logits(targets)):
+        with pytest.raises(RecipeError, match="only features are kept"):
+            read()

@@ -16,7 +16,7 @@ from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import LOGITS, Manifest
 from logitcache.cache.skeleton import read_tables
 from logitcache.logits import NO_LOGITS, Logits
-from logitcache.targets import FeatureValues, Targets
+from logitcache.targets import Targets
 
 Rows = Mapping[str, NDArray[Any]]
 """Rows by array name."""
@@ -32,7 +32,7 @@ class Coders:
         self._root, self._manifest, self._layout, self._unwritten = root, manifest, layout, tables or {}
 
     def targets(self, rows: Rows) -> dict[str, Targets]:
-        """Decode rows [B, ...] of all arrays into targets by teacher, as far as the cache's dtypes go."""
+        """Decode rows [B, ...] of all arrays into targets by teacher; what is not float32 stays compact."""
         found = {}
         for name in self._manifest.teachers:
             groups = {group.target: group for group in self._layout.of(name)}
@@ -40,7 +40,7 @@ class Coders:
             features = {
                 target: self.features[group.name].decode(_tensors(group, rows)) for target, group in groups.items()
             }
-            found[name] = Targets(NO_LOGITS if logits is None else self._logits(logits, rows, features), features)
+            found[name] = Targets(NO_LOGITS if logits is None else self._logits(logits, rows), features)
         return found
 
     @cached_property
@@ -73,16 +73,14 @@ class Coders:
         bias = coder.tables.get("bias")
         return weight, torch.zeros(len(weight)) if bias is None else torch.from_numpy(np.array(bias))
 
-    def _logits(self, group: ArrayGroup, rows: Rows, features: Mapping[str, FeatureValues]) -> Logits:
+    def _logits(self, group: ArrayGroup, rows: Rows) -> Logits:
         entry = self._manifest.teachers[group.teacher]
         assert entry.num_classes is not None
         assert entry.stored_logits is not None
-        kept = _tensors(group, rows)
-        for name in entry.stored_logits.form.needs:
-            value = features[name]
-            assert isinstance(value, Tensor)  # a layout with another is not possible
-            kept[name] = value
-        return self.logits[group.name].decode(kept, entry.num_classes)
+        needs, groups = entry.stored_logits.form.needs, self._layout.of(group.teacher)
+        # A layout in which what is needed is not one array is not possible.
+        needed = {other.target: _tensors(other, rows)[""] for other in groups if other.target in needs}
+        return self.logits[group.name].decode(_tensors(group, rows) | needed, entry.num_classes)
 
     def _tables(self, group: ArrayGroup) -> Tables:
         if all(table.name in self._unwritten for table in group.tables):

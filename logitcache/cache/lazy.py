@@ -9,12 +9,9 @@ import dask.array as da
 import numpy as np
 from dask.base import tokenize
 from numpy.typing import NDArray
-from torch import Tensor
 
 from logitcache.cache.manifest import LOGITS, Manifest
 from logitcache.cache.shards import ShardReader
-from logitcache.logits import Logits, dense_logits, log_probs
-from logitcache.targets import feature_values
 
 
 def as_dask(root: Path, manifest: Manifest) -> dict[str, dict[str, da.Array]]:
@@ -58,7 +55,7 @@ class _TargetReader:
         """Return what was answered to the rows of a shard, [1, rows, ...]; raise CacheError where it is damaged."""
         shard = self.shards.layout.shard(view, number)
         targets = self.shards.targets(self.shards.rows(shard), slice(None))[self.teacher]
-        found = _dense(targets.logits) if self.target == LOGITS else feature_values(targets.features[self.target])
+        found = targets.logits if self.target == LOGITS else targets.features[self.target]
         values: NDArray[np.float32] = found.float().numpy()[None]
         return values
 
@@ -78,11 +75,3 @@ class _TargetReader:
             return entry.stored_features[self.target].shape
         assert entry.num_classes is not None
         return (entry.num_classes,)
-
-
-def _dense(logits: Logits) -> Tensor:
-    """Return logits [B, C]; of a form that keeps a distribution alone its log-probabilities, which are logits of it."""
-    try:
-        return dense_logits(logits)
-    except TypeError:
-        return log_probs(logits)

@@ -106,7 +106,7 @@ class Cache:
         return self._coders.head(teacher)
 
     def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
-        """Gather what each teacher answered to the views of keys, in the cache's dtypes."""
+        """Gather what each teacher answered to the views of keys."""
         return self._coders.targets(self._stored.rows(keys))
 
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
@@ -120,7 +120,7 @@ class Cache:
         views = [view for view, _ in keys]
         partners = self.answers(list(map(ViewKey, views, mixture.partners.tolist())))
         share = torch.from_numpy(mixture.share).float()
-        return {name: Targets(LinearLogits(own[name].logits, partners[name].logits, share)) for name in own}
+        return {name: Targets(LinearLogits(own[name].compact, partners[name].compact, share)) for name in own}
 
     def as_dask(self) -> dict[str, dict[str, Any]]:
         """Return all answers as Dask arrays by teacher and target: float32 [V, N, ...], a chunk for each shard.

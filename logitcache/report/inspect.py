@@ -23,8 +23,9 @@ from logitcache.cache.reached import errors_of
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import committed_shards, stored
 from logitcache.errors import CacheError
-from logitcache.logits import Logits, dense_logits, top1
-from logitcache.student.multi_label import MultiLabelTally, is_dense
+from logitcache.logits import top1
+from logitcache.student.multi_label import MultiLabelTally
+from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey
 
@@ -138,29 +139,29 @@ def _quality(cache: Cache, teacher: str, shards: list[Shard]) -> dict[str, float
 
 def _accuracy(cache: Cache, teacher: str, shards: list[Shard]) -> float | None:
     hits = labelled = 0
-    for labels, logits in _answers(cache, teacher, shards):
-        hits += int((top1(logits).numpy() == labels).sum())
+    for labels, targets in _answers(cache, teacher, shards):
+        hits += int((top1(targets).numpy() == labels).sum())
         labelled += int((labels >= 0).sum())
     return hits / labelled if labelled else None
 
 
 def _mean_ap(cache: Cache, teacher: str, shards: list[Shard]) -> float | None:
     found = [
-        MultiLabelTally.of(dense_logits(logits), torch.from_numpy(labels), {})
-        for labels, logits in _answers(cache, teacher, shards)
-        if is_dense(logits)
+        MultiLabelTally.of(targets.logits, torch.from_numpy(labels), {})
+        for labels, targets in _answers(cache, teacher, shards)
+        if targets.keeps_logits
     ]
     return functools.reduce(operator.add, found).measures().mean_ap if found else None
 
 
-def _answers(cache: Cache, teacher: str, shards: list[Shard]) -> Iterator[tuple[Labels, Logits]]:
-    """Yield labels and logits of some rows at a time, up to a number that is looked at in seconds."""
+def _answers(cache: Cache, teacher: str, shards: list[Shard]) -> Iterator[tuple[Labels, Targets]]:
+    """Yield labels and answers of some rows at a time, up to a number that is looked at in seconds."""
     only = cache.only({teacher: [LOGITS]}) if shards else cache
     most = -(-LOOKED_AT // (ROWS * (cache.manifest.teachers[teacher].num_classes or 1)))
     starts = ((shard, start) for shard in shards for start in range(shard.start, shard.stop, ROWS))
     for shard, start in itertools.islice(starts, most):
         keys = [ViewKey(shard.view, index) for index in range(start, min(start + ROWS, shard.stop))]
-        yield labels_as_seen(cache, keys), only.answers(keys)[teacher].logits
+        yield labels_as_seen(cache, keys), only.answers(keys)[teacher]
 
 
 def labels_as_seen(cache: Cache, keys: list[ViewKey]) -> Labels:

@@ -10,19 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache
 from logitcache.cache.shards import ShardReader
-from logitcache.logits import dense_logits
 from logitcache.report.inspect import ROWS, labels_as_seen
 from logitcache.student.multi_label import (
     MultiLabelMeasures,
     MultiLabelTally,
     average_precisions,
     binary_log_probs,
-    is_dense,
 )
 from logitcache.targets import Targets
 from logitcache.teacher.gathering import HERE, Cluster, gathered
@@ -134,8 +131,7 @@ def _measured(tallies: Tallies) -> _View:
 
 def _tallies(cache: Cache, view: int, start: int, answers: Mapping[str, Targets]) -> Tallies:
     """Take the answers of all teachers whose logits are all kept, and of all of them together, to rows from `start`."""
-    kept = {name: targets.logits for name, targets in answers.items() if is_dense(targets.logits)}
-    logits: dict[str, Tensor] = {name: dense_logits(value) for name, value in kept.items()}
+    logits = {name: targets.logits for name, targets in answers.items() if targets.keeps_logits}
     if not logits:
         return {}
     count = len(next(iter(logits.values())))

@@ -22,10 +22,11 @@ from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.shards import ShardReader
 from logitcache.errors import CacheError, RecipeError
-from logitcache.logits import Logits, TopKLogits, log_probs
+from logitcache.logits import Logits, TopKLogits
 from logitcache.report.inspect import labels_as_seen
 from logitcache.report.multi_label import ENSEMBLE, MultiLabelSummary, summarize_multi_label
 from logitcache.student.validation import only_logits
+from logitcache.targets import Targets
 from logitcache.teacher.gathering import HERE, Cluster, gathered
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey
@@ -165,7 +166,7 @@ class ShardCounter:
         size = max(1, NUMBERS // max(_classes(self.manifest).values()))
         for start, answers in self._reader.batches(shard, size):
             keys = [ViewKey(shard.view, index) for index in range(start, min(start + size, shard.stop))]
-            yield _count({name: a.logits for name, a in answers.items()}, labels_as_seen(self._cache, keys))
+            yield _count(answers, labels_as_seen(self._cache, keys))
 
     @cached_property
     def _reader(self) -> ShardReader:
@@ -180,23 +181,19 @@ def _classes(manifest: Manifest) -> dict[str, int]:
     return {name: entry.num_classes or 0 for name, entry in manifest.teachers.items()}
 
 
-def _count(answers: Mapping[str, Logits], labels: Labels) -> ShardCounts:
+def _count(answers: Mapping[str, Targets], labels: Labels) -> ShardCounts:
     teachers, best, mean = {}, {}, None
-    together = len(answers) > 1 and len(set(map(_num_classes, answers.values()))) == 1
-    for name, logits in answers.items():
-        log_p = log_probs(logits)
+    together = len(answers) > 1 and len({targets.num_classes for targets in answers.values()}) == 1
+    for name, targets in answers.items():
+        log_p = targets.log_probs()
         best[name] = log_p.argmax(dim=1)
-        teachers[name] = _answered(log_p, labels, _kept(logits))
+        teachers[name] = _answered(log_p, labels, _kept(targets.compact))
         if together:
             mean = log_p.exp() / len(answers) if mean is None else mean + log_p.exp() / len(answers)
     if mean is not None:
         teachers[ENSEMBLE] = _answered(mean.log(), labels, None)
     agreeing = {(a, b): int((best[a] == best[b]).sum()) for a, b in itertools.combinations(best, 2)}
     return ShardCounts(len(labels), teachers, agreeing)
-
-
-def _num_classes(logits: Logits) -> int:
-    return logits.shape[1] if isinstance(logits, Tensor) else logits.num_classes
 
 
 def _answered(log_p: Tensor, labels: Labels, kept: float | None) -> Answered:

@@ -11,10 +11,11 @@ from logitcache.cache.reader import Cache, open_cache
 from logitcache.device import Precision, autocast
 from logitcache.errors import RecipeError
 from logitcache.features import pooled
+from logitcache.logits import at_least_float32
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
 from logitcache.student.validation import Validator
-from logitcache.targets import Targets, feature_values
+from logitcache.targets import Targets
 from logitcache.views.keys import ViewKey
 
 KINDS = ("pooled", "maps")
@@ -98,7 +99,7 @@ def _add(
     found: dict[tuple[str, str, str], LinearCKA], caught: dict[str, Tensor], teachers: Mapping[str, Targets]
 ) -> None:
     for (tap, teacher, feature), similarity in found.items():
-        values = feature_values(teachers[teacher].features[feature])
+        values = at_least_float32(teachers[teacher].features[feature])
         similarity.add(pooled(caught[tap]), pooled(values))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from logitcache.errors import MismatchError, RecipeError
-from logitcache.logits import NO_LOGITS, EnsembleLogits, log_probs
+from logitcache.logits import NO_LOGITS, EnsembleLogits
 from logitcache.recipe import Component, Name, Positive
 from logitcache.student.losses.base import UNLABELLED
 from logitcache.targets import Batch, Targets
@@ -106,10 +106,11 @@ def with_ensembles(batch: Batch, ensembles: Mapping[str, Ensemble]) -> Batch:
 
 @torch.no_grad()
 def _answer(ensemble: Ensemble, batch: Batch) -> Targets:
-    with_logits = [name for name, targets in batch.teachers.items() if targets.logits is not NO_LOGITS]
-    members = tuple(batch.teachers[name].logits for name in ensemble.teachers or with_logits)
-    log_p = [log_probs(member) for member in members]
-    return Targets(EnsembleLogits(members, ensemble.weigh(log_p, batch), log_p[0].shape[1]))
+    with_logits = [name for name, targets in batch.teachers.items() if targets.compact is not NO_LOGITS]
+    members = [batch.teachers[name] for name in ensemble.teachers or with_logits]
+    log_p = [member.log_probs() for member in members]
+    forms = tuple(member.compact for member in members)
+    return Targets(EnsembleLogits(forms, ensemble.weigh(log_p, batch), log_p[0].shape[1]))
 
 
 def classes_of(ensembles: Mapping[str, Ensemble], teachers: Mapping[str, int], labelled: bool) -> dict[str, int]:

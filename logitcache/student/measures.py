@@ -136,7 +136,7 @@ def _of_rows(logits: Tensor, labels: Tensor, teachers: Mapping[str, Targets]) ->
     log_p = log_probs(logits)
     nothing = torch.zeros_like(log_p[:, 0])
     taught = [nothing] * 4
-    answers = [targets.logits for targets in teachers.values() if targets.logits is not NO_LOGITS]
+    answers = [targets for targets in teachers.values() if targets.compact is not NO_LOGITS]
     if answers:
         p = torch.stack([log_probs(answer).exp() for answer in answers]).mean(dim=0)
         best = p.argmax(dim=1)

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.logits import CompactLogits, Logits, dense_logits
 from logitcache.student.measures import by_training_images
 from logitcache.targets import Targets
 
@@ -93,10 +92,9 @@ class MultiLabelTally:
     def of(cls, logits: Tensor, labels: Tensor, teachers: Mapping[str, Targets], threshold: float = THRESHOLD) -> Self:
         """Take a batch: logits [B, C], labels [B, C], 1, 0 or -1 for what is unknown, and what the teachers say."""
         z = logits.to("cpu", torch.float64)
-        answers = [targets.logits for targets in teachers.values()]
         taught, kl = None, 0.0
-        if answers and all(map(is_dense, answers)):
-            yes, no = binary_log_probs([dense_logits(logits) for logits in answers])
+        if teachers and all(targets.keeps_logits for targets in teachers.values()):
+            yes, no = binary_log_probs([targets.logits for targets in teachers.values()])
             taught = (yes - no).float().numpy()
             kl = float((yes.exp() * (yes - F.logsigmoid(z)) + no.exp() * (no - F.logsigmoid(-z))).sum())
         return cls((_Answers(z.float().numpy(), labels.to("cpu", torch.int8).numpy(), taught, kl),), threshold)
@@ -177,11 +175,6 @@ def binary_log_probs(answers: list[Tensor]) -> tuple[Tensor, Tensor]:
     z = torch.stack([logits.to("cpu", torch.float64) for logits in answers])
     yes, no = (torch.logsumexp(F.logsigmoid(sign * z), dim=0) - math.log(len(answers)) for sign in (1, -1))
     return yes, no
-
-
-def is_dense(logits: Logits) -> bool:
-    """Say whether an answer has the logits themselves: a distribution over classes says nothing of each alone."""
-    return isinstance(logits, Tensor | CompactLogits)
 
 
 def average_precisions(scores: Numbers, labels: NDArray[np.int8]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from logitcache.logits import NO_LOGITS, at_least_float32, dense_logits
 from logitcache.student.losses import Loss
 from logitcache.student.ranks import Ranks
-from logitcache.targets import Batch, MixedLabels, Targets, feature_values
+from logitcache.targets import Batch, MixedLabels, Targets
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -47,7 +47,7 @@ class WholeBatch:
             return found
 
         assert isinstance(outputs.logits, Tensor)
-        features = {tap: every_row(feature_values(outputs.features[tap])) for tap in self._taps}
+        features = {tap: every_row(at_least_float32(outputs.features[tap])) for tap in self._taps}
         student = Targets(every_row(at_least_float32(outputs.logits)), features)
         teachers = {name: self._taught(name, targets, every_row) for name, targets in batch.teachers.items()}
         images = batch.images.new_empty(sum(counts), 0)
@@ -60,8 +60,8 @@ class WholeBatch:
         features = sorted({feature for loss in asking for feature in loss.features})
         dense = any("dense logits" in loss.needs for loss in asking)
         return Targets(
-            every_row(dense_logits(targets.logits)) if dense else NO_LOGITS,
-            {feature: every_row(feature_values(targets.features[feature])) for feature in features},
+            every_row(dense_logits(targets)) if dense else NO_LOGITS,
+            {feature: every_row(at_least_float32(targets.features[feature])) for feature in features},
         )
 
 

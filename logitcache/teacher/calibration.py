@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from logitcache.console import track
 from logitcache.device import to_device
-from logitcache.targets import Targets, feature_values
+from logitcache.targets import Targets
 from logitcache.teacher.models import Teacher, require_finite
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.views.keys import Draws, ViewKey, below
@@ -68,8 +68,8 @@ class Calibration:
 
     @cached_property
     def _keys(self) -> list[ViewKey]:
-        logits, spec = self.examples.logits, self.recipe.views
-        rows = num_calibration_rows(logits.shape[1] if isinstance(logits, Tensor) else 0)
+        spec = self.recipe.views
+        rows = num_calibration_rows(self.examples.num_classes)
         rows = rows if self.most_rows is None else min(rows, self.most_rows)
         return calibration_keys(spec.seed, len(self.views.dataset.ids), spec.num_views, rows)
 
@@ -91,9 +91,9 @@ class Calibration:
         labels = torch.from_numpy(self.views.dataset.labels[np.array(indices)])
         device = self.teacher.device
         answers = self.teacher(to_device(pixels, device), to_device(labels, device))
-        logits = answers.logits if isinstance(answers.logits, Tensor) else torch.empty(len(keys), 0)
+        logits = answers.logits if answers.keeps_logits else torch.empty(len(keys), 0)
         require_finite(self.teacher, answers, [self.views.dataset.ids[index] for index in indices])
-        vectors = {name: _vectors(feature_values(answers.features[name])).cpu() for name in projected}
+        vectors = {name: _vectors(answers.features[name]).cpu() for name in projected}
         return logits.cpu(), vectors
 
 

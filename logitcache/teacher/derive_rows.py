@@ -41,7 +41,7 @@ class Origin:
 
     def logits(self, answers: Mapping[str, Targets]) -> Tensor:
         """Return the logits that are encoded, float32 [B, C], of the answers of all members."""
-        members = [at_least_float32(dense_logits(answers[name].logits)) for name in self.weights]
+        members = [at_least_float32(dense_logits(answers[name])) for name in self.weights]
         if self.teacher.average != "probabilities":
             return sum((w * z for w, z in zip(self.weights.values(), members, strict=True)), torch.zeros(()))
         weights = members[0].new_tensor([list(self.weights.values())]).expand(len(members[0]), -1)

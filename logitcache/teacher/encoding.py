@@ -34,7 +34,7 @@ def encode(
     found: dict[str, Encoded] = {}
     for name in entry.features:
         if name in measured or name in needed:
-            coder, exact = coders.features[f"{teacher}.{name}"], feature_values(answers.features[name])
+            coder, exact = coders.features[f"{teacher}.{name}"], answers.features[name]
             arrays = coder.encode(exact)
             errors = relative_error(coder.decode(arrays), exact) if measured.get(name) else None
             found[name] = Encoded(arrays, errors)

@@ -15,7 +15,7 @@ from logitcache.logits import NO_LOGITS
 from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
 from logitcache.models.taps import Tapped
 from logitcache.recipe import Component
-from logitcache.targets import Targets, feature_values
+from logitcache.targets import Targets
 from logitcache.teacher.grad_cam import GradedPass
 
 
@@ -143,8 +143,8 @@ def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> No
 
 def _values(answers: Targets) -> dict[str, Tensor]:
     """Return logits, where there are any, and features by name."""
-    logits = {LOGITS: answers.logits} if isinstance(answers.logits, Tensor) else {}
-    return logits | {name: feature_values(value) for name, value in answers.features.items()}
+    logits = {LOGITS: answers.logits} if answers.keeps_logits else {}
+    return logits | dict(answers.features)
 
 
 def require_fits(teacher: Teacher, target: str, encoded: Mapping[str, Tensor], ids: Sequence[str]) -> None:

@@ -232,7 +232,7 @@ def _entries(
 
 
 def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, examples: Targets) -> TeacherEntry:
-    num_classes = examples.logits.shape[1] if isinstance(examples.logits, Tensor) else None
+    num_classes = examples.num_classes if examples.keeps_logits else None
     by_label = source.logits is not None or any(feature.kind == "grad_cam" for feature in teacher.features.values())
     if by_label and num_classes is not None and dataset.num_classes not in (None, num_classes):
         raise MismatchError(

@@ -46,7 +46,7 @@ def test_logits_are_those_of_batches_by_key(name: str, tmp_path: Path) -> None:
     assert (logits.shape, logits.dtype) == ((2, 1100, 16), np.float32)
     assert logits.chunks == ((1, 1), (1024, 76), (16,))
     for view in range(2):
-        expected = log_probs(cache.answers(keys(cache, view))["t"].logits).numpy()
+        expected = log_probs(cache.answers(keys(cache, view))["t"]).numpy()
         np.testing.assert_allclose(normalized(logits[view].compute()), expected, atol=1e-5)
 
 
@@ -64,7 +64,7 @@ def test_features_and_logits_of_a_head_are_those_of_batches_by_key(featured: Cac
     expected = featured.answers(keys(featured, 1))["t"]
     for name, feature in expected.features.items():
         np.testing.assert_array_equal(found[name][1].compute(), feature_values(feature).numpy())
-    np.testing.assert_allclose(normalized(found["logits"][1].compute()), log_probs(expected.logits).numpy(), atol=1e-5)
+    np.testing.assert_allclose(normalized(found["logits"][1].compute()), log_probs(expected).numpy(), atol=1e-5)
 
 
 def test_teachers_are_combined_chunk_by_chunk(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_teachers_are_combined_chunk_by_chunk(tmp_path: Path) -> None:
     mean = (p[0] + p[1]) / 2
     assert mean.chunks[:2] == ((1, 1), (128, 128, 44))
     answers = cache.answers(keys(cache, 0)).values()
-    expected = sum(log_probs(targets.logits).double().exp().numpy() for targets in answers) / 2
+    expected = sum(log_probs(targets).double().exp().numpy() for targets in answers) / 2
     np.testing.assert_allclose(mean[0].compute(), expected, atol=1e-5)
 
 

@@ -83,7 +83,7 @@ def every_key(cache: Cache, view: int | None = None) -> list[ViewKey]:
 
 def same_answers(one: Cache, other: Cache) -> bool:
     keys = every_key(one)
-    mine, theirs = (raw(cache.answers(keys)["t"].logits) for cache in (one, other))
+    mine, theirs = (raw(cache.answers(keys)["t"].compact) for cache in (one, other))
     return all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
@@ -305,12 +305,12 @@ def test_copies_take_no_more_than_they_may(
     url, limit = new_url(), 40_000  # of three views
     long(url, logits)
     first = open_cache(url)
-    whole = [raw(first.answers(every_key(first, view))["t"].logits) for view in range(5)]
+    whole = [raw(first.answers(every_key(first, view))["t"].compact) for view in range(5)]
     monkeypatch.setenv(FOLDER, str(tmp_path / "small"))
     monkeypatch.setenv(SIZE, str(limit))
     cache = open_cache(url)
     for view in [*range(5), 0, 3]:
-        found = raw(cache.answers(every_key(cache, view))["t"].logits)
+        found = raw(cache.answers(every_key(cache, view))["t"].compact)
         assert np.array_equal(found[0], whole[view][0])
         here = bytes_here(tmp_path / "small")
         assert here <= limit
@@ -324,11 +324,11 @@ def test_packed_shards_come_one_by_one_where_a_view_has_no_room(
     long(url, PACKED)
     largest = max(len(data) for key, data in objects(url).items() if key.startswith("t.logits/c."))
     cache = open_cache(url)
-    expected = raw(cache.answers(every_key(cache))["t"].logits)[0]
+    expected = raw(cache.answers(every_key(cache))["t"].compact)[0]
     monkeypatch.setenv(FOLDER, str(tmp_path / "small"))
     monkeypatch.setenv(SIZE, str(largest))
     cache = open_cache(url)
-    assert np.array_equal(raw(cache.answers(every_key(cache))["t"].logits)[0], expected)
+    assert np.array_equal(raw(cache.answers(every_key(cache))["t"].compact)[0], expected)
     assert bytes_here(tmp_path / "small") <= largest
 
 

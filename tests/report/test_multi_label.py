@@ -44,7 +44,7 @@ def _few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answers(cache: Cache, name: str, view: int) -> Table:
     keys = [ViewKey(view, index) for index in range(len(cache))]
-    return np.asarray(dense_logits(cache.answers(keys)[name].logits).double().numpy())
+    return np.asarray(dense_logits(cache.answers(keys)[name]).double().numpy())
 
 
 def precisions(logits: Table, labels: Table) -> list[float]:

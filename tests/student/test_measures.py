@@ -45,7 +45,7 @@ def test_figures_are_those_of_a_plain_loop(rows: int, classes: int) -> None:
     logits, labels, teachers = answers(rows, classes, seed=rows)
     labels[0] = 1
     found = Tally.of(logits, labels, teachers).measures()
-    p, both = softmax(logits), [softmax(targets.logits) for targets in teachers.values()]  # type: ignore[arg-type]
+    p, both = softmax(logits), [softmax(targets.logits) for targets in teachers.values()]
     t = (both[0] + both[1]) / 2
     known = [row for row in range(rows) if labels[row] >= 0]
     assert found.top1 == pytest.approx(np.mean([p[row].argmax() == labels[row] for row in known]))

@@ -54,7 +54,7 @@ def test_figures_are_those_of_a_plain_loop(rows: int, classes: int, threshold: f
     labels[0] = torch.tensor([1, 0, -1, 1, 0, 0][:classes])
     tally = MultiLabelTally.of(logits, labels, teachers, threshold)
     found, p = tally.measures(), sigmoid(logits)
-    t = (sigmoid(teachers["a"].logits) + sigmoid(teachers["b"].logits)) / 2  # type: ignore[arg-type]
+    t = (sigmoid(teachers["a"].logits) + sigmoid(teachers["b"].logits)) / 2
     columns, known = labels.T.tolist(), [label for row in labels.tolist() for label in row]
     there = [c for c in range(classes) if 1 in columns[c]]
     own = [average_precision(p[:, c].tolist(), columns[c]) for c in range(classes)]

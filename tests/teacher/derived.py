@@ -40,7 +40,7 @@ def keys(cache: Cache) -> list[ViewKey]:
 def stored(path: Path, name: str) -> torch.Tensor:
     """Return all logits of a teacher as float32, [V * N, C]."""
     cache = open_cache(path)
-    return dense_logits(cache.answers(keys(cache))[name].logits).float()
+    return dense_logits(cache.answers(keys(cache))[name]).float()
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -86,7 +86,7 @@ def read(cache: str, report: Path) -> int:
     for view in range(opened.num_views):
         rows = opened.rows([ViewKey(view, index) for index in range(len(opened))])
         for name in sorted(rows):
-            for values in raw(rows[name].logits):
+            for values in raw(rows[name].compact):
                 digest.update(values.tobytes())
     report.write_text(digest.hexdigest())
     return 0

@@ -19,7 +19,6 @@ from logitcache.cache.reader import open_cache
 from logitcache.errors import RecipeError, Stopped
 from logitcache.logits import TopKLogits, log_probs
 from logitcache.student.training import train
-from logitcache.targets import feature_values
 from logitcache.teacher import derive_rows
 from logitcache.teacher.derive import derive
 from tests.cache.made import DENSE16, DENSE32, FLIP_AND_CROP, Pixels, contents, flip, run, teacher, verified
@@ -111,7 +110,7 @@ def test_of_rounded_logits_the_divergence_is_that_of_stage_one_within_rounding(t
     exact = torch.log_softmax(stored(source(tmp_path / "exact"), "a").double(), dim=1)
     divergence = []
     for cache in (open_cache(tmp_path / "d"), once):
-        decoded = log_probs(cache.answers(keys(cache))["a"].logits).double()
+        decoded = log_probs(cache.answers(keys(cache))["a"]).double()
         divergence.append(float((exact.exp() * (exact - decoded)).sum(dim=1).mean()))
     assert divergence[0] == pytest.approx(divergence[1], rel=0.02)
     recorded = open_cache(tmp_path / "d").manifest.teachers["a"].errors["logits"]
@@ -134,12 +133,12 @@ def test_an_ensemble_is_the_mean_of_the_dense_logits_by_brute_force(
     encoding = ENCODING.validate_python(kept)
     expected = encoding.decode(encoding.encode(torch.from_numpy(mean).float()), CLASSES)
     cache = open_cache(tmp_path / "d")
-    found = cache.answers(keys(cache))["both"].logits
-    if isinstance(found, Tensor):
-        torch.testing.assert_close(found.double(), torch.from_numpy(mean), atol=2e-5, rtol=1e-5)
-        at_temperature = softmax(found.double().numpy() / temperature)
+    found = cache.answers(keys(cache))["both"]
+    if found.keeps_logits:
+        torch.testing.assert_close(found.logits.double(), torch.from_numpy(mean), atol=2e-5, rtol=1e-5)
+        at_temperature = softmax(found.logits.double().numpy() / temperature)
         np.testing.assert_allclose(at_temperature, softmax(mean / temperature), atol=1e-6)
-    assert isinstance(found, TopKLogits | Tensor)
+    assert isinstance(found.compact, TopKLogits | Tensor)
     np.testing.assert_allclose(log_probs(found).numpy(), log_probs(expected).numpy(), atol=2e-3)
     assert verified(tmp_path / "d") == ()
 
@@ -157,7 +156,7 @@ def test_what_is_kept_is_copied_byte_for_byte(tmp_path: Path) -> None:
     ours, theirs = (cache.answers(keys(cache)) for cache in (found, expected))
     assert ours["n"].features.keys() == {"projected", "bytes"}
     for name, feature in ours["n"].features.items():
-        assert torch.equal(feature_values(feature), feature_values(theirs["t"].features[name]))
+        assert torch.equal(feature, theirs["t"].features[name])
         assert found.manifest.teachers["n"].errors[name] == expected.manifest.teachers["t"].errors[name]
     assert torch.equal(stored(derived, "n"), stored(tmp_path / "c", "t"))
     assert (verified(whole), verified(derived)) == ((), ())
@@ -239,7 +238,7 @@ def test_linear_targets_stay_those_of_the_images_before_mixing(tmp_path: Path) -
     derive(derivation(path, tmp_path / "d", {"a": {"logits": PACKED32}}))
     ours, theirs = open_cache(tmp_path / "d"), open_cache(path)
     some = keys(ours)[:50]
-    mixed = [log_probs(cache.rows(some)["a"].logits) for cache in (ours, theirs)]
+    mixed = [log_probs(cache.rows(some)["a"]) for cache in (ours, theirs)]
     assert torch.equal(*mixed)
 
 

@@ -165,7 +165,7 @@ def test_the_live_teacher_has_the_same_features(path: Path, keys: list[ViewKey])
 def test_encoded_logits_hold_what_they_are_decoded_from_and_no_more(tmp_path: Path, cache: Cache) -> None:
     key = [ViewKey(0, 3)]
     make(tmp_path / "c", {"kind": "uint8", "storage": "packed"}, FEATURES)
-    beside_maps, head = open_cache(tmp_path / "c").rows(key)["t"].logits, cache.rows(key)["t"].logits
+    beside_maps, head = open_cache(tmp_path / "c").rows(key)["t"].compact, cache.rows(key)["t"].compact
     assert isinstance(beside_maps, CompactLogits)
     assert isinstance(head, CompactLogits)
     assert set(beside_maps.rows) == {"level", "scale"}

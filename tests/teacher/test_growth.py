@@ -130,14 +130,14 @@ def test_a_teacher_that_is_added_gives_the_same_bytes_as_at_once(cache: Path, tm
 
 def test_a_growth_that_was_stopped_leaves_the_old_cache_and_continues(cache: Path, tmp_path: Path) -> None:
     old = open_cache(cache)
-    digest, rows = old.manifest.digest(), raw(old.answers([ViewKey(1, 7)])["t"].logits)
+    digest, rows = old.manifest.digest(), raw(old.answers([ViewKey(1, 7)])["t"].compact)
     with pytest.raises(KeyboardInterrupt):
         grow(cache, 4, "tu", MODULES | {"u": Stopping(8, num_classes=7, seed=1)}, **RECORDED)
     assert (cache / GROWING).exists()
     half = open_cache(cache)
     assert half.manifest.digest() == digest
     assert verified(cache) == ()
-    assert np.array_equal(raw(half.answers([ViewKey(1, 7)])["t"].logits), rows)
+    assert np.array_equal(raw(half.answers([ViewKey(1, 7)])["t"].compact), rows)
     growing = inspect_cache(cache)["growing"]
     assert (growing["views"], growing["targets"]) == (4, ["t.logits", "u.logits"])
     result = grow(cache, 4, "tu", **RECORDED)

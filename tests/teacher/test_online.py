@@ -10,6 +10,7 @@ import torch
 
 from logitcache.cache.reader import open_cache
 from logitcache.errors import CacheError, MismatchError, RecipeError
+from logitcache.logits import TopKLogits
 from logitcache.models import Checkpoint, Custom, Preprocessing, SmallCNN, save_weights
 from logitcache.models.small_cnn import small_cnn
 from logitcache.student.recipes import LiveTeacher
@@ -126,8 +127,8 @@ def test_a_live_teacher_gives_full_logits_where_the_cache_keeps_a_few(tmp_path: 
     opened = open_cache(path)
     pixels = opened.views(IMAGES).__getitems__([ViewKey(0, 3)])
     live = live_targets(path, "cpu", modules={"t": linear()})(pixels, torch.tensor([-1]))["t"].logits
-    cached = opened.rows([ViewKey(0, 3)])["t"].logits
-    assert isinstance(live, torch.Tensor)
+    cached = opened.rows([ViewKey(0, 3)])["t"].compact
+    assert isinstance(cached, TopKLogits)
     top = torch.log_softmax(live, dim=1).topk(2)
-    np.testing.assert_allclose(cached.log_p.numpy(), top.values.numpy(), atol=2e-3)  # type: ignore[union-attr]
-    assert np.array_equal(cached.index.numpy(), top.indices.numpy())  # type: ignore[union-attr]
+    np.testing.assert_allclose(cached.log_p.numpy(), top.values.numpy(), atol=2e-3)
+    assert np.array_equal(cached.index.numpy(), top.indices.numpy())

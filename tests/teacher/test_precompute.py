@@ -109,7 +109,7 @@ def test_a_lower_precision_is_close_and_recorded(tmp_path: Path) -> None:
         run(path, dataset, network, teachers=teachers, views=views)
         assert open_cache(path).manifest.teachers["t"].precision == precision
     keys = [ViewKey(0, index) for index in range(60)]
-    [full], [half] = (raw(open_cache(tmp_path / p).rows(keys)["t"].logits) for p in ("float32", "bfloat16"))
+    [full], [half] = (raw(open_cache(tmp_path / p).rows(keys)["t"].compact) for p in ("float32", "bfloat16"))
     assert not np.array_equal(full, half)
     np.testing.assert_allclose(full, half, atol=0.05)
 

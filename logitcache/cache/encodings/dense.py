@@ -1,11 +1,12 @@
 """Every logit, as it is."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from logitcache.cache.encodings.base import Plain, RowArray, Storage
-from logitcache.logits import Logits
+from logitcache.logits import CompactLogits, Logits
 
 
 class Dense(Plain):
@@ -27,5 +28,9 @@ class Dense(Plain):
         return {"": logits.half() if self.dtype == "float16" else logits.float()}
 
     def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
-        """Return logits [B, C] in the stored dtype; the losses compute in float32."""
-        return rows[""]
+        """Return float32 logits [B, C] as they are, float16 ones as a form that becomes float32 on the device."""
+        return rows[""] if self.dtype == "float32" else CompactLogits(rows, num_classes, _float32)
+
+
+def _float32(rows: Mapping[str, Tensor]) -> Tensor:
+    return rows[""].float()

@@ -166,8 +166,8 @@ class FittedFeature:
         return {"level": (kept / scale).round().to(torch.int8), "scale": scale.squeeze(axes)}
 
     def decode(self, rows: Mapping[str, Tensor]) -> FeatureValues:
-        """Return the features as they are kept, or their encoded form, which becomes float32 on the device."""
-        if self.form.is_plain:
+        """Return float32 features as they are, others as a form that becomes float32 on the device."""
+        if self.form.is_plain and self.form.dtype == "float32":
             return rows[""]
         return CompactFeature(rows, self.shape, self._values)
 

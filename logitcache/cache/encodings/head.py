@@ -15,7 +15,6 @@ from logitcache.errors import RecipeError
 from logitcache.logits import CompactLogits, Logits
 from logitcache.models.taps import INPUT
 from logitcache.recipe import Component, Count, Name
-from logitcache.targets import feature_values
 
 PENULTIMATE = "penultimate"
 """The feature that a head's input is kept as."""
@@ -62,7 +61,7 @@ class Head(Component):
         bias = {"bias": parameters["bias"].detach().float().cpu().numpy()} if "bias" in parameters else {}
         form = HeadForm(width=weight.shape[1], bias=bool(bias), storage=self.storage)
         head = FittedHead(form, {"weight": weight, **bias})
-        values, logits = feature_values(sample.examples.features[PENULTIMATE]).cpu(), sample.examples.logits
+        values, logits = sample.examples.features[PENULTIMATE].float().cpu(), sample.examples.logits
         assert isinstance(logits, Tensor)
         logits = logits.float().cpu()
         found = head.logits(values) if values.shape[1:] == weight.shape[1:] else logits.new_full((1, 1), torch.inf)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logitcache.logits import dense_logits, log_probs
+from logitcache.logits import Logits, dense_logits, log_probs
 from logitcache.recipe import Name
 from logitcache.student.losses.base import Context, Need
 from logitcache.student.losses.temperatures import Temperature, TemperedLoss
@@ -16,15 +16,16 @@ EPSILON = 1e-8
 
 
 def dist(
-    student: Tensor, teacher: Tensor, beta: float = 1.0, gamma: float = 1.0, temperature: float | Tensor = 1.0
+    student: Tensor, teacher: Logits, beta: float = 1.0, gamma: float = 1.0, temperature: float | Tensor = 1.0
 ) -> Tensor:
     """Return T² · (β · (1 - mean correlation of rows) + γ · (1 - mean correlation of columns)), a scalar.
 
     Pearson's correlation of softmax(z / T) between student and teacher: of the classes in each row, and of the rows in
-    each class. `student`, `teacher`: logits [B, C]. At least float32. A vector without variance is correlated with
+    each class. `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets. Raises RecipeError if these keep
+    no logits. At least float32. A vector without variance is correlated with
     nothing: with one row, the second term is constant.
     """
-    p_s, p_t = log_probs(student, temperature).exp(), log_probs(teacher, temperature).exp()
+    p_s, p_t = log_probs(student, temperature).exp(), log_probs(dense_logits(teacher), temperature).exp()
     between = 1 - correlation(p_s, p_t).mean()
     within = 1 - correlation(p_s.T, p_t.T).mean()
     return temperature**2 * (beta * between + gamma * within)
@@ -61,4 +62,4 @@ class DIST(TemperedLoss):
         """Return the unweighted loss of a batch."""
         student, teacher, temperature = self.compared(outputs, batch, context)
         beta, gamma = (weight.at(context.progress) for weight in (self.beta, self.gamma))
-        return dist(student, dense_logits(teacher), beta, gamma, temperature)
+        return dist(student, teacher, beta, gamma, temperature)

@@ -23,7 +23,7 @@ def dkd(
     """Return T² · mean of α · KL(b_t ‖ b_s) + β · KL(p̂_t ‖ p̂_s) over the labelled rows, a scalar in nats.
 
     b = [p_y, 1 - p_y] is label against rest, p̂ the distribution over the other classes alone, of softmax(z / T).
-    `student`: logits [B, C]; `teacher`: logits [B, C] or an encoded form; `labels`: int64 [B], -1 for none. At least
+    `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none. At least
     float32; 0 without labels, and where both agree.
     """
     own_s, rest_s, others_s = split_by_label(log_probs(student, temperature), labels)

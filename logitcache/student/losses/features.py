@@ -11,7 +11,7 @@ from torch import Tensor
 from logitcache.features import FeatureKind, FeatureShape
 from logitcache.logits import at_least_float32
 from logitcache.student.losses.base import HeldTeacher, LossBase, Site, targets_of
-from logitcache.targets import Batch, Targets, feature_values
+from logitcache.targets import Batch, Targets
 
 P = ParamSpec("P")
 
@@ -47,7 +47,7 @@ class FeatureLoss(LossBase, ABC):
     def compared(self: Pair, outputs: Targets, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the student's features and the teacher's, at least float32."""
         teacher = targets_of(batch.teachers, self.teacher).features[self.feature]
-        return at_least_float32(feature_values(outputs.features[self.student])), feature_values(teacher)
+        return at_least_float32(outputs.features[self.student]), at_least_float32(teacher)
 
     def shapes(self: Pair, site: Site) -> tuple[tuple[int, ...], FeatureShape]:
         """Return the shape at the student's tap, without the batch, and what the teacher's feature is."""

@@ -55,7 +55,7 @@ class GradCAM(FeatureLoss):
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         _, teacher = self.compared(outputs, batch)
-        found = top1(targets_of(batch.teachers, self.teacher).logits)
+        found = top1(targets_of(batch.teachers, self.teacher))
         labels = single_labels(batch.labels)
         classes = torch.where(labels == UNLABELLED, found, labels)
         student = outputs.features[self.student]

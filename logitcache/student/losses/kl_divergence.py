@@ -19,16 +19,16 @@ EPSILON = 1e-7
 def kl_divergence(student: Tensor, teacher: Logits, temperature: float | Tensor = 1.0) -> Tensor:
     """Return T² · mean over rows of Σ p_t (log p_t - log p_s), p = softmax(z / T), a scalar in nats, at least float32.
 
-    `student`: logits [B, C]. `teacher`: logits [B, C] or an encoded form. `temperature`: one for all, or one for each
+    `student`: logits [B, C]. `teacher`: logits [B, C] or a batch's targets. `temperature`: one for all, or one for each
     row [B]. The factor T² keeps the gradient's size independent of T. Zero when both agree.
     """
     log_p_s, log_p_t = log_probs(student, temperature), log_probs(teacher, temperature)
     return (temperature**2 * (log_p_t.exp() * (log_p_t - log_p_s)).sum(dim=1)).mean()
 
 
-def standardize(logits: Tensor) -> Tensor:
+def standardize(logits: Logits) -> Tensor:
     """Bring each row of logits [B, C] to mean 0 and (unbiased) standard deviation 1, at least in float32."""
-    values = at_least_float32(logits)
+    values = at_least_float32(dense_logits(logits))
     return (values - values.mean(dim=1, keepdim=True)) / (EPSILON + values.std(dim=1, keepdim=True))
 
 
@@ -56,4 +56,4 @@ class KLDivergence(TemperedLoss):
         student, teacher, temperature = self.compared(outputs, batch, context)
         if not self.standardize:
             return kl_divergence(student, teacher, temperature)
-        return kl_divergence(standardize(student), standardize(dense_logits(teacher)), temperature)
+        return kl_divergence(standardize(student), standardize(teacher), temperature)

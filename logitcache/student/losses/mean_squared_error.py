@@ -5,16 +5,19 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.logits import at_least_float32, dense_logits
+from logitcache.logits import Logits, at_least_float32, dense_logits
 from logitcache.recipe import Name
 from logitcache.student.losses.base import Context, LossBase, Need, targets_of
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 
-def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean of (z_s - z_t)² over rows and classes, a scalar, at least float32; both logits are [B, C]."""
-    return F.mse_loss(at_least_float32(student), at_least_float32(teacher))
+def mean_squared_error(student: Tensor, teacher: Logits) -> Tensor:
+    """Return the mean of (z_s - z_t)² over rows and classes, a scalar, at least float32.
+
+    `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets. Raises RecipeError if these keep no logits.
+    """
+    return F.mse_loss(at_least_float32(student), at_least_float32(dense_logits(teacher)))
 
 
 class MeanSquaredError(LossBase):
@@ -28,6 +31,4 @@ class MeanSquaredError(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
-        assert isinstance(outputs.logits, Tensor)
-        return mean_squared_error(outputs.logits, logits)
+        return mean_squared_error(outputs.logits, targets_of(batch.teachers, self.teacher))

@@ -5,7 +5,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.logits import at_least_float32, dense_logits
+from logitcache.logits import Logits, at_least_float32, dense_logits
 from logitcache.recipe import Name
 from logitcache.student.losses.base import Context, Need
 from logitcache.student.losses.temperatures import Temperature, TemperedLoss
@@ -13,12 +13,13 @@ from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 
-def multi_label_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+def multi_label_kl(student: Tensor, teacher: Logits, temperature: float | Tensor = 1.0) -> Tensor:
     """Return T² · mean over rows and classes of KL(σ(z_t / T) ‖ σ(z_s / T)), a scalar in nats, at least float32.
 
-    `student`, `teacher`: logits [B, C]. Zero when both agree.
+    `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets. Zero when both agree. Raises RecipeError if
+    the targets keep no logits.
     """
-    z_s, z_t = (at_least_float32(logits) / temperature for logits in (student, teacher))
+    z_s, z_t = (at_least_float32(logits) / temperature for logits in (student, dense_logits(teacher)))
     yes, no = (
         F.logsigmoid(sign * z_t).exp() * (F.logsigmoid(sign * z_t) - F.logsigmoid(sign * z_s)) for sign in (1, -1)
     )
@@ -41,4 +42,4 @@ class MultiLabelKL(TemperedLoss):
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         student, teacher, temperature = self.compared(outputs, batch, context)
-        return multi_label_kl(student, dense_logits(teacher), temperature)
+        return multi_label_kl(student, teacher, temperature)

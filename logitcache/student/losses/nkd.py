@@ -20,7 +20,7 @@ def nkd(
     """Return the mean of -p_t[y] log p_s[y] - γ T² Σ p̂_t log p̂_s over the labelled rows, a scalar in nats.
 
     p = softmax(z); p̂ is the distribution over the classes other than the label, of softmax(z / T). `student`: logits
-    [B, C]; `teacher`: logits [B, C] or an encoded form; `labels`: int64 [B], -1 for none. At least float32; 0 without
+    [B, C]; `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none. At least float32; 0 without
     labels. Smallest, not zero, where both agree on the others and the student is sure of the label.
     """
     own_s, _, _ = split_by_label(log_probs(student), labels)

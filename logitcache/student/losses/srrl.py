@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from logitcache.errors import RecipeError
 from logitcache.features import FeatureKind, pooled
-from logitcache.logits import at_least_float32, dense_logits
+from logitcache.logits import Logits, at_least_float32, dense_logits
 from logitcache.recipe import Name
 from logitcache.student.adapters import Projection, num_pooled
 from logitcache.student.losses.base import Context, Need, Site, targets_of
@@ -23,14 +23,15 @@ from logitcache.targets import Batch, Targets
 
 
 @full_precision
-def softmax_regression(student: Tensor, weight: Tensor, bias: Tensor, logits: Tensor) -> Tensor:
+def softmax_regression(student: Tensor, weight: Tensor, bias: Tensor, logits: Logits) -> Tensor:
     """Return the mean of (W f_s + b - z_t)² over rows and classes, a scalar, at least float32.
 
     What the teacher's last layer says to the student's features, against what it said to the teacher's. `student`:
-    vectors [B, D] of a projection that is trained with the student; `weight`: [C, D]; `bias`: [C]; `logits`: [B, C].
+    vectors [B, D] of a projection that is trained with the student; `weight`: [C, D]; `bias`: [C]; `logits`: [B, C] or a
+    batch's targets. Raises RecipeError if these keep no logits.
     """
     found = F.linear(at_least_float32(student), weight.to(student), bias.to(student))
-    return F.mse_loss(found, at_least_float32(logits))
+    return F.mse_loss(found, at_least_float32(dense_logits(logits)))
 
 
 class Head(nn.Module):
@@ -95,5 +96,5 @@ class SRRL(FeatureLoss):
         loss = of_features * hint(projected, pooled(teacher))
         if not self._takes_head:
             return loss
-        logits = dense_logits(targets_of(batch.teachers, self.teacher).logits)
-        return loss + of_logits * softmax_regression(projected, head.weight, head.bias, logits)
+        answers = targets_of(batch.teachers, self.teacher)
+        return loss + of_logits * softmax_regression(projected, head.weight, head.bias, answers)

@@ -138,11 +138,10 @@ class TemperedLoss(LossBase, ABC):
 
     def compared(
         self: Tempered, outputs: Targets, batch: Batch, context: Context
-    ) -> tuple[Tensor, Logits, float | Tensor]:
-        """Return the student's logits [B, C], the teacher's in the form in which they are kept, and the temperature."""
-        logits = targets_of(batch.teachers, self.teacher).logits
-        assert isinstance(outputs.logits, Tensor)
-        return outputs.logits, logits, self.temperature.now(outputs.logits, logits, batch, context)
+    ) -> tuple[Tensor, Targets, float | Tensor]:
+        """Return the student's logits [B, C], the teacher's answers, and the temperature."""
+        teacher = targets_of(batch.teachers, self.teacher)
+        return outputs.logits, teacher, self.temperature.now(outputs.logits, teacher, batch, context)
 
     def adapter(self: Tempered, site: Site) -> nn.Module:
         """Build what the temperature remembers."""

@@ -21,7 +21,7 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | 
 
     p = softmax(z / T), and w = 1 - exp(-CE_s / CE_t) with the cross-entropies against the label at T = 1: rows count
     less that the student knows better than the teacher does. No gradient flows through w. `student`: logits [B, C];
-    `teacher`: logits [B, C] or an encoded form; `labels`: int64 [B], -1 for none.
+    `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none.
     """
     place = labels.clamp(min=0)[:, None]
     ce_s = -log_probs(student.detach()).gather(1, place)[:, 0]
