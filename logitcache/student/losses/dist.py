@@ -21,9 +21,9 @@ def dist(
     """Return T² · (β · (1 - mean correlation of rows) + γ · (1 - mean correlation of columns)), a scalar.
 
     Pearson's correlation of softmax(z / T) between student and teacher: of the classes in each row, and of the rows in
-    each class. `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets. Raises RecipeError if these keep
-    no logits. At least float32. A vector without variance is correlated with
-    nothing: with one row, the second term is constant.
+    each class. `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets. At least float32. A vector
+    without variance is correlated with nothing: with one row, the second term is constant. Raises RecipeError if the
+    targets keep no logits.
     """
     p_s, p_t = log_probs(student, temperature).exp(), log_probs(dense_logits(teacher), temperature).exp()
     between = 1 - correlation(p_s, p_t).mean()

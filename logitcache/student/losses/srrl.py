@@ -27,8 +27,8 @@ def softmax_regression(student: Tensor, weight: Tensor, bias: Tensor, logits: Lo
     """Return the mean of (W f_s + b - z_t)² over rows and classes, a scalar, at least float32.
 
     What the teacher's last layer says to the student's features, against what it said to the teacher's. `student`:
-    vectors [B, D] of a projection that is trained with the student; `weight`: [C, D]; `bias`: [C]; `logits`: [B, C] or a
-    batch's targets. Raises RecipeError if these keep no logits.
+    vectors [B, D] of a projection that is trained with the student; `weight`: [C, D]; `bias`: [C]; `logits`: [B, C]
+    or a batch's targets. Raises RecipeError if these keep no logits.
     """
     found = F.linear(at_least_float32(student), weight.to(student), bias.to(student))
     return F.mse_loss(found, at_least_float32(dense_logits(logits)))
