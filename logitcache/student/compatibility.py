@@ -8,7 +8,7 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import RecipeError
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import Loss
-from logitcache.student.losses.base import HeldTeacher, Need
+from logitcache.student.losses.base import FIX_OF_ONE_CLASS, HeldTeacher, Need
 from logitcache.views.datasets.base import Labels, is_multi_label
 
 FROM_LABELS: frozenset[Need] = frozenset({"labels", "single labels", "multi labels"})
@@ -106,6 +106,20 @@ def require_labels(losses: Sequence[Loss], labels: Labels, where: str = "") -> N
     for number, loss in enumerate(losses):
         for reason in other_labels(loss, labels):
             raise RecipeError(f"{where}losses.{number} ({loss.kind}) {reason}")
+
+
+def require_classes(losses: Sequence[Loss], num_classes: int, where: str = "") -> None:
+    """Raise RecipeError for losses that take a softmax over fewer than two classes, which trains nothing."""
+    names = [
+        f"losses.{number} ({loss.kind})"
+        for number, loss in enumerate(losses)
+        if loss.exclusive or loss.needs & ONE_CLASS
+    ]
+    if names and num_classes < 2:
+        raise RecipeError(
+            f"{where}a softmax over {num_classes} class is constant, and trains nothing by {', '.join(names)}. "
+            f"{FIX_OF_ONE_CLASS}"
+        )
 
 
 def _unlabelled(loss: Loss, cache: Cache) -> Iterator[str]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from logitcache.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
 from logitcache.files import write_atomically
@@ -20,8 +19,6 @@ from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.recipes import TrainingRecipe
 from logitcache.student.whole import WholeBatch
 from logitcache.targets import Batch, Targets
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Terms(nn.Module):
@@ -75,8 +72,8 @@ class Learner:
             self.model.to(memory_format=torch.channels_last)
         self.optimizer = recipe.optimizer.build(self.trained)
         self.scaler = grad_scaler(device, recipe.precision)
-        self._decay = recipe.ema or 0.0
-        self.ema = AveragedModel(self.model, multi_avg_fn=self._average, use_buffers=True) if recipe.ema else None
+        self._averaging = recipe.ema
+        self.ema = recipe.ema.start(self.model) if recipe.ema is not None else None
         taps = [tap for loss in recipe.losses for tap in loss.taps]
         # After the copy for the average, or that would have the hooks too.
         tapped = Tapped(self.model, self.model.module, taps, who="the model") if taps else self.model
@@ -112,8 +109,8 @@ class Learner:
 
     def end_step(self) -> None:
         """Count the step, once the weights have moved."""
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
+        if self._averaging is not None and self.ema is not None:
+            self._averaging.update(self.ema, self.model, self.step)
         for values in self._step_sums:
             self.ranks.add_up(values)
         self.step += 1
@@ -134,14 +131,6 @@ class Learner:
         """Go to the start of the next epoch."""
         self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
-
-    def _average(self, averages: Tensors, currents: Tensors, num_averaged: Tensor | int) -> None:
-        """Move averages towards currents; early on by more than 1 - decay, or the initial weights would stay long."""
-        decay = min(self._decay, (1 + self.step) / (10 + self.step))
-        if averages[0].is_floating_point():
-            torch._foreach_lerp_(list(averages), list(currents), 1 - decay)
-        else:
-            torch._foreach_copy_(list(averages), list(currents))  # counters
 
     def save_adapters(self, path: Path) -> None:
         """Write what the losses trained beside the model, by the number of the loss, where there is any."""

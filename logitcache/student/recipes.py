@@ -9,6 +9,7 @@ from logitcache.device import Precision
 from logitcache.models import Model, Preprocessing
 from logitcache.recipe import Component, Count, Float, Name, Positive
 from logitcache.remote import is_remote
+from logitcache.student.averaging import Average
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
 from logitcache.student.multi_label import THRESHOLD
@@ -22,7 +23,6 @@ from logitcache.views.sampling import MIXED_SAMPLING, EveryImage, Sampling
 from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 
 LabelLoss = Annotated[CrossEntropy | BinaryCrossEntropy, Field(discriminator="kind")]
-Decay = Annotated[Float, Field(gt=0.0, lt=1.0)]
 
 
 class ClassGroups(Component):
@@ -97,7 +97,7 @@ class TrainingRecipe(Component):
     optimizer: Optimizer = AdamW()
     schedule: LearningRateSchedule = LearningRateSchedule()
     clip_norm: Positive | None = None
-    ema: Decay | None = None
+    ema: Average | None = None
     precision: Precision = "float32"
     sync_batch_norm: bool = False
     channels_last: bool = False

@@ -13,6 +13,7 @@ from logitcache.student.compatibility import (
     FROM_LABELS,
     asked_targets,
     held_teachers,
+    require_classes,
     require_labels,
     require_rows,
     require_served,
@@ -125,6 +126,7 @@ def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
     require_served(recipe.losses, cache, recipe.ensembles)
     require_rows(recipe.losses, len(cache), recipe.batch_size, recipe.drop_last)
     num_classes = _num_classes(recipe.losses, classes, cache.manifest.fingerprint.num_classes)
+    require_classes(recipe.losses, num_classes, f"{cache.location}: ")
     counts = torch.from_numpy(class_counts(cache.labels, num_classes))
     return Lesson(num_classes, cache.manifest.image_shape, len(cache), counts, held)
 
@@ -163,6 +165,7 @@ def _from_labels(recipe: TeacherRecipe, part: Mapping[str, int]) -> Source:
             "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"
         )
     require_labels(recipe.losses, dataset.labels)
+    require_classes(recipe.losses, dataset.num_classes)
     views = Views(dataset, recipe.views())
     require_one_size(views)
     loader = _loader(recipe, views, **part)

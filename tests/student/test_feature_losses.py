@@ -207,7 +207,7 @@ def _srrl(student: Array, teacher: Array, state: State, setting: Setting) -> flo
     return float(features + np.mean((projected @ weight.T + bias - setting.logits) ** 2))
 
 
-def _simkd(student: Array, teacher: Array, state: State, setting: Setting) -> float:
+def _features_alone(student: Array, teacher: Array, state: State, setting: Setting) -> float:
     return float(np.mean((_linear(state, "project.", _pooled(student)) - _pooled(teacher)) ** 2))
 
 
@@ -261,7 +261,7 @@ TABLE = [
     Case(CKA(**TAP), TOKENS, "maps", WIDE, _cka),
     Case(SRRL(**TAP), MAPS, "pooled", (6,), _srrl),
     Case(SRRL(**TAP), TOKENS, "maps", WIDE, _srrl),
-    Case(SRRL(**TAP, logit_weight=constant(0.0)), VECTOR, "pooled", (6,), _simkd),
+    Case(SRRL(**TAP, logit_weight=constant(0.0)), VECTOR, "pooled", (6,), _features_alone),
     Case(CRD(**TAP, num_negatives=30, size=8), MAPS, "pooled", (6,), _crd),
     Case(CRD(**TAP, num_negatives=30, size=8), TOKENS, "maps", WIDE, _crd),
 ]
@@ -507,7 +507,7 @@ def test_srrl_is_zero_for_the_teachers_own_features() -> None:
     assert value.item() == pytest.approx(0, abs=1e-12)
 
 
-def test_simkd_needs_neither_head_nor_logits() -> None:
+def test_features_alone_needs_neither_head_nor_logits() -> None:
     assert SRRL(**TAP).needs == {"head", "dense logits"}
     assert SRRL(**TAP, logit_weight=constant(0.0)).needs == frozenset()
 

@@ -132,12 +132,13 @@ def _wsld(temperature: float) -> Reference:
 
 
 def _dist(beta: float, gamma: float, temperature: float) -> Reference:
-    def pearson(a: Array, b: Array) -> float:
-        a, b = a - a.mean(), b - b.mean()
-        return float(a @ b / (np.sqrt(a @ a) * np.sqrt(b @ b) + 1e-8))
+    def pearson(log_a: Array, log_b: Array) -> float:
+        # Over the largest number, as float64 has no e^-20000; a correlation does not see the difference.
+        a, b = (np.exp(log_p - log_p.max()) for log_p in (log_a, log_b))
+        return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.corrcoef(a, b)[0, 1])
 
     def reference(student: Array, teacher: Array, labels: NDArray[np.int64]) -> float:
-        p, q = (np.exp(_log_softmax(z / temperature)) for z in (student, teacher))
+        p, q = (_log_softmax(z / temperature) for z in (student, teacher))
         between = np.mean([pearson(a, b) for a, b in zip(p, q, strict=True)])
         within = np.mean([pearson(a, b) for a, b in zip(p.T, q.T, strict=True)])
         return float(temperature**2 * (beta * (1 - between) + gamma * (1 - within)))
@@ -479,3 +480,43 @@ def test_cross_entropy_of_unmixed_rows_is_that_without_mixing() -> None:
     student, labels = _random(9, 3.0, 0), _labels(9)
     mixed = MixedLabels(labels, torch.ones(9))
     assert torch.equal(cross_entropy(student, labels, 0.1, mixed), cross_entropy(student, labels, 0.1))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000, 21841])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 40.0])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_dist_of_equal_logits_is_zero_at_any_number_of_classes(classes: int, scale: float, temperature: float) -> None:
+    logits = torch.randn(32, classes, generator=torch.Generator().manual_seed(0)) * scale
+    student = logits.clone().requires_grad_()
+    value = dist(student, logits, temperature=temperature)
+    value.backward()
+    assert abs(value.item()) <= 2e-5 * temperature**2
+    assert student.grad is not None
+    assert student.grad.abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_dist_is_what_its_authors_compute(classes: int) -> None:
+    """Their 1e-8 is added to the product of norms, here far larger."""
+
+    def pearson(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+        return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
+
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(64, classes, generator=generator, dtype=torch.float64) for _ in range(2))
+    p, q = student.softmax(1), teacher.softmax(1)
+    expected = 2 - pearson(p, q).mean() - pearson(p.T, q.T).mean()
+    torch.testing.assert_close(dist(student.float(), teacher.float()).double(), expected, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("which", ["student", "teacher", "both"])
+def test_dist_of_rows_without_variance_is_finite_and_says_that_nothing_correlates(which: str) -> None:
+    logits = torch.randn(8, 1000, generator=torch.Generator().manual_seed(0))
+    constant = torch.full((8, 1000), 3.3)
+    student = (logits if which == "teacher" else constant).clone().requires_grad_()
+    value = dist(student, logits if which == "student" else constant)
+    value.backward()
+    assert value.item() == pytest.approx(2, abs=1e-5)
+    assert student.grad is not None
+    assert student.grad.isfinite().all()

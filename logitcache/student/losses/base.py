@@ -15,6 +15,7 @@ from logitcache.student.progress import Progress
 from logitcache.targets import Batch, Targets
 
 UNLABELLED = -1
+FIX_OF_ONE_CLASS = "Fix: multi_label_kl on the teacher's logits, or binary_cross_entropy on labels [B, C] of 0 and 1"
 
 Need = Literal["labels", "single labels", "multi labels", "logits", "dense logits", "head"]
 """What a loss asks for: one class an image, perhaps mixed; one that is not mixed; labels of any number of classes an
@@ -67,7 +68,7 @@ class LossBase(Component, ABC):
     how many rows on it says anything, as fewer leave it nothing to compare; `differentiates` whether it takes gradients
     of its own through the student, which a compiled one does not give; `remembers_rows` whether its adapter keeps
     something of every row that it saw, which is more than one of several processes sees; `exclusive` whether it takes
-    an image to be of one class alone, as a softmax does.
+    an image to be of one class alone, as a softmax does, which needs two classes or more.
     """
 
     by_row: ClassVar[bool] = True
@@ -111,6 +112,12 @@ def targets_of(teachers: Mapping[str, Targets], name: str | None) -> Targets:
             f"a loss asks for teacher {name!r}; the cache has {sorted(teachers)}. Fix: set the loss's `teacher`"
         )
     return teachers[name]
+
+
+def require_classes(logits: Tensor) -> None:
+    """Raise RecipeError for logits [B, C] of fewer than two classes: their softmax is 1, and trains nothing."""
+    if logits.shape[1] < 2:
+        raise RecipeError(f"a softmax over {logits.shape[1]} class is constant and trains nothing. {FIX_OF_ONE_CLASS}")
 
 
 def every_row(batch: Batch) -> Tensor:

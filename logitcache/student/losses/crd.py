@@ -98,9 +98,9 @@ class CRD(FeatureLoss):
 
     The authors' noise-contrastive estimate rather than InfoNCE: the weight and K were published for it. K negatives are
     drawn for the batch, uniformly from all images, and shared by its rows (the authors draw K for each row, B times the
-    memory); a row leaves out itself. Two banks of N × `size` float32 are kept, and in every checkpoint. Each call in
-    training moves them: with micro_batches, later ones see what earlier ones left, and parts sum to the whole on
-    average only.
+    memory); a row leaves out itself, but not other images of its class, as the authors' sampling by labels does. Two
+    banks of N × `size` float32 are kept, and in every checkpoint. Each call in training moves them: with micro_batches,
+    later ones see what earlier ones left, and parts sum to the whole on average only.
     """
 
     remembers_rows: ClassVar[bool] = True

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from logitcache.logits import at_least_float32
 from logitcache.recipe import Float, Fraction
-from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site
+from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site, require_classes
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, MixedLabels, Targets
 
@@ -19,8 +19,9 @@ def cross_entropy(
     """Return the mean of -log p[label] over the labelled rows, a scalar in nats, at least float32; 0 without labels.
 
     `logits`: [B, C]; `labels`: int64 [B], -1 for none. Where images are `mixed`, a row is the weighted sum over its own
-    label and its partner's, and counts if both are known.
+    label and its partner's, and counts if both are known. Raises RecipeError for fewer than two classes.
     """
+    require_classes(logits)
     scores = at_least_float32(logits)
     rows = _rows(scores, labels, label_smoothing)
     if mixed is not None:
@@ -68,6 +69,7 @@ class CrossEntropy(LossBase):
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    exclusive: ClassVar[bool] = True
     teacher: ClassVar[str | None] = None
 
     kind: Literal["cross_entropy"] = "cross_entropy"

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from logitcache.logits import Logits, dense_logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import Context, Need
+from logitcache.student.losses.base import Context, Need, require_classes
 from logitcache.student.losses.temperatures import Temperature, TemperedLoss
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
-EPSILON = 1e-8
+SMALLEST_SPREAD = 1e-6
+"""Standard deviation over root mean square below which the rounding of float32 decides a correlation."""
 
 
 def dist(
@@ -23,20 +24,33 @@ def dist(
     Pearson's correlation of softmax(z / T) between student and teacher: of the classes in each row, and of the rows in
     each class. `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets. At least float32. A vector
     without variance is correlated with nothing: with one row, the second term is constant. Raises RecipeError if the
-    targets keep no logits.
+    targets keep no logits, and for fewer than two classes.
     """
-    p_s, p_t = log_probs(student, temperature).exp(), log_probs(dense_logits(teacher), temperature).exp()
-    between = 1 - correlation(p_s, p_t).mean()
-    within = 1 - correlation(p_s.T, p_t.T).mean()
+    require_classes(student)
+    log_p_s, log_p_t = log_probs(student, temperature), log_probs(dense_logits(teacher), temperature)
+    between = 1 - correlation(log_p_s, log_p_t).mean()
+    within = 1 - correlation(log_p_s.T, log_p_t.T).mean()
     return temperature**2 * (beta * between + gamma * within)
 
 
-def correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Return Pearson's correlation of each row of two matrices [N, M]: [N]."""
-    a, b = (values - values.mean(dim=1, keepdim=True) for values in (a, b))
-    norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
-    found: Tensor = (a * b).sum(dim=1) / (norms + EPSILON)
-    return found
+def correlation(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """Return Pearson's correlation of each row of two matrices [N, M], given as logarithms: [N].
+
+    The authors add 1e-8 to the product of norms, which outweighs it for the small probabilities of many classes. Here
+    what keeps the quotient finite is relative to each vector.
+    """
+    a, b = _directions(log_a), _directions(log_b)
+    return (a * b).sum(dim=1)
+
+
+def _directions(log_values: Tensor) -> Tensor:
+    """Centre each row of exp(log_values) [N, M] and divide it by its norm; a row without variance becomes 0."""
+    # A correlation does not depend on scale: over its largest number, no row underflows.
+    values = (log_values - log_values.detach().amax(dim=1, keepdim=True)).exp()
+    centred = values - values.mean(dim=1, keepdim=True)
+    least = SMALLEST_SPREAD * torch.linalg.vector_norm(values, dim=1, keepdim=True)
+    norms: Tensor = (centred.square().sum(dim=1, keepdim=True) + least.square()).sqrt()
+    return centred / norms
 
 
 class DIST(TemperedLoss):

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import Context, cross, mean_of_labelled, split_by_label
+from logitcache.student.losses.base import Context, cross, mean_of_labelled, require_classes, split_by_label
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -24,8 +24,9 @@ def dkd(
 
     b = [p_y, 1 - p_y] is label against rest, p̂ the distribution over the other classes alone, of softmax(z / T).
     `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none. At least
-    float32; 0 without labels, and where both agree.
+    float32; 0 without labels, and where both agree. Raises RecipeError for fewer than two classes.
     """
+    require_classes(student)
     own_s, rest_s, others_s = split_by_label(log_probs(student, temperature), labels)
     own_t, rest_t, others_t = split_by_label(log_probs(teacher, temperature), labels)
     against_rest = own_t.exp() * (own_t - own_s) + rest_t.exp() * (rest_t - rest_s)
@@ -34,7 +35,10 @@ def dkd(
 
 
 class DKD(SingleLabelLoss):
-    """Decoupled distillation, the label against the rest and the rest among themselves; published for single labels."""
+    """Decoupled distillation, the label against the rest and the rest among themselves; published for single labels.
+
+    The authors let `weight` rise from 0 to 1 over the first 20 of 240 epochs on CIFAR-100, beside cross-entropy.
+    """
 
     kind: Literal["dkd"] = "dkd"
     alpha: Weight = constant(1.0)

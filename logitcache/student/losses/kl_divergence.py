@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitcache.logits import Logits, at_least_float32, dense_logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import Context, Need
+from logitcache.student.losses.base import Context, Need, require_classes
 from logitcache.student.losses.temperatures import RowTemperature, TemperedLoss
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -20,15 +20,21 @@ def kl_divergence(student: Tensor, teacher: Logits, temperature: float | Tensor 
     """Return T² · mean over rows of Σ p_t (log p_t - log p_s), p = softmax(z / T), a scalar in nats, at least float32.
 
     `student`: logits [B, C]. `teacher`: logits [B, C] or a batch's targets. `temperature`: one for all, or one for each
-    row [B]. The factor T² keeps the gradient's size independent of T. Zero when both agree.
+    row [B]. The factor T² keeps the gradient's size independent of T. Zero when both agree. Raises RecipeError for
+    fewer than two classes.
     """
+    require_classes(student)
     log_p_s, log_p_t = log_probs(student, temperature), log_probs(teacher, temperature)
     return (temperature**2 * (log_p_t.exp() * (log_p_t - log_p_s)).sum(dim=1)).mean()
 
 
 def standardize(logits: Logits) -> Tensor:
-    """Bring each row of logits [B, C] to mean 0 and (unbiased) standard deviation 1, at least in float32."""
+    """Bring each row of logits [B, C] to mean 0 and (unbiased) standard deviation 1, at least in float32.
+
+    Raises RecipeError for fewer than two classes.
+    """
     values = at_least_float32(dense_logits(logits))
+    require_classes(values)
     return (values - values.mean(dim=1, keepdim=True)) / (EPSILON + values.std(dim=1, keepdim=True))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import Context, cross, mean_of_labelled, split_by_label
+from logitcache.student.losses.base import Context, cross, mean_of_labelled, require_classes, split_by_label
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -22,7 +22,9 @@ def nkd(
     p = softmax(z); p̂ is the distribution over the classes other than the label, of softmax(z / T). `student`: logits
     [B, C]; `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none. At least float32; 0 without
     labels. Smallest, not zero, where both agree on the others and the student is sure of the label.
+    Raises RecipeError for fewer than two classes.
     """
+    require_classes(student)
     own_s, _, _ = split_by_label(log_probs(student), labels)
     own_t, _, _ = split_by_label(log_probs(teacher), labels)
     _, _, others_s = split_by_label(log_probs(student, temperature), labels)

@@ -1,7 +1,5 @@
-"""Softmax regression: Yang et al., "Knowledge distillation via softmax regression representation learning" (ICLR 2021).
-
-With `logit_weight: 0` it is the loss of SimKD, Chen et al., "Knowledge distillation with the reused teacher classifier"
-(CVPR 2022).
+"""Softmax regression: Yang et al., "Knowledge distillation via softmax regression representation learning" (ICLR
+2021).
 """
 
 from typing import ClassVar, Literal, cast
@@ -30,8 +28,10 @@ def softmax_regression(student: Tensor, weight: Tensor, bias: Tensor, logits: Lo
     vectors [B, D] of a projection that is trained with the student; `weight`: [C, D]; `bias`: [C]; `logits`: [B, C]
     or a batch's targets. Raises RecipeError if these keep no logits.
     """
-    found = F.linear(at_least_float32(student), weight.to(student), bias.to(student))
-    return F.mse_loss(found, at_least_float32(dense_logits(logits)))
+    features = at_least_float32(student)
+    return F.mse_loss(
+        F.linear(features, weight.to(features), bias.to(features)), at_least_float32(dense_logits(logits))
+    )
 
 
 class Head(nn.Module):
@@ -53,7 +53,7 @@ class SRRL(FeatureLoss):
     """Squared errors of pooled features, and of the logits that the teacher's own last layer makes of the student's.
 
     Both of a linear projection of the student's pooled features, which leaves rows independent; the authors' code has
-    batch normalisation and ReLU in it.
+    batch normalisation and ReLU in it. With `logit_weight: 0` only the features are compared, and no head is needed.
     """
 
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")

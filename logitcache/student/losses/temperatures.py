@@ -152,6 +152,7 @@ class SingleLabelLoss(TemperedLoss, ABC):
     """A loss on logits that is a mean over the rows with a label, of one class each."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
+    exclusive: ClassVar[bool] = True
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that have a label."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
 from logitcache.recipe import Name
-from logitcache.student.losses.base import Context, cross, mean_of_labelled
+from logitcache.student.losses.base import Context, cross, mean_of_labelled, require_classes
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -21,8 +21,10 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | 
 
     p = softmax(z / T), and w = 1 - exp(-CE_s / CE_t) with the cross-entropies against the label at T = 1: rows count
     less that the student knows better than the teacher does. No gradient flows through w. `student`: logits [B, C];
-    `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none.
+    `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none. Raises RecipeError for
+    fewer than two classes.
     """
+    require_classes(student)
     place = labels.clamp(min=0)[:, None]
     ce_s = -log_probs(student.detach()).gather(1, place)[:, 0]
     ce_t = -log_probs(teacher).gather(1, place)[:, 0]

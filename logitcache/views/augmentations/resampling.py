@@ -1,7 +1,8 @@
 """Resampling by exact arithmetic: the same bytes on every machine, for any batch and any number of threads.
 
-As Pillow resizes 8-bit images: an antialiasing triangle (bilinear) or cubic (a = -0.5, bicubic) filter, along the rows
-first and then along the columns, each pass rounded to uint8. Weights are multiples of 2⁻²², from float64 `+ - * /`,
+The filters of Pillow for 8-bit images: an antialiasing triangle (bilinear) or cubic (a = -0.5, bicubic), along the rows
+first and then along the columns, each pass rounded to uint8. Each pass is Pillow's to the bit; which pass comes first
+depends on its release and on the sizes. Weights are multiples of 2⁻²², from float64 `+ - * /`,
 floor and rint alone. With them every partial sum in a pass is a multiple of 2⁻²² and below 2¹⁰ (255 times the sum of
 the absolute weights, below 2), so float64 holds it exactly and no order of summation changes a bit. Float32 would hold
 coarser weights exactly too, but autocast and torch's reduced matmul precisions would round it to bfloat16.
