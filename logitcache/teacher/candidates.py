@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitcache.device import autocast, to_device
 from logitcache.teacher.models import Teacher
@@ -24,19 +24,21 @@ class Candidate(NamedTuple):
 
 
 class _Fired(NamedTuple):
-    """A module, what it put out, and how often that had been changed in place by then."""
+    """A module's output, how often that had been changed in place by then, and whether it is the module's own input."""
 
     path: str
     module: str
     value: Any
     version: int
+    is_input: bool
 
 
 def candidates(teacher: Teacher, pixels: Tensor) -> list[Candidate]:
-    """List every module that a feature can tap, in the order in which they answer uint8 pixels [B, C, H, W].
+    """List every module that a feature can tap, the last to answer uint8 pixels [B, C, H, W] first.
 
-    Left out are modules that run twice or never, and those whose output is no tensor of vectors, tokens or maps for
-    each image, or is changed in place afterwards. Of modules that put out the same the outermost is listed.
+    Modules that run twice or never are left out, as are those that return their input unchanged (identities, dropout)
+    and those whose output is no tensor of vectors, tokens or maps for each image, or is changed in place afterwards. Of
+    nested modules that return the same tensor the outermost is listed.
     """
     network, fired = teacher.classifier.module, list[_Fired]()
     with ExitStack() as hooks, torch.no_grad(), autocast(teacher.device, teacher.precision):
@@ -47,18 +49,26 @@ def candidates(teacher: Teacher, pixels: Tensor) -> list[Candidate]:
     times = Counter(one.path for one in fired)
     found: dict[int, Candidate] = {}
     for one in fired:
-        if times[one.path] == 1 and _is_tappable(one, len(pixels)):
-            # What is outside answers later than what is inside it.
+        if times[one.path] == 1 and not one.is_input and _is_tappable(one, len(pixels)):
+            # An outer module returns after the modules inside it.
             found[id(one.value)] = Candidate(one.path, one.module, tuple(one.value.shape[1:]))
-    return list(found.values())
+    return list(reversed(found.values()))
 
 
 def _note(fired: list[_Fired], path: str) -> Callable[[Any, Any, Any], None]:
     def note(module: Any, inputs: Any, output: Any) -> None:
         version = output._version if isinstance(output, Tensor) else 0
-        fired.append(_Fired(path, type(module).__name__, output, version))
+        fired.append(_Fired(path, type(module).__name__, output, version, _returns_input(module, inputs, output)))
 
     return note
+
+
+def _returns_input(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
+    """Whether a module without children returns its input as it is; what changes it in place computes something."""
+    if not isinstance(output, Tensor) or next(module.children(), None) is not None or getattr(module, "inplace", False):
+        return False
+    same = (one for one in inputs if isinstance(one, Tensor) and one.shape == output.shape)
+    return any(one.data_ptr() == output.data_ptr() for one in same)
 
 
 def _is_tappable(one: _Fired, count: int) -> bool:

@@ -240,7 +240,7 @@ class Twice(nn.Module):
             self.conv = nn.Conv2d(3, 6, 3, padding=1)
             self.relu = nn.ReLU(inplace=True)
             self.same = nn.Identity()
-            self.block = nn.Sequential(nn.Flatten(), nn.Linear(96, 4))
+            self.block = nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(96, 4), nn.Identity())
             self.idle = nn.Linear(4, 4)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -250,8 +250,9 @@ class Twice(nn.Module):
 def test_taps_tell_what_each_module_would_take(tmp_path: Path) -> None:
     document = told(tmp_path / "c", count=60, module=Twice(), taps=True)
     taps = {tap["tap"]: tap for tap in document["taps"]}
-    # The convolution's output is changed in place, `same` runs twice, `idle` never; the last layer is its block's.
-    assert list(taps) == ["relu", "block.0", "block"]
+    # The convolution's output is changed in place, `same` runs twice, `idle` never; dropout and identity return their
+    # input; the output of the last layer is its block's.
+    assert list(taps) == ["block", "block.1", "relu"]
     assert (taps["relu"]["shape"], taps["relu"]["pooled_row_bytes"], taps["relu"]["maps_row_bytes"]) == (
         [6, 4, 4],
         12,
