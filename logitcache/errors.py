@@ -4,6 +4,7 @@ ValueError
 └── LogitCacheError              any of these; `except ValueError` still works
     ├── RecipeError          2   a recipe, an option or their combination is wrong
     ├── DataError            2   an image or a label cannot be read
+    │   └── RefusedError         a file names what only a user may have opened, or what is never opened
     ├── MissingExtraError    2   an optional dependency is not installed
     ├── CacheError           3   a cache is damaged, incomplete, busy or not a cache
     ├── RemoteError          3   storage at a URL does not answer, or refuses
@@ -27,6 +28,10 @@ class RecipeError(LogitCacheError):
 
 class DataError(LogitCacheError):
     """An image or a label cannot be read; the message names it."""
+
+
+class RefusedError(DataError):
+    """A file names what is opened only if a user vouches for it (a URL, a path), or never (a device, a FIFO)."""
 
 
 class RowError(DataError):

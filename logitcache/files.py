@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from logitcache import stamps
 from logitcache.console import track
 from logitcache.errors import CacheError, DataError, LogitCacheError
+from logitcache.regular import open_regular
 
 _BLOCK = 256  # files a thread takes at a time: enough to hide the cost of handing them out
 _SPAN = 1 << 14  # files that are handed out to threads at a time
@@ -237,7 +238,7 @@ def _stamp_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -
 def _measured_rows(names: Sequence[str], measure: Measure, what: str, error: type[LogitCacheError]) -> stamps.Rows:
     rows = []
     for name in names:
-        with _readable(name, what, error), open(name, "rb") as file:
+        with _readable(name, what, error), open_regular(name) as file:
             started = stamps.now_ns()
             before = stamps.stamp(os.fstat(file.fileno()))
             found = measure.of(file)

@@ -1,17 +1,34 @@
 """The images that a cache was made from: found where they are now, and proved to be the same."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from logitcache.cache.copies import place_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import read_digests
-from logitcache.errors import DataError, MismatchError, RecipeError
-from logitcache.views.datasets import Custom, Torchvision, explain_difference, fingerprint, open_dataset
+from logitcache.errors import DataError, MismatchError, RecipeError, RefusedError
+from logitcache.trust import require_grant
+from logitcache.views.datasets import (
+    Custom,
+    Dataset,
+    ImageFolder,
+    Torchvision,
+    explain_difference,
+    fingerprint,
+    open_dataset,
+)
 from logitcache.views.datasets.base import ImageDataset
 
+_INSTEAD = "say where its images are: `dataset:` in the recipe, --set dataset=…, or cache.loader(dataset=…)"
 
-def open_images(manifest: Manifest, where: str, dataset: object | None) -> ImageDataset:
-    """Open a data set or its component; by default what stage one read, where that names no code."""
+
+def open_images(
+    manifest: Manifest, where: str, dataset: object | None, identity: str, trust: Collection[str]
+) -> ImageDataset:
+    """Open a data set or its component; by default what stage one read, if it has no risks or is granted.
+
+    `identity` is the digest of the whole cache's manifest. Raises RefusedError for what is not opened.
+    """
     if dataset is not None:
         return open_dataset(dataset)
     recorded = manifest.dataset
@@ -21,15 +38,23 @@ def open_images(manifest: Manifest, where: str, dataset: object | None) -> Image
             "run. Fix: give the data set: `dataset:` in the recipe, or cache.loader(dataset=…); "
             "for a validation cache, `validation.dataset:`"
         )
-    if isinstance(recorded, Torchvision):
-        recorded = recorded.model_copy(update={"download": False})  # opening a cache reaches for no network
+    require_grant(recorded.risks(), identity, trust, f"the data set of {where}", _INSTEAD)
     try:
-        return recorded.open()
+        return _opened(recorded, manifest.num_images)
+    except RefusedError:
+        raise
     except DataError as error:
         raise DataError(
             f"{error}\n  {where} was made from images there. Fix, when they have moved: say where they "
             "are now, `dataset:` in the recipe"
         ) from error
+
+
+def _opened(recorded: Dataset, num_images: int) -> ImageDataset:
+    """Open what a manifest names: nothing is downloaded, and no folder of far more files is walked to its end."""
+    if isinstance(recorded, Torchvision):
+        return recorded.model_copy(update={"download": False}).open()
+    return recorded.open(num_images) if isinstance(recorded, ImageFolder) else recorded.open()
 
 
 def require_same_images(root: Path, manifest: Manifest, dataset: ImageDataset) -> None:

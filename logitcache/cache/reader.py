@@ -48,10 +48,11 @@ FILES_COMPARED = 1024
 class Cache:
     """Targets of every view of every image, by key. Opening runs no code of the cache and writes nothing to it."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, identity: str | None = None) -> None:
         self.path = path  # the folder in which it is read
         self.location = str(place_of(path))  # the same, or a URL
         self.manifest = manifest
+        self.identity = identity or manifest.digest()  # of the whole cache, of which this may be a part
         self.layout: Layout = layout_of(manifest)
         self.shards = committed_shards(path, self.layout)
         self._stored = StoredRows(path, self.layout, self.shards)
@@ -91,7 +92,7 @@ class Cache:
                     f"{self.location} has no {missing or 'targets'} of teacher {name!r}, but {self.manifest.targets}. "
                     "Fix: name what it has, or add it with precompute"
                 )
-        return Cache(self.path, self.manifest.restricted(num_views or self.num_views, targets))
+        return Cache(self.path, self.manifest.restricted(num_views or self.num_views, targets), self.identity)
 
     def features(self, teacher: str) -> dict[str, FeatureShape]:
         """Return kind and shape of the features that are kept of a teacher, by name."""
@@ -159,12 +160,14 @@ class Cache:
         limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
         replay: Replay = "planned",
         factories: Sequence[str] = (),
+        trust: Collection[str] = (),
     ) -> Views:
         """Bind the view specification to the images, wherever they are now, and prove that the pixels are the same.
 
         `dataset` is a data set or its component; by default the images are looked for where stage one read them.
-        `factories` names the functions of the user's own code that the views may call. Raises MismatchError or
-        ReplayMismatchError with the reason and the fix.
+        `factories` names the functions of the user's own code that the views may call, `trust` the digests of caches
+        that may name images at URLs (`logitcache.trust`). Raises MismatchError, ReplayMismatchError or RefusedError
+        with the reason and the fix.
         """
         for name, value, known in (("verify", verify, canaries.Level), ("replay", replay, Replay)):
             if value not in get_args(known):
@@ -175,7 +178,7 @@ class Cache:
         if replay == "recorded":
             require_replayable(self.manifest, self.location)
         recorded = self._recorded[PARAMETERS] if replay == "recorded" else None
-        opened = open_images(self.manifest, self.location, dataset)
+        opened = open_images(self.manifest, self.location, dataset, self.identity, trust)
         self.require_dataset(opened)
         require_releases(self.manifest.views, verify, self.location)
         views = Views(opened, self.manifest.views, recorded)
@@ -223,6 +226,7 @@ class Cache:
         limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
         replay: Replay = "planned",
         factories: Sequence[str] = (),
+        trust: Collection[str] = (),
         drop_last: bool = False,
         views_per_image: int = 1,
         rank: int = 0,
@@ -231,7 +235,7 @@ class Cache:
     ) -> EpochLoader:
         """Stream batches of images and targets, once the images are proved to be those of the cache."""
         return EpochLoader(
-            self.views(dataset, verify, limits, replay, factories),
+            self.views(dataset, verify, limits, replay, factories, trust),
             self.rows,
             self.checksums_of(verify),
             batch_size=batch_size,

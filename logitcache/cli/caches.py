@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from logitcache.cli.common import Answer, Overrides, Scheduler, Workers
+from logitcache.cli.common import Answer, Overrides, Scheduler, Trust, Workers
 
 CachePath = Annotated[str, Argument(metavar="CACHE", help="A folder or a URL (s3://…) made by precompute or derive.")]
 
@@ -34,6 +34,7 @@ def inspect(cache: CachePath) -> Answer:
 def verify(
     cache: CachePath,
     overrides: Overrides,
+    trust: Trust,
     repair: Annotated[
         Path | None,
         Option("--repair", metavar="RECIPE", help="Write what is damaged again, by the recipe that made the cache."),
@@ -45,7 +46,7 @@ def verify(
     from logitcache.report.verification import verification_text
     from logitcache.report.verification import verify as check
 
-    result = check(cache, overrides) if repair is None else mend(cache, repair, overrides)
+    result = check(cache, overrides, trust) if repair is None else mend(cache, repair, overrides, trust)
     text = verification_text(result)
     if result.error is None:
         return Answer(asdict(result), text)

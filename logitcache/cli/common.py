@@ -44,6 +44,17 @@ Overrides = Annotated[
     ),
 ]
 
+Trust = Annotated[
+    list[str],
+    Option(
+        "--trust",
+        default_factory=list,
+        show_default=False,
+        metavar="DIGEST",
+        help="Vouch for a cache whose images or teachers are at URLs or paths that only it names; repeatable.",
+    ),
+]
+
 Part = Annotated[
     str | None,
     Option("--part", metavar="I/N", help="Take each N-th shard only; 1/N to N/N make the whole, in any order."),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Option
 
-from logitcache.cli.common import Answer, Overrides, Recipe
+from logitcache.cli.common import Answer, Overrides, Recipe, Trust
 
 if TYPE_CHECKING:
     from logitcache.student.training import RunResult
@@ -26,6 +26,7 @@ class Verify(StrEnum):
 def train_student(
     recipe: Recipe,
     overrides: Overrides,
+    trust: Trust,
     resume: Resume = False,
     online: Annotated[bool, Option("--online", help="Put the teacher back in the loop, to compare.")] = False,
     verify: Annotated[
@@ -39,14 +40,14 @@ def train_student(
     from logitcache.student.recipes import StudentRecipe
     from logitcache.student.training import train
 
-    changes = overrides if verify is None else [*overrides, f"verify={verify}"]
+    changes = [*overrides, *_granted(trust), *([] if verify is None else [f"verify={verify}"])]
     with joined() as ranks:
         student = load_own(recipe, StudentRecipe, changes)
         live = None
         if online:
             from logitcache.teacher.online import live_targets
 
-            live = live_targets(student.cache, student.device, student.teachers)
+            live = live_targets(student.cache, student.device, student.teachers, trust=student.trust)
         return _trained(train(student, resume=resume, live=live), ranks.is_first)
 
 
@@ -62,6 +63,11 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
         return _trained(result, ranks.is_first)
 
 
+def _granted(trust: list[str]) -> list[str]:
+    """Return the change to a recipe that an option states."""
+    return [f"trust=[{', '.join(trust)}]"] if trust else []
+
+
 def _trained(result: "RunResult", is_shown: bool) -> Answer:
     """Leave out of the text what such images are not measured by."""
     from logitcache.report.tables import as_text
@@ -74,6 +80,7 @@ def _trained(result: "RunResult", is_shown: bool) -> Answer:
 def evaluate(
     run: Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")],
     overrides: Overrides,
+    trust: Trust,
     latency: Annotated[
         bool, Option("--latency", help="Time the model too, and the teachers where they can be built.")
     ] = False,
@@ -107,4 +114,4 @@ def evaluate(
 
     timing = {"batch_sizes": tuple(batch_size), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
     plan = LatencyPlan.model_validate({key: value for key, value in timing.items() if value}) if latency else None
-    return Answer(asdict(evaluate_beside_teachers(run, overrides, plan)))
+    return Answer(asdict(evaluate_beside_teachers(run, [*overrides, *_granted(trust)], plan)))

@@ -1,9 +1,10 @@
 """What every model owns: its network, its normalisation and its input size."""
 
+from collections.abc import Collection, Mapping
 from typing import Annotated, NamedTuple, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -104,6 +105,15 @@ def channels_fix(num_channels: int) -> str:
         mode = modes[num_channels]
         return f"dataset: {{mode: {mode}}} reads every image with {num_channels} channels."
     return f"give images with {num_channels} channels, or a model made for these."
+
+
+def risky_options(options: Mapping[str, JsonValue], plain: Collection[str]) -> tuple[str, ...]:
+    """Name the options of a builder that only a user may set: all but rates and switches of the names in `plain`."""
+    return tuple(
+        f"the option {name}={value!r:.80}"
+        for name, value in options.items()
+        if name not in plain or not (isinstance(value, bool) or (isinstance(value, int | float) and 0 <= value <= 1))
+    )
 
 
 def default_preprocessing(in_channels: int) -> Preprocessing:

@@ -30,6 +30,10 @@ class Custom(Component):
             )
         return BuiltModel(module, None)
 
+    def risks(self) -> tuple[str, ...]:
+        """Name the function: code, which no grant lets a manifest name."""
+        return (f"the function '{self.factory}'",)
+
     def architecture(self) -> "Custom":
         """Return itself: what the factory loads is its own business."""
         return self

@@ -8,6 +8,9 @@ from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel
 from logitcache.recipe import Component, Count
 
+MOST_WIDTH, MOST_DEPTH = 1024, 64
+"""What a file may name; a user may name more."""
+
 
 def _convolution(num_in: int, num_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False)
@@ -73,6 +76,11 @@ class SmallCNN(Component):
                 "    small_cnn as its `model` and `num_classes` beside it."
             )
         return BuiltModel(small_cnn(self.width, self.depth, num_classes, in_channels), None)
+
+    def risks(self) -> tuple[str, ...]:
+        """Name a size that would not fit in memory."""
+        large = self.width > MOST_WIDTH or self.depth > MOST_DEPTH
+        return (f"a network of width {self.width} and depth {self.depth}",) if large else ()
 
     def architecture(self) -> "SmallCNN":
         """Return itself."""

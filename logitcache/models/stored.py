@@ -114,6 +114,11 @@ class Run(Component):
         _check_counts(stored, directory, num_classes, in_channels)
         return load_model(directory, self.factory)
 
+    def risks(self) -> tuple[str, ...]:
+        """Name the folder, and the function that builds the model if there is one."""
+        function = () if self.factory is None else (f"the function '{self.factory}'",)
+        return (f"the run '{self.path}'", *function)
+
     def architecture(self) -> Architecture:
         """Return the entry that the run was built from."""
         description = Path(self.path).expanduser() / "model.json"
@@ -132,6 +137,10 @@ class Bundled(Component):
         stored = read_stored(directory / "teacher.json")
         _check_counts(stored, directory, num_classes, in_channels)
         return _load(directory / "teacher.json", directory / "teacher.safetensors", None)
+
+    def risks(self) -> tuple[str, ...]:
+        """Name nothing: it reads the package's own files."""
+        return ()
 
     def architecture(self) -> Architecture:
         """Return the entry that the shipped teacher was built from."""
@@ -161,6 +170,10 @@ class Checkpoint(Component):
         path = Path(self.path).expanduser()
         load_weights(module, read_state(path, self.key, self.prefix), str(path))
         return BuiltModel(module, None)
+
+    def risks(self) -> tuple[str, ...]:
+        """Name the file, and what the architecture names."""
+        return (f"the checkpoint '{self.path}'", *self.model.risks())
 
     def architecture(self) -> Architecture:
         """Return the architecture with random weights."""

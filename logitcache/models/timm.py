@@ -1,5 +1,6 @@
 """Models of timm, by name: an optional dependency."""
 
+import re
 from types import ModuleType
 from typing import Any, Literal, Self
 
@@ -7,13 +8,26 @@ from pydantic import Field, JsonValue
 from torch import nn
 
 from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
-from logitcache.models.base import BuiltModel, Preprocessing
+from logitcache.models.base import BuiltModel, Preprocessing, risky_options
 from logitcache.models.torchvision import another_count
 from logitcache.models.weights import did_you_mean
 from logitcache.recipe import Component
 
 # timm looks these up itself, outside its list of names.
 _OUTSIDE = ("hf-hub:", "hf_hub:", "local-dir:")
+_LISTED = re.compile(r"[A-Za-z0-9_.]+")  # neither a source nor a path
+# What a manifest may set: rates and switches. Others load files (checkpoint_path), name URLs (pretrained_cfg) or sizes.
+_PLAIN_OPTIONS = frozenset(
+    {
+        "drop_rate",
+        "drop_path_rate",
+        "drop_block_rate",
+        "attn_drop_rate",
+        "proj_drop_rate",
+        "patch_drop_rate",
+        "qkv_bias",
+    }
+)
 
 
 class Timm(Component):
@@ -37,6 +51,11 @@ class Timm(Component):
             self._check_classes(timm, num_classes)
         module = self._network(timm, num_classes, in_channels)
         return BuiltModel(module, self._preprocessing(timm, module, in_channels))
+
+    def risks(self) -> tuple[str, ...]:
+        """Name a model outside timm's own list, and options that are not known to be rates or switches."""
+        outside = () if _LISTED.fullmatch(self.name) else (f"the model '{self.name}'",)
+        return outside + risky_options(self.options, _PLAIN_OPTIONS)
 
     def architecture(self) -> Self:
         """Return the same network with random weights."""

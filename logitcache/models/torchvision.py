@@ -9,7 +9,7 @@ from torchvision import models as zoo
 from torchvision.models import WeightsEnum
 
 from logitcache.errors import LogitCacheError, RecipeError
-from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
+from logitcache.models.base import BuiltModel, Preprocessing, channels_fix, risky_options
 from logitcache.models.weights import did_you_mean
 from logitcache.recipe import Component
 
@@ -18,6 +18,11 @@ _SET_BY_WEIGHTS: dict[str, dict[str, JsonValue]] = {
     "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
     "inception_v3": {"transform_input": True, "init_weights": False},
 }
+
+# What a manifest may set: switches, and rates.
+_PLAIN_OPTIONS = frozenset(
+    {"transform_input", "aux_logits", "init_weights", "dropout", "stochastic_depth_prob", "progress"}
+)
 
 
 class Torchvision(Component):
@@ -46,6 +51,10 @@ class Torchvision(Component):
         if self.weights is None:
             return BuiltModel(self._network(None, num_classes), None)
         return self._pretrained(_find_weights(self.name, self.weights), num_classes)
+
+    def risks(self) -> tuple[str, ...]:
+        """Name options that are not known to be small numbers or switches."""
+        return risky_options(self.options, _PLAIN_OPTIONS)
 
     def architecture(self) -> Self:
         """Return the same network with random weights."""

@@ -1,7 +1,7 @@
 """A run beside the teachers that it learnt from: what each costs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from logitcache.cache.create import read_manifest
 from logitcache.cache.derivation import network_of
 from logitcache.cache.locate import locate
-from logitcache.cache.manifest import Manifest, TeacherEntry
+from logitcache.cache.manifest import Manifest
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RemoteError
@@ -17,7 +17,8 @@ from logitcache.models import Classifier, Model
 from logitcache.student.cost import Contender, LatencyPlan
 from logitcache.student.evaluation import EvaluationResult, evaluate, is_stated, read_run
 from logitcache.student.recipes import StudentRecipe
-from logitcache.teacher.online import names_code
+from logitcache.teacher.online import names_code, recorded_risks
+from logitcache.trust import require_grant
 
 _MODEL: TypeAdapter[Model] = TypeAdapter(Model)
 
@@ -49,7 +50,7 @@ def _built(name: str, manifest: Manifest, recipe: StudentRecipe, overrides: Sequ
     stated = given is not None and is_stated(f"teachers.{name}.model.factory", overrides)
     device = resolve_device(recipe.device)
     try:
-        model = given.model if given is not None and stated else _recorded(name, entry)
+        model = given.model if given is not None and stated else _recorded(name, manifest, recipe.trust)
         with own_randomness(device, 0):
             built = model.architecture().build(entry.num_classes, manifest.image_shape[0])
     except LogitCacheError as error:
@@ -58,7 +59,8 @@ def _built(name: str, manifest: Manifest, recipe: StudentRecipe, overrides: Sequ
     return Contender(Classifier(built.module, entry.preprocessing).to(device), entry.precision)
 
 
-def _recorded(name: str, entry: TeacherEntry) -> Model:
+def _recorded(name: str, manifest: Manifest, trust: Collection[str]) -> Model:
+    entry = manifest.teachers[name]
     model = network_of(name, entry)
     if model is None or names_code(model):
         raise RecipeError(
@@ -66,6 +68,8 @@ def _recorded(name: str, entry: TeacherEntry) -> Model:
             f"Fix: --set 'teachers.{name}={{model: {{kind: custom, factory: …}}}}'"
         )
     try:
-        return _MODEL.validate_json(json.dumps(model))
+        found = _MODEL.validate_json(json.dumps(model))
     except ValidationError as error:
         raise CacheError(f"its model in the cache cannot be read: {error.errors()[0]['msg']}") from error
+    require_grant(recorded_risks(found, entry), manifest.digest(), trust, "its entry in the cache")
+    return found

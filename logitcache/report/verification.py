@@ -2,7 +2,7 @@
 
 import functools
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from logitcache.cache.locks import require_trusted
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify_cache
-from logitcache.errors import DataError, RecipeError
+from logitcache.errors import DataError, RecipeError, RefusedError
 from logitcache.recipe import Component, load_recipe
 from logitcache.report.recipes import load_own
 from logitcache.report.tables import as_text
@@ -51,16 +51,17 @@ class VerifyResult:
         return f"{self.cache}: {self.note} ({count} problem{'s' * (count > 1)}). Fix: {self.fix}" if count else None
 
 
-def verify(path: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
+def verify(path: str | Path, overrides: Sequence[str] = (), trust: Collection[str] = ()) -> VerifyResult:
     """Read every stored byte again, and compare the images where they can be found, and the parameters if recorded.
 
     `overrides` such as `dataset.root=DIR` say where the images are now; without any, images that
-    are gone are reported and are no fault of the cache. Raises MismatchError for other images, pixels or plans.
+    are gone are reported and are no fault of the cache. `trust` has the digests of caches that may name images at
+    URLs. Raises MismatchError for other images, pixels or plans, RefusedError for images that are not opened.
     """
     root = locate(path, fresh=True)
     manifest = read_manifest(root)
     found = verify_cache(root, manifest, layout_of(manifest))
-    note, fix = _told(Cache(root, manifest), found.problems, overrides)
+    note, fix = _told(Cache(root, manifest), found.problems, overrides, trust)
     images = "the same" if note is None else "not compared"
     return VerifyResult(str(place_of(root)), found.shards, found.bytes, images, note, found.problems, fix)
 
@@ -71,17 +72,21 @@ def verification_text(result: VerifyResult) -> str:
     return as_text(figures | {"problems": len(result.problems)}) + "".join(f"{text}\n" for text in result.problems)
 
 
-def _told(cache: Cache, problems: Sequence[str], overrides: Sequence[str]) -> tuple[str | None, str | None]:
+def _told(
+    cache: Cache, problems: Sequence[str], overrides: Sequence[str], trust: Collection[str]
+) -> tuple[str | None, str | None]:
     """Say why images are not compared, None where they are the same, and what mends a cache with problems."""
     if not problems:
-        return _compare_images(cache, overrides), None
+        return _compare_images(cache, overrides, trust), None
     if all(problem.endswith("not committed") for problem in problems):
         return "the cache is incomplete", fix_of_damage(cache.path).removeprefix("Fix: ")
     command = shlex.join(["logitcache", "verify", cache.location, "--repair"])
     return "the cache is damaged", f"run `{command} RECIPE`, which writes just that again"
 
 
-def repair(path: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) -> VerifyResult:
+def repair(
+    path: str | Path, recipe: str | Path, overrides: Sequence[str] = (), trust: Collection[str] = ()
+) -> VerifyResult:
     """Read every stored byte again, write exactly what is damaged again by the recipe that made the cache, and verify.
 
     `overrides` change the recipe, of precompute or derive, whose cache to fill is this one. Views, teachers, logits and
@@ -95,7 +100,7 @@ def repair(path: str | Path, recipe: str | Path, overrides: Sequence[str] = ()) 
     # What it finds is remembered: the run need not read every byte once more.
     verify_cache(root, manifest, layout_of(manifest))
     run()
-    return verify(path)
+    return verify(path, trust=trust)
 
 
 def _precompute_again(
@@ -126,7 +131,7 @@ def _kept(sources: Mapping[str, TeacherSource], manifest: Manifest) -> dict[str,
     return kept
 
 
-def _compare_images(cache: Cache, overrides: Sequence[str]) -> str | None:
+def _compare_images(cache: Cache, overrides: Sequence[str], trust: Collection[str]) -> str | None:
     """Return why the images could not be compared, None where they are the same."""
     recorded = cache.manifest.dataset
     theirs = recorded is None or isinstance(recorded, Custom)
@@ -141,7 +146,9 @@ def _compare_images(cache: Cache, overrides: Sequence[str]) -> str | None:
     except RecipeError as error:
         return str(error)
     try:
-        cache.require_parameters(cache.views())
+        cache.require_parameters(cache.views(trust=trust))
+    except RefusedError:
+        raise
     except (DataError, RecipeError) as error:
         return f"give --set dataset.root=…, or what else says where they are: {str(error).splitlines()[0]}"
     return None

@@ -171,8 +171,9 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | Teache
     else:
         recipe = load_recipe(path, TeacherRecipe, others)
     _require_stated(recipe, path, others)
-    said = any(text.startswith("factories=") for text in others)
-    return recipe if said else recipe.model_copy(update={"factories": ()})
+    # What a run's file allows, the user has not allowed.
+    unsaid = [key for key in ("factories", "trust") if not is_stated(key, others)]
+    return recipe.model_copy(update=dict.fromkeys(unsaid, ()))
 
 
 def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
 from logitcache.student.multi_label import THRESHOLD
 from logitcache.student.optimizers import AdamW, LearningRateSchedule, Optimizer
+from logitcache.trust import Trust
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level
 from logitcache.views.datasets import Dataset
@@ -80,7 +81,8 @@ class TrainingRecipe(Component):
     `sampling` may draw images by class instead, as many. `sync_batch_norm` normalises by the whole batch where several
     processes share it, each on a CUDA device.
     `verify` says how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits` what counts
-    as the drift of other kernels; `factories` are the functions of the user's own code that a cache's views may call.
+    as the drift of other kernels; `factories` are the functions of the user's own code that a cache's views may call,
+    `trust` the digests of caches that may name data sets and teachers beyond the allow-list.
     """
 
     out: str
@@ -106,6 +108,7 @@ class TrainingRecipe(Component):
     verify: Level = "strict"
     drift_limits: DriftLimits = DriftLimits()
     factories: tuple[str, ...] = ()
+    trust: Trust = ()
     checkpoint_steps: Count | None = None
     num_workers: Annotated[int, Field(ge=0)] = 2
     start_method: StartMethod = "forkserver"

@@ -80,7 +80,14 @@ def open_source(
 
 def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Replay = "planned") -> Views:
     """Bind a cache's views to its images, as exactly as a recipe asks."""
-    return cache.views(dataset, recipe.verify, limits=recipe.drift_limits, replay=replay, factories=recipe.factories)
+    return cache.views(
+        dataset,
+        recipe.verify,
+        limits=recipe.drift_limits,
+        replay=replay,
+        factories=recipe.factories,
+        trust=recipe.trust,
+    )
 
 
 def _from_cache(

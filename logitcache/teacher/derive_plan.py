@@ -26,6 +26,7 @@ from logitcache.teacher.derive_recipe import DerivedTeacher, DeriveRecipe
 from logitcache.teacher.derive_rows import CachedSample, Origin
 from logitcache.teacher.fitting import mended_tables, recorded_tables, table_files
 from logitcache.teacher.preparation import Plan, unfinished
+from logitcache.trust import inherit
 
 Tables = dict[str, NDArray[Any]]
 
@@ -149,6 +150,7 @@ def prepare_derived(recipe: DeriveRecipe, source: Source, target: Path, path: Pa
     goal = wanted.model_copy(update={"teachers": entries, "shard_rows": _shard_rows(recipe, source, entries)})
     layout = layout_of(goal)
     create_skeleton(target, path, goal, samples, table_files(layout, tables))
+    inherit(read_manifest(source.root).digest(), goal.digest())
     return Plan(goal, layout, Coders(path, goal, layout), list(layout.shards()))
 
 

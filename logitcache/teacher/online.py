@@ -1,7 +1,7 @@
 """The live teacher: the same answers as the cache, computed on a student's own batches."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from pydantic import JsonValue, ValidationError
@@ -17,6 +17,11 @@ from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Model, Preprocessing, weights_digest
 from logitcache.targets import Targets
 from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
+from logitcache.trust import require_grant
+
+_INSTEAD = "give the teacher yourself, as `teachers:` in the student's recipe"
+MOST_CLASSES = 1 << 20
+"""Classes of a network that a manifest may have built."""
 
 
 class LiveSource(Protocol):
@@ -33,13 +38,16 @@ def live_targets(
     device: str = "auto",
     sources: Mapping[str, LiveSource] | None = None,
     modules: Mapping[str, nn.Module] | None = None,
+    trust: Collection[str] = (),
 ) -> Callable[[Tensor, Tensor], Mapping[str, Targets]]:
     """Rebuild the teachers of the cache at a path, to answer a student's own batches (`--online`): pixels and labels.
 
-    `sources` are the user's own entries, needed for models of the user's code; `modules` the modules themselves. Raises
-    MismatchError where a teacher is not the one that filled the cache.
+    `sources` are the user's own entries, needed for models of the user's code; `modules` the modules themselves;
+    `trust` has the digests of caches that may name checkpoints and hubs. Raises MismatchError where a teacher is not
+    the one that filled the cache, RefusedError for one that only the user may name.
     """
     manifest = read_manifest(locate(cache))
+    identity = manifest.digest()
     unknown = sorted((sources or {}).keys() - manifest.teachers.keys())
     if unknown:
         raise RecipeError(
@@ -47,7 +55,12 @@ def live_targets(
         )
     teachers = []
     for name, entry in manifest.teachers.items():
-        source, module = _source(name, entry, (sources or {}).get(name), modules), (modules or {}).get(name)
+        given, module = (sources or {}).get(name), (modules or {}).get(name)
+        source = _source(name, entry, given, modules)
+        if given is None and source.model is not None:
+            require_grant(
+                recorded_risks(source.model, entry), identity, trust, f"teacher {name!r} of {cache}", _INSTEAD
+            )
         channels = manifest.image_shape[0]
         teacher = build_teacher(name, source, module, entry.num_classes, channels, resolve_device(device))
         _require_recorded(teacher, entry)
@@ -98,6 +111,12 @@ def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Mo
             f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
         )
     return source
+
+
+def recorded_risks(model: Model, entry: TeacherEntry) -> tuple[str, ...]:
+    """Name what only a user may have built of a recorded teacher."""
+    many = entry.num_classes is not None and entry.num_classes > MOST_CLASSES
+    return (*model.risks(), *([f"{entry.num_classes} classes"] if many else []))
 
 
 def names_code(model: JsonValue) -> bool:

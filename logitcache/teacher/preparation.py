@@ -33,6 +33,7 @@ from logitcache.targets import Targets
 from logitcache.teacher.fitting import Tables, examples_of, fit, mended_tables, table_files
 from logitcache.teacher.models import Teacher, TeacherSource
 from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.trust import inherit, remember
 from logitcache.versions import versions
 from logitcache.views import canaries
 from logitcache.views.datasets import fingerprint
@@ -65,6 +66,7 @@ def prepare(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], tar
     manifest, samples, tables = begin(recipe, views, teachers)
     layout = layout_of(manifest)
     create_skeleton(target, path, manifest, samples, table_files(layout, tables))
+    remember(manifest.digest())
     return Plan(manifest, layout, Coders(path, manifest, layout), list(layout.shards()))
 
 
@@ -124,6 +126,7 @@ def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list
     tables = mended_tables(path, goal, lambda entries, count: fit(recipe, views, teachers, entries, examples, count)[1])
     for key in mend_skeleton(path, recorded, manifest, samples, tables):
         say(f"writing again: {place_of(path)}/{key}")
+    inherit(recorded.digest(), manifest.digest())
     forget_unreadable(path)
     if alone(path):
         remove_leftovers(path)
@@ -184,12 +187,14 @@ def finish(path: Path, plan: Plan) -> int:
         if plan.pending:
             refresh(path)  # what other machines have committed
         recorded = read_manifest(path)
+        before = recorded.digest()
         left = plan.layout.num_shards - len(committed_shards(path, plan.layout))
         if left == 0 and is_more(plan.goal, recorded) and extends(plan.goal, recorded):
             finish_growth(path, plan.goal)
             recorded = plan.goal
         elif left == 0 and Cache(path, recorded).complete:
             note_errors(path, recorded)
+        inherit(before, read_manifest(path).digest())
         forget_growth(path, recorded)
         if alone(path):
             remove_leftovers(path)

@@ -83,7 +83,7 @@ def test_online_training_asks_the_live_teachers(verb, recipe):
     calls = verb("logitcache.student.training", "train", Result("runs/s"))
     assert main(["train-student", recipe(STUDENT), "--online"]) == 0
     assert calls[0][1]["live"] == "live"
-    assert live == [(("a.zarr", "auto", {}), {})]
+    assert live == [(("a.zarr", "auto", {}), {"trust": ()})]
 
 
 def test_train_teacher_runs_the_same_loop(verb, recipe):

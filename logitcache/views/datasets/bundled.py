@@ -47,6 +47,10 @@ class Bundled(Component):
             raise ValueError(f"num_images is {self.num_images}, split '{self.split}' has {held}")
         return self
 
+    def risks(self) -> tuple[str, ...]:
+        """Name nothing: it reads the package's own files."""
+        return ()
+
     def open(self) -> "BundledImages":
         """Load the images; raises DataError when the package's data are not there."""
         with np.load(_find(f"{self.split}.npz")) as stored:

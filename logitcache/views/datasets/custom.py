@@ -24,6 +24,10 @@ class Custom(Component):
     factory: str
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
 
+    def risks(self) -> tuple[str, ...]:
+        """Name the function: code, which no grant lets a manifest name."""
+        return (f"the function '{self.factory}'",)
+
     def open(self) -> ImageDataset:
         """Call the function; raises RecipeError where that fails, DataError for no data set."""
         return as_image_dataset(call_factory(self.factory, self.arguments), f"'{self.factory}'")

@@ -1,6 +1,7 @@
 """Image folder: files below one folder, whose first level of folders may name the classes."""
 
 import contextlib
+import math
 import os
 import struct
 from collections.abc import Iterator
@@ -12,15 +13,21 @@ import PIL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.errors import DataError
+from logitcache.errors import DataError, RefusedError
 from logitcache.files import SHA256, Measure, remembered
 from logitcache.recipe import Component
+from logitcache.regular import open_regular
 from logitcache.remote import Remote, is_remote
 from logitcache.views.datasets.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.ids import PackedIds, PathsBelow
 from logitcache.views.datasets.image_files import decode, is_image, size_of
 from logitcache.views.datasets.pixels import Mode
 from logitcache.views.datasets.remote_folder import RemoteImages, open_folder
+
+_OTHERS_PER_IMAGE, _MOST_OTHERS = 10, 50_000
+"""Files and folders looked at for each image that a manifest records, and besides."""
+
+_LARGEST = 1 << 30  # bytes of an image file: Pillow refuses one of so many pixels
 
 
 class ImageFolder(Component):
@@ -38,17 +45,25 @@ class ImageFolder(Component):
     labelled: bool = True
     decoder: Literal["pillow"] = "pillow"
 
-    def open(self) -> "FolderImages | RemoteImages":
-        """List the files; raises DataError for a folder that is missing, empty or ambiguous."""
+    def risks(self) -> tuple[str, ...]:
+        """Name a root at a URL; of a folder here only regular files are read, by decoders that run no code."""
+        return (f"images at '{self.root}'",) if is_remote(self.root) else ()
+
+    def open(self, num_images: int | None = None) -> "FolderImages | RemoteImages":
+        """List the files; raises DataError for a folder that is missing, empty or ambiguous.
+
+        `num_images`, if a manifest names the folder, bounds what is looked at: RefusedError where far more lies there.
+        """
         if is_remote(self.root):
             return open_folder(Remote(self.root), self.mode, self.labelled)
         root = Path(self.root).expanduser().absolute()
         if not root.is_dir():
             state = "is a file, not a folder" if root.exists() else "does not exist"
             raise DataError(f"the image folder '{root}' {state}.\n  Fix: correct root.")
+        walk = _Walk(root, math.inf if num_images is None else _OTHERS_PER_IMAGE * num_images + _MOST_OTHERS)
         if not self.labelled:
-            return FolderImages(root, self.mode, unlabelled(str(root), _images_below(root, "")))
-        return FolderImages(root, self.mode, _by_class(root))
+            return FolderImages(root, self.mode, unlabelled(str(root), _images_below(walk, "")))
+        return FolderImages(root, self.mode, _by_class(walk))
 
 
 class FolderImages:
@@ -63,7 +78,7 @@ class FolderImages:
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
         path = self._paths[index]
-        with _there(path), open(path, "rb") as file:
+        with _there(path), open_regular(path) as file:
             return decode(file, self._mode, path)
 
     def sizes(self) -> NDArray[np.int64]:
@@ -88,38 +103,55 @@ def _there(path: str) -> Iterator[None]:
 
 
 def _size(file: BinaryIO) -> bytes:
-    """Read the head of an image file: height and width, 16 bytes."""
+    """Read the head of an image file: height and width, 16 bytes. Refuses one that would take minutes to hash."""
+    if os.fstat(file.fileno()).st_size > _LARGEST:
+        raise DataError(f"image '{file.name}' has more than {_LARGEST} bytes.\n  Fix: replace it or remove it.")
     return struct.pack("<2q", *size_of(file, file.name))
 
 
 _SIZES = Measure(f"pillow-{PIL.__version__}-sizes", "reading the sizes of", _size)
 
 
-def _by_class(root: Path) -> Listing:
+class _Walk:
+    """A walk over the folders below a root, which ends with RefusedError after so many files and folders."""
+
+    def __init__(self, root: Path, most: float) -> None:
+        self.root = root
+        self._left = most
+
+    def below(self, top: str) -> Iterator[tuple[str, list[str]]]:
+        """Yield each folder with its file names, neither hidden, links followed as torchvision does."""
+        for parent, folders, names in os.walk(top, followlinks=True, onerror=_unreadable_folder):
+            self._left -= len(folders) + len(names)
+            if self._left < 0:
+                raise RefusedError(
+                    f"'{self.root}' holds far more files than the images that the manifest records.\n"
+                    "  Fix: if this is the folder, name it yourself: `dataset:` in the recipe, or --set dataset.root=…"
+                )
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in folders:
+                _check_link(os.path.join(parent, name))
+            yield parent, sorted(name for name in names if not name.startswith("."))
+
+
+def _by_class(walk: _Walk) -> Listing:
+    root = walk.root
     entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
     loose = [name for name in entries if is_image(os.path.join(root, name)) and (root / name).is_file()]
     classes = [name for name in entries if (root / name).is_dir()]
-    return by_class(str(root), loose, classes, [_images_below(root, name) for name in classes])
+    return by_class(str(root), loose, classes, [_images_below(walk, name) for name in classes])
 
 
-def _images_below(root: Path, folder: str) -> PackedIds:
+def _images_below(walk: _Walk, folder: str) -> PackedIds:
     """Return the paths of the images in a folder and its folders, relative to the root."""
+    root = walk.root
     top = os.path.join(root, folder) if folder else str(root)
     found = {}
-    for parent, names in _walk(top):
+    for parent, names in walk.below(top):
         inside = os.path.relpath(parent, root).replace(os.sep, "/")
         prefix = "" if inside == "." else f"{inside}/"
         found[parent] = PackedIds(prefix + name for name in names if is_image(os.path.join(parent, name)))
     return PackedIds.joined([found[parent] for parent in sorted(found)])
-
-
-def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder with its file names, neither hidden, links followed as torchvision does."""
-    for parent, folders, names in os.walk(top, followlinks=True, onerror=_unreadable_folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in folders:
-            _check_link(os.path.join(parent, name))
-        yield parent, sorted(name for name in names if not name.startswith("."))
 
 
 def _check_link(folder: str) -> None:

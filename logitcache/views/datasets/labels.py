@@ -10,6 +10,7 @@ from torch import Tensor
 from logitcache.errors import DataError
 from logitcache.views.datasets.base import UNLABELLED, Labels, is_multi_label
 
+_LONGEST_LABEL = 1 << 20
 _SHAPES = "a label is one whole number, -1 or None; or, of any number of classes, a vector with 1 or 0 for each class"
 
 
@@ -47,12 +48,14 @@ def _shown(value: NDArray[np.generic]) -> str:
 
 def label_of_text(text: bytes) -> Labels:
     """Return the label that a text states: a whole number, or a list in JSON; raises ValueError for another."""
+    if len(text) > _LONGEST_LABEL:
+        raise ValueError(f"its text has {len(text)} bytes, more than {_LONGEST_LABEL}")
     try:
         label = int(text)
     except ValueError:
         try:
             label = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ValueError(f"its text is {text[:40]!r}, neither a whole number nor a list of them") from None
     return as_label(label)
 

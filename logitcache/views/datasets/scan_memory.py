@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,14 +30,16 @@ class Scan(NamedTuple):
 class ScanMemory:
     """The memory of one data set that is made of the files below `root` and of nothing else.
 
-    `name` tells apart what is made of the same files: options and the versions that decode them.
-    `opened_ns` is a moment before the files were opened: the data set may hold them in memory, so
-    nothing is said about files that changed since.
+    `files` names them, if they are known; else all are looked at. `name` tells apart what is made
+    of the same files: options and the versions that decode them. `opened_ns` is a moment before the
+    files were opened: the data set may hold them in memory, so nothing is said about files that
+    changed since.
     """
 
     root: Path
     name: str
     opened_ns: int
+    files: tuple[str, ...] | None = None
 
     def recall(self, num_images: int) -> Scan | None:
         """Return what was found before, if no file has changed since."""
@@ -72,20 +75,23 @@ class ScanMemory:
     def _state(self) -> bytes | None:
         """Return the digest of all stamps below the root; None if one is not old enough."""
         state = hashlib.sha256()
-        num_files = 0
+        for num_files, path in enumerate(self._paths(), 1):
+            try:
+                stamp = stamps.stamp(os.stat(path))
+            except OSError:
+                stamp = stamps.NO_STAMP
+            if not stamps.settled(stamp, self.opened_ns) or num_files > _MOST_FILES:
+                return None
+            state.update(os.fsencode(path) + repr(stamp).encode() + b"\n")
+        return state.digest()
+
+    def _paths(self) -> Iterator[str]:
+        if self.files is not None:
+            yield from (os.path.join(self.root, name) for name in self.files)
+            return
         for parent, folders, names in os.walk(self.root, followlinks=True):
             folders.sort()
-            for name in sorted(names):
-                path = os.path.join(parent, name)
-                num_files += 1
-                try:
-                    stamp = stamps.stamp(os.stat(path))
-                except OSError:
-                    stamp = stamps.NO_STAMP
-                if not stamps.settled(stamp, self.opened_ns) or num_files > _MOST_FILES:
-                    return None
-                state.update(os.fsencode(path) + repr(stamp).encode() + b"\n")
-        return state.digest()
+            yield from (os.path.join(parent, name) for name in sorted(names))
 
 
 def _labels(stored: bytes, num_images: int, columns: int) -> Labels | None:

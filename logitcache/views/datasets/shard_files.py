@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from logitcache import stamps
+from logitcache.regular import open_regular, require_regular
 from logitcache.remote import PART, Entry, Remote, is_remote
 from logitcache.views.datasets.tar_members import Readable
 
@@ -19,7 +20,7 @@ R = TypeVar("R")
 
 
 class LocalShard:
-    """An archive on this machine. OSError is raised where it cannot be read."""
+    """An archive on this machine. OSError is raised where it cannot be read, RefusedError if it is no regular file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -29,18 +30,20 @@ class LocalShard:
 
     def entry(self) -> Entry:
         """Return the size, and what changes with the content; nothing of a file that changed just now."""
-        stamp = stamps.stamp(os.stat(self._path))
+        status = os.stat(self._path)
+        require_regular(self._path, status)
+        stamp = stamps.stamp(status)
         return Entry(stamp[0], str(stamp) if stamps.settled(stamp, stamps.now_ns()) else "")
 
     @contextlib.contextmanager
     def opened(self, size: int) -> Iterator[Readable]:
         """Read it from start to end."""
-        with open(self._path, "rb") as file:
+        with open_regular(self._path) as file:
             yield file
 
     def piece(self, start: int, stop: int) -> bytes:
         """Return the bytes start..stop, fewer where it ends before."""
-        with open(self._path, "rb", buffering=0) as file:
+        with open_regular(self._path) as file:
             return os.pread(file.fileno(), stop - start, start)
 
     def each(self, function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
@@ -113,6 +116,13 @@ class _Ahead:
             self._here = self._here[count:]
             count -= len(pieces[-1])
         return b"".join(pieces)
+
+    def seek(self, offset: int, whence: int, /) -> int:
+        """Pass over bytes that are not wanted: the parts that hold them are fetched all the same."""
+        assert whence == os.SEEK_CUR, "only forwards, from here"
+        while offset and (passed := len(self.read(min(offset, PART)))):
+            offset -= passed
+        return 0
 
     def _ask(self) -> None:
         part = next(self._parts, None)

@@ -5,6 +5,7 @@ Formats: POSIX ustar, pax (path and size of a member) and GNU (long names, sizes
 and bytes after the end for damage.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -15,13 +16,16 @@ _REGULAR, _LINKS, _OTHERS = (b"0", b"\0", b"7"), (b"1", b"2"), (b"3", b"4", b"5"
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_OF_ALL = b"L", b"K", b"x", b"g"
 _ABOUT_THE_NEXT = (_LONG_NAME, _LONG_LINK, _PAX, b"X", _PAX_OF_ALL)
 _LONGEST_NAME = 1 << 20
+_MOST_PADDING = 1 << 26
+_LARGEST_MEMBER = 1 << 28  # bytes that are held in memory
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 class Readable(Protocol):
-    """What is read from its start to its end; less than was asked for comes only at the end."""
+    """What is read from its start to its end; less than was asked for comes only at the end. Seeks go forwards."""
 
     def read(self, count: int, /) -> bytes: ...
+    def seek(self, offset: int, whence: int, /) -> int: ...
 
 
 class Member(NamedTuple):
@@ -43,10 +47,10 @@ def members(file: Readable, wanted: Callable[[str], bool]) -> Iterator[Member]:
         if kind in _ABOUT_THE_NEXT:
             said |= _said(kind, tape.take(_bounded(size, tape.place)))
         else:
-            name, size = said.get("path", name), int(said.get("size", size)) if kind in _REGULAR else 0
+            name, size = said.get("path", name), _counted(int(said.get("size", size))) if kind in _REGULAR else 0
             said, start = {}, tape.place
             if kind in _REGULAR and not name.endswith("/"):
-                yield Member(name, start, tape.take(size) if wanted(name) else tape.skip(size))
+                yield Member(name, start, tape.take(_held(name, size)) if wanted(name) else tape.skip(size))
             else:
                 _require_passable(name, kind, wanted)
                 tape.skip(size)
@@ -74,15 +78,26 @@ class _Tape:
         return data
 
     def skip(self, count: int) -> bytes:
+        """Pass over bytes, which may be a hole of any size; a seek does not notice the end, so the last is read."""
+        if count <= _SKIPPED:
+            self.take(count)
+            return b""
         start = self.place
-        while count > self.place - start:
-            self.take(min(_SKIPPED, count - (self.place - start)))
+        self._file.seek(count - 1, os.SEEK_CUR)
+        self.place += count - 1
+        if not self._file.read(1):
+            raise ValueError(f"it ends before byte {self.place} in the middle of what begins at byte {start}")
+        self.place += 1
         return b""
 
     def require_end(self) -> None:
+        padding = 0
         while data := self._file.read(_SKIPPED):
             if data.strip(b"\0"):
                 raise ValueError(f"bytes follow its end at byte {self.place}, as where archives were joined")
+            padding += len(data)
+            if padding > _MOST_PADDING:
+                raise ValueError(f"more than {_MOST_PADDING} zeros follow its end at byte {self.place}")
 
 
 def _parsed(header: bytes, place: int) -> tuple[str, int, bytes]:
@@ -91,7 +106,7 @@ def _parsed(header: bytes, place: int) -> tuple[str, int, bytes]:
         raise ValueError(_why_no_header(header, place))
     name, prefix = _text(header[:100]), _text(header[345:500])
     posix = header[257:263] == b"ustar\0"  # GNU keeps something else there
-    return f"{prefix}/{name}" if posix and prefix else name, _number(header[124:136]), header[156:157]
+    return f"{prefix}/{name}" if posix and prefix else name, _counted(_number(header[124:136])), header[156:157]
 
 
 def _is_header(header: bytes) -> bool:
@@ -118,6 +133,12 @@ def _number(field: bytes) -> int:
     return int(field.split(b"\0")[0].strip() or b"0", 8)
 
 
+def _counted(size: int) -> int:
+    if not 0 <= size < 1 << 62:
+        raise ValueError(f"a header states a size of {size} bytes")
+    return size
+
+
 def _text(field: bytes) -> str:
     return field.split(b"\0")[0].decode(errors="surrogateescape")
 
@@ -125,6 +146,12 @@ def _text(field: bytes) -> str:
 def _bounded(size: int, place: int) -> int:
     if size > _LONGEST_NAME:
         raise ValueError(f"the header before byte {place} is followed by {size} bytes about one member")
+    return size
+
+
+def _held(name: str, size: int) -> int:
+    if size > _LARGEST_MEMBER:
+        raise ValueError(f"its member '{name}' has {size} bytes, more than the {_LARGEST_MEMBER} that are read at once")
     return size
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from logitcache import stamps
 from logitcache.errors import DataError, LogitCacheError, RecipeError
 from logitcache.recipe import Component
+from logitcache.views.datasets import torchvision_files
 from logitcache.views.datasets.custom import class_names
 from logitcache.views.datasets.ids import NumberedIds
 from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
@@ -43,13 +44,26 @@ class Torchvision(Component):
     mode: Mode = "RGB"
     options: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
 
+    def risks(self) -> tuple[str, ...]:
+        """Name a class that torchvision alone reads: several unpickle files, or read without a bound."""
+        named = () if self.name in torchvision_files.NAMES else (f"torchvision's {self.name}",)
+        options = [name for name in self.options if name not in torchvision_files.OPTIONS]
+        return (*named, *(f"the option {name}" for name in options))
+
     def open(self) -> MapImages:
-        """Build the class; raises RecipeError for wrong arguments, DataError for missing data."""
+        """Open the files; raises RecipeError for wrong arguments, DataError for missing data."""
         made = _class_named(self.name)
         arguments = self._arguments(_parameters(made))
         root = cast(str | None, arguments.get("root"))
         opened_ns = stamps.now_ns()
-        source = cast(MapStyle, _built(made, arguments, self.download))
+        train = bool(arguments.get("train", True))
+        if root is not None and self.name in torchvision_files.NAMES:
+            if self.download:
+                _built(made, arguments, self.download)
+            files = torchvision_files.files_of(self.name, train)
+            source: MapStyle = torchvision_files.read_stored(self.name, Path(root), train)
+        else:
+            files, source = None, cast(MapStyle, _built(made, arguments, self.download))
         what = f"torchvision's {self.name}"
         return MapImages(
             source,
@@ -57,7 +71,7 @@ class Torchvision(Component):
             NumberedIds(f"{self.split}/" if self.split else "", num_items(source, what)),
             functools.partial(_decoded, mode=self.mode),
             class_names=class_names(source),
-            memory=ScanMemory(Path(root), self._identity(), opened_ns) if root else None,
+            memory=ScanMemory(Path(root), self._identity(), opened_ns, files) if root else None,
         )
 
     def _arguments(self, parameters: set[str]) -> dict[str, object]:

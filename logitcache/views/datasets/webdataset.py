@@ -13,8 +13,9 @@ from torch import Tensor
 
 from logitcache.errors import DataError, RemoteError
 from logitcache.recipe import Component, Count
+from logitcache.remote import is_remote
 from logitcache.views.datasets.base import first_word
-from logitcache.views.datasets.braces import expanded
+from logitcache.views.datasets.braces import MOST_NAMES, expanded
 from logitcache.views.datasets.image_files import decode
 from logitcache.views.datasets.labels import num_classes_of
 from logitcache.views.datasets.pixels import Mode
@@ -52,6 +53,10 @@ class WebDataset(Component):
             raise ValueError(f"'{twice[0]}' is named twice")
         return value
 
+    def risks(self) -> tuple[str, ...]:
+        """Name a shard at a URL; archives here are regular files, parsed by a reader of our own."""
+        return next(((f"images at '{name}'",) for name in locations(self.shards) if is_remote(name)), ())
+
     def open(self) -> "ShardImages":
         """Find the samples; reads each byte of shards that are new or changed. Raises DataError for what is wrong."""
         samples = samples_of([shard_at(name) for name in locations(self.shards)], self.labelled)
@@ -59,8 +64,13 @@ class WebDataset(Component):
 
 
 def locations(shards: str | tuple[str, ...]) -> list[str]:
-    """Return the paths and URLs that patterns stand for, in order."""
-    return [name for pattern in ([shards] if isinstance(shards, str) else shards) for name in expanded(pattern)]
+    """Return the paths and URLs that patterns stand for, in order; raise ValueError for more than MOST_NAMES."""
+    names: list[str] = []
+    for pattern in [shards] if isinstance(shards, str) else shards:
+        names += expanded(pattern)
+        if len(names) > MOST_NAMES:
+            raise ValueError(f"the patterns stand for {len(names)} names or more. Fix: at most {MOST_NAMES}")
+    return names
 
 
 class _Span(NamedTuple):
