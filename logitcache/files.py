@@ -90,6 +90,27 @@ def regular_size(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
+def require_bounded(path: Path, limit: int) -> int:
+    """Return the size of a regular file of at most `limit` bytes.
+
+    Raises OSError for a missing one, ValueError with the reason for a larger one, a link, a FIFO, a device or a folder.
+    """
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise ValueError("it is a symbolic link, and none is followed here: copy the files themselves (cp -rL)")
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is not a regular file")
+    if status.st_size > limit:
+        raise ValueError(f"it has {status.st_size} bytes, at most {limit} are read")
+    return status.st_size
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes; raises as `require_bounded` does."""
+    require_bounded(path, limit)
+    return path.read_bytes()
+
+
 def file_digests(
     paths: Sequence[str | Path],
     *,

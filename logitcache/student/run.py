@@ -1,11 +1,14 @@
 """A run directory: its recipe, its metrics, its checkpoint and its weights."""
 
 import csv
+import dataclasses
 import fcntl
 import io
 import json
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -14,9 +17,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import yaml
+from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from logitcache.errors import CacheError, MismatchError, RecipeError
-from logitcache.files import remove_leftovers, write_atomically
+from logitcache.files import read_bounded, remove_leftovers, require_bounded, write_atomically
+from logitcache.models.weights import load_plain
 from logitcache.recipe import Component, dump_recipe, load_recipe
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.versions import versions
@@ -29,8 +34,24 @@ _FREE = (
 )
 _PLACES = ("out", "cache", "dataset", "validation.cache", "validation.dataset")
 
+MAX_RECIPE_BYTES = 1 << 20
+_MAX_JSON_BYTES = 64 << 20
+
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, struct.error, zlib.error)
+"""What damage surfaces as in readers of files and archives."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+class _Environment(Component):
+    """The versions of each session of a run, and the identity of what it learns from."""
+
+    versions: list[dict[str, str]]
+    learns_from: dict[str, JsonValue]
+
+
+_ROW: TypeAdapter[dict[str, int | float | None]] = TypeAdapter(dict[str, int | float | None])
 
 
 def _by_first(
@@ -105,6 +126,8 @@ class RunDirectory:
         """Raise MismatchError unless a run that has begun has the same recipe, apart from places and speed."""
         if not self._begun:
             return
+        with self.reading(self._recipe):
+            require_bounded(self._recipe, MAX_RECIPE_BYTES)
         try:
             old = _entries(load_recipe(self._recipe, type(recipe)))
         except RecipeError as error:
@@ -128,8 +151,7 @@ class RunDirectory:
         return self._learns_from()
 
     def _learns_from(self) -> dict[str, Any]:
-        found: dict[str, Any] = self._read_json(self._environment)["learns_from"] if self._begun else {}
-        return found
+        return dict(self._parsed(self._environment, TypeAdapter(_Environment)).learns_from) if self._begun else {}
 
     @_by_first
     def require_identity(self, identity: dict[str, Any]) -> None:
@@ -147,7 +169,7 @@ class RunDirectory:
     @_by_first
     def open(self, recipe: Component, identity: dict[str, Any]) -> None:
         """Fill the directory and say in it what the run is; a continuation adds its versions where they changed."""
-        sessions = self._read_json(self._environment)["versions"] if self._begun else []
+        sessions = self._parsed(self._environment, TypeAdapter(_Environment)).versions if self._begun else []
         if versions() not in sessions[-1:]:
             sessions.append(versions())
         remove_leftovers(self.path)
@@ -158,11 +180,10 @@ class RunDirectory:
     @_by_first
     def rewind(self, epoch: int) -> None:
         """Forget the metrics of `epoch` and later ones, which will be computed again."""
-        lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
-        try:
-            self._rows = [row for row in map(json.loads, lines) if row["epoch"] < epoch]
-        except (ValueError, KeyError, TypeError) as error:
-            raise self._damaged(self._metrics, error) from error
+        with self.reading(self._metrics):
+            lines = read_bounded(self._metrics, _MAX_JSON_BYTES).splitlines() if self._metrics.exists() else []
+            rows: list[dict[str, Any]] = [_ROW.validate_json(line, strict=True) for line in lines]
+            self._rows = [row for row in rows if row["epoch"] < epoch]
         if [row["epoch"] for row in self._rows] != list(range(epoch)):
             raise self._damaged(self._metrics, "it lacks epochs that the checkpoint has")
 
@@ -185,20 +206,20 @@ class RunDirectory:
         write_atomically(self.checkpoint, buffer.getbuffer())
 
     @_by_first
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """Read the state to the CPU, running nothing that the file holds; None when there is none yet."""
+    def load_checkpoint(self, most_bytes: int) -> dict[str, Any] | None:
+        """Read the state to the CPU, running nothing that the file holds; None if there is none yet.
+
+        Raises CacheError for a damaged file, and for one of more than `most_bytes`.
+        """
         if not self.checkpoint.exists():
             return None
-        try:
+        with self.reading(self.checkpoint):
+            size = require_bounded(self.checkpoint, most_bytes)
             with zipfile.ZipFile(self.checkpoint) as archive:
-                # torch does not compare the checksums.
-                if (name := archive.testzip()) is not None:
-                    raise self._damaged(self.checkpoint, f"the checksum of {name} differs")
-            state: dict[str, Any] = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-        except CacheError:
-            raise
-        except Exception as error:  # damage can surface as almost anything in a reader of archives
-            raise self._damaged(self.checkpoint, error) from error
+                _require_stored(archive, size)
+            state = load_plain(self.checkpoint)
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}")
         return state
 
     @_by_first
@@ -207,23 +228,48 @@ class RunDirectory:
         write_atomically(self._result, json.dumps(result, indent=2).encode())
 
     @_by_first
-    def finished(self) -> dict[str, Any] | None:
-        """Return what a finished run measured, where it lies now; None for one that is not finished."""
-        return self._read_json(self._result) | {"out": str(self.path)} if self._result.exists() else None
+    def finished(self, kind: type[T]) -> T | None:
+        """Return what a finished run measured, as a dataclass; None for one that is not finished."""
+        if not self._result.exists():
+            return None
+        found = self._parsed(self._result, TypeAdapter(kind))
+        return dataclasses.replace(found, out=str(self.path))  # type: ignore[type-var]
 
-    def _read_json(self, path: Path) -> dict[str, Any]:
+    def _parsed(self, path: Path, form: TypeAdapter[T]) -> T:
+        with self.reading(path):
+            return form.validate_json(read_bounded(path, _MAX_JSON_BYTES), strict=True)
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[None]:
+        """Raise CacheError naming a file of the run if reading it fails."""
         try:
-            content: dict[str, Any] = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+            yield
+        except _DAMAGE as error:
             raise self._damaged(path, error) from error
-        return content
 
     def _damaged(self, path: Path, cause: object) -> CacheError:
-        reason = str(cause).partition("\n")[0]
+        """Return the error for a file of the run that is not as it was written."""
         return CacheError(
-            f"{path} is damaged: {reason}. Fix: put back a copy of it, or train again: remove {self.path}, or give "
-            "another `out:`"
+            f"{path} is damaged: {_reason(cause)}. Fix: put back a copy of it, or train again: remove {self.path}, or "
+            "give another `out:`"
         )
+
+
+def _reason(cause: object) -> str:
+    """Word an error in a line."""
+    if isinstance(cause, ValidationError):
+        first = cause.errors()[0]
+        return ": ".join([*([str(first["loc"][-1])] if first["loc"] else []), first["msg"]])
+    return str(cause).partition("\n")[0]
+
+
+def _require_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError unless an archive is uncompressed, as torch writes it, with checksums, which torch ignores."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise ValueError("it is compressed, which torch does not write")
+    if (name := archive.testzip()) is not None:
+        raise ValueError(f"the checksum of {name} differs")
 
 
 def _entries(recipe: Component) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from logitcache.student.progress import Progress
 from logitcache.student.ranks import Ranks, joined
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.run import RunDirectory
+from logitcache.student.saved import most_bytes, require_alike, require_shapes
 from logitcache.student.sources import LiveTargets, Source, open_source
 from logitcache.student.validation import Validator, open_validator
 from logitcache.targets import Batch
@@ -77,9 +78,9 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
     validator = open_validator(recipe, source.lesson.num_classes)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)
-    if (finished := run.finished()) is not None:
+    if (finished := run.finished(RunResult)) is not None:
         say(f"{run.path} is finished, there is nothing to do")
-        return RunResult(**finished)
+        return finished
     with own_randomness(device, recipe.seed):
         classifier = build_classifier(recipe, source.lesson, None if validator is None else validator.sample())
         learner = Learner(recipe, classifier, device, build_adapters(recipe, source.lesson, classifier), ranks)
@@ -108,16 +109,21 @@ def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -
 
 
 def _take_up(learner: Learner, run: RunDirectory) -> None:
-    """Continue from the checkpoint, where there is one."""
-    saved = run.load_checkpoint()
+    """Continue from the checkpoint, if there is one."""
+    own = learner.state() if run.begun else {}
+    saved = run.load_checkpoint(most_bytes(own))
     if saved is not None:
+        with run.reading(run.checkpoint):
+            require_alike(saved, own)
         try:
             learner.load(saved)
-        except (KeyError, RuntimeError, TypeError, ValueError) as cause:
+        except Exception as cause:  # what a module does with a foreign state is its own business
             raise MismatchError(
                 f"{run.checkpoint} is of another model or release: {cause}. "
                 "Fix: the code that began this run, or another `out:`"
             ) from cause
+        with run.reading(run.checkpoint):
+            require_shapes(learner.optimizer)
     run.rewind(learner.epoch)
 
 
