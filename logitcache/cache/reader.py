@@ -229,8 +229,8 @@ class Cache:
         trust: Collection[str] = (),
         drop_last: bool = False,
         views_per_image: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         start_method: StartMethod = "forkserver",
     ) -> EpochLoader:
         """Stream batches of images and targets, once the images are proved to be those of the cache."""

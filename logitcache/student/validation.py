@@ -58,7 +58,9 @@ class Validator:
         self._views, self._labels = views, labels
         several = functools.partial(MultiLabelTally.of, threshold=threshold)
         self._tally: Callable[..., AnyTally] = several if is_multi_label(views.dataset.labels) else Tally.of
-        self._loader = EpochLoader(views, targets_of, batch_size=batch_size, num_workers=num_workers)
+        self._loader = EpochLoader(
+            views, targets_of, batch_size=batch_size, num_workers=num_workers, rank=0, world_size=1
+        )
         count = len(views.dataset.ids)
         self._indices = range(count) if labels is None else np.flatnonzero(labels >= 0).tolist()
         self.num_images = len(self._indices)

@@ -1,12 +1,14 @@
 """Stream the batches of an epoch: keys in order, rendered images, labels and targets."""
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, distributed
+from torch.utils.data import Sampler
 
 from logitcache.errors import RecipeError
 from logitcache.targets import Batch, MixedLabels, Targets
@@ -28,14 +30,33 @@ def no_targets(keys: Sequence[ViewKey]) -> Mapping[str, Targets]:
     return {}
 
 
+class EpochSampler(Sampler[list[ViewKey]]):
+    """The keys of each batch of a loader's current epoch; `set_epoch` is where Lightning looks for it."""
+
+    def __init__(self, loader: "EpochLoader") -> None:
+        self._loader = loader
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the loader's next pass."""
+        self._loader.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[list[ViewKey]]:
+        return self._loader.keys(self._loader.current_epoch)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+
 class EpochLoader:
     """Epochs of as many keys as there are images, in an order that is a function of labels, seed and epoch.
 
-    Epoch e replays view e modulo the number of views. With `views_per_image` k, one decode serves k views: an epoch
-    takes k views of every k-th image, and each k epochs together take k views of every image. Partners that are mixed
-    with one another come together. Of several processes, `rank` of `world_size` takes its part of every batch of
-    `batch_size`. With `checksums_of`, every image that is rendered is compared. `sampling` says which images an epoch
-    takes: by default every one once.
+    `for batch in loader.epoch(e)` reads epoch e. `for batch in loader` reads the epoch that `set_epoch` chose, at first
+    0: passes are not counted. Epoch e replays view e modulo the number of views. With `views_per_image` k, one decode
+    serves k views: an epoch takes k views of every k-th image, and each k epochs together take k views of every image.
+    Partners that are mixed with one another come together. Of several processes, `rank` of `world_size` takes its part
+    of every batch of `batch_size`; by default those of torch.distributed, if it is initialised when an epoch starts.
+    With `checksums_of`, every image that is rendered is compared. `sampling` says which images an epoch takes: by
+    default every one once.
     """
 
     def __init__(
@@ -51,8 +72,8 @@ class EpochLoader:
         views_per_image: int = 1,
         sampling: Sampling = EVERY_IMAGE,
         shuffle_block: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
         start_method: StartMethod = "forkserver",
     ) -> None:
         self.views = views
@@ -60,7 +81,8 @@ class EpochLoader:
         self.views_per_image, self._sampling = views_per_image, sampling
         sampling.require_possible(views.dataset, bool(views.spec.mixing))
         self._targets_of, self._checksums_of = targets_of, checksums_of
-        self._block, self._share = shuffle_block, (rank, world_size)
+        self._block, self._given = shuffle_block, (rank, world_size)
+        self.current_epoch, self._was_read = 0, False
         self._images = ViewLoader(views, num_workers, start_method)
         if len(self) == 0:
             raise RecipeError(
@@ -68,7 +90,7 @@ class EpochLoader:
                 "Fix: a smaller batch_size, or drop_last: false"
             )
         self._require_shared_decodes()
-        self._require_shares(rank, world_size)
+        self._require_shares(*self._share)
 
     def _require_shared_decodes(self) -> None:
         """Raise RecipeError for several views per image where they cannot share a decode."""
@@ -99,6 +121,14 @@ class EpochLoader:
             )
 
     @property
+    def _share(self) -> tuple[int, int]:
+        """The rank of this process, and how many there are."""
+        rank, world_size = self._given
+        if rank is None and world_size is None and distributed.is_available() and distributed.is_initialized():
+            return distributed.get_rank(), distributed.get_world_size()
+        return rank or 0, 1 if world_size is None else world_size
+
+    @property
     def _unit(self) -> int:
         """Keys that belong together: a pair, or the views of an image."""
         return 2 if self.views.spec.mixing else self.views_per_image
@@ -116,6 +146,8 @@ class EpochLoader:
 
     def keys(self, epoch: int, start: int = 0) -> Iterator[list[ViewKey]]:
         """Yield the keys of each batch of an epoch from batch `start` on; those of this process."""
+        rank, world_size = self._share
+        self._require_shares(rank, world_size)
         unit = 2 if self.views.spec.mixing else 1
         order = self._sampling.order(self.views.dataset, self.seed, epoch // self.views_per_image, self._block, unit)
         count, several = len(self.views.dataset.ids), max(1, _DRAWN // self.batch_size) * self.batch_size
@@ -123,7 +155,7 @@ class EpochLoader:
             drawn = self._drawn(epoch, order, first, min(first + several, len(self) * self.batch_size, count))
             keys = list(map(ViewKey, *(numbers.tolist() for numbers in drawn)))
             for batch in range(0, len(keys), self.batch_size):
-                yield list(share_of(keys[batch : batch + self.batch_size], *self._share, self._unit))
+                yield list(share_of(keys[batch : batch + self.batch_size], rank, world_size, self._unit))
 
     def _drawn(self, epoch: int, order: tuple[Drawn, Drawn], start: int, stop: int) -> tuple[Ints, Ints]:
         """Return views and images of a slice of an epoch."""
@@ -139,6 +171,34 @@ class EpochLoader:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch `start` on."""
         return self.batches(self.keys(epoch, start))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that `for batch in loader` reads next."""
+        self.current_epoch, self._was_read = epoch, False
+
+    @property
+    def sampler(self) -> EpochSampler:
+        """The keys of each batch of the current epoch, with `set_epoch`."""
+        return EpochSampler(self)
+
+    batch_sampler = sampler
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches of the current epoch; warn if several views are there and it was read before."""
+        num_views = self.views.spec.num_views
+        if self._was_read and num_views > 1:
+            warnings.warn(
+                f"epoch {self.current_epoch} is read again: of {num_views} views, every pass without set_epoch replays "
+                "the same, in the same order. Fix: loader.set_epoch(epoch) before each pass, or `for batch in "
+                "loader.epoch(epoch)`",
+                stacklevel=2,
+            )
+        return self._pass(self.epoch(self.current_epoch))
+
+    def _pass(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        yield from itertools.islice(batches, 1)  # to look at one batch is not to read an epoch
+        self._was_read = True
+        yield from batches
 
     def _checked(self, keys: list[ViewKey]) -> list[ViewKey]:
         """Raise IndexError for a key that names no view, before anything is rendered."""

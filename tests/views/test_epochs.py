@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed
+from torch.utils.data import DataLoader
 
 from logitcache.errors import RecipeError
 from logitcache.targets import Batch, Targets
@@ -289,3 +291,73 @@ def test_windows_that_are_decoded_together_hold_whole_pairs(block):
     if block is not None:
         blocks = [number for number, _ in itertools.groupby(batch[0].index // 8 for batch in keys)]
         assert len(blocks) == len(set(blocks))
+
+
+def test_a_loader_reads_the_epoch_that_was_set_and_counts_no_passes(views):
+    loader = EpochLoader(views, batch_size=5, seed=2)
+    for epoch in (0, 4, 1):
+        for choose in (loader.set_epoch, loader.sampler.set_epoch, loader.batch_sampler.set_epoch):
+            choose(epoch)
+            assert list(loader.sampler) == list(loader.keys(epoch))
+            assert [rows(batch) for batch in loader] == [rows(batch) for batch in loader.epoch(epoch)]
+    assert len(loader.sampler) == len(loader) == 5
+
+
+def test_epochs_by_number_leave_the_current_one_alone(views):
+    loader = EpochLoader(views, batch_size=5)
+    list(loader.epoch(7))
+    assert {key.view for keys in loader.sampler for key in keys} == {0}
+    assert {key for batch in loader for key in batch.keys[:, 0].tolist()} == {0}
+
+
+@pytest.mark.parametrize("batch_size", [5, 23])
+def test_a_second_pass_over_one_of_several_views_warns_and_the_fix_helps(views, batch_size):
+    loader = EpochLoader(views, batch_size=batch_size)
+    next(iter(loader))
+    assert len(list(loader)) == len(loader), "a look at the first batch is no pass"
+    for _ in range(2):
+        with pytest.warns(
+            UserWarning, match=r"epoch 0 is read again: of 3 views.*Fix: loader\.set_epoch\(epoch\) before"
+        ):
+            assert [rows(batch) for batch in loader] == [rows(batch) for batch in loader.epoch(0)]
+    loader.set_epoch(1)
+    list(loader)
+    loader.set_epoch(1)
+    list(loader)
+    list(loader.epoch(1))
+
+
+def test_one_view_may_be_read_again():
+    loader = EpochLoader(Views(Images(textured(7, 6, 6)), ViewSpec()), batch_size=3)
+    assert [rows(batch) for batch in loader] == [rows(batch) for batch in loader]
+
+
+def test_the_sampler_feeds_a_loader_of_torch(views):
+    loader = EpochLoader(views, batch_size=4)
+    loader.set_epoch(2)
+    images = DataLoader(views, batch_sampler=loader.sampler, collate_fn=lambda rendered: rendered)
+    for rendered, batch in zip(images, loader, strict=True):
+        assert torch.equal(rendered, batch.images)
+
+
+def test_processes_of_torch_take_their_parts_by_default(views, tmp_path):
+    loader = EpochLoader(views, batch_size=12)
+    whole = list(loader.keys(1))
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        assert list(loader.keys(1)) == whole
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distributed, "get_world_size", lambda: 2)
+            parts = []
+            for rank in range(2):
+                patch.setattr(distributed, "get_rank", lambda rank=rank: rank)
+                parts.append(list(loader.keys(1)))
+            assert [first + second for first, second in zip(*parts, strict=True)] == whole
+            assert list(EpochLoader(views, batch_size=12, rank=0, world_size=1).keys(1)) == whole
+            patch.setattr(distributed, "get_world_size", lambda: 13)
+            with pytest.raises(RecipeError, match="no part for each of 13 processes"):
+                next(loader.keys(1))
+    finally:
+        distributed.destroy_process_group()
