@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+INTEGRATIONS := .venv-integrations
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-integrations lint format bench clean
 
 help:
 	@echo "make demo    few labels, many unlabelled images: a student from the cache against one on labels"
 	@echo "make test    ruff, mypy and pytest (ARGS='-k replay' goes to pytest)"
+	@echo "make test-integrations  other libraries' loops, in $(INTEGRATIONS)"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make bench   the scripts in benchmarks/, but losses.py"
@@ -34,6 +36,15 @@ lint: $(INSTALLED)
 test: lint
 	@$(PY) -m pytest --quiet --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
+$(INTEGRATIONS)/.installed: pyproject.toml
+	@echo "Installing into $(INTEGRATIONS): a few minutes, once"
+	@test -x $(INTEGRATIONS)/bin/pip || $(PYTHON) -m venv $(INTEGRATIONS)
+	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[integrations]'
+	@touch $@
+
+test-integrations: $(INTEGRATIONS)/.installed
+	@$(INTEGRATIONS)/bin/python -m pytest --quiet -m integration tests/integrations $(ARGS)
+
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix --quiet .
 	@$(PY) -m ruff format --quiet .
@@ -43,5 +54,5 @@ bench: $(INSTALLED)
 	@set -e; for script in $(filter-out benchmarks/losses.py benchmarks/scale_model.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -type d -name __pycache__ -not -path './.git/*' -exec rm -rf {} +
