@@ -11,6 +11,7 @@ ValueError
     ├── MismatchError        4   sound, but made from other images, pixels or teachers
     │   └── ReplayMismatchError  the pixels rendered here are not those the teacher saw
     └── Stopped         75/130   SIGTERM or Ctrl-C; the same command continues
+        └── KilledWorkerError  75  the system killed a process that this one had started; the same command continues
 """
 
 import signal
@@ -74,6 +75,19 @@ class ReplayMismatchError(MismatchError):
 class Stopped(LogitCacheError):
     """A signal asked for a stop; what was finished is kept and the same command continues."""
 
+    exit_code = 75
+
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
-        self.exit_code = 130 if signum == signal.SIGINT else 75
+        if signum == signal.SIGINT:
+            self.exit_code = 130
+
+
+class KilledWorkerError(Stopped):
+    """The system killed a process that this one had started, most often for want of memory.
+
+    What was finished is kept and the same command continues, as after a stop; an error of the code has another class.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, signal.SIGKILL)

@@ -39,7 +39,15 @@ class Handover:
             return found.nbytes < _LARGE
 
         stream = io.BytesIO()
-        ForkingPickler(stream, 5, True, stays).dump(self._value)
+        try:
+            ForkingPickler(stream, 5, True, stays).dump(self._value)
+        except RuntimeError as cause:
+            if "shared memory" not in str(cause):
+                raise
+            raise LogitCacheError(
+                f"the tensors of the data set do not fit in shared memory, where worker processes read them: {cause}.\n"
+                "  Fix: num_workers: 0, a larger /dev/shm (a container's: docker run --shm-size 2g), or NumPy arrays"
+            ) from cause
         if not buffers:
             return pickle.loads, (stream.getvalue(),)
         if self._file is None:

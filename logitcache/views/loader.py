@@ -4,26 +4,33 @@ import atexit
 import functools
 import multiprocessing
 import os
+import signal
 import sys
 import threading
-import time
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from logitcache.errors import LogitCacheError
+from logitcache.errors import KilledWorkerError, LogitCacheError
 from logitcache.stopping import ignore_signals
 from logitcache.views.handover import Handover
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
+
+_ENDING = 5.0
+"""Seconds that a worker may take to end after its connections are closed."""
 
 
 class _Guarded:
@@ -54,8 +61,45 @@ class _Batches:
         return iter(self.batches)
 
 
-def _same(rendered: Tensor | LogitCacheError) -> Tensor | LogitCacheError:
+class _Copied(NamedTuple):
+    """A batch that is sent through a pipe, as shared memory did not take it, and why not."""
+
+    images: NDArray[np.uint8]
+    why: str
+
+
+Rendered = Tensor | _Copied | LogitCacheError
+
+
+def _same(rendered: Rendered) -> Rendered:
     return rendered
+
+
+def _shared(rendered: Rendered) -> Rendered:
+    """Move a batch to shared memory, in the worker; if that is refused, return it to be sent through a pipe.
+
+    Left to torch, this is done in a thread of the worker, where an error would drop the batch: it would be awaited for
+    ever.
+    """
+    if isinstance(rendered, Tensor):
+        try:
+            rendered.share_memory_()  # type: ignore[no-untyped-call]
+        except RuntimeError as refused:
+            return _Copied(rendered.numpy(), str(refused))
+    return rendered
+
+
+def _recording(start_method: StartMethod, workers: list[BaseProcess]) -> BaseContext:
+    """Return a context of multiprocessing that adds each process it makes to `workers`."""
+    context = type(multiprocessing.get_context(start_method))()
+    make = context.Process  # type: ignore[attr-defined]
+
+    def process(*args: Any, **options: Any) -> BaseProcess:
+        workers.append(made := make(*args, **options))
+        return made  # type: ignore[no-any-return]
+
+    context.Process = process  # type: ignore[attr-defined]
+    return context
 
 
 def _start_worker(ending: Connection, worker: int) -> None:
@@ -92,8 +136,9 @@ class ViewLoader:
     ) -> None:
         options: dict[str, Any] = {}
         told = None
+        self._workers: list[BaseProcess] = []
         if num_workers:
-            context = multiprocessing.get_context(start_method)
+            context = _recording(start_method, self._workers)
             if start_method == "forkserver":
                 context.set_forkserver_preload([__name__])  # torch is imported once, not once a worker
             heard, told = context.Pipe(duplex=False)
@@ -103,15 +148,16 @@ class ViewLoader:
                 "persistent_workers": True,
                 "worker_init_fn": functools.partial(_start_worker, heard),
             }
-        self._images = _outliving_workers([], 0)
-        self._sampler = _Batches()
+        self._images = _outliving_workers([], [], 0)
+        self._sampler, self._has_copied = _Batches(), False
         with warnings.catch_warnings():
             # How many workers pay is for the user to say: many of them wait for disks.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
-            self._loader: DataLoader[Tensor | LogitCacheError] | None = DataLoader(
+            self._loader: DataLoader[Rendered] | None = DataLoader(
                 _Guarded(views),  # type: ignore[arg-type]  # only `__getitems__` is used
                 batch_sampler=self._sampler,  # of any length
-                collate_fn=_same,  # type: ignore[arg-type]  # a rendered batch, not a list of samples
+                # Of a rendered batch, not of a list of samples.
+                collate_fn=_shared if num_workers else _same,  # type: ignore[arg-type]
                 num_workers=num_workers,
                 generator=torch.Generator(),  # or torch would draw the workers' seeds from the global one
                 **options,
@@ -127,14 +173,26 @@ class ViewLoader:
         """
         assert self._loader is not None, "closed"
         self._images.close()
-        self._images = images = _outliving_workers(self._loader, self._loader.num_workers)
+        self._images = images = _outliving_workers(self._loader, self._workers, self._loader.num_workers)
         self._sampler.batches = batches
         for rendered in images:
             if isinstance(rendered, LogitCacheError):
                 raise rendered
-            yield rendered
+            yield self._received(rendered) if isinstance(rendered, _Copied) else rendered
         if images is not self._images:
             raise RuntimeError("another epoch was started from the same loader; one loader serves one at a time")
+
+    def _received(self, copied: _Copied) -> Tensor:
+        """Return a batch that came through a pipe; the first one warns."""
+        if not self._has_copied:
+            self._has_copied = True
+            warnings.warn(
+                f"shared memory refuses rendered images, which come through a pipe, more slowly: {copied.why}. "
+                "Fix: a larger /dev/shm (a container's: docker run --shm-size 2g), a smaller batch_size or fewer "
+                "num_workers",
+                stacklevel=2,
+            )
+        return torch.from_numpy(copied.images)
 
     def close(self) -> None:
         """End the workers; nothing can be rendered afterwards."""
@@ -154,33 +212,61 @@ def _close_all() -> None:
 
 
 def _outliving_workers(
-    loader: Iterable[Tensor | LogitCacheError], num_workers: int
-) -> Generator[Tensor | LogitCacheError, None, None]:
+    loader: Iterable[Rendered], workers: Sequence[BaseProcess], num_workers: int
+) -> Generator[Rendered, None, None]:
+    """Yield what a loader renders; an error that comes of a worker's end is raised as what ended it."""
     try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise _killed(error) from error
-    except (ConnectionError, EOFError) as error:
-        # Pixels are fetched from the worker that announced them; errors of the data set say where they come from.
-        if not num_workers or "in DataLoader worker process" in str(error):
-            raise
-        raise _killed(_noticed(error)) from error
+        yield from _started(loader)
+    except (RuntimeError, OSError, EOFError) as error:
+        # Pixels are fetched from the worker that announced them, and its connections end a little before it does;
+        # torch itself says that a worker has ended, and where an error of the data set comes from.
+        is_certain = isinstance(error, RuntimeError) or "in DataLoader worker process" in str(error)
+        ended = _ended(workers, 0.0 if is_certain else _ENDING)
+        if ended is not None:
+            raise _lost(ended) from error
+        if sum(worker.pid is not None for worker in workers) < num_workers and isinstance(error, OSError):
+            raise _not_started(error) from error
+        raise
 
 
-def _noticed(error: Exception) -> Exception:
-    """Wait until torch notices the worker's death: it raises wherever the main process is by then."""
-    try:
-        time.sleep(1)
-    except RuntimeError as death:
-        return death
-    return error
+def _started(loader: Iterable[Rendered]) -> Iterator[Rendered]:
+    """Start an epoch without torch's handler of SIGCHLD, which raises wherever the main process is as a worker ends.
+
+    Torch looks every few seconds as well, while a batch is awaited.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    images = iter(loader)
+    if before is not None and before != signal.getsignal(signal.SIGCHLD):
+        signal.signal(signal.SIGCHLD, before)
+    return images
 
 
-def _killed(error: Exception) -> LogitCacheError:
+def _ended(workers: Sequence[BaseProcess], seconds: float) -> int | None:
+    """Return the exit code of a worker that has ended, or does within some seconds; None if all live."""
+    started = {worker.sentinel: worker for worker in workers if worker.pid is not None}
+    for sentinel in wait(list(started), seconds) if started else ():
+        assert isinstance(sentinel, int)
+        started[sentinel].join(_ENDING)
+    return next((worker.exitcode for worker in started.values() if worker.exitcode is not None), None)
+
+
+def _lost(exit_code: int) -> LogitCacheError:
+    if exit_code < 0:
+        return KilledWorkerError(
+            f"a process that renders views was killed by {signal.Signals(-exit_code).name}, by the system if nobody "
+            "else: memory may have run out.\n"
+            "  Fix: the same command continues; fewer num_workers or a smaller batch_size take less memory"
+        )
     return LogitCacheError(
-        f"a process that renders views was killed or could not start ({error}).\n"
-        "  Fix: fewer workers or a smaller batch, as memory or /dev/shm may have run out; a script of your own "
-        "needs `if __name__ == '__main__':` around what it runs"
+        f"a process that renders views ended with exit code {exit_code}; what it printed is above.\n"
+        "  Fix: a script of your own needs `if __name__ == '__main__':` around what it runs; a data set of your own "
+        "must not end the process"
+    )
+
+
+def _not_started(cause: OSError) -> LogitCacheError:
+    return LogitCacheError(
+        f"the processes that render views cannot start: {cause.strerror or cause}.\n"
+        "  Fix: num_workers: 0 renders without them; else a larger /dev/shm, which holds their semaphores, or a higher "
+        "limit of processes"
     )

@@ -1,6 +1,7 @@
 """A data set in memory, with the faults that a reader can have; a module, as spawned workers import it."""
 
 import os
+import signal
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,12 @@ from logitcache.views.datasets import pixel_digest
 
 @dataclass
 class Images:
-    """Decoded images; reading `broken` raises DataError, reading `deadly` kills the process."""
+    """Decoded images; reading `broken` raises DataError, `deadly` ends the process, and `fatal` has it killed."""
 
     pixels: list[Tensor]
     broken: int | None = None
     deadly: int | None = None
+    fatal: int | None = None
 
     num_classes = 3
     class_names = None
@@ -36,6 +38,8 @@ class Images:
             raise DataError(f"{self.ids[index]} cannot be read")
         if index == self.deadly:
             os._exit(7)
+        if index == self.fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
         return self.pixels[index]
 
     def sizes(self) -> NDArray[np.int64]:

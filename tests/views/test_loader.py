@@ -1,16 +1,20 @@
 """The loader's worker processes: what they pass on, and that they end."""
 
 import gc
+import json
 import multiprocessing
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from logitcache.errors import DataError, LogitCacheError
+from logitcache.errors import DataError, KilledWorkerError, LogitCacheError
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
@@ -44,10 +48,37 @@ def test_workers_of_a_loader_in_a_cycle_end_at_once(start_method):
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver"])
-def test_a_killed_worker_is_an_error_with_a_fix_and_no_hang(start_method):
-    loader = ViewLoader(Views(Images(textured(12, 8, 8), deadly=5), ViewSpec()), 2, start_method)
-    with pytest.raises(LogitCacheError, match=r"killed or could not start .*\n  Fix: fewer workers"):
+def test_a_killed_worker_stops_the_run_which_can_go_on(start_method):
+    loader = ViewLoader(Views(Images(textured(12, 8, 8), fatal=5), ViewSpec()), 2, start_method)
+    with pytest.raises(KilledWorkerError, match=r"killed by SIGKILL.*\n  Fix: the same command continues") as stopped:
         list(loader.render([[ViewKey(0, index)] for index in range(12)]))
+    assert stopped.value.exit_code == 75
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_a_worker_that_ends_is_an_error_with_a_fix_and_no_hang(start_method):
+    loader = ViewLoader(Views(Images(textured(12, 8, 8), deadly=5), ViewSpec()), 2, start_method)
+    with pytest.raises(LogitCacheError, match=r"ended with exit code 7.*\n  Fix: a script of your own") as refused:
+        list(loader.render([[ViewKey(0, index)] for index in range(12)]))
+    assert refused.value.exit_code == 2
+
+
+def test_an_error_of_a_data_set_is_raised_as_it_is_and_not_blamed_on_a_worker():
+    class Failing(Images):
+        def read(self, index):
+            raise ConnectionResetError("the data set's own")
+
+    loader = ViewLoader(Views(Failing(textured(4, 8, 8)), ViewSpec()), 1, "fork")
+    with pytest.raises(ConnectionResetError, match="the data set's own"):
+        list(loader.render([[ViewKey(0, 0)]]))
+
+
+def test_workers_are_killed_between_epochs_and_while_nobody_waits():
+    loader = ViewLoader(Views(Images(textured(8, 8, 8)), ViewSpec()), 2, "forkserver")
+    assert len(list(loader.render([[ViewKey(0, 0)], [ViewKey(0, 1)]]))) == 2
+    os.kill(loader._workers[0].pid, signal.SIGKILL)
+    with pytest.raises(KilledWorkerError, match="SIGKILL"):
+        list(loader.render([[ViewKey(0, index)] for index in range(8)]))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -71,6 +102,59 @@ def test_a_released_loader_ends_its_workers():
     assert len(workers) == 2
     del loader, batches
     assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_a_worker_that_is_killed_while_the_main_process_computes_raises_where_batches_are_awaited(start_method):
+    before = signal.getsignal(signal.SIGCHLD)
+    loader = ViewLoader(Views(Images(textured(16, 8, 8)), ViewSpec()), 1, start_method)
+    batches = loader.render([[ViewKey(0, index)] for index in range(16)])
+    next(batches)
+    [worker] = loader._workers
+    os.kill(worker.pid, signal.SIGKILL)
+    worker.join()
+    assert signal.getsignal(signal.SIGCHLD) == before
+    with pytest.raises(KilledWorkerError):
+        list(batches)
+
+
+@pytest.fixture(scope="module")
+def small_shared_memory() -> dict[str, dict[str, Any]]:
+    """Render with little shared memory; returns, by its size, whether images are right, or the error."""
+    unshare = next((["unshare", flags] for flags in ("-m", "-Urm") if succeeds("unshare", flags, "true")), None)
+    if unshare is None:
+        pytest.skip("needs a mount namespace")
+    command = [*unshare, sys.executable, "-m", "tests.views.small_shared_memory"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root, check=False)
+    if done.returncode == 77:
+        pytest.skip("needs to mount a tmpfs")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def succeeds(*command: str) -> bool:
+    try:
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("size", ["64k", "160k"])
+def test_images_that_shared_memory_has_no_room_for_come_through_a_pipe(small_shared_memory, size):
+    found = small_shared_memory[size]
+    assert found["error"] is None
+    assert found["identical"]
+    [warning] = found["warnings"]
+    assert "No space left on device" in warning
+    assert "Fix: a larger /dev/shm" in warning
+
+
+def test_workers_for_which_there_is_no_semaphore_are_an_error_with_a_fix_at_once(small_shared_memory):
+    found = small_shared_memory["4k"]
+    assert re.search(r"cannot start: No space left on device.\n  Fix: num_workers: 0", found["error"])
+    assert found["exit_code"] == 2
+    assert found["seconds"] < 5
 
 
 SCRIPT = """
