@@ -39,7 +39,7 @@ test: lint
 $(INTEGRATIONS)/.installed: pyproject.toml
 	@echo "Installing into $(INTEGRATIONS): a few minutes, once"
 	@test -x $(INTEGRATIONS)/bin/pip || $(PYTHON) -m venv $(INTEGRATIONS)
-	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[integrations]'
+	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lightning,accelerate]' 'pytest>=8.3' 'hypothesis>=6.120'
 	@touch $@
 
 test-integrations: $(INTEGRATIONS)/.installed
