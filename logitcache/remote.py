@@ -12,13 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from email.utils import parsedate_to_datetime
-from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from logitcache.errors import LogitCacheError, RecipeError, RemoteError
-from logitcache.protocols import S3, WEB, Limits, connected
+from logitcache.protocols import S3, WEB, Limits, connected, entry, listed
+from logitcache.protocols import Entry as Entry
 from logitcache.storage_errors import (
     CHANGES,
     NO_RANGES,
@@ -27,8 +27,8 @@ from logitcache.storage_errors import (
     refusal,
     require_place,
     status_of,
-    told,
 )
+from logitcache.transfer import METADATA, Bounds, Refused, request_seconds
 
 REQUESTS = 16
 """Requests of a process that are in flight at a time."""
@@ -37,24 +37,19 @@ ATTEMPTS, PAUSE, LONGEST_PAUSE, PATIENCE = 6, 0.25, 8.0, 90.0
 """A request is tried so often, with pauses that double from PAUSE seconds on, and not again after PATIENCE seconds."""
 
 CONNECT_SECONDS, READ_SECONDS = 10, 30
-"""How long a server may take to answer, and to send on."""
+"""How long a server may take to accept a connection, and may pause between bytes."""
+
+LISTED, LISTED_EACH_SECOND = 4_000_000, 50
+"""Files that a listing may have, and how many of them a second must bring on average after PATIENCE seconds."""
 
 PART = 8 << 20
 """Bytes of a large file that one request reads."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_TAGS = ("ETag", "etag", "mtime", "created")  # of s3 and web servers, of other clouds, of disks, of fsspec's memory
-_FRESH_SECONDS = 2
+
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class Entry(NamedTuple):
-    """What a listing tells of a file: its size, and what changes with its content, where the storage has that."""
-
-    size: int
-    tag: str
 
 
 def is_remote(location: str | os.PathLike[str]) -> bool:
@@ -98,9 +93,9 @@ class Remote:
         return Remote(f"{self.url}/{key}")
 
     def read(self, key: str = "", size: int | None = None) -> bytes:
-        """Return the bytes of a file; of a large one whose size is known, several parts are read at a time."""
-        if size is None or size <= PART:
-            return bytes(self._request(f"read {key}", lambda fs: fs.cat_file(self._path(key)), key))
+        """Return the bytes of a file, of MAX_ANSWER_BYTES at most if its size is not known, else in parallel parts."""
+        if size is None:
+            return self._read(lambda fs: fs.cat_file(self._path(key)), key, METADATA)
         starts = range(0, size, PART)
         return b"".join(self.each(lambda start: self.read_range(key, start, min(start + PART, size)), starts))
 
@@ -108,11 +103,22 @@ class Remote:
         """Return the bytes start..stop of a file."""
         if start == stop:
             return b""  # no request can ask for nothing
-        found = bytes(self._request(f"read {key}", lambda fs: fs.cat_file(self._path(key), start=start, end=stop), key))
+        bounds = Bounds(stop - start, excess=NO_RANGES)
+        found = self._read(lambda fs: fs.cat_file(self._path(key), start=start, end=stop), key, bounds)
         if len(found) != stop - start:
-            why = CHANGES if len(found) < stop - start else NO_RANGES
-            raise RemoteError(f"{self._shown(key)}: {len(found)} bytes where {stop - start} were asked for: {why}")
+            raise RemoteError(f"{self._shown(key)}: {len(found)} bytes where {stop - start} were asked for: {CHANGES}")
         return found
+
+    def _read(self, function: Callable[[Any], bytes], key: str, bounds: Bounds) -> bytes:
+        """Return the bytes that a request brings; at the bound s3 and web servers are stopped, others are refused."""
+
+        def bounded(fs: Any) -> bytes:
+            found = bytes(function(fs))
+            if len(found) > bounds.most:
+                raise Refused(bounds.excess)
+            return found
+
+        return self._request("read", bounded, key, bounds)
 
     def size(self, key: str = "") -> int:
         """Return the size of a file in bytes."""
@@ -124,11 +130,11 @@ class Remote:
         found = self._info(key)
         if found.get("size") is None:
             raise RemoteError(f"{self._shown(key)}: the server does not say how many bytes it has")
-        return _entry(found)
+        return entry(found)
 
     def _info(self, key: str) -> Mapping[str, Any]:
         """Ask what the storage tells of a file; a folder is none."""
-        found: Mapping[str, Any] = self._request(f"examine {key}", lambda fs: fs.info(self._path(key)), key)
+        found: Mapping[str, Any] = self._request("examine", lambda fs: fs.info(self._path(key)), key)
         if found.get("type") == "directory":
             raise FileNotFoundError(self._shown(key))
         return found
@@ -144,13 +150,28 @@ class Remote:
     def list(self, key: str = "") -> dict[str, Entry]:
         """List all files below, at any depth, by key; nothing where there is nothing."""
         self._require_listable()
-        path = self._path(key)
+        below = f"{key}/" if key else ""
         try:
-            found = self._request(f"list {key}", lambda fs: fs.find(path, detail=True), key)
+            found = {below + name: each for page in self._pages(key) for name, each in page.items()}
+            return found or {key: self.entry(key)}  # the URL may be a file
         except FileNotFoundError:
             return {}
-        start = len(self._root.lstrip("/")) + 1
-        return {str(name).lstrip("/")[start:]: _entry(info) for name, info in found.items()}
+
+    def _pages(self, key: str) -> Iterator[dict[str, Entry]]:
+        """Yield the files below a key, page by page; raise RemoteError for a listing that does not end."""
+        began, count, token, path = time.monotonic(), 0, "", self._path(key)
+        while True:
+            page, token = self._request("list", partial(listed, scheme=self.scheme, path=path, token=token), key)
+            count += len(page)
+            yield page
+            if not token:
+                return
+            if count > LISTED or count < LISTED_EACH_SECOND * (time.monotonic() - began - _patience()):
+                raise RemoteError(
+                    f"{self._shown(key)}: its listing does not end: {count} files in {time.monotonic() - began:.0f} s, "
+                    f"and {LISTED} are the most.\n"
+                    "  Fix: remove what does not belong there, or pack images into tar shards"
+                )
 
     def write(self, key: str, data: bytes | bytearray | memoryview, *, new: bool = False) -> None:
         """Write a file whole or not at all; with `new` raise FileExistsError where there is one, if the storage can.
@@ -161,7 +182,8 @@ class Remote:
         content = bytes(data)
         options = {"mode": "create"} if new and self.scheme in S3 else {}
         try:
-            self._request(f"write {key}", lambda fs: fs.pipe_file(self._path(key), content, **options), key)
+            request = lambda fs: fs.pipe_file(self._path(key), content, **options)  # noqa: E731
+            self._request("write", request, key, Bounds(sent=len(content)))
         except FileNotFoundError as error:
             raise RemoteError(f"{self._shown(key)}: cannot write it: there is no such bucket or folder") from error
         except RemoteError as error:
@@ -176,7 +198,7 @@ class Remote:
 
         def one(key: str) -> None:
             with contextlib.suppress(FileNotFoundError):
-                self._request(f"remove {key}", lambda fs: fs.rm_file(self._path(key)), key)
+                self._request("remove", lambda fs: fs.rm_file(self._path(key)), key)
 
         for _ in self.each(one, list(keys)):
             pass
@@ -192,28 +214,27 @@ class Remote:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _request(self, doing: str, function: Callable[[Any], R], key: str) -> R:
-        """Ask the storage, again where that may help."""
+    def _request(self, doing: str, function: Callable[[Any], R], key: str, bounds: Bounds = METADATA) -> R:
+        """Make a request, and retry it if that may help."""
         began, pause = time.monotonic(), PAUSE
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                with _in_flight:
+                with _in_flight, bounds.kept():
                     return function(self._files)
             except Exception as error:  # each protocol has its own
-                failure = told(error)
-                refused = refusal(failure, self._shown(key), doing.split()[0])
+                refused = refusal(error, self._shown(key), doing)
                 if refused is not None:
-                    raise refused from failure
-                if isinstance(failure, FileNotFoundError):
-                    raise FileNotFoundError(self._shown(key)) from failure
-                if isinstance(failure, FileExistsError | LogitCacheError):
+                    raise refused from error
+                if isinstance(error, FileNotFoundError):
+                    raise FileNotFoundError(self._shown(key)) from error
+                if isinstance(error, FileExistsError | LogitCacheError):
                     raise
-                if attempt == ATTEMPTS or time.monotonic() - began > PATIENCE:
+                if attempt == ATTEMPTS or time.monotonic() - began > _patience():
                     raise RemoteError(
-                        f"{self._shown(key)}: cannot {doing.split()[0]} it, tried {attempt} times in "
-                        f"{time.monotonic() - began:.0f} s: {plain(failure)}.\n"
+                        f"{self._shown(key)}: cannot {doing} it, tried {attempt} times in "
+                        f"{time.monotonic() - began:.0f} s: {plain(error)}.\n"
                         "  Fix: see that the storage answers, then run the same command again"
-                    ) from failure
+                    ) from error
             time.sleep(pause * _chance.uniform(0.5, 1.5))
             pause = min(2 * pause, LONGEST_PAUSE)
         raise AssertionError("the last attempt returns or raises")
@@ -240,17 +261,9 @@ class Remote:
         return f"{self.url}/{key}" if key else self.url
 
 
-def _entry(info: Mapping[str, Any]) -> Entry:
-    """Take from what a protocol tells of a file its size, and its tag or else when it was changed."""
-    found = [str(info[name]) for name in _TAGS if info.get(name)]
-    return Entry(int(info.get("size") or 0), found[0] if found else _past(info.get("Last-Modified")))
-
-
-def _past(date: str | None) -> str:
-    """Return the date of a change; nothing for a fresh one, as another change within its second would not show."""
-    if date is None or time.time() - parsedate_to_datetime(date).timestamp() < _FRESH_SECONDS:
-        return ""
-    return date
+def _patience() -> float:
+    """Return after how many seconds a request is not retried."""
+    return min(PATIENCE, 3 * request_seconds())
 
 
 _in_flight = threading.BoundedSemaphore(REQUESTS)
@@ -275,5 +288,7 @@ def _file_system(scheme: str, process: int) -> Any:
     with _making:
         found = _known.get((scheme, process))
         if found is None:
-            found = _known[scheme, process] = connected(scheme, Limits(REQUESTS, CONNECT_SECONDS, READ_SECONDS))
+            most = request_seconds()
+            limits = Limits(REQUESTS, min(CONNECT_SECONDS, most), min(READ_SECONDS, most))
+            found = _known[scheme, process] = connected(scheme, limits)
         return found

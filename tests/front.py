@@ -1,5 +1,7 @@
 """A server on loopback that asks another for its answers, late, and fails on purpose."""
 
+import gzip
+import itertools
 import random
 import select
 import socket
@@ -8,13 +10,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-REFUSALS = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied"}
+REFUSALS = {"500": "InternalError", "503": "SlowDown", "403": "AccessDenied", "412": "PreconditionFailed"}
 FAULTS = ("500", "503", "silence", "cut")
 """Faults that pass: two answers, none at all, and a connection that ends in the middle of an answer."""
+
+REDIRECTS = ("300", "301", "302", "303", "305", "307", "308")
+STREAMS = ("drip", "drip head", "endless", "endless error", "endless head", "slow")
+"""Answers that come byte by byte or never end; the last one is slow, and whole."""
+
+LIES = ("short", "empty", "stale", "gzip")
+"""Answers that are whole, and not of what was asked for; the first answer to the same request again, for one."""
 
 SHORT = {"CONNECT_SECONDS": 2, "READ_SECONDS": 1.5, "PAUSE": 0.01, "LONGEST_PAUSE": 0.1}
 """What tests set in logitcache.remote, or they would wait for long."""
@@ -64,6 +74,12 @@ class Front:
         self.faults: tuple[str, ...] = FAULTS
         self.picked: Callable[[Request], bool] = lambda request: True
         """Which requests may fail."""
+        self.location: Callable[[Request], str] = lambda request: request.target
+        """Where redirects lead to."""
+        self.headers: dict[str, str] = {}
+        self.streamed = 0
+        """Headers of redirects, and the bytes that streams sent."""
+        self._first: dict[str, Answer] = {}
         self.seen: list[Seen] = []
         self.errors: list[str] = []
         self.most_at_once = 0
@@ -125,13 +141,56 @@ class Front:
                 if select.select([handler.connection], [], [], 0.02)[0]:  # the client has gone
                     return
             return
-        answer = _refusal(fault, request) if fault in REFUSALS else self._origin(request)
+        if fault in STREAMS:
+            self._note(request, fault, 0)
+            self._stream(handler, fault, b"" if fault != "slow" else self._origin(request).body)
+            return
+        answer = self._wrong(fault, request)
         body = b"" if request.method == "HEAD" else answer.body
         sent = body[: len(body) // 2] if fault == "cut" else body
         # Before it is sent, so that a client that has its answer finds it noted.
         self._note(request, fault, len(sent))
         if body or fault != "cut":  # without a body, all of the answer is lost
             _send(handler, answer, sent)
+
+    def _wrong(self, fault: str, request: Request) -> Answer:
+        """Return the answer of the origin, or what a fault makes of it."""
+        if fault in REFUSALS:
+            return _refusal(fault, request)
+        if fault in REDIRECTS:
+            return Answer(int(fault), {"Location": self.location(request)} | self.headers, b"", 0)
+        answer = self._origin(request)
+        body = {"short": answer.body[: len(answer.body) // 2], "empty": b""}.get(fault)
+        if body is not None:
+            return answer._replace(body=body, size=len(body))
+        if fault == "gzip":
+            packed = gzip.compress(answer.body)
+            return Answer(answer.status, answer.headers | {"Content-Encoding": "gzip"}, packed, len(packed))
+        first = self._first.setdefault(f"{request.method} {request.target}", answer)
+        return first if fault == "stale" else answer
+
+    def _stream(self, handler: BaseHTTPRequestHandler, fault: str, body: bytes) -> None:
+        """Send bytes until the client hangs up."""
+        handler.close_connection = True
+        status = 500 if fault == "endless error" else 200
+        handler.send_response_only(status)
+        if fault in ("drip", "slow"):
+            handler.send_header("Content-Length", str(len(body) or 1 << 20))
+        if fault.endswith("head"):
+            handler.flush_headers()
+            handler.wfile.write(b"X-First: ")
+        else:
+            handler.end_headers()
+        slices = [body[at : at + 8192] for at in range(0, len(body), 8192)]
+        endless = {"endless head": b"and\r\nX-More: more" * 4096}.get(fault, bytes(1 << 20))
+        piece = endless if fault.startswith("endless") else b"x"
+        pause = 0.0 if fault.startswith("endless") else 0.05
+        for data in slices or itertools.repeat(piece):
+            if self._closing.is_set():
+                return
+            handler.wfile.write(data)
+            self.streamed += len(data)
+            time.sleep(pause)
 
     def _note(self, request: Request, fault: str, sent: int) -> None:
         path = unquote(urlsplit(request.target).path)
@@ -200,4 +259,5 @@ class _Server(ThreadingHTTPServer):
     def hang_up(self) -> None:
         with self._lock:
             for connection in self._open:
-                connection.shutdown(socket.SHUT_RDWR)
+                with suppress(OSError):  # the client has
+                    connection.shutdown(socket.SHUT_RDWR)
