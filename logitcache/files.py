@@ -29,6 +29,22 @@ LEFTOVER = ".logitcache-tmp"
 _LONGEST_STEM = 80  # characters of the final name in a temporary one: a name may hold 255 bytes
 _KEPT = b"logitcache kept 1\n"
 
+_FIXES = {
+    errno.EACCES: "make it readable and writable for you, or name another path",
+    errno.EDQUOT: "free space within your quota, or name a path on another disk",
+    errno.EEXIST: "name another path, or remove what is there",
+    errno.EFBIG: "raise the limit of file sizes of this shell or job (`ulimit -f unlimited`); the disk is not full",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ELOOP: "name another path: symbolic links lead in a circle",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`), or take fewer num_workers",
+    errno.ENAMETOOLONG: "name a shorter path",
+    errno.ENOENT: "correct the path, or make what it names",
+    errno.ENOSPC: "free space on the disk, or name a path on another",
+    errno.ENOTDIR: "name another path: a file lies where a folder should be",
+    errno.EPERM: "make it readable and writable for you, or name another path",
+    errno.EROFS: "name a path on a disk that can be written",
+}
+
 T = TypeVar("T")
 
 
@@ -290,14 +306,14 @@ def _removed_on_failure(path: Path) -> Iterator[None]:
         raise
 
 
+def fix_of(cause: OSError) -> str | None:
+    """Return what a user can do about an error of the file system; None if nothing is known."""
+    return _FIXES.get(cause.errno or 0)
+
+
 def _why_not_written(path: Path, cause: OSError) -> str:
-    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        fix = f"free space on the disk that holds '{path.parent}', then run the same command again."
-    elif cause.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        fix = f"make '{path.parent}' writable for this user, or choose another output path."
-    else:
-        fix = "mend the cause, then run the same command again."
-    return f"'{path}' cannot be written: {cause.strerror or cause}.\n  Fix: {fix}"
+    fix = fix_of(cause) or "remove the cause"
+    return f"'{path}' cannot be written: {cause.strerror or cause}.\n  Fix: {fix}; then run the same command again"
 
 
 def sync_directory(directory: Path) -> None:

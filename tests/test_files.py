@@ -3,13 +3,18 @@
 import errno
 import hashlib
 import os
+import pickle
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from logitcache import files, stamps
-from logitcache.errors import CacheError, DataError
+from logitcache.errors import CacheError, DataError, LogitCacheError
 from logitcache.files import file_digests, remove_leftovers, write_atomically
+from logitcache.views.handover import Handover
 
 
 @pytest.fixture(autouse=True)
@@ -210,6 +215,29 @@ def test_full_disk_keeps_the_old_file_and_says_so(tmp_path: Path, monkeypatch: p
     assert isinstance(e.value.__cause__, OSError)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_files() -> Iterator[int]:
+    """Let this process write no file of more than a MiB."""
+    limit, hard = 1 << 20, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard[1]))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, hard)
+
+
+def test_a_limit_of_file_sizes_is_not_taken_for_a_full_disk(tmp_path: Path, small_files: int) -> None:
+    path = tmp_path / "shard"
+    write_atomically(path, bytes(small_files))
+    with pytest.raises(CacheError, match=r"cannot be written: File too large.\n  Fix: .*ulimit -f.* not full") as e:
+        write_atomically(path, bytes(small_files + 1))
+    assert "free space" not in str(e.value)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_limit_of_file_sizes_is_named_for_what_worker_processes_share(small_files: int) -> None:
+    with pytest.raises(LogitCacheError, match=r"worker processes share(.|\n)*Fix: .*ulimit -f"):
+        pickle.dumps(Handover(np.zeros(2 * small_files, np.uint8)))
 
 
 def test_write_into_a_missing_folder_is_a_clear_error(tmp_path: Path) -> None:

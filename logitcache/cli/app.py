@@ -1,7 +1,6 @@
 """`main`: run one command, print its answer or its error, give its exit code."""
 
 import contextlib
-import errno
 import json
 import os
 import shlex
@@ -24,20 +23,6 @@ EXIT_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 
 # The class of all usage errors: Typer exports only this one of its members.
 UsageError: type[Exception] = BadParameter.__mro__[1]
-
-# The machine's answers, not bugs: a full, read-only or forbidden place, a file in the way.
-_FIXES = {
-    errno.EACCES: "make it readable and writable for you, or name another path",
-    errno.EDQUOT: "free space within your quota, or name a path on another disk",
-    errno.EEXIST: "name another path, or remove what is there",
-    errno.EISDIR: "name a file, not a folder",
-    errno.ENOENT: "correct the path, or make what it names",
-    errno.ENOSPC: "free space, or name a path on another disk",
-    errno.ENOTDIR: "name another path: a file lies where a folder should be",
-    errno.EPERM: "make it readable and writable for you, or name another path",
-    errno.EROFS: "name a path on a disk that can be written",
-}
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line without the program's name; returns the exit code."""
@@ -105,8 +90,8 @@ def _explain(error: Exception, debug: bool) -> tuple[int, str]:
         return error.exit_code, str(error)
     if isinstance(error, UsageError):
         return EXIT_USAGE, _usage_message(error)
-    if isinstance(error, OSError) and error.errno in _FIXES:
-        return EXIT_USAGE, f"{error.filename or 'the file system'}: {error.strerror}\n  Fix: {_FIXES[error.errno]}"
+    if isinstance(error, OSError) and (fix := _fix_of(error)) is not None:
+        return EXIT_USAGE, f"{error.filename or 'the file system'}: {error.strerror}\n  Fix: {fix}"
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if debug:
         return EXIT_BUG, f"this is a bug in logitcache or in your own code: {summary}"
@@ -119,6 +104,13 @@ def _explain(error: Exception, debug: bool) -> tuple[int, str]:
         console.write(_traceback(error), err=True)
         return EXIT_BUG, f"this is a bug: {summary}"
     return EXIT_BUG, f"this is a bug: {summary} (traceback in {file.name}; --debug shows it)"
+
+
+def _fix_of(error: OSError) -> str | None:
+    """Return what to do about an answer of the machine, which is no bug: a full, read-only or forbidden place."""
+    from logitcache.files import fix_of
+
+    return fix_of(error)
 
 
 def _traceback(error: Exception) -> str:

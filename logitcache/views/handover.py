@@ -12,6 +12,7 @@ from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import IO, Any
 
 from logitcache.errors import LogitCacheError
+from logitcache.files import fix_of
 
 _LARGE = 1 << 20  # bytes of an array that is shared
 _ALIGNED = 64  # bytes that arrays begin at multiples of
@@ -71,7 +72,7 @@ def _written(buffers: Sequence[memoryview]) -> IO[bytes]:
         raise LogitCacheError(
             f"{sum(buffer.nbytes for buffer in buffers)} bytes of the data set, which worker processes share, cannot "
             f"be written below '{tempfile.gettempdir()}': {cause.strerror or cause}.\n"
-            "  Fix: free space there, set TMPDIR to a folder that has it, or num_workers: 0"
+            f"  Fix: {fix_of(cause) or 'remove the cause'}; or set TMPDIR to another folder, or num_workers: 0"
         ) from cause
 
 

@@ -86,6 +86,8 @@ def test_a_place_where_no_folder_can_be_made_is_an_error_and_no_endless_wait(
         (errno.EACCES, "make it readable"),
         (errno.EEXIST, "another path"),
         (errno.EROFS, "can be written"),
+        (errno.EFBIG, "the limit of file sizes"),
+        (errno.EMFILE, "the limit of open files"),
     ],
 )
 def test_what_the_file_system_says_comes_with_a_fix(
