@@ -75,7 +75,7 @@ def open_source(
     part = {"rank": ranks.rank, "world_size": ranks.size}
     if isinstance(recipe, StudentRecipe):
         return _from_cache(recipe, live, begun or {}, part)
-    return _from_labels(recipe, part)
+    return _from_labels(recipe, begun or {}, part)
 
 
 def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Replay = "planned") -> Views:
@@ -165,7 +165,7 @@ def _only(live: LiveTargets, names: Sequence[str]) -> LiveTargets:
     return answers
 
 
-def _from_labels(recipe: TeacherRecipe, part: Mapping[str, int]) -> Source:
+def _from_labels(recipe: TeacherRecipe, begun: Mapping[str, Any], part: Mapping[str, int]) -> Source:
     dataset = open_dataset(recipe.dataset)
     if dataset.num_classes is None:
         raise RecipeError(
@@ -173,10 +173,14 @@ def _from_labels(recipe: TeacherRecipe, part: Mapping[str, int]) -> Source:
         )
     require_labels(recipe.losses, dataset.labels)
     require_classes(recipe.losses, dataset.num_classes)
-    views = Views(dataset, recipe.views())
+    spec = recipe.views()
+    if begun:  # runs of the first plan do not record it
+        spec = spec.model_copy(update={"plan_version": begun.get("plan_version", 1)})
+    views = Views(dataset, spec)
     require_one_size(views)
     loader = _loader(recipe, views, **part)
-    identity = {"dataset": fingerprint(dataset).model_dump(mode="json")}
+    identity: dict[str, Any] = {"dataset": fingerprint(dataset).model_dump(mode="json")}
+    identity |= {"plan_version": spec.plan_version} if spec.plan_version > 1 else {}
     counts = torch.from_numpy(class_counts(dataset.labels, dataset.num_classes))
     shape = tuple(views[ViewKey(0, 0)].shape)
     return Source(loader, Lesson(dataset.num_classes, shape, len(dataset.ids), counts), identity)

@@ -24,7 +24,7 @@ from logitcache.device import resolve_device
 from logitcache.errors import CacheError, MissingExtraError, RecipeError
 from logitcache.stopping import stop_flag
 from logitcache.teacher.dask import Check, LostScheduler, arriving, connected, local_cluster, resources_of, result_of
-from logitcache.teacher.opening import build_teachers, open_images
+from logitcache.teacher.opening import as_recorded, build_teachers, open_images
 from logitcache.teacher.precompute import Done, PrecomputeResult, finished, stopped_message
 from logitcache.teacher.preparation import Plan, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
@@ -59,6 +59,7 @@ def precompute_on_cluster(
     started = time.perf_counter()
     require_cluster(scheduler, workers)
     _require_named(recipe)
+    recipe = as_recorded(recipe)
     mine = WHOLE if part is None else Part.parse(part)
     path, done = locate(recipe.cache), Done()
     with contextlib.ExitStack() as held:

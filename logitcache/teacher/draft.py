@@ -26,7 +26,7 @@ from logitcache.device import resolve_device
 from logitcache.teacher.calibration import num_calibration_rows
 from logitcache.teacher.fitting import Tables, examples_of, fit
 from logitcache.teacher.models import Teacher
-from logitcache.teacher.opening import as_given, build_teachers, open_images
+from logitcache.teacher.opening import as_given, as_recorded, build_teachers, open_images
 from logitcache.teacher.preparation import Plan, begin, require_whole_pages, standing
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.teacher.timing import answered, by_row
@@ -66,7 +66,7 @@ def drafted(
 
     Of a cache that is there only what it lacks is to do; one whose skeleton is damaged is a CacheError.
     """
-    device, given = resolve_device(recipe.device), teachers or {}
+    device, given, recipe = resolve_device(recipe.device), teachers or {}, as_recorded(recipe)
     _open_views(recipe, dataset)
     began = time.perf_counter()
     views = _open_views(recipe, dataset)

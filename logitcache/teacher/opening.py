@@ -6,6 +6,9 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
+from logitcache.cache.create import read_manifest
+from logitcache.cache.locate import locate
+from logitcache.cache.skeleton import ROOT
 from logitcache.errors import RecipeError
 from logitcache.recipe import Component
 from logitcache.teacher.models import Teacher, build_teacher
@@ -15,6 +18,15 @@ from logitcache.views.augmentations.foreign import locks
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.spec import Views
+
+
+def as_recorded(recipe: PrecomputeRecipe) -> PrecomputeRecipe:
+    """Draw views by the plan of the cache that the recipe continues, unless the recipe states another."""
+    path = locate(recipe.cache)
+    if "plan_version" in recipe.views.model_fields_set or not (path / ROOT).is_file():
+        return recipe
+    views = recipe.views.model_copy(update={"plan_version": read_manifest(path).views.plan_version})
+    return recipe.model_copy(update={"views": views})
 
 
 def open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDataset:

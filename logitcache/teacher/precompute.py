@@ -25,7 +25,7 @@ from logitcache.errors import DataError
 from logitcache.stopping import stop_flag
 from logitcache.teacher.keeping import Keeper
 from logitcache.teacher.models import Teacher
-from logitcache.teacher.opening import as_given, build_teachers, open_images
+from logitcache.teacher.opening import as_given, as_recorded, build_teachers, open_images
 from logitcache.teacher.preparation import Plan, finish, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.teacher.share import WHOLE, Part, Share
@@ -68,7 +68,7 @@ def precompute(
     """
     started = time.perf_counter()
     mine = WHOLE if part is None else Part.parse(part)
-    device = resolve_device(recipe.device)
+    device, recipe = resolve_device(recipe.device), as_recorded(recipe)
     views = Views(open_images(recipe, dataset), recipe.views)
     require_one_size(views)
     recipe = as_given(recipe, teachers or {}, dataset)

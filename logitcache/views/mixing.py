@@ -21,7 +21,10 @@ from logitcache.views.keys import Draws, Words, below
 Ints = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 
+PlanVersion = Literal[1, 2]
 LEVELS = 256
+SMALLEST_AREA = 30
+"""Areas of boxes are drawn down to 2⁻³⁰ of an image, less than a pixel of the largest."""
 _CHUNK_BYTES = 1 << 17  # pixels mixed at a time: they stay in a core's cache
 _DIGITS = Context(prec=40)
 _MAX_ALPHA = 64.0
@@ -41,6 +44,31 @@ def beta_thresholds(alpha: float) -> tuple[int, ...]:
         half = 2 * _incomplete_beta(Decimal(1) / 2, Decimal(alpha))
         first = [int(value / half * 2**32) for value in lower]
     return (*first, *(2**32 - value for value in reversed(first)))
+
+
+@functools.cache
+def _areas(alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Tabulate Beta(alpha, alpha): areas from 0 to 1, and below which words, of 2³², a draw is smaller; ascending.
+
+    The middles between 256ths and, below the first, powers of two: for alpha < 1 much of the mass is there.
+    """
+    powers = [Decimal(1) / 2**exponent for exponent in range(SMALLEST_AREA, 9, -1)]
+    with localcontext(_DIGITS):
+        half = 2 * _incomplete_beta(Decimal(1) / 2, Decimal(alpha))
+        small = [int(_incomplete_beta(power, Decimal(alpha)) / half * 2**32) for power in powers]
+    middles = [(2 * level + 1) / (2 * LEVELS) for level in range(LEVELS)]
+    areas = np.array([0.0, *map(float, powers), *middles, 1.0])
+    return areas, np.array([0.0, *small, *beta_thresholds(alpha), 2.0**32])
+
+
+def _drawn_areas(alpha: float, words: Words) -> NDArray[np.float64]:
+    """Draw from Beta(alpha, alpha), linear between tabulated areas, by `+ - * /` alone: the same bits on any CPU."""
+    areas, limits = _areas(alpha)
+    values = words.astype(np.float64)
+    above = np.searchsorted(limits, values, side="right")
+    share = (values - limits[above - 1]) / (limits[above] - limits[above - 1])
+    drawn: NDArray[np.float64] = areas[above - 1] + (areas[above] - areas[above - 1]) * share
+    return drawn
 
 
 def _incomplete_beta(x: Decimal, alpha: Decimal) -> Decimal:
@@ -141,7 +169,7 @@ class MixUp(Component):
     p: Fraction = 1.0
     thresholds: Thresholds = ()
 
-    def draw(self, words: Words, size: tuple[int, int]) -> tuple[Ints, Ints, Ints]:
+    def draw(self, words: Words, size: tuple[int, int], version: PlanVersion) -> tuple[Ints, Ints, Ints]:
         """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""
         own = _weights(self.thresholds, words[:, 0])
         return own, np.full_like(own, LEVELS), np.zeros((len(own), 4), dtype=np.int64)
@@ -150,7 +178,8 @@ class MixUp(Component):
 class CutMix(Component):
     """Replace a box by the partner's; its area is 1 - λ of the image before clipping, λ drawn from Beta(alpha, alpha).
 
-    Taken with probability `p`; `thresholds` as for MixUp.
+    Taken with probability `p`; `thresholds` as for MixUp. Sides are rounded to pixels. By plan version 1 λ was rounded
+    to 256ths first, so that no box was smaller than a 256th of the image, and sides to even numbers below.
     """
 
     kind: Literal["cutmix"] = "cutmix"
@@ -158,15 +187,22 @@ class CutMix(Component):
     p: Fraction = 1.0
     thresholds: Thresholds = ()
 
-    def draw(self, words: Words, size: tuple[int, int]) -> tuple[Ints, Ints, Ints]:
+    def draw(self, words: Words, size: tuple[int, int], version: PlanVersion) -> tuple[Ints, Ints, Ints]:
         """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""
-        side = 0.5 * np.sqrt((LEVELS - _weights(self.thresholds, words[:, 0])) / LEVELS)
         limits = np.array(size)
-        centres = below(words[:, 1:3], limits)
-        halves = (side[:, None] * limits).astype(np.int64)
-        starts, stops = np.maximum(centres - halves, 0), np.minimum(centres + halves, limits)
+        centres, sides = below(words[:, 1:3], limits), self._sides(words[:, 0], limits, version)
+        starts = np.maximum(centres - sides // 2, 0)
+        stops = np.minimum(centres - sides // 2 + sides, limits)
         area, whole = np.prod(stops - starts, axis=1), np.prod(limits)
         return whole - area, np.full_like(area, whole), np.concatenate([starts, stops - starts], axis=1)
+
+    def _sides(self, words: Words, limits: Ints, version: PlanVersion) -> Ints:
+        """Return heights and widths before clipping, [B, 2]."""
+        if version == 1:
+            halves = 0.5 * np.sqrt((LEVELS - _weights(self.thresholds, words)) / LEVELS)
+            return 2 * (halves[:, None] * limits).astype(np.int64)
+        sides: Ints = np.rint(np.sqrt(_drawn_areas(self.alpha, words))[:, None] * limits).astype(np.int64)
+        return sides
 
 
 def _weights(thresholds: Sequence[int], words: Words) -> Ints:
@@ -187,7 +223,14 @@ Mixings = Annotated[tuple[Mixing, ...], Field(max_length=8), AfterValidator(_at_
 """Ways to mix, at most one of which is drawn for a pair."""
 
 
-def draw_mixture(mixings: Sequence[MixUp | CutMix], draws: Draws, partners: Ints, size: tuple[int, int]) -> Mixture:
+def newest_plan(mixings: Sequence[Mixing]) -> PlanVersion:
+    """Return the version by which new views are drawn: the first, but for what the second changed."""
+    return 2 if any(isinstance(mixing, CutMix) for mixing in mixings) else 1
+
+
+def draw_mixture(
+    mixings: Sequence[Mixing], draws: Draws, partners: Ints, size: tuple[int, int], version: PlanVersion
+) -> Mixture:
     """Draw the mixture of each image [B] with its partner [B]: at most one of `mixings`, by their probabilities."""
     indices = draws.indices.astype(np.int64)
     words = draws._replace(indices=np.minimum(indices, partners).astype(np.uint64)).words("mix", 0, 4)
@@ -197,7 +240,7 @@ def draw_mixture(mixings: Sequence[MixUp | CutMix], draws: Draws, partners: Ints
     for mixing in mixings:
         stop = start + mixing.p
         drawn = _in_range(words[:, 0], start, stop) & (partners != indices)
-        for column, values in zip((own, total, boxes), mixing.draw(words[:, 1:], size), strict=True):
+        for column, values in zip((own, total, boxes), mixing.draw(words[:, 1:], size, version), strict=True):
             column[drawn] = values[drawn]
         start = stop
     return Mixture(np.where(own < total, partners, indices), own, total, boxes)

@@ -16,7 +16,7 @@ from logitcache.recipe import Component
 from logitcache.views.augmentations import Augmentation, Ints
 from logitcache.views.datasets.base import ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey
-from logitcache.views.mixing import COLUMNS, Mixings, Mixture, draw_mixture
+from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
 from logitcache.views.pairing import Pairing
 
 _BLOCK = 4096  # images planned at a time
@@ -44,6 +44,8 @@ class ViewSpec(Component):
     Where there is `mixing`, each image is mixed with a partner from the same `pairing_window` consecutive images (by
     default from all), another in each view. With `targets: linear` the teacher answers the images before they are
     mixed, and its answers are mixed instead: an approximation.
+
+    `plan_version` is how parameters are drawn: 1, or 2 for views with `cutmix`, unless it is stated.
     """
 
     num_views: Annotated[int, Field(ge=1, lt=2**32)] = 1
@@ -52,7 +54,7 @@ class ViewSpec(Component):
     mixing: Mixings = ()
     pairing_window: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
     targets: Literal["exact", "linear"] = "exact"
-    plan_version: Literal[1] = 1
+    plan_version: PlanVersion = Field(default_factory=lambda given: newest_plan(given.get("mixing", ())))
 
     @model_validator(mode="after")
     def _mixes_something(self) -> Self:
@@ -100,7 +102,7 @@ class ViewSpec(Component):
             return None
         draws = Draws.of(self.seed, keys)
         partners = pairing.partners(draws.views.astype(np.int64), draws.indices.astype(np.int64))
-        return draw_mixture(self.mixing, draws, partners, size)
+        return draw_mixture(self.mixing, draws, partners, size, self.plan_version)
 
     def columns(self) -> tuple[str, ...]:
         """Name the integers that are drawn for a view: those of each augmentation, then those of the mixing."""

@@ -101,3 +101,14 @@ def test_its_recipes_train_evaluate_and_its_runs_teach(landed: Path, capsys: pyt
             yaml.safe_dump(student | {"losses": losses, "out": f"other{number}", "epochs": 1})
         )
         assert run(capsys, "train-student", "other.yaml")["epochs"] == 1
+
+
+def test_a_cache_that_grows_keeps_its_plan_and_a_new_one_takes_the_newest(
+    landed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "precompute", "mixed.yaml", "--set", "views.num_views=3")
+    run(capsys, "precompute", "mixed.yaml", "--set", "cache=new.zarr")
+    assert {name: lc.open_cache(name).manifest.views.plan_version for name in ("mixed.zarr", "new.zarr")} == {
+        "mixed.zarr": 1,
+        "new.zarr": 2,
+    }

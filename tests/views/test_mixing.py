@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey
-from logitcache.views.mixing import CutMix, Mixture, MixUp, beta_thresholds
+from logitcache.views.mixing import CutMix, Mixture, MixUp, PlanVersion, beta_thresholds
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 
@@ -123,7 +123,7 @@ def test_weights_are_distributed_as_lambda_of_torchvision(alpha):
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 96), (224, 224)])
 def test_boxes_are_distributed_as_those_of_torchvision(size):
-    mixture = mixed(spec_of(CUTMIX), 8000, size)
+    mixture = mixed(spec_of(CUTMIX, plan_version=1), 8000, size)
     theirs = v2.CutMix(num_classes=2)
     image = torch.empty((1, 3, *size), dtype=torch.uint8)
     torch.manual_seed(0)
@@ -137,6 +137,40 @@ def test_boxes_are_distributed_as_those_of_torchvision(size):
         (left, top, left + width, top + height, mixture.share[first]), (*boxes[kept].T, share[kept]), strict=True
     ):
         assert stats.ks_2samp(ours, yours).pvalue > 1e-4
+
+
+def boxes_of(alpha: float, size: tuple[int, int], count: int, version: PlanVersion) -> np.ndarray:
+    """Heights and widths of boxes before they are clipped."""
+    words = (np.arange(count, dtype=np.uint64) * 2 + 1) * np.uint64(2**31 // count)
+    return CutMix(alpha=alpha)._sides(words, np.array(size), version)
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 2.0, 64.0])
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (97, 640)])
+def test_boxes_are_exact_in_area(alpha, size):
+    """Against scipy's quantiles: sides are those of an exact λ, rounded to pixels; the table is linear in between."""
+    count = 4096
+    exact = np.sqrt(stats.beta.ppf((np.arange(count) + 0.5) / count, alpha, alpha))[:, None] * size
+    found = boxes_of(alpha, size, count, 2)
+    assert np.abs(found - exact).max() <= 0.5 + 0.01 * max(size)
+    assert (np.abs((found - exact).mean(axis=0)) <= 0.02 + 2e-4 * np.array(size)).all()
+
+
+def test_small_boxes_are_drawn():
+    """By the first plan no side was between 0 and 14 of 224 pixels, and every side was even."""
+    heights = {version: set(boxes_of(1.0, (224, 224), 1 << 16, version)[:, 0].tolist()) for version in (1, 2)}
+    assert heights[1] <= set(range(14, 225, 2)) | {0}
+    assert heights[2] == set(range(1, 225))
+    share = np.mean(boxes_of(1.0, (224, 224), 1 << 16, 2)[:, 0] < 14)
+    assert share == pytest.approx((13.5 / 224) ** 2, rel=0.01)
+
+
+def test_new_views_with_cutmix_are_of_the_second_plan_and_others_of_the_first():
+    assert spec_of(CUTMIX).plan_version == spec_of(*SOMETIMES).plan_version == 2
+    assert spec_of(MIXUP).plan_version == ViewSpec().plan_version == 1
+    assert spec_of(CUTMIX, plan_version=1).plan_version == 1
+    stored = spec_of(CUTMIX, plan_version=1)
+    assert ViewSpec.model_validate_json(stored.model_dump_json()) == stored
 
 
 @settings(max_examples=50)

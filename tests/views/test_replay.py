@@ -75,6 +75,10 @@ GOLDEN = {
         "mixing": "d5b81af05a80f38392299c16c0ce7bcc3166e3557f84cf1de10b9d5588176a05",
     }
 }
+GOLDEN[2] = GOLDEN[1] | {
+    "cutmix": "d3f6303c6a64e79566e097cceac571e18c311667626de8a4ea59361bf4ea157e",
+    "mixing": "15199323e2f7d562693cee2ed966370e0b76e5513cd1ba2e3b4211b0c4207bc1",
+}
 GOLDEN_AUGMENTATIONS: dict[str, tuple[Augmentation, ...]] = {
     "resize": (Resize(size=24), Resize(size=(20, 30))),
     "center_crop": (CenterCrop(size=24),),
@@ -123,12 +127,12 @@ def planned_digest(augmentations: tuple[Augmentation, ...]) -> str:
     return state.hexdigest()
 
 
-def mixed_digest(entries: dict[str, Any]) -> str:
+def mixed_digest(entries: dict[str, Any], version: int) -> str:
     state = hashlib.sha256()
     for seed in (0, 1, 2**32 + 1, 2**64 - 1):
         for view, num_images, size in ((0, 301, (32, 32)), (1, 1_281_167, (224, 200)), (2**32 - 1, 7, (17, 400))):
             keys = [ViewKey(view, index * max(1, num_images // 300)) for index in range(min(300, num_images))]
-            mixture = ViewSpec(seed=seed, **entries).mixture(keys, num_images, size)
+            mixture = ViewSpec(seed=seed, plan_version=version, **entries).mixture(keys, num_images, size)
             assert mixture is not None
             state.update(mixture.rows().astype("<i8").tobytes())
     return state.hexdigest()
@@ -291,7 +295,9 @@ def test_a_changed_plan_needs_a_new_version():
     versions = get_args(ViewSpec.model_fields["plan_version"].annotation)
     assert set(GOLDEN) == set(versions)
     planned = {name: planned_digest(row) for name, row in GOLDEN_AUGMENTATIONS.items()}
-    assert planned | {name: mixed_digest(entries) for name, entries in GOLDEN_MIXING.items()} == GOLDEN[1]
+    for version in versions:
+        mixed = {name: mixed_digest(entries, version) for name, entries in GOLDEN_MIXING.items()}
+        assert planned | mixed == GOLDEN[version]
 
 
 def test_views_of_different_sizes_name_two_images_and_the_fix():
