@@ -1,6 +1,7 @@
 """Recipes: YAML and `--set` in, validated frozen objects out, every mistake reported at once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -30,12 +31,18 @@ class Component(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    def idle(self, epochs: float) -> str | None:
+        """Return why the component has no effect in a run of so many epochs, and the fix; None if it has one."""
+        return None
+
 
 Float = Annotated[float, BeforeValidator(_lenient_float)]
 Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[Float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+
+NEVER_APPLIED = "has p: 0 and is never applied. Fix: leave it out, or raise p"
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -62,6 +69,26 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise RecipeError(_listed(recipe.mistakes))
     data: dict[str, Any] = recipe.data
     return data
+
+
+def require_effect(recipe: Component, epochs: float = math.inf) -> None:
+    """Raise RecipeError listing every part of a recipe that has no effect, by its key.
+
+    For what is new: a cache or a run that was begun with such a part goes on as it is.
+    """
+    lines = list(_idle(recipe, epochs, ()))
+    if lines:
+        raise RecipeError("\n  ".join([f"{len(lines)} options without effect:", *lines] if len(lines) > 1 else lines))
+
+
+def _idle(value: object, epochs: float, keys: tuple[object, ...]) -> Iterator[str]:
+    if isinstance(value, Component):
+        reason = value.idle(epochs)
+        if reason is not None:
+            yield f"{'.'.join(map(str, keys)) or 'the recipe'} {reason}"
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, tuple) else ()
+    for key, item in value if isinstance(value, Component) else items:
+        yield from _idle(item, epochs, (*keys, key))
 
 
 def dump_recipe(recipe: BaseModel) -> str:

@@ -32,6 +32,7 @@ def test_recipe_is_valid_and_names_the_command_it_is_for(path: Path) -> None:
 
 
 SMALL = ["num_workers=0", "batch_size=4", "device=cpu"]
+SHORT_WARMUP = ["schedule.warmup_epochs=1"]
 UNTRAINED = [
     "teachers.resnet50.model={kind: torchvision, name: mobilenet_v3_small, weights: null}",
     "teachers.resnet50.preprocessing={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",
@@ -51,7 +52,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_student(name: str, cache: Path, out: Path, *overrides: str) -> None:
-    changes = [f"cache={cache}", f"out={out}", "epochs=2", "validation=null", *SMALL, *overrides]
+    changes = [f"cache={cache}", f"out={out}", "epochs=2", "validation=null", *SMALL, *SHORT_WARMUP, *overrides]
     result = train(load_recipe(PIPELINES / name / "student.yaml", StudentRecipe, changes))
     assert result.images == 2 * 12
     assert result.teacher_passes == 0
@@ -70,7 +71,7 @@ def test_the_recipe_runs_on_a_folder_of_ones_own(name: str, photos: Path, tmp_pa
 
 def test_the_recipes_for_small_images_run_on_a_folder_of_ones_own(photos: Path, tmp_path: Path) -> None:
     folder, cache, teacher = f"dataset={{kind: image_folder, root: {photos}}}", tmp_path / "c.zarr", tmp_path / "t"
-    changes = [folder, f"out={teacher}", "epochs=2", "model.width=4", *SMALL]
+    changes = [folder, f"out={teacher}", "epochs=2", "model.width=4", *SMALL, *SHORT_WARMUP]
     taught = train(load_recipe(PIPELINES / "cifar" / "teacher.yaml", TeacherRecipe, changes))
     assert taught.images == 2 * 12
     changes = [folder, f"cache={cache}", f"teachers.teacher.model.path={teacher}", "views.num_views=4", *SMALL]

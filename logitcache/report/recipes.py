@@ -1,5 +1,6 @@
 """Which kind of recipe a file is, and whether it is valid."""
 
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,9 @@ from logitcache.cache.locate import locate
 from logitcache.cache.reader import Cache
 from logitcache.diagnosis import validate
 from logitcache.errors import LogitCacheError, RecipeError
-from logitcache.recipe import Component, load_recipe, read_recipe
+from logitcache.recipe import Component, load_recipe, read_recipe, require_effect
 from logitcache.student.models import require_fit
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.sources import lesson_of
 from logitcache.teacher.derive_recipe import DeriveRecipe
 from logitcache.teacher.precompute import PrecomputeRecipe
@@ -50,6 +51,7 @@ def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
     try:
         command = command_of(path)
         recipe = load_recipe(path, RECIPES[command], overrides)
+        require_effect(recipe, recipe.epochs if isinstance(recipe, TrainingRecipe) else math.inf)
         if isinstance(recipe, StudentRecipe):
             _require_fit(recipe)
     except LogitCacheError as error:

@@ -9,7 +9,7 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.recipe import Component, Float, Fraction, Positive
-from logitcache.student.schedules import NonNegative
+from logitcache.student.schedules import NonNegative, beyond
 
 Momentum = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
@@ -62,6 +62,10 @@ class LearningRateSchedule(Component):
 
     warmup_epochs: NonNegative = 0.0
     final_lr: Fraction = 0.0
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why the optimiser's rate is never reached."""
+        return beyond("warmup_epochs", self.warmup_epochs, epochs)
 
     def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """Return lr at a step over the optimiser's lr: a function of the step alone, so that a resumed run agrees."""

@@ -114,6 +114,12 @@ class TrainingRecipe(Component):
     start_method: StartMethod = "forkserver"
     device: str = "auto"
 
+    def idle(self, epochs: float) -> str | None:
+        """Return why parts of a batch are fewer than asked for."""
+        if self.micro_batches > self.batch_size:
+            return f"has micro_batches {self.micro_batches} of {self.batch_size} images. Fix: at most {self.batch_size}"
+        return None
+
     @field_validator("out")
     @classmethod
     def _is_here(cls, out: str) -> str:

@@ -50,6 +50,11 @@ class TemperatureBase(Component, ABC):
 class Schedule(TemperatureBase):
     """A number that depends on the epoch alone, with its fraction: a run that continues needs no state for it."""
 
+    @property
+    @abstractmethod
+    def highest(self) -> float:
+        """The largest value at any time."""
+
     @abstractmethod
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
@@ -68,6 +73,11 @@ class Constant(Schedule):
     @property
     def lowest(self) -> float:
         """The smallest value at any time."""
+        return self.value
+
+    @property
+    def highest(self) -> float:
+        """The largest value at any time."""
         return self.value
 
     def at(self, progress: Progress) -> float:
@@ -92,6 +102,15 @@ class Linear(Schedule):
         """The smallest value at any time."""
         return min(self.start, self.stop)
 
+    @property
+    def highest(self) -> float:
+        """The largest value at any time."""
+        return max(self.start, self.stop)
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing changes."""
+        return f"starts where it stops. Fix: the number {self.start:g}" if self.start == self.stop else None
+
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
         done = _share(progress, self.epochs)
@@ -110,6 +129,15 @@ class Cosine(Schedule):
     def lowest(self) -> float:
         """The smallest value at any time."""
         return min(self.start, self.stop)
+
+    @property
+    def highest(self) -> float:
+        """The largest value at any time."""
+        return max(self.start, self.stop)
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing changes."""
+        return f"starts where it stops. Fix: the number {self.start:g}" if self.start == self.stop else None
 
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
@@ -130,6 +158,17 @@ class Exponential(Schedule):
         """The smallest value at any time, which without a floor is above 0 for ever."""
         return self.floor or math.ulp(0.0)
 
+    @property
+    def highest(self) -> float:
+        """The largest value at any time."""
+        return max(self.start, self.floor)
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing changes."""
+        if self.decay == 1 or self.floor >= self.start:
+            return f"never falls. Fix: a smaller decay or floor, or the number {self.highest:g}"
+        return None
+
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
         return max(self.lowest, self.start * math.pow(self.decay, progress.epoch))
@@ -147,6 +186,15 @@ class WarmUp(Schedule):
         """The smallest value at any time."""
         return min(0.0, self.value)
 
+    @property
+    def highest(self) -> float:
+        """The largest value at any time."""
+        return max(0.0, self.value)
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why the value is never reached."""
+        return beyond("epochs", self.epochs, epochs)
+
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
         return _share(progress, self.epochs) * self.value
@@ -155,6 +203,13 @@ class WarmUp(Schedule):
 def _share(progress: Progress, epochs: float | None) -> float:
     """Return the share of so many epochs that is done, at most 1."""
     return min(1.0, progress.epoch / (epochs or progress.num_epochs))
+
+
+def beyond(key: str, given: float, epochs: float) -> str | None:
+    """Return what is wrong with a warm-up of more epochs than the run has; None if it ends within."""
+    if given <= epochs:
+        return None
+    return f"warms up beyond the run: {key} is {given:g}, the run has {epochs:g} epochs. Fix: {key}: {epochs:g} at most"
 
 
 def constant(value: float) -> Constant:

@@ -11,6 +11,7 @@ from logitcache.console import say, track
 from logitcache.device import own_randomness, resolve_device, synchronize
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.models import Classifier, StoredModel, save_model
+from logitcache.recipe import require_effect
 from logitcache.stopping import StopFlag, stop_flag
 from logitcache.student.batch_norm import require_possible
 from logitcache.student.ensembles import with_ensembles
@@ -73,6 +74,8 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
     run = RunDirectory(recipe.out, ranks)
     if not resume:
         run.require_free()
+    if not run.begun:
+        require_effect(recipe, recipe.epochs)
     run.require_recipe(recipe)
     source = open_source(recipe, live, run.learns_from(), ranks)
     validator = open_validator(recipe, source.lesson.num_classes)

@@ -10,7 +10,7 @@ from logitcache.cache.create import read_manifest
 from logitcache.cache.locate import locate
 from logitcache.cache.skeleton import ROOT
 from logitcache.errors import RecipeError
-from logitcache.recipe import Component
+from logitcache.recipe import Component, require_effect
 from logitcache.teacher.models import Teacher, build_teacher
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.views import canaries
@@ -21,9 +21,15 @@ from logitcache.views.spec import Views
 
 
 def as_recorded(recipe: PrecomputeRecipe) -> PrecomputeRecipe:
-    """Draw views by the plan of the cache that the recipe continues, unless the recipe states another."""
+    """Draw views by the plan of the cache that the recipe continues, unless the recipe states another.
+
+    Raises RecipeError for options without effect if the cache is new.
+    """
     path = locate(recipe.cache)
-    if "plan_version" in recipe.views.model_fields_set or not (path / ROOT).is_file():
+    if not (path / ROOT).is_file():
+        require_effect(recipe)
+        return recipe
+    if "plan_version" in recipe.views.model_fields_set:
         return recipe
     views = recipe.views.model_copy(update={"plan_version": read_manifest(path).views.plan_version})
     return recipe.model_copy(update={"views": views})

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
-from logitcache.recipe import Component, Fraction, Positive
+from logitcache.recipe import NEVER_APPLIED, Component, Fraction, Positive
 from logitcache.views.keys import Draws, Words, below
 
 Ints = NDArray[np.int64]
@@ -169,6 +169,10 @@ class MixUp(Component):
     p: Fraction = 1.0
     thresholds: Thresholds = ()
 
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is ever mixed."""
+        return NEVER_APPLIED if self.p == 0 else None
+
     def draw(self, words: Words, size: tuple[int, int], version: PlanVersion) -> tuple[Ints, Ints, Ints]:
         """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""
         own = _weights(self.thresholds, words[:, 0])
@@ -186,6 +190,10 @@ class CutMix(Component):
     alpha: Annotated[Positive, Field(le=_MAX_ALPHA)] = 1.0
     p: Fraction = 1.0
     thresholds: Thresholds = ()
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is ever mixed."""
+        return NEVER_APPLIED if self.p == 0 else None
 
     def draw(self, words: Words, size: tuple[int, int], version: PlanVersion) -> tuple[Ints, Ints, Ints]:
         """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""

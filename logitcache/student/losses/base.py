@@ -12,6 +12,7 @@ from logitcache.errors import RecipeError
 from logitcache.features import FeatureKind, FeatureShape
 from logitcache.recipe import Component
 from logitcache.student.progress import Progress
+from logitcache.student.schedules import Schedule
 from logitcache.targets import Batch, Targets
 
 UNLABELLED = -1
@@ -68,7 +69,8 @@ class LossBase(Component, ABC):
     how many rows on it says anything, as fewer leave it nothing to compare; `differentiates` whether it takes gradients
     of its own through the student, which a compiled one does not give; `remembers_rows` whether its adapter keeps
     something of every row that it saw, which is more than one of several processes sees; `exclusive` whether it takes
-    an image to be of one class alone, as a softmax does, which needs two classes or more.
+    an image to be of one class alone, as a softmax does, which needs two classes or more; `terms` the fields that weigh
+    what it is a sum of.
     """
 
     by_row: ClassVar[bool] = True
@@ -76,6 +78,7 @@ class LossBase(Component, ABC):
     differentiates: ClassVar[bool] = False
     remembers_rows: ClassVar[bool] = False
     exclusive: ClassVar[bool] = False
+    terms: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
@@ -83,6 +86,14 @@ class LossBase(Component, ABC):
 
         `outputs` are the student's: logits [B, C], and features by tap as its modules gave them.
         """
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why the loss trains nothing."""
+        weights = {name: value for name, value in self if isinstance(value, Schedule) and value.highest == 0}
+        if "weight" in weights or (self.terms and weights.keys() >= set(self.terms)):
+            zero = ["weight"] if "weight" in weights else self.terms
+            return f"has {' and '.join(zero)} 0 at all times and trains nothing. Fix: raise it, or leave the loss out"
+        return None
 
     @property
     def taps(self) -> tuple[str, ...]:

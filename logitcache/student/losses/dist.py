@@ -59,6 +59,7 @@ class DIST(TemperedLoss):
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 3  # within a class, two numbers correlate by 1 or -1
     exclusive: ClassVar[bool] = True
+    terms: ClassVar[tuple[str, ...]] = ("beta", "gamma")
 
     kind: Literal["dist"] = "dist"
     beta: Weight = constant(1.0)

@@ -1,6 +1,6 @@
 """Decoupled distillation: Zhao et al., "Decoupled knowledge distillation" (CVPR 2022)."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -39,6 +39,8 @@ class DKD(SingleLabelLoss):
 
     The authors let `weight` rise from 0 to 1 over the first 20 of 240 epochs on CIFAR-100, beside cross-entropy.
     """
+
+    terms: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     kind: Literal["dkd"] = "dkd"
     alpha: Weight = constant(1.0)

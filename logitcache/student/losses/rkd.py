@@ -48,6 +48,7 @@ class RKD(FeatureLoss):
     min_rows: ClassVar[int] = 3  # distances are over their mean: of one pair all are alike
     needs: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
+    terms: ClassVar[tuple[str, ...]] = ("distance", "angle")
 
     kind: Literal["rkd"] = "rkd"
     student: str

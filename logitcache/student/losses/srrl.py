@@ -57,6 +57,7 @@ class SRRL(FeatureLoss):
     """
 
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
+    terms: ClassVar[tuple[str, ...]] = ("feature_weight", "logit_weight")
 
     kind: Literal["srrl"] = "srrl"
     student: str

@@ -68,6 +68,10 @@ class Dynamic(TemperatureBase):
             raise ValueError(f"start ({self.start:g}) must be from min ({self.min:g}) to max ({self.max:g})")
         return self
 
+    def idle(self, epochs: float) -> str | None:
+        """Return why the temperature never moves."""
+        return f"has min equal to max. Fix: the number {self.min:g}" if self.min == self.max else None
+
     @property
     def lowest(self) -> float:
         """The smallest value at any time."""
@@ -112,6 +116,10 @@ class ByConfidence(TemperatureBase):
     kind: Literal["by_confidence"] = "by_confidence"
     low: Positive
     high: Positive
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why all rows have one temperature."""
+        return f"has low equal to high. Fix: the number {self.low:g}" if self.low == self.high else None
 
     @property
     def lowest(self) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from logitcache.errors import DataError
-from logitcache.recipe import Component, Float, Fraction
+from logitcache.recipe import NEVER_APPLIED, Component, Float, Fraction
 from logitcache.views.augmentations.base import Ints, Ordered, Size, pair
 from logitcache.views.augmentations.rows import replace_rows
 from logitcache.views.keys import Draws, bernoulli, uniform
@@ -29,6 +29,12 @@ class GaussianBlur(Component):
     kernel_size: Size
     sigma: Annotated[tuple[Sigma, Sigma], Ordered] = (0.1, 2.0)
     p: Fraction = 1.0
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is ever blurred."""
+        if pair(self.kernel_size) == (1, 1):
+            return "has a kernel of one pixel, which blurs nothing. Fix: kernel_size: 3 or more, or leave it out"
+        return NEVER_APPLIED if self.p == 0 else None
 
     @field_validator("kernel_size")
     @classmethod

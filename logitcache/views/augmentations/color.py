@@ -11,7 +11,7 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.recipe import Component, Float, Fraction
+from logitcache.recipe import NEVER_APPLIED, Component, Float, Fraction
 from logitcache.views.augmentations.base import Ints
 from logitcache.views.augmentations.rows import replace_rows, require_colors
 from logitcache.views.keys import Draws, below, bernoulli, uniform
@@ -82,6 +82,17 @@ class ColorJitter(Component):
             )
         return factors
 
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is ever changed."""
+        if not self._changed().any():
+            return "changes nothing. Fix: give it brightness, contrast, saturation or hue, or leave it out"
+        return NEVER_APPLIED if self.p == 0 else None
+
+    def _changed(self) -> NDArray[np.bool_]:
+        """Return which of brightness, contrast, saturation and hue have a factor that is not neutral, [4]."""
+        changed: NDArray[np.bool_] = (self.limits() != np.array(NEUTRAL)[:, None]).any(axis=1)
+        return changed
+
     def limits(self) -> NDArray[np.float64]:
         """Return the lowest and highest factor of brightness, contrast, saturation and hue, [4, 2]."""
         of_ones = [limits_of(factors, 1.0) for factors in (self.brightness, self.contrast, self.saturation)]
@@ -104,7 +115,7 @@ class ColorJitter(Component):
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Adjust the chosen images."""
         require_colors(self.kind, images)
-        applied = (self.limits() != np.array(NEUTRAL)[:, None]).any(axis=1)
+        applied = self._changed()
 
         def adjust(row: int, image: Tensor) -> Tensor:
             order, factors = params[row, 1:5].tolist(), params[row, 5:].tolist()
@@ -121,6 +132,10 @@ class RandomGrayscale(Component):
 
     kind: Literal["random_grayscale"] = "random_grayscale"
     p: Fraction = 0.1
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is ever grey."""
+        return NEVER_APPLIED if self.p == 0 else None
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.recipe import Component, Fraction, Positive
+from logitcache.recipe import NEVER_APPLIED, Component, Fraction, Positive
 from logitcache.views.augmentations.base import Fill, Ints, Ordered, RatioKnots, look_up
 from logitcache.views.augmentations.rows import require_values
 from logitcache.views.keys import Draws, below, bernoulli, philox, uniform
@@ -31,6 +31,12 @@ class RandomErasing(Component):
     ratio: Annotated[tuple[Positive, Positive], Ordered] = (0.3, 3.3)
     value: Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | Literal["noise"] = 0
     ratio_knots: RatioKnots = ()
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is ever erased."""
+        if self.scale[1] == 0:
+            return "has scale up to 0 and erases nothing. Fix: raise scale, or leave it out"
+        return NEVER_APPLIED if self.p == 0 else None
 
     @property
     def columns(self) -> tuple[str, ...]:

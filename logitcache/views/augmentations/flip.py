@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from logitcache.recipe import Component, Fraction
+from logitcache.recipe import NEVER_APPLIED, Component, Fraction
 from logitcache.views.augmentations.base import Ints
 from logitcache.views.keys import Draws, bernoulli
 
@@ -15,6 +15,10 @@ class HorizontalFlip(Component):
 
     kind: Literal["horizontal_flip"] = "horizontal_flip"
     p: Fraction = 0.5
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is ever mirrored."""
+        return NEVER_APPLIED if self.p == 0 else None
 
     @property
     def columns(self) -> tuple[str, ...]:
