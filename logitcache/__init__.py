@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         ReplayMismatchError,
         Stopped,
     )
+    from logitcache.models.base import Classifier, Preprocessing
     from logitcache.recipe import load_recipe
     from logitcache.report.plan import plan
     from logitcache.student import losses
@@ -34,12 +35,14 @@ __all__ = [
     "Batch",
     "Cache",
     "CacheError",
+    "Classifier",
     "DataError",
     "DeriveRecipe",
     "LogitCacheError",
     "MismatchError",
     "MissingExtraError",
     "PrecomputeRecipe",
+    "Preprocessing",
     "RecipeError",
     "RemoteError",
     "ReplayMismatchError",
@@ -73,6 +76,7 @@ _MODULES = {
         "ReplayMismatchError",
         "Stopped",
     ),
+    "logitcache.models.base": ("Classifier", "Preprocessing"),
     "logitcache.recipe": ("load_recipe",),
     "logitcache.report.plan": ("plan",),
     "logitcache.student.evaluation": ("evaluate",),

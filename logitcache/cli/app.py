@@ -24,6 +24,7 @@ EXIT_BROKEN_PIPE = 141  # what a shell reports for a program that SIGPIPE ended
 # The class of all usage errors: Typer exports only this one of its members.
 UsageError: type[Exception] = BadParameter.__mro__[1]
 
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line without the program's name; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)

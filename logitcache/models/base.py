@@ -138,6 +138,7 @@ def resolve_preprocessing(
         raise RecipeError(
             f"{who} does not know how its pixels were normalised in training.\n"
             f"  Fix: say so beside its model, as in {who}.preprocessing: {{mean: [0.485, 0.456,"
-            " 0.406], std: [0.229, 0.224, 0.225]}, of pixels in 0..1."
+            " 0.406], std: [0.229, 0.224, 0.225]}, of pixels in 0..1;"
+            " or pass lc.Classifier(module, lc.Preprocessing(mean=…, std=…)) in place of a module."
         )
     return chosen

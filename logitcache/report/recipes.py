@@ -17,6 +17,7 @@ from logitcache.student.models import require_fit
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.sources import lesson_of
 from logitcache.teacher.derive_recipe import DeriveRecipe
+from logitcache.teacher.opening import require_teachers
 from logitcache.teacher.precompute import PrecomputeRecipe
 
 RECIPES: dict[str, type[Component]] = {
@@ -54,6 +55,8 @@ def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
         require_effect(recipe, recipe.epochs if isinstance(recipe, TrainingRecipe) else math.inf)
         if isinstance(recipe, StudentRecipe):
             _require_fit(recipe)
+        if isinstance(recipe, PrecomputeRecipe):
+            require_teachers(recipe.teachers)
     except LogitCacheError as error:
         return CheckedRecipe(str(path), command, str(error))
     return CheckedRecipe(str(path), command, None)

@@ -86,6 +86,7 @@ def require_cluster(scheduler: str | None, workers: int | None) -> None:
 
 def _require_named(recipe: PrecomputeRecipe) -> None:
     missing = [] if recipe.dataset is not None else ["dataset"]
+    missing += [] if recipe.teachers else ["teachers"]
     missing += [f"teachers.{name}.model" for name, source in recipe.teachers.items() if source.model is None]
     if missing:
         raise RecipeError(

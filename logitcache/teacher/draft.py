@@ -66,13 +66,13 @@ def drafted(
 
     Of a cache that is there only what it lacks is to do; one whose skeleton is damaged is a CacheError.
     """
-    device, given, recipe = resolve_device(recipe.device), teachers or {}, as_recorded(recipe)
+    device, given = resolve_device(recipe.device), teachers or {}
+    recipe = as_given(as_recorded(recipe), given, dataset)
     _open_views(recipe, dataset)
     began = time.perf_counter()
     views = _open_views(recipe, dataset)
     opening = time.perf_counter() - began
     require_one_size(views)
-    recipe = as_given(recipe, given, dataset)
     built = build_teachers(recipe, given, views, device)
     prepared = time.perf_counter() - began - opening
     with contextlib.ExitStack() as seen:

@@ -102,7 +102,9 @@ def build_teacher(
 
     `num_classes` is for weights in a file, which do not say for how many they are; other models know it.
     """
-    if module is not None:
+    if isinstance(module, Classifier):
+        built = BuiltModel(module.module, module.preprocessing)
+    elif module is not None:
         built = BuiltModel(module, None)
     elif source.model is not None:
         with own_randomness(device, 0):  # random weights, if that is what is asked for, are the same in every run

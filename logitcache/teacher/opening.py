@@ -11,7 +11,7 @@ from logitcache.cache.locate import locate
 from logitcache.cache.skeleton import ROOT
 from logitcache.errors import RecipeError
 from logitcache.recipe import Component, require_effect
-from logitcache.teacher.models import Teacher, build_teacher
+from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.views import canaries
 from logitcache.views.augmentations.foreign import locks
@@ -53,15 +53,26 @@ def open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDatase
 
 
 def as_given(recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module], dataset: object | None) -> PrecomputeRecipe:
-    """Leave out of the recipe what objects took the place of: it did not make the cache."""
+    """Leave out of the recipe what objects took the place of: it did not make the cache.
+
+    A recipe that names no teachers has those that are given, with the defaults of an entry.
+    """
+    named = recipe.teachers or {name: TeacherSource() for name in teachers}
+    require_teachers(named)
     sources = {
         name: source.model_copy(update={"model": None}) if name in teachers else source
-        for name, source in recipe.teachers.items()
+        for name, source in named.items()
     }
     entry = dataset if isinstance(dataset, Component) else None
     return recipe.model_copy(
         update={"teachers": sources, "dataset": recipe.dataset if dataset is None else entry},
     )
+
+
+def require_teachers(named: Mapping[str, TeacherSource]) -> None:
+    """Raise RecipeError if there are no teachers."""
+    if not named:
+        raise RecipeError("the recipe names no teachers. Fix: give `teachers:`, or pass the modules themselves")
 
 
 def build_teachers(

@@ -68,10 +68,10 @@ def precompute(
     """
     started = time.perf_counter()
     mine = WHOLE if part is None else Part.parse(part)
-    device, recipe = resolve_device(recipe.device), as_recorded(recipe)
+    device = resolve_device(recipe.device)
+    recipe = as_given(as_recorded(recipe), teachers or {}, dataset)
     views = Views(open_images(recipe, dataset), recipe.views)
     require_one_size(views)
-    recipe = as_given(recipe, teachers or {}, dataset)
     built = build_teachers(recipe, teachers or {}, views, device)
     path = locate(recipe.cache)
     done = Done()

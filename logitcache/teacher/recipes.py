@@ -25,7 +25,7 @@ class PrecomputeRecipe(Component):
     cache: str
     dataset: Dataset | None = None
     views: ViewSpec = ViewSpec()
-    teachers: Annotated[dict[TeacherName, TeacherSource], Field(min_length=1)]
+    teachers: dict[TeacherName, TeacherSource] = Field(default_factory=dict)
     batch_size: Count = 256
     num_workers: Annotated[int, Field(ge=0)] = 2
     start_method: StartMethod = "forkserver"

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from logitcache.errors import KilledWorkerError, LogitCacheError
+from logitcache.main_guard import require_main_guard
 from logitcache.stopping import ignore_signals
 from logitcache.views.handover import Handover
 from logitcache.views.keys import ViewKey
@@ -138,6 +139,8 @@ class ViewLoader:
         told = None
         self._workers: list[BaseProcess] = []
         if num_workers:
+            if start_method != "fork":
+                require_main_guard(f"num_workers {num_workers}")
             context = _recording(start_method, self._workers)
             if start_method == "forkserver":
                 context.set_forkserver_preload([__name__])  # torch is imported once, not once a worker

@@ -10,12 +10,15 @@ import torch
 from logitcache import console
 from logitcache.cache.reader import open_cache
 from logitcache.cache.sharing import alone, preparing, writing
-from logitcache.models import save_weights
+from logitcache.errors import RecipeError
+from logitcache.models import Classifier, Preprocessing, save_weights
 from logitcache.models.small_cnn import small_cnn
-from logitcache.teacher.precompute import precompute
+from logitcache.recipe import load_recipe
+from logitcache.report.recipes import check_recipes
+from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.views.datasets import ImageFolder
 from logitcache.views.keys import ViewKey
-from tests.cache.made import DENSE32, TOP2, Linear, Pixels, contents, raw, recipe, run, stamps, teacher
+from tests.cache.made import DENSE32, FLIP_AND_CROP, TOP2, Linear, Pixels, contents, raw, recipe, run, stamps, teacher
 from tests.teacher.runs import NUM_IMAGES, entry, folder, partial, whole
 
 
@@ -171,3 +174,32 @@ def test_weights_in_a_file_take_their_classes_from_the_labels(tmp_path: Path) ->
     plan = recipe(tmp_path / "c.zarr", teachers={"t": teacher(model=model)}, views={"num_views": 1})
     precompute(plan, dataset=Pixels(40, num_classes=3, side=8))
     assert open_cache(tmp_path / "c.zarr").manifest.teachers["t"].num_classes == 3
+
+
+BARE = {"views": {"num_views": 2, "seed": 3, "augmentations": FLIP_AND_CROP}, "batch_size": 50, "num_workers": 0}
+
+
+def test_objects_need_no_entries(tmp_path: Path) -> None:
+    bare = load_recipe({"cache": str(tmp_path / "bare"), "device": "cpu", **BARE}, PrecomputeRecipe)
+    module = Classifier(Linear(), Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
+    precompute(bare, teachers={"t": module}, dataset=Pixels(70))
+    run(tmp_path / "named", Pixels(70))
+    assert contents(tmp_path / "bare") == contents(tmp_path / "named")
+
+
+def test_a_module_whose_normalisation_nobody_knows_is_refused_and_the_fix_helps(tmp_path: Path) -> None:
+    entries = {"cache": str(tmp_path / "c"), "device": "cpu", **BARE}
+    with pytest.raises(RecipeError, match=r"Fix: .*teachers\.t\.preprocessing: \{mean: .*lc\.Classifier\(module"):
+        precompute(load_recipe(entries, PrecomputeRecipe), teachers={"t": Linear()}, dataset=Pixels(70))
+    fix = ["teachers.t.preprocessing={mean: [0.485, 0.456, 0.406], std: [0.229, 0.224, 0.225]}"]
+    precompute(load_recipe(entries, PrecomputeRecipe, fix), teachers={"t": Linear()}, dataset=Pixels(70))
+
+
+def test_a_recipe_of_no_teachers_is_refused(tmp_path: Path) -> None:
+    bare = load_recipe({"cache": str(tmp_path / "c"), **BARE}, PrecomputeRecipe)
+    with pytest.raises(RecipeError, match=r"names no teachers\. Fix: give `teachers:`, or pass the modules"):
+        precompute(bare, dataset=Pixels(70))
+    file = tmp_path / "precompute.yaml"
+    file.write_text("cache: c.zarr\ndataset: {kind: bundled}\nviews: {num_views: 2}\n")
+    (checked,) = check_recipes([file])
+    assert (checked.command, "names no teachers" in str(checked.error)) == ("precompute", True)
