@@ -1,71 +1,143 @@
 """Models from files: the shipped teacher, a checkpoint of the user's, a run of ours."""
 
+import hashlib
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
-from logitcache.errors import RecipeError
-from logitcache.files import write_atomically
+from logitcache.errors import RecipeError, RefusedError
+from logitcache.files import read_bounded, write_atomically
 from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
+from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 from logitcache.models.weights import load_weights, read_state, save_weights
 from logitcache.recipe import Component, Count
+from logitcache.trust import VARIABLE, Trust, is_granted, remember
+
+_MAX_BYTES = 1 << 20
+_MOST_SIDE, _MOST_COUNT = 4096, 1 << 20
+"""Pixels of a side, and classes or channels, of a network that a file describes."""
 
 Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom, Field(discriminator="kind")]
 
 
 class StoredModel(Component):
-    """What `model.json` says of the weights beside it: enough to build the model again."""
+    """The content of `model.json`: enough to build the model of the weights beside it."""
 
     model: Architecture
     preprocessing: Preprocessing
-    num_classes: Count
-    in_channels: Count
+    num_classes: Annotated[Count, Field(le=_MOST_COUNT)]
+    in_channels: Annotated[Count, Field(le=_MOST_COUNT)]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.preprocessing.mean) != self.in_channels:
+            raise ValueError(f"{len(self.preprocessing.mean)} means for {self.in_channels} channels")
+        if max(self.preprocessing.size or (0,)) > _MOST_SIDE:
+            raise ValueError(f"input_size {self.preprocessing.size} is above {_MOST_SIDE}")
+        return self
 
 
 def save_model(directory: Path, module: nn.Module, stored: StoredModel) -> None:
     """Write `model.json` and `weights.safetensors` into a run directory."""
-    write_atomically(directory / "model.json", stored.model_dump_json(indent=2).encode() + b"\n")
+    description = stored.model_dump_json(indent=2).encode() + b"\n"
+    write_atomically(directory / "model.json", description)
     save_weights(directory / "weights.safetensors", module)
+    remember(hashlib.sha256(description).hexdigest())
 
 
 def read_stored(path: Path) -> StoredModel:
     """Read `model.json`. Raises RecipeError."""
+    return _parsed(_content(path), path)
+
+
+def _content(path: Path) -> bytes:
     try:
-        return StoredModel.model_validate_json(path.read_bytes())
+        return read_bounded(path, _MAX_BYTES)
     except FileNotFoundError as error:
         raise RecipeError(
             f"{path.parent} is not a run: it has no {path.name}.\n"
             "  Fix: give the directory that train-student or train-teacher wrote."
         ) from error
-    except (OSError, ValidationError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}\n  Fix: train again, or copy the run again.") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
-def load_model(directory: Path, factory: str | None = None) -> BuiltModel:
+def _parsed(content: bytes, path: Path) -> StoredModel:
+    try:
+        return StoredModel.model_validate_json(content)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in error.errors()[:3]]
+        raise _unreadable(path, "; ".join(lines)) from error
+
+
+def _unreadable(path: Path, reason: object) -> RecipeError:
+    return RecipeError(f"{path} cannot be read: {reason}\n  Fix: train again, or copy the run again.")
+
+
+def load_model(directory: Path, factory: str | None = None, trust: Collection[str] = ()) -> BuiltModel:
     """Build a run's network with its final weights. Raises RecipeError.
 
-    `factory` is the user's own word for what builds a custom model: the stored one is never called.
+    `factory` is the user's own name of what builds a custom model: the stored one is never called. `trust` has the
+    digests of descriptions that may name more than the allow-list.
     """
-    return _load(directory / "model.json", directory / "weights.safetensors", factory)
+    return _load(directory / "model.json", directory / "weights.safetensors", factory, trust)
 
 
-def _load(description: Path, weights: Path, factory: str | None) -> BuiltModel:
-    stored = read_stored(description)
-    source = _trusted(stored.model, description, factory)
-    if not weights.is_file():
+def _load(description: Path, weights: Path, factory: str | None, trust: Collection[str]) -> BuiltModel:
+    stored, source, held = _described(description, weights, factory, trust)
+    try:
+        module = source.build(stored.num_classes, stored.in_channels).module
+        require_used(module, held)
+    except TooLarge as error:
+        raise _unreadable(weights, f"{description.name} is of another network: {error}") from error
+    except (OverflowError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise _unreadable(description, f"its model cannot be built: {error}") from error
+    load_weights(module, read_state(weights), str(weights))
+    return BuiltModel(module, stored.preprocessing)
+
+
+def _described(
+    description: Path, weights: Path, factory: str | None, trust: Collection[str]
+) -> tuple[StoredModel, Architecture, Held]:
+    """Read what a run describes and how much its weights hold; raise unless the one may be built and fits the other."""
+    content = _content(description)
+    stored = _parsed(content, description)
+    source = _trusted(stored.model, description, factory).architecture()
+    try:
+        held = held_in(weights)
+    except FileNotFoundError:
         raise RecipeError(
             f"{weights.parent} holds no {weights.name}: its training has not ended.\n"
             "  Fix: run the same training again with --resume."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(weights, error) from error
+    if isinstance(source, Custom):
+        return stored, source, held  # the user's own code
+    _require_grant(source, description, hashlib.sha256(content).hexdigest(), trust)
+    try:
+        require_buildable(source, stored.num_classes, stored.in_channels, held)
+    except TooLarge as error:
+        raise _unreadable(description, f"it describes another network than {weights.name} holds: {error}") from error
+    return stored, source, held
+
+
+def _require_grant(source: Architecture, description: Path, digest: str, trust: Collection[str]) -> None:
+    """Raise RefusedError for a model beyond the allow-list that the user neither trained nor vouches for."""
+    risks = source.risks()
+    if risks and not is_granted(digest, trust):
+        raise RefusedError(
+            f"{description} names {', '.join(risks)}, which is built only if you vouch for it: this user did not train "
+            f"that model.\n  Fix: if you know where it comes from, set {VARIABLE}={digest}\n"
+            f"  or, beside the path in a recipe: trust: {digest}\n  or, of evaluate: --trust {digest}"
         )
-    module = source.architecture().build(stored.num_classes, stored.in_channels).module
-    load_weights(module, read_state(weights), str(weights))
-    return BuiltModel(module, stored.preprocessing)
 
 
 def _trusted(model: Architecture, description: Path, factory: str | None) -> Architecture:
@@ -100,19 +172,24 @@ def _check_counts(stored: StoredModel, where: Path, num_classes: int | None, in_
 class Run(Component):
     """A run directory of ours: its final weights, its normalisation.
 
-    A run of a custom model needs `factory` again: one that is stored in a file is never called.
+    A run of a custom model needs `factory` again: one that is stored in a file is never called. `trust` has the digest
+    of a `model.json` that may name more than the allow-list.
     """
 
     kind: Literal["run"] = "run"
     path: str
     factory: str | None = None
+    trust: Trust = ()
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the run's network with its final weights."""
-        directory = Path(self.path).expanduser()
-        stored = read_stored(directory / "model.json")
-        _check_counts(stored, directory, num_classes, in_channels)
-        return load_model(directory, self.factory)
+        stored = read_stored(self._directory / "model.json")
+        _check_counts(stored, self._directory, num_classes, in_channels)
+        return load_model(self._directory, self.factory, self.trust)
+
+    @property
+    def _directory(self) -> Path:
+        return Path(self.path).expanduser()
 
     def risks(self) -> tuple[str, ...]:
         """Name the folder, and the function that builds the model if there is one."""
@@ -121,8 +198,8 @@ class Run(Component):
 
     def architecture(self) -> Architecture:
         """Return the entry that the run was built from."""
-        description = Path(self.path).expanduser() / "model.json"
-        return _trusted(read_stored(description).model, description, self.factory)
+        files = self._directory / "model.json", self._directory / "weights.safetensors"
+        return _described(*files, self.factory, self.trust)[1]
 
 
 class Bundled(Component):
@@ -136,7 +213,7 @@ class Bundled(Component):
         directory = bundled_directory(self.name)
         stored = read_stored(directory / "teacher.json")
         _check_counts(stored, directory, num_classes, in_channels)
-        return _load(directory / "teacher.json", directory / "teacher.safetensors", None)
+        return _load(directory / "teacher.json", directory / "teacher.safetensors", None, ())
 
     def risks(self) -> tuple[str, ...]:
         """Name nothing: it reads the package's own files."""

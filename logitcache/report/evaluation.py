@@ -12,10 +12,10 @@ from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
-from logitcache.errors import CacheError, LogitCacheError, RecipeError, RemoteError
+from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError
 from logitcache.models import Classifier, Model
 from logitcache.student.cost import Contender, LatencyPlan
-from logitcache.student.evaluation import EvaluationResult, evaluate, is_stated, read_run
+from logitcache.student.evaluation import EvaluationResult, evaluate, is_stated, read_run, require_known_source
 from logitcache.student.recipes import StudentRecipe
 from logitcache.teacher.online import names_code, recorded_risks
 from logitcache.trust import require_grant
@@ -39,8 +39,9 @@ def _teachers(run: Path, overrides: Sequence[str]) -> dict[str, Contender | None
     if not isinstance(recipe, StudentRecipe):
         return {}
     try:
+        require_known_source(Path(run), recipe, overrides)
         manifest = read_manifest(locate(recipe.cache))
-    except (CacheError, RemoteError):
+    except (CacheError, RefusedError, RemoteError):
         return {}  # as `evaluate` tells
     return {name: _built(name, manifest, recipe, overrides) for name in manifest.teachers}
 

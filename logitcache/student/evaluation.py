@@ -1,5 +1,6 @@
 """Measure a finished run: accuracy, calibration, likeness to its teacher, and what it costs."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,17 +14,21 @@ from logitcache.cache.reader import Cache
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
 from logitcache.errors import CacheError, DataError, RecipeError, RemoteError
+from logitcache.files import read_bounded
 from logitcache.models import Classifier, Custom, StoredModel, load_model, read_stored, resolve_preprocessing
 from logitcache.recipe import load_recipe, read_recipe
+from logitcache.remote import is_remote
 from logitcache.student.alignment import TapSimilarity, compare_taps, require_features
 from logitcache.student.cost import Contender, Cost, Latency, LatencyPlan, costs, latencies
 from logitcache.student.measures import ClassAccuracy, GroupAccuracy
 from logitcache.student.multi_label import ClassPrecision, GroupPrecision
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
+from logitcache.student.run import MAX_RECIPE_BYTES
 from logitcache.student.validation import AnyMeasures, Validator, open_validator
+from logitcache.trust import require_grant
 from logitcache.views.augmentations.foreign import locks
 from logitcache.views.datasets import Custom as CustomImages
-from logitcache.views.datasets import open_dataset
+from logitcache.views.datasets import Dataset, open_dataset
 from logitcache.views.datasets.base import Labels
 from logitcache.views.datasets.labels import class_counts
 
@@ -79,7 +84,7 @@ def evaluate(
     classifier = _load(run, recipe, overrides).to(device).eval()
     num_classes = read_stored(run / "model.json").num_classes
     validator = _images(run, recipe, num_classes)
-    learnt_from = _learnt_from(recipe, num_classes, overrides)
+    learnt_from = _learnt_from(run, recipe, num_classes, overrides)
     tally = validator.tally(classifier, device, recipe.precision)
     measures, per_class = tally.measures(), tally.per_class(validator.class_names, learnt_from.class_counts)
     image = validator.sample()[0].to(device)
@@ -104,7 +109,7 @@ def _load(run: Path, recipe: TrainingRecipe, overrides: Sequence[str]) -> Classi
     stored = read_stored(run / "model.json")
     # A network draws its first weights, which are then replaced.
     with own_randomness(resolve_device(recipe.device), recipe.seed):
-        built = load_model(run, _stated_factory(run, stored, overrides))
+        built = load_model(run, _stated_factory(run, stored, overrides), recipe.trust)
     return Classifier(built.module, resolve_preprocessing(built, None, who=str(run)))
 
 
@@ -131,10 +136,13 @@ def _retention(measures: AnyMeasures) -> float | None:
     return own / teacher if own is not None and teacher else None
 
 
-def _learnt_from(recipe: StudentRecipe | TeacherRecipe, num_classes: int, overrides: Sequence[str]) -> _LearntFrom:
+def _learnt_from(
+    run: Path, recipe: StudentRecipe | TeacherRecipe, num_classes: int, overrides: Sequence[str]
+) -> _LearntFrom:
     """Look for what the run learnt from, which may be gone by now."""
     try:
         if isinstance(recipe, StudentRecipe):
+            require_known_source(run, recipe, overrides)
             path = locate(recipe.cache)
             cache = Cache(path, read_manifest(path))  # no answer of it is read
             counts = _counts(cache.labels, cache.manifest.fingerprint.num_classes, num_classes)
@@ -142,6 +150,7 @@ def _learnt_from(recipe: StudentRecipe | TeacherRecipe, num_classes: int, overri
         if isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
             say(f"training images are not counted: --set dataset.factory={recipe.dataset.factory} lets them be opened")
             return _LearntFrom()
+        require_known_source(run, recipe, overrides)
         images = open_dataset(recipe.dataset)
         return _LearntFrom((), _counts(images.labels, images.num_classes, num_classes))
     except (CacheError, DataError, RemoteError) as error:
@@ -160,10 +169,7 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | Teache
     No factory is left in it that a file names: what the user does not say again is refused or taken out.
     """
     path = run / "recipe.yaml"
-    if not path.is_file():
-        raise RecipeError(
-            f"{run} is no run: it has no recipe.yaml. Fix: name the `out:` directory of a finished training"
-        )
+    digest = _digest(path)
     others = [text for text in overrides if not text.startswith(MODEL_FACTORY)]
     recipe: StudentRecipe | TeacherRecipe
     if "cache" in read_recipe(path):
@@ -173,7 +179,49 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | Teache
     _require_stated(recipe, path, others)
     # What a run's file allows, the user has not allowed.
     unsaid = [key for key in ("factories", "trust") if not is_stated(key, others)]
-    return recipe.model_copy(update=dict.fromkeys(unsaid, ()))
+    recipe = recipe.model_copy(update=dict.fromkeys(unsaid, ()))
+    require_grant(_risks(recipe, others), digest, recipe.trust, str(path), "--set validation.…: name other images")
+    return recipe
+
+
+def _digest(path: Path) -> str:
+    """Return the sha256 of a run's recipe. Raises RecipeError."""
+    try:
+        return hashlib.sha256(read_bounded(path, MAX_RECIPE_BYTES)).hexdigest()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RecipeError(
+            f"{path.parent} is no run: it has no {path.name}. Fix: name the `out:` directory of a finished training"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}. Fix: copy the run again") from error
+
+
+def _risks(recipe: TrainingRecipe, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Name what a run's file, and not the user, would have opened to measure on beyond the allow-list."""
+    validation = recipe.validation
+    if validation is None:
+        return ()
+    images = _beyond("validation.dataset", validation.dataset, overrides)
+    return (*images, *_at_url("validation.cache", validation.cache, overrides))
+
+
+def _beyond(key: str, images: Dataset | None, overrides: Sequence[str]) -> tuple[str, ...]:
+    stated = images is None or isinstance(images, CustomImages) or is_stated(key, overrides)  # code is refused apart
+    return () if stated or images is None else images.risks()
+
+
+def _at_url(key: str, cache: str | None, overrides: Sequence[str]) -> tuple[str, ...]:
+    return (f"the cache '{cache}'",) if cache and is_remote(cache) and not is_stated(key, overrides) else ()
+
+
+def require_known_source(run: Path, recipe: StudentRecipe | TeacherRecipe, overrides: Sequence[str]) -> None:
+    """Raise RefusedError if a run's file, and not the user, names a place beyond the allow-list to have learnt from."""
+    if isinstance(recipe, StudentRecipe):
+        risks = _at_url("cache", recipe.cache, overrides)
+    else:
+        risks = _beyond("dataset", recipe.dataset, overrides)
+    path = run / "recipe.yaml"
+    require_grant(risks, _digest(path), recipe.trust, str(path))
 
 
 def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]) -> None:

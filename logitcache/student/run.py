@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from logitcache.files import read_bounded, remove_leftovers, require_bounded, wr
 from logitcache.models.weights import load_plain
 from logitcache.recipe import Component, dump_recipe, load_recipe
 from logitcache.student.ranks import ALONE, Ranks
+from logitcache.trust import remember
 from logitcache.versions import versions
 
 # What may change between a run and its continuation: how fast and where, never what is computed. Places are free
@@ -173,7 +175,9 @@ class RunDirectory:
         if versions() not in sessions[-1:]:
             sessions.append(versions())
         remove_leftovers(self.path)
-        write_atomically(self._recipe, dump_recipe(recipe).encode())
+        text = dump_recipe(recipe).encode()
+        write_atomically(self._recipe, text)
+        remember(hashlib.sha256(text).hexdigest())
         environment = {"versions": sessions, "learns_from": identity}
         write_atomically(self._environment, json.dumps(environment, indent=2).encode())
 
