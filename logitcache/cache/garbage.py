@@ -66,9 +66,10 @@ def _unneeded(root: Path, files: Mapping[str, int], manifest: Manifest, growth: 
         if key.endswith(LEFTOVER):
             yield key, "a file that was only half written, or a claim"
     whole = layout_of(manifest)
-    begun = whole
+    begun, goal = whole, None
     try:
-        begun = layout_of(read_growth(root, manifest))
+        goal = read_growth(root, manifest)
+        begun = layout_of(goal)
     except CacheError:
         if not growth:
             raise
@@ -88,9 +89,9 @@ def _unneeded(root: Path, files: Mapping[str, int], manifest: Manifest, growth: 
     for name in sorted(folders):
         if _TABLE.fullmatch(name) and name not in known:
             yield name, "a table of a growth that never began"
-    if growth and GROWING in files:
-        # Last: until then it says whose these shards are.
-        yield GROWING, "the note of a growth that is given up"
+    if GROWING in files and (growth or goal == manifest):
+        # Last: until then it names the shards.
+        yield GROWING, "the note of a growth that is " + ("finished" if goal == manifest else "given up")
 
 
 def _chunks(files: Mapping[str, int], layout: Layout, group: ArrayGroup) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from logitcache.cache.copies import place_of
-from logitcache.cache.differences import is_more
+from logitcache.cache.differences import extends, is_more
 from logitcache.cache.layout import layout_of, require_possible
 from logitcache.cache.manifest import Manifest, TeacherEntry, TeacherName
 from logitcache.cache.reached import with_errors
@@ -56,7 +56,11 @@ def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
 
 
 def read_growth(root: Path, recorded: Manifest) -> Manifest:
-    """Return what a cache is growing to; what is recorded where it is not growing."""
+    """Return what a cache is growing to; what is recorded if it is not growing.
+
+    A note that does not extend what is recorded is none: storage may apply a write that was retried once more, after
+    the growth is finished and its note removed.
+    """
     file = root / GROWING
     try:
         growth = Growth.model_validate_json(file.read_bytes())
@@ -70,6 +74,8 @@ def read_growth(root: Path, recorded: Manifest) -> Manifest:
             f"(`logitcache gc {place_of(root)} --growth`), then run precompute again"
         ) from error
     manifest = growth.applied(recorded)
+    if not (is_more(manifest, recorded) and extends(manifest, recorded)):
+        return recorded
     require_possible(manifest, str(file))
     return manifest
 
@@ -111,7 +117,7 @@ def _update(root: Path, files: Mapping[str, bytes]) -> None:
 
 def forget_growth(root: Path, recorded: Manifest) -> None:
     """Remove the note of a growth that the root describes already; another run may have begun to add even more."""
-    if (root / GROWING).exists() and not is_more(read_growth(root, recorded), recorded):
+    if (root / GROWING).exists() and read_growth(root, recorded) == recorded:
         with explained(root / GROWING):
             place_of(root).remove([GROWING])
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from logitcache import console
 from logitcache.cache.create import read_manifest
+from logitcache.cache.garbage import collect
 from logitcache.cache.layout import layout_of
 from logitcache.cache.place import Folder
 from logitcache.cache.reader import open_cache
@@ -21,6 +22,7 @@ from logitcache.cache.skeleton import GROWING
 from logitcache.cache.verify import committed_by_group
 from logitcache.errors import CacheError, MismatchError, RecipeError, ReplayMismatchError
 from logitcache.report.inspect import inspect_cache
+from logitcache.report.verification import verify
 from logitcache.teacher.precompute import PrecomputeResult, precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import (
@@ -329,3 +331,40 @@ def test_a_damaged_note_of_growth_is_an_error_for_writers_only(cache: Path) -> N
     assert open_cache(cache).num_views == 2
     with pytest.raises(CacheError, match="does not say what the cache was growing to"):
         grow(cache, 3, "t", **RECORDED)
+
+
+STALE = {
+    "of this growth": ([(3, "tu")], 0),
+    "of an earlier growth": ([(3, "tu"), (4, "tuv")], 0),
+    "of other teachers": ([(2, "tu"), (2, "tuv"), (4, "tuv")], 1),
+}
+
+
+@pytest.mark.parametrize("case", STALE)
+def test_a_note_that_comes_back_after_its_growth_confuses_nobody(
+    case: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storage may apply a write late that was tried twice, after the note was removed."""
+    notes: list[bytes] = []
+
+    def noted(self: Folder, key: str, data: bytes | memoryview) -> None:
+        if key == GROWING:
+            notes.append(bytes(data))
+        write(self, key, data)
+
+    write, (steps, number) = Folder.write, STALE[case]
+    monkeypatch.setattr(Folder, "write", noted)
+    for views, names in steps:
+        grow(cache, views, names, **RECORDED)
+    before = contents(cache)
+    (cache / GROWING).write_bytes(notes[number])
+    assert inspect_cache(cache)["growing"] is None
+    assert open_cache(cache).num_views == steps[-1][0]
+    assert verify(cache).problems == ()
+    [found] = collect(cache, dry_run=True)
+    assert (found.path, found.why) == (f"{cache}/{GROWING}", "the note of a growth that is finished")
+    assert collect(cache) == [found]
+    assert contents(cache) == before
+    (cache / GROWING).write_bytes(notes[number])
+    grow(cache, *steps[-1], **RECORDED)
+    assert contents(cache) == before
