@@ -66,6 +66,12 @@ class Cache:
     def __len__(self) -> int:
         return self.layout.num_images
 
+    def __repr__(self) -> str:
+        images = f"{len(self)} images × {self.num_views} views of {list(self.manifest.image_shape)}"
+        targets = ", ".join(f"{name}: {' + '.join(kept)}" for name, kept in self.manifest.targets.items())
+        committed = "" if self.complete else f"; {len(self.shards)} of {self.layout.num_shards} shards are committed"
+        return f"<Cache {self.location!r}: {images}; {targets}{committed}>"
+
     @property
     def complete(self) -> bool:
         """Whether every shard is committed."""

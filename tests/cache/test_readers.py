@@ -235,6 +235,14 @@ def test_two_teachers_keep_apart(tmp_path: Path) -> None:
     assert xarray.open_zarr(path)["two-2.logits"].shape == (2, 300, 10)
 
 
+def test_a_cache_shows_what_it_holds_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "c.zarr"
+    cache = made(path)
+    assert repr(cache) == f"<Cache '{path}': 300 images × 2 views of [3, 4, 4]; t: logits>"
+    (path / "t.logits.commits" / "c.0.0.0.0").unlink()
+    assert repr(Cache(path, cache.manifest)).endswith("; t: logits; 5 of 6 shards are committed>")
+
+
 def test_an_unfinished_cache_gives_the_rows_that_are_there(tmp_path: Path) -> None:
     path = tmp_path / "c.zarr"
     whole = made(path)
