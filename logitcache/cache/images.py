@@ -13,6 +13,7 @@ from logitcache.views.datasets import (
     Dataset,
     ImageFolder,
     Torchvision,
+    WebDataset,
     explain_difference,
     fingerprint,
     open_dataset,
@@ -54,6 +55,9 @@ def _opened(recorded: Dataset, num_images: int) -> ImageDataset:
     """Open what a manifest names: nothing is downloaded, and no folder of far more files is walked to its end."""
     if isinstance(recorded, Torchvision):
         return recorded.model_copy(update={"download": False}).open()
+    if isinstance(recorded, ImageFolder | WebDataset) and recorded.labelled:
+        # The first release recorded this of images without labels too; the fingerprint tells them apart.
+        recorded = recorded.model_copy(update={"labelled": None})
     return recorded.open(num_images) if isinstance(recorded, ImageFolder) else recorded.open()
 
 

@@ -1,18 +1,21 @@
 """All that training changes: weights, their average, the optimiser, the scaler and the place in the data."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from logitcache.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
 from logitcache.files import write_atomically
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
 from logitcache.student.batch_norm import synchronize
+from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Context, StepSums
 from logitcache.student.progress import Progress
 from logitcache.student.ranks import ALONE, Ranks
@@ -32,11 +35,14 @@ class Terms(nn.Module):
         self.model, self.adapters = model, adapters
         self._losses, self._precision, self._device = recipe.losses, recipe.precision, device
         self._has_taps = any(loss.taps for loss in recipe.losses)
+        self._differentiates = any(loss.differentiates for loss in recipe.losses)
         self._whole = WholeBatch(recipe.losses, ranks)
 
     def forward(self, batch: Batch, progress: Progress) -> Tensor:
         """Compute each loss times its weight, [L]."""
-        with autocast(self._device, self._precision):
+        # Fused attention has no second derivative.
+        kernels = sdpa_kernel(SDPBackend.MATH) if self._differentiates else nullcontext()
+        with autocast(self._device, self._precision), kernels:
             found = self.model(batch.images)
         own = Targets(*found) if self._has_taps else Targets(found), batch
         whole = self._whole(*own)
@@ -121,6 +127,15 @@ class Learner:
         totals, rows = self.ranks.add_up(self.sums.clone())
         means: list[float] = (totals / rows.clamp(min=1)).tolist()
         return means
+
+    def in_effect(self, losses: Sequence[Loss], progress: Progress) -> dict[str, float]:
+        """Return the weights and temperatures of a step, as `weight_0_kl_divergence`."""
+        pairs = zip(losses, self.adapters, strict=True)
+        return {
+            f"{name}_{number}_{loss.kind}": value
+            for number, (loss, adapter) in enumerate(pairs)
+            for name, value in loss.in_effect(Context(adapter, progress)).items()
+        }
 
     def finite(self) -> bool:
         """Say whether every loss of the epoch so far and every weight is a number."""

@@ -42,6 +42,10 @@ class TemperatureBase(Component, ABC):
         `student`: logits [B, C]; `teacher`: logits [B, C] or an encoded form.
         """
 
+    def in_effect(self, moment: Moment) -> float | None:
+        """Return the value of a step, for the metrics; None if each row has its own."""
+        return None
+
     def memory(self) -> nn.Module:
         """Build what is remembered from step to step; it becomes the adapter of the loss."""
         return nn.Identity()
@@ -61,6 +65,10 @@ class Schedule(TemperatureBase):
 
     def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> float | Tensor:
         """Return the value at the step, whatever the batch."""
+        return self.at(moment.progress)
+
+    def in_effect(self, moment: Moment) -> float:
+        """Return the value at the step."""
         return self.at(moment.progress)
 
 

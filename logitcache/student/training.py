@@ -232,6 +232,7 @@ def _finish_epoch(
         "loss": sum(means),
     }
     row |= {f"loss_{n}_{loss.kind}": mean for n, (loss, mean) in enumerate(zip(recipe.losses, means, strict=True))}
+    row |= learner.in_effect(recipe.losses, Progress(learner.step - 1, len(source.loader), recipe.epochs))
     speed = source.loader.images_per_epoch / max(learner.seconds, 1e-9)
     row |= {"seconds": round(learner.seconds, 3), "images_per_second": round(speed, 1)}
     row |= measured

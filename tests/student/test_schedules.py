@@ -376,3 +376,27 @@ def test_a_dynamic_temperature_without_any_label_is_refused(caches: Path, tmp_pa
     losses = [{"kind": "kl_divergence", "temperature": DYNAMIC}]
     with pytest.raises(RecipeError, match=r"losses.0 \(kl_divergence\) needs labels, the cache's images have none"):
         train(student(tmp_path / "run", path, dataset=UNLABELLED, losses=losses))
+
+
+def test_metrics_hold_the_weights_and_temperatures_of_the_last_step_of_an_epoch(cache: Path, tmp_path: Path) -> None:
+    losses = [
+        {"kind": "kl_divergence", "temperature": {"kind": "linear", "start": 5, "stop": 1}, "weight": 0.5},
+        {
+            "kind": "dkd",
+            "beta": {"kind": "warm_up", "value": 8, "epochs": 1},
+            "temperature": DYNAMIC | {"step": 0.01, "margin": 0.0},
+        },
+        {"kind": "kl_divergence", "temperature": {"kind": "by_confidence", "low": 1, "high": 2}},
+    ]
+    train(student(tmp_path / "run", cache, losses=losses, model=LINEAR))
+    rows, steps = metrics(tmp_path / "run"), 7
+    for epoch, row in enumerate(rows):
+        done = epoch + (steps - 1) / steps
+        assert row["temperature_0_kl_divergence"] == pytest.approx(5 - 4 * done / 2)
+        assert row["beta_1_dkd"] == pytest.approx(8 * min(1, done))
+        assert (row["weight_0_kl_divergence"], row["alpha_1_dkd"], row["weight_2_kl_divergence"]) == (0.5, 1.0, 1.0)
+        assert 1 <= row["temperature_1_dkd"] <= 3
+        assert "temperature_2_kl_divergence" not in row
+    assert rows[0]["temperature_1_dkd"] != rows[1]["temperature_1_dkd"]
+    head = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+    assert "temperature_0_kl_divergence" in head

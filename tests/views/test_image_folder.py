@@ -11,6 +11,7 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from logitcache import stamps
+from logitcache.cache.images import _opened
 from logitcache.console import configure
 from logitcache.errors import DataError
 from logitcache.views.datasets import ImageFolder, fingerprint
@@ -179,8 +180,8 @@ def test_names_that_are_not_utf_8_can_be_read_and_told_apart(tmp_path: Path) -> 
     assert len(fingerprint(dataset).ids) == 64
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_flat_folder_has_no_labels(tmp_path: Path, labelled: bool, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("labelled", [None, False])
+def test_flat_folder_has_no_labels(tmp_path: Path, labelled: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
     configure()
     for name in ("b.png", "a.png"):
         save(RGB, tmp_path / name)
@@ -189,7 +190,26 @@ def test_flat_folder_has_no_labels(tmp_path: Path, labelled: bool, capsys: pytes
     assert list(dataset.ids) == ["a.png", "b.png"]
     assert dataset.labels.tolist() == [-1, -1]
     assert (dataset.num_classes, dataset.class_names) == (None, None)
-    assert ("has no class folders, so that its 2 images have no labels" in capsys.readouterr().err) == labelled
+    warned = "has no class folders, so that its 2 images have no labels" in capsys.readouterr().err
+    assert warned == (labelled is None)
+
+
+def test_a_flat_folder_that_is_to_be_labelled_is_refused_and_both_fixes_open_it(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    save(RGB, root / "a.png")
+    with pytest.raises(DataError, match=r"labelled: true.\n  Fix: correct root, or set labelled: false"):
+        opened(root, labelled=True)
+    assert opened(root, labelled=False).labels.tolist() == [-1]
+    (tmp_path / "classes").mkdir()
+    root.rename(tmp_path / "classes" / "cat")
+    assert opened(tmp_path / "classes", labelled=True).labels.tolist() == [0]
+
+
+def test_a_manifest_of_the_first_release_opens_a_flat_folder(tmp_path: Path) -> None:
+    """It recorded `labelled: true` by default, also where there were no labels."""
+    save(RGB, tmp_path / "a.png")
+    assert _opened(ImageFolder(root=str(tmp_path), labelled=True), 1).labels.tolist() == [-1]
 
 
 def test_without_labels_every_image_below_the_root_is_taken(pets: Path) -> None:

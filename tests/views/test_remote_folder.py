@@ -77,6 +77,8 @@ def test_a_folder_is_the_same_on_a_disk_and_at_a_url(pets: Path, s3: Bucket, lab
 def test_images_right_in_the_root_have_no_labels(s3: Bucket) -> None:
     for name in ("b.png", "a.png"):
         s3.put(f"pets/{name}", photograph(1))
+    with pytest.raises(DataError, match="labelled: true"):
+        at(s3, labelled=True)
     found = at(s3)
     assert list(found.ids) == ["a.png", "b.png"]
     assert found.labels.tolist() == [-1, -1]

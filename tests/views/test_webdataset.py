@@ -497,3 +497,12 @@ def test_braces_hold_lists_too() -> None:
 def test_a_pattern_that_names_nothing_is_refused(shards: object, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         WebDataset.model_validate({"shards": tuple(shards) if isinstance(shards, list) else shards})
+
+
+def test_shards_without_labels_that_are_to_be_labelled_are_refused(tmp_path: Path) -> None:
+    members = [("a.png", photograph(1)), ("b.png", photograph(2))]
+    with pytest.raises(DataError, match=r"(?s)no sample of .* has a label .*Fix: .*labelled: false"):
+        one(tmp_path, *members, labelled=True)
+    for fields in ({}, {"labelled": False}):
+        assert one(tmp_path, *members, **fields).labels.tolist() == [-1, -1]
+    assert one(tmp_path, *members, ("a.cls", b"1"), ("b.cls", b"0"), labelled=True).labels.tolist() == [1, 0]

@@ -12,7 +12,7 @@ from logitcache.errors import RecipeError
 from logitcache.features import FeatureKind, FeatureShape
 from logitcache.recipe import Component
 from logitcache.student.progress import Progress
-from logitcache.student.schedules import Schedule
+from logitcache.student.schedules import Schedule, TemperatureBase
 from logitcache.targets import Batch, Targets
 
 UNLABELLED = -1
@@ -94,6 +94,11 @@ class LossBase(Component, ABC):
             zero = ["weight"] if "weight" in weights else self.terms
             return f"has {' and '.join(zero)} 0 at all times and trains nothing. Fix: raise it, or leave the loss out"
         return None
+
+    def in_effect(self, context: Context) -> dict[str, float]:
+        """Return the weights and temperatures of a step, by field; those that each row has of its own are left out."""
+        found = {name: value.in_effect(context) for name, value in self if isinstance(value, TemperatureBase)}
+        return {name: value for name, value in found.items() if value is not None}
 
     @property
     def taps(self) -> tuple[str, ...]:

@@ -81,6 +81,11 @@ class Dynamic(TemperatureBase):
         """Build what is remembered from step to step."""
         return Thermostat(self.start)
 
+    def in_effect(self, moment: Moment) -> float:
+        """Return the temperature of the last step."""
+        assert isinstance(moment.adapter, Thermostat)
+        return float(moment.adapter.temperature)
+
     @torch.no_grad()
     def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> Tensor:
         """Return the temperature of the step, a scalar; in training, note how far the student lags."""

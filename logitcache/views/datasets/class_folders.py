@@ -33,8 +33,18 @@ def unlabelled(root: str, files: PackedIds) -> Listing:
     return Listing(files, np.full(len(files), UNLABELLED, np.int64), None)
 
 
-def by_class(root: str, loose: list[str], classes: list[str], images: Sequence[PackedIds]) -> Listing:
-    """List the images of each class; `loose` are those of none. Raises DataError for what is ambiguous or empty."""
+def by_class(
+    root: str, loose: list[str], classes: list[str], images: Sequence[PackedIds], labelled: bool | None
+) -> Listing:
+    """List the images of each class; `loose` are those of none, whose folder may not be `labelled: true`.
+
+    Raises DataError for what is ambiguous or empty.
+    """
+    if loose and not any(images) and labelled:
+        raise DataError(
+            f"'{root}' has no class folders, so that its {len(loose)} images have no labels, and the data set is "
+            "labelled: true.\n  Fix: correct root, or set labelled: false."
+        )
     if loose and not any(images):
         say(
             f"'{root}' has no class folders, so that its {len(loose)} images have no labels. Fix: correct root, or set "

@@ -34,15 +34,16 @@ class ImageFolder(Component):
     """Images of a folder, on this machine or at a URL that can be listed (s3://bucket/train).
 
     JPEG, PNG, WebP, BMP, TIFF, PPM, GIF. `labelled`: the folders directly below `root` are the classes, in order of
-    their names. Images right in `root` with no class folders beside them have no labels. With `labelled: false` every
-    image below `root` is taken, without a label. `decoder`: what turns files into pixels, at full resolution and
-    without applying the EXIF orientation; it is part of the stored form because decoders differ.
+    their names. With `labelled: false` every image below `root` is taken, without a label. By default class folders are
+    classes if there are any; images right in `root`, without such folders beside them, then have no labels. `decoder`:
+    what turns files into pixels, at full resolution and without applying the EXIF orientation; it is part of the stored
+    form because decoders differ.
     """
 
     kind: Literal["image_folder"] = "image_folder"
     root: str
     mode: Mode = "RGB"
-    labelled: bool = True
+    labelled: bool | None = None
     decoder: Literal["pillow"] = "pillow"
 
     def risks(self) -> tuple[str, ...]:
@@ -61,9 +62,9 @@ class ImageFolder(Component):
             state = "is a file, not a folder" if root.exists() else "does not exist"
             raise DataError(f"the image folder '{root}' {state}.\n  Fix: correct root.")
         walk = _Walk(root, math.inf if num_images is None else _OTHERS_PER_IMAGE * num_images + _MOST_OTHERS)
-        if not self.labelled:
+        if self.labelled is False:
             return FolderImages(root, self.mode, unlabelled(str(root), _images_below(walk, "")))
-        return FolderImages(root, self.mode, _by_class(walk))
+        return FolderImages(root, self.mode, _by_class(walk, self.labelled))
 
 
 class FolderImages:
@@ -134,12 +135,12 @@ class _Walk:
             yield parent, sorted(name for name in names if not name.startswith("."))
 
 
-def _by_class(walk: _Walk) -> Listing:
+def _by_class(walk: _Walk, labelled: bool | None) -> Listing:
     root = walk.root
     entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
     loose = [name for name in entries if is_image(os.path.join(root, name)) and (root / name).is_file()]
     classes = [name for name in entries if (root / name).is_dir()]
-    return by_class(str(root), loose, classes, [_images_below(walk, name) for name in classes])
+    return by_class(str(root), loose, classes, [_images_below(walk, name) for name in classes], labelled)
 
 
 def _images_below(walk: _Walk, folder: str) -> PackedIds:

@@ -19,7 +19,7 @@ from logitcache.views.datasets.pixels import Mode
 from logitcache.views.datasets.remote_memory import Found, RemoteMemory
 
 
-def open_folder(remote: Remote, mode: Mode, labelled: bool) -> "RemoteImages":
+def open_folder(remote: Remote, mode: Mode, labelled: bool | None) -> "RemoteImages":
     """List the files below a URL; raises DataError for a folder that is missing, empty or ambiguous."""
     if not remote.is_listable:
         raise RecipeError(
@@ -30,13 +30,13 @@ def open_folder(remote: Remote, mode: Mode, labelled: bool) -> "RemoteImages":
     if "" in entries:
         raise DataError(f"the image folder '{remote}' is a file, not a folder.\n  Fix: correct root.")
     images, folders = _below(remote.url, entries)
-    if not labelled:
+    if labelled is False:
         return RemoteImages(remote, mode, unlabelled(remote.url, PackedIds(images)), entries)
     loose = [name for name in images if "/" not in name]
     classes: dict[str, list[str]] = {folder: [] for folder in sorted(folders)}
     for name in images[len(loose) :]:
         classes[name.partition("/")[0]].append(name)
-    listing = by_class(remote.url, loose, list(classes), [PackedIds(names) for names in classes.values()])
+    listing = by_class(remote.url, loose, list(classes), [PackedIds(names) for names in classes.values()], labelled)
     return RemoteImages(remote, mode, listing, entries)
 
 

@@ -66,7 +66,7 @@ class _Part(NamedTuple):
     text_of: Unsigned
 
 
-def samples_of(shards: Sequence[Shard], labelled: bool) -> Samples:
+def samples_of(shards: Sequence[Shard], labelled: bool | None) -> Samples:
     """Find all samples, several shards at a time.
 
     Raises DataError for a shard or a member that cannot be used, a sample that is there twice, labels of some only.
@@ -85,7 +85,7 @@ def samples_of(shards: Sequence[Shard], labelled: bool) -> Samples:
         [part.state for part in parts],
         stops,
         PackedIds.joined([part.ids for part in parts]),
-        _labels(shards, parts) if labelled else np.full(stops[-1], UNLABELLED, np.int64),
+        np.full(stops[-1], UNLABELLED, np.int64) if labelled is False else _labels(shards, parts, bool(labelled)),
         Places(*map(np.concatenate, zip(*(part.places for part in parts), strict=True))),
     )
 
@@ -115,10 +115,15 @@ def _require_unique(shards: Sequence[Shard], parts: Sequence[_Part]) -> None:
             seen[key] = shard
 
 
-def _labels(shards: Sequence[Shard], parts: Sequence[_Part]) -> Labels:
-    """Read the labels of samples; without any, none has one."""
+def _labels(shards: Sequence[Shard], parts: Sequence[_Part], required: bool) -> Labels:
+    """Read the labels of samples; without any none has one, or DataError is raised if they are `required`."""
     table = LabelTable(sum(len(part.ids) for part in parts))
     if all(text is None for part in parts for text in part.texts):
+        if required:
+            raise DataError(
+                f"no sample of '{shards[0]}' or the other shards has a label ('{LABEL}'), and the data set is "
+                "labelled: true.\n  Fix: give every sample one, or set labelled: false."
+            )
         return table.values
     read: dict[bytes, Labels] = {}
     number = 0

@@ -32,13 +32,14 @@ class WebDataset(Component):
 
     Members that share their path up to the first dot of the file's name are a sample, and that path is its id: an
     image, told by its extension, and a label, `cls`: the index of a class, or a list of 1, 0 and -1 (unknown) for each.
-    With `labelled: false` labels are left alone. `num_classes`: by default one more than the largest label.
+    With `labelled: false` labels are left alone; with `labelled: true` there must be some; by default there may be.
+    `num_classes`: by default one more than the largest label.
     """
 
     kind: Literal["webdataset"] = "webdataset"
     shards: str | tuple[str, ...]
     mode: Mode = "RGB"
-    labelled: bool = True
+    labelled: bool | None = None
     num_classes: Count | None = None
     decoder: Literal["pillow"] = "pillow"
 
