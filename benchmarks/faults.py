@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from logitcache.cache.create import read_manifest
-from logitcache.cache.layout import layout_of
+from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
 from logitcache.console import configure
 from logitcache.errors import CacheError
@@ -94,8 +93,7 @@ def damage(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _noticed(cache: Path) -> bool:
     try:
-        manifest = read_manifest(cache)
-        return bool(verify_cache(cache, manifest, layout_of(manifest)).problems)
+        return bool(verify_cache(open_snapshot(cache)).problems)
     except CacheError:
         return True
 

@@ -31,13 +31,14 @@ import zarr
 from numpy.typing import NDArray
 
 from logitcache.cache.arrays import ArrayLayout, seal
-from logitcache.cache.create import read_manifest
 from logitcache.cache.decoded import SharedShards
 from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.rows import PackedRows, num_kept
 from logitcache.cache.skeleton import Samples, metadata_files
+from logitcache.cache.snapshot import open_snapshot
+from logitcache.cache.store import LocalStore
 from logitcache.cache.writer import CacheWriter
 from logitcache.console import configure
 from logitcache.versions import versions
@@ -128,7 +129,7 @@ def made(array: ArrayLayout, count: int, generator: np.random.Generator) -> NDAr
 def filled(path: Path, logits: dict[str, Any], num_images: int, num_classes: int = 1000) -> Cache:
     """Make a cache of one view."""
     layout, generator = skeleton(path, logits, num_images, 1, num_classes), np.random.default_rng(0)
-    writer, rows = CacheWriter(path, layout), {}
+    writer, rows = CacheWriter(LocalStore(path), layout), {}
     for shard in layout.shards():
         if len(rows.get(layout.arrays[0].name, ())) != shard.stop - shard.start:
             rows = {array.name: made(array, shard.stop - shard.start, generator) for array in layout.arrays}
@@ -300,11 +301,10 @@ def forget(paths: list[Path]) -> None:
 
 def cold_row(name: str, cache: Path, folder: Path, rounds: int) -> Row:
     """Compare first batches of files that the system does not have in memory; by the clock."""
-    manifest = read_manifest(cache)
     ratios, mine = [], []
     for number in range(rounds):
         forget([*cache.rglob("c.*"), *folder.iterdir()])
-        [keys] = batches(opened := Cache(cache, manifest), 1000 + number, 1)
+        [keys] = batches(opened := Cache(open_snapshot(cache)), 1000 + number, 1)
         opened._stored._compared.add(0)  # the comparison would read every byte
         opened._stored.places([ViewKey(0, 0)])
         maps, place = memmaps(opened, folder), np.array([key.index for key in keys])
@@ -329,7 +329,7 @@ def sparse(path: Path) -> Path:
         for shard in layout.shards():
             records = []
             for array in group.arrays:
-                size = array.hot_bytes(shard.stop - shard.start) if array.storage == "hot" else 400
+                size = array.hot_bytes(shard.stop - shard.start) if array.storage == "hot" else array.hot_bytes(0) + 400
                 if size not in digests:
                     digests[size] = hashlib.sha256(bytes(size)).digest()
                 with open(path / array.file(shard), "wb") as file:
@@ -358,7 +358,7 @@ def packed_row(folder: Path, num_images: int, rounds: int) -> Row:
     pipeline = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"} if name == "zarrs" else {}
 
     def ours() -> None:
-        PackedRows(cache.path, array, num_kept(array), SharedShards(memory, 1 << 40)).take(places)
+        PackedRows(cache.snapshot.array(array), num_kept(array), SharedShards(memory, 1 << 40)).take(places)
 
     def theirs() -> None:
         with zarr.config.set(pipeline):

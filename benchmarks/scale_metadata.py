@@ -32,14 +32,16 @@ from scale import TOP10, WITHIN, conclude, off
 from scale_model import LABELS_BYTES, SKELETON_BYTES
 
 from logitcache.cache.arrays import ArrayLayout, Shard, seal
-from logitcache.cache.create import read_manifest
 from logitcache.cache.encodings.packed_top_k import PackedTopK
-from logitcache.cache.growth import begin_growth, finish_growth, forget_growth
+from logitcache.cache.growth import begin_growth, forget_growth
 from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.reached import finish_growth
 from logitcache.cache.reader import Cache
 from logitcache.cache.skeleton import metadata_files, read_labels, require_sound_skeleton
-from logitcache.cache.verify import committed_shards, verify_cache
+from logitcache.cache.snapshot import open_snapshot, read_manifest
+from logitcache.cache.store import LocalStore
+from logitcache.cache.verify import verify_cache
 from logitcache.cache.writer import ShardEncoder
 from logitcache.console import configure
 from logitcache.report.costs import StoreCost, skeleton_sizes, store_cost
@@ -171,42 +173,47 @@ def simulated(root: Path, images: int, views: int) -> Shards:
     return shards
 
 
+def manifest_at(root: Path) -> Manifest:
+    """Read the manifest of a cache."""
+    return read_manifest(LocalStore(root))
+
+
 def list_shards(root: Path) -> int:
     """Open a cache, but for the check of its skeleton; returns how many shards are committed."""
-    return len(Cache(root, read_manifest(root)).shards)
+    return len(Cache(open_snapshot(root)).shards)
 
 
 def check_skeleton(root: Path) -> None:
     """Compare all but the shards with the manifest, as each opening does."""
-    require_sound_skeleton(root, read_manifest(root))
+    require_sound_skeleton(LocalStore(root), manifest_at(root))
 
 
 def keep_labels(root: Path) -> int:
     """Read the labels as a student does."""
-    return len(read_labels(root, read_manifest(root)))
+    return len(read_labels(LocalStore(root), manifest_at(root)))
 
 
 def compare(root: Path) -> None:
     """Compare every shard with its record, as before training; what was compared before is remembered."""
-    Cache(root, read_manifest(root)).require_intact()
+    Cache(open_snapshot(root)).require_intact()
 
 
 def verify(root: Path) -> int:
     """Read every byte again; returns how many problems there are."""
-    manifest = read_manifest(root)
-    return len(verify_cache(root, manifest, layout_of(manifest)).problems)
+    return len(verify_cache(open_snapshot(root)).problems)
 
 
 def resume(root: Path) -> int:
     """List what is to do; returns how many shards are."""
-    layout = layout_of(read_manifest(root))
-    done = set(committed_shards(root, layout))
-    return sum(shard not in done for shard in layout.shards())
+    snapshot = open_snapshot(root)
+    done = set(snapshot.shards)
+    return sum(shard not in done for shard in snapshot.layout.shards())
 
 
 def grow(root: Path) -> None:
     """Let the root describe one view more, the shards of which are there."""
-    finish_growth(root, more(read_manifest(root)))
+    snapshot = open_snapshot(root)
+    finish_growth(snapshot.of(more(snapshot.manifest)))
 
 
 def more(manifest: Manifest) -> Manifest:
@@ -224,7 +231,7 @@ def counted(root: Path) -> tuple[int, int]:
 def cache_rows(root: Path, images: int, views: int) -> Iterator[Row]:
     """Simulate a cache, then open it, compare it, resume it, add a view and verify it."""
     shards, name = simulated(root, images, views), f"{images * views:.1e} row-views"
-    manifest = read_manifest(root)
+    manifest = manifest_at(root)
     layout = layout_of(manifest)
     listed = took(list_shards, root)
     yield Row(f"{name}: shards listed, off", abs(listed.value - layout.num_shards), 0, "", True, f"{listed}")
@@ -258,12 +265,12 @@ def _stored_rows(root: Path, name: str, shards: Shards, manifest: Manifest) -> I
 
 def _growth_rows(root: Path, name: str, shards: Shards, manifest: Manifest) -> Iterator[Row]:
     goal, before = more(manifest), counted(root)[0]
-    begin_growth(root, goal, {})
+    begin_growth(LocalStore(root), goal, {})
     for shard in layout_of(goal).shards():
         if shard.view == manifest.views.num_views:
             shards.write(shard)
     grown = took(grow, root)
-    forget_growth(root, goal)
+    forget_growth(LocalStore(root), goal)
     wanted = model(shards, goal).files - model(shards, manifest).files
     yield Row(f"{name}: files of one more view, off", abs(counted(root)[0] - before - wanted), 0, "", True, f"{grown}")
 

@@ -25,6 +25,7 @@ from read import DENSE, TOP10, Row, made, skeleton
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
+from logitcache.cache.store import LocalStore
 from logitcache.cache.writer import CacheWriter
 from logitcache.console import configure
 from logitcache.models import Classifier, Preprocessing
@@ -155,7 +156,7 @@ def writer_row(num_images: int, folder: Path) -> Row:
     shards, generator = list(layout.shards()), np.random.default_rng(0)
     [array] = layout.arrays
     values = made(array, array.shard_rows, generator)
-    writer, started = CacheWriter(path, layout), time.perf_counter()
+    writer, started = CacheWriter(LocalStore(path), layout), time.perf_counter()
     for shard in shards:
         writer.submit(shard, {array.name: values[: shard.stop - shard.start]})
     writer.flush()

@@ -89,13 +89,13 @@ def test_a_cache_of_more_images_has_holes_for_their_labels(
     metadata = scripts["scale_metadata"]
     monkeypatch.setattr(metadata, "MOST_IMAGES", 500)
     shards = metadata.simulated(tmp_path / "c.zarr", IMAGES, VIEWS)
-    store = metadata.model(shards, metadata.read_manifest(tmp_path / "c.zarr"))
+    store = metadata.model(shards, metadata.manifest_at(tmp_path / "c.zarr"))
     assert metadata.counted(tmp_path / "c.zarr") == (store.files, pytest.approx(store.bytes, rel=0.01))
 
 
 def test_steps_of_a_simulated_cache_find_what_there_is(scripts: dict[str, ModuleType], simulated: Path) -> None:
     metadata = scripts["scale_metadata"]
-    layout = layout_of(metadata.read_manifest(simulated))
+    layout = layout_of(metadata.manifest_at(simulated))
     assert metadata.list_shards(simulated) == layout.num_shards
     assert metadata.verify(simulated) == 0
     (simulated / layout.groups[0].record_file(layout.shard(1, 0))).unlink()

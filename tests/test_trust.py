@@ -12,7 +12,7 @@ import yaml
 from pydantic import TypeAdapter
 
 from logitcache import trust
-from logitcache.cache.create import read_manifest
+from logitcache.cache.snapshot import open_snapshot
 from logitcache.cli import main
 from logitcache.models import Model
 from logitcache.views.datasets import Dataset
@@ -65,7 +65,7 @@ def from_elsewhere(cache: Path, dataset: dict[str, Any] | None = None, model: ob
             manifest["teachers"]["t"]["model"] = model
 
     forge(cache, change)
-    return read_manifest(cache).digest()
+    return open_snapshot(cache).identity
 
 
 def student(cache: Path, out: Path, **changes: Any) -> Path:

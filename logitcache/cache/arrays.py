@@ -115,20 +115,32 @@ class ArrayLayout:
         index = self.shard_rows // self.inner_rows * INDEX_ENTRY_BYTES + INDEX_CHECKSUM_BYTES
         return inner_chunks * self.inner_rows * self.row_bytes + index
 
+    def stored_bounds(self, rows: int) -> tuple[int, int]:
+        """Return the least and the most stored bytes of a shard of `rows` rows: zstd expands by a 256th at most."""
+        full = self.hot_bytes(rows)
+        if self.storage == "hot":
+            return full, full
+        chunks = -(-rows // self.inner_rows)
+        return self.hot_bytes(0), full + full // 256 + 512 * chunks
+
     def file(self, shard: Shard) -> str:
         """Return the key of a shard's bytes in the store."""
-        return f"{self.name}/c.{shard.view}.{self._number(shard)}" + ".0" * len(self.row_shape)
+        return f"{self.name}/c.{shard.view}.{self._place(shard)}" + ".0" * len(self.row_shape)
 
     def record_file(self, shard: Shard) -> str:
         """Return the key of the commit records of a shard in the store: its own, among those of its group's arrays."""
-        return f"{self.group}{COMMITS}/{record_name(shard.view, self._number(shard))}"
+        return f"{self.group}{COMMITS}/{record_name(shard.view, self._place(shard))}"
 
     def record_in(self, records: bytes) -> bytes:
         """Return its own record among those of its group's arrays; what there is of it, where they are cut short."""
         start = self.position * RECORD_BYTES
         return records[start : start + RECORD_BYTES]
 
-    def _number(self, shard: Shard) -> int:
+    def number_of(self, shard: Shard) -> int:
+        """Return the number of a shard among those of all views."""
+        return shard.view * -(-self.num_images // self.shard_rows) + self._place(shard)
+
+    def _place(self, shard: Shard) -> int:
         return shard.start // (self.shard_rows * self.images_per_row)
 
     def zarr_options(self) -> dict[str, Any]:

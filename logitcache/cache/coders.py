@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from logitcache.cache.encodings import Coder, FittedFeature, Tables
 from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import LOGITS, Manifest
 from logitcache.cache.skeleton import read_tables
+from logitcache.cache.store import Store
 from logitcache.logits import NO_LOGITS, Logits
 from logitcache.targets import Targets
 
@@ -28,8 +28,8 @@ class Coders:
     `tables`, by array name, are those that are not written yet.
     """
 
-    def __init__(self, root: Path, manifest: Manifest, layout: Layout, tables: Tables | None = None) -> None:
-        self._root, self._manifest, self._layout, self._unwritten = root, manifest, layout, tables or {}
+    def __init__(self, store: Store, manifest: Manifest, layout: Layout, tables: Tables | None = None) -> None:
+        self._store, self._manifest, self._layout, self._unwritten = store, manifest, layout, tables or {}
 
     def targets(self, rows: Rows) -> dict[str, Targets]:
         """Decode rows [B, ...] of all arrays into targets by teacher; what is not float32 stays compact."""
@@ -85,7 +85,7 @@ class Coders:
     def _tables(self, group: ArrayGroup) -> Tables:
         if all(table.name in self._unwritten for table in group.tables):
             return {table.suffix: self._unwritten[table.name] for table in group.tables}
-        return read_tables(self._root, group)
+        return read_tables(self._store, group)
 
 
 def _tensors(group: ArrayGroup, rows: Rows) -> dict[str, Tensor]:

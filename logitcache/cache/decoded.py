@@ -29,6 +29,9 @@ VARIABLE = "LOGITCACHE_SHARED_MEMORY"
 
 MEMORY = Path("/dev/shm")
 
+_COMPARED = b"compared\n"
+"""Earlier releases shared shards that they had not compared, under names without this."""
+
 Decode = Callable[[], NDArray[Any]]
 
 
@@ -150,8 +153,8 @@ def _leave(folder: Path, process: int) -> None:
 
 
 def name_of(*parts: bytes) -> str:
-    """Return the name of what was decoded from these bytes."""
-    digest = hashlib.sha256()
+    """Return the name of what was decoded from bytes that these decide, and that were compared with them."""
+    digest = hashlib.sha256(_COMPARED)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

@@ -3,14 +3,12 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 
-from logitcache.cache.copies import place_of
 from logitcache.cache.encodings import Encoding
-from logitcache.cache.manifest import Digest, Manifest, TeacherEntry, TeacherName, parse_manifest
+from logitcache.cache.manifest import Digest, Manifest, TeacherEntry, TeacherName
 from logitcache.errors import CacheError, MismatchError
 from logitcache.models import Preprocessing
 from logitcache.recipe import Component, Positive
@@ -77,12 +75,12 @@ def network_of(name: str, entry: TeacherEntry) -> JsonValue:
     return network_of(name, entry.model_copy(update={"model": inner.model}))
 
 
-def require_not_derived(manifest: Manifest, path: Path) -> None:
+def require_not_derived(manifest: Manifest, where: str) -> None:
     """Raise MismatchError for a cache that no teacher filled, which none may add to."""
     derived = list(_derived(manifest))
     if derived:
         raise MismatchError(
-            f"{place_of(path)} was derived from another cache ({', '.join(derived)}): a teacher's own answers are "
+            f"{where} was derived from another cache ({', '.join(derived)}): a teacher's own answers are "
             "no part of it. Fix: let precompute add to the source, then derive again to another path; `logitcache "
             "derive` with the recipe that made it continues and mends it"
         )
@@ -93,12 +91,11 @@ def is_derived(manifest: Manifest) -> bool:
     return any(_derived(manifest))
 
 
-def fix_of_damage(root: Path) -> str:
-    """Return what writes the bytes that the cache at `root` lacks: the command that its manifest says has made it."""
+def fix_of_damage(manifest: Manifest) -> str:
+    """Return what writes the bytes that a cache lacks: the command that its manifest says has made it."""
     try:
-        attributes = json.loads((root / "zarr.json").read_bytes())["attributes"]
-        command = "derive" if is_derived(parse_manifest(attributes, str(root))) else "precompute"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # the manifest is damaged as well
+        command = "derive" if is_derived(manifest) else "precompute"
+    except CacheError:  # it does not say how it was derived
         return "Fix: run the command that made it again, which writes just what is missing or damaged"
     return f"Fix: run the same `logitcache {command}` command again, which writes just what is missing or damaged"
 

@@ -1,10 +1,9 @@
 """Read a shard from storage: whole, and as its commit record says."""
 
 import hashlib
-from collections.abc import Callable
 
 from logitcache.cache.arrays import StoredShard
-from logitcache.cache.place import wrong_digest, wrong_size
+from logitcache.cache.compared import wrong_digest, wrong_size
 from logitcache.errors import CacheError, RemoteError
 from logitcache.remote import PART, Remote
 
@@ -12,17 +11,14 @@ UNUSUAL = 256 << 20
 """Bytes from which on a record is not believed before the storage says the same: a damaged one may say anything."""
 
 
-def fetched(
-    remote: Remote, part: StoredShard, renewed: Callable[[StoredShard], StoredShard]
-) -> tuple[StoredShard, bytes]:
-    """Return a shard with its record, and its bytes; what differs is read once more, with the record that is `renewed`.
+def fetched(remote: Remote, part: StoredShard) -> bytes:
+    """Read a shard from storage; bytes that differ from its record are read once more.
 
-    Raises CacheError where the storage has other bytes.
+    Raises CacheError if the storage has other bytes: it is damaged, or another cache has taken its place.
     """
     reason: str | None = None
-    for attempt in range(2):
+    for _ in range(2):
         try:
-            part = renewed(part) if attempt else part
             data = _read(remote, part)
         except FileNotFoundError:
             reason = f"{part.name} is not there ({remote}/{part.key})"
@@ -33,10 +29,10 @@ def fetched(
         else:
             reason = wrong_digest(part, hashlib.sha256(data).digest(), str(remote))
             if reason is None:
-                return part, data
+                return data
     raise CacheError(
-        f"{remote} is damaged: {reason}.\n"
-        f"  Fix: `logitcache verify {remote} --repair RECIPE`, which writes just what is damaged again"
+        f"{remote} is damaged: {reason}, or it has changed since it was opened.\n"
+        f"  Fix: open it again; `logitcache verify {remote} --repair RECIPE` writes just what is damaged again"
     )
 
 

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.cache.arrays import SHARD_NAME, ArrayGroup
-from logitcache.cache.copies import place_of
-from logitcache.cache.create import read_manifest
 from logitcache.cache.growth import read_growth
 from logitcache.cache.layout import Layout, layout_of
-from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest
-from logitcache.cache.place import Place
 from logitcache.cache.sharing import alone, preparing, try_creating
 from logitcache.cache.skeleton import GROWING, ROOT
+from logitcache.cache.snapshot import locate, read_manifest
+from logitcache.cache.store import Store
 from logitcache.errors import CacheError
 from logitcache.files import LEFTOVER
 
@@ -40,27 +38,26 @@ def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False
     `dry_run` only lists. Raises CacheError where a run of this machine writes to it, and where there is no cache
     and no beginning of one.
     """
-    root = locate(location)
-    place = place_of(root)
+    store = locate(location)
     with ExitStack() as held:
-        beside = held.enter_context(try_creating(root))
+        beside = held.enter_context(try_creating(store))
         found = [] if beside is None else [_beside(beside)]
-        if not found or (root / ROOT).exists():
-            manifest = read_manifest(root)
-            held.enter_context(preparing(root))
-            if not alone(root):
-                raise CacheError(f"{place} is being written by a run. Fix: wait for it, or stop it")
-            files = place.files()
-            inside = [*_unneeded(root, files, manifest, growth)]
-            found += [Garbage(f"{place}/{key}", why, _bytes(files, key)) for key, why in inside]
+        if not found or (store.path / ROOT).exists():
+            manifest = read_manifest(store)
+            held.enter_context(preparing(store))
+            if not alone(store):
+                raise CacheError(f"{store} is being written by a run. Fix: wait for it, or stop it")
+            files = store.sizes()
+            inside = [*_unneeded(store, files, manifest, growth)]
+            found += [Garbage(f"{store}/{key}", why, _bytes(files, key)) for key, why in inside]
             for key in () if dry_run else (key for key, _ in inside):
-                _remove(root, place, files, key)
+                _remove(store, files, key)
         if beside is not None and not dry_run:
             _remove_tree(beside)
     return found
 
 
-def _unneeded(root: Path, files: Mapping[str, int], manifest: Manifest, growth: bool) -> Iterator[tuple[str, str]]:
+def _unneeded(store: Store, files: Mapping[str, int], manifest: Manifest, growth: bool) -> Iterator[tuple[str, str]]:
     """Yield the keys of files and folders that nothing needs, with the reason."""
     for key in files:
         if key.endswith(LEFTOVER):
@@ -68,7 +65,7 @@ def _unneeded(root: Path, files: Mapping[str, int], manifest: Manifest, growth: 
     whole = layout_of(manifest)
     begun, goal = whole, None
     try:
-        goal = read_growth(root, manifest)
+        goal = read_growth(store, manifest)
         begun = layout_of(goal)
     except CacheError:
         if not growth:
@@ -78,7 +75,7 @@ def _unneeded(root: Path, files: Mapping[str, int], manifest: Manifest, growth: 
     for group in kept.groups:
         yield from _chunks(files, kept, group)
     folders = {key.partition("/")[0] for key in files if "/" in key}
-    folders |= {file.name for file in root.iterdir() if file.is_dir()}  # with nothing in them yet
+    folders |= {file.name for file in store.path.iterdir() if file.is_dir()}  # with nothing in them yet
     for group in begun.groups:
         # The records first: a shard without one is nothing.
         parts = (group.commits, *(array.name for array in group.arrays), *(table.name for table in group.tables))
@@ -130,10 +127,10 @@ def _beside(path: Path) -> Garbage:
     return Garbage(str(path), "a cache that was never finished being created", size)
 
 
-def _remove(root: Path, place: Place, files: Mapping[str, int], key: str) -> None:
-    place.remove(_below(files, key))
-    if (root / key).is_dir():
-        _remove_tree(root / key)
+def _remove(store: Store, files: Mapping[str, int], key: str) -> None:
+    store.remove(_below(files, key))
+    if (store.path / key).is_dir():
+        _remove_tree(store.path / key)
 
 
 def _remove_tree(path: Path) -> None:

@@ -3,22 +3,18 @@
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.arrays import ArrayLayout, Shard, StoredShard
-from logitcache.cache.copies import place_of
+from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, StoredShard
 from logitcache.cache.decoded import shared_shards
-from logitcache.cache.derivation import fix_of_damage
-from logitcache.cache.layout import Layout
 from logitcache.cache.mapping import MappedRows
 from logitcache.cache.room import SIZE, TRIES
 from logitcache.cache.rows import PackedRows, RowSource, columns_of, num_kept
+from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import require_intact, row_shards
 from logitcache.errors import CacheError
 from logitcache.views.keys import ViewKey
@@ -32,16 +28,15 @@ class StoredRows:
     it is no longer mapped.
     """
 
-    def __init__(self, root: Path, layout: Layout, shards: Sequence[Shard]) -> None:
-        self._root, self._layout, self._committed = root, layout, shards
-        self._place = place_of(root)
-        self._is_complete = len(shards) == layout.num_shards
-        self._padded = layout.shards_per_view * layout.shard_rows
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot, self._layout, self._store = snapshot, snapshot.layout, snapshot.store
+        self._is_complete = snapshot.complete
+        self._padded = self._layout.shards_per_view * self._layout.shard_rows
         self._compared: set[int] = set()
         self._prepared: dict[int, None] = {}  # in order
         self._is_prepared = False
         # Rows are not gathered from what is being unmapped.
-        self._using: AbstractContextManager[object] = nullcontext() if self._place.is_here else threading.RLock()
+        self._using: AbstractContextManager[object] = nullcontext() if self._store.is_local else threading.RLock()
 
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, NDArray[Any]]:
         """Gather the rows of keys of the arrays of all targets by array name, [B, *row_shape] each."""
@@ -79,14 +74,14 @@ class StoredRows:
     def compare(self, views: set[int] | None = None) -> None:
         """Raise CacheError naming the damaged shards of some views, or of all, that were not compared before."""
         new = (self._shards.keys() if views is None else views) - self._compared
-        require_intact(self._root, self._brought, self._of_views(sorted(new)))
+        require_intact(self._snapshot, self._brought, self._of_views(sorted(new)))
         self._compared |= new
 
     def _prepare(self, wanted: set[int]) -> None:
         views = wanted - self._prepared.keys()
         if not views:
             return
-        if not self._place.is_here:
+        if not self._store.is_local:
             self._forget_others(wanted, len(views))
         for attempt in range(1, TRIES + 1):
             self.compare(views)
@@ -96,15 +91,15 @@ class StoredRows:
                         source.prepare(view)
                 break
             except CacheError:
-                if self._place.is_here or attempt == TRIES:
+                if self._store.is_local or attempt == TRIES:
                     raise
                 self._compared -= views
         self._prepared |= dict.fromkeys(sorted(views))
-        self._is_prepared = self._place.is_here and len(self._prepared) == self._layout.num_views
-        if not self._place.is_here:
+        self._is_prepared = self._store.is_local and len(self._prepared) == self._layout.num_views
+        if not self._store.is_local:
             first, count = max(wanted) + 1, self._layout.num_views
             following = dict.fromkeys(view % count for view in range(first, first + len(wanted)))
-            self._place.ahead(self._parts(following.keys() - self._prepared.keys()))
+            self._store.prefetch(self._parts(following.keys() - self._prepared.keys()))
 
     def _forget_others(self, wanted: set[int], num_new: int) -> None:
         """Let go of the views that were prepared first, until there is room for new ones."""
@@ -119,34 +114,34 @@ class StoredRows:
     @cached_property
     def _num_mapped(self) -> int:
         """How many views are mapped at a time, of a cache elsewhere."""
-        return max(1, (self._place.limit or 0) // (2 * max(1, self._bytes(self._brought))))
+        return max(1, (self._store.limit or 0) // (2 * max(1, self._bytes(self._brought))))
 
     @cached_property
-    def _brought(self) -> Layout:
+    def _brought(self) -> Sequence[ArrayGroup]:
         """What is brought of a view before it is read: all, or where the next has no room beside it, the hot arrays.
 
         Packed shards are then brought as they are read. Raises CacheError where there is no room for hot ones either.
         """
-        limit, num_views = self._place.limit, min(2, self._layout.num_views)
-        if limit is None or num_views * self._bytes(self._layout) <= limit:
-            return self._layout
-        hot = tuple(group for group in self._layout.targets if any(row.storage == "hot" for row in group.rows))
-        layout = replace(self._layout, targets=hot, views=None)
-        needed = num_views * self._bytes(layout)
+        limit, num_views = self._store.limit, min(2, self._layout.num_views)
+        if limit is None or num_views * self._bytes(self._layout.groups) <= limit:
+            return self._layout.groups
+        hot = [group for group in self._layout.targets if any(row.storage == "hot" for row in group.rows)]
+        needed = num_views * self._bytes(hot)
         if needed > limit:
             raise CacheError(
-                f"a view of {self._place} takes {needed // num_views} bytes, the next is brought while one is read, "
+                f"a view of {self._store} takes {needed // num_views} bytes, the next is brought while one is read, "
                 f"and copies may hold {limit}. Fix: {SIZE}={needed} or more, or losses that ask for fewer targets"
             )
-        return layout
+        return hot
 
-    def _bytes(self, layout: Layout) -> int:
+    def _bytes(self, groups: Sequence[ArrayGroup]) -> int:
         """Stored bytes of a view, by those of the first."""
         first = next(iter(self._shards), None)
-        return 0 if first is None else sum(part.size for part in row_shards(self._root, layout, self._shards[first]))
+        parts = () if first is None else row_shards(self._snapshot, groups, self._shards[first])
+        return sum(part.size for part in parts)
 
     def _parts(self, views: Iterable[int]) -> list[StoredShard]:
-        return row_shards(self._root, self._brought, self._of_views(views))
+        return row_shards(self._snapshot, self._brought, self._of_views(views))
 
     def _of_views(self, views: Iterable[int]) -> list[Shard]:
         return [shard for view in views for shard in self._shards.get(view, ())]
@@ -155,7 +150,7 @@ class StoredRows:
     def _shards(self) -> dict[int, list[Shard]]:
         """The shards of each view."""
         shards: dict[int, list[Shard]] = {}
-        for shard in self._committed:
+        for shard in self._snapshot.shards:
             shards.setdefault(shard.view, []).append(shard)
         return shards
 
@@ -164,7 +159,7 @@ class StoredRows:
         for view, index in zip(views.tolist(), indices.tolist(), strict=True):
             if self._layout.shard(view, index // self._layout.shard_rows) not in self._shards.get(view, ()):
                 raise CacheError(
-                    f"{self._place}: view {view} of image {index} is not committed yet. {fix_of_damage(self._root)}"
+                    f"{self._store}: view {view} of image {index} is not committed yet. {self._snapshot.fix}"
                 )
 
     @cached_property
@@ -173,7 +168,7 @@ class StoredRows:
 
         def source(array: ArrayLayout) -> RowSource:
             if array.storage == "hot":
-                return MappedRows(self._root, array, self._committed)
-            return PackedRows(self._root, array, num_kept(array), shared)
+                return MappedRows(self._snapshot.array(array), self._snapshot.shards)
+            return PackedRows(self._snapshot.array(array), num_kept(array), shared)
 
         return {array.name: source(array) for group in self._layout.targets for array in group.rows}

@@ -6,21 +6,20 @@ arrays' metadata and then, in one atomic step, the root describe the grown cache
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from logitcache.cache.copies import place_of
 from logitcache.cache.differences import extends, is_more
 from logitcache.cache.layout import layout_of, require_possible
 from logitcache.cache.manifest import Manifest, TeacherEntry, TeacherName
-from logitcache.cache.reached import with_errors
 from logitcache.cache.sharing import explained
-from logitcache.cache.skeleton import GROWING, ROOT, metadata_files
+from logitcache.cache.skeleton import GROWING
+from logitcache.cache.store import Store
 from logitcache.errors import CacheError
 from logitcache.files import sync_directory
 from logitcache.recipe import Component, Count
+from logitcache.safe_files import parse_json
 
 
 class Growth(Component):
@@ -55,45 +54,46 @@ def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
     ).applied(recorded)
 
 
-def read_growth(root: Path, recorded: Manifest) -> Manifest:
+def read_growth(store: Store, recorded: Manifest) -> Manifest:
     """Return what a cache is growing to; what is recorded if it is not growing.
 
     A note that does not extend what is recorded is none: storage may apply a write that was retried once more, after
     the growth is finished and its note removed.
     """
-    file = root / GROWING
+    where = f"{store}/{GROWING}"
     try:
-        growth = Growth.model_validate_json(file.read_bytes())
+        data = store.read(GROWING)
     except FileNotFoundError:
         return recorded
-    except OSError as error:
-        raise CacheError(f"{file} cannot be read: {error.strerror}. Fix: make it readable") from error
-    except (ValidationError, RecursionError) as error:
+    try:
+        parse_json(data)
+        growth = Growth.model_validate_json(data)
+    except ValueError as error:
         raise CacheError(
-            f"{file} is damaged: it does not say what the cache was growing to. Fix: give this growth up "
-            f"(`logitcache gc {place_of(root)} --growth`), then run precompute again"
+            f"{where} is damaged: it does not say what the cache was growing to. Fix: give this growth up "
+            f"(`logitcache gc {store} --growth`), then run precompute again"
         ) from error
     manifest = growth.applied(recorded)
     if not (is_more(manifest, recorded) and extends(manifest, recorded)):
         return recorded
-    require_possible(manifest, str(file))
+    require_possible(manifest, where)
     return manifest
 
 
-def begin_growth(root: Path, goal: Manifest, tables: Mapping[str, bytes]) -> None:
+def begin_growth(store: Store, goal: Manifest, tables: Mapping[str, bytes]) -> None:
     """Note what a cache is growing to, before the first shard of it, and make room for the shards.
 
     The tables of what is new, bytes by key, come first: the note names their digests.
     """
-    place = place_of(root)
+    root = store.path
     for key, values in tables.items():
         with explained(root / key):
             (root / key).parent.mkdir(parents=True, exist_ok=True)
-        place.write(key, values)
+        store.write(key, values)
     growth = Growth(num_views=goal.views.num_views, teachers=goal.teachers, versions=goal.versions)
     data = json.dumps(growth.model_dump(mode="json")).encode()
-    if not _holds(root / GROWING, data):
-        place.write(GROWING, data)
+    if not store.holds(GROWING, data):
+        store.write(GROWING, data)
     for group in layout_of(goal).groups:
         for name in (group.commits, *(array.name for array in group.arrays)):
             with explained(root / name):
@@ -102,28 +102,8 @@ def begin_growth(root: Path, goal: Manifest, tables: Mapping[str, bytes]) -> Non
         sync_directory(root)
 
 
-def finish_growth(root: Path, goal: Manifest) -> None:
-    """Let the root describe the grown cache, all shards of which are committed, with the errors over all rows."""
-    files = metadata_files(goal)
-    _update(root, {key: data for key, data in files.items() if key != ROOT})
-    _update(root, {ROOT: metadata_files(with_errors(root, goal))[ROOT]})
-
-
-def _update(root: Path, files: Mapping[str, bytes]) -> None:
-    for key, data in files.items():
-        if not _holds(root / key, data):
-            place_of(root).write(key, data)
-
-
-def forget_growth(root: Path, recorded: Manifest) -> None:
+def forget_growth(store: Store, recorded: Manifest) -> None:
     """Remove the note of a growth that the root describes already; another run may have begun to add even more."""
-    if (root / GROWING).exists() and read_growth(root, recorded) == recorded:
-        with explained(root / GROWING):
-            place_of(root).remove([GROWING])
-
-
-def _holds(file: Path, data: bytes) -> bool:
-    try:
-        return file.read_bytes() == data
-    except OSError:
-        return False
+    if store.exists(GROWING) and read_growth(store, recorded) == recorded:
+        with explained(store.path / GROWING):
+            store.remove([GROWING])

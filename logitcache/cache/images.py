@@ -1,11 +1,10 @@
 """The images that a cache was made from: found where they are now, and proved to be the same."""
 
 from collections.abc import Collection
-from pathlib import Path
 
-from logitcache.cache.copies import place_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import read_digests
+from logitcache.cache.store import Store
 from logitcache.errors import DataError, MismatchError, RecipeError, RefusedError
 from logitcache.trust import require_grant
 from logitcache.views.datasets import (
@@ -61,8 +60,8 @@ def _opened(recorded: Dataset, num_images: int) -> ImageDataset:
     return recorded.open(num_images) if isinstance(recorded, ImageFolder) else recorded.open()
 
 
-def require_same_images(root: Path, manifest: Manifest, dataset: ImageDataset) -> None:
+def require_same_images(store: Store, manifest: Manifest, dataset: ImageDataset) -> None:
     """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
     if fingerprint(dataset) != manifest.fingerprint:
-        difference = explain_difference(manifest.fingerprint, read_digests(root, manifest), dataset)
-        raise MismatchError(f"{place_of(root)} was made from other images:\n{difference}")
+        difference = explain_difference(manifest.fingerprint, read_digests(store, manifest), dataset)
+        raise MismatchError(f"{store} was made from other images:\n{difference}")

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import dask.array as da
@@ -10,21 +9,22 @@ import numpy as np
 from dask.base import tokenize
 from numpy.typing import NDArray
 
-from logitcache.cache.manifest import LOGITS, Manifest
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.shards import ShardReader
+from logitcache.cache.snapshot import Snapshot
 
 
-def as_dask(root: Path, manifest: Manifest) -> dict[str, dict[str, da.Array]]:
+def as_dask(snapshot: Snapshot) -> dict[str, dict[str, da.Array]]:
     """Return every target by teacher and name, float32 [V, N, ...]; nothing is read yet."""
     return {
-        teacher: {target: _array(root, manifest, teacher, target) for target in targets}
-        for teacher, targets in manifest.targets.items()
+        teacher: {target: _array(snapshot, teacher, target) for target in targets}
+        for teacher, targets in snapshot.manifest.targets.items()
     }
 
 
-def _array(root: Path, manifest: Manifest, teacher: str, target: str) -> da.Array:
-    manifest = manifest.restricted(manifest.views.num_views, {teacher: [target]})
-    reader = _TargetReader(root, manifest, teacher, target)
+def _array(snapshot: Snapshot, teacher: str, target: str) -> da.Array:
+    manifest = snapshot.manifest.restricted(snapshot.manifest.views.num_views, {teacher: [target]})
+    reader = _TargetReader(snapshot.of(manifest), teacher, target)
     layout = reader.shards.layout
     rows = tuple(layout.shard(0, number) for number in range(layout.shards_per_view))
     chunks = ((1,) * layout.num_views, tuple(shard.stop - shard.start for shard in rows), *((n,) for n in reader.shape))
@@ -34,7 +34,7 @@ def _array(root: Path, manifest: Manifest, teacher: str, target: str) -> da.Arra
         chunks=chunks,
         dtype=np.float32,
         meta=np.empty((0,) * len(chunks), np.float32),
-        name=f"{teacher}.{target}-{tokenize(str(root.absolute()), manifest.digest())}",
+        name=f"{teacher}.{target}-{tokenize(str(snapshot.store.path.absolute()), manifest.digest())}",
     )
 
 
@@ -46,8 +46,7 @@ def _decoded(reader: "_TargetReader", block_id: tuple[int, ...]) -> NDArray[np.f
 class _TargetReader:
     """Read one target of whole shards. It can be pickled: each process reads tables and metadata itself."""
 
-    root: Path
-    manifest: Manifest
+    snapshot: Snapshot
     teacher: str
     target: str
 
@@ -60,17 +59,17 @@ class _TargetReader:
         return values
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _TargetReader, (self.root, self.manifest, self.teacher, self.target)
+        return _TargetReader, (self.snapshot, self.teacher, self.target)
 
     @cached_property
     def shards(self) -> ShardReader:
         """The arrays of this target, and of those that it is decoded with."""
-        return ShardReader(self.root, self.manifest)
+        return ShardReader(self.snapshot)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What a row decodes to."""
-        entry = self.manifest.teachers[self.teacher]
+        entry = self.snapshot.manifest.teachers[self.teacher]
         if self.target != LOGITS:
             return entry.stored_features[self.target].shape
         assert entry.num_classes is not None

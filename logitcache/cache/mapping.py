@@ -8,14 +8,13 @@ import resource
 import threading
 import weakref
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.arrays import PAGE, ArrayLayout, Shard
-from logitcache.cache.derivation import fix_of_damage
+from logitcache.cache.stored_array import StoredArray
 from logitcache.errors import CacheError
 
 HUGE_PAGE = 2 << 20
@@ -71,8 +70,9 @@ class MappedRows:
     which a random row finds in a quarter less time. Between shards lie rows that are no memory.
     """
 
-    def __init__(self, root: Path, array: ArrayLayout, shards: Iterable[Shard]) -> None:
-        self._root, self._array = root, array
+    def __init__(self, stored: StoredArray, shards: Iterable[Shard]) -> None:
+        self._stored, self._array = stored, stored.layout
+        array = stored.layout
         assert array.shard_rows * array.row_bytes % PAGE == 0
         num_shards = array.num_views * array.shards_per_view
         self._gap = _rows_to_huge_page(array, num_shards)
@@ -138,15 +138,12 @@ class MappedRows:
 
     def _map_file(self, shard: Shard) -> None:
         """Map a shard; a row past the end of a truncated file would kill the process, so its size is checked before."""
-        array, path, rows = self._array, self._root / self._array.file(shard), shard.stop - shard.start
+        size, expected = self._stored.part(shard).size, self._array.hot_bytes(shard.stop - shard.start)
+        if size != expected:
+            where = f"{self._stored.store}/{self._array.file(shard)}"
+            raise CacheError(f"{where} has {size} bytes, its layout needs {expected}. {self._stored.fix}")
+        descriptor = self._stored.open(shard)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError as error:
-            raise CacheError(f"{path}: {error.strerror}. {fix_of_damage(self._root)}") from error
-        try:
-            size, expected = os.fstat(descriptor).st_size, array.hot_bytes(rows)
-            if size != expected:
-                raise CacheError(f"{path} has {size} bytes, its layout needs {expected}. {fix_of_damage(self._root)}")
             address, needed = self._range(shard)
             _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
             # Reading around a random row would bring in many times what is asked for.

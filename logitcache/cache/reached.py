@@ -1,49 +1,61 @@
 """The errors that encodings reached over all rows, in the manifest of a cache that is whole."""
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from logitcache.cache.arrays import ArrayGroup, Shard
-from logitcache.cache.copies import place_of
-from logitcache.cache.layout import layout_of
 from logitcache.cache.manifest import LOGITS, Manifest
 from logitcache.cache.row_errors import RowErrors, summary
 from logitcache.cache.skeleton import ROOT, metadata_files
+from logitcache.cache.snapshot import Snapshot
+from logitcache.cache.store import Store
 from logitcache.cache.unpack import Unpacker
-from logitcache.cache.verify import bring
 
 
-def errors_of(root: Path, manifest: Manifest, group: ArrayGroup, shards: Iterable[Shard]) -> RowErrors | None:
+def errors_of(snapshot: Snapshot, group: ArrayGroup, shards: Iterable[Shard]) -> RowErrors | None:
     """Add up the errors of some committed shards; None where there are none, or where they are not recorded."""
     if group.errors is None:
         return None
-    unpack, shards = Unpacker(root, group.errors), list(shards)
-    bring(root, group.errors, shards)  # many small ones, several at a time
+    stored, shards = snapshot.array(group.errors), list(shards)
+    stored.ensure(shards)  # many small ones, several at a time
+    unpack = Unpacker(stored)
     found = [unpack(shard)[0] for shard in shards]
-    logits = manifest.teachers[group.teacher].logits
+    logits = snapshot.manifest.teachers[group.teacher].logits
     temperature = logits.temperature_of_errors if group.target == LOGITS and logits is not None else None
     return summary(np.stack(found), temperature) if found else None
 
 
-def with_errors(root: Path, manifest: Manifest) -> Manifest:
+def with_errors(snapshot: Snapshot) -> Manifest:
     """Return the manifest of a cache that is whole with the errors over all rows."""
-    layout = layout_of(manifest)
+    layout, manifest = snapshot.layout, snapshot.manifest
     teachers = dict(manifest.teachers)
     for name, entry in teachers.items():
-        found = {group.target: errors_of(root, manifest, group, layout.shards()) for group in layout.of(name)}
+        found = {group.target: errors_of(snapshot, group, layout.shards()) for group in layout.of(name)}
         errors = {target: value for target, value in found.items() if value is not None}
         teachers[name] = entry.model_copy(update={"errors": errors})
     return manifest.model_copy(update={"teachers": teachers})
 
 
-def note_errors(root: Path, manifest: Manifest) -> None:
+def note_errors(snapshot: Snapshot) -> None:
     """Write the errors over all rows into the root of a cache that is whole, unless they are there."""
     lacking = (
         group
-        for group in layout_of(manifest).targets
-        if group.errors is not None and group.target not in manifest.teachers[group.teacher].errors
+        for group in snapshot.layout.targets
+        if group.errors is not None and group.target not in snapshot.manifest.teachers[group.teacher].errors
     )
     if any(lacking):
-        place_of(root).write(ROOT, metadata_files(with_errors(root, manifest))[ROOT])
+        snapshot.store.write(ROOT, metadata_files(with_errors(snapshot))[ROOT])
+
+
+def finish_growth(grown: Snapshot) -> None:
+    """Let the root describe the grown cache, all shards of which are committed, with the errors over all rows."""
+    files = metadata_files(grown.manifest)
+    _update(grown.store, {key: data for key, data in files.items() if key != ROOT})
+    _update(grown.store, {ROOT: metadata_files(with_errors(grown))[ROOT]})
+
+
+def _update(store: Store, files: Mapping[str, bytes]) -> None:
+    for key, data in files.items():
+        if not store.holds(key, data):
+            store.write(key, data)

@@ -12,21 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.cache.coders import Coders
-from logitcache.cache.copies import place_of
-from logitcache.cache.create import read_manifest
-from logitcache.cache.derivation import fix_of_damage
 from logitcache.cache.gather import StoredRows
 from logitcache.cache.images import open_images, require_same_images
-from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout, layout_of
-from logitcache.cache.locate import locate
+from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout
 from logitcache.cache.locks import require_releases, require_trusted
-from logitcache.cache.manifest import Manifest
-from logitcache.cache.plain import require_plain
 from logitcache.cache.recorded import RecordedRows, require_planned, require_replayable
 from logitcache.cache.rows import shuffle_block
 from logitcache.cache.skeleton import read_canaries, read_labels, require_sound_skeleton
-from logitcache.cache.verify import committed_shards
-from logitcache.errors import CacheError, RecipeError
+from logitcache.cache.snapshot import Snapshot, open_snapshot
+from logitcache.cache.verify import require_committed
+from logitcache.errors import RecipeError
 from logitcache.features import FeatureShape
 from logitcache.logits import LinearLogits
 from logitcache.targets import Targets
@@ -48,15 +43,16 @@ FILES_COMPARED = 1024
 class Cache:
     """Targets of every view of every image, by key. Opening runs no code of the cache and writes nothing to it."""
 
-    def __init__(self, path: Path, manifest: Manifest, identity: str | None = None) -> None:
-        self.path = path  # the folder in which it is read
-        self.location = str(place_of(path))  # the same, or a URL
-        self.manifest = manifest
-        self.identity = identity or manifest.digest()  # of the whole cache, of which this may be a part
-        self.layout: Layout = layout_of(manifest)
-        self.shards = committed_shards(path, self.layout)
-        self._stored = StoredRows(path, self.layout, self.shards)
-        self._coders = Coders(path, manifest, self.layout)
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.path = snapshot.store.path  # the folder in which it is read
+        self.location = str(snapshot.store)  # the same, or a URL
+        self.manifest = snapshot.manifest
+        self.identity = snapshot.identity  # of the whole cache, of which this may be a part
+        self.layout: Layout = snapshot.layout
+        self.shards = snapshot.shards
+        self._stored = StoredRows(snapshot)
+        self._coders = Coders(snapshot.store, self.manifest, self.layout)
 
     @property
     def num_views(self) -> int:
@@ -75,16 +71,16 @@ class Cache:
     @property
     def complete(self) -> bool:
         """Whether every shard is committed."""
-        return len(self.shards) == self.layout.num_shards
+        return self.snapshot.complete
 
     @cached_property
     def labels(self) -> Labels:
         """Labels as stage one saw them, int64 [N] or, multi-hot, int8 [N, C]; -1 where there is none."""
-        return read_labels(self.path, self.manifest)
+        return read_labels(self.snapshot.store, self.manifest)
 
     @cached_property
     def _recorded(self) -> dict[str, RecordedRows]:
-        return {array.suffix: RecordedRows(self.path, array) for array in self.layout.views_arrays}
+        return {array.suffix: RecordedRows(self.snapshot.array(array)) for array in self.layout.views_arrays}
 
     def only(self, targets: Mapping[str, Collection[str]], num_views: int | None = None) -> "Cache":
         """Return the same cache with some targets of some teachers, and the first views: nothing else is read.
@@ -98,7 +94,7 @@ class Cache:
                     f"{self.location} has no {missing or 'targets'} of teacher {name!r}, but {self.manifest.targets}. "
                     "Fix: name what it has, or add it with precompute"
                 )
-        return Cache(self.path, self.manifest.restricted(num_views or self.num_views, targets), self.identity)
+        return Cache(self.snapshot.of(self.manifest.restricted(num_views or self.num_views, targets)))
 
     def features(self, teacher: str) -> dict[str, FeatureShape]:
         """Return kind and shape of the features that are kept of a teacher, by name."""
@@ -137,7 +133,7 @@ class Cache:
         """
         from logitcache.cache.lazy import as_dask  # which imports Dask: training needs none of it
 
-        return as_dask(self.path, self.manifest)
+        return as_dask(self.snapshot)
 
     def row_checksums(self, keys: Sequence[ViewKey]) -> NDArray[np.uint32] | None:
         """Gather the checksums [B] of the pixels that the teachers saw; None where none are recorded."""
@@ -179,7 +175,7 @@ class Cache:
             if value not in get_args(known):
                 raise RecipeError(f"{name} is {value!r}. Fix: one of {', '.join(get_args(known))}")
         require_trusted(self.manifest.views, factories, self.location)
-        if place_of(self.path).is_here:  # what is elsewhere is compared as it is brought
+        if self.snapshot.store.is_local:  # what is elsewhere is compared as it is brought
             self.require_intact()
         if replay == "recorded":
             require_replayable(self.manifest, self.location)
@@ -194,7 +190,7 @@ class Cache:
 
     def require_dataset(self, dataset: ImageDataset) -> None:
         """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
-        require_same_images(self.path, self.manifest, dataset)
+        require_same_images(self.snapshot.store, self.manifest, dataset)
 
     def require_canaries(
         self,
@@ -203,7 +199,7 @@ class Cache:
         limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
     ) -> None:
         """Raise ReplayMismatchError unless views rendered here are those that the teacher saw, within limits."""
-        pixels = torch.from_numpy(read_canaries(self.path, self.manifest))
+        pixels = torch.from_numpy(read_canaries(self.snapshot.store, self.manifest))
         report = canaries.compare(views, self.manifest.canaries, pixels)
         warning = canaries.judge(report, verify, self._origin(views), limits)
         if warning:
@@ -269,21 +265,14 @@ def open_cache(path: str | Path) -> Cache:
     that were not touched since are not read again. Those at a URL are compared as they are brought.
     """
     cache = open_uncompared(path)
-    if place_of(cache.path).is_here and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
+    if cache.snapshot.store.is_local and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
         cache.require_intact()
     return cache
 
 
 def open_uncompared(path: str | Path) -> Cache:
     """Open a finished cache of which some targets are wanted: none is compared before `only` has named them."""
-    root = locate(path)
-    require_plain(root)
-    cache = Cache(root, read_manifest(root))
-    require_sound_skeleton(root, cache.manifest)
-    if not cache.complete:
-        total = cache.layout.num_shards
-        raise CacheError(
-            f"{cache.location} is incomplete: {total - len(cache.shards)} of {total} shards are not committed. "
-            f"{fix_of_damage(root)}"
-        )
-    return cache
+    snapshot = open_snapshot(path)
+    require_sound_skeleton(snapshot.store, snapshot.manifest)
+    require_committed(snapshot)
+    return Cache(snapshot)

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.arrays import ArrayLayout, Shard
+from logitcache.cache.arrays import Shard
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.rows import PackedRows, columns_of
+from logitcache.cache.stored_array import StoredArray
 from logitcache.errors import RecipeError, ReplayMismatchError
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
@@ -27,15 +27,11 @@ class RecordedRows:
     where they take little.
     """
 
-    def __init__(self, root: Path, layout: ArrayLayout) -> None:
-        self._root, self._layout = root, layout
+    def __init__(self, stored: StoredArray) -> None:
+        self._stored, self._layout = stored, stored.layout
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RecordedRows, (self._root, self._layout)
-
-    def at(self, root: Path) -> "RecordedRows":
-        """Return the same array of a cache that is read at another path."""
-        return RecordedRows(root, self._layout)
+        return RecordedRows, (self._stored,)
 
     def __call__(self, keys: Sequence[ViewKey]) -> NDArray[Any]:
         """Gather the rows of keys that the cache has, [B, *row_shape]."""
@@ -46,7 +42,7 @@ class RecordedRows:
     def _rows(self) -> PackedRows:
         array = self._layout
         small = KEPT_BYTES // (array.shard_rows * array.row_bytes)
-        return PackedRows(self._root, array, num_kept=max(2 * array.shards_per_view, small))
+        return PackedRows(self._stored, num_kept=max(2 * array.shards_per_view, small))
 
 
 def require_replayable(manifest: Manifest, where: str) -> None:

@@ -5,7 +5,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 from logitcache.cache.arrays import ArrayLayout, Shard
 from logitcache.cache.decoded import SharedShards, name_of
 from logitcache.cache.layout import Layout
+from logitcache.cache.stored_array import StoredArray
 from logitcache.cache.unpack import Unpacker
-from logitcache.cache.verify import bring
 from logitcache.views.keys import ViewKey
 
 PACKED_SHARDS = 8
@@ -71,11 +70,11 @@ class PackedRows:
     the room.
     """
 
-    def __init__(self, root: Path, layout: ArrayLayout, num_kept: int, shared: SharedShards | None = None) -> None:
-        self._root, self._layout = root, layout
+    def __init__(self, stored: StoredArray, num_kept: int, shared: SharedShards | None = None) -> None:
+        self._stored, self._layout = stored, stored.layout
         self._num_kept, self._shared = num_kept, shared
-        self._per_view, self._padded = layout.shards_per_view, layout.padded
-        self._unpack = Unpacker(root, layout)
+        self._per_view, self._padded = self._layout.shards_per_view, self._layout.padded
+        self._unpack = Unpacker(stored)
         self._begin()
 
     def _begin(self) -> None:
@@ -113,7 +112,7 @@ class PackedRows:
         # Those that come from elsewhere come together.
         missing = [self._numbered(number) for number in needed.tolist() if number not in self._decoded]
         if missing:
-            bring(self._root, self._layout, missing)
+            self._stored.ensure(missing)
         for number, start, stop in zip(needed.tolist(), bounds[:-1], bounds[1:], strict=True):
             mine = order[start:stop]
             rows[mine] = self._shard(number).take(inside[mine], axis=0)
@@ -161,11 +160,7 @@ class PackedRows:
         shard, layout = self._numbered(number), self._layout
         if self._shared is None:
             return self._unpack(shard)
-        try:
-            metadata = (self._root / layout.name / "zarr.json").read_bytes()
-            records = (self._root / layout.record_file(shard)).read_bytes()
-        except OSError:
-            return self._unpack(shard)  # nothing to name it by: it is decoded for this process alone
-        name = name_of(layout.file(shard).encode(), metadata, layout.record_in(records))
+        # Whatever has this name was decoded from bytes that matched this record.
+        name = name_of(layout.file(shard).encode(), self._unpack.metadata, self._stored.part(shard).record)
         shape = (shard.stop - shard.start, *layout.row_shape)
         return self._shared.get(name, shape, layout.dtype, lambda: self._unpack(shard))

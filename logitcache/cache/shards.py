@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ from numpy.typing import NDArray
 
 from logitcache.cache.arrays import ArrayLayout, Shard
 from logitcache.cache.coders import Coders, Rows
-from logitcache.cache.layout import Layout, layout_of
-from logitcache.cache.manifest import Manifest
+from logitcache.cache.layout import Layout
+from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.unpack import Unpacker
 from logitcache.cache.verify import require_intact
 from logitcache.targets import Targets
@@ -21,32 +20,30 @@ from logitcache.targets import Targets
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Read whole shards of what a manifest describes; `views`: what is recorded of the views themselves as well.
+    """Read whole shards of an opened cache; `views`: what is recorded of the views themselves as well.
 
     It can be pickled: each process reads tables and metadata itself.
     """
 
-    root: Path
-    manifest: Manifest
+    snapshot: Snapshot
     views: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardReader, (self.root, self.manifest, self.views)
+        return ShardReader, (self.snapshot, self.views)
 
     @cached_property
     def layout(self) -> Layout:
         """The arrays that are read."""
-        layout = layout_of(self.manifest)
-        return layout if self.views else replace(layout, views=None)
+        return self.snapshot.layout if self.views else replace(self.snapshot.layout, views=None)
 
     @cached_property
     def coders(self) -> Coders:
         """What decodes them."""
-        return Coders(self.root, self.manifest, self.layout)
+        return Coders(self.snapshot.store, self.snapshot.manifest, self.layout)
 
     def rows(self, shard: Shard) -> dict[str, NDArray[Any]]:
         """Return a shard's rows by array name, [rows, ...]; raise CacheError where they are not those committed."""
-        require_intact(self.root, self.layout, [shard])
+        require_intact(self.snapshot, self.layout.groups, [shard])
         return {array.name: self._rows(array, shard) for group in self.layout.groups for array in group.rows}
 
     def batches(self, shard: Shard, size: int) -> Iterator[tuple[int, dict[str, Targets]]]:
@@ -61,8 +58,10 @@ class ShardReader:
         return self.coders.targets({name: rows[name][some] for name in arrays})
 
     def _rows(self, array: ArrayLayout, shard: Shard) -> NDArray[Any]:
+        stored = self.snapshot.array(array)
         if array.storage == "packed":
-            return Unpacker(self.root, array)(shard)
+            return Unpacker(stored)(shard)
         shape = (shard.stop - shard.start, *array.row_shape)
         # Rows come first in the file of a hot shard, whose size has been compared.
-        return np.fromfile(self.root / array.file(shard), array.dtype, math.prod(shape)).reshape(shape)
+        with open(stored.open(shard), "rb") as file:
+            return np.fromfile(file, array.dtype, math.prod(shape)).reshape(shape)

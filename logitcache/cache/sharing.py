@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from logitcache.cache.arrays import Shard
-from logitcache.cache.copies import place_of
 from logitcache.cache.parts import is_at
 from logitcache.cache.skeleton import ROOT
+from logitcache.cache.store import Store
 from logitcache.console import say
 from logitcache.errors import CacheError
 from logitcache.files import LEFTOVER
@@ -31,27 +31,27 @@ _held: set[int] = set()
 
 
 @contextmanager
-def preparing(path: Path) -> Iterator[Path]:
-    """Be the only one to prepare or finish the cache at `path`, waiting for others that do.
+def preparing(store: Store) -> Iterator[Path]:
+    """Be the only one to prepare or finish a cache, waiting for others that do.
 
-    Yields where to write: `path`, or a directory beside it when it is new, which is removed unless it was renamed. The
-    lock goes with a directory that is renamed. Raises CacheError where no cache can be.
+    Yields where to write: the store's folder, or a directory beside it for a new cache, which is removed unless it was
+    renamed. The lock goes with a directory that is renamed. Raises CacheError where no cache can be.
     """
-    with explained(path):
-        lock, target = _lock(path)
+    with explained(store.path):
+        lock, target = _lock(store)
     try:
         yield target
     finally:
-        if target != path:
+        if target != store.path:
             shutil.rmtree(target, ignore_errors=True)
         _release(lock)
 
 
 @contextmanager
-def try_creating(path: Path) -> Iterator[Path | None]:
+def try_creating(store: Store) -> Iterator[Path | None]:
     """Hold the directory in which a cache was being created, where there is one that no process holds; else None."""
     lock = None
-    target = creating(path)
+    target = creating(store.path)
     with explained(target), suppress(FileNotFoundError, NotADirectoryError):
         lock = _open(target / PREPARING)
     try:
@@ -62,21 +62,21 @@ def try_creating(path: Path) -> Iterator[Path | None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Be seen to write at `path`; to begin within `preparing`."""
-    with explained(path):
-        lock = _open(path / WRITING)
-        _flock(lock, fcntl.LOCK_SH, path)
+def writing(store: Store) -> Iterator[None]:
+    """Be seen to write to a cache; to begin within `preparing`."""
+    with explained(store.path):
+        lock = _open(store.path / WRITING)
+        _flock(lock, fcntl.LOCK_SH, store)
     try:
         yield
     finally:
         _release(lock)
 
 
-def alone(path: Path) -> bool:
-    """Whether no process writes at `path`, this one included, which stays so until `preparing` ends."""
+def alone(store: Store) -> bool:
+    """Whether no process writes to a cache, this one included, which stays so until `preparing` ends."""
     try:
-        lock = _open(path / WRITING)
+        lock = _open(store.path / WRITING)
     except OSError:
         return False
     try:
@@ -88,8 +88,8 @@ def alone(path: Path) -> bool:
 class Claim:
     """The right to compute a shard, until it is released or the process ends."""
 
-    def __init__(self, path: Path, shard: Shard) -> None:
-        self._file = path / "digest" / f"claim.{shard.view}.{shard.start}{LEFTOVER}"
+    def __init__(self, store: Store, shard: Shard) -> None:
+        self._file = store.path / "digest" / f"claim.{shard.view}.{shard.start}{LEFTOVER}"
         self._lock: int | None = None
 
     def take(self) -> bool:
@@ -116,12 +116,12 @@ class Claim:
             _release(lock)
 
 
-def _lock(path: Path) -> tuple[int, Path]:
+def _lock(store: Store) -> tuple[int, Path]:
     missed = 0
     while True:
-        target = target_of(path)
+        target = target_of(store)
         try:
-            lock = _lock_at(target, path)
+            lock = _lock_at(target, store)
         except FileNotFoundError:
             # Another run may rename or remove the directory before it is locked here: then look again.
             missed += 1
@@ -132,16 +132,17 @@ def _lock(path: Path) -> tuple[int, Path]:
             return lock, target
 
 
-def _lock_at(target: Path, path: Path) -> int | None:
+def _lock_at(target: Path, store: Store) -> int | None:
     """Lock the directory to write to; None where it has become another one meanwhile."""
+    path = store.path
     if target != path:
         (target / PREPARING).parent.mkdir(parents=True, exist_ok=True)
     # In what may be no cache, nothing is made before it is known to be one.
     file = target / PREPARING if target != path or (target / PREPARING).is_file() else target
     lock = _open(file, create=target != path)
     try:
-        _flock(lock, fcntl.LOCK_EX, path)
-        if target_of(path) == target and is_at(lock, file):
+        _flock(lock, fcntl.LOCK_EX, store)
+        if target_of(store) == target and is_at(lock, file):
             return lock
     except BaseException:
         _release(lock)
@@ -153,8 +154,9 @@ def _lock_at(target: Path, path: Path) -> int | None:
     return None
 
 
-def target_of(path: Path) -> Path:
-    """Return where to write a cache: `path` where it is; raise CacheError where something else is there."""
+def target_of(store: Store) -> Path:
+    """Return where to write a cache: the store's folder if it is there; raise CacheError if something else is."""
+    path = store.path
     if (path / ROOT).exists():
         return path
     if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
@@ -185,15 +187,15 @@ def _release(lock: int) -> None:
         os.close(lock)
 
 
-def _flock(lock: int, kind: int, path: Path) -> None:
+def _flock(lock: int, kind: int, store: Store) -> None:
     """Wait for a lock; say that it is waited for, or that this file system has none."""
     got = _try(lock, kind)
     if got is False:
-        say(f"waiting for another run, which prepares or finishes {place_of(path)}")
+        say(f"waiting for another run, which prepares or finishes {store}")
         fcntl.flock(lock, kind)
     elif got is None:
         say(
-            f"{path} lies on a file system without file locks: let no two processes write it at once, "
+            f"{store.path} lies on a file system without file locks: let no two processes write it at once, "
             "unless it is there and each has a --part of its own"
         )
 

@@ -7,7 +7,6 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +17,14 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from logitcache.cache.arrays import ArrayGroup
-from logitcache.cache.copies import place_of
 from logitcache.cache.derivation import fix_of_damage
 from logitcache.cache.differences import extends
 from logitcache.cache.labels import label_file, label_key
 from logitcache.cache.layout import layout_of
 from logitcache.cache.manifest import Manifest, parse_manifest
+from logitcache.cache.store import Store
 from logitcache.errors import CacheError
+from logitcache.safe_files import parse_json
 from logitcache.views.canaries import pixel_digest
 from logitcache.views.datasets.base import Labels, label_dtype
 
@@ -61,45 +61,42 @@ class Problem(NamedTuple):
     text: str
 
 
-def read_labels(root: Path, manifest: Manifest) -> Labels:
+def read_labels(store: Store, manifest: Manifest) -> Labels:
     """Read the labels as stage one saw them, int64 [N] or int8 [N, C]; -1 where there is none."""
     file = label_file(manifest.fingerprint)
-    found = np.frombuffer(_read(root, file.key, file.num_bytes), file.dtype)
+    found = np.frombuffer(_read(store, file.key, file.num_bytes), file.dtype)
     return found.astype(file.dtype.newbyteorder("=")).reshape(file.shape)
 
 
-def read_digests(root: Path, manifest: Manifest) -> NDArray[np.uint64]:
+def read_digests(store: Store, manifest: Manifest) -> NDArray[np.uint64]:
     """Read the digests of the images as stage one saw them, [N]."""
-    return np.frombuffer(_read(root, DIGESTS, 8 * manifest.num_images), "<u8").astype(np.uint64)
+    return np.frombuffer(_read(store, DIGESTS, 8 * manifest.num_images), "<u8").astype(np.uint64)
 
 
-def read_canaries(root: Path, manifest: Manifest) -> NDArray[np.uint8]:
+def read_canaries(store: Store, manifest: Manifest) -> NDArray[np.uint8]:
     """Read the pixels of the canaries, [K, C, H, W]."""
     shape = (len(manifest.canaries), *manifest.image_shape)
-    return np.frombuffer(bytearray(_read(root, CANARIES, math.prod(shape))), np.uint8).reshape(shape)
+    return np.frombuffer(bytearray(_read(store, CANARIES, math.prod(shape))), np.uint8).reshape(shape)
 
 
-def _read(root: Path, key: str, size: int) -> bytes:
+def _read(store: Store, key: str, size: int) -> bytes:
     """Read a file of a known size: whatever a manifest claims, no more than is there is allocated."""
-    path = root / key
-    place_of(root).has(key)  # a copy may have lost it
     try:
-        found = path.stat().st_size
-        data = path.read_bytes() if found == size else b""
-    except OSError as error:
-        raise CacheError(f"{path} cannot be read: {error.strerror}") from error
+        data = store.read(key, size)
+    except FileNotFoundError as error:
+        raise CacheError(f"{store}/{key} cannot be read: {error.strerror or 'it is missing'}") from error
     if len(data) != size:
-        raise CacheError(f"{path} has {found} bytes, the manifest implies {size}")
+        raise CacheError(f"{store}/{key} has {len(data)} bytes, the manifest implies {size}")
     return data
 
 
-def read_tables(root: Path, group: ArrayGroup) -> dict[str, NDArray[Any]]:
+def read_tables(store: Store, group: ArrayGroup) -> dict[str, NDArray[Any]]:
     """Read the tables of a group by their own names; raise CacheError where they are not those of the manifest."""
     tables = {}
     for table in group.tables:
-        data = _read(root, table.file, table.num_bytes)
+        data = _read(store, table.file, table.num_bytes)
         if hashlib.sha256(data).hexdigest() != table.sha256:
-            raise CacheError(f"{root / table.file}: its values differ from the manifest's digest")
+            raise CacheError(f"{store}/{table.file}: its values differ from the manifest's digest")
         tables[table.suffix] = np.frombuffer(data, table.dtype).reshape(table.shape)
     return tables
 
@@ -157,62 +154,64 @@ def _plain(name: str, shape: tuple[int, ...], dtype: str, fill: int, dims: tuple
     }
 
 
-def skeleton_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
+def skeleton_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
     """Compare metadata, tables, labels, image digests and canary pixels with the manifest."""
-    yield from _metadata_problems(root, manifest)
-    yield from table_problems(root, layout_of(manifest).groups)
-    yield from _sample_problems(root, manifest)
+    yield from _metadata_problems(store, manifest)
+    yield from table_problems(store, layout_of(manifest).groups)
+    yield from _sample_problems(store, manifest)
 
 
-def table_problems(root: Path, groups: Iterable[ArrayGroup]) -> Iterator[Problem]:
+def table_problems(store: Store, groups: Iterable[ArrayGroup]) -> Iterator[Problem]:
     """Compare tables with the manifest."""
     for group in groups:
         for table in group.tables:
             try:
-                read_tables(root, replace(group, tables=(table,)))
+                read_tables(store, replace(group, tables=(table,)))
             except CacheError as error:
                 yield Problem(table.file, str(error))
 
 
-def _metadata_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
+def _metadata_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
     wanted = _metadata(manifest)
     # Another release of zarr may write the same in other words.
     read = _as_written if manifest.versions.get("zarr") == zarr.__version__ else _understood
     growing = {f"{array['name']}/{ROOT}" for array in skeleton_arrays(manifest)}
     growing -= {f"{name}/{ROOT}" for name in ("label", "digest", "canary")}
     for key in [f"{options['name']}/{ROOT}" for options in skeleton_arrays(manifest)]:
-        with _compared(root, key) as problems:
-            found, implied = read((root / key).read_bytes(), key), read(wanted[key].to_bytes(), key)
-            if found != implied and not (key in growing and _is_grown(root, found, implied)):
-                problems.append(_other(root, key))
+        with _compared(store, key) as problems:
+            found, implied = read(store.read(key), key), read(wanted[key].to_bytes(), key)
+            if found != implied and not (key in growing and _is_grown(store, found, implied)):
+                problems.append(_other(store, key))
         yield from problems
-    with _compared(root, ROOT) as problems:
-        stored = (root / ROOT).read_bytes()
+    with _compared(store, ROOT) as problems:
+        stored = store.read(ROOT)
         # A cache that has grown meanwhile agrees with the manifest that it has now.
-        now = parse_manifest(json.loads(stored)["attributes"], str(root))
+        now = parse_manifest(parse_json(stored)["attributes"], str(store))
         implied = read((wanted if now == manifest else _metadata(now))[ROOT].to_bytes(), ROOT)
         if _without_manifest(read(stored, ROOT)) != _without_manifest(implied) or not extends(now, manifest):
-            problems.append(_other(root, ROOT))
+            problems.append(_other(store, ROOT))
     yield from problems
 
 
 @contextlib.contextmanager
-def _compared(root: Path, key: str) -> Iterator[list[Problem]]:
+def _compared(store: Store, key: str) -> Iterator[list[Problem]]:
     """Gather the problems of metadata that are read and compared within."""
     problems: list[Problem] = []
     try:
         yield problems
-    except OSError as error:
-        problems.append(Problem(key, f"{root / key} cannot be read: {error.strerror}"))
+    except FileNotFoundError:
+        problems.append(Problem(key, f"{store}/{key} cannot be read: it is missing"))
+    except CacheError as error:
+        problems.append(Problem(key, str(error)))
     except Exception as error:  # zarr raises anything for damaged metadata
-        problems.append(Problem(key, f"{root / key} is damaged: {type(error).__name__}: {error}"))
+        problems.append(Problem(key, f"{store}/{key} is damaged: {type(error).__name__}: {error}"))
 
 
-def _other(root: Path, key: str) -> Problem:
-    return Problem(key, f"{root / key} does not describe what the manifest implies")
+def _other(store: Store, key: str) -> Problem:
+    return Problem(key, f"{store}/{key} does not describe what the manifest implies")
 
 
-def _is_grown(root: Path, found: Any, implied: Any) -> bool:
+def _is_grown(store: Store, found: Any, implied: Any) -> bool:
     """Whether an array's metadata differ from what is implied by more views alone, as those of a cache that grows do.
 
     All of these views are committed by then, and the root follows. It is read last: what grew earlier is in it.
@@ -221,15 +220,15 @@ def _is_grown(root: Path, found: Any, implied: Any) -> bool:
     if others != implied or not views > implied["shape"][0]:
         return False
     try:
-        growing = json.loads((root / GROWING).read_bytes())["num_views"]
+        growing = parse_json(store.read(GROWING))["num_views"]
     except FileNotFoundError:
         growing = 0
-    now = json.loads((root / ROOT).read_bytes())["attributes"]["logitcache"]["manifest"]["views"]["num_views"]
+    now = parse_json(store.read(ROOT))["attributes"]["logitcache"]["manifest"]["views"]["num_views"]
     return bool(views <= max(growing, now))
 
 
 def _as_written(stored: bytes, key: str) -> Any:
-    return json.loads(stored)
+    return parse_json(stored)
 
 
 def _understood(stored: bytes, key: str) -> Any:
@@ -246,7 +245,7 @@ def _without_manifest(found: Any) -> Any:
     return {name: value for name, value in found.items() if name != "attributes"}
 
 
-def _sample_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
+def _sample_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
     recorded = manifest.fingerprint
     labels = label_file(recorded)
     for key, size, digest in (
@@ -254,36 +253,32 @@ def _sample_problems(root: Path, manifest: Manifest) -> Iterator[Problem]:
         (DIGESTS, 8 * recorded.num_images, recorded.content),
     ):
         try:
-            if hashlib.sha256(_read(root, key, size)).hexdigest() != digest:
-                yield Problem(key, f"{root / key}: its values differ from the manifest's digest")
+            if hashlib.sha256(_read(store, key, size)).hexdigest() != digest:
+                yield Problem(key, f"{store}/{key}: its values differ from the manifest's digest")
         except CacheError as error:
             yield Problem(key, str(error))
     try:
-        pixels = read_canaries(root, manifest)
+        pixels = read_canaries(store, manifest)
     except CacheError as error:
         yield Problem(CANARIES, str(error))
         return
     for number, canary in enumerate(manifest.canaries):
         if pixel_digest(pixels[number]) != canary.augmented:
             yield Problem(
-                CANARIES, f"{root / CANARIES}: the pixels of canary {number} differ from the manifest's digest"
+                CANARIES, f"{store}/{CANARIES}: the pixels of canary {number} differ from the manifest's digest"
             )
 
 
-def require_sound_skeleton(root: Path, manifest: Manifest) -> None:
+def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
     """Raise CacheError naming the damaged files of a cache's skeleton."""
-    problems = list(skeleton_problems(root, manifest))
+    problems = list(skeleton_problems(store, manifest))
     if problems:
-        place = str(place_of(root))
-        raise CacheError(
-            f"{place} is damaged:\n  "
-            + "\n  ".join(problem.text.replace(str(root), place) for problem in problems[:SHOWN])
-            + f"\n  {fix_of_damage(root)}"
-        )
+        texts = "\n  ".join(problem.text for problem in problems[:SHOWN])
+        raise CacheError(f"{store} is damaged:\n  {texts}\n  {fix_of_damage(manifest)}")
 
 
 def mend_skeleton(
-    root: Path, recorded: Manifest, manifest: Manifest, samples: Samples, tables: Mapping[str, bytes]
+    store: Store, recorded: Manifest, manifest: Manifest, samples: Samples, tables: Mapping[str, bytes]
 ) -> list[str]:
     """Write what is damaged, or of another manifest than the recorded one, again; returns the keys.
 
@@ -291,9 +286,9 @@ def mend_skeleton(
     that is killed after it mends the others next.
     """
     damaged = [] if manifest == recorded else [ROOT]
-    damaged += dict.fromkeys(problem.key for problem in skeleton_problems(root, manifest))
+    damaged += dict.fromkeys(problem.key for problem in skeleton_problems(store, manifest))
     whole = {**metadata_files(manifest), **samples.files(), **tables} if damaged else {}
     for key in damaged:
-        (root / key).parent.mkdir(parents=True, exist_ok=True)
-        place_of(root).write(key, whole[key])
+        (store.path / key).parent.mkdir(parents=True, exist_ok=True)
+        store.write(key, whole[key])
     return damaged

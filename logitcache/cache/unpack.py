@@ -1,26 +1,22 @@
 """Decode packed shards: what zarr's sharding codec does, without its cost for each of many small chunks."""
 
-import json
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numcodecs import zstd
 from numpy.typing import NDArray
-from zarr.storage import LocalStore
+from zarr.core.buffer import Buffer, cpu
+from zarr.storage import MemoryStore
 
-from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout, Shard
-from logitcache.cache.copies import place_of
-from logitcache.cache.derivation import fix_of_damage
-from logitcache.cache.room import TRIES
-from logitcache.cache.verify import bring
+from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, Shard
+from logitcache.cache.stored_array import StoredArray
 from logitcache.errors import CacheError
+from logitcache.safe_files import parse_json
 
 _THREADS = min(8, os.cpu_count() or 1)
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -30,47 +26,46 @@ _ONE_BYTE = {"name": "bytes"}
 class Unpacker:
     """Decode shards of one packed array. It can be pickled: each process reads the metadata itself."""
 
-    def __init__(self, root: Path, layout: ArrayLayout) -> None:
-        self._root, self._layout = root, layout
+    def __init__(self, stored: StoredArray) -> None:
+        self._stored, self._layout = stored, stored.layout
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Unpacker, (self._root, self._layout)
+        return Unpacker, (self._stored,)
 
     def __call__(self, shard: Shard) -> NDArray[Any]:
         """Return a shard's rows [n, *row_shape]; raise CacheError where it is missing or damaged."""
-        file = self._root / self._layout.file(shard)
-        for _ in range(TRIES):
-            bring(self._root, self._layout, [shard])
-            with suppress(FileNotFoundError):
-                return self._decoded(file, shard)
-        raise CacheError(f"{file} is missing. {fix_of_damage(self._root)}")
-
-    def _decoded(self, file: Path, shard: Shard) -> NDArray[Any]:
-        # zarr gives fill values for a file that is not there.
-        if not file.is_file() or file.is_symlink():
-            raise FileNotFoundError(file)
+        data = self._stored.read(shard)
         try:
-            return self._decode(file, shard)
-        except FileNotFoundError:
-            raise
+            return self._decode(data, shard)
         except Exception as error:  # zarr and its codecs raise anything for damaged bytes
-            raise CacheError(f"{file} cannot be decoded: {error}. {fix_of_damage(self._root)}") from error
+            where = f"{self._stored.store}/{self._layout.file(shard)}"
+            raise CacheError(f"{where} cannot be decoded: {error}. {self._stored.fix}") from error
 
     @cached_property
-    def _decode(self) -> Callable[[Path, Shard], NDArray[Any]]:
-        """Decode plain rows under zstd here, and leave every other chain of codecs to zarr."""
+    def metadata(self) -> bytes:
+        """The metadata of the array."""
         key = f"{self._layout.name}/zarr.json"
-        place_of(self._root).has(key)  # a copy may have lost it
-        stored = json.loads((self._root / key).read_bytes())
-        chain = stored["codecs"][0]["configuration"]["codecs"]
+        try:
+            return self._stored.store.read(key)
+        except FileNotFoundError as error:
+            raise CacheError(f"{self._stored.store}/{key} is missing. {self._stored.fix}") from error
+
+    @cached_property
+    def _decode(self) -> Callable[[bytes, Shard], NDArray[Any]]:
+        """Decode plain rows under zstd here, and leave every other chain of codecs to zarr."""
+        chain = parse_json(self.metadata)["codecs"][0]["configuration"]["codecs"]
         plain = len(chain) == 2 and chain[0] in (_BYTES, _ONE_BYTE) and chain[1]["name"] == "zstd"
         return self._inflate if plain else self._read
 
-    def _read(self, file: Path, shard: Shard) -> NDArray[Any]:
-        return np.asarray(self._array[shard.view, self._layout.rows_of(shard)])
+    def _read(self, data: bytes, shard: Shard) -> NDArray[Any]:
+        # In memory: what is decoded are the bytes that were compared, whatever happens to the file.
+        key = self._layout.file(shard).removeprefix(f"{self._layout.name}/")
+        held: dict[str, Buffer] = {"zarr.json": cpu.Buffer.from_bytes(self.metadata), key: cpu.Buffer.from_bytes(data)}
+        array = zarr.open_array(MemoryStore(store_dict=held, read_only=True), mode="r")
+        return np.asarray(array[shard.view, self._layout.rows_of(shard)])
 
-    def _inflate(self, file: Path, shard: Shard) -> NDArray[Any]:
-        layout, data = self._layout, memoryview(file.read_bytes())
+    def _inflate(self, stored: bytes, shard: Shard) -> NDArray[Any]:
+        layout, data = self._layout, memoryview(stored)
         num_chunks, chunk_bytes = layout.shard_rows // layout.inner_rows, layout.inner_rows * layout.row_bytes
         wanted = layout.rows_of(shard)
         used = -(-(wanted.stop - wanted.start) // layout.inner_rows)
@@ -95,10 +90,6 @@ class Unpacker:
         # Decompression leaves other threads the interpreter.
         list(_pool(os.getpid()).map(inflate, [range(part, used, _THREADS) for part in range(min(used, _THREADS))]))
         return rows[: wanted.stop - wanted.start]
-
-    @cached_property
-    def _array(self) -> zarr.Array[Any]:
-        return zarr.open_array(LocalStore(self._root / self._layout.name, read_only=True), mode="r")
 
 
 def _content_bytes(frame: memoryview) -> int | None:

@@ -3,36 +3,36 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.arrays import Shard
-from logitcache.cache.copies import place_of
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.skeleton import read_digests
+from logitcache.cache.store import Store
 from logitcache.errors import CacheError
+from logitcache.safe_files import parse_json
 
 FILE = "digest/unreadable"
 """Not in the root, where readers of Zarr would wonder at it."""
 
 
-def note_unreadable(root: Path, rows: Iterable[int]) -> None:
+def note_unreadable(store: Store, rows: Iterable[int]) -> None:
     """Remember the rows of images that stopped a run."""
-    noted = sorted(_noted(root) | set(rows))
+    noted = sorted(_noted(store) | set(rows))
     if noted:
-        place_of(root).write(FILE, json.dumps(noted).encode())
+        store.write(FILE, json.dumps(noted).encode())
 
 
-def forget_unreadable(root: Path) -> None:
+def forget_unreadable(store: Store) -> None:
     """Forget them, once the images are those of the manifest."""
-    if (root / FILE).exists():
-        place_of(root).remove([FILE])
+    if store.exists(FILE):
+        store.remove([FILE])
 
 
 def with_mended_images(
-    root: Path, recorded: Manifest, wanted: Manifest, digests: NDArray[np.uint64], committed: Iterable[Shard]
+    store: Store, recorded: Manifest, wanted: Manifest, digests: NDArray[np.uint64], committed: Iterable[Shard]
 ) -> Manifest:
     """Take over from `wanted` the content of images that stopped a run and were mended since.
 
@@ -43,8 +43,8 @@ def with_mended_images(
     content = recorded.fingerprint.model_copy(update=mended)
     if recorded.fingerprint == wanted.fingerprint or content != wanted.fingerprint:
         return recorded
-    changed = _changed(root, recorded, digests)
-    if not changed or not changed <= _noted(root) or _answered(recorded, committed, changed):
+    changed = _changed(store, recorded, digests)
+    if not changed or not changed <= _noted(store) or _answered(recorded, committed, changed):
         return recorded
     now = {(canary.view, canary.index): canary for canary in wanted.canaries}
     canaries = tuple(now.get((old.view, old.index), old) if old.index in changed else old for old in recorded.canaries)
@@ -63,9 +63,9 @@ def _answered(manifest: Manifest, committed: Iterable[Shard], changed: set[int])
     return False
 
 
-def _changed(root: Path, recorded: Manifest, digests: NDArray[np.uint64]) -> set[int]:
+def _changed(store: Store, recorded: Manifest, digests: NDArray[np.uint64]) -> set[int]:
     try:
-        before = read_digests(root, recorded)
+        before = read_digests(store, recorded)
     except CacheError:
         return set()
     if hashlib.sha256(before.tobytes()).hexdigest() != recorded.fingerprint.content:
@@ -73,8 +73,8 @@ def _changed(root: Path, recorded: Manifest, digests: NDArray[np.uint64]) -> set
     return set(np.flatnonzero(before != digests).tolist())
 
 
-def _noted(root: Path) -> set[int]:
+def _noted(store: Store) -> set[int]:
     try:
-        return set(json.loads((root / FILE).read_bytes()))
+        return set(parse_json(store.read(FILE)))
     except (OSError, ValueError, TypeError):
         return set()

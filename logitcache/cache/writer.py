@@ -4,7 +4,6 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, seal
-from logitcache.cache.copies import place_of
 from logitcache.cache.hot import hot_shard
 from logitcache.cache.layout import Layout
+from logitcache.cache.store import Store
 
 THREADS = 2
 
@@ -43,8 +42,8 @@ class ShardEncoder:
 class CacheWriter:
     """Write shards in the background: one may wait for the disk while another is hashed and a third is filled."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        self._place = place_of(path)
+    def __init__(self, store: Store, layout: Layout) -> None:
+        self._store = store
         self._groups = layout.groups
         self._encoders = {array.name: ShardEncoder(array) for array in layout.arrays}
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="logitcache-writer")
@@ -73,12 +72,12 @@ class CacheWriter:
             if group.arrays[0].name not in rows:
                 continue
             records = [self._write_array(array, shard, rows[array.name]) for array in group.arrays]
-            self._place.write(group.record_file(shard), b"".join(records))
+            self._store.write(group.record_file(shard), b"".join(records))
         committed()
 
     def _write_array(self, array: ArrayLayout, shard: Shard, rows: NDArray[Any]) -> bytes:
         stored = self._encoders[array.name].encode(shard, rows)
-        self._place.write(array.file(shard), stored)
+        self._store.write(array.file(shard), stored)
         return commit_record(stored, array.file(shard))
 
 

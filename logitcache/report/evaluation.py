@@ -6,10 +6,9 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from logitcache.cache.create import read_manifest
 from logitcache.cache.derivation import network_of
-from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.snapshot import locate, read_manifest
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError

@@ -1,6 +1,5 @@
 """What a cache is: who made it, how complete, how good and how big."""
 
-import contextlib
 import functools
 import itertools
 import operator
@@ -12,17 +11,11 @@ import numpy as np
 import torch
 
 from logitcache.cache.arrays import ArrayGroup, Shard
-from logitcache.cache.copies import place_of
-from logitcache.cache.create import read_manifest
 from logitcache.cache.differences import is_more
-from logitcache.cache.growth import read_growth
-from logitcache.cache.layout import layout_of
-from logitcache.cache.locate import locate
-from logitcache.cache.manifest import LOGITS, Manifest, TeacherEntry
+from logitcache.cache.manifest import LOGITS, TeacherEntry
 from logitcache.cache.reached import errors_of
 from logitcache.cache.reader import Cache
-from logitcache.cache.verify import committed_shards, stored
-from logitcache.errors import CacheError
+from logitcache.cache.snapshot import Snapshot, open_snapshot
 from logitcache.logits import top1
 from logitcache.student.multi_label import MultiLabelTally
 from logitcache.targets import Targets
@@ -42,8 +35,8 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
     precision, and None where not all logits are kept. Of many images and classes the first images stand for all (67,000
     of 1,000 classes); `summary` counts all.
     """
-    root = locate(path)
-    cache = Cache(root, read_manifest(root))
+    snapshot = open_snapshot(path)
+    cache = Cache(snapshot)
     manifest, layout = cache.manifest, cache.layout
     done = cache.shards
     return {
@@ -51,7 +44,7 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
         "complete": cache.complete,
         "shards": layout.num_views * layout.shards_per_view,
         "shards_committed": len(done),
-        "bytes": place_of(root).stored_bytes(),
+        "bytes": snapshot.store.stored_bytes(),
         "images": manifest.num_images,
         "views": manifest.views.num_views,
         "image_shape": list(manifest.image_shape),
@@ -66,23 +59,23 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
         "fingerprint": manifest.fingerprint.content,
         "teachers": {name: _teacher(cache, name, entry, done) for name, entry in manifest.teachers.items()},
         "recorded": None if layout.views is None else _array_bytes(cache, [layout.views], done),
-        "growing": _growing(root, manifest),
+        "growing": _growing(snapshot),
         "identity": manifest.digest(),
         "versions": manifest.versions,
     }
 
 
-def _growing(root: Path, manifest: Manifest) -> dict[str, Any] | None:
+def _growing(snapshot: Snapshot) -> dict[str, Any] | None:
     """Say what a cache is growing to, and how much of that is committed; None where it is not growing."""
-    goal = read_growth(root, manifest)
-    if not is_more(goal, manifest):
+    begun = snapshot.growing()
+    goal = begun.manifest
+    if not is_more(goal, snapshot.manifest):
         return None
-    layout = layout_of(goal)
     return {
         "views": goal.views.num_views,
         "targets": [f"{name}.{target}" for name, targets in goal.targets.items() for target in targets],
-        "shards": layout.num_shards,
-        "shards_committed": len(committed_shards(root, layout)),
+        "shards": begun.layout.num_shards,
+        "shards_committed": len(begun.shards),
     }
 
 
@@ -106,7 +99,7 @@ def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Sha
     stored = entry.stored_logits if feature is None else entry.stored_features[group.target]
     assert stored is not None
     errors = entry.errors.get(group.target) if cache.complete else None  # over all rows, noted at the end
-    errors = errors or errors_of(cache.path, cache.manifest, group, done)
+    errors = errors or errors_of(cache.snapshot, group, done)
     return {
         "target": group.target,
         "kept": None if feature is None else feature.model_dump(mode="json", exclude_none=True),
@@ -123,9 +116,8 @@ def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) 
     every = [array for group in groups for array in group.arrays]
     arrays = dict.fromkeys((array.name for array in every), 0)
     for group, shard in itertools.product(groups, done):
-        with contextlib.suppress(CacheError):  # a damaged record, which `verify` tells of
-            for part in stored(cache.path, group, shard):
-                arrays[part.array.name] += part.size
+        for part in cache.snapshot.parts(group, shard):
+            arrays[part.array.name] += part.size
     rows = sum(shard.stop - shard.start for shard in done)
     return {"array_bytes": arrays, "bytes_per_row": round(sum(arrays.values()) / rows, 1) if rows else None}
 

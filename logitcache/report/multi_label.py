@@ -4,16 +4,15 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache
 from logitcache.cache.shards import ShardReader
+from logitcache.cache.snapshot import Snapshot
 from logitcache.report.inspect import ROWS, labels_as_seen
 from logitcache.student.multi_label import (
     MultiLabelMeasures,
@@ -84,7 +83,7 @@ def summarize_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> 
 
     Average precision ranks all images of a view.
     """
-    counter = _ViewCounter(cache.path.absolute(), cache.manifest)
+    counter = _ViewCounter(cache.snapshot)
     found = list(gathered(counter, range(views), "summary", "views", cluster))
     known = cache.labels >= 0
     names = dict.fromkeys([*cache.manifest.teachers, *found[0].measures])
@@ -110,11 +109,10 @@ def summarize_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> 
 class _ViewCounter:
     """Measure the answers of all teachers to a view. It can be pickled."""
 
-    root: Path
-    manifest: Manifest
+    snapshot: Snapshot
 
     def __call__(self, view: int) -> _View:
-        cache, reader = Cache(self.root, self.manifest), ShardReader(self.root, self.manifest)
+        cache, reader = Cache(self.snapshot), ShardReader(self.snapshot)
         shards = (shard for shard in reader.layout.shards() if shard.view == view)
         parts = (_tallies(cache, view, *part) for shard in shards for part in reader.batches(shard, ROWS))
         return _measured(functools.reduce(_joined, parts))

@@ -13,7 +13,6 @@ from torch import nn
 from logitcache.cache.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.differences import is_more
 from logitcache.cache.manifest import LOGITS
-from logitcache.cache.verify import stored
 from logitcache.errors import RecipeError
 from logitcache.remote import is_remote
 from logitcache.report.costs import (
@@ -77,7 +76,7 @@ def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]
     there = {array.name: _bytes_there(draft, group, array) for group in layout.groups for array in group.arrays}
     packed = {**there, **(found.packed if found else {})}
     skeleton = skeleton_sizes(goal)
-    new = {key: size for key, size in skeleton.items() if not (draft.path / key).exists()}
+    new = {key: size for key, size in skeleton.items() if not draft.plan.store.exists(key)}
     whole, todo = store_cost(layout, packed, skeleton), store_cost(layout, packed, new, draft.missing)
     free = _free_bytes(draft.recipe.cache)
     pending = draft.plan.pending
@@ -122,7 +121,7 @@ def _bytes_there(draft: Draft, group: ArrayGroup, array: ArrayLayout) -> float:
     if draft.recorded is None:
         return 0.0
     done = [shard for shard in draft.plan.layout.shards() if shard not in draft.missing[group.name]]
-    parts = (part for shard in done for part in stored(draft.path, group, shard) if part.array is array)
+    parts = (part for shard in done for part in draft.plan.snapshot.parts(group, shard) if part.array is array)
     total = sum(part.size - array.hot_bytes(0) for part in parts)
     rows = sum(array.rows_of(shard).stop - array.rows_of(shard).start for shard in done)
     return total / rows if rows else 0.0

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from logitcache.cache.create import read_manifest
-from logitcache.cache.locate import locate
 from logitcache.cache.reader import Cache
+from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.diagnosis import validate
 from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.recipe import Component, load_recipe, read_recipe, require_effect
@@ -64,9 +63,9 @@ def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
 
 def _require_fit(recipe: StudentRecipe) -> None:
     """Raise for losses that the cache cannot serve and a student that does not fit it, where it is there to ask."""
-    path = locate(recipe.cache)
-    if path.exists():
-        require_fit(recipe, lesson_of(recipe, Cache(path, read_manifest(path))))
+    store = locate(recipe.cache)
+    if store.path.exists():
+        require_fit(recipe, lesson_of(recipe, Cache(Snapshot.read(store))))
 
 
 def command_of(path: str | Path) -> str:

@@ -21,6 +21,7 @@ from logitcache.cache.arrays import Shard
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.shards import ShardReader
+from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError, RecipeError
 from logitcache.logits import Logits, TopKLogits
 from logitcache.report.inspect import labels_as_seen
@@ -135,7 +136,7 @@ def summarize(
     if is_multi_label(cache.labels):
         return summarize_multi_label(cache, views, cluster)
     chosen = list(itertools.takewhile(lambda shard: shard.view < views, cache.layout.shards()))
-    counter = ShardCounter(cache.path.absolute(), cache.manifest)
+    counter = ShardCounter(cache.snapshot)
     counted = zip(chosen, gathered(counter, chosen, "summary", "shards", cluster), strict=True)
     total: ShardCounts | None = None
     per_view = []
@@ -151,30 +152,29 @@ def summarize(
 class ShardCounter:
     """Count the answers of all teachers, each of which has logits, to the rows of a shard. It can be pickled."""
 
-    root: Path
-    manifest: Manifest
+    snapshot: Snapshot
 
     def __call__(self, shard: Shard) -> ShardCounts:
         """Count, a few rows at a time; raise CacheError where the shard is damaged."""
         return functools.reduce(operator.add, self._parts(shard))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardCounter, (self.root, self.manifest)
+        return ShardCounter, (self.snapshot,)
 
     def _parts(self, shard: Shard) -> Iterator[ShardCounts]:
         """Cut a shard into few enough rows for a dense distribution of each teacher."""
-        size = max(1, NUMBERS // max(_classes(self.manifest).values()))
+        size = max(1, NUMBERS // max(_classes(self.snapshot.manifest).values()))
         for start, answers in self._reader.batches(shard, size):
             keys = [ViewKey(shard.view, index) for index in range(start, min(start + size, shard.stop))]
             yield _count(answers, labels_as_seen(self._cache, keys))
 
     @cached_property
     def _reader(self) -> ShardReader:
-        return ShardReader(self.root, self.manifest)
+        return ShardReader(self.snapshot)
 
     @cached_property
     def _cache(self) -> Cache:
-        return Cache(self.root, self.manifest)
+        return Cache(self.snapshot)
 
 
 def _classes(manifest: Manifest) -> dict[str, int]:

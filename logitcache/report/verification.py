@@ -6,14 +6,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitcache.cache.copies import place_of
-from logitcache.cache.create import read_manifest
-from logitcache.cache.derivation import fix_of_damage, is_derived
-from logitcache.cache.layout import layout_of
-from logitcache.cache.locate import locate
+from logitcache.cache.derivation import is_derived
 from logitcache.cache.locks import require_trusted
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache
+from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
 from logitcache.errors import DataError, RecipeError, RefusedError
 from logitcache.recipe import Component, load_recipe
@@ -58,12 +55,11 @@ def verify(path: str | Path, overrides: Sequence[str] = (), trust: Collection[st
     are gone are reported and are no fault of the cache. `trust` has the digests of caches that may name images at
     URLs. Raises MismatchError for other images, pixels or plans, RefusedError for images that are not opened.
     """
-    root = locate(path, fresh=True)
-    manifest = read_manifest(root)
-    found = verify_cache(root, manifest, layout_of(manifest))
-    note, fix = _told(Cache(root, manifest), found.problems, overrides, trust)
+    snapshot = open_snapshot(path, fresh=True)
+    found = verify_cache(snapshot)
+    note, fix = _told(Cache(snapshot), found.problems, overrides, trust)
     images = "the same" if note is None else "not compared"
-    return VerifyResult(str(place_of(root)), found.shards, found.bytes, images, note, found.problems, fix)
+    return VerifyResult(str(snapshot.store), found.shards, found.bytes, images, note, found.problems, fix)
 
 
 def verification_text(result: VerifyResult) -> str:
@@ -79,7 +75,7 @@ def _told(
     if not problems:
         return _compare_images(cache, overrides, trust), None
     if all(problem.endswith("not committed") for problem in problems):
-        return "the cache is incomplete", fix_of_damage(cache.path).removeprefix("Fix: ")
+        return "the cache is incomplete", cache.snapshot.fix.removeprefix("Fix: ")
     command = shlex.join(["logitcache", "verify", cache.location, "--repair"])
     return "the cache is damaged", f"run `{command} RECIPE`, which writes just that again"
 
@@ -93,12 +89,12 @@ def repair(
     features that it asks for beyond the cache are not added. Raises as these do where the recipe is another one, or
     where the cache cannot be repaired.
     """
-    root = locate(path, fresh=True)
-    manifest = read_manifest(root)
+    snapshot = open_snapshot(path, fresh=True)
+    manifest = snapshot.manifest
     mend = _derive_again if is_derived(manifest) else _precompute_again
     run = mend(recipe, overrides, str(path), manifest)
     # What it finds is remembered: the run need not read every byte once more.
-    verify_cache(root, manifest, layout_of(manifest))
+    verify_cache(snapshot)
     run()
     return verify(path, trust=trust)
 

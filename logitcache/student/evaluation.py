@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.create import read_manifest
-from logitcache.cache.locate import locate
 from logitcache.cache.reader import Cache
+from logitcache.cache.snapshot import open_snapshot
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
 from logitcache.errors import CacheError, DataError, RecipeError, RemoteError
@@ -143,8 +142,7 @@ def _learnt_from(
     try:
         if isinstance(recipe, StudentRecipe):
             require_known_source(run, recipe, overrides)
-            path = locate(recipe.cache)
-            cache = Cache(path, read_manifest(path))  # no answer of it is read
+            cache = Cache(open_snapshot(recipe.cache))  # no answer of it is read
             counts = _counts(cache.labels, cache.manifest.fingerprint.num_classes, num_classes)
             return _LearntFrom(tuple(cache.manifest.teachers), counts)
         if isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):

@@ -9,16 +9,15 @@ import importlib.util
 import pickle
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from logitcache.cache.arrays import Shard
-from logitcache.cache.copies import place_of
-from logitcache.cache.locate import locate
 from logitcache.cache.sharing import preparing, writing
+from logitcache.cache.snapshot import locate
+from logitcache.cache.store import Store
 from logitcache.console import say, track
 from logitcache.device import resolve_device
 from logitcache.errors import CacheError, MissingExtraError, RecipeError
@@ -59,21 +58,20 @@ def precompute_on_cluster(
     started = time.perf_counter()
     require_cluster(scheduler, workers)
     _require_named(recipe)
-    recipe = as_recorded(recipe)
+    store, done = locate(recipe.cache), Done()
+    recipe = as_recorded(recipe, store)
     mine = WHOLE if part is None else Part.parse(part)
-    path, done = locate(recipe.cache), Done()
     with contextlib.ExitStack() as held:
-        with preparing(path) as target:
-            plan = _plan(recipe, target, path)
-            held.enter_context(writing(path))
+        with preparing(store) as target:
+            plan = _plan(recipe, target, store)
+            held.enter_context(writing(store))
 
         def job(threads: int | None) -> Work:
-            here = path.absolute()  # workers run in folders of their own
-            return Job(recipe, replace(plan.at(here), pending=[]), here, threads)
+            return Job(recipe, store, plan.goal, plan.num_recorded, threads)
 
-        run = Run("precompute", path, plan, recipe.views_per_image, mine, done)
+        run = Run("precompute", plan, recipe.views_per_image, mine, done)
         run.fill_on(job, scheduler, workers, resolve_device(recipe.device))
-    return finished(path, plan, done, started)
+    return finished(plan, done, started)
 
 
 def require_cluster(scheduler: str | None, workers: int | None) -> None:
@@ -95,20 +93,20 @@ def _require_named(recipe: PrecomputeRecipe) -> None:
         )
 
 
-def _plan(recipe: PrecomputeRecipe, target: Path, path: Path) -> Plan:
+def _plan(recipe: PrecomputeRecipe, target: Path, store: Store) -> Plan:
     views = Views(open_images(recipe, None), recipe.views)
     require_one_size(views)
     teachers = build_teachers(recipe, {}, views, resolve_device(recipe.device))
-    return prepare(recipe, views, teachers, target, path)
+    return prepare(recipe, views, teachers, target, store)
 
 
 class Run:
     """The shards of a plan that are to do, and what is done of them; `what` names it to the user."""
 
-    def __init__(self, what: str, path: Path, plan: Plan, views_per_image: int, part: Part, done: Done) -> None:
-        self._what, self._path, self._plan, self._part, self._done = what, path, plan, part, done
+    def __init__(self, what: str, plan: Plan, views_per_image: int, part: Part, done: Done) -> None:
+        self._what, self._plan, self._part, self._done = what, plan, part, done
         self._views_per_image = views_per_image
-        self._share = Share(path, plan.layout, (), views_per_image, part)
+        self._share = Share(plan.snapshot, (), views_per_image, part)
 
     def fill_on(
         self, job: Callable[[int | None], Work], scheduler: str | None, workers: int | None, device: torch.device
@@ -125,7 +123,7 @@ class Run:
 
     def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
         """Return those of some shards that are for this run, in groups that share decodes."""
-        return Share(self._path, self._plan.layout, shards, self._views_per_image, self._part).groups
+        return Share(self._plan.snapshot, shards, self._views_per_image, self._part).groups
 
     def fill(self, address: str, job: Work) -> None:
         """Hand out shards until all are committed, or none of those that are left can be had."""
@@ -135,7 +133,7 @@ class Run:
 
             def check() -> None:
                 if stop:
-                    raise stop.stopped(stopped_message(self._path, self._done.shards, len(self._plan.pending)))
+                    raise stop.stopped(stopped_message(self._plan.store, self._done.shards, len(self._plan.pending)))
 
             while groups := self.groups(left):
                 before = self._done.shards
@@ -150,7 +148,7 @@ class Run:
                     patience, losses = AGAIN, 1 if self._done.shards > before else losses + 1
                     if losses > LOSSES:
                         raise CacheError(
-                            f"{error}. {place_of(self._path)} is incomplete. Fix: the same command continues"
+                            f"{error}. {self._plan.store} is incomplete. Fix: the same command continues"
                         ) from error
                 left = self._missing(groups)
                 # Others have what nobody could have: as in a single process, these are left to them.
@@ -189,7 +187,8 @@ class Run:
         while unseen := self._missing([committed]):
             if time.monotonic() > deadline:
                 view, start, stop = unseen[0]
-                where = place_of(self._path.absolute())
+                store = self._plan.store
+                where = store.path.absolute() if store.is_local else store
                 raise CacheError(
                     f"a worker has committed view {view} rows {start}..{stop} to {where}, which is not there at the "
                     "client. Fix: a file system that client and workers share, at the same path"

@@ -4,19 +4,17 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from logitcache.cache.arrays import Shard
-from logitcache.cache.copies import place_of
-from logitcache.cache.create import read_manifest
-from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import open_cache
 from logitcache.cache.sharing import preparing, writing
+from logitcache.cache.snapshot import Snapshot, locate
+from logitcache.cache.store import Store
 from logitcache.cache.writer import CacheWriter
 from logitcache.console import track
 from logitcache.device import resolve_device
@@ -42,11 +40,11 @@ def derive(recipe: DeriveRecipe, *, part: str | None = None) -> PrecomputeResult
     for what it does not have, MismatchError where `out` is another cache, Stopped after SIGTERM or Ctrl-C.
     """
     started, mine, done = time.perf_counter(), WHOLE if part is None else Part.parse(part), Done()
-    with _prepared(recipe) as (source, plan, path):
-        share = Share(path, plan.layout, plan.pending, 1, mine)
+    with _prepared(recipe) as (source, plan):
+        share = Share(plan.snapshot, plan.pending, 1, mine)
         if plan.pending:
-            fill(_deriver(recipe, source, plan), path, len(plan.pending), share, done)
-    return finished(path, plan, done, started)
+            fill(_deriver(recipe, source, plan), plan.store, len(plan.pending), share, done)
+    return finished(plan, done, started)
 
 
 def derive_on_cluster(
@@ -58,30 +56,27 @@ def derive_on_cluster(
     """
     started, mine, done = time.perf_counter(), WHOLE if part is None else Part.parse(part), Done()
     require_cluster(scheduler, workers)
-    with _prepared(recipe) as (source, plan, path):
+    with _prepared(recipe) as (source, plan):
 
         def job(threads: int | None) -> Work:
-            there = source.root.absolute()
-            here = path.absolute()
-            return DeriveJob(recipe, there, source.manifest, replace(plan.at(here), pending=[]), here, threads)
+            return DeriveJob(recipe, source.store, source.manifest, plan.store, plan.goal, threads)
 
-        run = Run("derive", path, plan, 1, mine, done)
+        run = Run("derive", plan, 1, mine, done)
         run.fill_on(job, scheduler, workers, resolve_device(recipe.device))
-    return finished(path, plan, done, started)
+    return finished(plan, done, started)
 
 
 @contextlib.contextmanager
-def _prepared(recipe: DeriveRecipe) -> Iterator[tuple[Source, Plan, Path]]:
+def _prepared(recipe: DeriveRecipe) -> Iterator[tuple[Source, Plan]]:
     """Open the source, and create the cache or prove that it is the one to continue; it is written to meanwhile."""
     _require_apart(recipe)
-    path = locate(recipe.out)
-    cache = open_cache(recipe.cache)
-    source = Source.of(recipe, cache.path, cache.manifest)
+    store = locate(recipe.out)
+    source = Source.of(recipe, open_cache(recipe.cache).snapshot)
     with contextlib.ExitStack() as held:
-        with preparing(path) as target:
-            plan = prepare_derived(recipe, source, target, path)
-            held.enter_context(writing(path))
-        yield source, plan, path
+        with preparing(store) as target:
+            plan = prepare_derived(recipe, source, target, store)
+            held.enter_context(writing(store))
+        yield source, plan
 
 
 def _require_apart(recipe: DeriveRecipe) -> None:
@@ -99,15 +94,15 @@ def _deriver(recipe: DeriveRecipe, source: Source, plan: Plan) -> Deriver:
 
 
 @torch.no_grad()
-def fill(deriver: Deriver, path: Path, total: int, share: Share, done: Done) -> None:
+def fill(deriver: Deriver, store: Store, total: int, share: Share, done: Done) -> None:
     """Read, decode, encode and write, shard by shard; `total` shards were to do."""
-    writer = CacheWriter(path, deriver.layout)
+    writer = CacheWriter(store, deriver.layout)
     with stop_flag() as stop, contextlib.closing(share), contextlib.closing(writer):
 
         def check() -> None:
             if stop:
                 writer.flush()
-                raise stop.stopped(stopped_message(path, done.shards, total))
+                raise stop.stopped(stopped_message(store, done.shards, total))
 
         taken = -1
         # Once more after the last: a process that died may have let go of a shard since.
@@ -124,22 +119,20 @@ class DeriveJob(NamedTuple):
     """A derived cache to fill from a source; `threads` are torch's, None as they are."""
 
     recipe: DeriveRecipe
-    root: Path
-    source: Manifest
-    plan: Plan
-    path: Path
+    source: Store
+    source_manifest: Manifest
+    store: Store
+    goal: Manifest
     threads: int | None
 
     @property
     def name(self) -> str:
         """What tells it from others on one scheduler."""
-        return name_of(self.path, self.threads, self.recipe, self.plan.goal)
+        return name_of(self.store, self.threads, self.recipe, self.goal)
 
     def open(self) -> "_Opened":
-        """Find both caches."""
-        root = locate(self.recipe.cache) if is_remote(self.recipe.cache) else self.root
-        path = locate(self.recipe.out) if is_remote(self.recipe.out) else self.path
-        return _Opened(self._replace(root=root, path=path, plan=self.plan.at(path)))
+        """Open both caches."""
+        return _Opened(self)
 
 
 class _Opened:
@@ -148,30 +141,31 @@ class _Opened:
     def __init__(self, job: DeriveJob) -> None:
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        self._job = job
-        _require_same(job)
-        source = Source.of(job.recipe, job.root, job.source)
-        self._deriver = _deriver(job.recipe, source, job.plan)
+        source = Source.of(job.recipe, _opened_same(job.source, job.source_manifest))
+        self._plan = Plan.of(_opened_same(job.store, job.goal), [])
+        self._deriver = _deriver(job.recipe, source, self._plan)
 
     def fill(self, shards: Sequence[Shard], done: Done) -> list[Shard]:
         """Derive what nobody else has, and wait a while for what somebody has; returns what is committed."""
-        path, layout = self._job.path, self._job.plan.layout
-        share = Share(path, layout, shards, 1, WHOLE)
-        return filled(path, share, lambda: fill(self._deriver, path, len(shards), share, done))
+        store = self._plan.store
+        share = Share(self._plan.snapshot, shards, 1, WHOLE)
+        return filled(store, share, lambda: fill(self._deriver, store, len(shards), share, done))
 
     def close(self) -> None:
         """Let go of nothing: files are open only while they are read."""
 
 
-def _require_same(job: DeriveJob) -> None:
-    """Raise unless both caches are here those of the client: they are named by path."""
+def _opened_same(store: Store, wanted: Manifest) -> Snapshot:
+    """Open a cache that the client names by its location; raise unless it is the same cache here."""
     fix = "Fix: a file system that client and workers share, at the same path"
-    for path, wanted in ((job.root, job.source), (job.path, job.plan.goal)):
-        try:
-            found = read_manifest(path)
-        except CacheError as error:
-            raise CacheError(f"{error}\n  {fix}") from error
-        views = min(found.views.num_views, wanted.views.num_views)
-        targets = {name: kept for name, kept in wanted.targets.items() if name in found.teachers}
-        if found.restricted(views, targets).content_digest() != wanted.content_digest():
-            raise MismatchError(f"{place_of(path)} is another cache here than at the client. {fix}")
+    store = locate(str(store))
+    try:
+        opened = Snapshot.read(store)
+    except CacheError as error:
+        raise CacheError(f"{error}\n  {fix}") from error
+    found = opened.manifest
+    views = min(found.views.num_views, wanted.views.num_views)
+    targets = {name: kept for name, kept in wanted.targets.items() if name in found.teachers}
+    if found.restricted(views, targets).content_digest() != wanted.content_digest():
+        raise MismatchError(f"{store} is another cache here than at the client. {fix}")
+    return opened.of(wanted)

@@ -9,9 +9,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from logitcache.cache.coders import Coders
-from logitcache.cache.copies import place_of
-from logitcache.cache.create import create_skeleton, read_manifest
+from logitcache.cache.create import create_skeleton
 from logitcache.cache.derivation import Derivation, Member
 from logitcache.cache.differences import short
 from logitcache.cache.layout import choose_shard_rows, layout_of
@@ -19,13 +17,15 @@ from logitcache.cache.manifest import LOGITS, Manifest, StoredLogits, TeacherEnt
 from logitcache.cache.shards import ShardReader
 from logitcache.cache.sharing import alone
 from logitcache.cache.skeleton import Samples, mend_skeleton, read_canaries, read_digests, read_labels, read_tables
+from logitcache.cache.snapshot import Snapshot
+from logitcache.cache.store import Store
 from logitcache.console import say
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.files import remove_leftovers
 from logitcache.teacher.derive_recipe import DerivedTeacher, DeriveRecipe
 from logitcache.teacher.derive_rows import CachedSample, Origin
 from logitcache.teacher.fitting import mended_tables, recorded_tables, table_files
-from logitcache.teacher.preparation import Plan, unfinished
+from logitcache.teacher.preparation import Plan, new_plan, unfinished
 from logitcache.trust import inherit
 
 Tables = dict[str, NDArray[Any]]
@@ -33,60 +33,67 @@ Tables = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Source:
-    """What is read of a finished cache: its manifest, as far as it is needed, and what is made of it by teacher."""
+    """A finished cache, restricted to what is needed of it, and what is made of it by teacher."""
 
-    root: Path
-    manifest: Manifest
+    snapshot: Snapshot
     origins: Mapping[str, Origin]
 
     @classmethod
-    def of(cls, recipe: DeriveRecipe, root: Path, manifest: Manifest) -> "Source":
+    def of(cls, recipe: DeriveRecipe, cache: Snapshot) -> "Source":
         """Take of a cache what a recipe asks for. Raises RecipeError or MismatchError where it cannot be had."""
+        where, manifest = str(cache.store), cache.manifest
         views = recipe.num_views or manifest.views.num_views
         if views > manifest.views.num_views:
-            raise RecipeError(
-                f"num_views is {views}, {place_of(root)} has {manifest.views.num_views}. Fix: at most these"
-            )
-        origins = {name: _origin(name, teacher, root, manifest) for name, teacher in recipe.teachers.items()}
+            raise RecipeError(f"num_views is {views}, {where} has {manifest.views.num_views}. Fix: at most these")
+        origins = {name: _origin(name, teacher, where, manifest) for name, teacher in recipe.teachers.items()}
         needed: dict[str, set[str]] = {}
         for origin in origins.values():
             for member in origin.weights:
                 encoded = [] if origin.teacher.logits is None else [LOGITS]
                 needed.setdefault(member, set()).update(origin.kept, encoded)
         ordered = {name: needed[name] for name in manifest.teachers if name in needed}
-        return cls(root, manifest.restricted(views, ordered), origins)
+        return cls(cache.of(manifest.restricted(views, ordered)), origins)
+
+    @property
+    def store(self) -> Store:
+        """Where the cache lies."""
+        return self.snapshot.store
+
+    @property
+    def manifest(self) -> Manifest:
+        """What is needed of the cache."""
+        return self.snapshot.manifest
 
     @property
     def reader(self) -> ShardReader:
         """Reads all of it."""
-        return ShardReader(self.root, self.manifest, views=True)
+        return ShardReader(self.snapshot, views=True)
 
     def sample(self, name: str, num_views: int) -> CachedSample:
         """Return what a teacher's encoding is fitted to: rows of the first views, of its members' logits alone."""
         members = {member: [LOGITS] for member in self.origins[name].weights}
-        reader = ShardReader(self.root, self.manifest.restricted(num_views, members))
+        reader = ShardReader(self.snapshot.of(self.manifest.restricted(num_views, members)))
         return CachedSample(reader, name, self.origins[name])
 
     def tables(self, name: str, target: str) -> Tables:
         """Return the tables of a target that is copied, by the names of their arrays in the new cache."""
         (member, *_) = self.origins[name].weights
-        layout = layout_of(self.manifest)
-        groups = [group for group in layout.of(member) if group.target == target]
-        found = {key: table for group in groups for key, table in read_tables(self.root, group).items()}
+        groups = [group for group in self.snapshot.layout.of(member) if group.target == target]
+        found = {key: table for group in groups for key, table in read_tables(self.store, group).items()}
         return {f"{name}.{target}.{key}": table for key, table in found.items()}
 
 
-def _origin(name: str, teacher: DerivedTeacher, root: Path, manifest: Manifest) -> Origin:
+def _origin(name: str, teacher: DerivedTeacher, where: str, manifest: Manifest) -> Origin:
     """Raise unless the members are there, can be made one, and have what is asked for."""
     members = teacher.members or {name: 1.0}
     if unknown := sorted(members.keys() - manifest.teachers.keys()):
         raise RecipeError(
-            f"teachers.{name}: {place_of(root)} has no teacher {', '.join(map(repr, unknown))}, but "
+            f"teachers.{name}: {where} has no teacher {', '.join(map(repr, unknown))}, but "
             f"{', '.join(manifest.teachers)}. Fix: name these in `members`"
         )
     entries = {member: manifest.teachers[member] for member in members}
     if teacher.logits is not None:
-        _require_dense(name, root, entries)
+        _require_dense(name, where, entries)
     counts = {member: entry.num_classes for member, entry in entries.items()}
     if len(set(counts.values())) > 1:
         raise MismatchError(f"teachers.{name}: the members have different numbers of classes: {counts}. Fix: others")
@@ -97,61 +104,56 @@ def _origin(name: str, teacher: DerivedTeacher, root: Path, manifest: Manifest) 
         )
     total = sum(members.values())
     weights = {member: weight / total for member, weight in members.items()}
-    return Origin(teacher, weights, _kept(name, teacher, entries[next(iter(entries))], root))
+    return Origin(teacher, weights, _kept(name, teacher, entries[next(iter(entries))], where))
 
 
-def _require_dense(name: str, root: Path, entries: Mapping[str, TeacherEntry]) -> None:
+def _require_dense(name: str, where: str, entries: Mapping[str, TeacherEntry]) -> None:
     for member, entry in entries.items():
         stored = entry.stored_logits
         if stored is None:
-            raise RecipeError(
-                f"teachers.{name}: {place_of(root)} keeps no logits of {member!r}. Fix: `keep` its features"
-            )
+            raise RecipeError(f"teachers.{name}: {where} keeps no logits of {member!r}. Fix: `keep` its features")
         if "dense logits" not in stored.form.gives:
             raise RecipeError(
-                f"teachers.{name}.logits: {place_of(root)} keeps of {member!r} the largest logits alone "
+                f"teachers.{name}.logits: {where} keeps of {member!r} the largest logits alone "
                 f"({stored.form.kind}): what the others were is lost, and an encoding or a mean of them would err by "
                 "nobody knows how much. Fix: `keep: [logits]` copies them as they are; or derive from a cache that "
                 "keeps all logits"
             )
 
 
-def _kept(name: str, teacher: DerivedTeacher, entry: TeacherEntry, root: Path) -> tuple[str, ...]:
+def _kept(name: str, teacher: DerivedTeacher, entry: TeacherEntry, where: str) -> tuple[str, ...]:
     """Return the targets that are copied, with those that they are decoded with."""
     asked = entry.targets if teacher.keep == "all" else teacher.keep
     if unknown := sorted(set(asked) - set(entry.targets)):
-        raise RecipeError(
-            f"teachers.{name}.keep: {place_of(root)} has no {unknown}, but {list(entry.targets)}. Fix: name these"
-        )
+        raise RecipeError(f"teachers.{name}.keep: {where} has no {unknown}, but {list(entry.targets)}. Fix: name these")
     encoded = teacher.logits is not None
     return entry.restricted([target for target in asked if not (encoded and target == LOGITS)]).targets
 
 
-def prepare_derived(recipe: DeriveRecipe, source: Source, target: Path, path: Path) -> Plan:
-    """Create the derived cache at `target`, or prove that the one at `path` is it; returns what is to do."""
+def prepare_derived(recipe: DeriveRecipe, source: Source, target: Path, store: Store) -> Plan:
+    """Create the derived cache at `target`, or prove that the one in the store is it; returns what is to do."""
     manifest = source.manifest
     is_seen = [canary.view < manifest.views.num_views for canary in manifest.canaries]
     if not any(is_seen):
         needed = min(canary.view for canary in manifest.canaries) + 1
         raise RecipeError(
             f"num_views: none of the views that prove the pixels is among the first {manifest.views.num_views} of "
-            f"{place_of(source.root)}. Fix: num_views: {needed} or more"
+            f"{source.store}. Fix: num_views: {needed} or more"
         )
-    pixels = read_canaries(source.root, manifest)[np.array(is_seen)]
-    samples = Samples(read_labels(source.root, manifest), read_digests(source.root, manifest), pixels)
+    pixels = read_canaries(source.store, manifest)[np.array(is_seen)]
+    samples = Samples(read_labels(source.store, manifest), read_digests(source.store, manifest), pixels)
     asked = {name: _entry(name, source) for name in source.origins}
     canaries = tuple(canary for canary, seen in zip(manifest.canaries, is_seen, strict=True) if seen)
     # Versions are those that made the pixels and the answers; the metadata is written here.
     update = {"teachers": asked, "canaries": canaries, "versions": manifest.versions | {"zarr": zarr.__version__}}
     wanted = manifest.model_copy(update=update)
-    if target == path:
-        return _continue(path, recipe, source, wanted, samples)
+    if target == store.path:
+        return _continue(store, recipe, source, wanted, samples)
     entries, tables = _fit(source, asked, manifest.views.num_views)
     goal = wanted.model_copy(update={"teachers": entries, "shard_rows": _shard_rows(recipe, source, entries)})
-    layout = layout_of(goal)
-    create_skeleton(target, path, goal, samples, table_files(layout, tables))
-    inherit(read_manifest(source.root).digest(), goal.digest())
-    return Plan(goal, layout, Coders(path, goal, layout), list(layout.shards()))
+    create_skeleton(target, store, goal, samples, table_files(layout_of(goal), tables))
+    inherit(source.snapshot.identity, goal.digest())
+    return new_plan(store, goal)
 
 
 def _entry(name: str, source: Source) -> TeacherEntry:
@@ -216,13 +218,14 @@ def _shard_rows(recipe: DeriveRecipe, source: Source, entries: Mapping[str, Teac
         ) from error
 
 
-def _continue(path: Path, recipe: DeriveRecipe, source: Source, wanted: Manifest, samples: Samples) -> Plan:
+def _continue(store: Store, recipe: DeriveRecipe, source: Source, wanted: Manifest, samples: Samples) -> Plan:
     """Refuse a recipe or a source of another cache; mend what is damaged of all but the shards."""
-    recorded = read_manifest(path)
+    cache = Snapshot.read(store)
+    recorded = cache.manifest
     differences = list(_differences(recorded, wanted, recipe))
     if differences:
         raise MismatchError(
-            f"{place_of(path)} is another cache than the recipe and {place_of(source.root)} make:\n  "
+            f"{store} is another cache than the recipe and {source.store} make:\n  "
             + "\n  ".join(differences)
             + "\n  Fix: give `out:` another path, or remove that cache"
         )
@@ -236,13 +239,12 @@ def _continue(path: Path, recipe: DeriveRecipe, source: Source, wanted: Manifest
                 found |= source.tables(name, target) if kept else _fit(source, {name: entry}, views)[1]
         return found
 
-    tables = mended_tables(path, recorded, fit_again)
-    for key in mend_skeleton(path, recorded, recorded, samples, tables):
-        say(f"writing again: {place_of(path)}/{key}")
-    if alone(path):
-        remove_leftovers(path)
-    layout = layout_of(recorded)
-    return Plan(recorded, layout, Coders(path, recorded, layout), unfinished(path, layout))
+    tables = mended_tables(store, recorded, fit_again)
+    for key in mend_skeleton(store, recorded, recorded, samples, tables):
+        say(f"writing again: {store}/{key}")
+    if alone(store):
+        remove_leftovers(store.path)
+    return Plan.of(cache, unfinished(cache))
 
 
 def _differences(recorded: Manifest, wanted: Manifest, recipe: DeriveRecipe) -> Iterator[str]:

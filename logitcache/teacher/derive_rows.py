@@ -84,12 +84,12 @@ class CachedSample:
     @property
     def num_rows(self) -> int:
         """Rows of the whole cache."""
-        return self.reader.manifest.num_images * self.reader.manifest.views.num_views
+        return self.reader.snapshot.manifest.num_images * self.reader.snapshot.manifest.views.num_views
 
     @cached_property
     def _rows(self) -> dict[Shard, list[int]]:
         """The indices of the rows, by shard."""
-        manifest, layout = self.reader.manifest, self.reader.layout
+        manifest, layout = self.reader.snapshot.manifest, self.reader.layout
         num_classes = manifest.teachers[next(iter(self.origin.weights))].num_classes or 0
         count, spec = num_calibration_rows(num_classes), manifest.views
         found: dict[Shard, list[int]] = {}
@@ -166,7 +166,7 @@ class Deriver:
                 errors = theirs[group.target].errors
                 if group.errors is not None and errors is not None:
                     # Shards are those of the source where anything is copied.
-                    rows[group.errors.name][:] = Unpacker(self.source.root, errors)(part)
+                    rows[group.errors.name][:] = Unpacker(self.source.snapshot.array(errors))(part)
 
     def _encode(self, rows: Rows, answers: Mapping[str, Targets], shard: Shard, here: slice) -> None:
         """Encode a batch of answers for every teacher whose logits are kept anew."""

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +12,14 @@ from torch import nn
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
-from logitcache.cache.copies import place_of
+from logitcache.cache.commits import Records
 from logitcache.cache.differences import is_more
-from logitcache.cache.layout import Layout, layout_of
-from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.sharing import target_of
 from logitcache.cache.skeleton import require_sound_skeleton
-from logitcache.cache.verify import committed_by_group, damaged
+from logitcache.cache.snapshot import Snapshot, locate
+from logitcache.cache.store import Store
+from logitcache.cache.verify import damaged
 from logitcache.console import say
 from logitcache.device import resolve_device
 from logitcache.teacher.calibration import num_calibration_rows
@@ -39,14 +38,13 @@ CALIBRATION_SECONDS, FEWEST_ROWS = 20.0, 256
 
 @dataclass(frozen=True)
 class Draft:
-    """A plan of what is to do to the cache that is read at `path`, with the shards that each group of arrays lacks.
+    """A plan of what is to do to a cache, with the shards that each group of arrays lacks.
 
     calibration_rows: answered to fit encodings, of the `calibration_wanted` that stage one takes. opening, preparing:
     seconds that stage one spends before the first shard, the images' digests being remembered.
     """
 
     recipe: PrecomputeRecipe
-    path: Path
     views: Views
     teachers: list[Teacher]
     plan: Plan
@@ -66,8 +64,8 @@ def drafted(
 
     Of a cache that is there only what it lacks is to do; one whose skeleton is damaged is a CacheError.
     """
-    device, given = resolve_device(recipe.device), teachers or {}
-    recipe = as_given(as_recorded(recipe), given, dataset)
+    device, given, store = resolve_device(recipe.device), teachers or {}, locate(recipe.cache)
+    recipe = as_given(as_recorded(recipe, store), given, dataset)
     _open_views(recipe, dataset)
     began = time.perf_counter()
     views = _open_views(recipe, dataset)
@@ -78,7 +76,7 @@ def drafted(
     with contextlib.ExitStack() as seen:
         for teacher in built:
             seen.callback(teacher.remove_taps)
-        yield _draft(recipe, views, built, locate(recipe.cache), opening, prepared)
+        yield _draft(recipe, views, built, store, opening, prepared)
 
 
 def _open_views(recipe: PrecomputeRecipe, dataset: object | None) -> Views:
@@ -89,14 +87,14 @@ def _open_views(recipe: PrecomputeRecipe, dataset: object | None) -> Views:
 
 
 def _draft(
-    recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, opening: float, prepared: float
+    recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], store: Store, opening: float, prepared: float
 ) -> Draft:
     cold, warm = (_pace(recipe, views, teachers) for _ in range(2))
     pace, prepared = warm.row, prepared + max(0.0, cold.all - warm.all)
     most = max(FEWEST_ROWS, int(CALIBRATION_SECONDS / pace))
-    is_new, began = target_of(path) != path, time.perf_counter()
+    is_new, began = target_of(store) != store.path, time.perf_counter()
     with answered(teachers) as answers:
-        recorded, goal, tables, num_canaries = (_new if is_new else _grown)(recipe, views, teachers, path, most)
+        recorded, goal, tables, num_canaries, known = (_new if is_new else _grown)(recipe, views, teachers, store, most)
     preparing = prepared + time.perf_counter() - began
     used = wanted = 0
     for name, batches in answers.batches.items():
@@ -105,38 +103,40 @@ def _draft(
             asked = _rows_wanted(goal, name)
             used, wanted = used + calibration[-1][0], wanted + asked
             preparing += correction(calibration, asked, recipe.num_workers, pace)
-    layout = layout_of(goal)
-    missing = {group.name: set(layout.shards()) for group in layout.groups} if is_new else _missing(path, layout)
+    snapshot = Snapshot.as_described(store, goal, known)
+    layout = snapshot.layout
+    missing = {group.name: set(layout.shards()) for group in layout.groups} if is_new else _missing(snapshot)
     lacking: set[Shard] = set().union(*missing.values())
     pending = [shard for shard in layout.shards() if shard in lacking]
-    plan = Plan(goal, layout, Coders(path, goal, layout, tables), pending)
-    return Draft(recipe, path, views, teachers, plan, missing, recorded, used, wanted, opening, preparing)
+    plan = Plan(snapshot, Coders(store, goal, layout, tables), pending)
+    return Draft(recipe, views, teachers, plan, missing, recorded, used, wanted, opening, preparing)
 
 
 class _Goal(NamedTuple):
-    """What a cache is and is to be, tables that are not written, and the canaries that a teacher answered for it."""
+    """What a cache is and is to be, tables that are not written, the canaries that a teacher answered, and records."""
 
     recorded: Manifest | None
     goal: Manifest
     tables: Tables
     num_canaries: int
+    records: Mapping[str, Records]
 
 
-def _new(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, most: int) -> _Goal:
-    place_of(path).require_vacant()
+def _new(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], store: Store, most: int) -> _Goal:
+    store.require_vacant()
     manifest, _, tables = begin(recipe, views, teachers, most)
-    return _Goal(None, manifest, tables, len(manifest.canaries))
+    return _Goal(None, manifest, tables, len(manifest.canaries), {})
 
 
-def _grown(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], path: Path, most: int) -> _Goal:
-    found = standing(path, recipe, views, teachers)
-    require_sound_skeleton(path, found.recorded)
+def _grown(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], store: Store, most: int) -> _Goal:
+    found = standing(store, recipe, views, teachers)
+    require_sound_skeleton(store, found.recorded)
     goal, tables = found.goal, dict[str, Any]()
-    if is_more(goal, found.manifest):
+    if is_more(goal, found.cache.manifest):
         entries, tables = fit(recipe, views, teachers, goal.teachers, found.examples, most_rows=most)
         goal = goal.model_copy(update={"teachers": entries})
-        require_whole_pages(path, goal, found.manifest)
-    return _Goal(found.recorded, goal, tables, len(found.recorded.canaries))
+        require_whole_pages(store, goal, found.cache.manifest)
+    return _Goal(found.recorded, goal, tables, len(found.recorded.canaries), found.cache.records)
 
 
 class _Pace(NamedTuple):
@@ -172,11 +172,11 @@ def _rows_wanted(goal: Manifest, teacher: str) -> int:
     return min(asked, goal.num_images * goal.views.num_views)
 
 
-def _missing(path: Path, layout: Layout) -> dict[str, set[Shard]]:
+def _missing(snapshot: Snapshot) -> dict[str, set[Shard]]:
     """Return the shards of each group that are not committed, or whose bytes are no longer what was committed."""
-    committed = committed_by_group(path, layout)
-    for shard, group, text in damaged(path, layout, committed):
+    committed = snapshot.committed()
+    for shard, group, text in damaged(snapshot):
         say(f"to be written again: {text}")
         committed[group.name].discard(shard)
-    every = set(layout.shards())
+    every = set(snapshot.layout.shards())
     return {name: every - there for name, there in committed.items()}

@@ -3,17 +3,16 @@
 import functools
 import hashlib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.copies import place_of
 from logitcache.cache.layout import Layout, layout_of
 from logitcache.cache.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
 from logitcache.cache.skeleton import table_bytes, table_problems
+from logitcache.cache.store import Store
 from logitcache.device import to_device
 from logitcache.errors import CacheError, LogitCacheError, RecipeError
 from logitcache.targets import Targets
@@ -86,14 +85,14 @@ FitAgain = Callable[[Mapping[str, TeacherEntry], int | None], Tables]
 """Fits what has no form yet to rows of some views, and returns tables by array name."""
 
 
-def mended_tables(path: Path, goal: Manifest, fit_again: FitAgain) -> dict[str, bytes]:
+def mended_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> dict[str, bytes]:
     """Return the bytes of damaged tables by key, fitted again; raise CacheError where that gives others."""
     stored = {
         name: entry.restricted([target for target in entry.targets if target not in entry.unfitted])
         for name, entry in goal.teachers.items()
     }
     known = layout_of(goal.model_copy(update={"teachers": stored}))
-    damaged = {problem.key for problem in table_problems(path, known.groups)}
+    damaged = {problem.key for problem in table_problems(store, known.groups)}
     files: dict[str, bytes] = {}
     for group in known.groups:
         if any(table.file in damaged for table in group.tables):
@@ -103,8 +102,8 @@ def mended_tables(path: Path, goal: Manifest, fit_again: FitAgain) -> dict[str, 
     for table in known.tables:
         if table.file in damaged and hashlib.sha256(files[table.file]).hexdigest() != table.sha256:
             raise CacheError(
-                f"{place_of(path)}/{table.file} is damaged, and what is fitted here is another table. Fix: put back "
-                f"a copy of it, or remove {place_of(path)} and precompute again"
+                f"{store}/{table.file} is damaged, and what is fitted here is another table. Fix: put back "
+                f"a copy of it, or remove {store} and precompute again"
             )
     return {key: files[key] for key in damaged}
 

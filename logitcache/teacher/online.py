@@ -7,11 +7,10 @@ from typing import Any, Protocol
 from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
-from logitcache.cache.create import read_manifest
 from logitcache.cache.derivation import network_of
 from logitcache.cache.encodings import Dense
-from logitcache.cache.locate import locate
 from logitcache.cache.manifest import TeacherEntry
+from logitcache.cache.snapshot import locate, read_manifest
 from logitcache.device import resolve_device
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Model, Preprocessing, weights_digest

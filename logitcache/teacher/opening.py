@@ -6,9 +6,9 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
-from logitcache.cache.create import read_manifest
-from logitcache.cache.locate import locate
 from logitcache.cache.skeleton import ROOT
+from logitcache.cache.snapshot import read_manifest
+from logitcache.cache.store import Store
 from logitcache.errors import RecipeError
 from logitcache.recipe import Component, require_effect
 from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
@@ -20,18 +20,17 @@ from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.spec import Views
 
 
-def as_recorded(recipe: PrecomputeRecipe) -> PrecomputeRecipe:
+def as_recorded(recipe: PrecomputeRecipe, store: Store) -> PrecomputeRecipe:
     """Draw views by the plan of the cache that the recipe continues, unless the recipe states another.
 
     Raises RecipeError for options without effect if the cache is new.
     """
-    path = locate(recipe.cache)
-    if not (path / ROOT).is_file():
+    if not (store.path / ROOT).is_file():
         require_effect(recipe)
         return recipe
     if "plan_version" in recipe.views.model_fields_set:
         return recipe
-    views = recipe.views.model_copy(update={"plan_version": read_manifest(path).views.plan_version})
+    views = recipe.views.model_copy(update={"plan_version": read_manifest(store).views.plan_version})
     return recipe.model_copy(update={"views": views})
 
 

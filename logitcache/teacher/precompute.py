@@ -6,17 +6,16 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
 from logitcache.cache.arrays import Shard
-from logitcache.cache.copies import place_of
 from logitcache.cache.layout import Layout
-from logitcache.cache.locate import locate
 from logitcache.cache.sharing import preparing, writing
+from logitcache.cache.snapshot import locate
+from logitcache.cache.store import Store
 from logitcache.cache.unreadable import note_unreadable
 from logitcache.cache.writer import CacheWriter, Rows, empty_rows
 from logitcache.console import say, track
@@ -68,47 +67,46 @@ def precompute(
     """
     started = time.perf_counter()
     mine = WHOLE if part is None else Part.parse(part)
-    device = resolve_device(recipe.device)
-    recipe = as_given(as_recorded(recipe), teachers or {}, dataset)
+    device, store = resolve_device(recipe.device), locate(recipe.cache)
+    recipe = as_given(as_recorded(recipe, store), teachers or {}, dataset)
     views = Views(open_images(recipe, dataset), recipe.views)
     require_one_size(views)
     built = build_teachers(recipe, teachers or {}, views, device)
-    path = locate(recipe.cache)
     done = Done()
     with contextlib.ExitStack() as seen:
         for teacher in built:
             seen.callback(teacher.remove_taps)
-        with preparing(path) as target:
-            plan = prepare(recipe, views, built, target, path)
-            seen.enter_context(writing(path))
-        share = Share(path, plan.layout, plan.pending, recipe.views_per_image, mine)
+        with preparing(store) as target:
+            plan = prepare(recipe, views, built, target, store)
+            seen.enter_context(writing(store))
+        share = Share(plan.snapshot, plan.pending, recipe.views_per_image, mine)
         if plan.pending:
             loader = ViewLoader(views.answered(), recipe.num_workers, recipe.start_method)
             with contextlib.closing(loader):
-                fill(recipe, views, loader, built, path, plan, share, done)
-    return finished(path, plan, done, started)
+                fill(recipe, views, loader, built, plan, share, done)
+    return finished(plan, done, started)
 
 
-def finished(path: Path, plan: Plan, done: "Done", started: float) -> PrecomputeResult:
+def finished(plan: Plan, done: "Done", started: float) -> PrecomputeResult:
     """Finish a cache as far as its shards are there; say and return how it stands."""
-    left = finish(path, plan)
+    store, left = plan.store, finish(plan)
     if left:
         say(
-            f"{place_of(path)}: {done.shards} shards written, {left} of {plan.layout.num_shards} are left to other "
+            f"{store}: {done.shards} shards written, {left} of {plan.layout.num_shards} are left to other "
             "processes or parts. Should these end without them, the same command writes them"
         )
     elif not plan.pending:
-        say(f"{place_of(path)} is complete, there is nothing to do")
+        say(f"{store} is complete, there is nothing to do")
     seconds = time.perf_counter() - started
     return PrecomputeResult(
-        str(place_of(path)),
+        str(store),
         plan.layout.num_shards,
         done.shards,
         left,
         done.row_views,
         done.passes,
         seconds,
-        place_of(path).stored_bytes(),
+        store.stored_bytes(),
     )
 
 
@@ -137,14 +135,13 @@ def fill(
     views: Views,
     loader: ViewLoader,
     teachers: list[Teacher],
-    path: Path,
     plan: Plan,
     share: Share,
     done: Done,
 ) -> None:
     """Render, answer, encode and write, shard by shard: the loop of stage one."""
     answered, keeper = views.answered(), Keeper(views, teachers, plan)
-    writer = CacheWriter(path, plan.layout)
+    writer = CacheWriter(plan.store, plan.layout)
     total = sum(-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in share.groups)
     with stop_flag() as stop, contextlib.closing(share), contextlib.closing(writer):
         taken = -1
@@ -157,12 +154,12 @@ def fill(
             for group in ours:
                 work = _Work.of(plan.layout, share, group)
                 for batch in batches_of(group, answered, recipe.batch_size):
-                    rendered = _next_images(images, views, _keys(batch), path).chunk(len(batch))
+                    rendered = _next_images(images, views, _keys(batch), plan.store).chunk(len(batch))
                     for (shard, keys), pixels in zip(batch.items(), rendered, strict=True):
                         keeper.keep(work.rows[shard], shard, keys, pixels)
                     if stop:
                         writer.flush()
-                        raise stop.stopped(stopped_message(path, done.shards, len(plan.pending)))
+                        raise stop.stopped(stopped_message(plan.store, done.shards, len(plan.pending)))
                 for shard in group:
                     writer.submit(shard, work.rows[shard], functools.partial(share.committed, shard))
                     done.count(shard, work.num_teachers(shard, plan.layout))
@@ -205,13 +202,13 @@ def _keys(batch: Mapping[Shard, list[ViewKey]]) -> list[ViewKey]:
     return list(itertools.chain.from_iterable(batch.values()))
 
 
-def _next_images(images: Iterator[Tensor], views: Views, keys: list[ViewKey], path: Path) -> Tensor:
+def _next_images(images: Iterator[Tensor], views: Views, keys: list[ViewKey], store: Store) -> Tensor:
     """Take the next batch; images that cannot be read may be mended before the run continues."""
     try:
         return next(images)
     except DataError:
         named = dict.fromkeys(key.index for key in (*keys, *views.answered().partners(keys)))
-        note_unreadable(path, [index for index in named if not _is_readable(views, index)])
+        note_unreadable(store, [index for index in named if not _is_readable(views, index)])
         raise
 
 
@@ -223,9 +220,9 @@ def _is_readable(views: Views, index: int) -> bool:
     return True
 
 
-def stopped_message(path: Path, num_finished: int, total: int) -> str:
+def stopped_message(store: Store, num_finished: int, total: int) -> str:
     """Say what a run that is stopped leaves."""
     return (
-        f"stopped: {num_finished} of the {total} shards that were to do are committed in {place_of(path)}, what was in "
+        f"stopped: {num_finished} of the {total} shards that were to do are committed in {store}, what was in "
         "progress is dropped. The same command continues"
     )

@@ -1,30 +1,31 @@
 """Before the first shard: create the recipe's cache, or prove that it is the one to continue."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
-from logitcache.cache.copies import place_of
-from logitcache.cache.create import create_skeleton, read_manifest
+from logitcache.cache.create import create_skeleton
 from logitcache.cache.derivation import require_not_derived
 from logitcache.cache.differences import extends, is_more, require_growth
-from logitcache.cache.growth import begin_growth, finish_growth, forget_growth, grown, read_growth
+from logitcache.cache.growth import begin_growth, forget_growth, grown, read_growth
+from logitcache.cache.images import require_same_images
 from logitcache.cache.layout import CHECKSUMS, Layout, choose_shard_rows, layout_of
-from logitcache.cache.locate import refresh
 from logitcache.cache.manifest import Manifest, TeacherEntry
-from logitcache.cache.reached import note_errors
+from logitcache.cache.reached import finish_growth, note_errors
 from logitcache.cache.reader import Cache
 from logitcache.cache.recorded import RecordedRows
 from logitcache.cache.sharing import alone, preparing
 from logitcache.cache.skeleton import Samples, mend_skeleton
+from logitcache.cache.snapshot import Snapshot, read_manifest
+from logitcache.cache.store import Store
 from logitcache.cache.unreadable import forget_unreadable, with_mended_images
-from logitcache.cache.verify import committed_by_group, committed_shards, damaged
+from logitcache.cache.verify import damaged
 from logitcache.console import say
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.files import remove_leftovers
@@ -46,28 +47,52 @@ from logitcache.views.spec import Views
 class Plan:
     """The cache as it is to be, what encodes it, the shards with something to do, and checksums that are there."""
 
-    goal: Manifest
-    layout: Layout
+    snapshot: Snapshot
     coders: Coders
     pending: list[Shard]
     num_recorded: int = 0
     checksums: RecordedRows | None = None
 
-    def at(self, path: Path) -> Self:
-        """Return the same plan of a cache that is read at another path."""
-        coders, checksums = Coders(path, self.goal, self.layout), self.checksums
-        return replace(self, coders=coders, checksums=None if checksums is None else checksums.at(path))
+    @classmethod
+    def of(cls, snapshot: Snapshot, pending: list[Shard], recorded: Snapshot | None = None) -> "Plan":
+        """Return a plan to fill a cache; `recorded` is what is there already of one that grows."""
+        coders = Coders(snapshot.store, snapshot.manifest, snapshot.layout)
+        if recorded is None:
+            return cls(snapshot, coders, pending)
+        arrays = {array.suffix: array for array in recorded.layout.views_arrays}
+        checksums = RecordedRows(recorded.array(arrays[CHECKSUMS])) if CHECKSUMS in arrays else None
+        return cls(snapshot, coders, pending, recorded.layout.num_views, checksums)
+
+    @property
+    def store(self) -> Store:
+        """Where the cache lies."""
+        return self.snapshot.store
+
+    @property
+    def goal(self) -> Manifest:
+        """What the cache is to be."""
+        return self.snapshot.manifest
+
+    @property
+    def layout(self) -> Layout:
+        """Its arrays and shards."""
+        return self.snapshot.layout
 
 
-def prepare(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], target: Path, path: Path) -> Plan:
+def prepare(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], target: Path, store: Store) -> Plan:
     """Create the cache, or prove that the recipe continues or extends it; returns what is to do."""
-    if target == path:
-        return _continue(path, recipe, views, teachers)
+    if target == store.path:
+        return _continue(store, recipe, views, teachers)
     manifest, samples, tables = begin(recipe, views, teachers)
-    layout = layout_of(manifest)
-    create_skeleton(target, path, manifest, samples, table_files(layout, tables))
+    create_skeleton(target, store, manifest, samples, table_files(layout_of(manifest), tables))
     remember(manifest.digest())
-    return Plan(manifest, layout, Coders(path, manifest, layout), list(layout.shards()))
+    return new_plan(store, manifest)
+
+
+def new_plan(store: Store, manifest: Manifest) -> Plan:
+    """Return the plan of a cache that was just created: every shard is to do."""
+    snapshot = Snapshot.as_described(store, manifest)
+    return Plan.of(snapshot, list(snapshot.layout.shards()))
 
 
 def begin(
@@ -85,24 +110,25 @@ def begin(
 
 
 class Standing(NamedTuple):
-    """A cache that is there: what its root records and what is to be recorded, and what a recipe makes of it.
+    """An existing cache: what its root records and what is to be recorded, and what a recipe makes of it.
 
     What the recipe adds has no form yet.
     """
 
     recorded: Manifest
-    manifest: Manifest
+    cache: Snapshot
     goal: Manifest
     samples: Samples
     examples: Mapping[str, Targets]
 
 
-def standing(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Standing:
-    """Refuse a recipe that asks for another cache than that at `path`; writes nothing."""
-    recorded = read_manifest(path)
-    require_not_derived(recorded, path)
+def standing(store: Store, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Standing:
+    """Refuse a recipe that asks for another cache than that in a store; writes nothing."""
+    snapshot = Snapshot.read(store)
+    recorded = snapshot.manifest
+    require_not_derived(recorded, str(store))
     if recorded.num_images != len(views.dataset.ids):
-        Cache(path, recorded).require_dataset(views.dataset)
+        require_same_images(store, recorded, views.dataset)
     records, pixels = canaries.take(views, [ViewKey(canary.view, canary.index) for canary in recorded.canaries])
     samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
     labels = torch.from_numpy(samples.labels[[canary.index for canary in recorded.canaries]])
@@ -110,58 +136,63 @@ def standing(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list[
     entries = _entries(recipe, teachers, views.dataset, examples)
     wanted = _manifest(recipe, views, entries, records, pixels, recipe.shard_rows or recorded.shard_rows)
     wanted = wanted.model_copy(update={"views": recipe.views})
-    held = committed_by_group(path, layout_of(read_growth(path, recorded))).values()
-    manifest = with_mended_images(path, recorded, wanted, samples.digests, set().union(*held))
-    cache = Cache(path, manifest)
+    begun = snapshot.growing()
+    held: set[Shard] = set().union(*begun.committed().values())
+    manifest = with_mended_images(store, recorded, wanted, samples.digests, held)
+    cache = Cache(begun.of(manifest))
     cache.require_dataset(views.dataset)
-    goal = _goal(cache, wanted)
+    goal = _goal(cache.snapshot, wanted)
     if manifest.canaries != wanted.canaries:
         cache.require_canaries(views)
-    return Standing(recorded, manifest, goal, samples, examples)
+    return Standing(recorded, cache.snapshot, goal, samples, examples)
 
 
-def _continue(path: Path, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Plan:
-    """Mend what is damaged of all but the shards of a cache, and begin to grow."""
-    recorded, manifest, goal, samples, examples = standing(path, recipe, views, teachers)
-    tables = mended_tables(path, goal, lambda entries, count: fit(recipe, views, teachers, entries, examples, count)[1])
-    for key in mend_skeleton(path, recorded, manifest, samples, tables):
-        say(f"writing again: {place_of(path)}/{key}")
+def _continue(store: Store, recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> Plan:
+    """Repair what is damaged of all but the shards of a cache, and begin to grow."""
+    recorded, cache, goal, samples, examples = standing(store, recipe, views, teachers)
+    manifest = cache.manifest
+    tables = mended_tables(
+        store, goal, lambda entries, count: fit(recipe, views, teachers, entries, examples, count)[1]
+    )
+    for key in mend_skeleton(store, recorded, manifest, samples, tables):
+        say(f"writing again: {store}/{key}")
     inherit(recorded.digest(), manifest.digest())
-    forget_unreadable(path)
-    if alone(path):
-        remove_leftovers(path)
+    forget_unreadable(store)
+    if alone(store):
+        remove_leftovers(store.path)
     if is_more(goal, manifest):
         entries, added = fit(recipe, views, teachers, goal.teachers, examples)
         goal = goal.model_copy(update={"teachers": entries})
-        require_whole_pages(path, goal, manifest)
-        begin_growth(path, goal, {**tables, **table_files(layout_of(goal), added)})
-    return _plan(Cache(path, manifest), goal)
+        require_whole_pages(store, goal, manifest)
+        begin_growth(store, goal, {**tables, **table_files(layout_of(goal), added)})
+    filled = cache.of(goal)
+    return Plan.of(filled, unfinished(filled), cache)
 
 
-def _goal(cache: Cache, wanted: Manifest) -> Manifest:
+def _goal(cache: Snapshot, wanted: Manifest) -> Manifest:
     """Return the manifest of what a recipe makes of a cache; raise MismatchError where it is another cache's."""
-    path, recorded = cache.path, cache.manifest
-    begun = read_growth(path, recorded)
+    store, recorded = cache.store, cache.manifest
+    begun = read_growth(store, recorded)
     if extends(wanted, begun):
         return grown(recorded, begun, wanted)
     if extends(recorded, wanted) and (cache.complete or not is_more(recorded, wanted)):
         return recorded.restricted(wanted.views.num_views, wanted.targets)
     growing = (
         f" (growing to {begun.views.num_views} views by {', '.join(begun.teachers)}; "
-        f"`logitcache gc {place_of(path)} --growth` gives that up)"
+        f"`logitcache gc {store} --growth` gives that up)"
     )
-    require_growth(begun, wanted, f"{place_of(path)}{growing if is_more(begun, recorded) else ''}")
+    require_growth(begun, wanted, f"{store}{growing if is_more(begun, recorded) else ''}")
     raise AssertionError("it neither extends the cache nor differs from it")
 
 
-def require_whole_pages(path: Path, goal: Manifest, recorded: Manifest) -> None:
+def require_whole_pages(store: Store, goal: Manifest, recorded: Manifest) -> None:
     """Raise RecipeError naming what is new and would not fill whole pages with the shards that a cache has."""
     for name, entry in goal.teachers.items():
         added = [target for target in entry.targets if target not in recorded.targets.get(name, ())]
         wrong = [target for target in added if not _fills_pages(entry.restricted([target]), goal)]
         if wrong:
             raise RecipeError(
-                f"{place_of(path)} has shards of {goal.shard_rows} rows, which {', '.join(wrong)} of teachers.{name} "
+                f"{store} has shards of {goal.shard_rows} rows, which {', '.join(wrong)} of teachers.{name} "
                 "would not fill whole pages with. Fix: storage: packed for these, or another cache"
             )
 
@@ -174,30 +205,24 @@ def _fills_pages(entry: TeacherEntry, goal: Manifest) -> bool:
     return True
 
 
-def _plan(cache: Cache, goal: Manifest) -> Plan:
-    layout = layout_of(goal)
-    checksums = {array.suffix: RecordedRows(cache.path, array) for array in cache.layout.views_arrays}.get(CHECKSUMS)
-    coders = Coders(cache.path, goal, layout)
-    return Plan(goal, layout, coders, unfinished(cache.path, layout), cache.num_views, checksums)
-
-
-def finish(path: Path, plan: Plan) -> int:
+def finish(plan: Plan) -> int:
     """Let the root describe what the cache has grown to, once that is whole; returns how many shards are not there."""
-    with preparing(path):
-        if plan.pending:
-            refresh(path)  # what other machines have committed
-        recorded = read_manifest(path)
+    store = plan.store
+    with preparing(store):
+        # Other processes and machines have committed what this one has not.
+        filled = plan.snapshot.refreshed() if plan.pending else plan.snapshot
+        recorded = read_manifest(store)
         before = recorded.digest()
-        left = plan.layout.num_shards - len(committed_shards(path, plan.layout))
+        left = filled.layout.num_shards - len(filled.shards)
         if left == 0 and is_more(plan.goal, recorded) and extends(plan.goal, recorded):
-            finish_growth(path, plan.goal)
+            finish_growth(filled)
             recorded = plan.goal
-        elif left == 0 and Cache(path, recorded).complete:
-            note_errors(path, recorded)
-        inherit(before, read_manifest(path).digest())
-        forget_growth(path, recorded)
-        if alone(path):
-            remove_leftovers(path)
+        elif left == 0 and (cache := filled.of(recorded)).complete:
+            note_errors(cache)
+        inherit(before, read_manifest(store).digest())
+        forget_growth(store, recorded)
+        if alone(store):
+            remove_leftovers(store.path)
     return left
 
 
@@ -256,12 +281,11 @@ def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, examp
     )
 
 
-def unfinished(path: Path, layout: Layout) -> list[Shard]:
+def unfinished(snapshot: Snapshot) -> list[Shard]:
     """List the shards to compute: those never committed, and those whose bytes are no longer what was committed."""
-    committed = committed_by_group(path, layout)
-    for shard, group, text in damaged(path, layout, committed):
+    done = set(snapshot.shards)
+    for shard, group, text in damaged(snapshot):
         say(f"writing again: {text}")
-        place_of(path).remove([group.record_file(shard)])
-        committed[group.name].discard(shard)
-    done = set.intersection(*committed.values())
-    return [shard for shard in layout.shards() if shard not in done]
+        snapshot.store.remove([group.record_file(shard)])
+        done.discard(shard)
+    return [shard for shard in snapshot.layout.shards() if shard not in done]

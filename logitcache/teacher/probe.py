@@ -115,8 +115,8 @@ def _affordable(draft: Draft) -> int:
 
 def _steps(draft: Draft, count: int) -> list[Batch]:
     """Choose batches from all over what is to do, in runs that lie beside each other."""
-    recipe, layout = draft.recipe, draft.plan.layout
-    groups = Share(draft.path, layout, draft.plan.pending, recipe.views_per_image, WHOLE).groups
+    recipe = draft.recipe
+    groups = Share(draft.plan.snapshot, draft.plan.pending, recipe.views_per_image, WHOLE).groups
     in_group = [-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in groups]
     length = max(1, min(-(-RUN_ROWS // recipe.batch_size), max(in_group), count))
     all_of_it = sum(in_group) <= count

@@ -2,13 +2,11 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from logitcache.cache.arrays import Shard
-from logitcache.cache.copies import place_of
-from logitcache.cache.layout import Layout
 from logitcache.cache.sharing import Claim
+from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import RecipeError
 
 
@@ -37,8 +35,8 @@ class Share:
     Shards of up to `views_per_image` views that hold the same images come together: one decode serves all.
     """
 
-    def __init__(self, path: Path, layout: Layout, pending: Sequence[Shard], views_per_image: int, part: Part) -> None:
-        self._path, self._layout = path, layout
+    def __init__(self, snapshot: Snapshot, pending: Sequence[Shard], views_per_image: int, part: Part) -> None:
+        self._snapshot, layout = snapshot, snapshot.layout
         self._claims: dict[Shard, Claim] = {}
         groups: dict[int, list[Shard]] = {}
         for shard in pending:
@@ -56,8 +54,7 @@ class Share:
 
     def missing(self, shard: Shard) -> list[str]:
         """Name what is not committed of a shard: the groups of arrays that have no record of it."""
-        place = place_of(self._path)
-        return [group.name for group in self._layout.groups if not place.has(group.record_file(shard))]
+        return self._snapshot.missing(shard)
 
     def committed(self, shard: Shard) -> None:
         """Let go of a shard that is committed, or that is given up."""
@@ -71,7 +68,7 @@ class Share:
     def _claim(self, shard: Shard) -> bool:
         if shard in self._claims or not self.missing(shard):
             return False
-        claim = Claim(self._path, shard)
+        claim = Claim(self._snapshot.store, shard)
         if not claim.take():
             return False
         # Another process may have committed it before it let go.

@@ -7,22 +7,20 @@ import platform
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol, Self
 
 import torch
 
 from logitcache.cache.arrays import Shard
-from logitcache.cache.copies import place_of
-from logitcache.cache.create import read_manifest
-from logitcache.cache.locate import locate
+from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache
 from logitcache.cache.sharing import writing
+from logitcache.cache.snapshot import Snapshot, locate
+from logitcache.cache.store import Store
 from logitcache.device import resolve_device
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
 from logitcache.models import weights_digest
 from logitcache.recipe import Component
-from logitcache.remote import is_remote
 from logitcache.stopping import ignore_signals
 from logitcache.teacher.models import Teacher
 from logitcache.teacher.opening import build_teachers, open_images
@@ -59,33 +57,30 @@ class Work(Protocol):
 
 
 class Job(NamedTuple):
-    """A cache to fill, by a plan whose pending shards are handed out apart; `threads` are torch's, None as they are."""
+    """A cache to fill, whose shards are handed out apart; `threads` are torch's, None as they are.
+
+    num_recorded: views that the cache had before it began to grow; 0 for a new one.
+    """
 
     recipe: PrecomputeRecipe
-    plan: Plan
-    path: Path
+    store: Store
+    goal: Manifest
+    num_recorded: int
     threads: int | None
 
     @property
     def name(self) -> str:
         """What tells it from others on one scheduler."""
-        return name_of(self.path, self.threads, self.recipe, self.plan.goal)
+        return name_of(self.store, self.threads, self.recipe, self.goal)
 
     def open(self) -> "_Opened":
         """Open images and teachers."""
         return _Opened(self)
 
-    def located(self) -> "Job":
-        """Return the job with the path that a cache elsewhere is read at here."""
-        if not is_remote(self.recipe.cache):
-            return self
-        path = locate(self.recipe.cache)
-        return self._replace(path=path, plan=self.plan.at(path))
 
-
-def name_of(path: Path, threads: int | None, *parts: Component) -> str:
+def name_of(store: Store, threads: int | None, *parts: Component) -> str:
     """Return a name for the work of filling a cache as some components say."""
-    texts = (str(path), str(threads), *(part.model_dump_json() for part in parts))
+    texts = (str(store.path.absolute()), str(threads), *(part.model_dump_json() for part in parts))
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
@@ -144,24 +139,21 @@ class _Opened:
     """The images, the teachers and the processes that render: what all shards of a job need."""
 
     def __init__(self, job: Job) -> None:
-        job = job.located()
-        recipe, plan = job.recipe, job.plan
-        self._job = job
+        recipe = self._recipe = job.recipe
         _require_may_start(recipe.num_workers)
         if job.threads is not None:
             torch.set_num_threads(job.threads)
         self._views = Views(open_images(recipe, None), recipe.views)
         self._teachers = build_teachers(recipe, {}, self._views, resolve_device(recipe.device))
-        _require_same(job, self._views, self._teachers)
+        self._plan = _plan_here(job, self._views, self._teachers)
         self._loader = ViewLoader(self._views.answered(), recipe.num_workers, recipe.start_method)
-        self._layout = plan.layout
 
     def fill(self, shards: Sequence[Shard], done: Done) -> list[Shard]:
         """Compute what nobody else has, and wait a while for what somebody has; returns what is committed."""
-        recipe, plan, path, _ = self._job
-        share = Share(path, self._layout, shards, recipe.views_per_image, WHOLE)
+        recipe, plan = self._recipe, self._plan
+        share = Share(plan.snapshot, shards, recipe.views_per_image, WHOLE)
         return filled(
-            path, share, lambda: fill(recipe, self._views, self._loader, self._teachers, path, plan, share, done)
+            plan.store, share, lambda: fill(recipe, self._views, self._loader, self._teachers, plan, share, done)
         )
 
     def close(self) -> None:
@@ -169,11 +161,11 @@ class _Opened:
         self._loader.close()
 
 
-def filled(path: Path, share: Share, fill: Callable[[], None]) -> list[Shard]:
+def filled(store: Store, share: Share, fill: Callable[[], None]) -> list[Shard]:
     """Fill a share, and wait a while for what somebody else has of it; returns what is committed."""
     shards = [shard for group in share.groups for shard in group]
     deadline = time.monotonic() + PATIENCE
-    with writing(path):
+    with writing(store):
         while True:
             fill()
             committed = [shard for shard in shards if not share.missing(shard)]
@@ -201,19 +193,22 @@ def _close() -> None:
         _opened.popitem()[1].close()
 
 
-def _require_same(job: Job, views: Views, teachers: Sequence[Teacher]) -> None:
-    """Raise unless cache, images, pixels and weights here are those of the client: a recipe names them by path."""
-    path, goal = job.path, job.plan.goal
+def _plan_here(job: Job, views: Views, teachers: Sequence[Teacher]) -> Plan:
+    """Return the plan of the client, of which no shard is pending.
+
+    Raises unless cache, images, pixels and weights here are those of the client: a recipe names them by path.
+    """
+    store, goal = locate(str(job.store)), job.goal
     try:
-        recorded = read_manifest(path)
+        recorded = Snapshot.read(store)
     except CacheError as error:
         raise CacheError(f"{error}\n  Fix: a file system that client and workers share, at the same path") from error
-    if recorded.canaries != goal.canaries or recorded.fingerprint != goal.fingerprint:
+    if recorded.manifest.canaries != goal.canaries or recorded.manifest.fingerprint != goal.fingerprint:
         raise MismatchError(
-            f"{place_of(path)} is another cache here than at the client. Fix: a file system that client and workers "
-            "share"
+            f"{store} is another cache here than at the client. Fix: a file system that client and workers share"
         )
-    cache = Cache(path, goal)
+    filled = recorded.of(goal)
+    cache = Cache(filled)
     cache.require_dataset(views.dataset)
     cache.require_canaries(views)
     for teacher in teachers:
@@ -223,6 +218,10 @@ def _require_same(job: Job, views: Views, teachers: Sequence[Teacher]) -> None:
                 f"teachers.{teacher.name}: its weights are {here[:8]}… here, and {wanted[:8]}… at the client.\n"
                 "  Fix: let the recipe name the same file for all"
             )
+    if not job.num_recorded:
+        return Plan.of(filled, [])
+    before = recorded.manifest.restricted(job.num_recorded, recorded.manifest.targets)
+    return Plan.of(filled, [], recorded.of(before))
 
 
 def _require_may_start(num_workers: int) -> None:

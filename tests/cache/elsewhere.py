@@ -7,7 +7,6 @@ from pathlib import Path
 
 import fsspec
 
-from logitcache.cache.copies import Copy, copy_of
 from logitcache.remote import Remote
 
 _numbers = itertools.count()
@@ -32,10 +31,6 @@ def change(url: str, key: str, edit: Callable[[bytes], bytes]) -> None:
 
 def flipped(data: bytes, offset: int = 9) -> bytes:
     return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
-
-
-def copy_at(url: str) -> Copy:
-    return copy_of(url)
 
 
 def shards_here(copies: Path) -> list[Path]:

@@ -11,11 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from logitcache.cache.create import read_manifest
-from logitcache.cache.layout import layout_of
+from logitcache.cache.arrays import ArrayLayout, Shard
+from logitcache.cache.commits import Records
 from logitcache.cache.manifest import _digest
 from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.snapshot import open_snapshot
+from logitcache.cache.store import LocalStore
+from logitcache.cache.stored_array import StoredArray
 from logitcache.cache.verify import verify_cache
+from logitcache.cache.writer import commit_record
 from logitcache.logits import CompactLogits
 from logitcache.recipe import load_recipe
 from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, precompute
@@ -137,8 +141,22 @@ def flip(path: Path, offset: int, mask: int = 0xFF) -> None:
 
 def verified(path: Path) -> tuple[str, ...]:
     """Return what is wrong with a cache."""
-    manifest = read_manifest(path)
-    return verify_cache(path, manifest, layout_of(manifest)).problems
+    return verify_cache(open_snapshot(path)).problems
+
+
+def stored_array(root: Path, array: ArrayLayout) -> StoredArray:
+    """Return an array without a cache around it, of the shards whose files are there, committed as they are."""
+    found = {}
+    for view in range(array.num_views):
+        for number in range(array.shards_per_view):
+            start = number * array.shard_rows
+            shard = Shard(view, start, min(start + array.shard_rows, array.num_images))
+            if (root / array.file(shard)).exists():
+                data = (root / array.file(shard)).read_bytes()
+                found[array.number_of(shard)] = commit_record(memoryview(data), array.file(shard))
+    values = np.frombuffer(b"".join(found.values()), np.uint8).reshape(len(found), -1)
+    records = Records(array.shards_per_view, np.array(list(found), np.int64), values, {})
+    return StoredArray(LocalStore(root), array, records, "Fix: none")
 
 
 def mend(path: Path, **changes: Any) -> int:

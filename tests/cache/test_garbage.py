@@ -9,6 +9,7 @@ from logitcache.cache.garbage import collect
 from logitcache.cache.reader import open_cache
 from logitcache.cache.sharing import preparing, writing
 from logitcache.cache.skeleton import GROWING
+from logitcache.cache.store import LocalStore
 from logitcache.cli.app import main
 from logitcache.errors import CacheError
 from tests.cache.made import FLIP_AND_CROP, Linear, Pixels, contents, precompute, recipe, run, stamps, teacher, verified
@@ -84,7 +85,7 @@ def test_a_cache_that_was_never_created_is_removed(tmp_path: Path) -> None:
     (tmp_path / "c.zarr.creating/digest/zarr.json").write_text("half")
     [found] = collect(path, dry_run=True)
     assert (found.path, found.bytes) == (f"{path}.creating", 4)
-    with preparing(path), pytest.raises(CacheError, match="does not exist"):
+    with preparing(LocalStore(path)), pytest.raises(CacheError, match="does not exist"):
         collect(path)
     (tmp_path / "c.zarr.creating/digest").mkdir(parents=True, exist_ok=True)
     (tmp_path / "c.zarr.creating/digest/zarr.json").write_text("half")
@@ -97,7 +98,7 @@ def test_a_cache_that_was_never_created_is_removed(tmp_path: Path) -> None:
 def test_nothing_is_removed_while_a_writer_is_at_work(cache: Path) -> None:
     litter(cache)
     before = stamps(cache)
-    with writing(cache), pytest.raises(CacheError, match="is being written by a run"):
+    with writing(LocalStore(cache)), pytest.raises(CacheError, match="is being written by a run"):
         collect(cache)
     assert stamps(cache) == before
 

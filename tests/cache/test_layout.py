@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout, Shard
+from logitcache.cache.commits import Records, read_records
 from logitcache.cache.encodings import Dense, PackedTopK, TopK
 from logitcache.cache.layout import SHARD_BYTES, Layout, choose_shard_rows
 from logitcache.cache.manifest import StoredLogits, TeacherEntry
-from logitcache.cache.verify import committed_shards
+from logitcache.cache.store import LocalStore
 from logitcache.cache.writer import ShardEncoder
 from logitcache.errors import RecipeError
 from logitcache.models import Preprocessing
@@ -168,7 +169,12 @@ def test_inner_chunks_divide_shards_and_stay_near_their_size(row_bytes: int, sto
 def test_only_whole_records_of_shards_that_exist_count(tmp_path: Any) -> None:
     layout = layout_with_teacher(num_views=2, num_images=300, shard_rows=128)
     folder = tmp_path / "t.logits.commits"
-    assert committed_shards(tmp_path, layout) == []
+    (group,) = layout.groups
+
+    def records() -> Records:
+        return read_records(LocalStore(tmp_path), layout, group)
+
+    assert records().numbers.tolist() == []
     folder.mkdir()
     real = ["c.0.0.0.0", "c.1.2.0.0"]
     strange = [
@@ -183,7 +189,12 @@ def test_only_whole_records_of_shards_that_exist_count(tmp_path: Any) -> None:
     ]
     for name in [*real, *strange, "c.0.1.0.0.99-aa.logitcache-tmp", f"c.{10**30}.0.0.0"]:
         (folder / name).touch()
-    assert committed_shards(tmp_path, layout) == [Shard(0, 0, 128), Shard(1, 256, 300)]
+    assert records().numbers.tolist() == []
+    assert {0, 5} <= records().damaged.keys()
+    for name in [*real, *strange]:
+        stored = group.arrays[0].hot_bytes(44 if name == real[1] else 128)
+        (folder / name).write_bytes(stored.to_bytes(8, "little") + bytes(32))
+    assert [number for number in records().numbers.tolist() if number < layout.num_shards] == [0, 5]
 
 
 def layout_with_teacher(num_views: int, num_images: int, shard_rows: int) -> Layout:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.cache.copies import copy_of, place_of
+from logitcache.cache.mirror import mirror_of
 from logitcache.cache.parts import PART, locked_part
-from logitcache.cache.place import Folder
 from logitcache.cache.room import FOLDER, USED, Room, is_shard, room
+from logitcache.cache.snapshot import locate
+from logitcache.cache.store import LocalStore
 from logitcache.errors import CacheError, RecipeError
 
 SIZE = 100
@@ -121,9 +122,9 @@ def test_without_a_home_only_caches_at_urls_need_a_folder(tmp_path: Path, monkey
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.delenv(FOLDER, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
-    assert isinstance(place_of(tmp_path / "c.zarr"), Folder)
+    assert isinstance(locate(tmp_path / "c.zarr"), LocalStore)
     with pytest.raises(RecipeError, match=f"no home directory .*Fix: {FOLDER}="):
-        copy_of("memory://a/c.zarr")
+        mirror_of("memory://a/c.zarr")
     monkeypatch.setenv(FOLDER, str(tmp_path / "copies"))
     assert room().folder == tmp_path / "copies"
 
@@ -132,4 +133,4 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "file").touch()
     monkeypatch.setenv(FOLDER, str(tmp_path / "file" / "copies"))
     with pytest.raises(CacheError, match=f"copies cannot be used: Not a directory. Fix: {FOLDER}="):
-        copy_of("memory://a/c.zarr")
+        mirror_of("memory://a/c.zarr")

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from logitcache.cache.arrays import Shard
-from logitcache.cache.copies import place_of
 from logitcache.cache.garbage import collect
 from logitcache.cache.growth import GROWING
-from logitcache.cache.locate import locate
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.room import FOLDER, SIZE
 from logitcache.cache.sharing import creating
+from logitcache.cache.snapshot import locate, open_snapshot
+from logitcache.cache.store import Store
 from logitcache.cache.verify import row_shards
 from logitcache.cli.app import main
 from logitcache.errors import CacheError, RecipeError
@@ -195,10 +195,11 @@ def test_a_shard_that_is_damaged_in_storage_is_refused_before_its_rows_are_given
 
 def test_a_record_that_claims_absurd_sizes_is_refused(url: str) -> None:
     change(url, "t.logits.commits/c.0.1.0.0", lambda data: b"\xff" * 7 + data[7:])
-    with pytest.raises(CacheError, match=r"is damaged: .*4116 bytes where its record says \d{17,} bytes"):
-        place_of(open_cache(url).path).bring(
-            row_shards(open_cache(url).path, open_cache(url).layout, [Shard(0, 128, 256)])
-        )
+    with pytest.raises(CacheError, match=r"(?s)rows 128\.\.256: the commit record .* says other sizes"):
+        open_cache(url)
+    snapshot = open_snapshot(url)
+    with pytest.raises(CacheError, match=r"view 0 rows 128\.\.256: the commit record .* is damaged"):
+        row_shards(snapshot, snapshot.layout.groups, [Shard(0, 128, 256)])
 
 
 def test_what_was_damaged_on_the_way_is_read_once_more(url: str, sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +222,6 @@ def test_a_copy_that_is_damaged_or_lacks_files_is_mended_from_the_storage(url: s
         (cache.path / key).write_bytes(flipped((cache.path / key).read_bytes(), 3))
     (cache.path / "t.logits/zarr.json").unlink()
     (cache.path / "t.logits.commits/c.1.1.0.0").unlink()
-    place_of(cache.path)._sound.clear()  # type: ignore[attr-defined]  # as another process
     assert same_answers(open_cache(url), open_cache(sound))
     assert contents(cache.path) == contents(sound)
 
@@ -266,7 +266,7 @@ def test_a_shard_is_brought_once_and_only_when_its_view_is_read(
         return read(self, key, start, stop)
 
     monkeypatch.setattr(Remote, "read_range", counted)
-    monkeypatch.setattr("logitcache.cache.copies.Ahead.ask", lambda self, parts: list(parts))
+    monkeypatch.setattr("logitcache.cache.mirror.Ahead.ask", lambda self, parts: list(parts))
     cache = open_cache(url)
     assert shards_here(copies) == []
     threads = [threading.Thread(target=cache.answers, args=[every_key(cache, 0)]) for _ in range(4)]
@@ -362,11 +362,11 @@ def test_of_two_machines_that_create_a_cache_the_second_continues_that_of_the_fi
 ) -> None:
     url, located = new_url(), locate
 
-    def meanwhile(location: str) -> Path:
+    def meanwhile(location: str) -> Store:
         """Let another machine create the cache after this one has looked."""
-        path = located(location)
+        store = located(location)
         upload(sound, url)
-        return path
+        return store
 
     monkeypatch.setattr("logitcache.teacher.precompute.locate", meanwhile)
     if same:
@@ -497,6 +497,6 @@ def test_a_cache_on_a_web_server_is_read_and_verified_and_not_written(web: str, 
 
 def test_no_copy_begins_outside_the_folder_of_copies(copies: Path) -> None:
     for url in ("memory://a/..", "memory://a/.", "memory://a/b c*"):
-        path = locate(url)
+        path = locate(url).path
         assert path.parent.parent == copies
         assert creating(path).parent.parent == copies

@@ -13,6 +13,7 @@ from numcodecs import zstd
 from logitcache.cache.arrays import ArrayLayout, Shard
 from logitcache.cache.unpack import Unpacker, _content_bytes
 from logitcache.errors import CacheError
+from tests.cache.made import stored_array
 
 COUNT, ROWS = 2500, 2048
 
@@ -27,19 +28,20 @@ def written(root: Path, dtype: str, shape: tuple[int, ...]) -> tuple[ArrayLayout
 @pytest.mark.parametrize(("dtype", "shape"), [("<f2", (7,)), ("<f4", ()), ("|i1", (3, 2)), ("<i8", (5,))])
 def test_every_shard_is_what_was_written(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     layout, values = written(tmp_path, dtype, shape)
-    unpack = Unpacker(tmp_path, layout)
+    unpack = Unpacker(stored_array(tmp_path, layout))
     assert unpack._decode == unpack._inflate
     for view in range(2):
         for shard in (Shard(view, 0, ROWS), Shard(view, ROWS, COUNT)):
             assert np.array_equal(unpack(shard), values[view, shard.start : shard.stop])
-            assert np.array_equal(unpack._read(tmp_path, shard), values[view, shard.start : shard.stop])
+            data = (tmp_path / layout.file(shard)).read_bytes()
+            assert np.array_equal(unpack._read(data, shard), values[view, shard.start : shard.stop])
 
 
 def test_another_chain_of_codecs_is_left_to_zarr(tmp_path: Path) -> None:
     layout, values = written(tmp_path, "<f2", (7,))
     options = layout.zarr_options() | {"filters": [{"name": "transpose", "configuration": {"order": [0, 2, 1]}}]}
     zarr.create_array(zarr.storage.LocalStore(tmp_path), **options, overwrite=True)[...] = values
-    unpack = Unpacker(tmp_path, layout)
+    unpack = Unpacker(stored_array(tmp_path, layout))
     assert unpack._decode == unpack._read
     assert np.array_equal(unpack(Shard(1, ROWS, COUNT)), values[1, ROWS:])
 
@@ -56,7 +58,7 @@ def test_damage_is_an_error_or_changes_nothing(seed: int, tmp_path: Path) -> Non
         data[int(generator.integers(len(data) - 60 if seed % 2 else 0, len(data)))] ^= 16
     file.write_bytes(data)
     try:
-        found = Unpacker(tmp_path, layout)(shard)
+        found = Unpacker(stored_array(tmp_path, layout))(shard)
     except CacheError as error:
         assert "cannot be decoded" in str(error)  # noqa: PT017
     else:
@@ -72,7 +74,7 @@ def test_a_chunk_of_another_size_is_an_error(tmp_path: Path) -> None:
         index = np.array([[0, len(chunk)]] * (ROWS // layout.inner_rows), "<u8").tobytes()
         file.write_bytes(chunk + index + data[-4:])
         with pytest.raises(CacheError, match="does not hold"):
-            Unpacker(tmp_path, layout)(Shard(0, 0, ROWS))
+            Unpacker(stored_array(tmp_path, layout))(Shard(0, 0, ROWS))
 
 
 @given(st.integers(0, 70_000), st.integers(-5, 19))

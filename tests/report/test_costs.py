@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from logitcache.cache.create import read_manifest
 from logitcache.cache.layout import layout_of
+from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.writer import THREADS
 from logitcache.report.costs import (
     Crew,
@@ -35,7 +35,7 @@ HOT = {"dense16": (DENSE16, 128), "top_k": (TOP2, None), "uint8": (UINT8, None)}
 @pytest.mark.parametrize("name", HOT)
 def test_files_and_bytes_of_hot_arrays_are_those_on_the_disk(name: str, tmp_path: Path) -> None:
     made(tmp_path / "c", HOT[name][0], COUNT, HOT[name][1])
-    manifest = read_manifest(tmp_path / "c")
+    manifest = open_snapshot(tmp_path / "c").manifest
     layout = layout_of(manifest)
     errors = {"t.logits.errors": 0.0}
     cost = store_cost(layout, errors, skeleton_sizes(manifest))
@@ -67,7 +67,7 @@ def test_what_is_missing_is_counted_alone(tmp_path: Path) -> None:
 
 def test_requests_are_counted_by_file(tmp_path: Path) -> None:
     cache = made(tmp_path / "c", DENSE16, COUNT)
-    manifest, layout = read_manifest(tmp_path / "c"), cache.layout
+    manifest, layout = open_snapshot(tmp_path / "c").manifest, cache.layout
     cost = store_cost(layout, {}, skeleton_sizes(manifest))
     writing, opening = requests_of_writing(cost, layout), requests_of_opening(cost, layout)
     arrays, shards = len(layout.arrays), layout.num_shards

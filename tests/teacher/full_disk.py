@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from logitcache.cache.create import read_manifest
-from logitcache.cache.layout import layout_of
 from logitcache.cache.reader import Cache
-from logitcache.cache.verify import committed_by_group, damaged
+from logitcache.cache.snapshot import open_snapshot
+from logitcache.cache.verify import damaged
 from logitcache.errors import CacheError
 from tests.cache.made import Pixels, contents, run
 
@@ -36,9 +35,8 @@ def main(root: Path) -> dict[str, Any] | None:
         raise AssertionError("the disk is not full")
     except CacheError as error:
         message = str(error)
-    cache = Cache(path, read_manifest(path))
-    layout = layout_of(cache.manifest)
-    sound = not damaged(path, layout, committed_by_group(path, layout))
+    cache = Cache(open_snapshot(path))
+    sound = not damaged(cache.snapshot)
     assert mount(disk, "-o", "remount,size=8m")
     result = run(path, images, **changes)
     run(root / "w.zarr", images, **changes)

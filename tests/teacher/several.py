@@ -21,6 +21,7 @@ from torch import Tensor
 from logitcache.cache.arrays import Shard
 from logitcache.cache.reader import open_cache
 from logitcache.cache.sharing import Claim, writing
+from logitcache.cache.store import LocalStore
 from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, teacher
@@ -134,8 +135,8 @@ def holding(path: Path) -> int:
     """Start a process that claims the last shard and keeps it; returns its id."""
 
     def hold() -> int:
-        with writing(path):
-            assert Claim(path, Shard(2, 256, 300)).take()
+        with writing(LocalStore(path)):
+            assert Claim(LocalStore(path), Shard(2, 256, 300)).take()
             (path.parent / "result-held").touch()
             time.sleep(600)
         return 0

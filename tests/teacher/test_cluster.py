@@ -6,12 +6,13 @@ import signal
 import socket
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from logitcache.cache.sharing import Claim
+from logitcache.cache.store import LocalStore
 from logitcache.cli import main
 from logitcache.console import configure
 from logitcache.errors import CacheError, DataError, MismatchError, MissingExtraError, RecipeError, Stopped
@@ -20,7 +21,7 @@ from logitcache.teacher import cluster, worker
 from logitcache.teacher.cluster import precompute_on_cluster
 from logitcache.teacher.opening import build_teachers, open_images
 from logitcache.teacher.precompute import Done, PrecomputeRecipe, precompute
-from logitcache.teacher.preparation import prepare
+from logitcache.teacher.preparation import Plan, prepare
 from logitcache.teacher.worker import Job, Outcome, Refusal, compute, release
 from logitcache.views.spec import Views
 from tests.cache.made import Pixels, contents, recipe, teacher
@@ -98,14 +99,23 @@ def named(path: Path, **changes: Any) -> PrecomputeRecipe:
     return recipe(path, **({"dataset": pixels, "teachers": {"t": teacher(model=made)}, "shard_rows": 128} | changes))
 
 
-def prepared(path: Path, **changes: Any) -> Job:
+class Prepared(NamedTuple):
+    job: Job
+    plan: Plan
+
+    def changed(self, **changes: Any) -> "Prepared":
+        return Prepared(self.job._replace(**changes), self.plan)
+
+
+def prepared(path: Path, **changes: Any) -> Prepared:
     """Prepare a cache, and return the job of filling it."""
     wanted = named(path, **changes)
     views = Views(open_images(wanted, None), wanted.views)
     teachers = build_teachers(wanted, {}, views, torch.device("cpu"))
     target = path.with_name("c.zarr.creating")
     (target / "digest").mkdir(parents=True)
-    return Job(wanted, prepare(wanted, views, teachers, target, path), path, None)
+    plan = prepare(wanted, views, teachers, target, LocalStore(path))
+    return Prepared(Job(wanted, plan.store, plan.goal, plan.num_recorded, None), plan)
 
 
 @pytest.fixture(autouse=True)
@@ -114,17 +124,17 @@ def _released() -> Any:
     release("key")
 
 
-def computed(job: Job, shards: int = 6) -> Outcome:
-    return compute("key", pickle.dumps(job), job.plan.pending[:shards])
+def computed(work: Prepared, shards: int = 6) -> Outcome:
+    return compute("key", pickle.dumps(work.job), work.plan.pending[:shards])
 
 
 def test_a_task_writes_its_shards_and_again_does_nothing(tmp_path: Path) -> None:
-    job = prepared(tmp_path / "c.zarr")
-    first = computed(job, 2)
-    assert (first.done, first.committed) == (Done(2, 256, 256), job.plan.pending[:2])
-    assert computed(job, 2).done == Done()
-    assert computed(job).done == Done(4, 344, 344)
-    assert precompute(job.recipe).shards_written == 0
+    work = prepared(tmp_path / "c.zarr")
+    first = computed(work, 2)
+    assert (first.done, first.committed) == (Done(2, 256, 256), work.plan.pending[:2])
+    assert computed(work, 2).done == Done()
+    assert computed(work).done == Done(4, 344, 344)
+    assert precompute(work.job.recipe).shards_written == 0
     precompute(named(tmp_path / "w.zarr"))
     assert contents(tmp_path / "c.zarr") == contents(tmp_path / "w.zarr")
 
@@ -132,43 +142,46 @@ def test_a_task_writes_its_shards_and_again_does_nothing(tmp_path: Path) -> None
 def test_a_shard_that_another_process_has_is_waited_for_but_not_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = prepared(tmp_path / "c.zarr")
+    work = prepared(tmp_path / "c.zarr")
     monkeypatch.setattr(worker, "PATIENCE", 0.3)
-    claim = Claim(job.path, job.plan.pending[1])
+    claim = Claim(work.plan.store, work.plan.pending[1])
     assert claim.take()
-    found = computed(job, 2)
-    assert (found.done.shards, found.committed) == (1, job.plan.pending[:1])
+    found = computed(work, 2)
+    assert (found.done.shards, found.committed) == (1, work.plan.pending[:1])
     claim.release()
-    assert computed(job, 2).done.shards == 1
+    assert computed(work, 2).done.shards == 1
 
 
-def refused(job: Job, kind: type[Exception], match: str) -> None:
-    refusal = computed(job).refusal
+def refused(work: Prepared, kind: type[Exception], match: str) -> None:
+    refusal = computed(work).refusal
     assert refusal is not None
     with pytest.raises(kind, match=match):
         raise refusal.error()
 
 
 def test_a_worker_that_sees_no_cache_or_another_is_refused(tmp_path: Path) -> None:
-    job = prepared(tmp_path / "c.zarr")
-    refused(job._replace(path=tmp_path / "none.zarr"), CacheError, "does not exist(.|\n)*Fix: a file system that")
+    work = prepared(tmp_path / "c.zarr")
+    none, other = LocalStore(tmp_path / "none.zarr"), LocalStore(tmp_path / "other.zarr")
+    refused(work.changed(store=none), CacheError, "does not exist(.|\n)*Fix: a file system that")
     whole(tmp_path / "other.zarr", Pixels(NUM_IMAGES, seed=1))
-    refused(job._replace(path=tmp_path / "other.zarr"), MismatchError, "another cache here than at the client")
+    refused(work.changed(store=other), MismatchError, "another cache here than at the client")
 
 
 def test_a_worker_with_other_images_or_weights_is_refused(tmp_path: Path) -> None:
-    job = prepared(tmp_path / "c.zarr")
+    work = prepared(tmp_path / "c.zarr")
     others = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": NUM_IMAGES, "seed": 1}}
-    refused(job._replace(recipe=named(job.path, dataset=others)), MismatchError, "was made from other images")
+    refused(
+        work.changed(recipe=named(tmp_path / "c.zarr", dataset=others)), MismatchError, "was made from other images"
+    )
     model = {"kind": "custom", "factory": "tests.cache.made:Linear", "arguments": {"seed": 1}}
-    changed = named(job.path, teachers={"t": teacher(model=model)})
-    refused(job._replace(recipe=changed), MismatchError, r"teachers\.t: its weights are \w{8}… here, and \w{8}… at")
+    changed = named(tmp_path / "c.zarr", teachers={"t": teacher(model=model)})
+    refused(work.changed(recipe=changed), MismatchError, r"teachers\.t: its weights are \w{8}… here, and \w{8}… at")
 
 
 def test_a_worker_that_may_start_no_processes_says_how_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = prepared(tmp_path / "c.zarr", num_workers=1)
+    work = prepared(tmp_path / "c.zarr", num_workers=1)
     monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
-    refused(job, RecipeError, "num_workers is 1(.|\n)*Fix: start workers with `dask worker --no-nanny`")
+    refused(work, RecipeError, "num_workers is 1(.|\n)*Fix: start workers with `dask worker --no-nanny`")
 
 
 @pytest.mark.parametrize("error", [DataError("a"), MissingExtraError("a", "timm"), Stopped("a", signal.SIGTERM)])
@@ -210,11 +223,11 @@ def test_a_scheduler_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 def test_shards_that_workers_commit_elsewhere_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = prepared(tmp_path / "c.zarr")
+    work = prepared(tmp_path / "c.zarr")
     monkeypatch.setattr(cluster, "VISIBLE", 0.2)
-    run = cluster.Run("precompute", job.path, job.plan, 1, cluster.WHOLE, Done())
+    run = cluster.Run("precompute", work.plan, 1, cluster.WHOLE, Done())
     with pytest.raises(CacheError, match=r"committed view 0 rows 0\.\.128 to .*Fix: a file system that client and"):
-        run._require_seen(job.plan.pending[:1])
+        run._require_seen(work.plan.pending[:1])
 
 
 def test_the_options_reach_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

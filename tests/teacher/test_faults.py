@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from torch import Tensor, nn
 
-from logitcache.cache.create import read_manifest
 from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.snapshot import open_snapshot
 from logitcache.errors import CacheError, DataError, LogitCacheError, MismatchError, RecipeError, Stopped
 from logitcache.views.canaries import choose
 from tests.cache.made import (
@@ -84,7 +84,7 @@ def test_an_unreadable_image_stops_the_run_and_once_mended_it_continues(
         with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
             run(path, None, Linear(2), **changes)
         assert caught.value.exit_code == 2
-    done = Cache(path, read_manifest(path)).shards
+    done = Cache(open_snapshot(path)).shards
     assert len(done) == 3
     before = stamps(path)
     (many / name).write_bytes(data)
@@ -134,7 +134,7 @@ def test_an_image_with_answers_stays_the_one_that_was_answered(many: Path, tmp_p
     module = Breaking(2)
     with pytest.raises(DataError):
         run(path, None, module, **changes)
-    assert len(Cache(path, read_manifest(path)).shards) >= 5
+    assert len(Cache(open_snapshot(path)).shards) >= 5
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(many / name)
     with pytest.raises(MismatchError, match="1 of 200 images changed"):
         run(path, None, Linear(2), **changes)
@@ -196,7 +196,7 @@ def test_a_wrong_answer_stops_the_run_and_is_not_stored(name: str, tmp_path: Pat
     with pytest.raises(LogitCacheError, match=message) as caught:
         run(path, Pixels(NUM_IMAGES), Wrong(spoil, after=2), shard_rows=128)
     assert caught.value.exit_code == 2
-    assert Cache(path, read_manifest(path)).shards == []
+    assert Cache(open_snapshot(path)).shards == []
 
 
 def test_top_k_refuses_answers_that_are_not_finite_even_where_it_drops_them(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_a_disk_that_fails_at_any_moment_is_an_error_and_the_same_command_contin
             with pytest.raises(CacheError, match="Fix:"):
                 grown(path)
         if (path / "zarr.json").exists():
-            Cache(path, read_manifest(path))
+            Cache(open_snapshot(path))
         grown(path)
         assert contents(path) == contents(tmp_path / "w.zarr")
 

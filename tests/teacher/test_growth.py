@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,11 @@ import zarr
 from torch import nn
 
 from logitcache import console
-from logitcache.cache.create import read_manifest
 from logitcache.cache.garbage import collect
-from logitcache.cache.layout import layout_of
-from logitcache.cache.place import Folder
 from logitcache.cache.reader import open_cache
 from logitcache.cache.skeleton import GROWING
-from logitcache.cache.verify import committed_by_group
+from logitcache.cache.snapshot import open_snapshot
+from logitcache.cache.store import LocalStore
 from logitcache.errors import CacheError, MismatchError, RecipeError, ReplayMismatchError
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.verification import verify
@@ -244,7 +241,7 @@ def test_other_pixels_that_no_canary_shows_are_noticed_by_row_checksums(
     from logitcache.views.spec import Views
 
     render = Views.__getitems__
-    shown = {(canary.view, canary.index) for canary in read_manifest(cache).canaries}
+    shown = {(canary.view, canary.index) for canary in open_snapshot(cache).manifest.canaries}
 
     def drifting(self: Views, keys: list[ViewKey]) -> torch.Tensor:
         unseen = torch.tensor([tuple(key) not in shown for key in keys], dtype=torch.uint8)
@@ -253,7 +250,7 @@ def test_other_pixels_that_no_canary_shows_are_noticed_by_row_checksums(
     monkeypatch.setattr(Views, "__getitems__", drifting)
     with pytest.raises(ReplayMismatchError, match="is not the one that the teacher saw"):
         grow(cache, 2, "tu", **RECORDED)
-    assert committed_by_group(cache, layout_of(read_manifest(cache)))["t.logits"]
+    assert open_snapshot(cache).committed()["t.logits"]
     assert not list((cache / "u.logits.commits").glob("c.*"))
 
 
@@ -282,8 +279,6 @@ def test_a_reader_at_any_moment_of_the_last_step_sees_the_old_state_or_the_new(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each file that the last step replaces, and each file that a reader reads, is a moment."""
-    from logitcache.cache import growth
-
     seen: list[tuple[int, int]] = []
 
     def look() -> None:
@@ -292,13 +287,17 @@ def test_a_reader_at_any_moment_of_the_last_step_sees_the_old_state_or_the_new(
         found.rows([ViewKey(found.num_views - 1, 0)])
         assert verified(cache) == ()
 
-    class Watched(Folder):
-        def write(self, key: str, data: bytes | memoryview) -> None:
-            look()
-            super().write(key, data)
-            look()
+    write = LocalStore.write
 
-    monkeypatch.setattr(growth, "place_of", Watched)
+    def watched(self: LocalStore, key: str, data: bytes | memoryview) -> None:
+        if "/c." in key:  # a shard, or its record
+            write(self, key, data)
+            return
+        look()
+        write(self, key, data)
+        look()
+
+    monkeypatch.setattr(LocalStore, "write", watched)
     grow(cache, 3, "tu", **RECORDED)
     assert seen[0] == (2, 1)
     assert seen[-1] == (3, 2)
@@ -311,17 +310,17 @@ def test_a_reader_during_whose_opening_a_cache_grows_is_content(
     moment: int, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads = 0
-    real: Callable[[Path], bytes] = Path.read_bytes
+    real = LocalStore.read
 
-    def counted(self: Path) -> bytes:
+    def counted(self: LocalStore, *arguments: Any) -> bytes:
         nonlocal reads
         reads += 1
         if reads == moment + 1:
-            monkeypatch.setattr(Path, "read_bytes", real)
+            monkeypatch.setattr(LocalStore, "read", real)
             grow(cache, 3, "tu", **RECORDED)
-        return real(self)
+        return real(self, *arguments)
 
-    monkeypatch.setattr(Path, "read_bytes", counted)
+    monkeypatch.setattr(LocalStore, "read", counted)
     assert open_cache(cache).num_views == (2 if moment else 3)
     assert open_cache(cache).num_views == 3
 
@@ -347,13 +346,13 @@ def test_a_note_that_comes_back_after_its_growth_confuses_nobody(
     """Storage may apply a write late that was tried twice, after the note was removed."""
     notes: list[bytes] = []
 
-    def noted(self: Folder, key: str, data: bytes | memoryview) -> None:
+    def noted(self: LocalStore, key: str, data: bytes | memoryview) -> None:
         if key == GROWING:
             notes.append(bytes(data))
         write(self, key, data)
 
-    write, (steps, number) = Folder.write, STALE[case]
-    monkeypatch.setattr(Folder, "write", noted)
+    write, (steps, number) = LocalStore.write, STALE[case]
+    monkeypatch.setattr(LocalStore, "write", noted)
     for views, names in steps:
         grow(cache, views, names, **RECORDED)
     before = contents(cache)

@@ -10,6 +10,7 @@ import torch
 from logitcache import console
 from logitcache.cache.reader import open_cache
 from logitcache.cache.sharing import alone, preparing, writing
+from logitcache.cache.store import LocalStore
 from logitcache.errors import RecipeError
 from logitcache.models import Classifier, Preprocessing, save_weights
 from logitcache.models.small_cnn import small_cnn
@@ -87,15 +88,16 @@ def test_a_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None
     path = tmp_path / "c.zarr"
     go_on, end = os.pipe()
     partial(path)
-    with preparing(path), writing(path):
+    store = LocalStore(path)
+    with preparing(store), writing(store):
         child = os.fork()
         if child == 0:
             os.close(end)
             os.read(go_on, 1)
             os._exit(0)
     try:
-        with preparing(path):
-            assert alone(path)
+        with preparing(store):
+            assert alone(store)
     finally:
         os.close(end)
         os.waitpid(child, 0)

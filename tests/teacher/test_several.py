@@ -13,6 +13,7 @@ import pytest
 
 from logitcache import console
 from logitcache.cache.sharing import preparing
+from logitcache.cache.store import LocalStore
 from logitcache.errors import RecipeError
 from logitcache.teacher.precompute import precompute
 from logitcache.teacher.share import Part
@@ -102,7 +103,7 @@ def test_a_run_waits_while_another_prepares_and_says_so(tmp_path: Path, monkeypa
     monkeypatch.setattr(sys, "stderr", errors)
     console.configure()
     try:
-        with preparing(path) as target:
+        with preparing(LocalStore(path)) as target:
             assert target == tmp_path / "c.zarr.creating"
             thread = threading.Thread(target=whole, args=(path,))
             thread.start()

@@ -1,4 +1,4 @@
-"""Caches at URLs, and copies of them on this machine. The storage is the truth: what is written goes there first."""
+"""Caches at URLs, and mirrors of them on this machine. The storage is the truth: what is written goes there first."""
 
 import contextlib
 import fcntl
@@ -7,58 +7,77 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from logitcache.cache.ahead import Ahead
 from logitcache.cache.arrays import COMMITS, RECORD, StoredShard, recorded_bytes
+from logitcache.cache.compared import ComparedShards, wrong_digest, wrong_size
 from logitcache.cache.fetch import fetched
 from logitcache.cache.objects import object_digests
 from logitcache.cache.parts import locked_part
-from logitcache.cache.place import Folder, Place, wrong_digest, wrong_size
-from logitcache.cache.room import FOLDER, USED, Room, copies_folder, is_shard, room
+from logitcache.cache.room import FOLDER, TRIES, USED, Room, is_shard, room
+from logitcache.cache.store import Store
 from logitcache.console import track
 from logitcache.errors import CacheError
-from logitcache.files import file_digests, regular_size
+from logitcache.files import regular_size
 from logitcache.remote import REQUESTS, Entry, Remote
+from logitcache.safe_files import MAX_METADATA_BYTES, inside, parts_of, read_regular
 
 URL, LOCK = "url", "lock"
-"""Files beside a copy: where the cache is, and what is locked while it is compared with that."""
+"""Files beside a mirror: where the cache is, and what is locked while the mirror is compared with that."""
 
 _ODD = re.compile(r"[^A-Za-z0-9._-]")
 
 FRESH = 5.0
-"""Seconds for which what the storage does not have is not asked for again."""
+"""Seconds for which a file that the storage does not have is not looked for again."""
 
 IN_FLIGHT = 256 << 20
-"""Bytes of shards that are brought at a time, at most."""
+"""Bytes of shards that are downloaded at a time, at most."""
+
+T = TypeVar("T")
 
 
-class Copy(Place):
+class Mirror(Store):
     """A cache at a URL, and the folder of this machine in which what was needed of it is read."""
 
-    is_here = False
+    is_local = False
 
     def __init__(self, remote: Remote, path: Path, room: Room) -> None:
-        self.remote, self.path, self._room = remote, path, room
-        self._sound: dict[str, bytes] = {}
+        self.remote, self._path, self._room = remote, path, room
+        self._shards = ComparedShards(path, str(remote))
         self._absent: dict[str, float] = {}
-        self._ahead = Ahead(self._bring_used)
+        self._begin()
+
+    def _begin(self) -> None:
+        # A fork has neither the threads of its parent nor what they held.
+        self._process = os.getpid()
+        self._room = Room(self._room.folder, self._room.limit)
+        self._ahead = Ahead(self._download_used)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return mirror_of, (self.remote.url,)
 
     def __str__(self) -> str:
         return str(self.remote)
 
     @property
+    def path(self) -> Path:
+        """The folder of this machine."""
+        return self._path
+
+    @property
     def limit(self) -> int:
-        """Bytes of shards that the copies on this machine may hold."""
+        """Bytes of shards that the mirrors on this machine may hold."""
         return self._room.limit
 
     @contextlib.contextmanager
     def creating(self) -> Iterator[None]:
-        """Hold the lock of the copy, which ends with the process."""
-        with _explained(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path.parent / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        """Hold the lock of the mirror, which ends with the process."""
+        with _explained(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self._path.parent / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
@@ -99,8 +118,34 @@ class Copy(Place):
                 "overwritten. Fix: name another URL, or remove them"
             )
 
+    def read(self, key: str, most: int = MAX_METADATA_BYTES) -> bytes:
+        """Read a file, which is downloaded unless it is here."""
+        with contextlib.suppress(FileNotFoundError):
+            return read_regular(self._path, key, most)
+        parts_of(self._path, key)
+        if time.monotonic() - self._absent.get(key, -FRESH) < FRESH:
+            raise FileNotFoundError(f"{self}/{key}")
+        try:
+            data = self.remote.read(key)
+        except FileNotFoundError:
+            self._absent[key] = time.monotonic()
+            raise
+        if len(data) > most:
+            raise CacheError(f"{self}/{key} has {len(data)} bytes, {most} at most are expected. Fix: restore it")
+        self.keep(key, data)
+        return data
+
+    def exists(self, key: str) -> bool:
+        """Whether a file is there; a new one is downloaded."""
+        try:
+            self.read(key)
+        except FileNotFoundError:
+            return False
+        return True
+
     def write(self, key: str, data: bytes | memoryview) -> None:
-        """Write a file to the storage, then to the copy, where a shard may find room."""
+        """Write a file to the storage, then to the mirror; a shard only if it fits there."""
+        parts_of(self._path, key)
         self.remote.write(key, data)
         if not is_shard(key):
             self.keep(key, data)
@@ -109,42 +154,31 @@ class Copy(Place):
                 self.keep(key, data)
 
     def remove(self, keys: Iterable[str]) -> None:
-        """Remove files from the storage, then from the copy."""
+        """Remove files from the storage, then from the mirror."""
         keys = list(keys)
+        for key in keys:
+            parts_of(self._path, key)
         self.remote.remove(keys)
         for key in keys:
             self.drop(key)
 
-    def has(self, key: str) -> bool:
-        """Whether a file is there; one that is new is brought."""
-        if (self.path / key).exists():
-            return True
-        if time.monotonic() - self._absent.get(key, -FRESH) < FRESH:
-            return False
-        try:
-            self.keep(key, self.remote.read(key))
-        except FileNotFoundError:
-            self._absent[key] = time.monotonic()
-            return False
-        return True
-
-    def files(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         """List the sizes of all objects; raise RecipeError for a web server."""
         return {key: entry.size for key, entry in self.remote.list().items()}
 
     def stored_bytes(self) -> int:
-        """Add up the sizes of all objects; a web server lists none, and the commit records tell."""
+        """Add up the sizes of all objects; those of a web server, which lists none, by the commit records."""
         if self.remote.is_listable:
-            return sum(self.files().values())
-        files = [file for file in self.path.rglob("*") if file.is_file()]
-        others = [file for file in files if not is_shard(file.relative_to(self.path).as_posix())]
+            return sum(self.sizes().values())
+        files = [file for file in self._path.rglob("*") if file.is_file()]
+        others = [file for file in files if not is_shard(file.relative_to(self._path).as_posix())]
         records = [file for file in others if file.parent.name.endswith(COMMITS) and RECORD.fullmatch(file.name)]
         return sum(file.stat().st_size for file in others) + sum(recorded_bytes(file.read_bytes()) for file in records)
 
     def wrong(self, parts: Sequence[StoredShard], *, fresh: bool) -> list[str | None]:
         """Compare the sizes in a listing; digests of what was read before and has the same tag; `fresh` reads all.
 
-        A web server lists nothing: then only reading tells.
+        A web server lists nothing: its shards differ only if they are read.
         """
         found: list[str | None] = [None] * len(parts)
         listed: dict[str, Entry] = {}
@@ -161,25 +195,46 @@ class Copy(Place):
             found[number] = text if digest is None else wrong_digest(parts[number], digest, str(self))
         return found
 
-    def bring(self, parts: Sequence[StoredShard]) -> None:
-        """Let the copy have shards, whole and equal to their records; raise CacheError where the storage has others."""
-        missing = [part for part in parts if not self._is_sound(part)]
-        missing = self._without_sound(missing)
+    def ensure(self, parts: Sequence[StoredShard]) -> None:
+        """Download shards that are not here, whole and equal to their records; raise CacheError if they differ."""
+        if self._process != os.getpid():
+            self._begin()
+        missing = self._without_sound([part for part in parts if not self._shards.matches(part)])
         at_once = _at_once(missing)
-        brought = self.remote.each(self._bring, missing, at_once)
-        for _ in track(brought, f"reading {self.remote.name}", len(missing), "shards") if len(missing) > 1 else brought:
+        done = self.remote.each(self._download, missing, at_once)
+        for _ in track(done, f"reading {self.remote.name}", len(missing), "shards") if len(missing) > 1 else done:
             pass
         self._use({part.shard.view for part in parts})
 
-    def ahead(self, parts: Sequence[StoredShard]) -> None:
-        """Bring shards in threads, where they and as many others fit."""
+    def prefetch(self, parts: Sequence[StoredShard]) -> None:
+        """Download shards in threads, if they and as many others fit."""
+        if self._process != os.getpid():
+            self._begin()
         if 2 * sum(part.size for part in parts) > self.limit:
             return
-        self._ahead.ask(part for part in parts if not self._is_sound(part))
+        self._ahead.ask(part for part in parts if not self._shards.matches(part))
+
+    def open(self, part: StoredShard) -> int:
+        """Open the file of a shard, downloaded if it is not here."""
+        return self._here(part, self._shards.open)
+
+    def read_shard(self, part: StoredShard) -> bytes:
+        """Read a shard, downloaded if it is not here."""
+        return self._here(part, self._shards.read)
+
+    def _here(self, part: StoredShard, reading: Callable[[StoredShard], T]) -> T:
+        """Read a shard that is here, whatever other processes remove to make room for theirs."""
+        for _ in range(TRIES - 1):
+            self.ensure([part])
+            with contextlib.suppress(FileNotFoundError):
+                return reading(part)
+        self.ensure([part])
+        return reading(part)
 
     def keep(self, key: str, data: bytes | memoryview) -> None:
-        """Let the copy have a file, which is changed only where it differs: processes hold locks on some."""
-        file = self.path / key
+        """Let the mirror have a file, which is changed only where it differs: processes hold locks on some."""
+        file = inside(self._path, key)
+        self._absent.pop(key, None)
         with _explained(file):
             if regular_size(file) == len(data) and file.read_bytes() == data:
                 return
@@ -188,58 +243,46 @@ class Copy(Place):
                 written.finish(data)
 
     def drop(self, key: str) -> None:
-        """Let the copy lack a file."""
-        with _explained(self.path / key):
-            (self.path / key).unlink(missing_ok=True)
+        """Let the mirror lack a file."""
+        file = inside(self._path, key)
+        self._absent[key] = time.monotonic()
+        with _explained(file):
+            file.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the copy: the storage has no cache."""
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._sound.clear()
+        """Remove the mirror: the storage has no cache."""
+        shutil.rmtree(self._path, ignore_errors=True)
 
-    def _bring_used(self, part: StoredShard) -> None:
-        self._bring(part)
+    def _download_used(self, part: StoredShard) -> None:
+        self._download(part)
         self._use({part.shard.view})
 
-    def _is_sound(self, part: StoredShard) -> bool:
-        return self._sound.get(part.key) == part.record and regular_size(self.path / part.key) == part.size
-
     def _without_sound(self, parts: list[StoredShard]) -> list[StoredShard]:
-        """Leave out what an earlier run has brought, and what is still as it was."""
-        there = [part for part in parts if regular_size(self.path / part.key) == part.size]
+        """Leave out what an earlier run has downloaded, and what is still as it was."""
+        there = [part for part in parts if regular_size(self._path / part.key) == part.size]
         with contextlib.suppress(CacheError):  # removed by another process meanwhile
-            digests = file_digests([self.path / part.key for part in there], what="shard", error=CacheError)
-            for part, digest in zip(there, digests, strict=True):
-                if part.is_of(digest):
-                    self._sound[part.key] = part.record
-        return [part for part in parts if not self._is_sound(part)]
+            self._shards.wrong(there, fresh=False)
+        return [part for part in parts if not self._shards.matches(part)]
 
-    def _bring(self, part: StoredShard) -> None:
+    def _download(self, part: StoredShard) -> None:
         """Read a shard from the storage, unless another process does, or has."""
-        file = self.path / part.key
+        file = inside(self._path, part.key)
         with contextlib.ExitStack() as held:
             held.enter_context(_explained(file))
             file.parent.mkdir(parents=True, exist_ok=True)
             written = held.enter_context(locked_part(file))
             if regular_size(file) != part.size or not part.is_of(hashlib.sha256(file.read_bytes()).digest()):
-                part, data = fetched(self.remote, part, self._renewed)
+                data = fetched(self.remote, part)
                 with self._room.made(len(data)):
                     written.finish(data)
-        self._sound[part.key] = part.record
-
-    def _renewed(self, part: StoredShard) -> StoredShard:
-        """Read the record of a shard again, and keep it."""
-        key = part.array.record_file(part.shard)
-        data = self.remote.read(key)
-        self.keep(key, data)
-        return part._replace(record=part.array.record_in(data))
+            self._shards.written(part)
 
     def _use(self, views: set[int]) -> None:
         """Remember that views are in use."""
         with contextlib.suppress(OSError):
-            (self.path.parent / USED).mkdir(exist_ok=True)
+            (self._path.parent / USED).mkdir(exist_ok=True)
             for view in views:
-                (self.path.parent / USED / str(view)).touch()
+                (self._path.parent / USED / str(view)).touch()
 
 
 def _at_once(parts: Sequence[StoredShard]) -> int:
@@ -249,7 +292,7 @@ def _at_once(parts: Sequence[StoredShard]) -> int:
 
 @contextlib.contextmanager
 def _explained(file: Path) -> Iterator[None]:
-    """Turn what the file system says of a copy into a CacheError."""
+    """Turn an error of the file system into a CacheError that names the mirror."""
     try:
         yield
     except OSError as error:
@@ -259,12 +302,8 @@ def _explained(file: Path) -> Iterator[None]:
         ) from error
 
 
-_copies: dict[tuple[int, Path], Copy] = {}
-"""By process: a fork has neither the threads nor the locks of its parent."""
-
-
-def copy_of(url: str) -> Copy:
-    """Return the cache at a URL with its copy here, one for each process."""
+def mirror_of(url: str) -> Mirror:
+    """Return the mirror of a cache at a URL; nothing is downloaded yet."""
     remote, here = Remote(url), room()
     name = _ODD.sub("_", remote.name).lstrip(".") or "cache"
     folder = here.folder / f"{name}-{hashlib.sha256(remote.url.encode()).hexdigest()[:16]}"
@@ -273,12 +312,4 @@ def copy_of(url: str) -> Copy:
         if not (folder / URL).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / URL).write_text(remote.url)
-    return _copies.setdefault((os.getpid(), path), Copy(remote, path, here))
-
-
-def place_of(root: Path) -> Place:
-    """Return the place of a cache whose files are read in a folder."""
-    if root.parent.parent != copies_folder():
-        return Folder(root)
-    known = _copies.get((os.getpid(), root))
-    return copy_of((root.parent / URL).read_text()) if known is None else known
+    return Mirror(remote, path, here)

@@ -1,0 +1,131 @@
+"""Bring a mirror up to date with the storage: the metadata, tables and commit records, all but the shards."""
+
+import hashlib
+from collections.abc import Iterable
+
+from logitcache.cache.arrays import RECORD, RECORD_BYTES
+from logitcache.cache.growth import read_growth
+from logitcache.cache.labels import label_file
+from logitcache.cache.layout import Layout, layout_of, require_possible
+from logitcache.cache.manifest import Manifest, parse_manifest
+from logitcache.cache.mirror import Mirror
+from logitcache.cache.skeleton import CANARIES, DIGESTS, GROWING, ROOT, skeleton_arrays, skeleton_problems
+from logitcache.cache.unreadable import FILE as UNREADABLE
+from logitcache.errors import CacheError
+from logitcache.safe_files import parse_json
+
+MOST_ASKED = 1 << 20
+"""Commit records that a web server is asked for."""
+
+
+def refresh(mirror: Mirror, fresh: bool) -> None:
+    """Let a mirror have what is read first of its cache, as the storage does, or nothing if no cache is there.
+
+    `fresh` reads that from the storage even if the mirror seems to have it. Raises RemoteError if the storage does not
+    answer.
+    """
+    with mirror.creating():
+        try:
+            root = mirror.remote.read(ROOT)
+        except FileNotFoundError:
+            mirror.clear()
+            return
+        manifest = _parsed(root)
+        if manifest is not None:
+            is_same = not fresh and _here(mirror, ROOT) == root
+            _update(mirror, (GROWING, UNREADABLE), fresh, False)
+            goal = _goal(mirror, manifest)
+            _update(mirror, _skeleton(goal), fresh, is_same)
+            _update_records(mirror, layout_of(goal), fresh, is_same)
+        mirror.keep(ROOT, root)
+        if manifest is not None:
+            # What a disk here has lost or changed is in the storage.
+            _update(mirror, [problem.key for problem in skeleton_problems(mirror, manifest)], True, False)
+
+
+def _parsed(root: bytes) -> Manifest | None:
+    """Return the manifest; None for one that cannot be used, which reading it explains."""
+    try:
+        manifest = parse_manifest(parse_json(root)["attributes"], "")
+        require_possible(manifest, "")
+    except (ValueError, KeyError, TypeError):
+        return None
+    return manifest
+
+
+def _goal(mirror: Mirror, manifest: Manifest) -> Manifest:
+    try:
+        return read_growth(mirror, manifest)
+    except CacheError:
+        return manifest
+
+
+def _skeleton(manifest: Manifest) -> list[str]:
+    arrays = [f"{options['name']}/{ROOT}" for options in skeleton_arrays(manifest)]
+    tables = [table.file for table in layout_of(manifest).tables]
+    return [*arrays, *tables, label_file(manifest.fingerprint).key, DIGESTS, CANARIES]
+
+
+def _update(mirror: Mirror, keys: Iterable[str], fresh: bool, is_same: bool) -> None:
+    """Let the mirror have some files as the storage does, or lack them."""
+
+    def one(key: str) -> None:
+        here = _here(mirror, key)
+        try:
+            if here is None or not _is_known(mirror, key, here, fresh, is_same):
+                mirror.keep(key, mirror.remote.read(key))
+        except FileNotFoundError:
+            mirror.drop(key)
+
+    for _ in mirror.remote.each(one, list(keys)):
+        pass
+
+
+def _is_known(mirror: Mirror, key: str, here: bytes, fresh: bool, is_same: bool) -> bool:
+    """Whether a file need not be read again: by its tag, or, of a web server, as the root is the same."""
+    if fresh:
+        return False
+    return is_same if not mirror.remote.is_listable else _has_tag(here, mirror.remote.entry(key).tag)
+
+
+def _has_tag(data: bytes, tag: str) -> bool:
+    """Whether a tag is the MD5 of some bytes, as those of S3 are where no key of the user's own encrypts."""
+    return tag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
+
+
+def _update_records(mirror: Mirror, layout: Layout, fresh: bool, is_same: bool) -> None:
+    """Let the mirror have the commit records as the storage does."""
+    if not mirror.remote.is_listable:
+        if layout.num_shards > MOST_ASKED:
+            raise CacheError(
+                f"{mirror} has {layout.num_shards} shards, and a web server is asked for each commit record. Fix: name "
+                "storage that lists what it has, such as s3://bucket/name"
+            )
+        records = [group.record_file(shard) for group in layout.groups for shard in layout.shards()]
+        _update(mirror, records, fresh, is_same)
+        return
+    folders = mirror.remote.each(mirror.remote.list, [group.commits for group in layout.groups])
+    for group, found in zip(layout.groups, folders, strict=True):
+        # A listing may name anything: only names of records are taken from it, and one byte more than they have.
+        longest = RECORD_BYTES * len(group.arrays) + 1
+        listed = {key: entry for key, entry in found.items() if _is_record(key, group.commits)}
+        new = [key for key, entry in listed.items() if fresh or not _has_tag(_here(mirror, key) or b"", entry.tag)]
+        ranges = [(key, min(listed[key].size, longest)) for key in new]
+        read = mirror.remote.each(lambda one: mirror.remote.read_range(one[0], 0, one[1]), ranges)
+        for key, data in zip(new, read, strict=True):
+            mirror.keep(key, data)
+        here = {f"{group.commits}/{file.name}" for file in (mirror.path / group.commits).glob("c.*")}
+        for key in {key for key in here if _is_record(key, group.commits)} - listed.keys():
+            mirror.drop(key)
+
+
+def _is_record(key: str, folder: str) -> bool:
+    parent, _, name = key.rpartition("/")
+    return parent == folder and RECORD.fullmatch(name) is not None
+
+
+def _here(mirror: Mirror, key: str) -> bytes | None:
+    try:
+        return (mirror.path / key).read_bytes()
+    except OSError:
+        return None

@@ -1,0 +1,167 @@
+"""An opened cache as a value: its store, its manifest, and the commit records that were read when it was opened."""
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, StoredShard
+from logitcache.cache.commits import Records, are_records, read_records
+from logitcache.cache.derivation import fix_of_damage
+from logitcache.cache.growth import read_growth
+from logitcache.cache.layout import Layout, layout_of, require_possible
+from logitcache.cache.manifest import Manifest, parse_manifest
+from logitcache.cache.mirror import mirror_of
+from logitcache.cache.refresh import refresh
+from logitcache.cache.skeleton import ROOT
+from logitcache.cache.store import LocalStore, Store
+from logitcache.cache.stored_array import StoredArray
+from logitcache.errors import CacheError
+from logitcache.remote import is_remote
+from logitcache.safe_files import parse_json
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A cache as it was when it was opened: a later change of the store is an error, or shows in another snapshot.
+
+    `records`, by the name of a group, decide which bytes are its shards; `identity` is the digest of the whole cache's
+    manifest, of which `manifest` may be a part. It can be pickled: each process opens the
+    store itself, and reads this very cache.
+    """
+
+    store: Store
+    manifest: Manifest
+    records: Mapping[str, Records]
+    identity: str
+
+    @classmethod
+    def read(cls, store: Store) -> Self:
+        """Read the manifest of a cache, and all commit records."""
+        return cls.as_described(store, read_manifest(store))
+
+    @classmethod
+    def as_described(
+        cls, store: Store, manifest: Manifest, known: Mapping[str, Records] | None = None, identity: str | None = None
+    ) -> Self:
+        """Return what a store has of the cache that a manifest describes; records that are not `known` are read."""
+        layout, known = layout_of(manifest), known or {}
+        groups = {group.name: group for group in layout.groups}
+        records = {name: known.get(name) or read_records(store, layout, group) for name, group in groups.items()}
+        return cls(store, manifest, records, identity or manifest.digest())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.store, self.manifest, self.records, self.identity)
+
+    def of(self, manifest: Manifest) -> "Snapshot":
+        """Return the same store as another manifest of the same images describes it: with more in it, or less."""
+        return Snapshot.as_described(self.store, manifest, self.records, self.identity)
+
+    def refreshed(self) -> "Snapshot":
+        """Return the cache as it is now: other processes and machines may have committed more."""
+        return Snapshot.as_described(locate(str(self.store)) if not self.store.is_local else self.store, self.manifest)
+
+    def growing(self) -> "Snapshot":
+        """Return the cache that this one is growing to; itself if it is not growing."""
+        return self.of(read_growth(self.store, self.manifest))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The arrays, and how they are cut into shards."""
+        return layout_of(self.manifest)
+
+    @cached_property
+    def fix(self) -> str:
+        """The command that writes what is missing or damaged."""
+        return fix_of_damage(self.manifest)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The shards that are committed in every group, in order."""
+        numbers = [self._numbers(group) for group in self.layout.groups]
+        common = functools.reduce(lambda one, other: np.intersect1d(one, other, assume_unique=True), numbers)
+        return list(map(self._shard, common.tolist()))
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is committed."""
+        return len(self.shards) == self.layout.num_shards
+
+    def committed(self) -> dict[str, set[Shard]]:
+        """Return the committed shards of each group."""
+        return {group.name: set(map(self._shard, self._numbers(group).tolist())) for group in self.layout.groups}
+
+    def damaged_records(self, group: ArrayGroup) -> dict[Shard, str]:
+        """Return what is wrong with the records of a group that commit nothing, by shard."""
+        found = self.records[group.name].damaged
+        return {self._shard(number): text for number, text in found.items() if number < self.layout.num_shards}
+
+    def missing(self, shard: Shard) -> list[str]:
+        """Name the groups of arrays in which a shard is not committed by now, also by other processes."""
+        return [group.name for group in self.layout.groups if not self._is_committed(group, shard)]
+
+    def parts(self, group: ArrayGroup, shard: Shard) -> list[StoredShard]:
+        """Return every array's part of a shard with its record; raise CacheError if it is not committed."""
+        return [self.array(array).part(shard) for array in group.arrays]
+
+    def array(self, layout: ArrayLayout) -> StoredArray:
+        """Return one array of the cache."""
+        return StoredArray(self.store, layout, self.records[layout.group], self.fix)
+
+    def _is_committed(self, group: ArrayGroup, shard: Shard) -> bool:
+        try:
+            data = self.store.read(group.record_file(shard))
+        except (FileNotFoundError, CacheError):
+            return False
+        return are_records(self.layout, group, shard, data)
+
+    def _numbers(self, group: ArrayGroup) -> NDArray[np.int64]:
+        numbers = self.records[group.name].numbers
+        return numbers[: np.searchsorted(numbers, self.layout.num_shards)]
+
+    def _shard(self, number: int) -> Shard:
+        return self.layout.shard(*divmod(number, self.layout.shards_per_view))
+
+
+def open_snapshot(location: str | Path, *, fresh: bool = False) -> Snapshot:
+    """Open a cache, finished or not, in a folder or at a URL; `fresh` as for `locate`. Raises CacheError."""
+    return Snapshot.read(locate(location, fresh=fresh))
+
+
+def locate(location: str | Path, *, fresh: bool = False) -> Store:
+    """Return the store at a location; what is read first of a cache at a URL is brought up to date: all but the shards.
+
+    `fresh` reads that from the storage even if the mirror seems to have it. Raises RemoteError if the storage does not
+    answer.
+    """
+    if not is_remote(location):
+        return LocalStore(Path(location))
+    mirror = mirror_of(os.fspath(location))
+    refresh(mirror, fresh)
+    return mirror
+
+
+def read_manifest(store: Store) -> Manifest:
+    """Read and check the manifest of a cache."""
+    where = f"{store}/{ROOT}"
+    try:
+        stored = parse_json(store.read(ROOT))
+        attributes = stored["attributes"] if stored["node_type"] == "group" else {}
+    except FileNotFoundError as error:
+        found = f"is no cache (it has no {ROOT})" if store.path.exists() else "does not exist"
+        raise CacheError(f"{store} {found}. Fix: check the path, or make it with `logitcache precompute`") from error
+    except CacheError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CacheError(
+            f"{where} is damaged: {type(error).__name__}: {error}. Fix: restore it, or remove {store} and make it again"
+        ) from error
+    manifest = parse_manifest(attributes, str(store))
+    require_possible(manifest, str(store))
+    return manifest
