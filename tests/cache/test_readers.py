@@ -254,7 +254,7 @@ def test_a_cache_shows_what_it_holds_in_one_line(tmp_path: Path) -> None:
     cache = made(path)
     assert repr(cache) == f"<Cache '{path}': 300 images × 2 views of [3, 4, 4]; t: logits>"
     (path / "t.logits.commits" / "c.0.0.0.0").unlink()
-    assert repr(Cache(path, cache.manifest)).endswith("; t: logits; 5 of 6 shards are committed>")
+    assert repr(Cache(open_snapshot(path))).endswith("; t: logits; 5 of 6 shards are committed>")
 
 
 def test_an_unfinished_cache_gives_the_rows_that_are_there(tmp_path: Path) -> None:
