@@ -3,7 +3,8 @@
     python benchmarks/faults.py [--quick] [--json]
 
 Kills precompute at more than 200 moments of its life, creating, continuing and growing caches; flips bits of, or
-truncates, 1,000 files of a cache; fills a small disk; lets several processes write one cache while some are killed.
+truncates, 1,000 files of a cache; fills a small disk; lets several processes write one cache while some are killed;
+writes and reads caches in storage that loses, cuts and delays answers.
 Run from a checkout, whose tests have the programs that do this. Exits 1 where anything committed is lost, anything bad
 is accepted, or the bytes differ from those of an undisturbed run.
 """
@@ -66,6 +67,21 @@ def full_disk(folder: Path, quick: bool) -> dict[str, Any]:
         return {"skipped": "no tmpfs can be mounted here", "wrong": 0}
     good = found["sound"] and found["identical"] and found["written"] == found["shards"] - found["committed"]
     return {"committed": found["committed"], "wrong": int(not good)}
+
+
+def storage(folder: Path, quick: bool) -> dict[str, Any]:
+    """Write and read caches in S3 that loses answers, cuts, shortens and empties bodies, redirects and drips."""
+    found = program("misbehaving", str(folder), *(("1", "3") if quick else ("20",)))
+    wrong = {name: one["wrong"] for name, one in found.items() if one["wrong"]}
+    rounds, slowest = (sum(one["rounds"] for one in found.values()), max(one["slowest"] for one in found.values()))
+    faults = sum(one["faults"] for one in found.values())
+    return {
+        "rounds": rounds,
+        "faults": faults,
+        "slowest_command": slowest,
+        "wrong": sum(wrong.values()),
+        "cases": wrong,
+    }
 
 
 def damage(folder: Path, quick: bool) -> dict[str, Any]:
@@ -131,7 +147,7 @@ def _cache(path: Path) -> Path:
     return path
 
 
-CASES: tuple[Callable[[Path, bool], dict[str, Any]], ...] = (kills, several, full_disk, damage)
+CASES: tuple[Callable[[Path, bool], dict[str, Any]], ...] = (kills, several, full_disk, storage, damage)
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import DENSE16, TOP2_PACKED, contents, recipe, teacher
 from tests.front import FAULTS
 from tests.objects import KEY_ID, SECRET, Bucket, bucket, connecting, website
-from tests.teacher import remotely
+from tests.teacher import misbehaving, remotely
 from tests.teacher.apart import program
 
 LINEAR = {"kind": "custom", "factory": "tests.cache.made:Linear"}
@@ -300,3 +300,10 @@ def test_processes_of_a_machine_share_a_copy(apart: dict[str, Any]) -> None:
     assert len(rows) >= 2 * remotely.NUM_SHARDS
     assert set(rows.values()) == {1}
     assert len(set(apart["read"])) == 1
+
+
+@pytest.mark.slow
+def test_storage_that_misbehaves_loses_nothing(tmp_path: Path) -> None:
+    for name, found in misbehaving.main(tmp_path, 1, 3).items():
+        assert (name, found["wrong"]) == (name, 0)
+        assert found["faults"] > 0
