@@ -161,12 +161,22 @@ def target_of(store: Store) -> Path:
         return path
     if os.path.lexists(path) and (not path.is_dir() or path.is_symlink() or any(path.iterdir())):
         raise CacheError(f"{path} exists and is no cache: nothing is overwritten. Fix: name another path, or remove it")
+    if not _is_named(path):
+        raise CacheError(
+            f"a new cache replaces an empty folder, which '{path}' does not name. Fix: name it, as '{path.resolve()}'"
+        )
     return creating(path)
 
 
 def creating(path: Path) -> Path:
     """Return where a new cache is put together before it appears at `path`."""
-    return path.with_name(path.name + ".creating")
+    path = path if _is_named(path) else path.resolve()
+    return path.parent / f"{path.name}.creating"
+
+
+def _is_named(path: Path) -> bool:
+    """Whether a path ends in the name of a folder, and not in `.` or `..`."""
+    return path.name not in ("", "..")
 
 
 def _open(file: Path, create: bool = False) -> int:

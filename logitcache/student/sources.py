@@ -51,7 +51,7 @@ class Lesson:
 
 @dataclass(frozen=True)
 class Source:
-    """Batches, what they ask of a model, and what identifies them; `live` teachers answer in place of the cache."""
+    """Batches, what they ask of a model, and what identifies them; `live` teachers answer in place of the `cache`."""
 
     loader: EpochLoader
     lesson: Lesson
@@ -59,6 +59,7 @@ class Source:
     live: LiveTargets | None = None
     num_live: int = 0
     ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
+    cache: str | None = None
 
 
 def open_source(
@@ -120,7 +121,7 @@ def _from_cache(
         "online": live is not None,
     }
     if live is None:
-        return Source(loader, lesson, identity, ensembles=recipe.ensembles)
+        return Source(loader, lesson, identity, ensembles=recipe.ensembles, cache=recipe.cache)
     return Source(loader, lesson, identity, _only(live, names), len(names), recipe.ensembles)
 
 

@@ -17,6 +17,7 @@ from logitcache.student.batch_norm import require_possible
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Learner
 from logitcache.student.models import build_adapters, build_classifier
+from logitcache.student.nonfinite import require_finite_targets
 from logitcache.student.progress import Progress
 from logitcache.student.ranks import Ranks, joined
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
@@ -94,7 +95,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
             run.open(recipe, identity)
             while learner.epoch < recipe.epochs:
                 _train_epoch(recipe, source, learner, run, stop)
-                measured = _measure(recipe, learner, run, validator, stop)
+                measured = _measure(recipe, source, learner, run, validator, stop)
                 _finish_epoch(recipe, source, learner, run, measured)
     return _finish_run(recipe, source, learner, run)
 
@@ -159,7 +160,7 @@ def _train_epoch(recipe: TrainingRecipe, source: Source, learner: Learner, run: 
         learner.optimizer.zero_grad(set_to_none=True)
         learner.end_step()
         learner.seconds = time.perf_counter() - started
-        _keep_place(recipe, learner, run, learner.ranks.agreed(stop))
+        _keep_place(recipe, source, learner, run, learner.ranks.agreed(stop))
     synchronize(learner.device)
     learner.seconds = time.perf_counter() - started
 
@@ -180,9 +181,9 @@ def _rows(recipe: TrainingRecipe, batch: Batch) -> Tensor:
     return torch.stack([loss.rows(batch) for loss in recipe.losses])
 
 
-def _keep_place(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, stop: StopFlag) -> None:
+def _keep_place(recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory, stop: StopFlag) -> None:
     if stop or (recipe.checkpoint_steps is not None and learner.step % recipe.checkpoint_steps == 0):
-        _save(learner, run)
+        _save(source, learner, run)
     if stop:
         raise stop.stopped(
             f"stopped in epoch {learner.epoch + 1} after step {learner.step}; the state is in {run.checkpoint}. "
@@ -190,14 +191,16 @@ def _keep_place(recipe: TrainingRecipe, learner: Learner, run: RunDirectory, sto
         )
 
 
-def _save(learner: Learner, run: RunDirectory) -> None:
-    _require_finite(learner, run)
+def _save(source: Source, learner: Learner, run: RunDirectory) -> None:
+    _require_finite(source, learner, run)
     run.save_checkpoint(learner.state())
 
 
-def _require_finite(learner: Learner, run: RunDirectory) -> None:
+def _require_finite(source: Source, learner: Learner, run: RunDirectory) -> None:
     """Raise LogitCacheError where training has diverged: a checkpoint of that would be of no use."""
     if not learner.finite():
+        if source.cache is not None:
+            require_finite_targets(source.loader, learner.epoch, learner.batch, source.cache)
         raise LogitCacheError(
             f"epoch {learner.epoch + 1}, step {learner.step}: the loss or the weights are no longer finite (loss "
             f"{sum(learner.means())}); the last checkpoint in {run.path} is from before. Fix: train again into another "
@@ -206,14 +209,19 @@ def _require_finite(learner: Learner, run: RunDirectory) -> None:
 
 
 def _measure(
-    recipe: TrainingRecipe, learner: Learner, run: RunDirectory, validator: Validator | None, stop: StopFlag
+    recipe: TrainingRecipe,
+    source: Source,
+    learner: Learner,
+    run: RunDirectory,
+    validator: Validator | None,
+    stop: StopFlag,
 ) -> dict[str, float]:
     """Measure, after an epoch that asks for it; the state is kept first, so that a stop loses nothing."""
     last = learner.epoch + 1 == recipe.epochs
     every = recipe.validation.every if recipe.validation is not None else 1
     if validator is None or not (last or (learner.epoch + 1) % every == 0):
         return {}
-    _save(learner, run)
+    _save(source, learner, run)
     learner.share_statistics()
     tally = validator.tally(learner.measured, learner.device, recipe.precision, learner.ranks, stop)
     return {f"val_{name}": value for name, value in asdict(tally.measures()).items() if value is not None}
@@ -223,7 +231,7 @@ def _finish_epoch(
     recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory, measured: dict[str, float]
 ) -> None:
     """Record the epoch and go to the next."""
-    _require_finite(learner, run)
+    _require_finite(source, learner, run)
     means = learner.means()
     row: dict[str, Any] = {
         "epoch": learner.epoch,
@@ -238,7 +246,7 @@ def _finish_epoch(
     row |= measured
     learner.end_epoch()
     run.record(row)
-    _save(learner, run)
+    _save(source, learner, run)
     say(_line(row, recipe.epochs))
 
 

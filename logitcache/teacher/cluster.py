@@ -117,7 +117,7 @@ class Run:
         torch.cuda.empty_cache()  # what the client's teachers took of a device is for the workers
         if workers is not None:
             with local_cluster(workers, device) as local:
-                self.fill(local.address, job(local.threads))
+                self.fill(local.address, job(local.threads), local.check)
         elif scheduler is not None:
             self.fill(scheduler, job(None))
 
@@ -125,7 +125,7 @@ class Run:
         """Return those of some shards that are for this run, in groups that share decodes."""
         return Share(self._plan.snapshot, shards, self._views_per_image, self._part).groups
 
-    def fill(self, address: str, job: Work) -> None:
+    def fill(self, address: str, job: Work, workers_live: Check = lambda: None) -> None:
         """Hand out shards until all are committed, or none of those that are left can be had."""
         name = job.name
         left, patience, losses = self._plan.pending, FIRST, 0
@@ -134,6 +134,7 @@ class Run:
             def check() -> None:
                 if stop:
                     raise stop.stopped(stopped_message(self._plan.store, self._done.shards, len(self._plan.pending)))
+                workers_live()
 
             while groups := self.groups(left):
                 before = self._done.shards

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from logitcache.console import say
-from logitcache.errors import CacheError, RecipeError
+from logitcache.errors import CacheError, KilledWorkerError, RecipeError
 from logitcache.teacher import worker
 
 if TYPE_CHECKING:
-    from distributed import Client, Future
+    from distributed import Client, Future, SpecCluster
 
 GPU = "GPU"
 """The resource that a worker with a GPU has one of."""
@@ -124,11 +124,19 @@ _NANNY = {
 """What is not to be as Dask's nannies have it: with their allocator, a teacher on the CPU takes twice the time."""
 
 
+STARTS = 10
+"""How often in a row workers of this machine may end before one has started."""
+
+
 class Local(NamedTuple):
-    """A cluster of this machine: its scheduler, and the threads that each worker has for torch."""
+    """A cluster of this machine: its scheduler, and the threads that each worker has for torch.
+
+    `check` starts workers again that were killed as they started; raises KilledWorkerError if that goes on.
+    """
 
     address: str
     threads: int
+    check: Check
 
 
 @contextlib.contextmanager
@@ -141,16 +149,49 @@ def local_cluster(workers: int, device: torch.device) -> Iterator[Local]:
         "nthreads": 1,
         "memory_limit": 0,
         "preload": [worker.__name__],
-        "silence_logs": logging.ERROR,
+        "silence_logs": logging.CRITICAL,
     }
     specs = {number: {"cls": Nanny, "options": {**options, **own}} for number, own in enumerate(_own(workers, device))}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
     with (
         dask.config.set(_NANNY),
-        SpecCluster(workers=specs, scheduler=scheduler, silence_logs=logging.ERROR) as cluster,
+        # Without workers at first: one that is killed while it starts would end the cluster.
+        SpecCluster(scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
     ):
+        cluster.worker_spec.update(specs)
+        started = _Starts(cluster)
+        started.check()
         say(f"{workers} workers; dashboard at {cluster.dashboard_link}")
-        yield Local(cluster.scheduler_address, max(1, len(os.sched_getaffinity(0)) // workers))
+        yield Local(cluster.scheduler_address, max(1, len(os.sched_getaffinity(0)) // workers), started.check)
+
+
+class _Starts:
+    """Starts workers of a cluster of this machine. A nanny starts its worker again, but not one killed in starting."""
+
+    def __init__(self, cluster: "SpecCluster") -> None:
+        self._cluster, self._in_vain = cluster, 0
+
+    def check(self) -> None:
+        """Start the workers that are missing; raise KilledWorkerError where they end again and again."""
+        self._cluster.sync(self._start_missing)
+        if self._in_vain > STARTS:
+            raise KilledWorkerError(
+                f"worker processes were killed or ended as they started, {self._in_vain} times in a row: memory may "
+                "have run out. Fix: fewer --workers; what is committed is kept, and the same command continues"
+            )
+
+    async def _start_missing(self) -> None:
+        workers = self._cluster.workers
+        ended = [name for name, nanny in workers.items() if nanny.status.name in ("closed", "failed")]
+        for name in ended:
+            del workers[name]
+        if any(nanny.status.name == "running" for nanny in workers.values()):
+            self._in_vain = 0
+        if len(workers) < len(self._cluster.worker_spec):
+            try:
+                await self._cluster._correct_state()
+            except Exception:  # whatever ended a worker: its nanny has a status, which the next look finds
+                self._in_vain += 1
 
 
 def _own(workers: int, device: torch.device) -> list[dict[str, Any]]:

@@ -49,11 +49,11 @@ def gathered(function: Callable[[T], R], tasks: Sequence[T], what: str, unit: st
     require_cluster(cluster.scheduler, cluster.workers)
     with contextlib.ExitStack() as held:
         stop = held.enter_context(stop_flag())
-        check = functools.partial(_check, stop, what)
-        address, threads = cluster.scheduler, None
+        address, threads, workers_live = cluster.scheduler, None, _no_workers
         if cluster.workers is not None:
-            address, threads = held.enter_context(local_cluster(cluster.workers, torch.device("cpu")))
+            address, threads, workers_live = held.enter_context(local_cluster(cluster.workers, torch.device("cpu")))
         assert address is not None
+        check = functools.partial(_check, stop, what, workers_live)
         client = held.enter_context(contextlib.closing(connected(address, FIRST, check)))
         answers = _answers(client, pickle.dumps(function), tasks, threads, check)
         try:
@@ -68,9 +68,14 @@ class _Answer(NamedTuple):
     refusal: Refusal | None = None
 
 
-def _check(stop: StopFlag, what: str) -> None:
+def _no_workers() -> None:
+    """Look after no workers: those of a running cluster are not this process's."""
+
+
+def _check(stop: StopFlag, what: str, workers_live: Callable[[], None]) -> None:
     if stop:
         raise stop.stopped(f"stopped: a {what} keeps nothing of what it has begun")
+    workers_live()
 
 
 def _answers(

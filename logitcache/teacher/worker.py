@@ -2,6 +2,7 @@
 
 import hashlib
 import multiprocessing
+import os
 import pickle
 import platform
 import threading
@@ -18,7 +19,7 @@ from logitcache.cache.sharing import writing
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cache.store import Store
 from logitcache.device import resolve_device
-from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
+from logitcache.errors import CacheError, KilledWorkerError, LogitCacheError, MismatchError, RecipeError
 from logitcache.models import weights_digest
 from logitcache.recipe import Component
 from logitcache.stopping import ignore_signals
@@ -92,12 +93,22 @@ class Refusal(NamedTuple):
 
     @classmethod
     def of(cls, error: LogitCacheError) -> Self:
-        """Keep an error and where it happened."""
-        return cls(type(error), f"{error}\n  On worker: {platform.node()}")
+        """Keep an error and where it happened: the worker as Dask names it, its host and its process."""
+        return cls(type(error), f"{error}\n  On worker: {_worker()}{platform.node()}, process {os.getpid()}")
 
     def error(self) -> LogitCacheError:
         """Return the error again."""
         return self.kind.__new__(self.kind, self.text)
+
+
+def _worker() -> str:
+    from distributed import get_worker
+
+    try:
+        worker = get_worker()
+    except ValueError:  # in no worker
+        return ""
+    return f"{worker.name} at {worker.address}, " if worker.name != worker.address else f"{worker.address}, "
 
 
 class Outcome(NamedTuple):
@@ -114,6 +125,9 @@ def compute(key: str, job: bytes, shards: Sequence[Shard]) -> Outcome:
     with _computing:
         try:
             return Outcome(done, _open(key, job).fill(shards, done))
+        except KilledWorkerError:
+            _close()
+            raise  # is tried again: the images are rendered by other processes
         except LogitCacheError as error:
             return Outcome(done, [], Refusal.of(error))
         except BaseException:

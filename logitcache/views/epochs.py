@@ -200,6 +200,10 @@ class EpochLoader:
         self._was_read = True
         yield from batches
 
+    def targets(self, epoch: int) -> Iterator[tuple[list[ViewKey], Mapping[str, Targets]]]:
+        """Yield keys and targets of each batch of an epoch, without images."""
+        return ((keys, self._targets_of(keys)) for keys in self.keys(epoch))
+
     def _checked(self, keys: list[ViewKey]) -> list[ViewKey]:
         """Raise IndexError for a key that names no view, before anything is rendered."""
         views, images = self.views.spec.num_views, len(self.views.dataset.ids)

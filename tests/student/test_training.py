@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import random
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from logitcache.cache.reader import open_cache
-from logitcache.errors import LogitCacheError, MismatchError
+from logitcache.cache.reader import Cache, open_cache
+from logitcache.errors import CacheError, LogitCacheError, MismatchError
 from logitcache.models import Run, load_model, read_stored
 from logitcache.recipe import load_recipe
 from logitcache.student.learner import Learner
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.student.training import RunResult, train
+from logitcache.targets import Targets
 from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.views.datasets import Bundled, open_dataset
+from logitcache.views.keys import ViewKey
 from tests.student.small import (
     AUGMENTATIONS,
     DROPOUT,
@@ -198,6 +201,36 @@ def test_a_loss_that_diverges_is_an_error_and_spoils_no_checkpoint(
     assert all(bool(value.isfinite().all()) for value in state["model"].values())
     assert len(metrics(tmp_path / "run")) == 2
     assert not (tmp_path / "run" / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("checkpoint_steps", [None, 1])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("target", ["logits", "features"])
+def test_numbers_of_the_cache_that_are_none_are_not_blamed_on_the_learning_rate(
+    target: str,
+    value: float,
+    checkpoint_steps: int | None,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = Cache.rows
+
+    def spoiled(self: Cache, keys: Sequence[ViewKey]) -> Mapping[str, Targets]:
+        logits = rows(self, keys)["net"].logits.clone()
+        features = torch.ones(len(keys), 3)
+        spoil = logits if target == "logits" else features
+        spoil[[row for row, key in enumerate(keys) if target == "features" or key.index == 77]] = value
+        return {"net": Targets(logits, {"f": features})}
+
+    monkeypatch.setattr(Cache, "rows", spoiled)
+    if target == "features":
+        add = Learner.add
+        monkeypatch.setattr(Learner, "add", lambda self, terms, rows: add(self, terms * float("nan"), rows))
+    recipe = student(tmp_path / "run", cache, model=LINEAR, epochs=3, checkpoint_steps=checkpoint_steps)
+    named = "logits" if target == "logits" else "features 'f'"
+    with pytest.raises(CacheError, match=rf"{named} of teacher 'net' hold NaN or infinity for image .* \(view 0\)"):
+        train(recipe)
 
 
 def _spoil_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

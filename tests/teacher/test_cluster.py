@@ -2,6 +2,7 @@
 
 import multiprocessing
 import pickle
+import re
 import signal
 import socket
 from dataclasses import replace
@@ -82,7 +83,7 @@ def test_a_users_error_reaches_the_client_as_it_is_and_is_not_tried_again(outcom
     error = found["users"]
     assert (error["error"], error["exit_code"]) == ("DataError", 2)
     assert "answers image '00576' with inf or nan (logits)" in error["message"]
-    assert "On worker: " in error["message"]
+    assert re.search(r"\n  On worker: tcp://127\.0\.0\.1:\d+, \S+, process \d+$", error["message"])
     assert found["overflowed"] == 1
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from logitcache.errors import RecipeError
+from logitcache.errors import KilledWorkerError, RecipeError
 from logitcache.recipe import dump_recipe
 from logitcache.teacher import dask
+from logitcache.teacher.cluster import precompute_on_cluster
 from logitcache.teacher.precompute import precompute
 from tests.cache.made import contents, teacher
+from tests.teacher import dying
 from tests.teacher.apart import stopped
 from tests.teacher.test_cluster import named
 from tests.teacher.test_kill import num_records
@@ -30,6 +32,38 @@ def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     assert dask._own(3, torch.device("cpu")) == [{}, {}, {}]
     with pytest.raises(RecipeError, match="--workers 3: each takes a GPU, and this machine shows 2"):
         dask._own(3, cuda)
+
+
+@pytest.fixture
+def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have workers killed as they start; returns the folder in which each leaves a file."""
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    monkeypatch.setenv(dying.FOLDER, str(folder))
+    monkeypatch.setattr(dask, "worker", dying)
+    return folder
+
+
+def test_workers_that_are_killed_while_they_start_are_started_again(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(dying.COUNT, "3")
+    result = precompute_on_cluster(named(tmp_path / "c.zarr"), workers=2)
+    assert len(list(killed.iterdir())) >= 3
+    assert (result.shards_written, result.shards_left) == (6, 0)
+    precompute(named(tmp_path / "w.zarr"))
+    assert contents(tmp_path / "c.zarr") == contents(tmp_path / "w.zarr")
+
+
+def test_workers_that_never_start_end_the_run_which_can_go_on(
+    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(dying.COUNT, "1000")
+    monkeypatch.setattr(dask, "STARTS", 1)
+    with pytest.raises(KilledWorkerError, match=r"2 times in a row.* Fix: fewer --workers") as stopped:
+        precompute_on_cluster(named(tmp_path / "c.zarr"), workers=1)
+    assert stopped.value.exit_code == 75
+    assert precompute(named(tmp_path / "c.zarr")).shards_left == 0
 
 
 @pytest.mark.slow
