@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from logitcache.teacher.precompute import PrecomputeResult
 
 
+EXIT_UNFINISHED = 75
+"""As after a stop: what is finished is kept, and the same command continues."""
+
+
 def plan(
     recipe: Recipe,
     overrides: Overrides,
@@ -90,7 +94,18 @@ def _filled(
     here: "Callable[..., PrecomputeResult]",
     on_cluster: "Callable[..., PrecomputeResult]",
 ) -> Answer:
-    """Fill a cache in this process, or by a cluster where an option names one."""
+    """Fill a cache in this process, or by a cluster where an option names one; one that is not whole is an error.
+
+    Of a part, the rest is for other parts.
+    """
     if scheduler is None and workers is None:
-        return Answer(asdict(here(recipe, part=part)))
-    return Answer(asdict(on_cluster(recipe, scheduler=scheduler, workers=workers, part=part)))
+        result = here(recipe, part=part)
+    else:
+        result = on_cluster(recipe, scheduler=scheduler, workers=workers, part=part)
+    if part is not None or not result.shards_left:
+        return Answer(asdict(result))
+    error = (
+        f"{result.cache} is not whole yet: {result.shards_left} of {result.shards} shards are not committed. "
+        "Fix: the same command again, once the processes that compute these have ended: it writes what they leave"
+    )
+    return Answer(asdict(result), None, (error,), "Unfinished", EXIT_UNFINISHED)

@@ -14,6 +14,7 @@ from logitcache.teacher.gathering import Cluster
 class Result:
     out: str
     top1: float = 0.5
+    shards_left = 0
 
 
 @pytest.fixture
@@ -67,6 +68,26 @@ def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, reci
     assert capsys.readouterr().out == "out   b.zarr\ntop1  0.5\n"
     assert main(["precompute", path, "--part", "2/8"]) == 0
     assert parts == [None, "2/8"]
+
+
+@dataclass(frozen=True)
+class Filled:
+    cache: str
+    shards: int = 6
+    shards_left: int = 2
+
+
+@pytest.mark.parametrize("command", ["precompute", "derive"])
+def test_a_cache_that_is_not_whole_is_no_success_but_of_a_part(capsys, monkeypatch, recipe, command):
+    monkeypatch.setattr(f"logitcache.teacher.{command}.{command}", lambda plan, part: Filled(plan.cache))
+    path = recipe(KINDS[command])
+    assert main([command, path, "--part", "2/8"]) == 0
+    assert capsys.readouterr().err == ""
+    assert main([command, path]) == 75
+    assert "2 of 6 shards are not committed. Fix: the same command again" in capsys.readouterr().err
+    assert main([command, path, "--json"]) == 75
+    found = json.loads(capsys.readouterr().out)
+    assert (found["shards_left"], found["error"]["exit_code"]) == (2, 75)
 
 
 def test_train_student_passes_its_options_on(capsys, verb, recipe):
