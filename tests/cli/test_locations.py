@@ -95,4 +95,4 @@ def test_training_and_evaluation(
         assert (run / "weights.safetensors").is_file()
         for location in (".", f"../{folder}/"):
             images = "validation={dataset: {kind: bundled, split: test, num_images: 50}}"
-            assert answer(capsys, "evaluate", location, "--set", images)["top1"] >= 0
+            assert answer(capsys, "evaluate", location, "--set", images)
