@@ -21,7 +21,7 @@ from logitcache.cache.room import FOLDER, TRIES, USED, Room, is_shard, room
 from logitcache.cache.store import Store
 from logitcache.console import track
 from logitcache.errors import CacheError
-from logitcache.files import regular_size
+from logitcache.files import fix_of, regular_size
 from logitcache.remote import REQUESTS, Entry, Remote
 from logitcache.safe_files import MAX_METADATA_BYTES, inside, parts_of, read_regular
 
@@ -297,8 +297,8 @@ def _explained(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"the local copy {file} cannot be written: {error.strerror}. Fix: free space there, a smaller "
-            f"{FOLDER}_SIZE, or {FOLDER}=another folder"
+            f"the local copy {file} cannot be written: {error.strerror}. Fix: {fix_of(error) or 'remove the cause'}; "
+            f"or a smaller {FOLDER}_SIZE, or {FOLDER}=another folder"
         ) from error
 
 

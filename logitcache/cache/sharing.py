@@ -18,7 +18,7 @@ from logitcache.cache.skeleton import ROOT
 from logitcache.cache.store import Store
 from logitcache.console import say
 from logitcache.errors import CacheError
-from logitcache.files import LEFTOVER
+from logitcache.files import LEFTOVER, fix_of
 
 PREPARING, WRITING = f"digest/{ROOT}", f"label/{ROOT}"
 """Whose lock is for one process that prepares or finishes a cache, and for all that write to it."""
@@ -240,5 +240,5 @@ def explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CacheError(
-            f"{path} cannot be written: {error.strerror}. Fix: free space or grant access there, or name another path"
+            f"{path} cannot be written: {error.strerror}. Fix: {fix_of(error) or 'remove the cause'}"
         ) from error
