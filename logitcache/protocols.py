@@ -1,5 +1,6 @@
 """The protocols of storage: which package each needs, and how its client is configured with our limits."""
 
+import inspect
 import time
 from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
@@ -35,6 +36,8 @@ def connected(scheme: str, limits: Limits) -> Any:
     """
     try:
         found = _web(limits) if scheme in WEB else _filesystem(scheme, _options(scheme, limits))
+    except RecipeError:
+        raise
     except ImportError as error:
         if scheme in _EXTRAS:
             raise MissingExtraError(f"{scheme}://", _EXTRAS[scheme]) from error
@@ -78,7 +81,14 @@ def _past(date: str) -> str:
 def _filesystem(scheme: str, options: Mapping[str, Any]) -> Any:
     import fsspec
 
-    return fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **options)
+    made = fsspec.get_filesystem_class(scheme)
+    try:  # before it is begun to be made: some leave a traceback of their own otherwise
+        inspect.signature(made.__init__).bind(None, **options)
+    except TypeError as error:  # ftp and others want a host, or an account
+        raise RecipeError(
+            f"{scheme}:// needs more than a URL states: {error}. Fix: s3://, http(s)://, or a path"
+        ) from error
+    return made(skip_instance_cache=True, use_listings_cache=False, **options)
 
 
 def _web(limits: Limits) -> Any:

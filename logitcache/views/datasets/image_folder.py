@@ -89,7 +89,7 @@ class FolderImages:
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]; only those that changed are read again."""
-        found = remembered(self._paths, SHA256, what="image", width=8)
+        found = remembered(self._paths, _SHA256, what="image", width=8)
         return found.view("<u8").astype(np.uint64, copy=False)[:, 0]
 
 
@@ -104,12 +104,18 @@ def _there(path: str) -> Iterator[None]:
 
 
 def _size(file: BinaryIO) -> bytes:
-    """Read the head of an image file: height and width, 16 bytes. Refuses one that would take minutes to hash."""
-    if os.fstat(file.fileno()).st_size > _LARGEST:
-        raise DataError(f"image '{file.name}' has more than {_LARGEST} bytes.\n  Fix: replace it or remove it.")
+    """Read the head of an image file: height and width, 16 bytes."""
     return struct.pack("<2q", *size_of(file, file.name))
 
 
+def _sha256(file: BinaryIO) -> bytes:
+    """Hash an image file; refuse one that would take minutes."""
+    if os.fstat(file.fileno()).st_size > _LARGEST:
+        raise DataError(f"image '{file.name}' has more than {_LARGEST} bytes.\n  Fix: replace it or remove it.")
+    return SHA256.of(file)
+
+
+_SHA256 = SHA256._replace(of=_sha256)
 _SIZES = Measure(f"pillow-{PIL.__version__}-sizes", "reading the sizes of", _size)
 
 

@@ -66,6 +66,8 @@ class WebDataset(Component):
 
 def locations(shards: str | tuple[str, ...]) -> list[str]:
     """Return the paths and URLs that patterns stand for, in order; raise ValueError for more than MOST_NAMES."""
+    if len(shards) > MOST_NAMES and not isinstance(shards, str):
+        raise ValueError(f"there are {len(shards)} patterns. Fix: at most {MOST_NAMES}")
     names: list[str] = []
     for pattern in [shards] if isinstance(shards, str) else shards:
         names += expanded(pattern)
