@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from logitcache.cache.reader import open_cache
 from logitcache.errors import MismatchError, RecipeError, ReplayMismatchError
+from logitcache.student.sources import open_source
 from logitcache.student.training import train
 from logitcache.teacher.online import live_targets
 from logitcache.views.datasets import Bundled
@@ -172,3 +173,14 @@ def test_drift_within_wider_limits_is_accepted_when_numeric(
         train(student(tmp_path / "tight", cache, drift_limits=tight, **entries))
     with pytest.warns(UserWarning, match=r"numeric drift \(limits 0.9 / 1\)"):
         train(student(tmp_path / "wide", cache, drift_limits={"mean": 0.9, "max": 1}, **entries))
+
+
+def test_a_run_on_labels_that_was_begun_by_the_first_plan_keeps_it(tmp_path: Path) -> None:
+    """The first release did not record the plan of a run; new ones take the newest for CutMix."""
+    entry = teacher(tmp_path / "run", mixing=[{"kind": "cutmix"}])
+    new = open_source(entry, None).identity
+    assert new["plan_version"] == 2
+    begun = {"dataset": new["dataset"]}
+    assert open_source(entry, None, begun).identity == begun
+    assert open_source(entry, None, new).identity == new
+    assert "plan_version" not in open_source(teacher(tmp_path / "run", mixing=[{"kind": "mixup"}]), None).identity
