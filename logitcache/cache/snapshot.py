@@ -83,8 +83,8 @@ class Snapshot:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """The shards that are committed in every group, in order."""
-        numbers = [self._numbers(group) for group in self.layout.groups]
+        """The shards that are committed in every group, in order; all shards of a cache restricted to no targets."""
+        numbers = [self._numbers(group) for group in self.layout.groups] or [np.arange(self.layout.num_shards)]
         common = functools.reduce(lambda one, other: np.intersect1d(one, other, assume_unique=True), numbers)
         return list(map(self._shard, common.tolist()))
 
