@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from logitcache.student import losses
     from logitcache.student.evaluation import evaluate
     from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+    from logitcache.student.trained import load_student
     from logitcache.student.training import train
     from logitcache.targets import Batch, Targets
     from logitcache.teacher.derive import DeriveRecipe, derive
@@ -56,6 +57,7 @@ __all__ = [
     "derive",
     "evaluate",
     "load_recipe",
+    "load_student",
     "losses",
     "open_cache",
     "plan",
@@ -81,6 +83,7 @@ _MODULES = {
     "logitcache.report.plan": ("plan",),
     "logitcache.student.evaluation": ("evaluate",),
     "logitcache.student.recipes": ("StudentRecipe", "TeacherRecipe"),
+    "logitcache.student.trained": ("load_student",),
     "logitcache.student.training": ("train",),
     "logitcache.targets": ("Batch", "Targets"),
     "logitcache.teacher.derive": ("DeriveRecipe", "derive"),

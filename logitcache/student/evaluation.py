@@ -23,8 +23,10 @@ from logitcache.student.measures import ClassAccuracy, GroupAccuracy
 from logitcache.student.multi_label import ClassPrecision, GroupPrecision
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.run import MAX_RECIPE_BYTES
+from logitcache.student.trained import read_evaluation
 from logitcache.student.validation import AnyMeasures, Validator, open_validator
 from logitcache.trust import require_grant
+from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.foreign import locks
 from logitcache.views.datasets import Custom as CustomImages
 from logitcache.views.datasets import Dataset, open_dataset
@@ -42,7 +44,7 @@ class EvaluationResult:
     precision. `images_left_out` are those that `validation.class_map` does not name, or that have no label there; they
     are in no figure. `groups` are None where the numbers of training images are not known. `costs` are of the student
     and of the teachers of the cache that it learnt from; `latencies` only where they are asked for, `cka` where the
-    images' cache has features.
+    images' cache has features. The weights are those after `epoch`, counted from 1; None if the run did not record it.
     """
 
     run: str
@@ -55,6 +57,7 @@ class EvaluationResult:
     latencies: tuple[Latency, ...]
     cka: tuple[TapSimilarity, ...]
     per_class: tuple[ClassAccuracy, ...] | tuple[ClassPrecision, ...]
+    epoch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def evaluate(
         latencies=() if latency is None else latencies(student, beside, image, latency),
         cka=compare_taps(classifier, _taps(recipe), validator, device, recipe.precision),
         per_class=per_class,
+        epoch=None if (recorded := read_evaluation(run)) is None else recorded.epoch,
     )
 
 
@@ -113,7 +117,16 @@ def _load(run: Path, recipe: TrainingRecipe, overrides: Sequence[str]) -> Classi
 
 
 def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
-    """Open the images to measure on; raises RecipeError where the recipe names none."""
+    """Open the images to measure on; raises RecipeError where the recipe names none.
+
+    Images that the user names, without augmentations for them, are brought to the model as the run recorded it.
+    """
+    validation, recorded = recipe.validation, read_evaluation(run)
+    stated = validation is None or validation.cache is not None or "augmentations" in validation.model_fields_set
+    if validation is not None and not stated and recorded is not None:
+        _require_named(recorded.augmentations, run)
+        changed = validation.model_copy(update={"augmentations": recorded.augmentations})
+        recipe = recipe.model_copy(update={"validation": changed})
     validator = open_validator(recipe, num_classes)
     if validator is None:
         raise RecipeError(
@@ -122,6 +135,16 @@ def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
     if recipe.validation is not None and recipe.validation.taps:
         require_features(validator)
     return validator
+
+
+def _require_named(augmentations: Sequence[Augmentation], run: Path) -> None:
+    """Raise RecipeError if a run's file names a factory to call."""
+    factories = [lock.factory for lock in locks(augmentations) if lock.factory is not None]
+    if factories:
+        raise RecipeError(
+            f"{run} was evaluated through the factory '{factories[0]}', and what a file names is never called.\n"
+            "  Fix: name the augmentations too: --set validation.augmentations=[…]"
+        )
 
 
 def _taps(recipe: TrainingRecipe) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """The recipes of stage two: a student on a cache, and a teacher on labels."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -78,6 +78,7 @@ class TrainingRecipe(Component):
 
     `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. An epoch is as many images
     as there are; with `views_per_image` k it is k views of every k-th image, so that one decode serves k views.
+    `keep` says of which epoch the weights are that the run ends with: the last, or the one that measured best.
     `sampling` may draw images by class instead, as many. `sync_batch_norm` normalises by the whole batch where several
     processes share it, each on a CUDA device.
     `verify` says how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits` what counts
@@ -99,6 +100,7 @@ class TrainingRecipe(Component):
     optimizer: Optimizer = AdamW()
     schedule: LearningRateSchedule = LearningRateSchedule()
     clip_norm: Positive | None = None
+    keep: Literal["last", "best"] = "last"
     ema: Average | None = None
     precision: Precision = "float32"
     sync_batch_norm: bool = False
@@ -126,6 +128,12 @@ class TrainingRecipe(Component):
         if is_remote(out):
             raise ValueError(f"{out} is a URL; a run is kept in a folder of this machine. Name one")
         return out
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        if self.keep == "best" and self.validation is None:
+            raise ValueError("keep: best keeps the weights that measure best, and nothing is measured: add validation")
+        return self
 
     @model_validator(mode="after")
     def _parts_sum_to_the_whole(self) -> Self:

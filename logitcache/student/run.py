@@ -75,6 +75,7 @@ class RunDirectory:
         self.path = Path(path)
         self.ranks = ranks
         self.checkpoint = self.path / "checkpoint.pt"
+        self.best = self.path / "best.safetensors"
         self._result = self.path / "result.json"
         self._recipe, self._environment = self.path / "recipe.yaml", self.path / "environment.json"
         self._metrics = self.path / "metrics.jsonl"

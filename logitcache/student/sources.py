@@ -1,7 +1,7 @@
 """What a run learns from, opened and checked before the first step."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,7 @@ class Source:
     num_live: int = 0
     ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
     cache: str | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def open_source(
@@ -121,8 +122,16 @@ def _from_cache(
         "online": live is not None,
     }
     if live is None:
-        return Source(loader, lesson, identity, ensembles=recipe.ensembles, cache=recipe.cache)
-    return Source(loader, lesson, identity, _only(live, names), len(names), recipe.ensembles)
+        source = Source(loader, lesson, identity, ensembles=recipe.ensembles, cache=recipe.cache)
+    else:
+        source = Source(loader, lesson, identity, _only(live, names), len(names), recipe.ensembles)
+    return replace(source, class_names=_names(views, lesson))
+
+
+def _names(views: Views, lesson: Lesson) -> tuple[str, ...] | None:
+    """Return the names of the model's classes, if those of the images are the same."""
+    names = views.dataset.class_names
+    return names if names is not None and len(names) == lesson.num_classes else None
 
 
 def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
@@ -184,7 +193,8 @@ def _from_labels(recipe: TeacherRecipe, begun: Mapping[str, Any], part: Mapping[
     identity |= {"plan_version": spec.plan_version} if spec.plan_version > 1 else {}
     counts = torch.from_numpy(class_counts(dataset.labels, dataset.num_classes))
     shape = tuple(views[ViewKey(0, 0)].shape)
-    return Source(loader, Lesson(dataset.num_classes, shape, len(dataset.ids), counts), identity)
+    lesson = Lesson(dataset.num_classes, shape, len(dataset.ids), counts)
+    return Source(loader, lesson, identity, class_names=_names(views, lesson))
 
 
 def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any) -> EpochLoader:

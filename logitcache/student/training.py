@@ -10,11 +10,12 @@ from torch import Tensor
 from logitcache.console import say, track
 from logitcache.device import own_randomness, resolve_device, synchronize
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
-from logitcache.models import Classifier, StoredModel, save_model
+from logitcache.models import Classifier, StoredModel
 from logitcache.recipe import require_effect
 from logitcache.stopping import StopFlag, stop_flag
 from logitcache.student.batch_norm import require_possible
 from logitcache.student.ensembles import with_ensembles
+from logitcache.student.kept import best_epoch, keep_if_best, require_measurable, save_kept
 from logitcache.student.learner import Learner
 from logitcache.student.models import build_adapters, build_classifier
 from logitcache.student.nonfinite import require_finite_targets
@@ -24,8 +25,10 @@ from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRec
 from logitcache.student.run import RunDirectory
 from logitcache.student.saved import most_bytes, require_alike, require_shapes
 from logitcache.student.sources import LiveTargets, Source, open_source
+from logitcache.student.trained import Evaluation, evaluated_as
 from logitcache.student.validation import Validator, open_validator
 from logitcache.targets import Batch
+from logitcache.views.augmentations import Augmentation
 
 SHOWN = ("top1", "top5", "mean_ap", "f1_macro", "agreement")
 """What is told of an epoch, as far as it was measured."""
@@ -80,13 +83,15 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
     run.require_recipe(recipe)
     source = open_source(recipe, live, run.learns_from(), ranks)
     validator = open_validator(recipe, source.lesson.num_classes)
+    require_measurable(recipe, validator)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)
     if (finished := run.finished(RunResult)) is not None:
         say(f"{run.path} is finished, there is nothing to do")
         return finished
     with own_randomness(device, recipe.seed):
-        classifier = build_classifier(recipe, source.lesson, None if validator is None else validator.sample())
+        sample = None if validator is None else validator.sample()
+        classifier = build_classifier(recipe, source.lesson, sample)
         learner = Learner(recipe, classifier, device, build_adapters(recipe, source.lesson, classifier), ranks)
         with run.held(), stop_flag() as stop:
             if resume and not run.begun:
@@ -97,7 +102,9 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
                 _train_epoch(recipe, source, learner, run, stop)
                 measured = _measure(recipe, source, learner, run, validator, stop)
                 _finish_epoch(recipe, source, learner, run, measured)
-    return _finish_run(recipe, source, learner, run)
+    height, width = (source.lesson.image_shape if sample is None else sample.shape)[-2:]
+    augmentations = evaluated_as(() if validator is None else validator.augmentations, (height, width))
+    return _finish_run(recipe, source, learner, run, augmentations)
 
 
 def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -> None:
@@ -244,6 +251,8 @@ def _finish_epoch(
     speed = source.loader.images_per_epoch / max(learner.seconds, 1e-9)
     row |= {"seconds": round(learner.seconds, 3), "images_per_second": round(speed, 1)}
     row |= measured
+    if recipe.keep == "best" and measured:
+        keep_if_best(learner, run, row)
     learner.end_epoch()
     run.record(row)
     _save(source, learner, run)
@@ -256,7 +265,13 @@ def _line(row: dict[str, Any], epochs: int) -> str:
     return "  ".join([*parts, f"{row['seconds']:.1f} s"])
 
 
-def _finish_run(recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory) -> RunResult:
+def _finish_run(
+    recipe: TrainingRecipe,
+    source: Source,
+    learner: Learner,
+    run: RunDirectory,
+    augmentations: tuple[Augmentation, ...],
+) -> RunResult:
     classifier = learner.measured
     assert isinstance(classifier, Classifier)
     channels = len(classifier.preprocessing.mean)
@@ -266,9 +281,11 @@ def _finish_run(recipe: TrainingRecipe, source: Source, learner: Learner, run: R
         num_classes=source.lesson.num_classes,
         in_channels=channels,
     )
-    learner.ranks.by_first(lambda: _save_weights(run, learner, classifier, stored))
-    last, images = run.rows[-1], recipe.epochs * source.loader.images_per_epoch
-    measured = {name: last.get(f"val_{name}") for name in (*SHOWN, "f1_micro")}
+    rows, images = run.rows, recipe.epochs * source.loader.images_per_epoch
+    last, kept = rows[-1], rows[best_epoch(rows) if recipe.keep == "best" else -1]
+    evaluation = Evaluation(augmentations=augmentations, class_names=source.class_names, epoch=kept["epoch"] + 1)
+    learner.ranks.by_first(lambda: save_kept(recipe, run, learner, classifier, stored, evaluation))
+    measured = {name: kept.get(f"val_{name}") for name in (*SHOWN, "f1_micro")}
     result = RunResult(
         out=str(run.path),
         epochs=recipe.epochs,
@@ -283,12 +300,8 @@ def _finish_run(recipe: TrainingRecipe, source: Source, learner: Learner, run: R
         **measured,
     )
     run.finish(asdict(result))
+    learner.ranks.by_first(lambda: run.best.unlink(missing_ok=True))
     return result
-
-
-def _save_weights(run: RunDirectory, learner: Learner, classifier: Classifier, stored: StoredModel) -> None:
-    save_model(run.path, classifier.module, stored)
-    learner.save_adapters(run.path / "adapters.safetensors")
 
 
 def _best(run: RunDirectory, name: str) -> float | None:

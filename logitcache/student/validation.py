@@ -24,6 +24,7 @@ from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.recipes import TrainingRecipe, Validation
 from logitcache.student.sources import views_of
 from logitcache.targets import Batch
+from logitcache.views.augmentations import Augmentation
 from logitcache.views.datasets import fingerprint, open_dataset
 from logitcache.views.datasets.base import is_multi_label
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
@@ -70,6 +71,17 @@ class Validator:
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the model's classes, where the images have them."""
         return self._views.dataset.class_names if self._labels is None else None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether any image has a label."""
+        labels = self._views.dataset.labels if self._labels is None else self._labels
+        return bool((labels >= 0).any())
+
+    @property
+    def augmentations(self) -> tuple[Augmentation, ...]:
+        """What is done to the images."""
+        return self._views.spec.augmentations
 
     def identity(self) -> dict[str, Any]:
         """Say which images and whose answers these are; reads the images that are not remembered."""

@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "checkpoint_steps": {"checkpoint_steps": 3},
     "ema": {"ema": 0.8, "validation": VALIDATION},
+    "best": {"keep": "best", "validation": VALIDATION, "checkpoint_steps": 3},
     "momentum": {"optimizer": {"kind": "sgd"}, "schedule": {"warmup_epochs": 1}},
     "dropout": {"model": DROPOUT, "losses": [{"kind": "kl_divergence"}, {"kind": "cross_entropy"}]},
     "micro_batches": {"micro_batches": 3},
@@ -215,8 +216,8 @@ def test_sigkill_at_random_moments_then_resume_gives_the_same_bytes(
     assert not list((tmp_path / "run").glob("*.logitcache-tmp"))
 
 
-# Two files to begin with, four in each of two epochs, three at the end.
-@pytest.mark.parametrize("write", range(1, 2 + 4 * 2 + 3 + 1))
+# Two files to begin with, four in each of two epochs, four at the end.
+@pytest.mark.parametrize("write", range(1, 2 + 4 * 2 + 4 + 1))
 def test_sigkill_at_any_write_then_resume_gives_the_same_bytes(
     write: int, cache: Path, tmp_path: Path, uninterrupted: Callable[[str], Path]
 ) -> None:

@@ -1,0 +1,57 @@
+"""Which weights a run ends with: those of the last epoch, or of the one that measured best."""
+
+from typing import Any
+
+from logitcache.errors import RecipeError
+from logitcache.files import require_bounded
+from logitcache.models import Classifier, StoredModel, load_weights, read_state, save_model, save_weights
+from logitcache.student.learner import Learner
+from logitcache.student.recipes import TrainingRecipe
+from logitcache.student.run import RunDirectory
+from logitcache.student.saved import most_bytes
+from logitcache.student.trained import Evaluation, save_evaluation
+from logitcache.student.validation import Validator
+
+
+def require_measurable(recipe: TrainingRecipe, validator: Validator | None) -> None:
+    """Raise RecipeError if the best epoch is to be kept and no image says which that is."""
+    if recipe.keep == "best" and (validator is None or not validator.is_labelled):
+        raise RecipeError("keep: best needs labelled images to measure on. Fix: keep: last, or other validation images")
+
+
+def keep_if_best(learner: Learner, run: RunDirectory, row: dict[str, Any]) -> None:
+    """Write the weights apart if no epoch before measured as well."""
+    if best_epoch([*run.rows, row]) == row["epoch"]:
+        classifier = learner.measured
+        assert isinstance(classifier, Classifier)
+        learner.ranks.by_first(lambda: save_weights(run.best, classifier.module))
+
+
+def _quality(row: dict[str, Any]) -> float | None:
+    found: float | None = row.get("val_top1", row.get("val_mean_ap"))
+    return found
+
+
+def best_epoch(rows: list[dict[str, Any]]) -> int:
+    """Return the first epoch of those that measured best."""
+    measured = [row for row in rows if _quality(row) is not None]
+    best: int = max(measured, key=lambda row: (_quality(row), -row["epoch"]))["epoch"]
+    return best
+
+
+def save_kept(
+    recipe: TrainingRecipe,
+    run: RunDirectory,
+    learner: Learner,
+    classifier: Classifier,
+    stored: StoredModel,
+    evaluation: Evaluation,
+) -> None:
+    """Write the weights that the recipe keeps, and what it takes to use them."""
+    save_evaluation(run.path, evaluation)
+    if recipe.keep == "best":
+        with run.reading(run.best):
+            require_bounded(run.best, most_bytes(classifier.state_dict()))
+            load_weights(classifier.module, read_state(run.best), str(run.best))
+    save_model(run.path, classifier.module, stored)
+    learner.save_adapters(run.path / "adapters.safetensors")
