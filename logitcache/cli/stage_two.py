@@ -110,8 +110,11 @@ def evaluate(
     if unused:
         raise BadParameter("says how to time, and nothing is timed without --latency", param_hint=unused)
     from logitcache.report.evaluation import evaluate_beside_teachers
+    from logitcache.report.tables import as_text
     from logitcache.student.cost import LatencyPlan
 
     timing = {"batch_sizes": tuple(batch_size), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
     plan = LatencyPlan.model_validate({key: value for key, value in timing.items() if value}) if latency else None
-    return Answer(asdict(evaluate_beside_teachers(run, [*overrides, *_granted(trust)], plan)))
+    document = asdict(evaluate_beside_teachers(run, [*overrides, *_granted(trust)], plan))
+    shown = document if document["epoch"] is not None else document | {"epoch": "not recorded"}
+    return Answer(document, as_text(shown))

@@ -21,7 +21,7 @@ from logitcache.recipe import Component, Count
 from logitcache.trust import VARIABLE, Trust, is_granted, remember
 
 _MAX_BYTES = 1 << 20
-_MOST_SIDE, _MOST_COUNT = 4096, 1 << 20
+_MOST_SIDE, _MOST_COUNT = 2048, 1 << 20
 """Pixels of a side, and classes or channels, of a network that a file describes."""
 
 Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom, Field(discriminator="kind")]

@@ -1,6 +1,7 @@
 """Measure a finished run: accuracy, calibration, likeness to its teacher, and what it costs."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from logitcache.views.datasets.base import Labels
 from logitcache.views.datasets.labels import class_counts
 
 MODEL_FACTORY = "model.factory="
+_SHARE_OF_MEMORY = 16  # a batch of images takes this part at most: features take more
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ def evaluate(
     classifier = _load(run, recipe, overrides).to(device).eval()
     num_classes = read_stored(run / "model.json").num_classes
     validator = _images(run, recipe, num_classes)
+    _require_memory(run, classifier, recipe, validator, device.type)
     learnt_from = _learnt_from(run, recipe, num_classes, overrides)
     tally = validator.tally(classifier, device, recipe.precision)
     measures, per_class = tally.measures(), tally.per_class(validator.class_names, learnt_from.class_counts)
@@ -106,6 +109,23 @@ def evaluate(
         per_class=per_class,
         epoch=None if (recorded := read_evaluation(run)) is None else recorded.epoch,
     )
+
+
+def _require_memory(
+    run: Path, classifier: Classifier, recipe: TrainingRecipe, validator: Validator, device: str
+) -> None:
+    """Raise RecipeError if a batch at the size that `model.json` states would take much of this machine's memory."""
+    size = classifier.preprocessing.size
+    if size is None or device != "cpu" or recipe.validation is None:
+        return
+    of_image = 4 * len(classifier.preprocessing.mean) * size[0] * size[1]
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (_SHARE_OF_MEMORY * of_image)
+    batch = min(recipe.validation.batch_size, validator.num_images)
+    if batch > most:
+        raise RecipeError(
+            f"{run / 'model.json'} resizes images to {size}: {batch} of them take {batch * of_image / 1e9:.1f} GB.\n"
+            f"  Fix: --set validation.batch_size={max(1, most)}, or copy the run again if that size is not its own"
+        )
 
 
 def _load(run: Path, recipe: TrainingRecipe, overrides: Sequence[str]) -> Classifier:

@@ -1,6 +1,7 @@
 """Using a finished run: its pixels, classes and weights come with it."""
 
 import json
+import os
 import pickle
 import re
 import shutil
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import logitcache as lc
+from logitcache.cli.app import main
 from logitcache.errors import DataError, RecipeError
 from logitcache.student.evaluation import evaluate
 from logitcache.student.training import train
@@ -149,3 +151,30 @@ def test_the_example_of_the_docs_runs(
     _pil(0).save("shoe.png")
     exec(code, {})
     assert capsys.readouterr().out.strip() in open_dataset(Bundled.model_validate(TEST_IMAGES)).class_names
+
+
+def test_a_batch_that_would_not_fit_in_memory_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = shutil.copytree(run, tmp_path / "large")
+    stored = json.loads((large / "model.json").read_text())
+    stored["preprocessing"]["input_size"] = 40
+    (large / "model.json").write_text(json.dumps(stored))
+    values, sysconf = {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 25 * 16 * 4 * 40 * 40}, os.sysconf  # for 25 images
+    monkeypatch.setattr(os, "sysconf", lambda name: values.get(name) or sysconf(name))
+    with pytest.raises(RecipeError, match="100 of them take") as refused:
+        evaluate(large)
+    fix = re.findall(r"--set (\S+?),", str(refused.value))
+    assert fix == ["validation.batch_size=25"]
+    assert evaluate(large, fix).images == 100
+
+
+def test_the_command_says_what_a_run_did_not_record(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(run), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["epoch"] == 1
+    old = shutil.copytree(run, tmp_path / "old")
+    (old / "evaluation.json").unlink()
+    assert main(["evaluate", str(old)]) == 0
+    assert re.search(r"epoch\s+not recorded", capsys.readouterr().out)
