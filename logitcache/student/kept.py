@@ -40,18 +40,21 @@ def best_epoch(rows: list[dict[str, Any]]) -> int:
 
 
 def save_kept(
-    recipe: TrainingRecipe,
-    run: RunDirectory,
-    learner: Learner,
-    classifier: Classifier,
-    stored: StoredModel,
-    evaluation: Evaluation,
+    recipe: TrainingRecipe, run: RunDirectory, learner: Learner, num_classes: int, evaluation: Evaluation
 ) -> None:
     """Write the weights that the recipe keeps, and what it takes to use them."""
+    classifier = learner.measured
+    assert isinstance(classifier, Classifier)
     save_evaluation(run.path, evaluation)
     if recipe.keep == "best":
         with run.reading(run.best):
             require_bounded(run.best, most_bytes(classifier.state_dict()))
             load_weights(classifier.module, read_state(run.best), str(run.best))
+    stored = StoredModel(
+        model=recipe.model.architecture(),
+        preprocessing=classifier.preprocessing,
+        num_classes=num_classes,
+        in_channels=len(classifier.preprocessing.mean),
+    )
     save_model(run.path, classifier.module, stored)
     learner.save_adapters(run.path / "adapters.safetensors")

@@ -10,7 +10,7 @@ from torch import Tensor
 from logitcache.console import say, track
 from logitcache.device import own_randomness, resolve_device, synchronize
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
-from logitcache.models import Classifier, StoredModel
+from logitcache.models import Classifier
 from logitcache.recipe import require_effect
 from logitcache.stopping import StopFlag, stop_flag
 from logitcache.student.batch_norm import require_possible
@@ -274,17 +274,10 @@ def _finish_run(
 ) -> RunResult:
     classifier = learner.measured
     assert isinstance(classifier, Classifier)
-    channels = len(classifier.preprocessing.mean)
-    stored = StoredModel(
-        model=recipe.model.architecture(),
-        preprocessing=classifier.preprocessing,
-        num_classes=source.lesson.num_classes,
-        in_channels=channels,
-    )
     rows, images = run.rows, recipe.epochs * source.loader.images_per_epoch
     last, kept = rows[-1], rows[best_epoch(rows) if recipe.keep == "best" else -1]
     evaluation = Evaluation(augmentations=augmentations, class_names=source.class_names, epoch=kept["epoch"] + 1)
-    learner.ranks.by_first(lambda: save_kept(recipe, run, learner, classifier, stored, evaluation))
+    learner.ranks.by_first(lambda: save_kept(recipe, run, learner, source.lesson.num_classes, evaluation))
     measured = {name: kept.get(f"val_{name}") for name in (*SHOWN, "f1_micro")}
     result = RunResult(
         out=str(run.path),

@@ -296,6 +296,7 @@ def test_a_run_directory_tells_all_of_the_run(cache: Path, tmp_path: Path) -> No
         "metrics.jsonl",
         "checkpoint.pt",
         "model.json",
+        "evaluation.json",
         "weights.safetensors",
         "result.json",
     }
