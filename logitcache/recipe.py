@@ -3,9 +3,16 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from logitcache.diagnosis import default_at, validate
@@ -34,6 +41,22 @@ class Component(BaseModel):
     def idle(self, epochs: float) -> str | None:
         """Return why the component has no effect in a run of so many epochs, and the fix; None if it has one."""
         return None
+
+
+class Extended(Component):
+    """A component to which fields were added after its first release.
+
+    Added fields that hold their default are left out of the stored form: digests of what was stored before stay.
+    """
+
+    added: ClassVar[frozenset[str]]
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        stored: dict[str, Any] = handler(self)
+        fields = type(self).model_fields
+        unset = {name for name in self.added if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in stored.items() if name not in unset}
 
 
 Float = Annotated[float, BeforeValidator(_lenient_float)]

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
@@ -12,7 +12,7 @@ from logitcache.cache.row_errors import RowErrors
 from logitcache.device import Precision
 from logitcache.errors import CacheError
 from logitcache.models import Preprocessing
-from logitcache.recipe import Component, Count, Name
+from logitcache.recipe import Component, Count, Extended, Name
 from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset, Fingerprint
 from logitcache.views.spec import ViewSpec
@@ -43,24 +43,31 @@ TeacherName = Annotated[Name, _other_than(VIEWS, "what a cache records of the vi
 FeatureName = Annotated[Name, _other_than(LOGITS, "the logits of a teacher")]
 
 
-class StoredLogits(Component):
+class StoredLogits(Extended):
     """How logits are kept: the form that their encoding took, and the SHA-256 of each table beside the rows.
 
-    `calibration_views` is the number of views that the calibration rows of the tables were drawn from.
+    `calibration_views` is the number of views that the calibration rows of the tables were drawn from, and
+    `calibration_rows` that of the rows asked for; releases that did not record it asked for `num_calibration_rows`.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"calibration_rows"})
 
     form: Form
     tables: dict[Name, Digest] = Field(default_factory=dict)
     calibration_views: Count | None = None
+    calibration_rows: Count | None = None
 
 
-class StoredFeature(Component):
+class StoredFeature(Extended):
     """How a feature is kept, and its shape without the batch."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"calibration_rows"})
 
     shape: Annotated[tuple[Count, ...], Field(min_length=1, max_length=3)]
     form: FeatureForm
     tables: dict[Name, Digest] = Field(default_factory=dict)
     calibration_views: Count | None = None
+    calibration_rows: Count | None = None
 
 
 class TeacherEntry(Component):

@@ -1,7 +1,7 @@
 """What every model owns: its network, its normalisation and its input size."""
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -61,19 +61,37 @@ class Classifier(nn.Module):
             values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
             self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as `nn.Module` does. Raises RecipeError for an exported program that is to be trained.
+
+        An exported program keeps the mode in which it was recorded.
+        """
+        try:
+            return super().train(mode)
+        except NotImplementedError as cause:  # raised by programs of torch.export
+            if mode:
+                raise RecipeError("an exported program cannot be trained. Fix: train the module itself") from cause
+            for module in self.modules():
+                module.training = mode
+            return self
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalise, resize when the model has a size and the pixels another, and predict."""
         return self.checked(self.module(self.normalize(pixels)))
 
-    def checked(self, logits: object) -> Tensor:
-        """Return what the network returned. Raises RecipeError where that is not logits [B, K]."""
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            what = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+    def checked(self, output: object) -> Tensor:
+        """Return the logits [B, K] in what the network returned.
+
+        These are a tensor; the entry `logits` of a dictionary or object, as of Hugging Face; or the only entry of a
+        dictionary, tuple or list. Raises RecipeError for anything else.
+        """
+        found = _only_entry(output)
+        if not isinstance(found, Tensor) or found.ndim != 2:
             raise RecipeError(
-                f"the model returned {what}, not logits [B, K].\n"
+                f"the model returned {_described(output)}, not logits [B, K].\n"
                 "  Fix: wrap it in a module whose forward returns the logits alone."
             )
-        return logits
+        return found
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Turn uint8 [B, C, H, W] into the float32 [B, C, h, w] that the network takes."""
@@ -83,6 +101,32 @@ class Classifier(nn.Module):
         if size is not None and values.shape[2:] != size:
             values = functional.interpolate(values, size, mode="bilinear", antialias=True)
         return values.div_(255).sub_(self.mean).div_(self.std)
+
+
+def _only_entry(output: object) -> object:
+    """Return the entry of a network's output that can only be its logits; the output itself without such an entry."""
+    if isinstance(output, Mapping):
+        return output["logits"] if "logits" in output else _single(list(output.values()), output)
+    if isinstance(output, (tuple, list)):
+        return _single(output, output)
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
+
+
+def _single(entries: Any, output: object) -> object:
+    return entries[0] if len(entries) == 1 else output
+
+
+def _described(output: object) -> str:
+    """Describe a network's output: its type, and the shapes of its tensors by name or place."""
+    if isinstance(output, Tensor):
+        return str(list(output.shape))
+    if isinstance(output, Mapping):
+        entries = [f"{name}: {_described(value)}" for name, value in output.items()]
+    elif isinstance(output, (tuple, list)):
+        entries = [_described(value) for value in output]
+    else:
+        entries = []
+    return f"a {type(output).__name__}" + (f" of {{{', '.join(entries)}}}" if entries else "")
 
 
 def _check_pixels(pixels: Tensor, num_channels: int) -> None:

@@ -1,7 +1,8 @@
 """Taps: what modules inside a network put out, or take in, while it answers."""
 
+import contextlib
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from logitcache.errors import RecipeError
+from logitcache.features import Layout, channels_in_place
 
 INPUT = ":input"
 """Ends the name of a tap that takes what a module takes in, as in `fc:input`."""
@@ -24,11 +26,22 @@ class Tapped(nn.Module):
     value is no tensor, or whose value is changed in place afterwards.
     """
 
-    def __init__(self, module: nn.Module, network: nn.Module, taps: Sequence[str], who: str) -> None:
-        """Tap `network`, a part of `module`, which is what is called; `who` names it in errors."""
+    def __init__(
+        self,
+        module: nn.Module,
+        network: nn.Module,
+        taps: Sequence[str],
+        who: str,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> None:
+        """Tap `network`, a part of `module`, which is what is called; `who` names it in errors.
+
+        Tensors of taps with decided `layouts` are returned as maps [B, C, H, W] or tokens [B, N, D].
+        """
         super().__init__()
         self.module, self._who = module, who
         self._taps = tuple(dict.fromkeys(taps))
+        self._layouts = dict(layouts or {})
         self._caught: dict[str, list[Any]] = {}
         self._hooks = [self._hook(network, tap) for tap in self._taps]
 
@@ -38,6 +51,15 @@ class Tapped(nn.Module):
         output = self.module(*inputs)
         caught, self._caught = self._caught, {}
         return output, {tap: self._only(tap, found) for tap, found in caught.items()}
+
+    def reached(self, *inputs: Tensor) -> dict[str, tuple[int, ...]]:
+        """Run the module as far as it takes the inputs, and return the shapes, without the batch, that taps held."""
+        self._caught = {tap: [] for tap in self._taps}
+        with contextlib.suppress(Exception):  # a network that takes other sizes may raise anything
+            self.module(*inputs)
+        caught, self._caught = self._caught, {}
+        firsts = {tap: found[0][0] for tap, found in caught.items() if found}
+        return {tap: tuple(value.shape[1:]) for tap, value in firsts.items() if isinstance(value, Tensor)}
 
     def remove(self) -> None:
         """Take the hooks off the network."""
@@ -88,7 +110,7 @@ class Tapped(nn.Module):
                 f"{self._who}: what the tap {tap!r} holds is changed in place afterwards, as by ReLU(inplace=True). "
                 "Fix: tap the module that changes it"
             )
-        return value
+        return channels_in_place(value, self._layouts.get(tap, "auto"))
 
 
 def _suggestion(network: nn.Module, path: str) -> str:

@@ -90,6 +90,7 @@ def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]
         "shards": layout.num_shards,
         "shards_to_do": len(pending),
         "row_views_to_do": sum(shard.stop - shard.start for shard in pending),
+        "teacher_passes": draft.teacher_passes,
         "bytes": whole.bytes,
         "new_bytes": todo.bytes,
         "stored_bytes_per_row": round(whole.bytes_per_row, 1),

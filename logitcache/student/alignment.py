@@ -10,10 +10,11 @@ from torch import Tensor
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.device import Precision, autocast
 from logitcache.errors import RecipeError
-from logitcache.features import pooled
+from logitcache.features import Layout, pooled
 from logitcache.logits import at_least_float32
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
+from logitcache.student.models import decided_layouts
 from logitcache.student.validation import Validator
 from logitcache.targets import Targets
 from logitcache.views.keys import ViewKey
@@ -73,17 +74,19 @@ def compare_taps(
     validator: Validator,
     device: torch.device,
     precision: Precision = "float32",
+    tap_layouts: Mapping[str, Layout] | None = None,
 ) -> tuple[TapSimilarity, ...]:
     """Compare every tap with every pooled feature, or feature map, that the images' cache keeps.
 
-    Raises RecipeError for a tap that is not there.
+    Raises RecipeError for a tap that is not there, and as `layouts_of`.
     """
     kept = comparable_features(validator)
     if not taps or kept is None:
         return ()
     features = [(teacher, feature) for teacher in kept.manifest.teachers for feature in kept.features(teacher)]
     found = {(tap, *names): LinearCKA() for tap in taps for names in features}
-    tapped = Tapped(classifier.eval(), classifier.module, taps, who="the student")
+    layouts = decided_layouts(classifier, taps, tap_layouts or {}, validator.sample()[:1].to(device))
+    tapped = Tapped(classifier.eval(), classifier.module, taps, "the student", layouts)
     try:
         with torch.no_grad():
             for batch in validator.batches(device, "compare features"):

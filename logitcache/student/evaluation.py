@@ -105,7 +105,7 @@ def evaluate(
         groups=tally.groups(learnt_from.class_counts, groups.head, groups.tail),
         costs=costs(classifier, beside, image),
         latencies=() if latency is None else latencies(student, beside, image, latency),
-        cka=compare_taps(classifier, _taps(recipe), validator, device, recipe.precision),
+        cka=compare_taps(classifier, _taps(recipe), validator, device, recipe.precision, recipe.tap_layouts),
         per_class=per_class,
         epoch=None if (recorded := read_evaluation(run)) is None else recorded.epoch,
     )

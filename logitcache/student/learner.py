@@ -1,6 +1,6 @@
 """All that training changes: weights, their average, the optimiser, the scaler and the place in the data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from logitcache.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
+from logitcache.features import Layout
 from logitcache.files import write_atomically
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
@@ -67,8 +68,9 @@ class Learner:
         device: torch.device,
         adapters: nn.ModuleList,
         ranks: Ranks = ALONE,
+        layouts: Mapping[str, Layout] | None = None,
     ) -> None:
-        """Take up a model, and an adapter for each loss."""
+        """Take up a model, an adapter for each loss, and the decided layouts of the taps."""
         self.device, self.ranks = device, ranks
         self.model, self.adapters = classifier.to(device), adapters.to(device)
         if recipe.sync_batch_norm:
@@ -82,7 +84,7 @@ class Learner:
         self.ema = recipe.ema.start(self.model) if recipe.ema is not None else None
         taps = [tap for loss in recipe.losses for tap in loss.taps]
         # After the copy for the average, or that would have the hooks too.
-        tapped = Tapped(self.model, self.model.module, taps, who="the model") if taps else self.model
+        tapped = Tapped(self.model, self.model.module, taps, "the model", layouts) if taps else self.model
         # Kernels must depend on a batch's size alone, not on the sizes before it: a resumed run starts anywhere.
         forward = torch.compile(tapped, dynamic=False) if recipe.compile else tapped
         assert isinstance(forward, nn.Module)

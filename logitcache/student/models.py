@@ -1,6 +1,6 @@
 """The model to train, proved to fit what it learns from before the first step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from logitcache.console import say
 from logitcache.device import own_randomness
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
+from logitcache.features import Layout
 from logitcache.models import Classifier, default_preprocessing, resolve_preprocessing
+from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Site
@@ -34,9 +36,32 @@ def build_classifier(recipe: TrainingRecipe, lesson: Lesson, validation: Tensor 
     return classifier
 
 
-def build_adapters(recipe: TrainingRecipe, lesson: Lesson, classifier: Classifier) -> nn.ModuleList:
-    """Build what each loss trains beside the model, or remembers; raises RecipeError for a wrong tap."""
-    shapes = _shapes_at(classifier, _taps(recipe), lesson)
+def decide_layouts(recipe: TrainingRecipe, lesson: Lesson, classifier: Classifier) -> dict[str, Layout]:
+    """Decide where the taps of the losses put their channels; raises RecipeError if nothing says."""
+    return decided_layouts(classifier, _taps(recipe), recipe.tap_layouts, _black(lesson))
+
+
+def decided_layouts(
+    classifier: Classifier, taps: Sequence[str], given: Mapping[str, Layout], images: Tensor
+) -> dict[str, Layout]:
+    """Decide where taps put their channels, by images uint8 [B, C, H, W] and what the user gives; see `layouts_of`."""
+    named = tuple(dict.fromkeys(taps))
+    if not named:
+        return {}
+    asked = [TapLayout(tap, given.get(tap, "auto")) for tap in named]
+    inputs = classifier.eval().normalize(images)
+    return dict(zip(named, layouts_of(classifier.module, inputs, asked, "the model"), strict=True))
+
+
+def build_adapters(
+    recipe: TrainingRecipe, lesson: Lesson, classifier: Classifier, layouts: Mapping[str, Layout] | None = None
+) -> nn.ModuleList:
+    """Build what each loss trains beside the model, or remembers; raises RecipeError for a wrong tap.
+
+    `layouts` of the taps are those of `decide_layouts`.
+    """
+    decided = decide_layouts(recipe, lesson, classifier) if layouts is None else layouts
+    shapes = _shapes_at(classifier, _taps(recipe), lesson, decided)
     site = Site(shapes, lesson.teachers, lesson.num_images, lesson.class_counts)
     return nn.ModuleList(_adapter(number, loss, site) for number, loss in enumerate(recipe.losses))
 
@@ -63,7 +88,7 @@ def require_fit(recipe: StudentRecipe, lesson: Lesson) -> None:
         classifier = build_classifier(bare, lesson, None)
         # What a loss remembers of every image is not worth its memory here.
         build_adapters(bare, replace(lesson, num_images=1), classifier)
-        _shapes_at(classifier, taps, lesson)
+        decided_layouts(classifier, taps, recipe.tap_layouts, _black(lesson))
 
 
 def _adapter(number: int, loss: Loss, site: Site) -> nn.Module:
@@ -74,11 +99,13 @@ def _adapter(number: int, loss: Loss, site: Site) -> nn.Module:
 
 
 @torch.no_grad()
-def _shapes_at(classifier: Classifier, taps: Sequence[str], lesson: Lesson) -> dict[str, tuple[int, ...]]:
+def _shapes_at(
+    classifier: Classifier, taps: Sequence[str], lesson: Lesson, layouts: Mapping[str, Layout]
+) -> dict[str, tuple[int, ...]]:
     """Run the model on black images, in its evaluation mode so that nothing of it moves; shapes without the batch."""
     if not taps:
         return {}
-    tapped = Tapped(classifier.eval(), classifier.module, taps, who="the model")
+    tapped = Tapped(classifier.eval(), classifier.module, taps, who="the model", layouts=layouts)
     try:
         _, found = tapped(_black(lesson))
     finally:

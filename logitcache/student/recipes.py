@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from logitcache.cache.reader import Replay
 from logitcache.device import Precision
+from logitcache.features import Layout
 from logitcache.models import Model, Preprocessing
 from logitcache.recipe import Component, Count, Float, Name, Positive
 from logitcache.remote import is_remote
@@ -81,6 +82,7 @@ class TrainingRecipe(Component):
     `keep` says of which epoch the weights are that the run ends with: the last, or the one that measured best.
     `sampling` may draw images by class instead, as many. `sync_batch_norm` normalises by the whole batch where several
     processes share it, each on a CUDA device.
+    `tap_layouts` says, by tap, where a module of the student puts its channels; by default that is decided.
     `verify` says how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits` what counts
     as the drift of other kernels; `factories` are the functions of the user's own code that a cache's views may call,
     `trust` the digests of caches that may name data sets and teachers beyond the allow-list.
@@ -103,6 +105,7 @@ class TrainingRecipe(Component):
     keep: Literal["last", "best"] = "last"
     ema: Average | None = None
     precision: Precision = "float32"
+    tap_layouts: dict[str, Layout] = Field(default_factory=dict)
     sync_batch_norm: bool = False
     channels_last: bool = False
     compile: bool = False

@@ -17,7 +17,7 @@ from logitcache.student.batch_norm import require_possible
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.kept import best_epoch, keep_if_best, require_measurable, save_kept
 from logitcache.student.learner import Learner
-from logitcache.student.models import build_adapters, build_classifier
+from logitcache.student.models import build_adapters, build_classifier, decide_layouts
 from logitcache.student.nonfinite import require_finite_targets
 from logitcache.student.progress import Progress
 from logitcache.student.ranks import Ranks, joined
@@ -92,7 +92,9 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
     with own_randomness(device, recipe.seed):
         sample = None if validator is None else validator.sample()
         classifier = build_classifier(recipe, source.lesson, sample)
-        learner = Learner(recipe, classifier, device, build_adapters(recipe, source.lesson, classifier), ranks)
+        layouts = decide_layouts(recipe, source.lesson, classifier)
+        adapters = build_adapters(recipe, source.lesson, classifier, layouts)
+        learner = Learner(recipe, classifier, device, adapters, ranks, layouts)
         with run.held(), stop_flag() as stop:
             if resume and not run.begun:
                 say(f"there is no run in {run.path} to resume: a new one starts")

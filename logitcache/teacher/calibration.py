@@ -19,6 +19,9 @@ from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views
 
 ROWS, ROWS_PER_CLASS = 8192, 4
+SHARE, FEWEST = 8, 256
+"""Teachers answer at most one calibration row for so many rows of the cache, or the fewest."""
+
 MAX_BYTES = 2 << 30
 """Of float32 logits: with very many classes there are fewer rows."""
 
@@ -33,7 +36,7 @@ RANKED = 1 << 22
 class Calibration:
     """The sample of one teacher. It answers once, and not at all where nothing is to be fitted.
 
-    `most_rows` makes it smaller, for an estimate.
+    `most_rows` makes it smaller, for an estimate; `recorded_rows` are those of a table that is fitted again.
     """
 
     recipe: PrecomputeRecipe
@@ -41,6 +44,7 @@ class Calibration:
     teacher: Teacher
     examples: Targets
     most_rows: int | None = None
+    recorded_rows: int | None = None
 
     @property
     def network(self) -> nn.Module:
@@ -51,6 +55,11 @@ class Calibration:
     def num_rows(self) -> int:
         """Rows of the whole cache."""
         return len(self.views.dataset.ids) * self.recipe.views.num_views
+
+    @property
+    def wanted_rows(self) -> int:
+        """How many rows are drawn, unless there are fewer or `most_rows` says so."""
+        return self.recorded_rows or rows_to_answer(self.examples.num_classes, self.num_rows)
 
     @property
     def logits(self) -> Tensor:
@@ -68,8 +77,7 @@ class Calibration:
 
     @cached_property
     def _keys(self) -> list[ViewKey]:
-        spec = self.recipe.views
-        rows = num_calibration_rows(self.examples.num_classes)
+        spec, rows = self.recipe.views, self.wanted_rows
         rows = rows if self.most_rows is None else min(rows, self.most_rows)
         return calibration_keys(spec.seed, len(self.views.dataset.ids), spec.num_views, rows)
 
@@ -112,6 +120,14 @@ def num_calibration_rows(num_classes: int) -> int:
     """Return how many rows are asked for: several for each class, as far as they fit into memory."""
     wanted = max(ROWS, ROWS_PER_CLASS * num_classes)
     return min(wanted, max(1, MAX_BYTES // (4 * max(1, num_classes))))
+
+
+def rows_to_answer(num_classes: int, num_rows: int) -> int:
+    """Return how many rows a teacher answers for a cache of `num_rows`: fewer of a small one, or its work would double.
+
+    Rows of a cache that is there cost nothing: `num_calibration_rows` are taken of it.
+    """
+    return min(num_calibration_rows(num_classes), max(FEWEST, num_rows // SHARE))
 
 
 def calibration_keys(seed: int, num_images: int, num_views: int, count: int) -> list[ViewKey]:

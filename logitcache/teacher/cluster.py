@@ -24,7 +24,7 @@ from logitcache.errors import CacheError, MissingExtraError, RecipeError
 from logitcache.stopping import stop_flag
 from logitcache.teacher.dask import Check, LostScheduler, arriving, connected, local_cluster, resources_of, result_of
 from logitcache.teacher.opening import as_recorded, build_teachers, open_images
-from logitcache.teacher.precompute import Done, PrecomputeResult, finished, stopped_message
+from logitcache.teacher.precompute import Done, PrecomputeResult, finished, passes_of, stopped_message
 from logitcache.teacher.preparation import Plan, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.teacher.share import WHOLE, Part, Share
@@ -63,7 +63,7 @@ def precompute_on_cluster(
     mine = WHOLE if part is None else Part.parse(part)
     with contextlib.ExitStack() as held:
         with preparing(store) as target:
-            plan = _plan(recipe, target, store)
+            plan = _plan(recipe, target, store, done)
             held.enter_context(writing(store))
 
         def job(threads: int | None) -> Work:
@@ -93,11 +93,13 @@ def _require_named(recipe: PrecomputeRecipe) -> None:
         )
 
 
-def _plan(recipe: PrecomputeRecipe, target: Path, store: Store) -> Plan:
+def _plan(recipe: PrecomputeRecipe, target: Path, store: Store, done: Done) -> Plan:
     views = Views(open_images(recipe, None), recipe.views)
     require_one_size(views)
     teachers = build_teachers(recipe, {}, views, resolve_device(recipe.device))
-    return prepare(recipe, views, teachers, target, store)
+    plan = prepare(recipe, views, teachers, target, store)
+    done.passes += passes_of(teachers)
+    return plan
 
 
 class Run:

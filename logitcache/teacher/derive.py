@@ -111,7 +111,7 @@ def fill(deriver: Deriver, store: Store, total: int, share: Share, done: Done) -
             for (shard,) in track(share.take(), "derive", len(share.groups), "shards"):
                 rows = deriver.rows(shard, share.missing(shard), check)
                 writer.submit(shard, rows, functools.partial(share.committed, shard))
-                done.count(shard, 0)
+                done.count(shard)
             writer.flush()
 
 

@@ -230,7 +230,7 @@ def _continue(store: Store, recipe: DeriveRecipe, source: Source, wanted: Manife
             + "\n  Fix: give `out:` another path, or remove that cache"
         )
 
-    def fit_again(entries: Mapping[str, TeacherEntry], num_views: int | None) -> Tables:
+    def fit_again(entries: Mapping[str, TeacherEntry], num_views: int | None, num_rows: int) -> Tables:
         found: Tables = {}
         for name, entry in entries.items():
             for target in entry.unfitted:

@@ -14,6 +14,7 @@ from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
 from logitcache.cache.commits import Records
 from logitcache.cache.differences import is_more
+from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.sharing import target_of
 from logitcache.cache.skeleton import require_sound_skeleton
@@ -21,9 +22,10 @@ from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cache.store import Store
 from logitcache.cache.verify import damaged
 from logitcache.console import say
-from logitcache.device import resolve_device
-from logitcache.teacher.calibration import num_calibration_rows
-from logitcache.teacher.fitting import Tables, examples_of, fit
+from logitcache.device import resolve_device, to_device
+from logitcache.teacher.answers import PASSES, answers_of
+from logitcache.teacher.calibration import rows_to_answer
+from logitcache.teacher.fitting import Tables, fit
 from logitcache.teacher.models import Teacher
 from logitcache.teacher.opening import as_given, as_recorded, build_teachers, open_images
 from logitcache.teacher.preparation import Plan, begin, require_whole_pages, standing
@@ -41,7 +43,8 @@ class Draft:
     """A plan of what is to do to a cache, with the shards that each group of arrays lacks.
 
     calibration_rows: answered to fit encodings, of the `calibration_wanted` that stage one takes. opening, preparing:
-    seconds that stage one spends before the first shard, the images' digests being remembered.
+    seconds that stage one spends before the first shard, the images' digests being remembered. teacher_passes: images
+    that the teachers' networks will take, to be tried and to fit encodings too.
     """
 
     recipe: PrecomputeRecipe
@@ -54,6 +57,7 @@ class Draft:
     calibration_wanted: int
     opening: float
     preparing: float
+    teacher_passes: int
 
 
 @contextlib.contextmanager
@@ -96,12 +100,13 @@ def _draft(
     with answered(teachers) as answers:
         recorded, goal, tables, num_canaries, known = (_new if is_new else _grown)(recipe, views, teachers, store, most)
     preparing = prepared + time.perf_counter() - began
-    used = wanted = 0
+    used = wanted = passes = 0
     for name, batches in answers.batches.items():
         calibration = [(rows - num_canaries, clock) for rows, clock in batches if rows > num_canaries]
         if calibration:
             asked = _rows_wanted(goal, name)
             used, wanted = used + calibration[-1][0], wanted + asked
+            passes += asked * next(teacher.passes_by_row for teacher in teachers if teacher.name == name)
             preparing += correction(calibration, asked, recipe.num_workers, pace)
     snapshot = Snapshot.as_described(store, goal, known)
     layout = snapshot.layout
@@ -109,11 +114,18 @@ def _draft(
     lacking: set[Shard] = set().union(*missing.values())
     pending = [shard for shard in layout.shards() if shard in lacking]
     plan = Plan(snapshot, Coders(store, goal, layout, tables), pending)
-    return Draft(recipe, views, teachers, plan, missing, recorded, used, wanted, opening, preparing)
+    passes += sum(_passes(teacher, layout, missing, num_canaries) for teacher in teachers)
+    return Draft(recipe, views, teachers, plan, missing, recorded, used, wanted, opening, preparing, passes)
+
+
+def _passes(teacher: Teacher, layout: Layout, missing: Mapping[str, AbstractSet[Shard]], num_canaries: int) -> int:
+    """Return how many images a teacher will take for canaries and shards."""
+    lacking: set[Shard] = set().union(*(missing[group.name] for group in layout.of(teacher.name)))
+    return teacher.passes_by_row * (num_canaries + sum(shard.stop - shard.start for shard in lacking))
 
 
 class _Goal(NamedTuple):
-    """What a cache is and is to be, tables that are not written, the canaries that a teacher answered, and records."""
+    """What a cache is and is to be, tables that are not written, a teacher's answers to canaries, and records."""
 
     recorded: Manifest | None
     goal: Manifest
@@ -125,7 +137,7 @@ class _Goal(NamedTuple):
 def _new(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], store: Store, most: int) -> _Goal:
     store.require_vacant()
     manifest, _, tables = begin(recipe, views, teachers, most)
-    return _Goal(None, manifest, tables, len(manifest.canaries), {})
+    return _Goal(None, manifest, tables, PASSES * len(manifest.canaries), {})
 
 
 def _grown(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], store: Store, most: int) -> _Goal:
@@ -136,7 +148,7 @@ def _grown(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], stor
         entries, tables = fit(recipe, views, teachers, goal.teachers, found.examples, most_rows=most)
         goal = goal.model_copy(update={"teachers": entries})
         require_whole_pages(store, goal, found.cache.manifest)
-    return _Goal(found.recorded, goal, tables, len(found.recorded.canaries), found.cache.records)
+    return _Goal(found.recorded, goal, tables, PASSES * len(found.recorded.canaries), found.cache.records)
 
 
 class _Pace(NamedTuple):
@@ -151,7 +163,9 @@ def _pace(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher]) -> _P
     began = time.perf_counter()
     pixels = views.answered().__getitems__(keys)
     with answered(teachers):  # waits for the device
-        examples_of(teachers, pixels, torch.from_numpy(views.dataset.labels[[key.index for key in keys]]))
+        labels = torch.from_numpy(views.dataset.labels[[key.index for key in keys]])
+        for teacher in teachers:
+            answers_of(teacher, to_device(pixels, teacher.device), to_device(labels, teacher.device))
     seconds = time.perf_counter() - began
     return _Pace(seconds, max(seconds / len(keys), 1e-9))
 
@@ -168,8 +182,8 @@ def correction(batches: Sequence[tuple[int, float]], wanted: int, num_workers: i
 
 def _rows_wanted(goal: Manifest, teacher: str) -> int:
     """Return how many calibration rows stage one takes of a teacher."""
-    asked = num_calibration_rows(goal.teachers[teacher].num_classes or 0)
-    return min(asked, goal.num_images * goal.views.num_views)
+    num_rows = goal.num_images * goal.views.num_views
+    return min(rows_to_answer(goal.teachers[teacher].num_classes or 0, num_rows), num_rows)
 
 
 def _missing(snapshot: Snapshot) -> dict[str, set[Shard]]:

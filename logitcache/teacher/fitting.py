@@ -7,16 +7,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from logitcache.cache.layout import Layout, layout_of
 from logitcache.cache.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
 from logitcache.cache.skeleton import table_bytes, table_problems
 from logitcache.cache.store import Store
-from logitcache.device import to_device
-from logitcache.errors import CacheError, LogitCacheError, RecipeError
+from logitcache.errors import CacheError
 from logitcache.targets import Targets
-from logitcache.teacher.calibration import Calibration
+from logitcache.teacher.calibration import Calibration, num_calibration_rows
 from logitcache.teacher.models import Teacher
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.views.spec import Views
@@ -33,11 +31,12 @@ def fit(
     examples: Mapping[str, Targets],
     num_views: int | None = None,
     most_rows: int | None = None,
+    recorded_rows: int | None = None,
 ) -> tuple[dict[str, TeacherEntry], dict[str, NDArray[np.generic]]]:
     """Return the entries with forms for all that has none yet, and the tables of these forms by array name.
 
     Calibration rows are drawn from the first `num_views` views, by default from those of the recipe; `most_rows` makes
-    them fewer.
+    them fewer, and `recorded_rows` are those of tables that are fitted again.
     """
     spec = recipe.views.model_copy(update={"num_views": num_views or recipe.views.num_views})
     recipe = recipe.model_copy(update={"views": spec})
@@ -46,7 +45,7 @@ def fit(
     for teacher in teachers:
         entry = entries.get(teacher.name)
         if entry is not None and entry.unfitted:
-            sample = Calibration(recipe, views, teacher, examples[teacher.name], most_rows)
+            sample = Calibration(recipe, views, teacher, examples[teacher.name], most_rows, recorded_rows)
             fitted[teacher.name], found = _fitted(entry, sample)
             tables |= {f"{teacher.name}.{name}": table for name, table in found.items()}
     return fitted, tables
@@ -55,25 +54,28 @@ def fit(
 def _fitted(entry: TeacherEntry, sample: Calibration) -> tuple[TeacherEntry, dict[str, NDArray[np.generic]]]:
     found: dict[str, NDArray[np.generic]] = {}
     logits, features = entry.stored_logits, dict(entry.stored_features)
+    drawn = sample.recipe.views.num_views, sample.wanted_rows
     for target in entry.unfitted:
         if target == LOGITS:
             assert entry.logits is not None
             coder = entry.logits.fitted(sample)
-            logits = StoredLogits(form=coder.form, **recorded_tables(coder.tables, sample.recipe.views.num_views))
+            logits = StoredLogits(form=coder.form, **recorded_tables(coder.tables, *drawn))
             found |= {f"{target}.{name}": table for name, table in coder.tables.items()}
         else:
             shape = tuple(sample.examples.features[target].shape[1:])
             kept = entry.features[target].fitted(functools.partial(sample.vectors, target), shape)
-            known = recorded_tables(kept.tables, sample.recipe.views.num_views)
+            known = recorded_tables(kept.tables, *drawn)
             features[target] = StoredFeature(shape=shape, form=kept.form, **known)
             found |= {f"{target}.{name}": table for name, table in kept.tables.items()}
     return entry.model_copy(update={"stored_logits": logits, "stored_features": features}), found
 
 
-def recorded_tables(tables: Tables, num_views: int) -> dict[str, Any]:
-    """Return what the manifest says of tables, fitted to rows of so many views."""
+def recorded_tables(tables: Tables, num_views: int, num_rows: int | None = None) -> dict[str, Any]:
+    """Return what the manifest records of tables, which were fitted to so many rows of so many views."""
     digests = {name: hashlib.sha256(table_bytes(table)).hexdigest() for name, table in tables.items()}
-    return {"tables": digests, "calibration_views": num_views if digests else None}
+    if not digests:
+        return {"tables": {}}
+    return {"tables": digests, "calibration_views": num_views, "calibration_rows": num_rows}
 
 
 def table_files(layout: Layout, tables: Tables) -> dict[str, bytes]:
@@ -81,8 +83,8 @@ def table_files(layout: Layout, tables: Tables) -> dict[str, bytes]:
     return {table.file: table_bytes(tables[table.name]) for table in layout.tables if table.name in tables}
 
 
-FitAgain = Callable[[Mapping[str, TeacherEntry], int | None], Tables]
-"""Fits what has no form yet to rows of some views, and returns tables by array name."""
+FitAgain = Callable[[Mapping[str, TeacherEntry], int | None, int], Tables]
+"""Fits what has no form yet to some rows of some views, and returns tables by array name."""
 
 
 def mended_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> dict[str, bytes]:
@@ -97,8 +99,10 @@ def mended_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> dict[str
     for group in known.groups:
         if any(table.file in damaged for table in group.tables):
             entry = stored[group.teacher].restricted([group.target])
-            views, unfitted = _as_asked(entry, group.target)
-            files |= table_files(known, fit_again({group.teacher: unfitted}, views))
+            stored_as, unfitted = _as_asked(entry, group.target)
+            rows = stored_as.calibration_rows or num_calibration_rows(entry.num_classes or 0)
+            again = fit_again({group.teacher: unfitted}, stored_as.calibration_views, rows)
+            files |= table_files(known, again)
     for table in known.tables:
         if table.file in damaged and hashlib.sha256(files[table.file]).hexdigest() != table.sha256:
             raise CacheError(
@@ -108,26 +112,9 @@ def mended_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> dict[str
     return {key: files[key] for key in damaged}
 
 
-def _as_asked(entry: TeacherEntry, target: str) -> tuple[int | None, TeacherEntry]:
-    """Return of how many views a target's calibration rows were drawn, and the entry without its form."""
+def _as_asked(entry: TeacherEntry, target: str) -> tuple[StoredLogits | StoredFeature, TeacherEntry]:
+    """Return how a target is stored, and the entry without its form."""
     if target == LOGITS and entry.stored_logits is not None:
-        return entry.stored_logits.calibration_views, entry.model_copy(update={"stored_logits": None})
+        return entry.stored_logits, entry.model_copy(update={"stored_logits": None})
     others = {name: stored for name, stored in entry.stored_features.items() if name != target}
-    return entry.stored_features[target].calibration_views, entry.model_copy(update={"stored_features": others})
-
-
-def examples_of(teachers: list[Teacher], pixels: Tensor, labels: Tensor) -> dict[str, Targets]:
-    """Let every teacher answer the canaries."""
-    examples = {}
-    for teacher in teachers:
-        try:
-            examples[teacher.name] = teacher(to_device(pixels, teacher.device), to_device(labels, teacher.device))
-        except LogitCacheError:
-            raise
-        except (RuntimeError, ValueError, TypeError) as cause:  # what a network of the user's raises
-            raise RecipeError(
-                f"teacher {teacher.name!r} cannot take the views, uint8 {list(pixels.shape[1:])}: {cause}.\n"
-                f"  Fix: end views.augmentations with the size that it takes, or choose `mode` and "
-                f"teachers.{teacher.name}.preprocessing that fit it"
-            ) from cause
-    return examples
+    return entry.stored_features[target], entry.model_copy(update={"stored_features": others})

@@ -48,7 +48,7 @@ class GradedPass:
             inputs = self.classifier.normalize(pixels).requires_grad_().clone()
             output, values = tapped(inputs)
             # A row's logit depends on that row alone: the gradient of the sum is each row's own.
-            chosen = self.classifier.checked(output).float().gather(1, _classes(labels, logits)[:, None]).sum()
+            chosen = self.classifier.checked(output).float().gather(1, classes_of(labels, logits)[:, None]).sum()
             found = torch.autograd.grad(chosen, [values[tap] for tap in self.taps], allow_unused=True)
         return {tap: Graded(values[tap].detach(), self._known(tap, g)) for tap, g in zip(self.taps, found, strict=True)}
 
@@ -58,7 +58,7 @@ class GradedPass:
         return gradient.float()
 
 
-def _classes(labels: Tensor, logits: Tensor) -> Tensor:
+def classes_of(labels: Tensor, logits: Tensor) -> Tensor:
     """Return the class that each image's label names, else that of the answer, int64 [B]."""
     named = single_labels(labels)
     return torch.where((named >= 0) & (named < logits.shape[1]), named, logits.argmax(dim=1))

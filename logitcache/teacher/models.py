@@ -13,6 +13,7 @@ from logitcache.device import Precision, autocast, own_randomness
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import NO_LOGITS
 from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
+from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
 from logitcache.recipe import Component
 from logitcache.targets import Targets
@@ -40,7 +41,10 @@ class TeacherSource(Component):
 
 
 class Teacher(nn.Module):
-    """A classifier in evaluation mode: uint8 pixels in, `Targets` out, whose features are taken of its taps."""
+    """A classifier in evaluation mode: uint8 pixels in, `Targets` out, whose features are taken of its taps.
+
+    `passes` counts the images that its network has taken, those of Grad-CAM maps twice.
+    """
 
     def __init__(self, name: str, classifier: Classifier, source: TeacherSource, device: torch.device) -> None:
         super().__init__()
@@ -49,36 +53,58 @@ class Teacher(nn.Module):
         self.features, self.named = features_of(name, source, classifier.module), frozenset(source.features)
         plain = [feature.tap for feature in self.features.values() if feature.kind != "grad_cam"]
         graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
-        self._answers = source.logits is not None or bool(graded)
+        self.answers_logits = source.logits is not None or bool(graded)
+        self.passes = 0
+        self._counting = classifier.module.register_forward_pre_hook(self._count)
         self._tapped = Tapped(classifier.module, classifier.module, plain, f"teacher {name!r}")
         self._graded = GradedPass(classifier, tuple(dict.fromkeys(graded)), f"teacher {name!r}")
+
+    @torch.no_grad()
+    def decide_layouts(self, pixels: Tensor) -> None:
+        """Decide where taps put their channels, by images uint8 [B, C, H, W]; raises RecipeError if nothing says."""
+        asked = [TapLayout(feature.tap, feature.layout) for feature in self.features.values()]
+        if asked:
+            inputs = self.classifier.normalize(pixels.to(self.device))
+            with autocast(self.device, self.precision):
+                found = layouts_of(self.classifier.module, inputs, asked, f"teacher {self.name!r}")
+            pairs = zip(self.features.items(), found, strict=True)
+            self.features = {name: feature.model_copy(update={"layout": layout}) for (name, feature), layout in pairs}
 
     @torch.no_grad()
     def forward(self, pixels: Tensor, labels: Tensor) -> Targets:
         """Answer uint8 pixels [B, C, H, W] on the teacher's device: logits float32 [B, K], features float32 [B, ...].
 
         labels: int64 [B], -1 where there is none, or multi-hot [B, C]; a Grad-CAM map is of the one class that a label
-        names, else of the answer.
+        names, else of the answer. The answers are copies: a network may reuse its output buffer in the next pass.
         """
         with autocast(self.device, self.precision):
             output, tapped = self._tapped(self.classifier.normalize(pixels))
-            logits = self.classifier.checked(output).float() if self._answers else None
+            logits = self.classifier.checked(output).to(torch.float32, copy=True) if self.answers_logits else None
             graded = {} if logits is None else self._graded(pixels, labels, logits)
         features = {
             name: feature.take(*(graded[feature.tap] if feature.kind == "grad_cam" else (tapped[feature.tap], None)))
             for name, feature in self.features.items()
         }
         answers = Targets(NO_LOGITS if logits is None else logits, features)
-        for name, values in _values(answers).items():
+        for name, values in values_of(answers).items():
             if len(values) != len(pixels):
                 raise RecipeError(
                     f"teacher {self.name!r} returns {len(values)} rows of {name} for {len(pixels)} images"
                 )
         return answers
 
+    @property
+    def passes_by_row(self) -> int:
+        """How often the network takes an image to answer it: twice with Grad-CAM maps."""
+        return 2 if self._graded.taps else 1
+
     def remove_taps(self) -> None:
         """Take the hooks off the network, which is the caller's."""
         self._tapped.remove()
+        self._counting.remove()
+
+    def _count(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.passes += len(inputs[0])
 
 
 def features_of(name: str, source: TeacherSource, network: nn.Module) -> dict[str, Feature]:
@@ -119,7 +145,7 @@ def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids
     """Raise where answers are not finite, or not in the shapes that are kept, naming the image."""
     shapes: dict[str, tuple[int, ...]] = {name: stored.shape for name, stored in entry.stored_features.items()}
     shapes |= {} if entry.num_classes is None else {LOGITS: (entry.num_classes,)}
-    for name, values in _values(answers).items():
+    for name, values in values_of(answers).items():
         if tuple(values.shape[1:]) != shapes.get(name, values.shape[1:]):
             raise RecipeError(
                 f"teacher {teacher.name!r} returns {name} {list(values.shape[1:])} for image {ids[0]!r}, and "
@@ -130,7 +156,7 @@ def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids
 
 def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> None:
     """Raise DataError naming the first image that is answered with inf or nan."""
-    for name, values in _values(answers).items():
+    for name, values in values_of(answers).items():
         row = first_not_finite(values)
         if row is not None:
             raise DataError(
@@ -143,7 +169,7 @@ def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> No
             )
 
 
-def _values(answers: Targets) -> dict[str, Tensor]:
+def values_of(answers: Targets) -> dict[str, Tensor]:
     """Return logits, where there are any, and features by name."""
     logits = {LOGITS: answers.logits} if answers.keeps_logits else {}
     return logits | dict(answers.features)

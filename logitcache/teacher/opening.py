@@ -11,6 +11,7 @@ from logitcache.cache.snapshot import read_manifest
 from logitcache.cache.store import Store
 from logitcache.errors import RecipeError
 from logitcache.recipe import Component, require_effect
+from logitcache.teacher.answers import taking
 from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.views import canaries
@@ -82,8 +83,13 @@ def build_teachers(
     if unknown:
         raise RecipeError(f"teachers {unknown} were given, but the recipe names {sorted(recipe.teachers)}")
     key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
-    num_classes, channels = views.dataset.num_classes, views[key].shape[0]
-    return [
-        build_teacher(name, source, given.get(name), num_classes, channels, device)
+    num_classes, pixels = views.dataset.num_classes, views[key]
+    built = [
+        build_teacher(name, source, given.get(name), num_classes, pixels.shape[0], device)
         for name, source in recipe.teachers.items()
     ]
+    for teacher in built:
+        images = pixels.expand(2, *pixels.shape)
+        with taking(teacher, images):
+            teacher.decide_layouts(images)
+    return built

@@ -6,7 +6,6 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ __all__ = ["PrecomputeRecipe", "PrecomputeResult", "precompute"]
 class PrecomputeResult:
     """What a run did; `row_views` counts what it wrote answers to, of which an image in one view is one.
 
+    `teacher_passes` counts every image that a teacher's network took, also to try it and to fit encodings.
     `shards_left` are not committed yet: other processes have claimed them, or other parts have them.
     """
 
@@ -79,6 +79,7 @@ def precompute(
         with preparing(store) as target:
             plan = prepare(recipe, views, built, target, store)
             seen.enter_context(writing(store))
+        done.passes += passes_of(built)
         share = Share(plan.snapshot, plan.pending, recipe.views_per_image, mine)
         if plan.pending:
             loader = ViewLoader(views.answered(), recipe.num_workers, recipe.start_method)
@@ -112,16 +113,15 @@ def finished(plan: Plan, done: "Done", started: float) -> PrecomputeResult:
 
 @dataclass
 class Done:
-    """What is committed in this run: shards, their row-views, and these times the teachers that answered them."""
+    """What is committed in this run: shards and their row-views; and how many images teachers have taken for it."""
 
     shards: int = 0
     row_views: int = 0
     passes: int = 0
 
-    def count(self, shard: Shard, num_teachers: int) -> None:
+    def count(self, shard: Shard) -> None:
         self.shards += 1
         self.row_views += shard.stop - shard.start
-        self.passes += (shard.stop - shard.start) * num_teachers
 
     def add(self, other: "Done") -> None:
         """Count what was committed elsewhere for this run."""
@@ -141,7 +141,7 @@ def fill(
 ) -> None:
     """Render, answer, encode and write, shard by shard: the loop of stage one."""
     answered, keeper = views.answered(), Keeper(views, teachers, plan)
-    writer = CacheWriter(plan.store, plan.layout)
+    writer, before = CacheWriter(plan.store, plan.layout), passes_of(teachers)
     total = sum(-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in share.groups)
     with stop_flag() as stop, contextlib.closing(share), contextlib.closing(writer):
         taken = -1
@@ -152,35 +152,30 @@ def fill(
             ahead = (_keys(batch) for group in theirs for batch in batches_of(group, answered, recipe.batch_size))
             images = track(loader.render(ahead), "precompute", total, "batches")
             for group in ours:
-                work = _Work.of(plan.layout, share, group)
+                rows = _rows_of(plan.layout, share, group)
                 for batch in batches_of(group, answered, recipe.batch_size):
                     rendered = _next_images(images, views, _keys(batch), plan.store).chunk(len(batch))
                     for (shard, keys), pixels in zip(batch.items(), rendered, strict=True):
-                        keeper.keep(work.rows[shard], shard, keys, pixels)
+                        keeper.keep(rows[shard], shard, keys, pixels)
                     if stop:
                         writer.flush()
                         raise stop.stopped(stopped_message(plan.store, done.shards, len(plan.pending)))
                 for shard in group:
-                    writer.submit(shard, work.rows[shard], functools.partial(share.committed, shard))
-                    done.count(shard, work.num_teachers(shard, plan.layout))
+                    writer.submit(shard, rows[shard], functools.partial(share.committed, shard))
+                    done.count(shard)
             writer.flush()
+    done.passes += passes_of(teachers) - before
 
 
-class _Work(NamedTuple):
-    """What is to do of claimed shards: the names of the groups that are missing, and room for their rows."""
+def passes_of(teachers: Sequence[Teacher]) -> int:
+    """Count the images that the networks of teachers have taken."""
+    return sum(teacher.passes for teacher in teachers)
 
-    missing: dict[Shard, list[str]]
-    rows: dict[Shard, Rows]
 
-    @classmethod
-    def of(cls, layout: Layout, share: Share, shards: Sequence[Shard]) -> "_Work":
-        missing = {shard: share.missing(shard) for shard in shards}
-        rows = {shard: empty_rows([g for g in layout.groups if g.name in missing[shard]], shard) for shard in shards}
-        return cls(missing, rows)
-
-    def num_teachers(self, shard: Shard, layout: Layout) -> int:
-        """Count the teachers that answer."""
-        return len({group.teacher for group in layout.targets if group.name in self.missing[shard]})
+def _rows_of(layout: Layout, share: Share, shards: Sequence[Shard]) -> dict[Shard, Rows]:
+    """Allocate the rows that claimed shards lack."""
+    missing = {shard: share.missing(shard) for shard in shards}
+    return {shard: empty_rows([g for g in layout.groups if g.name in missing[shard]], shard) for shard in shards}
 
 
 def batches_of(group: list[Shard], views: Views, batch_size: int) -> Iterator[dict[Shard, list[ViewKey]]]:

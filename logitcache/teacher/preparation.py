@@ -31,7 +31,8 @@ from logitcache.errors import MismatchError, RecipeError
 from logitcache.files import remove_leftovers
 from logitcache.models import weights_digest
 from logitcache.targets import Targets
-from logitcache.teacher.fitting import Tables, examples_of, fit, mended_tables, table_files
+from logitcache.teacher.answers import examples_of
+from logitcache.teacher.fitting import Tables, fit, mended_tables, table_files
 from logitcache.teacher.models import Teacher, TeacherSource
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.trust import inherit, remember
@@ -152,7 +153,9 @@ def _continue(store: Store, recipe: PrecomputeRecipe, views: Views, teachers: li
     recorded, cache, goal, samples, examples = standing(store, recipe, views, teachers)
     manifest = cache.manifest
     tables = mended_tables(
-        store, goal, lambda entries, count: fit(recipe, views, teachers, entries, examples, count)[1]
+        store,
+        goal,
+        lambda entries, count, rows: fit(recipe, views, teachers, entries, examples, count, recorded_rows=rows)[1],
     )
     for key in mend_skeleton(store, recorded, manifest, samples, tables):
         say(f"writing again: {store}/{key}")

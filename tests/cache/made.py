@@ -27,6 +27,12 @@ from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, pr
 COUNT = 300
 """Images of the sound cache: six shards of at most 128 rows."""
 
+AGAIN = 3
+"""Batches in which a teacher answers the canaries a second time."""
+
+TRIED = 2 * 32
+"""Images that a teacher takes before the first shard: each canary twice."""
+
 DENSE16 = {"kind": "dense", "dtype": "float16"}
 DENSE32 = {"kind": "dense", "dtype": "float32"}
 PACKED = {"kind": "dense", "dtype": "float16", "storage": "packed"}

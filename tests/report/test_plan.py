@@ -16,7 +16,7 @@ from logitcache.cli import main
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
 from logitcache.recipe import load_recipe
 from logitcache.report.plan import plan
-from logitcache.teacher import draft
+from logitcache.teacher import calibration, draft
 from logitcache.teacher.precompute import precompute
 from logitcache.teacher.recipes import PrecomputeRecipe
 from tests.cache.made import (
@@ -224,10 +224,11 @@ def test_several_workers_are_an_estimate_that_says_so(tmp_path: Path) -> None:
 
 def test_calibration_on_fewer_rows_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(draft, "CALIBRATION_SECONDS", 0.0)
+    monkeypatch.setattr(draft, "FEWEST_ROWS", 100)
     document = told(tmp_path / "c", shard_rows=128, teachers={"t": teacher(TRANSFORM)})
     assert document["probe"]["calibration_row_views"] == draft.FEWEST_ROWS
-    assert document["probe"]["calibration_row_views_wanted"] == 2 * COUNT
-    assert any("256 row-views here, and to 600 by precompute" in note for note in document["notes"])
+    assert document["probe"]["calibration_row_views_wanted"] == calibration.FEWEST
+    assert any("100 row-views here, and to 256 by precompute" in note for note in document["notes"])
 
 
 class Twice(nn.Module):

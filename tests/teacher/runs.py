@@ -6,18 +6,18 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from tests.cache.made import Linear, Pixels, contents, run, write_images
+from tests.cache.made import AGAIN, Linear, Pixels, contents, run, write_images
 
 NUM_IMAGES = 300
 
 
 class Stopping(nn.Module):
-    """A linear teacher that raises after some batches, as a fault in the middle of a run would."""
+    """A linear teacher that raises after some batches, those of the canaries once, as a fault in a run would."""
 
     def __init__(self, batches: int, **options: Any) -> None:
         super().__init__()
         self.inner = Linear(**options)
-        self.left = batches
+        self.left = batches + AGAIN
         self.weight = self.inner.weight
 
     def forward(self, images: Tensor) -> Tensor:

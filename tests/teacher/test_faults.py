@@ -21,6 +21,7 @@ from logitcache.cache.snapshot import open_snapshot
 from logitcache.errors import CacheError, DataError, LogitCacheError, MismatchError, RecipeError, Stopped
 from logitcache.views.canaries import choose
 from tests.cache.made import (
+    AGAIN,
     DENSE16,
     FLIP_AND_CROP,
     TOP2,
@@ -158,7 +159,7 @@ class Wrong(nn.Module):
 
     def __init__(self, spoil: Callable[[Tensor], Any], after: int = 0) -> None:
         super().__init__()
-        self.inner, self.spoil, self.left = Linear(), spoil, after
+        self.inner, self.spoil, self.left = Linear(), spoil, after + AGAIN
 
     def forward(self, images: Tensor) -> Any:
         self.left -= 1
@@ -180,8 +181,11 @@ SPOILT: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "inf": (at(float("inf")), "teacher 't' answers image '00053' with inf or nan"),
     "minus inf": (at(-float("inf")), "teacher 't' answers image '00053' with inf or nan"),
     "too large": (at(70000.0), "a logit of image '00053' does not fit torch.float16"),
-    "a tuple": (lambda answers: (answers, answers), r"returned a tuple, not logits"),
-    "a dict": (lambda answers: {"logits": answers}, r"returned a dict, not logits"),
+    "a tuple": (lambda answers: (answers, answers), r"returned a tuple of \{\[50, 16\], \[50, 16\]\}, not logits"),
+    "a dict": (
+        lambda answers: {"a": answers, "b": answers},
+        r"returned a dict of \{a: \[50, 16\], b: \[50, 16\]\}, not logits",
+    ),
     "too few rows": (lambda answers: answers[:-1], "returns 49 rows of logits for 50 images"),
     "one row": (lambda answers: answers[:1], "returns 1 rows of logits for 50 images"),
     "other columns": (lambda answers: answers[:, :1], r"returns logits \[1\] for image '00050', and \[16\] before"),

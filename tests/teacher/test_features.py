@@ -17,7 +17,7 @@ from logitcache.targets import feature_values
 from logitcache.teacher.online import live_targets
 from logitcache.teacher.precompute import PrecomputeResult
 from logitcache.views.keys import ViewKey
-from tests.cache.made import contents, flip, run, verified
+from tests.cache.made import AGAIN, contents, flip, run, verified
 from tests.teacher.nets import CLASSES, FEATURES, Net, images, keeping
 
 VIEWS = {"num_views": 2, "seed": 5, "augmentations": [{"kind": "horizontal_flip"}]}
@@ -213,7 +213,7 @@ def test_a_run_that_stopped_continues_with_the_same_tables(tmp_path: Path) -> No
                 raise KeyboardInterrupt
             return super().forward(images)
 
-        allowed = 8
+        allowed = 8 + AGAIN
 
     entry = keeping(TRANSFORM, {"projected": FEATURES["projected"]})
     options: dict[str, Any] = {"views": VIEWS, "teachers": {"t": entry}, "batch_size": 15, "shard_rows": 30}

@@ -12,8 +12,8 @@ from torch import Tensor
 from logitcache import features
 from logitcache.cache.encodings.base import RowArray, Storage, Tables, TableShape
 from logitcache.errors import RecipeError
-from logitcache.features import FeatureKind
-from logitcache.recipe import Component, Count
+from logitcache.features import FeatureKind, Layout, channels_in_place
+from logitcache.recipe import Component, Count, Extended
 from logitcache.targets import CompactFeature, FeatureValues
 
 LEVELS = 127
@@ -36,17 +36,21 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Feature(Component):
+class Feature(Extended):
     """What a module inside the teacher puts out, or takes in (`tap: path:input`).
 
     pooled: the mean over places or tokens. maps: as it is. attention: the mean of squares over channels. grad_cam:
     where the logit of the label (of the answer, without one) gets its evidence. `size` brings maps to a smaller height
     and width; `channels` keeps the leading components of a basis fitted to calibration rows, and gives back features of
-    full width. int8 keeps a float32 scale for each channel of maps, each token, or each vector.
+    full width. `layout` says where the module puts its channels; `auto` is decided before the first image is answered.
+    int8 keeps a float32 scale for each channel of maps, each token, or each vector.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"layout"})
 
     kind: FeatureKind
     tap: Annotated[str, Field(min_length=1, max_length=200)]
+    layout: Layout = "auto"
     size: Count | tuple[Count, Count] | None = None
     channels: Count | None = None
     dtype: Literal["float16", "float32", "int8"] = "float16"
@@ -67,6 +71,8 @@ class Feature(Component):
 
     def take(self, values: Tensor, gradient: Tensor | None) -> Tensor:
         """Reduce what a tap holds [B, ...]; `gradient` is that of the class's logit, for grad_cam."""
+        values = channels_in_place(values, self.layout)
+        gradient = None if gradient is None else channels_in_place(gradient, self.layout)
         if self.size is not None:
             values = features.as_maps(values)
             gradient = None if gradient is None else features.as_maps(gradient)
@@ -81,7 +87,7 @@ class Feature(Component):
                 f"the tap {self.tap!r} holds {list(values.shape[1:])} for each image, which is neither a vector [C], "
                 "tokens [N, D] nor maps [C, H, W]. Fix: tap another module"
             )
-        return values.float()
+        return values.to(torch.float32, copy=True)
 
     def fitted(self, vectors: Callable[[], Tensor], shape: tuple[int, ...]) -> "FittedFeature":
         """Fit to vectors of channels [M, C], which are only asked for where there is something to fit."""
