@@ -107,6 +107,18 @@ class Claim:
                 return True
             _release(lock)
 
+    def is_held(self) -> bool:
+        """Whether a running process has claimed the shard."""
+        with explained(self._file):
+            try:
+                lock = _open(self._file)
+            except FileNotFoundError:
+                return False
+        try:
+            return _try(lock, fcntl.LOCK_EX) is False
+        finally:
+            _release(lock)
+
     def release(self) -> None:
         """Let others see to the shard."""
         lock, self._lock = self._lock, None

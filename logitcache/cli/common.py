@@ -59,6 +59,14 @@ Part = Annotated[
     str | None,
     Option("--part", metavar="I/N", help="Take each N-th shard only; 1/N to N/N make the whole, in any order."),
 ]
+Wait = Annotated[
+    bool,
+    Option(
+        "--wait",
+        help="Wait until the cache is whole: for shards that other processes hold, and compute those of processes "
+        "that die.",
+    ),
+]
 Scheduler = Annotated[
     str | None,
     Option("--scheduler", metavar="ADDRESS", help="Let the workers of this Dask scheduler do it: tcp://host:8786."),

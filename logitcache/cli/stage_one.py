@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from logitcache.cli.common import Answer, Overrides, Part, Recipe, Scheduler, Workers
+from logitcache.cli.common import Answer, Overrides, Part, Recipe, Scheduler, Wait, Workers
+from logitcache.console import say
 
 if TYPE_CHECKING:
     from logitcache.teacher.precompute import PrecomputeResult
@@ -50,6 +51,7 @@ def precompute(
     part: Part = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
+    wait: Wait = False,
 ) -> Answer:
     """Run the teachers once over every view.
 
@@ -62,7 +64,7 @@ def precompute(
     from logitcache.teacher.precompute import precompute as run
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
-    return _filled(wanted, part, scheduler, workers, here=run, on_cluster=precompute_on_cluster)
+    return _filled(wanted, part, scheduler, workers, wait, here=run, on_cluster=precompute_on_cluster)
 
 
 def derive(
@@ -71,6 +73,7 @@ def derive(
     part: Part = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
+    wait: Wait = False,
 ) -> Answer:
     """Make a cache from a finished one, with no teacher.
 
@@ -82,7 +85,7 @@ def derive(
     from logitcache.teacher.derive import derive as run
 
     wanted = load_own(recipe, DeriveRecipe, overrides)
-    return _filled(wanted, part, scheduler, workers, here=run, on_cluster=derive_on_cluster)
+    return _filled(wanted, part, scheduler, workers, wait, here=run, on_cluster=derive_on_cluster)
 
 
 def _filled(
@@ -90,22 +93,27 @@ def _filled(
     part: str | None,
     scheduler: str | None,
     workers: int | None,
+    wait: bool,
     *,
     here: "Callable[..., PrecomputeResult]",
     on_cluster: "Callable[..., PrecomputeResult]",
 ) -> Answer:
-    """Fill a cache in this process, or by a cluster where an option names one; one that is not whole is an error.
+    """Fill a cache in this process, or by a cluster if an option names one; one that is not whole is an error.
 
     Of a part, the rest is for other parts.
     """
     if scheduler is None and workers is None:
-        result = here(recipe, part=part)
+        result = here(recipe, part=part, wait=wait)
     else:
-        result = on_cluster(recipe, scheduler=scheduler, workers=workers, part=part)
-    if part is not None or not result.shards_left:
+        result = on_cluster(recipe, scheduler=scheduler, workers=workers, part=part, wait=wait)
+    if not result.shards_left:
         return Answer(asdict(result))
-    error = (
-        f"{result.cache} is not whole yet: {result.shards_left} of {result.shards} shards are not committed. "
-        "Fix: the same command again, once the processes that compute these have ended: it writes what they leave"
+    found = f"{result.shards_left} of {result.shards} shards are not committed ({result.left})"
+    if part is not None:
+        say(f"{result.cache} is not whole yet: {found}")
+        return Answer(asdict(result))
+    again = "the same command computes what is free"
+    fix = f"--wait, to wait for these processes; or once they have ended {again}" if result.left.held else again
+    return Answer(
+        asdict(result), None, (f"{result.cache} is not whole: {found}. Fix: {fix}",), "Unfinished", EXIT_UNFINISHED
     )
-    return Answer(asdict(result), None, (error,), "Unfinished", EXIT_UNFINISHED)

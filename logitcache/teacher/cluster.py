@@ -8,7 +8,7 @@ import contextlib
 import importlib.util
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,12 @@ VISIBLE, PAUSE = 90.0, 0.1
 
 
 def precompute_on_cluster(
-    recipe: PrecomputeRecipe, *, scheduler: str | None = None, workers: int | None = None, part: str | None = None
+    recipe: PrecomputeRecipe,
+    *,
+    scheduler: str | None = None,
+    workers: int | None = None,
+    part: str | None = None,
+    wait: bool = False,
 ) -> PrecomputeResult:
     """Fill the recipe's cache by the workers of a running `scheduler`, or by `workers` processes of this machine.
 
@@ -69,9 +74,9 @@ def precompute_on_cluster(
         def job(threads: int | None) -> Work:
             return Job(recipe, store, plan.goal, plan.num_recorded, threads)
 
-        run = Run("precompute", plan, recipe.views_per_image, mine, done)
-        run.fill_on(job, scheduler, workers, resolve_device(recipe.device))
-    return finished(plan, done, started)
+        share = Share(plan.snapshot, plan.pending, recipe.views_per_image, mine, wait)
+        Run("precompute", plan, share, done).fill_on(job, scheduler, workers, resolve_device(recipe.device))
+    return finished(plan, share, done, started)
 
 
 def require_cluster(scheduler: str | None, workers: int | None) -> None:
@@ -105,32 +110,26 @@ def _plan(recipe: PrecomputeRecipe, target: Path, store: Store, done: Done) -> P
 class Run:
     """The shards of a plan that are to do, and what is done of them; `what` names it to the user."""
 
-    def __init__(self, what: str, plan: Plan, views_per_image: int, part: Part, done: Done) -> None:
-        self._what, self._plan, self._part, self._done = what, plan, part, done
-        self._views_per_image = views_per_image
-        self._share = Share(plan.snapshot, (), views_per_image, part)
+    def __init__(self, what: str, plan: Plan, share: Share, done: Done) -> None:
+        self._what, self._plan, self._share, self._done = what, plan, share, done
 
     def fill_on(
         self, job: Callable[[int | None], Work], scheduler: str | None, workers: int | None, device: torch.device
     ) -> None:
         """Hand out the job, of so many threads of torch, on a running scheduler or on workers of this machine."""
-        if not self.groups(self._plan.pending):
-            return
-        torch.cuda.empty_cache()  # what the client's teachers took of a device is for the workers
-        if workers is not None:
-            with local_cluster(workers, device) as local:
-                self.fill(local.address, job(local.threads), local.check)
-        elif scheduler is not None:
-            self.fill(scheduler, job(None))
+        if self._share.groups:
+            torch.cuda.empty_cache()  # what the client's teachers took of a device is for the workers
+            if workers is not None:
+                with local_cluster(workers, device) as local:
+                    self.fill(local.address, job(local.threads), local.check)
+            elif scheduler is not None:
+                self.fill(scheduler, job(None))
+        with self._stopping(lambda: None) as check:
+            self._share.awaits(check)  # the shards of other parts
 
-    def groups(self, shards: Sequence[Shard]) -> list[list[Shard]]:
-        """Return those of some shards that are for this run, in groups that share decodes."""
-        return Share(self._plan.snapshot, shards, self._views_per_image, self._part).groups
-
-    def fill(self, address: str, job: Work, workers_live: Check = lambda: None) -> None:
-        """Hand out shards until all are committed, or none of those that are left can be had."""
-        name = job.name
-        left, patience, losses = self._plan.pending, FIRST, 0
+    @contextlib.contextmanager
+    def _stopping(self, workers_live: Check) -> Iterator[Check]:
+        """Yield what raises Stopped after a signal, and what `workers_live` raises."""
         with stop_flag() as stop:
 
             def check() -> None:
@@ -138,7 +137,14 @@ class Run:
                     raise stop.stopped(stopped_message(self._plan.store, self._done.shards, len(self._plan.pending)))
                 workers_live()
 
-            while groups := self.groups(left):
+            yield check
+
+    def fill(self, address: str, job: Work, workers_live: Check = lambda: None) -> None:
+        """Hand out shards until all are committed, or none of those that are left can be had."""
+        name = job.name
+        groups, patience, losses = self._share.groups, FIRST, 0
+        with self._stopping(workers_live) as check:
+            while groups:
                 before = self._done.shards
                 try:
                     with contextlib.closing(connected(address, patience, check)) as client:
@@ -153,9 +159,9 @@ class Run:
                         raise CacheError(
                             f"{error}. {self._plan.store} is incomplete. Fix: the same command continues"
                         ) from error
-                left = self._missing(groups)
+                groups = self._share.grouped(self._missing(groups))
                 # Others have what nobody could have: as in a single process, these are left to them.
-                if not losses and self._done.shards == before:
+                if not losses and self._done.shards == before and not self._share.awaits(check):
                     return
 
     def _hand_out(self, client: "Client", name: str, job: bytes, groups: Sequence[list[Shard]], check: Check) -> None:
@@ -173,7 +179,7 @@ class Run:
             )
         except OSError as error:
             raise LostScheduler(f"the scheduler of {client} is gone: {error}") from error
-        unit = "shards" if self._views_per_image == 1 else "groups of shards"
+        unit = "shards" if all(len(group) == 1 for group in groups) else "groups of shards"
         for future in track(arriving(client, futures, check), self._what, len(groups), unit):
             outcome: Outcome = result_of(future)
             self._done.add(outcome.done)

@@ -33,22 +33,28 @@ from logitcache.teacher.worker import Work, filled, name_of
 __all__ = ["DeriveRecipe", "derive", "derive_on_cluster"]
 
 
-def derive(recipe: DeriveRecipe, *, part: str | None = None) -> PrecomputeResult:
+def derive(recipe: DeriveRecipe, *, part: str | None = None, wait: bool = False) -> PrecomputeResult:
     """Fill the recipe's `out` from its `cache`; continues where earlier runs stopped, and shares with other runs.
 
-    `part` "i/n" takes only each n-th shard. Raises CacheError for a source that is damaged or incomplete, RecipeError
-    for what it does not have, MismatchError where `out` is another cache, Stopped after SIGTERM or Ctrl-C.
+    `part` "i/n" takes only each n-th shard; `wait` returns only when `out` is whole, whoever computes its shards.
+    Raises CacheError for a source that is damaged or incomplete, RecipeError for what it does not have, MismatchError
+    if `out` is another cache, Stopped after SIGTERM or Ctrl-C.
     """
     started, mine, done = time.perf_counter(), WHOLE if part is None else Part.parse(part), Done()
     with _prepared(recipe) as (source, plan):
-        share = Share(plan.snapshot, plan.pending, 1, mine)
+        share = Share(plan.snapshot, plan.pending, 1, mine, wait)
         if plan.pending:
             fill(_deriver(recipe, source, plan), plan.store, len(plan.pending), share, done)
-    return finished(plan, done, started)
+    return finished(plan, share, done, started)
 
 
 def derive_on_cluster(
-    recipe: DeriveRecipe, *, scheduler: str | None = None, workers: int | None = None, part: str | None = None
+    recipe: DeriveRecipe,
+    *,
+    scheduler: str | None = None,
+    workers: int | None = None,
+    part: str | None = None,
+    wait: bool = False,
 ) -> PrecomputeResult:
     """Fill `out` by the workers of a running `scheduler`, or by `workers` processes of this machine.
 
@@ -61,9 +67,9 @@ def derive_on_cluster(
         def job(threads: int | None) -> Work:
             return DeriveJob(recipe, source.store, source.manifest, plan.store, plan.goal, threads)
 
-        run = Run("derive", plan, 1, mine, done)
-        run.fill_on(job, scheduler, workers, resolve_device(recipe.device))
-    return finished(plan, done, started)
+        share = Share(plan.snapshot, plan.pending, 1, mine, wait)
+        Run("derive", plan, share, done).fill_on(job, scheduler, workers, resolve_device(recipe.device))
+    return finished(plan, share, done, started)
 
 
 @contextlib.contextmanager
@@ -106,7 +112,7 @@ def fill(deriver: Deriver, store: Store, total: int, share: Share, done: Done) -
 
         taken = -1
         # Once more after the last: a process that died may have let go of a shard since.
-        while taken != done.shards:
+        while taken != done.shards or share.awaits(check):
             taken = done.shards
             for (shard,) in track(share.take(), "derive", len(share.groups), "shards"):
                 rows = deriver.rows(shard, share.missing(shard), check)

@@ -26,7 +26,7 @@ from logitcache.teacher.models import Teacher
 from logitcache.teacher.opening import as_given, as_recorded, build_teachers, open_images
 from logitcache.teacher.preparation import Plan, finish, prepare
 from logitcache.teacher.recipes import PrecomputeRecipe
-from logitcache.teacher.share import WHOLE, Part, Share
+from logitcache.teacher.share import WHOLE, Left, Part, Share
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, require_one_size
@@ -39,7 +39,8 @@ class PrecomputeResult:
     """What a run did; `row_views` counts what it wrote answers to, of which an image in one view is one.
 
     `teacher_passes` counts every image that a teacher's network took, also to try it and to fit encodings.
-    `shards_left` are not committed yet: other processes have claimed them, or other parts have them.
+    `shards_left` are not committed yet: `shards_held` of them are claimed by other running processes, and
+    `shards_of_other_parts` are for other parts.
     """
 
     cache: str
@@ -50,6 +51,14 @@ class PrecomputeResult:
     teacher_passes: int
     seconds: float
     bytes: int
+    shards_held: int = 0
+    shards_of_other_parts: int = 0
+
+    @property
+    def left(self) -> Left:
+        """The shards that are not committed, by who has them."""
+        free = self.shards_left - self.shards_held - self.shards_of_other_parts
+        return Left(self.shards_held, self.shards_of_other_parts, free)
 
 
 def precompute(
@@ -58,12 +67,13 @@ def precompute(
     teachers: Mapping[str, nn.Module] | None = None,
     dataset: object | None = None,
     part: str | None = None,
+    wait: bool = False,
 ) -> PrecomputeResult:
     """Fill the recipe's cache; continues where earlier runs stopped, adds views and teachers, shares with other runs.
 
     `teachers` and `dataset` give the objects themselves in place of their recipe entries; `part` "i/n" takes only each
-    n-th shard. Raises MismatchError when the cache was made by another recipe, DataError naming an image that cannot
-    be read, Stopped after SIGTERM or Ctrl-C.
+    n-th shard; `wait` returns only when the cache is whole, whoever computes its shards. Raises MismatchError if the
+    cache was made by another recipe, DataError naming an image that cannot be read, Stopped after SIGTERM or Ctrl-C.
     """
     started = time.perf_counter()
     mine = WHOLE if part is None else Part.parse(part)
@@ -80,34 +90,32 @@ def precompute(
             plan = prepare(recipe, views, built, target, store)
             seen.enter_context(writing(store))
         done.passes += passes_of(built)
-        share = Share(plan.snapshot, plan.pending, recipe.views_per_image, mine)
+        share = Share(plan.snapshot, plan.pending, recipe.views_per_image, mine, wait)
         if plan.pending:
             loader = ViewLoader(views.answered(), recipe.num_workers, recipe.start_method)
             with contextlib.closing(loader):
                 fill(recipe, views, loader, built, plan, share, done)
-    return finished(plan, done, started)
+    return finished(plan, share, done, started)
 
 
-def finished(plan: Plan, done: "Done", started: float) -> PrecomputeResult:
-    """Finish a cache as far as its shards are there; say and return how it stands."""
-    store, left = plan.store, finish(plan)
-    if left:
-        say(
-            f"{store}: {done.shards} shards written, {left} of {plan.layout.num_shards} are left to other "
-            "processes or parts. Should these end without them, the same command writes them"
-        )
-    elif not plan.pending:
+def finished(plan: Plan, share: Share, done: "Done", started: float) -> PrecomputeResult:
+    """Finish a cache as far as its shards are there, and return how it stands."""
+    store, missing = plan.store, finish(plan)
+    left = share.left(missing)
+    if not plan.pending:
         say(f"{store} is complete, there is nothing to do")
     seconds = time.perf_counter() - started
     return PrecomputeResult(
         str(store),
         plan.layout.num_shards,
         done.shards,
-        left,
+        len(missing),
         done.row_views,
         done.passes,
         seconds,
         store.stored_bytes(),
+        left.held,
+        left.apart,
     )
 
 
@@ -144,9 +152,15 @@ def fill(
     writer, before = CacheWriter(plan.store, plan.layout), passes_of(teachers)
     total = sum(-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in share.groups)
     with stop_flag() as stop, contextlib.closing(share), contextlib.closing(writer):
+
+        def check() -> None:
+            if stop:
+                writer.flush()
+                raise stop.stopped(stopped_message(plan.store, done.shards, len(plan.pending)))
+
         taken = -1
         # Once more after the last: a process that died may have let go of a shard since.
-        while taken != done.shards:
+        while taken != done.shards or share.awaits(check):
             taken = done.shards
             ours, theirs = itertools.tee(share.take())
             ahead = (_keys(batch) for group in theirs for batch in batches_of(group, answered, recipe.batch_size))
@@ -157,9 +171,7 @@ def fill(
                     rendered = _next_images(images, views, _keys(batch), plan.store).chunk(len(batch))
                     for (shard, keys), pixels in zip(batch.items(), rendered, strict=True):
                         keeper.keep(rows[shard], shard, keys, pixels)
-                    if stop:
-                        writer.flush()
-                        raise stop.stopped(stopped_message(plan.store, done.shards, len(plan.pending)))
+                    check()
                 for shard in group:
                     writer.submit(shard, rows[shard], functools.partial(share.committed, shard))
                     done.count(shard)

@@ -208,19 +208,20 @@ def _fills_pages(entry: TeacherEntry, goal: Manifest) -> bool:
     return True
 
 
-def finish(plan: Plan) -> int:
-    """Let the root describe what the cache has grown to, once that is whole; returns how many shards are not there."""
+def finish(plan: Plan) -> list[Shard]:
+    """Let the root describe what the cache has grown to, once that is whole; returns the shards that are missing."""
     store = plan.store
     with preparing(store):
         # Other processes and machines have committed what this one has not.
         filled = plan.snapshot.refreshed() if plan.pending else plan.snapshot
         recorded = read_manifest(store)
         before = recorded.digest()
-        left = filled.layout.num_shards - len(filled.shards)
-        if left == 0 and is_more(plan.goal, recorded) and extends(plan.goal, recorded):
+        committed = set(filled.shards)
+        left = [shard for shard in filled.layout.shards() if shard not in committed]
+        if not left and is_more(plan.goal, recorded) and extends(plan.goal, recorded):
             finish_growth(filled)
             recorded = plan.goal
-        elif left == 0 and (cache := filled.of(recorded)).complete:
+        elif not left and (cache := filled.of(recorded)).complete:
             note_errors(cache)
         inherit(before, read_manifest(store).digest())
         forget_growth(store, recorded)

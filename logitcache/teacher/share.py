@@ -1,13 +1,18 @@
-"""Which shards this process takes, of those that are to do."""
+"""Which shards this process takes, of those that are to do, and how long it waits for the others."""
 
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.sharing import Claim
-from logitcache.cache.snapshot import Snapshot
+from logitcache.cache.snapshot import Snapshot, read_manifest
+from logitcache.console import say
 from logitcache.errors import RecipeError
+
+PAUSE = 1.0
+"""Seconds between two looks at the shards that are waited for."""
 
 
 class Part(NamedTuple):
@@ -29,21 +34,72 @@ class Part(NamedTuple):
 WHOLE = Part(1, 1)
 
 
+class Left(NamedTuple):
+    """Counts of shards that are not committed: claimed by other running processes, of other parts, and the rest."""
+
+    held: int
+    apart: int
+    free: int
+
+    def __str__(self) -> str:
+        texts = ("held by other running processes", "left to other parts", "held by no process")
+        return ", ".join(f"{count} {text}" for count, text in zip(self, texts, strict=True) if count)
+
+
 class Share:
     """The shards that this process takes: each is claimed before it is computed, and let go when it is committed.
 
-    Shards of up to `views_per_image` views that hold the same images come together: one decode serves all.
+    Shards of up to `views_per_image` views that hold the same images come together: one decode serves all. With `wait`
+    the process also waits for the shards of others.
     """
 
-    def __init__(self, snapshot: Snapshot, pending: Sequence[Shard], views_per_image: int, part: Part) -> None:
-        self._snapshot, layout = snapshot, snapshot.layout
+    def __init__(
+        self, snapshot: Snapshot, pending: Sequence[Shard], views_per_image: int, part: Part, wait: bool = False
+    ) -> None:
+        self._snapshot, self._views_per_image, self._part, self._wait = snapshot, views_per_image, part, wait
+        self._pending = list(pending)
         self._claims: dict[Shard, Claim] = {}
+        self.groups = self.grouped(pending)
+
+    def grouped(self, shards: Sequence[Shard]) -> list[list[Shard]]:
+        """Return those of some shards that are for this process, in groups that share decodes."""
         groups: dict[int, list[Shard]] = {}
-        for shard in pending:
-            number = shard.view // views_per_image * layout.shards_per_view + shard.start // layout.shard_rows
-            if number % part.parts == part.number - 1:
-                groups.setdefault(number, []).append(shard)
-        self.groups = list(groups.values())
+        for shard in shards:
+            if self._is_mine(shard):
+                groups.setdefault(self._number(shard), []).append(shard)
+        return list(groups.values())
+
+    def awaits(self, check: Callable[[], None]) -> bool:
+        """Wait until a shard is free to be taken; False if nothing is to be waited for. `check` may end the wait."""
+        is_said = not self._wait
+        while self._wait:
+            check()
+            self._pending = [shard for shard in self._pending if self.missing(shard)]
+            if not self._pending:
+                return False
+            left = self.left(self._pending)
+            if left.free:
+                return True
+            if not is_said:
+                say(f"waiting for {len(self._pending)} shards of {self._snapshot.store}: {left}")
+                is_said = True
+            read_manifest(self._snapshot.store)  # raises if the cache is gone
+            time.sleep(PAUSE)
+        return False
+
+    def left(self, shards: Sequence[Shard]) -> Left:
+        """Count shards that are not committed by who has them."""
+        store = self._snapshot.store
+        held = {shard for shard in shards if Claim(store, shard).is_held()}
+        apart = sum(not self._is_mine(shard) for shard in shards if shard not in held)
+        return Left(len(held), apart, len(shards) - len(held) - apart)
+
+    def _number(self, shard: Shard) -> int:
+        layout = self._snapshot.layout
+        return shard.view // self._views_per_image * layout.shards_per_view + shard.start // layout.shard_rows
+
+    def _is_mine(self, shard: Shard) -> bool:
+        return self._number(shard) % self._part.parts == self._part.number - 1
 
     def take(self) -> Iterator[list[Shard]]:
         """Yield groups of shards as they are claimed; a later call finds those that others have let go since."""

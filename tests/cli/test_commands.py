@@ -56,9 +56,9 @@ KINDS = {"precompute": PRECOMPUTE, "derive": DERIVE, "train-student": STUDENT, "
 def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, recipe):
     seen, parts = [], []
 
-    def run(plan, part):
+    def run(plan, part, wait):
         seen.append(plan)
-        parts.append(part)
+        parts.append((part, wait))
         return Result(plan.cache)
 
     monkeypatch.setattr("logitcache.teacher.precompute.precompute", run)
@@ -67,27 +67,35 @@ def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, reci
     assert (seen[0].cache, seen[0].batch_size) == ("b.zarr", 7)
     assert capsys.readouterr().out == "out   b.zarr\ntop1  0.5\n"
     assert main(["precompute", path, "--part", "2/8"]) == 0
-    assert parts == [None, "2/8"]
-
-
-@dataclass(frozen=True)
-class Filled:
-    cache: str
-    shards: int = 6
-    shards_left: int = 2
+    assert main(["precompute", path, "--wait"]) == 0
+    assert parts == [(None, False), ("2/8", False), (None, True)]
 
 
 @pytest.mark.parametrize("command", ["precompute", "derive"])
-def test_a_cache_that_is_not_whole_is_no_success_but_of_a_part(capsys, monkeypatch, recipe, command):
-    monkeypatch.setattr(f"logitcache.teacher.{command}.{command}", lambda plan, part: Filled(plan.cache))
+@pytest.mark.parametrize(
+    ("held", "apart", "why", "fix"),
+    [
+        (2, 0, "2 held by other running processes", "--wait, to wait for these processes; or once they have ended"),
+        (1, 0, "1 held by other running processes, 1 held by no process", "--wait"),
+        (0, 2, "2 left to other parts", "the same command computes what is free"),
+        (0, 0, "2 held by no process", "the same command computes what is free"),
+    ],
+)
+def test_a_cache_that_is_not_whole_is_no_success_but_of_a_part(
+    capsys, monkeypatch, recipe, command, held, apart, why, fix
+):
+    from logitcache.teacher.precompute import PrecomputeResult
+
+    filled = PrecomputeResult("c.zarr", 6, 4, 2, 0, 0, 0.0, 0, held, apart)
+    monkeypatch.setattr(f"logitcache.teacher.{command}.{command}", lambda plan, part, wait: filled)
     path = recipe(KINDS[command])
     assert main([command, path, "--part", "2/8"]) == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"c.zarr is not whole yet: 2 of 6 shards are not committed ({why})\n"
     assert main([command, path]) == 75
-    assert "2 of 6 shards are not committed. Fix: the same command again" in capsys.readouterr().err
+    assert f"c.zarr is not whole: 2 of 6 shards are not committed ({why}). Fix: {fix}" in capsys.readouterr().err
     assert main([command, path, "--json"]) == 75
     found = json.loads(capsys.readouterr().out)
-    assert (found["shards_left"], found["error"]["exit_code"]) == (2, 75)
+    assert (found["shards_left"], found["shards_held"], found["error"]["exit_code"]) == (2, held, 75)
 
 
 def test_train_student_passes_its_options_on(capsys, verb, recipe):

@@ -5,6 +5,7 @@
 One process imports torch once; every run is a fork of it. Prints what was found, as JSON, by scenario.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -22,6 +23,10 @@ from logitcache.cache.arrays import Shard
 from logitcache.cache.reader import open_cache
 from logitcache.cache.sharing import Claim, writing
 from logitcache.cache.store import LocalStore
+from logitcache.cli import main
+from logitcache.errors import Stopped
+from logitcache.recipe import dump_recipe
+from logitcache.teacher import share
 from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import AGAIN, DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, teacher
@@ -55,7 +60,9 @@ class Together(Slow):
         return super().forward(images)
 
 
-def run(path: Path, part: str | None = None, first: Linear | None = None, **changes: Any) -> dict[str, Any]:
+def run(
+    path: Path, part: str | None = None, first: Linear | None = None, wait: bool = False, **changes: Any
+) -> dict[str, Any]:
     plan = {"teachers": {"first": teacher(DENSE16), "second": teacher(TOP2_PACKED)}, "num_views": 3} | changes
     named: dict[str, Any] = plan["teachers"]
     modules = {"first": first or Slow(16), "second": Linear(7, seed=1)}
@@ -72,6 +79,7 @@ def run(path: Path, part: str | None = None, first: Linear | None = None, **chan
         teachers={name: modules[name] for name in named},
         dataset=Pixels(300),
         part=part,
+        wait=wait,
     )
     return asdict(result)
 
@@ -102,6 +110,7 @@ def outcome(path: Path, whole: dict[str, bytes], found: list[dict[str, Any]]) ->
     return {
         "written": [result["shards_written"] for result in found],
         "left": [result["shards_left"] for result in found],
+        "held": [result["shards_held"] for result in found],
         "identical": contents(path) == whole,
         "beside": [name for name in sorted(os.listdir(path.parent)) if not name.startswith("result")],
     }
@@ -170,6 +179,72 @@ def nothing_to_claim(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     return outcome(path, whole, [first, run(path)])
 
 
+def those_that_wait_end_with_a_whole_cache(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """Two wait for each other and for a third, which is killed; one more has only a part to do."""
+    children = [start(path, wait=True), start(path, wait=True), start(path), start(path, "1/9", wait=True)]
+    until(lambda: records(path), 3)
+    os.kill(children[2][0], signal.SIGKILL)
+    return outcome(path, whole, results(children))
+
+
+def one_waits_until_a_holder_is_killed(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """The last shard is in other hands for as long as their process lives."""
+    run(path, "1/9")
+    holder = holding(path)
+    child, report = start(path, wait=True)
+    until(lambda: records(path), NUM_SHARDS - 1)
+    time.sleep(10 * share.PAUSE)
+    waited = not report.exists()
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    return outcome(path, whole, results([(child, report)])) | {"waited": waited}
+
+
+def one_that_waits_is_stopped(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    run(path, "1/9")
+    holder = holding(path)
+
+    def waits() -> int:
+        try:
+            run(path, wait=True)
+        except Stopped as stopped:
+            return stopped.exit_code
+        return 0
+
+    child = forked(waits)
+    until(lambda: records(path), NUM_SHARDS - 1)
+    time.sleep(5 * share.PAUSE)
+    os.kill(child, signal.SIGTERM)
+    code = ended(child)
+    os.kill(holder, signal.SIGKILL)
+    ended(holder)
+    return outcome(path, whole, [run(path)]) | {"code": code}
+
+
+def students_are_trained_as_soon_as_the_cache_is_whole(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
+    """`precompute --wait && train-student` by two processes at once, beside a third, which is killed."""
+    pixels = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": 300, "num_classes": 16}}
+    slow = {"kind": "custom", "factory": "tests.teacher.several:Slow"}
+    plan = recipe(path, dataset=pixels, teachers={"t": teacher(model=slow)}, shard_rows=128, batch_size=32)
+    (path.parent / "result.yaml").write_text(dump_recipe(plan))
+    model = {"kind": "custom", "factory": "tests.cache.made:Linear"}
+    student = {"cache": str(path), "dataset": pixels, "model": model, "epochs": 1, "batch_size": 64, "num_workers": 0}
+
+    def command(number: int) -> int:
+        code = main(["precompute", str(path.parent / "result.yaml"), "--wait", "--quiet"])
+        out = path.parent / f"result{number}"
+        (path.parent / f"result{number}.yaml").write_text(json.dumps(student | {"out": str(out)}))
+        return code or main(["train-student", str(path.parent / f"result{number}.yaml"), "--quiet"])
+
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        children = [forked(lambda number=number: command(number)) for number in range(3)]  # type: ignore[misc]
+        until(lambda: len(list(path.glob("t.logits.commits/c.*"))), 2)
+        os.kill(children[2], signal.SIGKILL)
+        codes = [ended(child) for child in children]
+    precompute(plan.model_copy(update={"cache": str(path.parent / "result-alone")}))
+    return outcome(path, contents(path.parent / "result-alone"), []) | {"codes": codes}
+
+
 def killed_at_random(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     """Four start together, three are killed one by one, the first while the cache may not be there yet."""
     generator = random.Random(5)
@@ -215,13 +290,18 @@ SCENARIOS = (
     one_is_killed,
     the_last_claim_is_freed_late,
     nothing_to_claim,
+    those_that_wait_end_with_a_whole_cache,
+    one_waits_until_a_holder_is_killed,
+    one_that_waits_is_stopped,
+    students_are_trained_as_soon_as_the_cache_is_whole,
     killed_at_random,
     growing,
 )
 
 
-def main(root: Path) -> dict[str, Any]:
+def found_in(root: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
+    share.PAUSE = 0.05
     assert ended(forked(lambda: 0 if run(root / "whole") else 1)) == 0
     whole = contents(root / "whole")
     found = {}
@@ -233,4 +313,4 @@ def main(root: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]))))
+    print(json.dumps(found_in(Path(sys.argv[1]))))

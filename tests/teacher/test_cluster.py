@@ -23,6 +23,7 @@ from logitcache.teacher.cluster import precompute_on_cluster
 from logitcache.teacher.opening import build_teachers, open_images
 from logitcache.teacher.precompute import Done, PrecomputeRecipe, precompute
 from logitcache.teacher.preparation import Plan, prepare
+from logitcache.teacher.share import Share
 from logitcache.teacher.worker import Job, Outcome, Refusal, compute, release
 from logitcache.views.spec import Views
 from tests.cache.made import Pixels, contents, recipe, teacher
@@ -226,9 +227,18 @@ def test_a_scheduler_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pyt
 def test_shards_that_workers_commit_elsewhere_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = prepared(tmp_path / "c.zarr")
     monkeypatch.setattr(cluster, "VISIBLE", 0.2)
-    run = cluster.Run("precompute", work.plan, 1, cluster.WHOLE, Done())
+    plan = work.plan
+    run = cluster.Run("precompute", plan, Share(plan.snapshot, plan.pending, 1, cluster.WHOLE), Done())
     with pytest.raises(CacheError, match=r"committed view 0 rows 0\.\.128 to .*Fix: a file system that client and"):
         run._require_seen(work.plan.pending[:1])
+
+
+def test_a_cluster_waits_for_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = named(tmp_path / "c.zarr")
+    precompute(plan, part="2/2")
+    monkeypatch.setattr("logitcache.teacher.share.time.sleep", lambda seconds: precompute(plan, part="1/2"))
+    found = cluster.precompute_on_cluster(plan, workers=1, part="2/2", wait=True)
+    assert (found.shards, found.shards_written, found.shards_left) == (6, 0, 0)
 
 
 def test_the_options_reach_the_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,12 +252,12 @@ def test_the_options_reach_the_cluster(tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "r.yaml"
     file.write_text(dump_recipe(named(tmp_path / "c.zarr")))
     try:
-        assert main(["precompute", str(file), "--workers", "2", "--part", "1/2"]) == 0
+        assert main(["precompute", str(file), "--workers", "2", "--part", "1/2", "--wait"]) == 0
         assert main(["precompute", str(file), "--scheduler", "tcp://a:1"]) == 0
         assert main(["precompute", str(file), "--workers", "0"]) == 2
     finally:
         configure(quiet=True)
     assert seen == [
-        {"scheduler": None, "workers": 2, "part": "1/2"},
-        {"scheduler": "tcp://a:1", "workers": None, "part": None},
+        {"scheduler": None, "workers": 2, "part": "1/2", "wait": True},
+        {"scheduler": "tcp://a:1", "workers": None, "part": None, "wait": False},
     ]

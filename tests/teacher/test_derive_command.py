@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from logitcache.cache.sharing import Claim
+from logitcache.cache.snapshot import open_snapshot
+from logitcache.cache.store import LocalStore
 from logitcache.cli import main
 from logitcache.console import configure
 from logitcache.errors import MismatchError
@@ -45,6 +48,20 @@ def test_online_rebuilds_the_network_of_a_re_encoding_and_refuses_that_of_a_mean
     derive(derivation(tmp_path / "c", tmp_path / "mean", {"m": MEAN}))
     with pytest.raises(MismatchError, match=r"'m' is the mean of a, b, made by `logitcache derive`.*Fix: "):
         live_targets(str(tmp_path / "mean"), "cpu")
+
+
+def test_derive_waits_for_shards_that_are_held(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, held = derivation(two, tmp_path / "d", A), []
+    assert derive(plan, part="1/2").shards_left
+    for shard in open_snapshot(two).layout.shards():
+        claim = Claim(LocalStore(tmp_path / "d"), shard)
+        assert claim.take()
+        held.append(claim)
+    left = derive(plan)
+    assert (left.shards_written, left.shards_left, left.shards_held) == (0, 3, 3)
+    monkeypatch.setattr("logitcache.teacher.share.time.sleep", lambda seconds: [claim.release() for claim in held])
+    found = derive(plan, wait=True)
+    assert (found.shards_written, found.shards_left) == (3, 0)
 
 
 def test_the_command_tells_what_it_did_and_how_it_failed(

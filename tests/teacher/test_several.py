@@ -4,6 +4,8 @@ import errno
 import fcntl
 import io
 import os
+import shutil
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from logitcache import console
 from logitcache.cache.sharing import preparing
 from logitcache.cache.store import LocalStore
-from logitcache.errors import RecipeError
+from logitcache.errors import CacheError, RecipeError
 from logitcache.teacher.precompute import precompute
 from logitcache.teacher.share import Part
 from tests.cache.made import Linear, Pixels, contents, recipe, run
@@ -30,7 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 
 
 def test_every_outcome_is_what_one_process_writes(outcomes: dict[str, dict[str, Any]]) -> None:
-    assert len(outcomes) == 8
+    assert len(outcomes) == 12
     assert {name: found for name, found in outcomes.items() if not found["identical"]} == {}
     assert {name: found for name, found in outcomes.items() if found["beside"] != ["c.zarr"]} == {}
 
@@ -63,9 +65,34 @@ def test_students_see_the_cache_as_it_was_or_as_it_is_to_be(outcomes: dict[str, 
 
 def test_nobody_waits_for_a_claim_and_the_next_run_does_what_it_left(outcomes: dict[str, dict[str, Any]]) -> None:
     assert outcomes["nothing_to_claim"] | {"written": [7, 1], "left": [1, 0]} == outcomes["nothing_to_claim"]
+    assert outcomes["nothing_to_claim"]["held"] == [1, 0]
     late = outcomes["the_last_claim_is_freed_late"]
     assert sum(late["written"]) == 8
     assert late["left"][1] == 0
+
+
+def test_those_that_wait_end_with_a_whole_cache_also_if_others_are_killed(outcomes: dict[str, dict[str, Any]]) -> None:
+    together = outcomes["those_that_wait_end_with_a_whole_cache"]
+    assert together["left"] == [0, 0, 0]
+    late = outcomes["one_waits_until_a_holder_is_killed"]
+    assert late["waited"]
+    assert (late["written"], late["left"]) == ([8], [0])
+    assert outcomes["one_that_waits_is_stopped"]["code"] == 75
+
+
+def test_precompute_that_waits_and_a_student_after_it_run_in_two_processes_at_once(
+    outcomes: dict[str, dict[str, Any]],
+) -> None:
+    assert outcomes["students_are_trained_as_soon_as_the_cache_is_whole"]["codes"] == [0, 0, -signal.SIGKILL]
+
+
+def test_a_wait_ends_if_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.zarr"
+    monkeypatch.setattr("logitcache.teacher.share.time.sleep", lambda seconds: shutil.rmtree(path))
+    with pytest.raises(CacheError, match="Fix: check the path"):
+        precompute(
+            recipe(path, shard_rows=128), teachers={"t": Linear()}, dataset=Pixels(NUM_IMAGES), part="1/2", wait=True
+        )
 
 
 def test_a_part_alone_leaves_the_rest_to_others(tmp_path: Path) -> None:
@@ -73,6 +100,7 @@ def test_a_part_alone_leaves_the_rest_to_others(tmp_path: Path) -> None:
     images, modules = Pixels(NUM_IMAGES), {"t": Linear()}
     one = precompute(plan, teachers=modules, dataset=images, part="1/2")
     assert (one.shards, one.shards_written, one.shards_left) == (6, 3, 3)
+    assert str(one.left) == "3 left to other parts"
     again = precompute(plan, teachers=modules, dataset=images, part="1/2")
     assert (again.shards_written, again.shards_left) == (0, 3)
     assert run(tmp_path / "c.zarr", images, shard_rows=128).shards_written == 3
