@@ -63,7 +63,10 @@ class Together(Slow):
 def run(
     path: Path, part: str | None = None, first: Linear | None = None, wait: bool = False, **changes: Any
 ) -> dict[str, Any]:
-    plan = {"teachers": {"first": teacher(DENSE16), "second": teacher(TOP2_PACKED)}, "num_views": 3} | changes
+    plan: dict[str, Any] = {
+        "teachers": {"first": teacher(DENSE16), "second": teacher(TOP2_PACKED)},
+        "num_views": 3,
+    } | changes
     named: dict[str, Any] = plan["teachers"]
     modules = {"first": first or Slow(16), "second": Linear(7, seed=1)}
     result = precompute(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from logitcache.cache.sharing import Claim
+from logitcache.cache.sharing import Claim, writing
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.store import LocalStore
 from logitcache.cli import main
@@ -51,17 +51,16 @@ def test_online_rebuilds_the_network_of_a_re_encoding_and_refuses_that_of_a_mean
 
 
 def test_derive_waits_for_shards_that_are_held(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, held = derivation(two, tmp_path / "d", A), []
-    assert derive(plan, part="1/2").shards_left
-    for shard in open_snapshot(two).layout.shards():
-        claim = Claim(LocalStore(tmp_path / "d"), shard)
-        assert claim.take()
-        held.append(claim)
-    left = derive(plan)
-    assert (left.shards_written, left.shards_left, left.shards_held) == (0, 3, 3)
-    monkeypatch.setattr("logitcache.teacher.share.time.sleep", lambda seconds: [claim.release() for claim in held])
-    found = derive(plan, wait=True)
-    assert (found.shards_written, found.shards_left) == (3, 0)
+    plan, store = derivation(two, tmp_path / "d", A), LocalStore(tmp_path / "d")
+    assert derive(plan, part="1/2").shards_left == 1
+    with writing(store):
+        held = [Claim(store, shard) for shard in open_snapshot(tmp_path / "d").layout.shards()]
+        assert all(claim.take() for claim in held)
+        left = derive(plan)
+        assert (left.shards_written, left.shards_left, left.shards_held) == (0, 1, 1)
+        monkeypatch.setattr("logitcache.teacher.share.time.sleep", lambda seconds: [claim.release() for claim in held])
+        found = derive(plan, wait=True)
+    assert (found.shards_written, found.shards_left) == (1, 0)
 
 
 def test_the_command_tells_what_it_did_and_how_it_failed(
