@@ -89,7 +89,8 @@ class Classifier(nn.Module):
         if not isinstance(found, Tensor) or found.ndim != 2:
             raise RecipeError(
                 f"the model returned {_described(output)}, not logits [B, K].\n"
-                "  Fix: wrap it in a module whose forward returns the logits alone."
+                "  Fix: wrap it in a module whose forward returns the logits alone; torchvision's GoogLeNet and "
+                "Inception do so with model.options: {aux_logits: false}."
             )
         return found
 

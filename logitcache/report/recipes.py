@@ -12,9 +12,9 @@ from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.diagnosis import validate
 from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.recipe import Component, load_recipe, read_recipe, require_effect
-from logitcache.student.models import require_fit
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.sources import lesson_of
+from logitcache.student.trial import require_fit
 from logitcache.teacher.derive_recipe import DeriveRecipe
 from logitcache.teacher.opening import require_teachers
 from logitcache.teacher.precompute import PrecomputeRecipe

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.errors import MismatchError
+from logitcache.errors import RecipeError
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, is_multi_label
 
 SHOWN = 20
@@ -15,17 +15,17 @@ SHOWN = 20
 def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_classes: int) -> NDArray[np.int64]:
     """Return the labels of a data set in the model's classes, [N]; -1 for images of classes that are not mapped.
 
-    A key is the name of one of the data set's classes or, where none has that name, its index. Raises MismatchError for
+    A key is the name of one of the data set's classes or, where none has that name, its index. Raises RecipeError for
     classes that are not there, on either side.
     """
     if is_multi_label(dataset.labels):
-        raise MismatchError(
+        raise RecipeError(
             "validation.class_map: the images are of any number of classes each, which are not mapped. "
             "Fix: leave it out, and validate on the model's classes"
         )
     wrong = {key: label for key, label in class_map.items() if not 0 <= label < num_classes}
     if wrong:
-        raise MismatchError(
+        raise RecipeError(
             f"validation.class_map: {wrong} are no classes of the model, which has {num_classes}. "
             f"Fix: 0 to {num_classes - 1}"
         )
@@ -36,7 +36,7 @@ def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_class
         table[_index(key, names, count)] = label
     labels: NDArray[np.int64] = table[dataset.labels]
     if (labels == UNLABELLED).all():
-        raise MismatchError("validation.class_map: no image is of a class that is mapped. Fix: map others")
+        raise RecipeError("validation.class_map: no image is of a class that is mapped. Fix: map others")
     return labels
 
 
@@ -47,7 +47,7 @@ def _index(key: str, names: tuple[str, ...], count: int) -> int:
         return int(key)
     near = get_close_matches(key, names, n=1)
     known = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "") if names else "without names"
-    raise MismatchError(
+    raise RecipeError(
         f"validation.class_map: the images have no class {key!r}. "
         + (f"Did you mean {near[0]!r}? " if near else "")
         + f"Fix: a name or an index of their {count} classes ({known})"

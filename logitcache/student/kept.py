@@ -1,5 +1,6 @@
-"""Which weights a run ends with: those of the last epoch, or of the one that measured best."""
+"""What a run ends with: what it measured, and the weights of the last epoch or of the one that measured best."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from logitcache.errors import RecipeError
@@ -11,6 +12,31 @@ from logitcache.student.run import RunDirectory
 from logitcache.student.saved import most_bytes
 from logitcache.student.trained import Evaluation, save_evaluation
 from logitcache.student.validation import Validator
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run measured; accuracies are fractions of the validation images, None where it had none.
+
+    Of images of any number of classes there are mean average precision and F1 in place of top-1 and top-5.
+    """
+
+    out: str
+    epochs: int
+    steps: int
+    images: int
+    seconds: float
+    num_parameters: int
+    loss: float
+    top1: float | None
+    top5: float | None
+    best_top1: float | None
+    agreement: float | None
+    teacher_passes: int
+    mean_ap: float | None = None
+    f1_macro: float | None = None
+    f1_micro: float | None = None
+    best_mean_ap: float | None = None
 
 
 def require_measurable(recipe: TrainingRecipe, validator: Validator | None) -> None:

@@ -1,13 +1,10 @@
 """The model to train, proved to fit what it learns from before the first step."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from logitcache.console import say
-from logitcache.device import own_randomness
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.features import Layout
 from logitcache.models import Classifier, default_preprocessing, resolve_preprocessing
@@ -15,7 +12,7 @@ from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Site
-from logitcache.student.recipes import StudentRecipe, TrainingRecipe
+from logitcache.student.recipes import TrainingRecipe
 from logitcache.student.sources import Lesson
 
 
@@ -30,7 +27,7 @@ def build_classifier(recipe: TrainingRecipe, lesson: Lesson, validation: Tensor 
         built, recipe.preprocessing, who="the recipe", default=default_preprocessing(num_channels)
     )
     classifier = Classifier(built.module, preprocessing)
-    _try(classifier, _black(lesson), lesson.num_classes, "the images")
+    _try(classifier, black(lesson), lesson.num_classes, "the images")
     if validation is not None:
         _try(classifier, validation, lesson.num_classes, "the validation images")
     return classifier
@@ -38,7 +35,7 @@ def build_classifier(recipe: TrainingRecipe, lesson: Lesson, validation: Tensor 
 
 def decide_layouts(recipe: TrainingRecipe, lesson: Lesson, classifier: Classifier) -> dict[str, Layout]:
     """Decide where the taps of the losses put their channels; raises RecipeError if nothing says."""
-    return decided_layouts(classifier, _taps(recipe), recipe.tap_layouts, _black(lesson))
+    return decided_layouts(classifier, taps_of(recipe), recipe.tap_layouts, black(lesson))
 
 
 def decided_layouts(
@@ -61,34 +58,14 @@ def build_adapters(
     `layouts` of the taps are those of `decide_layouts`.
     """
     decided = decide_layouts(recipe, lesson, classifier) if layouts is None else layouts
-    shapes = _shapes_at(classifier, _taps(recipe), lesson, decided)
+    shapes = _shapes_at(classifier, taps_of(recipe), lesson, decided)
     site = Site(shapes, lesson.teachers, lesson.num_images, lesson.class_counts)
     return nn.ModuleList(_adapter(number, loss, site) for number, loss in enumerate(recipe.losses))
 
 
-def _taps(recipe: TrainingRecipe) -> list[str]:
+def taps_of(recipe: TrainingRecipe) -> list[str]:
+    """Return the student's taps that the losses look at."""
     return [tap for loss in recipe.losses for tap in loss.taps]
-
-
-def require_fit(recipe: StudentRecipe, lesson: Lesson) -> None:
-    """Raise, as training would, where the student does not fit what it learns from, or where a tap of it does not fire.
-
-    Weights are not loaded. Those that bring their own preprocessing say at which size the network runs: of such a
-    student the taps are only looked for.
-    """
-    architecture = recipe.model.architecture()
-    taps = () if recipe.validation is None else recipe.validation.taps
-    with own_randomness(torch.device("cpu"), recipe.seed):
-        if architecture != recipe.model and recipe.preprocessing is None:
-            network = architecture.build(lesson.num_classes, lesson.image_shape[0]).module
-            Tapped(network, network, [*_taps(recipe), *taps], who="the model")
-            say("the student's weights are not loaded here: at the size that they ask for, training tries it first")
-            return
-        bare = recipe.model_copy(update={"model": architecture})
-        classifier = build_classifier(bare, lesson, None)
-        # What a loss remembers of every image is not worth its memory here.
-        build_adapters(bare, replace(lesson, num_images=1), classifier)
-        decided_layouts(classifier, taps, recipe.tap_layouts, _black(lesson))
 
 
 def _adapter(number: int, loss: Loss, site: Site) -> nn.Module:
@@ -107,13 +84,13 @@ def _shapes_at(
         return {}
     tapped = Tapped(classifier.eval(), classifier.module, taps, who="the model", layouts=layouts)
     try:
-        _, found = tapped(_black(lesson))
+        _, found = tapped(black(lesson))
     finally:
         tapped.remove()
     return {tap: tuple(features.shape[1:]) for tap, features in found.items()}
 
 
-def _black(lesson: Lesson) -> Tensor:
+def black(lesson: Lesson) -> Tensor:
     """Return two black images of the training size."""
     return torch.zeros((2, *lesson.image_shape), dtype=torch.uint8)
 

@@ -26,12 +26,13 @@ from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.targets import Targets
 from logitcache.views.datasets import fingerprint, open_dataset
-from logitcache.views.datasets.base import is_multi_label
+from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.datasets.labels import class_counts
 from logitcache.views.epochs import EpochLoader, no_targets
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, require_one_size
 
+NUM_LABELS = 64
 LiveTargets = Callable[[Tensor, Tensor], Mapping[str, Targets]]
 
 
@@ -39,13 +40,16 @@ LiveTargets = Callable[[Tensor, Tensor], Mapping[str, Targets]]
 class Lesson:
     """What a model is to fit: classes, images uint8 [C, H, W], teachers, and how many images there are to learn from.
 
-    class_counts: labelled images of each class, int64 [C].
+    class_counts: labelled images of each class, int64 [C]; labels: those of the first images; mixes: whether images are
+    mixed with partners.
     """
 
     num_classes: int
     image_shape: tuple[int, ...]
     num_images: int
     class_counts: Tensor
+    labels: Labels
+    mixes: bool
     teachers: Mapping[str, HeldTeacher] = field(default_factory=dict)
 
 
@@ -145,7 +149,8 @@ def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
     num_classes = _num_classes(recipe.losses, classes, cache.manifest.fingerprint.num_classes)
     require_classes(recipe.losses, num_classes, f"{cache.location}: ")
     counts = torch.from_numpy(class_counts(cache.labels, num_classes))
-    return Lesson(num_classes, cache.manifest.image_shape, len(cache), counts, held)
+    first, mixes = cache.labels[:NUM_LABELS].copy(), bool(cache.manifest.views.mixing)
+    return Lesson(num_classes, cache.manifest.image_shape, len(cache), counts, first, mixes, held)
 
 
 def _as_begun(cache: Cache, begun: Mapping[str, Any]) -> Cache:
@@ -192,8 +197,8 @@ def _from_labels(recipe: TeacherRecipe, begun: Mapping[str, Any], part: Mapping[
     identity: dict[str, Any] = {"dataset": fingerprint(dataset).model_dump(mode="json")}
     identity |= {"plan_version": spec.plan_version} if spec.plan_version > 1 else {}
     counts = torch.from_numpy(class_counts(dataset.labels, dataset.num_classes))
-    shape = tuple(views[ViewKey(0, 0)].shape)
-    lesson = Lesson(dataset.num_classes, shape, len(dataset.ids), counts)
+    shape, first = tuple(views[ViewKey(0, 0)].shape), dataset.labels[:NUM_LABELS].copy()
+    lesson = Lesson(dataset.num_classes, shape, len(dataset.ids), counts, first, bool(recipe.mixing))
     return Source(loader, lesson, identity, class_names=_names(views, lesson))
 
 

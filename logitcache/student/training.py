@@ -1,7 +1,7 @@
 """Stage two: train a student from a cache, or any model on labels. One loop serves both."""
 
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from logitcache.recipe import require_effect
 from logitcache.stopping import StopFlag, stop_flag
 from logitcache.student.batch_norm import require_possible
 from logitcache.student.ensembles import with_ensembles
-from logitcache.student.kept import best_epoch, keep_if_best, require_measurable, save_kept
+from logitcache.student.kept import RunResult, best_epoch, keep_if_best, require_measurable, save_kept
 from logitcache.student.learner import Learner
 from logitcache.student.models import build_adapters, build_classifier, decide_layouts
 from logitcache.student.nonfinite import require_finite_targets
@@ -26,37 +26,15 @@ from logitcache.student.run import RunDirectory
 from logitcache.student.saved import most_bytes, require_alike, require_shapes
 from logitcache.student.sources import LiveTargets, Source, open_source
 from logitcache.student.trained import Evaluation, evaluated_as
+from logitcache.student.trial import require_trainable
 from logitcache.student.validation import Validator, open_validator
 from logitcache.targets import Batch
 from logitcache.views.augmentations import Augmentation
 
+__all__ = ["RunResult", "train"]
+
 SHOWN = ("top1", "top5", "mean_ap", "f1_macro", "agreement")
 """What is told of an epoch, as far as it was measured."""
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run measured; accuracies are fractions of the validation images, None where it had none.
-
-    Of images of any number of classes there are mean average precision and F1 in place of top-1 and top-5.
-    """
-
-    out: str
-    epochs: int
-    steps: int
-    images: int
-    seconds: float
-    num_parameters: int
-    loss: float
-    top1: float | None
-    top5: float | None
-    best_top1: float | None
-    agreement: float | None
-    teacher_passes: int
-    mean_ap: float | None = None
-    f1_macro: float | None = None
-    f1_micro: float | None = None
-    best_mean_ap: float | None = None
 
 
 def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: LiveTargets | None = None) -> RunResult:
@@ -94,6 +72,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
         classifier = build_classifier(recipe, source.lesson, sample)
         layouts = decide_layouts(recipe, source.lesson, classifier)
         adapters = build_adapters(recipe, source.lesson, classifier, layouts)
+        require_trainable(recipe, source.lesson, classifier, device, layouts, ranks.size)
         learner = Learner(recipe, classifier, device, adapters, ranks, layouts)
         with run.held(), stop_flag() as stop:
             if resume and not run.begun:

@@ -212,7 +212,7 @@ def test_a_map_lets_images_of_another_number_of_classes_be_measured(run: Path) -
     ],
 )
 def test_a_map_of_classes_that_are_not_there_is_refused(run: Path, classes: str, message: str) -> None:
-    with pytest.raises(LogitCacheError, match=message):
+    with pytest.raises(RecipeError, match=message):
         evaluate(run, [f"validation.class_map={classes}"])
 
 

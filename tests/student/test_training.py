@@ -55,7 +55,7 @@ def _assert_close(first: RunResult, second: RunResult, tolerance: float = 1e-6) 
         torch.testing.assert_close(value, _final(second)[name], rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("count", [3, 4, 32, 99])
+@pytest.mark.parametrize("count", [3, 4, 32])
 @pytest.mark.parametrize("optimizer", [SGD, {"kind": "adamw"}], ids=lambda o: o["kind"])
 def test_micro_batches_compute_what_one_batch_computes(
     count: int, optimizer: dict[str, Any], partly: Path, tmp_path: Path

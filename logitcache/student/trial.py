@@ -1,0 +1,241 @@
+"""One step of training on copies, before the first: what fails in training mode or on the smallest batch fails here."""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from logitcache.console import say
+from logitcache.device import own_randomness
+from logitcache.errors import RecipeError
+from logitcache.features import Layout
+from logitcache.logits import NO_LOGITS
+from logitcache.models import Classifier
+from logitcache.models.taps import Tapped
+from logitcache.student.ensembles import with_ensembles
+from logitcache.student.learner import Terms
+from logitcache.student.models import black, build_adapters, build_classifier, decide_layouts, decided_layouts, taps_of
+from logitcache.student.progress import Progress
+from logitcache.student.ranks import ALONE
+from logitcache.student.recipes import StudentRecipe, TrainingRecipe
+from logitcache.student.sources import Lesson
+from logitcache.targets import Batch, MixedLabels, Targets
+from logitcache.views.order import share_of
+
+_REMEMBERED = 64
+"""Images that a loss remembers in the trial, at most: a bank of all of them is not worth its memory."""
+_PIXELS = 1 << 18
+"""Pixels of a batch that is tried first; one of more is tried only if that fails."""
+
+
+def smallest_batch(recipe: TrainingRecipe, lesson: Lesson, num_processes: int = 1) -> int:
+    """Return the fewest images of one forward pass: of a last batch, cut for processes and into micro-batches."""
+    unit = 2 if lesson.mixes else recipe.views_per_image
+    last = 0 if recipe.drop_last else lesson.num_images % recipe.batch_size
+    batches = {last} if lesson.num_images < recipe.batch_size else {recipe.batch_size, last}
+    # Layers that normalise by the batch of all processes see all of it.
+    ranks = 1 if recipe.sync_batch_norm else num_processes
+    parts = [len(share_of(range(size), rank, ranks, unit)) for size in batches for rank in range(ranks)]
+    return min(_last_micro(part, recipe.micro_batches) for part in parts if part)
+
+
+def _last_micro(rows: int, count: int) -> int:
+    size = -(-rows // count)
+    return rows % size or size
+
+
+def require_trainable(
+    recipe: TrainingRecipe,
+    lesson: Lesson,
+    classifier: Classifier,
+    device: torch.device,
+    layouts: Mapping[str, Layout],
+    num_processes: int = 1,
+) -> None:
+    """Try a step on a copy of a model; random draws are put back. Raises RecipeError if the model or a loss fails."""
+    try:
+        model = copy.deepcopy(classifier)
+    except Exception as cause:  # a module decides for itself how it is copied
+        say(f"the model cannot be copied ({cause}): its first step in training mode is the run's own")
+        return
+    with own_randomness(device, recipe.seed):
+        _try_step(recipe, lesson, model, device, layouts, num_processes)
+
+
+def require_fit(recipe: StudentRecipe, lesson: Lesson) -> None:
+    """Raise, as training would, if the student does not fit what it learns from, or fails in a step on the CPU.
+
+    Weights are not loaded. Those that bring their own preprocessing say at which size the network runs: of such a
+    student the taps are only looked for.
+    """
+    architecture, cpu = recipe.model.architecture(), torch.device("cpu")
+    taps = () if recipe.validation is None else recipe.validation.taps
+    with own_randomness(cpu, recipe.seed):
+        if architecture != recipe.model and recipe.preprocessing is None:
+            network = architecture.build(lesson.num_classes, lesson.image_shape[0]).module
+            Tapped(network, network, [*taps_of(recipe), *taps], who="the model")
+            say("the student's weights are not loaded here: at the size that they ask for, training tries it first")
+            return
+        bare = recipe.model_copy(update={"model": architecture, "precision": "float32"})
+        classifier = build_classifier(bare, lesson, None)
+        _try_step(bare, lesson, classifier, cpu, decide_layouts(bare, lesson, classifier))
+        decided_layouts(classifier, taps, recipe.tap_layouts, black(lesson))
+
+
+def _try_step(
+    recipe: TrainingRecipe,
+    lesson: Lesson,
+    model: Classifier,
+    device: torch.device,
+    layouts: Mapping[str, Layout],
+    num_processes: int = 1,
+) -> None:
+    """Run forward and backward in training mode on the smallest batch, on noise in the shapes of pixels and targets."""
+    rows = smallest_batch(recipe, lesson, num_processes)
+    first = min(rows, max(2, _least(recipe), _PIXELS // math.prod(lesson.image_shape[1:])))
+    trial = _Trial.of(recipe, lesson, model, device, layouts)
+    failure = trial.failure(first)
+    if failure is not None and first < rows:
+        failure = trial.failure(rows)
+    if failure is None:
+        return
+    if rows == 1 and trial.failure(2) is None:
+        raise RecipeError(_too_few(recipe, lesson, num_processes, failure)) from failure
+    if not isinstance(failure, _NotFinite):  # at any number of rows, training reports that it diverges
+        raise trial.located(rows, failure) from failure
+
+
+def _least(recipe: TrainingRecipe) -> int:
+    return max(loss.min_rows for loss in recipe.losses)
+
+
+class _NotFinite(ArithmeticError):
+    """A loss or a gradient that is inf or nan."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Copies of what is trained, which a step may change."""
+
+    recipe: TrainingRecipe
+    lesson: Lesson
+    model: Classifier
+    adapters: nn.ModuleList
+    device: torch.device
+    layouts: Mapping[str, Layout]
+
+    @classmethod
+    def of(
+        cls,
+        recipe: TrainingRecipe,
+        lesson: Lesson,
+        model: Classifier,
+        device: torch.device,
+        layouts: Mapping[str, Layout],
+    ) -> "_Trial":
+        few = replace(lesson, num_images=min(lesson.num_images, _REMEMBERED))
+        adapters = build_adapters(recipe, few, model, layouts)
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)
+        return cls(recipe, lesson, model.to(device), adapters.to(device), device, layouts)
+
+    def failure(self, rows: int) -> Exception | None:
+        """Run a step of so many rows; return what it raised."""
+        return self._attempt(self.recipe, self.adapters, rows)
+
+    def located(self, rows: int, failure: Exception) -> RecipeError:
+        """Word a failure with the part of the step that raises it: the model, or the first loss that does."""
+        where, cause = "", failure
+        if (alone := self._attempt(self.recipe, None, rows)) is not None:
+            cause = alone
+        else:
+            for number, (loss, adapter) in enumerate(zip(self.recipe.losses, self.adapters, strict=True)):
+                only = self.recipe.model_copy(update={"losses": (loss,)})
+                if (found := self._attempt(only, nn.ModuleList([adapter]), rows)) is not None:
+                    where, cause = f" with losses.{number} ({loss.kind})", found
+                    break
+        images = f"{rows} image{'s' * (rows > 1)} uint8 {list(self.lesson.image_shape)}"
+        text = f"the model fails in training mode{where}, on {images}: {cause}"
+        fix = "" if "Fix: " in text else ". Fix: a model that trains on such images, or another loss"
+        return RecipeError(text + fix)
+
+    def _attempt(self, recipe: TrainingRecipe, adapters: nn.ModuleList | None, rows: int) -> Exception | None:
+        """Run a step of a recipe's losses; without `adapters`, the model's forward pass alone."""
+        taps = [] if adapters is None else taps_of(recipe)
+        tapped = Tapped(self.model, self.model.module, taps, "the model", self.layouts) if taps else self.model
+        batch = _noise(recipe, self.lesson, rows).to(self.device)
+        try:
+            self.model.train()
+            if adapters is None:
+                tapped(batch.images)
+                return None
+            terms = Terms(recipe, tapped, adapters, self.device, ALONE).train()
+            loss: Tensor = terms(batch, Progress(0, 1, recipe.epochs)).sum()
+            terms.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            _require_finite(loss, terms)
+        except Exception as error:  # the model's own code may raise anything
+            return error
+        finally:
+            if isinstance(tapped, Tapped):
+                tapped.remove()
+        return None
+
+
+def _require_finite(loss: Tensor, terms: nn.Module) -> None:
+    gradients = [parameter.grad for parameter in terms.parameters() if parameter.grad is not None]
+    if not all(bool(values.detach().isfinite().all()) for values in (loss, *gradients)):
+        raise _NotFinite("the loss or its gradient is not finite")
+
+
+def _noise(recipe: TrainingRecipe, lesson: Lesson, rows: int) -> Batch:
+    """Draw a batch in the shapes of the real ones, with the labels of the first images."""
+    images = torch.randint(256, (rows, *lesson.image_shape), dtype=torch.uint8)
+    keys = torch.stack(
+        [torch.zeros(rows, dtype=torch.int64), torch.arange(rows) % min(lesson.num_images, _REMEMBERED)], dim=1
+    )
+    labels = torch.from_numpy(lesson.labels[np.arange(rows) % len(lesson.labels)])
+    teachers = {
+        name: Targets(
+            NO_LOGITS if held.num_classes is None else torch.randn(rows, held.num_classes),
+            {feature: torch.rand(rows, *kept.shape) for feature, kept in held.features.items()},
+        )
+        for name, held in lesson.teachers.items()
+    }
+    mixed = MixedLabels(labels, torch.full((rows,), 0.5)) if lesson.mixes else None
+    batch = Batch(images, labels, keys, teachers, mixed)
+    return with_ensembles(batch, recipe.ensembles) if isinstance(recipe, StudentRecipe) else batch
+
+
+def _too_few(recipe: TrainingRecipe, lesson: Lesson, num_processes: int, cause: Exception) -> str:
+    """Word a failure on one image where two are enough."""
+    fixes = [f"{key}: {value}" for key, value in _remedies(recipe, lesson, num_processes)]
+    cut = [f"{recipe.micro_batches} micro_batches"] * (recipe.micro_batches > 1)
+    cut += [f"{num_processes} processes"] * (num_processes > 1 and not recipe.sync_batch_norm)
+    return (
+        f"{lesson.num_images} images in batches of {recipe.batch_size}{' for ' * bool(cut)}{' and '.join(cut)} leave a "
+        f"batch of 1, on which the model cannot train, as it can on 2: {cause}. Fix: {', or '.join(fixes)}"
+    )
+
+
+def _remedies(recipe: TrainingRecipe, lesson: Lesson, num_processes: int) -> Iterator[tuple[str, Any]]:
+    """Yield the changes of one key that leave no batch of one image."""
+
+    def helps(**change: Any) -> bool:
+        changed = recipe.model_copy(update=change)
+        last = 0 if changed.drop_last else lesson.num_images % changed.batch_size
+        is_cut = 0 < last < _least(recipe) or (changed.drop_last and lesson.num_images < changed.batch_size)
+        return not is_cut and smallest_batch(changed, lesson, num_processes) > 1
+
+    unit = 2 if lesson.mixes else recipe.views_per_image
+    larger = range(recipe.batch_size - recipe.batch_size % unit + unit, 2 * recipe.batch_size + 2 * unit + 2, unit)
+    if helps(drop_last=True):
+        yield "drop_last", "true"
+    yield from (("batch_size", size) for size in [n for n in larger if helps(batch_size=n)][:1])
+    fewer = [n for n in range(recipe.micro_batches - 1, 0, -1) if helps(micro_batches=n)]
+    yield from (("micro_batches", count) for count in fewer[:1])
