@@ -1,6 +1,5 @@
 """What is read of a cache is bounded, stays inside it, and belongs to the cache that was opened."""
 
-import contextlib
 import os
 import pickle
 import resource
@@ -11,15 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.room import FOLDER
 from logitcache.cache.snapshot import Snapshot, locate, open_snapshot
 from logitcache.cache.store import LocalStore
 from logitcache.cli import main
-from logitcache.errors import CacheError, LogitCacheError
+from logitcache.errors import CacheError
 from logitcache.remote import Entry, Remote
 from logitcache.safe_files import inside, parse_json
 from logitcache.views.keys import ViewKey
@@ -177,41 +174,3 @@ def test_shared_memory_gives_no_rows_of_another_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="is damaged"):
         rows_of(Cache(snapshot), 0)
     assert np.array_equal(rows_of(victim, 0), rows_of(Cache(Snapshot.read(locate(paths[0]))), 0))
-
-
-_CACHES: list[Path] = []
-
-
-def caches(factory: pytest.TempPathFactory) -> list[Path]:
-    if not _CACHES:
-        for seed in range(2):
-            path = factory.mktemp("made") / f"{seed}.zarr"
-            run(path, Pixels(300, seed=seed), teachers={"t": teacher(PACKED)}, shard_rows=128)
-            _CACHES.append(path)
-    return _CACHES
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=st.lists(st.sampled_from(["replace", "shards", "delete", "repair", "read 0", "read 1"]), max_size=8))
-def test_every_row_read_is_one_of_the_cache_that_was_opened_or_an_error(
-    steps: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    sources = caches(tmp_path_factory)
-    expected = [rows_of(open_cache(sources[0]), view) for view in range(2)]
-    path = tmp_path_factory.mktemp("worked") / "c.zarr"
-    shutil.copytree(sources[0], path)
-    reader = open_cache(path)
-    for step in [*steps, "read 0", "read 1"]:
-        if step.startswith("read"):
-            view = int(step[-1])
-            with contextlib.suppress(LogitCacheError):
-                assert np.array_equal(rows_of(reader, view), expected[view])
-        elif step == "shards":
-            for file in (sources[1] / "t.logits").glob("c.*"):
-                (path / "t.logits").mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, path / "t.logits" / "new")
-                (path / "t.logits" / "new").rename(path / "t.logits" / file.name)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-            if step != "delete":
-                shutil.copytree(sources[0 if step == "repair" else 1], path)
