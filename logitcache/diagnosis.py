@@ -33,9 +33,10 @@ _NOT_A_MAPPING = ("dict_type", "model_type", "model_attributes_type")
 
 
 def validate(data: Any, model: type[R]) -> tuple[R | None, list[tuple[Keys, str]]]:
-    """Validate plain data; returns the object or None, and every mistake with its key.
+    """Validate plain data; returns the object that it is without its mistakes, and every mistake with its key.
 
-    A misspelt kind is read as the nearest one, so that it hides no other mistake.
+    A misspelt kind is read as the nearest one, so that it hides no other mistake. Any other wrong entry is left out:
+    the object is None if what is left is none.
     """
     problems: list[tuple[Keys, str]] = []
     while True:
@@ -50,7 +51,20 @@ def validate(data: Any, model: type[R]) -> tuple[R | None, list[tuple[Keys, str]
                 _at(data, error.keys[:-1])[error.keys[-1]] = error.meant
                 mended = True
         if not mended:
-            return None, problems + _merged(errors)
+            merged = _merged(errors)
+            return _without(data, model, [keys for keys, _ in merged]), problems + merged
+
+
+def _without(data: Any, model: type[R], wrong: Sequence[Keys]) -> R | None:
+    """Validate data without the entries at some keys; None if they are not mappings' or cannot be left out."""
+    for keys in wrong:
+        parent = _at(data, keys[:-1])
+        if isinstance(parent, dict) and keys:
+            parent.pop(keys[-1], None)
+    try:
+        return model.model_validate_json(json.dumps(data))
+    except ValidationError:
+        return None
 
 
 def default_at(model: type[BaseModel], data: Any, keys: Keys) -> Any:

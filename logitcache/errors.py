@@ -3,6 +3,7 @@
 ValueError
 └── LogitCacheError              any of these; `except ValueError` still works
     ├── RecipeError          2   a recipe, an option or their combination is wrong
+    │   └── RecipeErrors         several of them at once
     ├── DataError            2   an image or a label cannot be read
     │   └── RefusedError         a file names what only a user may have opened, or what is never opened
     ├── MissingExtraError    2   an optional dependency is not installed
@@ -15,6 +16,7 @@ ValueError
 """
 
 import signal
+from collections.abc import Callable, Sequence
 
 
 class LogitCacheError(ValueError):
@@ -25,6 +27,14 @@ class LogitCacheError(ValueError):
 
 class RecipeError(LogitCacheError):
     """A recipe, an option or their combination is wrong."""
+
+
+class RecipeErrors(RecipeError):
+    """Several mistakes, each an error of its own."""
+
+    def __init__(self, errors: Sequence[LogitCacheError]) -> None:
+        super().__init__(listed([str(error) for error in errors]))
+        self.errors = tuple(errors)
 
 
 class DataError(LogitCacheError):
@@ -91,3 +101,31 @@ class KilledWorkerError(Stopped):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, signal.SIGKILL)
+
+
+def caught(*checks: Callable[[], object]) -> list[LogitCacheError]:
+    """Run checks that do not depend on one another; return what they raise."""
+    found: list[LogitCacheError] = []
+    for check in checks:
+        try:
+            check()
+        except RecipeErrors as several:
+            found += several.errors
+        except LogitCacheError as error:
+            found.append(error)
+    return found
+
+
+def raise_all(errors: Sequence[LogitCacheError]) -> None:
+    """Raise the only error as it is, several as RecipeErrors; return if there are none."""
+    if len(errors) > 1:
+        raise RecipeErrors(errors)
+    for error in errors:
+        raise error
+
+
+def listed(mistakes: Sequence[str]) -> str:
+    """Return the text of one error for several mistakes: the only one as it is, or their number and each."""
+    if len(mistakes) == 1:
+        return mistakes[0]
+    return "\n  ".join([f"{len(mistakes)} mistakes:", *(text.replace("\n", "\n  ") for text in mistakes)])

@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from logitcache.diagnosis import default_at, validate
-from logitcache.errors import RecipeError
+from logitcache.errors import RecipeError, listed
 from logitcache.notation import Mistake, Source, dump
 
 
@@ -75,21 +75,31 @@ def load_recipe(source: str | Path | Mapping[str, Any], model: type[R], override
 
     Raises RecipeError that lists every mistake with its line (or `--set`), key, value and fix.
     """
+    accepted, mistakes = load_sound(source, model, overrides)
+    if accepted is None or mistakes:
+        raise RecipeError(listed(mistakes))
+    return accepted
+
+
+def load_sound(
+    source: str | Path | Mapping[str, Any], model: type[R], overrides: Sequence[str] = ()
+) -> tuple[R | None, list[str]]:
+    """Read a recipe as `load_recipe` does; return it without the entries that are wrong, and every mistake.
+
+    None if what is left is no recipe.
+    """
     recipe = _read(source)
     for text in overrides:
         recipe.override(text, lambda keys: default_at(model, recipe.data, keys))
-    accepted, problems = validate(recipe.data, model)
-    mistakes = recipe.mistakes + [Mistake(recipe.place(keys), text) for keys, text in problems]
-    if accepted is None or mistakes:
-        raise RecipeError(_listed(mistakes))
-    return accepted
+    sound, problems = validate(recipe.data, model)
+    return sound, _worded(recipe.mistakes + [Mistake(recipe.place(keys), text) for keys, text in problems])
 
 
 def read_recipe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
     """Read a YAML file or a mapping as plain data, not validated. Raises RecipeError."""
     recipe = _read(source)
     if recipe.mistakes:
-        raise RecipeError(_listed(recipe.mistakes))
+        raise RecipeError(listed(_worded(recipe.mistakes)))
     data: dict[str, Any] = recipe.data
     return data
 
@@ -130,6 +140,5 @@ def _read(source: str | Path | Mapping[str, Any]) -> Source:
         raise RecipeError(f"the recipe holds what YAML cannot: {error}; use plain values") from None
 
 
-def _listed(mistakes: Iterable[Mistake]) -> str:
-    lines = [f"{place.prefix}{text}" for place, text in sorted(mistakes)]
-    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} mistakes:", *lines])
+def _worded(mistakes: Iterable[Mistake]) -> list[str]:
+    return [f"{place.prefix}{text}" for place, text in sorted(mistakes)]

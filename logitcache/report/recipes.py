@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,11 +10,12 @@ from typing import Any, TypeVar
 from logitcache.cache.reader import Cache
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.diagnosis import validate
-from logitcache.errors import LogitCacheError, RecipeError
-from logitcache.recipe import Component, load_recipe, read_recipe, require_effect
+from logitcache.errors import LogitCacheError, RecipeError, caught, listed
+from logitcache.recipe import Component, load_recipe, load_sound, read_recipe, require_effect
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.sources import lesson_of
-from logitcache.student.trial import require_fit
+from logitcache.student.trial import require_fit, require_taps
+from logitcache.teacher.derive_plan import Source as Derived
 from logitcache.teacher.derive_recipe import DeriveRecipe
 from logitcache.teacher.opening import require_teachers
 from logitcache.teacher.precompute import PrecomputeRecipe
@@ -39,9 +40,9 @@ class CheckedRecipe:
 
 
 def check_recipes(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> list[CheckedRecipe]:
-    """Validate recipes of any kind, a student's also against its cache where that is there: it is built, and tried.
+    """Validate recipes of any kind, and report every mistake in them.
 
-    All mistakes in what a file says are told.
+    A student is also built and tried with its cache, and a derivation compared with its source, if that exists.
     """
     return [_check(path, overrides) for path in paths]
 
@@ -50,22 +51,43 @@ def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
     command = None
     try:
         command = command_of(path)
-        recipe = load_recipe(path, RECIPES[command], overrides)
-        require_effect(recipe, recipe.epochs if isinstance(recipe, TrainingRecipe) else math.inf)
-        if isinstance(recipe, StudentRecipe):
-            _require_fit(recipe)
-        if isinstance(recipe, PrecomputeRecipe):
-            require_teachers(recipe.teachers)
+        recipe, mistakes = load_sound(path, RECIPES[command], overrides)
     except LogitCacheError as error:
         return CheckedRecipe(str(path), command, str(error))
-    return CheckedRecipe(str(path), command, None)
+    # What is wrong with names in caches is reported beside entries that are wrong by themselves.
+    mistakes += [] if recipe is None else dict.fromkeys(str(error) for error in _problems(recipe))
+    return CheckedRecipe(str(path), command, listed(mistakes) if mistakes else None)
 
 
-def _require_fit(recipe: StudentRecipe) -> None:
-    """Raise for losses that the cache cannot serve and a student that does not fit it, where it is there to ask."""
+def _problems(recipe: Component) -> list[LogitCacheError]:
+    """List what is wrong with a recipe that is sound by itself: options without effect, and names in caches."""
+    epochs = recipe.epochs if isinstance(recipe, TrainingRecipe) else math.inf
+    return [*caught(lambda: require_effect(recipe, epochs)), *_UNFIT.get(type(recipe), lambda recipe: [])(recipe)]
+
+
+def _unfit_student(recipe: StudentRecipe) -> list[LogitCacheError]:
+    """List losses that the cache cannot serve and how the student does not fit it, if the cache exists."""
     store = locate(recipe.cache)
-    if store.path.exists():
-        require_fit(recipe, lesson_of(recipe, Cache(Snapshot.read(store))))
+    if not store.path.exists():
+        return []
+    try:
+        cache = Cache(Snapshot.read(store))
+    except LogitCacheError as error:
+        return [error]
+    found = caught(lambda: require_fit(recipe, lesson_of(recipe, cache)))
+    return [*found, *caught(lambda: require_taps(recipe, cache))] if found else []
+
+
+def _unfit_derivation(recipe: DeriveRecipe) -> list[LogitCacheError]:
+    store = locate(recipe.cache)
+    return caught(lambda: Derived.of(recipe, Snapshot.read(store))) if store.path.exists() else []
+
+
+_UNFIT: dict[type[Component], Callable[[Any], list[LogitCacheError]]] = {
+    PrecomputeRecipe: lambda recipe: caught(lambda: require_teachers(recipe.teachers)),
+    DeriveRecipe: _unfit_derivation,
+    StudentRecipe: _unfit_student,
+}
 
 
 def command_of(path: str | Path) -> str:

@@ -1,9 +1,10 @@
 """Which losses a cache can serve: what each needs, and what the cache holds."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from logitcache.cache.encodings.head import PENULTIMATE
-from logitcache.cache.manifest import LOGITS
+from logitcache.cache.manifest import LOGITS, StoredLogits
 from logitcache.cache.reader import Cache
 from logitcache.errors import RecipeError
 from logitcache.student.ensembles import Ensemble
@@ -135,39 +136,68 @@ def _unlabelled(loss: Loss, cache: Cache) -> Iterator[str]:
 
 
 def _unanswered(loss: Loss, cache: Cache, held: Mapping[str, HeldTeacher], ensembles: Collection[str]) -> Iterator[str]:
-    """Yield why the teacher's answers as they are kept do not do."""
+    """Yield why the teacher's answers, as they are kept, do not serve a loss."""
+    teachers = cache.manifest.teachers
+    name = loss.teacher or next(iter(teachers))
     if not asks_teacher(loss):
         return
     if loss.teacher in ensembles:
         yield from _more_than_a_distribution(loss)
-        return
-    teachers = cache.manifest.teachers
-    if loss.teacher is None and len(teachers) + len(ensembles) > 1:
+    elif loss.teacher is None and len(teachers) + len(ensembles) > 1:
         yield f"names no teacher, the cache has {sorted([*teachers, *ensembles])}. Fix: set `teacher`"
-        return
-    name = loss.teacher or next(iter(teachers))
-    if name not in teachers:
+    elif name not in teachers:
         yield f"names teacher {name!r}, the cache has {sorted(teachers)}. Fix: one of these"
-        return
-    yield from unkept_features(loss, name, held[name])
-    if loss.features and cache.manifest.views.targets == "linear":
-        yield (
-            "needs features, the cache mixes the answers to two images (targets: linear), and features are not mixed. "
-            "Fix: kl_divergence"
-        )
-    stored = teachers[name].stored_logits
-    if "head" in loss.needs and held[name].head is None:
-        return  # which brings logits of every kind
-    for need in sorted(loss.needs & FROM_LOGITS):
-        if need != "logits" and cache.manifest.views.targets == "linear":
-            yield f"needs {need}, the cache mixes probabilities (targets: linear). Fix: kl_divergence"
-        elif stored is None:
-            yield f"needs {need}, the cache keeps features of {name!r} alone. Fix: add teachers.{name}.logits to it"
-        elif need not in stored.form.gives:
-            yield (
-                f"needs {need}, the cache keeps {stored.form.kind} logits of {name!r}. Fix: another loss "
-                f"(kl_divergence takes any), or precompute with teachers.{name}.logits: {{kind: dense}}"
-            )
+    else:
+        yield from unkept_features(loss, name, held[name])
+        answers = _Answers(name, teachers[name].stored_logits, cache.manifest.views.targets == "linear")
+        # A head that is missing brings logits of every kind once it is added.
+        brought = FROM_LOGITS if "head" in loss.needs and held[name].head is None else frozenset()
+        for need in [*["features"] * bool(loss.features), *sorted(loss.needs - brought)]:
+            if (reason := _CHECKS.get(need, _nothing)(answers)) is not None:
+                yield f"needs {need}, the cache {reason}"
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """How a cache keeps the answers of a teacher."""
+
+    teacher: str
+    logits: StoredLogits | None
+    linear: bool
+
+
+def _nothing(answers: _Answers) -> str | None:
+    return None
+
+
+def _without_features(answers: _Answers) -> str | None:
+    mixed = "mixes the answers to two images (targets: linear), and features are not mixed. Fix: kl_divergence"
+    return mixed if answers.linear else None
+
+
+def _without_logits(answers: _Answers) -> str | None:
+    name = answers.teacher
+    alone = f"keeps features of {name!r} alone. Fix: add teachers.{name}.logits to it"
+    return alone if answers.logits is None else None
+
+
+def _without_dense_logits(answers: _Answers) -> str | None:
+    if answers.linear:
+        return "mixes probabilities (targets: linear). Fix: kl_divergence"
+    if answers.logits is None or "dense logits" in answers.logits.form.gives:
+        return _without_logits(answers)
+    return (
+        f"keeps {answers.logits.form.kind} logits of {answers.teacher!r}. Fix: another loss (kl_divergence takes any), "
+        f"or precompute with teachers.{answers.teacher}.logits: {{kind: dense}}"
+    )
+
+
+_CHECKS: dict[str, Callable[[_Answers], str | None]] = {
+    "features": _without_features,
+    "logits": _without_logits,
+    "dense logits": _without_dense_logits,
+}
+"""Why a cache lacks what a loss needs of a teacher's answers; the labels and the head are checked by themselves."""
 
 
 def _more_than_a_distribution(loss: Loss) -> Iterator[str]:

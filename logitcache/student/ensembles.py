@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
@@ -10,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.errors import MismatchError, RecipeError
+from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.logits import NO_LOGITS, EnsembleLogits
 from logitcache.recipe import Component, Name, Positive
 from logitcache.student.losses.base import UNLABELLED
@@ -118,15 +119,19 @@ def classes_of(ensembles: Mapping[str, Ensemble], teachers: Mapping[str, int], l
 
     Raises RecipeError or MismatchError where an ensemble cannot be made of them, or needs labels without `labelled`.
     """
-    for name, ensemble in ensembles.items():
-        _require_members(name, ensemble, teachers)
-        if ensemble.needs_labels and not labelled:
-            raise RecipeError(
-                f"ensembles.{name} ({ensemble.kind}) needs labels of one class, the cache's images have none. "
-                "Fix: kind: by_entropy"
-            )
+    checks = [partial(_require_members, name, ensemble, teachers) for name, ensemble in ensembles.items()]
+    checks += [partial(_require_labels, name, ensemble) for name, ensemble in ensembles.items() if not labelled]
+    raise_all(caught(*checks))
     first = {name: (ensemble.teachers or tuple(teachers))[0] for name, ensemble in ensembles.items()}
     return {**teachers, **{name: teachers[member] for name, member in first.items()}}
+
+
+def _require_labels(name: str, ensemble: Ensemble) -> None:
+    if ensemble.needs_labels:
+        raise RecipeError(
+            f"ensembles.{name} ({ensemble.kind}) needs labels of one class, the cache's images have none. "
+            "Fix: kind: by_entropy"
+        )
 
 
 def _require_members(name: str, ensemble: Ensemble, teachers: Mapping[str, int]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.reader import Cache, Replay, open_uncompared
-from logitcache.errors import MismatchError, RecipeError
+from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.student.compatibility import (
     FROM_LABELS,
     asked_targets,
@@ -141,16 +141,27 @@ def _names(views: Views, lesson: Lesson) -> tuple[str, ...] | None:
 def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
     """Return what a cache asks of a student; raises where it, the losses and the ensembles do not belong together."""
     held = held_teachers(cache)
-    classes = {name: teacher.num_classes for name, teacher in held.items() if teacher.num_classes is not None}
-    labelled = bool((cache.labels >= 0).any()) and not is_multi_label(cache.labels)
-    classes = classes_of(recipe.ensembles, classes, labelled)
-    require_served(recipe.losses, cache, recipe.ensembles)
-    require_rows(recipe.losses, len(cache), recipe.batch_size, recipe.drop_last)
+    raise_all(
+        caught(
+            lambda: _classes_of(recipe, cache, held),
+            lambda: require_served(recipe.losses, cache, recipe.ensembles),
+            lambda: require_rows(recipe.losses, len(cache), recipe.batch_size, recipe.drop_last),
+            lambda: _require_views(recipe, cache),
+        )
+    )
+    classes = _classes_of(recipe, cache, held)
     num_classes = _num_classes(recipe.losses, classes, cache.manifest.fingerprint.num_classes)
     require_classes(recipe.losses, num_classes, f"{cache.location}: ")
     counts = torch.from_numpy(class_counts(cache.labels, num_classes))
     first, mixes = cache.labels[:NUM_LABELS].copy(), bool(cache.manifest.views.mixing)
     return Lesson(num_classes, cache.manifest.image_shape, len(cache), counts, first, mixes, held)
+
+
+def _classes_of(recipe: StudentRecipe, cache: Cache, held: Mapping[str, HeldTeacher]) -> dict[str, int]:
+    """Return the number of classes of the teachers and ensembles that have logits."""
+    classes = {name: teacher.num_classes for name, teacher in held.items() if teacher.num_classes is not None}
+    labelled = bool((cache.labels >= 0).any()) and not is_multi_label(cache.labels)
+    return classes_of(recipe.ensembles, classes, labelled)
 
 
 def _as_begun(cache: Cache, begun: Mapping[str, Any]) -> Cache:
@@ -162,12 +173,15 @@ def _as_begun(cache: Cache, begun: Mapping[str, Any]) -> Cache:
     return cache.only({name: targets[name] for name in names})
 
 
-def _num_views(cache: Cache, recipe: StudentRecipe, begun: Mapping[str, Any]) -> int:
-    """Return how many views a run takes: those that there were when it began, or begins."""
+def _require_views(recipe: StudentRecipe, cache: Cache) -> None:
     if recipe.num_views is not None and recipe.num_views > cache.num_views:
         raise RecipeError(
             f"num_views is {recipe.num_views}, {cache.location} has {cache.num_views} views. Fix: at most these"
         )
+
+
+def _num_views(cache: Cache, recipe: StudentRecipe, begun: Mapping[str, Any]) -> int:
+    """Return how many views a run takes: those that there were when it began, or begins."""
     views: int = begun.get("num_views", recipe.num_views or cache.num_views)
     return min(views, cache.num_views)  # of another cache with fewer, the identity differs
 

@@ -4,15 +4,17 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from logitcache.cache.reader import Cache
 from logitcache.console import say
 from logitcache.device import own_randomness
-from logitcache.errors import RecipeError
+from logitcache.errors import RecipeError, caught, raise_all
 from logitcache.features import Layout
 from logitcache.logits import NO_LOGITS
 from logitcache.models import Classifier
@@ -85,6 +87,16 @@ def require_fit(recipe: StudentRecipe, lesson: Lesson) -> None:
         classifier = build_classifier(bare, lesson, None)
         _try_step(bare, lesson, classifier, cpu, decide_layouts(bare, lesson, classifier))
         decided_layouts(classifier, taps, recipe.tap_layouts, black(lesson))
+
+
+def require_taps(recipe: StudentRecipe, cache: Cache) -> None:
+    """Raise RecipeError listing the taps that the student does not have, whatever else is wrong."""
+    counts = [entry.num_classes for entry in cache.manifest.teachers.values() if entry.num_classes is not None]
+    num_classes, channels = (*counts, cache.manifest.fingerprint.num_classes)[0], cache.manifest.image_shape[0]
+    taps = () if recipe.validation is None else recipe.validation.taps
+    with own_randomness(torch.device("cpu"), recipe.seed):
+        network = recipe.model.architecture().build(num_classes, channels).module
+    raise_all(caught(*(partial(Tapped, network, network, [tap], "the model") for tap in [*taps_of(recipe), *taps])))
 
 
 def _try_step(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from logitcache.cache.skeleton import Samples, mend_skeleton, read_canaries, rea
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.store import Store
 from logitcache.console import say
-from logitcache.errors import MismatchError, RecipeError
+from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.files import remove_leftovers
 from logitcache.teacher.derive_recipe import DerivedTeacher, DeriveRecipe
 from logitcache.teacher.derive_rows import CachedSample, Origin
@@ -43,9 +44,13 @@ class Source:
         """Take of a cache what a recipe asks for. Raises RecipeError or MismatchError where it cannot be had."""
         where, manifest = str(cache.store), cache.manifest
         views = recipe.num_views or manifest.views.num_views
-        if views > manifest.views.num_views:
-            raise RecipeError(f"num_views is {views}, {where} has {manifest.views.num_views}. Fix: at most these")
-        origins = {name: _origin(name, teacher, where, manifest) for name, teacher in recipe.teachers.items()}
+        origins: dict[str, Origin] = {}
+
+        def take(name: str, teacher: DerivedTeacher) -> None:
+            origins[name] = _origin(name, teacher, where, manifest)
+
+        found = [partial(take, name, teacher) for name, teacher in recipe.teachers.items()]
+        raise_all(caught(lambda: _require_views(views, where, manifest), *found))
         needed: dict[str, set[str]] = {}
         for origin in origins.values():
             for member in origin.weights:
@@ -81,6 +86,11 @@ class Source:
         groups = [group for group in self.snapshot.layout.of(member) if group.target == target]
         found = {key: table for group in groups for key, table in read_tables(self.store, group).items()}
         return {f"{name}.{target}.{key}": table for key, table in found.items()}
+
+
+def _require_views(views: int, where: str, manifest: Manifest) -> None:
+    if views > manifest.views.num_views:
+        raise RecipeError(f"num_views is {views}, {where} has {manifest.views.num_views}. Fix: at most these")
 
 
 def _origin(name: str, teacher: DerivedTeacher, where: str, manifest: Manifest) -> Origin:
