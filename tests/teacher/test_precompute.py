@@ -86,8 +86,8 @@ def test_teachers_of_different_class_counts_share_unlabelled_images(tmp_path: Pa
     )
     assert (result.row_views, result.teacher_passes) == (120, 2 * (120 + TRIED))
     rows = open_cache(path).rows([ViewKey(0, 59)])
-    assert rows["few"].logits.num_classes == 5  # type: ignore[union-attr]
-    assert rows["many"].logits.shape == (1, 33)  # type: ignore[union-attr]
+    assert (rows["few"].num_classes, rows["few"].keeps_logits) == (5, False)
+    assert (rows["many"].logits.shape, rows["many"].keeps_logits) == ((1, 33), True)
 
 
 def test_an_empty_directory_may_become_a_cache(tmp_path: Path) -> None:
