@@ -12,6 +12,10 @@ from logitcache.cli.common import Answer, Overrides, Recipe, Trust
 if TYPE_CHECKING:
     from logitcache.student.training import RunResult
 
+TeachersFrom = Annotated[
+    Path | None,
+    Option("--teachers-from", metavar="RECIPE", help="Take models of your own code from this precompute recipe."),
+]
 Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
 
 
@@ -29,12 +33,17 @@ def train_student(
     trust: Trust,
     resume: Resume = False,
     online: Annotated[bool, Option("--online", help="Put the teacher back in the loop, to compare.")] = False,
+    teachers_from: TeachersFrom = None,
     verify: Annotated[
         Verify | None,
         Option("--verify", help="How exactly the pixels must be those that the teacher saw."),
     ] = None,
 ) -> Answer:
     """Train a student from a cache, with no teacher in the loop."""
+    if teachers_from is not None and not online:
+        raise BadParameter(
+            "names teachers to put in the loop, and there are none without --online", param_hint="--teachers-from"
+        )
     from logitcache.report.recipes import load_own
     from logitcache.student.ranks import joined
     from logitcache.student.recipes import StudentRecipe
@@ -45,9 +54,11 @@ def train_student(
         student = load_own(recipe, StudentRecipe, changes)
         live = None
         if online:
+            from logitcache.report.evaluation import teachers_of
             from logitcache.teacher.online import live_targets
 
-            live = live_targets(student.cache, student.device, student.teachers, trust=student.trust)
+            sources = {} if teachers_from is None else teachers_of(teachers_from, student.cache)
+            live = live_targets(student.cache, student.device, sources | student.teachers, trust=student.trust)
         return _trained(train(student, resume=resume, live=live), ranks.is_first)
 
 
@@ -81,6 +92,7 @@ def evaluate(
     run: Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")],
     overrides: Overrides,
     trust: Trust,
+    teachers_from: TeachersFrom = None,
     latency: Annotated[
         bool, Option("--latency", help="Time the model too, and the teachers where they can be built.")
     ] = False,
@@ -115,6 +127,6 @@ def evaluate(
 
     timing = {"batch_sizes": tuple(batch_size), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
     plan = LatencyPlan.model_validate({key: value for key, value in timing.items() if value}) if latency else None
-    document = asdict(evaluate_beside_teachers(run, [*overrides, *_granted(trust)], plan))
+    document = asdict(evaluate_beside_teachers(run, [*overrides, *_granted(trust)], plan, teachers_from))
     shown = document if document["epoch"] is not None else document | {"epoch": "not recorded"}
     return Answer(document, as_text(shown))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -13,49 +14,79 @@ from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError
 from logitcache.models import Classifier, Model
+from logitcache.report.recipes import load_own
 from logitcache.student.cost import Contender, LatencyPlan
 from logitcache.student.evaluation import EvaluationResult, evaluate, is_stated, read_run, require_known_source
-from logitcache.student.recipes import StudentRecipe
+from logitcache.student.recipes import LiveTeacher, StudentRecipe
 from logitcache.teacher.online import names_code, recorded_risks
+from logitcache.teacher.precompute import PrecomputeRecipe
 from logitcache.trust import require_grant
 
 _MODEL: TypeAdapter[Model] = TypeAdapter(Model)
 
 
 def evaluate_beside_teachers(
-    run: Path, overrides: Sequence[str] = (), latency: LatencyPlan | None = None
+    run: Path,
+    overrides: Sequence[str] = (),
+    latency: LatencyPlan | None = None,
+    teachers_from: Path | None = None,
 ) -> EvaluationResult:
     """Measure a run as `evaluate` does, and weigh the teachers whose networks its cache tells how to build.
 
     Their weights do not matter for it: they are random, and nothing is downloaded. Models of the user's own code are
-    built by the user's own word, `--set teachers.NAME={model: {kind: custom, factory: …}}`.
+    built if the user names them: by `teachers_from`, the precompute recipe, or by `--set teachers.NAME={model: …}`.
     """
-    return evaluate(run, overrides, latency=latency, teachers=_teachers(run, overrides))
+    teachers, left_out = _teachers(run, overrides, teachers_from)
+    return replace(evaluate(run, overrides, latency=latency, teachers=teachers), teachers_left_out=left_out)
 
 
-def _teachers(run: Path, overrides: Sequence[str]) -> dict[str, Contender | None]:
+def teachers_of(path: Path, cache: str) -> dict[str, LiveTeacher]:
+    """Return the models that a precompute recipe names for teachers of a cache; raise RecipeError if there are none."""
+    held = read_manifest(locate(cache)).teachers
+    named = {name: source for name, source in load_own(path, PrecomputeRecipe).teachers.items() if name in held}
+    found = {
+        name: LiveTeacher(model=source.model, preprocessing=source.preprocessing)
+        for name, source in named.items()
+        if source.model is not None
+    }
+    if not found:
+        raise RecipeError(
+            f"{path} names no model of a teacher of {cache}, which has {sorted(held)}. Fix: name the recipe that "
+            "filled the cache"
+        )
+    return found
+
+
+def _teachers(
+    run: Path, overrides: Sequence[str], teachers_from: Path | None
+) -> tuple[dict[str, Contender | None], dict[str, str]]:
+    """Build the teachers of the cache that a run learnt from; return also why some cannot be."""
     recipe = read_run(run, overrides)
     if not isinstance(recipe, StudentRecipe):
-        return {}
+        return {}, {}
     try:
         require_known_source(Path(run), recipe, overrides)
         manifest = read_manifest(locate(recipe.cache))
     except (CacheError, RefusedError, RemoteError):
-        return {}  # as `evaluate` tells
-    return {name: _built(name, manifest, recipe, overrides) for name in manifest.teachers}
+        return {}, {}  # `evaluate` reports why
+    stated = {} if teachers_from is None else dict(teachers_of(teachers_from, recipe.cache))
+    stated |= {n: t for n, t in recipe.teachers.items() if is_stated(f"teachers.{n}.model.factory", overrides)}
+    built: dict[str, Contender | None] = {}
+    left_out: dict[str, str] = {}
+    for name in manifest.teachers:
+        try:
+            built[name] = _built(name, manifest, recipe, stated.get(name))
+        except LogitCacheError as error:
+            say(f"teacher {name!r} is neither weighed nor timed: {error}")
+            built[name], left_out[name] = None, str(error)
+    return built, left_out
 
 
-def _built(name: str, manifest: Manifest, recipe: StudentRecipe, overrides: Sequence[str]) -> Contender | None:
-    entry, given = manifest.teachers[name], recipe.teachers.get(name)
-    stated = given is not None and is_stated(f"teachers.{name}.model.factory", overrides)
-    device = resolve_device(recipe.device)
-    try:
-        model = given.model if given is not None and stated else _recorded(name, manifest, recipe.trust)
-        with own_randomness(device, 0):
-            built = model.architecture().build(entry.num_classes, manifest.image_shape[0])
-    except LogitCacheError as error:
-        say(f"teacher {name!r} is not weighed: {error}")
-        return None
+def _built(name: str, manifest: Manifest, recipe: StudentRecipe, stated: LiveTeacher | None) -> Contender:
+    entry, device = manifest.teachers[name], resolve_device(recipe.device)
+    model = _recorded(name, manifest, recipe.trust) if stated is None else stated.model
+    with own_randomness(device, 0):
+        built = model.architecture().build(entry.num_classes, manifest.image_shape[0])
     return Contender(Classifier(built.module, entry.preprocessing).to(device), entry.precision)
 
 
@@ -65,7 +96,8 @@ def _recorded(name: str, manifest: Manifest, trust: Collection[str]) -> Model:
     if model is None or names_code(model):
         raise RecipeError(
             "it was built by the user's own code, and a cache never names code to run. "
-            f"Fix: --set 'teachers.{name}={{model: {{kind: custom, factory: …}}}}'"
+            "Fix: --teachers-from the precompute recipe, or "
+            f"--set 'teachers.{name}={{model: {{kind: custom, factory: …}}}}'"
         )
     try:
         found = _MODEL.validate_json(json.dumps(model))

@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,7 @@ class EvaluationResult:
     latencies: tuple[Latency, ...]
     cka: tuple[TapSimilarity, ...]
     per_class: tuple[ClassAccuracy, ...] | tuple[ClassPrecision, ...]
+    teachers_left_out: Mapping[str, str] = field(default_factory=dict)
     epoch: int | None = None
 
 

@@ -107,7 +107,7 @@ def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Mo
     if not mine and (source.model is None or names_code(model)):
         raise RecipeError(
             f"teacher {name!r} was built by the user's own code, and a cache never names code to run. "
-            f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
+            f"Fix: --teachers-from the precompute recipe, or give `teachers: {{{name}: …}}` in the student's recipe"
         )
     return source
 

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from torch import nn
 
 from logitcache.cli import main
+from logitcache.errors import RecipeError
 from logitcache.models import Bundled
 from logitcache.recipe import load_recipe
 from logitcache.report.evaluation import evaluate_beside_teachers
@@ -54,6 +56,40 @@ def test_teachers_are_weighed_by_what_the_cache_tells_and_code_by_the_users_word
     result = evaluate_beside_teachers(run / "run", [word], LatencyPlan(batch_sizes=(2,), warm_up=1, repeats=1))
     assert result.costs[2].num_parameters == parameters(linear())
     assert [row.model for row in result.latencies] == ["student", "shipped", "own"]
+
+
+def test_teachers_of_own_code_are_taken_from_the_precompute_recipe(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = {"teachers": {"own": {"model": CUSTOM, "preprocessing": IDENTITY}, "later": {"model": CUSTOM}}}
+    recipe = tmp_path / "precompute.yaml"
+    recipe.write_text(yaml.safe_dump({"cache": str(run / "several"), **entries}))
+    timed = ["--latency", "--batch-size", "2", "--repeats", "1", "--warm-up", "1", "--json"]
+    assert main(["evaluate", str(run / "run"), *timed]) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in without["latencies"]] == ["student", "shipped"]
+    assert "never names code to run. Fix: --teachers-from" in without["teachers_left_out"]["own"]
+    assert main(["evaluate", str(run / "run"), *timed, "--teachers-from", str(recipe)]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["model"] for row in document["latencies"]] == ["student", "shipped", "own"]
+    assert document["teachers_left_out"] == {}
+    losses = json.dumps([{"kind": "kl_divergence", "teacher": "own"}])
+    online = {"cache": str(run / "several"), "model": TINY, "epochs": 1, "num_workers": 0, "device": "cpu"}
+    (tmp_path / "student.yaml").write_text(yaml.safe_dump(online | {"out": str(tmp_path / "run")}))
+    command = ["train-student", str(tmp_path / "student.yaml"), "--set", f"losses={losses}", "-q", "--json"]
+    assert main([*command, "--online"]) == 2
+    assert "Fix: --teachers-from" in capsys.readouterr().err
+    assert main([*command, "--teachers-from", str(recipe)]) == 2
+    assert "--online" in capsys.readouterr().err
+    assert main([*command, "--online", "--teachers-from", str(recipe)]) == 0
+    assert json.loads(capsys.readouterr().out)["teacher_passes"] > 0
+
+
+def test_a_recipe_without_teachers_of_the_cache_is_refused(run: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "precompute.yaml"
+    recipe.write_text(yaml.safe_dump({"cache": "c.zarr", "teachers": {"other": {"model": CUSTOM}}}))
+    with pytest.raises(RecipeError, match=r"names no model of a teacher of .*\['own', 'shipped'\]. Fix: "):
+        evaluate_beside_teachers(run / "run", teachers_from=recipe)
 
 
 def test_a_teacher_that_was_given_as_an_object_is_not_known(run: Path) -> None:
