@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from logitcache.console import say
 from logitcache.errors import RecipeError
-from logitcache.files import require_bounded
+from logitcache.files import read_bounded, require_bounded, write_atomically
 from logitcache.models import Classifier, StoredModel, load_weights, read_state, save_model, save_weights
 from logitcache.student.learner import Learner
 from logitcache.student.recipes import TrainingRecipe
@@ -51,6 +52,29 @@ def keep_if_best(learner: Learner, run: RunDirectory, row: dict[str, Any]) -> No
         classifier = learner.measured
         assert isinstance(classifier, Classifier)
         learner.ranks.by_first(lambda: save_weights(run.best, classifier.module))
+
+
+def extend(recipe: TrainingRecipe, run: RunDirectory, before: int, step: int, steps: int) -> None:
+    """Let a run of `before` epochs go on to those of the recipe; print what that does to its schedules.
+
+    `step`: the next one; `steps`: those of an epoch.
+    """
+    if recipe.keep == "best":
+        run.ranks.by_first(lambda: _restore_best(run))
+    old, new = (recipe.optimizer.lr * recipe.schedule.factor(step, steps, epochs) for epochs in (before, recipe.epochs))
+    say(
+        f"{run.path} goes on to {recipe.epochs} epochs, it was begun for {before}: from step {step} on, its schedules "
+        f"are those of a run of {recipe.epochs} (learning rate {new:.3g}, was to be {old:.3g}). The steps before were "
+        "trained by the shorter schedules, so a run that begins with as many epochs ends with other weights"
+    )
+
+
+def _restore_best(run: RunDirectory) -> None:
+    """Put back the weights that a finished run kept, which the added epochs are compared with."""
+    kept = run.path / "weights.safetensors"
+    if kept.exists() and not run.best.exists():
+        with run.reading(kept):
+            write_atomically(run.best, read_bounded(kept, kept.stat().st_size))
 
 
 def _quality(row: dict[str, Any]) -> float | None:

@@ -125,10 +125,13 @@ class RunDirectory:
             raise RecipeError(f"{self.path} holds a run already. Fix: --resume to continue it, or another `out:`")
 
     @_by_first
-    def require_recipe(self, recipe: Component) -> None:
-        """Raise MismatchError unless a run that has begun has the same recipe, apart from places and speed."""
+    def require_recipe(self, recipe: Component) -> int | None:
+        """Raise MismatchError unless a run that has begun has the same recipe, apart from places and speed.
+
+        More epochs extend the run: returns how many it had, else None.
+        """
         if not self._begun:
-            return
+            return None
         with self.reading(self._recipe):
             require_bounded(self._recipe, MAX_RECIPE_BYTES)
         try:
@@ -136,10 +139,11 @@ class RunDirectory:
         except RecipeError as error:
             raise MismatchError(f"{self.path} is a run of another kind of recipe: {error}") from error
         new = _entries(recipe)
+        extends = old["epochs"] < new["epochs"]
         lines = [
             f"{key}: the run has {old.get(key)!r}, the recipe {new.get(key)!r}"
             for key in dict.fromkeys([*old, *new])
-            if old.get(key) != new.get(key)
+            if old.get(key) != new.get(key) and not (key == "epochs" and extends)
         ]
         if lines:
             raise MismatchError(
@@ -147,6 +151,7 @@ class RunDirectory:
                 + "\n  ".join(lines)
                 + "\n  Fix: change these back to continue it, or give another `out:`"
             )
+        return int(old["epochs"]) if extends else None
 
     @_by_first
     def learns_from(self) -> dict[str, Any]:

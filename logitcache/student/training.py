@@ -9,13 +9,20 @@ from torch import Tensor
 
 from logitcache.console import say, track
 from logitcache.device import own_randomness, resolve_device, synchronize
-from logitcache.errors import LogitCacheError, MismatchError, RecipeError
+from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
 from logitcache.models import Classifier
 from logitcache.recipe import require_effect
 from logitcache.stopping import StopFlag, stop_flag
 from logitcache.student.batch_norm import require_possible
 from logitcache.student.ensembles import with_ensembles
-from logitcache.student.kept import RunResult, best_epoch, keep_if_best, require_measurable, save_kept
+from logitcache.student.kept import (
+    RunResult,
+    best_epoch,
+    extend,
+    keep_if_best,
+    require_measurable,
+    save_kept,
+)
 from logitcache.student.learner import Learner
 from logitcache.student.models import build_adapters, build_classifier, decide_layouts
 from logitcache.student.nonfinite import require_finite_targets
@@ -40,7 +47,8 @@ SHOWN = ("top1", "top5", "mean_ap", "f1_macro", "agreement")
 def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: LiveTargets | None = None) -> RunResult:
     """Train to the end of the recipe and return what was measured.
 
-    `resume` continues from the run's checkpoint bit by bit. `live` answers each batch in place of the cache (--online).
+    `resume` continues from the run's checkpoint bit by bit; with more `epochs` than it had, a run goes on by the
+    schedules of the longer run. `live` answers each batch in place of the cache (--online).
     The caller's global random state is the same afterwards. Under torchrun all processes train one model together, on
     parts of the same batches. Raises MismatchError before the first step where cache, images and recipe do not belong
     together, Stopped after SIGTERM or Ctrl-C.
@@ -58,13 +66,13 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
         run.require_free()
     if not run.begun:
         require_effect(recipe, recipe.epochs)
-    run.require_recipe(recipe)
+    before = run.require_recipe(recipe)
     source = open_source(recipe, live, run.learns_from(), ranks)
     validator = open_validator(recipe, source.lesson.num_classes)
     require_measurable(recipe, validator)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)
-    if (finished := run.finished(RunResult)) is not None:
+    if (finished := run.finished(RunResult)) is not None and finished.epochs >= recipe.epochs:
         say(f"{run.path} is finished, there is nothing to do")
         return finished
     with own_randomness(device, recipe.seed):
@@ -78,6 +86,8 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
             if resume and not run.begun:
                 say(f"there is no run in {run.path} to resume: a new one starts")
             _take_up(learner, run)
+            if before is not None:
+                extend(recipe, run, before, learner.step, len(source.loader))
             run.open(recipe, identity)
             while learner.epoch < recipe.epochs:
                 _train_epoch(recipe, source, learner, run, stop)
@@ -116,6 +126,11 @@ def _take_up(learner: Learner, run: RunDirectory) -> None:
             ) from cause
         with run.reading(run.checkpoint):
             require_shapes(learner.optimizer)
+    elif run.begun:
+        raise CacheError(
+            f"{run.checkpoint} is missing: a run cannot go on without it. Fix: put back a copy of it, or train again "
+            "into another `out:`"
+        )
     run.rewind(learner.epoch)
 
 
