@@ -53,6 +53,10 @@ class RowError(DataError):
         self.row, self.why = row, why
 
 
+class TargetErrorWarning(UserWarning):
+    """What a cache keeps of logits differs from what the teacher answered by more than a bound."""
+
+
 class MissingExtraError(LogitCacheError, ImportError):
     """An optional dependency is not installed."""
 

@@ -16,6 +16,8 @@ from logitcache.errors import CacheError, RecipeError
 SHARD_BYTES = 32 << 20
 MAX_SHARD_ROWS, FEWEST_SHARDS, MOST_SHARD_ROWS = 65_536, 64, 1 << 20
 """Rows of a shard, unless there are so many images that a view has at least so many larger ones; and then."""
+SHARDS_PER_VIEW, FEWEST_SHARD_ROWS = 16, 64
+"""A stop drops the shard in progress: a view has at least so many, of at least so many rows, which fill a batch."""
 MAX_BYTES = 1 << 60
 CHECKSUMS, PARAMETERS = "crc32", "parameters"
 """What may be recorded of the views themselves."""
@@ -105,8 +107,8 @@ def _target_group(manifest: Manifest, teacher: str, target: str) -> ArrayGroup:
     name = f"{teacher}.{target}"
     prefix = teacher if target == LOGITS else name
     arrays = [_array(manifest, name, row, kept.storage, prefix, place) for place, row in enumerate(kept.rows)]
-    if kept.measured:
-        arrays.append(_errors_array(manifest, name, len(arrays)))
+    if kept.errors is not None:
+        arrays.append(_errors_array(manifest, name, len(arrays), kept.errors))
     tables = tuple(
         TableLayout(f"{name}.{key}", key, table.shape, np.dtype(table.dtype).newbyteorder("<"), kept.digests[key])
         for key, table in kept.tables.items()
@@ -115,13 +117,16 @@ def _target_group(manifest: Manifest, teacher: str, target: str) -> ArrayGroup:
 
 
 class Kept(NamedTuple):
-    """What a target takes: arrays of rows, tables with their digests, and whether the errors of rows are recorded."""
+    """What a target takes: arrays of rows, and tables with their digests.
+
+    errors: the axes of the statistics of the errors of rows before their own; None if they are not recorded.
+    """
 
     rows: tuple[RowArray, ...]
     storage: Storage
     tables: Mapping[str, TableShape]
     digests: Mapping[str, str]
-    measured: bool
+    errors: tuple[int, ...] | None
 
 
 def kept_of(entry: TeacherEntry, target: str) -> Kept:
@@ -136,27 +141,35 @@ def kept_of(entry: TeacherEntry, target: str) -> Kept:
             if feature is None or feature.shape != (width,) or not feature.form.is_plain:
                 raise RecipeError(f"its logits need the feature {name!r} as vectors of {width} numbers")
         shapes = form.table_shapes(classes)
-        kept = Kept(form.arrays(classes), form.storage, shapes, stored.tables, logits.measured)
+        kept = Kept(form.arrays(classes), form.storage, shapes, stored.tables, _error_axes(entry))
     else:
         asked, found = entry.features[target], entry.stored_features.get(target)
         if found is None:
             raise RecipeError(f"its feature {target!r} is kept in no form")
         shapes = found.form.table_shapes(found.shape)
         rows = found.form.arrays(asked.kind, found.shape)
-        kept = Kept(rows, found.form.storage, shapes, found.tables, asked.measured)
+        kept = Kept(rows, found.form.storage, shapes, found.tables, () if asked.measured else None)
     if kept.tables.keys() != kept.digests.keys():
         raise RecipeError(f"its {target} have the tables {sorted(kept.digests)}, not {sorted(kept.tables)}")
     return kept
 
 
-def _errors_array(manifest: Manifest, stem: str, position: int) -> ArrayLayout:
+def _error_axes(entry: TeacherEntry) -> tuple[int, ...] | None:
+    """Return the axes of the errors of logits: that of temperatures, which the first release did not have."""
+    assert entry.stored_logits is not None
+    if entry.stored_logits.error_temperatures is None:
+        return None if entry.error_temperatures is None else ()
+    return (len(entry.stored_logits.error_temperatures),) if entry.stored_logits.error_temperatures else None
+
+
+def _errors_array(manifest: Manifest, stem: str, position: int, axes: tuple[int, ...]) -> ArrayLayout:
     """Lay out the statistics of the errors of rows: one row for each shard."""
     return ArrayLayout(
         name=f"{stem}.errors",
         suffix="errors",
-        row_shape=(NUM_STATISTICS,),
+        row_shape=(*axes, NUM_STATISTICS),
         dtype=np.dtype("<f8"),
-        dims=("statistic",),
+        dims=("temperature", "statistic")[-1 - len(axes) :],
         num_views=manifest.views.num_views,
         num_images=-(-manifest.num_images // manifest.shard_rows),
         shard_rows=1,
@@ -225,7 +238,9 @@ def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: i
 
     Shard files of a hot array map one after another into one address range only if each fills whole pages. From 8.4
     million images on shards grow with their number, so that a view has 64 to 128 of them as far as 32 MiB allow: enough
-    to be computed by many at a time, and few enough for one folder to hold those of all views.
+    to be computed by many at a time, and few enough for one folder to hold those of all views. Of fewer images than a
+    million a view has 16 to 31, as far as pages and `FEWEST_SHARD_ROWS` allow: what is in progress when a run stops is
+    lost.
     """
     kept = [kept_of(entry, target) for entry in entries for target in entry.targets]
     sizes = [(one.storage, row.num_bytes) for one in kept for row in one.rows]
@@ -242,6 +257,7 @@ def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: i
     rows = MAX_SHARD_ROWS
     while rows < MOST_SHARD_ROWS and 2 * rows * FEWEST_SHARDS <= num_images:
         rows *= 2
-    while rows > step and (rows * largest > SHARD_BYTES or rows // 2 >= num_images):
+    most = max(FEWEST_SHARD_ROWS, num_images // SHARDS_PER_VIEW)
+    while rows > step and (rows * largest > SHARD_BYTES or rows > most or rows // 2 >= num_images):
         rows //= 2
     return rows

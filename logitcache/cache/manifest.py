@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
@@ -12,9 +12,10 @@ from logitcache.cache.row_errors import RowErrors
 from logitcache.device import Precision
 from logitcache.errors import CacheError
 from logitcache.models import Preprocessing
-from logitcache.recipe import Component, Count, Extended, Name
+from logitcache.recipe import Component, Count, Extended, Name, Positive
 from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset, Fingerprint
+from logitcache.views.datasets.base import names_digest
 from logitcache.views.spec import ViewSpec
 
 FORMAT_VERSION = 1
@@ -43,19 +44,36 @@ TeacherName = Annotated[Name, _other_than(VIEWS, "what a cache records of the vi
 FeatureName = Annotated[Name, _other_than(LOGITS, "the logits of a teacher")]
 
 
+ERROR_TEMPERATURES = (1.0, 4.0)
+"""Temperatures at which the errors of logits are recorded: losses on probabilities mostly take one from 1 to 4."""
+
+MAX_TEMPERATURES = 16
+MAX_NAME_BYTES = 1 << 20
+"""Of the names of all classes."""
+
+
 class StoredLogits(Extended):
     """How logits are kept: the form that their encoding took, and the SHA-256 of each table beside the rows.
 
     `calibration_views` is the number of views that the calibration rows of the tables were drawn from, and
     `calibration_rows` that of the rows asked for; releases that did not record it asked for `num_calibration_rows`.
+    `error_temperatures` are those at which the errors of rows are recorded; the first release, which did not record
+    them, took one.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"calibration_rows"})
+    added: ClassVar[frozenset[str]] = frozenset({"calibration_rows", "error_temperatures"})
 
     form: Form
     tables: dict[Name, Digest] = Field(default_factory=dict)
     calibration_views: Count | None = None
     calibration_rows: Count | None = None
+    error_temperatures: Annotated[tuple[Positive, ...], Field(max_length=MAX_TEMPERATURES)] | None = None
+
+    @classmethod
+    def measured(cls, form: Form, asked: Encoding, **tables: Any) -> Self:
+        """Return what a new target records: its errors at `ERROR_TEMPERATURES`, and at that of a budget."""
+        temperatures = () if form.exact else tuple(sorted({*ERROR_TEMPERATURES, asked.temperature_of_errors}))
+        return cls(form=form, error_temperatures=temperatures, **tables)
 
 
 class StoredFeature(Extended):
@@ -86,7 +104,23 @@ class TeacherEntry(Component):
     features: dict[FeatureName, Feature] = Field(default_factory=dict)
     stored_logits: StoredLogits | None = None
     stored_features: dict[FeatureName, StoredFeature] = Field(default_factory=dict)
-    errors: dict[Name, RowErrors] = Field(default_factory=dict)
+    errors: dict[Name, RowErrors | Annotated[tuple[RowErrors, ...], Field(max_length=MAX_TEMPERATURES)]] = Field(
+        default_factory=dict
+    )
+
+    @property
+    def error_temperatures(self) -> tuple[float, ...] | None:
+        """The temperatures at which the errors of logits are recorded; none if they are exact, None if not recorded."""
+        if self.logits is None or self.stored_logits is None:
+            return None
+        if self.stored_logits.error_temperatures is not None:
+            return self.stored_logits.error_temperatures
+        return (self.logits.temperature_of_errors,) if self.logits.measured else None
+
+    def errors_of(self, target: str) -> tuple[RowErrors, ...]:
+        """Return the errors over all rows of a target, by temperature; none before they are known."""
+        errors = self.errors.get(target, ())
+        return errors if isinstance(errors, tuple) else (errors,)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -121,12 +155,15 @@ class TeacherEntry(Component):
         return self.model_copy(update=update)
 
 
-class Manifest(Component):
+class Manifest(Extended):
     """The contract between the two stages, stored in the root attributes under `logitcache`.
 
     `row_checksums` and `parameters` say what is recorded of every view besides the teachers' answers: the checksum of
-    its pixels, and the named numbers that its augmentations drew; None where these are not recorded.
+    its pixels, and the named numbers that its augmentations drew; None where these are not recorded. `class_names` are
+    those of the images' classes; None if they have none, or if these are not recorded.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"class_names"})
 
     format_version: Literal[1] = 1
     dataset: Dataset | None
@@ -139,6 +176,13 @@ class Manifest(Component):
     teachers: Annotated[dict[TeacherName, TeacherEntry], Field(min_length=1)]
     canaries: Annotated[tuple[Canary, ...], Field(min_length=1, max_length=NUM_CANARIES)]
     versions: dict[str, str]
+    class_names: tuple[str, ...] | None = None
+
+    @model_validator(mode="after")
+    def _class_names_are_those_of_the_images(self) -> Self:
+        if self.class_names is not None and names_digest(self.class_names) != self.fingerprint.class_names:
+            raise ValueError("class names other than those that the fingerprint is of")
+        return self
 
     @model_validator(mode="after")
     def _canaries_exist(self) -> Self:
@@ -174,15 +218,25 @@ class Manifest(Component):
         """Return the sha256 of what decides every target and pixel, as hex: the same after a cache has grown.
 
         Of a manifest that is restricted to what a student began with. Neither where images lie nor which versions and
-        canaries prove them counts.
+        canaries prove them counts; the names of classes count by their digest.
         """
-        without: Any = {"dataset": True, "canaries": True, "versions": True, "teachers": {"__all__": {"errors": True}}}
+        without: Any = dict.fromkeys(("dataset", "canaries", "versions", "class_names"), True)
+        without["teachers"] = {"__all__": {"errors": True}}
         return _digest(self.model_dump(mode="json", exclude=without))
 
     def attributes(self) -> dict[str, Any]:
         """Return the stored form, with its own sha256."""
         stored = self.model_dump(mode="json")
         return {"format_version": FORMAT_VERSION, "manifest": stored, "sha256": _digest(stored)}
+
+
+def recordable(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return names of classes, or None if there are none, or if JSON cannot hold them or a manifest should not."""
+    try:
+        size = sum(len(name.encode()) for name in names or ())
+    except UnicodeEncodeError:  # of a folder whose name is not UTF-8
+        return None
+    return tuple(names) if names and size <= MAX_NAME_BYTES else None
 
 
 def _digest(stored: object) -> str:

@@ -6,24 +6,26 @@ import numpy as np
 
 from logitcache.cache.arrays import ArrayGroup, Shard
 from logitcache.cache.manifest import LOGITS, Manifest
-from logitcache.cache.row_errors import RowErrors, summary
+from logitcache.cache.row_errors import NUM_STATISTICS, RowErrors, summary
 from logitcache.cache.skeleton import ROOT, metadata_files
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.store import Store
 from logitcache.cache.unpack import Unpacker
 
 
-def errors_of(snapshot: Snapshot, group: ArrayGroup, shards: Iterable[Shard]) -> RowErrors | None:
-    """Add up the errors of some committed shards; None where there are none, or where they are not recorded."""
+def errors_of(snapshot: Snapshot, group: ArrayGroup, shards: Iterable[Shard]) -> tuple[RowErrors, ...]:
+    """Add up the errors of some committed shards, by temperature; none without shards, or if they are not recorded."""
     if group.errors is None:
-        return None
+        return ()
     stored, shards = snapshot.array(group.errors), list(shards)
     stored.ensure(shards)  # many small ones, several at a time
     unpack = Unpacker(stored)
-    found = [unpack(shard)[0] for shard in shards]
-    logits = snapshot.manifest.teachers[group.teacher].logits
-    temperature = logits.temperature_of_errors if group.target == LOGITS and logits is not None else None
-    return summary(np.stack(found), temperature) if found else None
+    found = [unpack(shard)[0].reshape(-1, NUM_STATISTICS) for shard in shards]
+    if not found:
+        return ()
+    temperatures = snapshot.manifest.teachers[group.teacher].error_temperatures if group.target == LOGITS else None
+    statistics = np.stack(found, axis=1)
+    return tuple(summary(one, at) for one, at in zip(statistics, temperatures or (None,), strict=True))
 
 
 def with_errors(snapshot: Snapshot) -> Manifest:
@@ -31,8 +33,11 @@ def with_errors(snapshot: Snapshot) -> Manifest:
     layout, manifest = snapshot.layout, snapshot.manifest
     teachers = dict(manifest.teachers)
     for name, entry in teachers.items():
-        found = {group.target: errors_of(snapshot, group, layout.shards()) for group in layout.of(name)}
-        errors = {target: value for target, value in found.items() if value is not None}
+        errors: dict[str, RowErrors | tuple[RowErrors, ...]] = {}
+        for group in layout.of(name):
+            if group.errors is not None:
+                found = errors_of(snapshot, group, layout.shards())
+                errors[group.target] = found if len(group.errors.row_shape) > 1 else found[0]
         teachers[name] = entry.model_copy(update={"errors": errors})
     return manifest.model_copy(update={"teachers": teachers})
 

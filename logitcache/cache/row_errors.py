@@ -15,6 +15,12 @@ LOWEST, OCTAVES, PER_OCTAVE = -40, 48, 8
 SUM, MAX, COUNTS = 0, 1, 2
 NUM_STATISTICS = COUNTS + OCTAVES * PER_OCTAVE
 QUANTILE = 0.999
+BOUND = 0.001
+"""Nats of T² · mean KL(full ‖ decoded), the size that a loss has with its factor T², from which users are warned.
+
+By Pinsker's inequality the probabilities of a row at T = 1 then differ by √(2 · 0.001) = 4.5 % in sum, at most.
+"""
+
 Error = Annotated[Float, Field(ge=0.0)]
 
 
@@ -29,26 +35,26 @@ class RowErrors(Component):
     p999: Error
     max: Error
 
+    @property
+    def scaled(self) -> float:
+        """The mean times T²; as it is without a temperature."""
+        return self.mean * (self.temperature or 1.0) ** 2
 
-def statistics_of(errors: Tensor) -> NDArray[np.float64]:
-    """Return the statistics [S] of the errors [B] of a batch: sum, maximum, and how many fall into each bin."""
+
+def count_errors(statistics: NDArray[np.float64], errors: Tensor) -> None:
+    """Count the errors [K, B] of a batch in statistics of K temperatures, [K, S], or [S] where K is 1; in place."""
     values = errors.double().cpu().numpy()
     with np.errstate(divide="ignore"):
         place = np.floor((np.log2(values) - LOWEST) * PER_OCTAVE)
     bins = np.clip(place, 0, OCTAVES * PER_OCTAVE - 1).astype(np.int64)
-    counts = np.bincount(bins, minlength=OCTAVES * PER_OCTAVE)
-    return np.concatenate([[values.sum(), values.max(initial=0.0)], counts])
-
-
-def add(total: NDArray[np.float64], more: NDArray[np.float64]) -> None:
-    """Add statistics [S] to a total, in place."""
-    largest = max(total[MAX], more[MAX])
-    total += more
-    total[MAX] = largest
+    for total, found, row in zip(statistics.reshape(-1, NUM_STATISTICS), values, bins, strict=True):
+        total[SUM] += found.sum()
+        total[MAX] = max(total[MAX], found.max(initial=0.0))
+        total[COUNTS:] += np.bincount(row, minlength=OCTAVES * PER_OCTAVE)
 
 
 def summary(shards: NDArray[np.float64], temperature: float | None) -> RowErrors:
-    """Return the errors over all rows of shards with statistics [N, S]."""
+    """Return the errors over all rows of shards with statistics [N, S] of one temperature."""
     counts = shards[:, COUNTS:].sum(axis=0)
     largest, num_rows = float(shards[:, MAX].max()), counts.sum()
     reached = int(np.searchsorted(counts.cumsum(), QUANTILE * num_rows))

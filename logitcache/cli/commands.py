@@ -64,7 +64,8 @@ def recipe_check(
 
     checked = check_recipes(recipes, overrides)
     errors = tuple(recipe.error for recipe in checked if recipe.error is not None)
-    text = "".join(f"OK {r.path} ({r.command})\n" for r in checked if r.error is None)
+    lines = ([f"OK {r.path} ({r.command})", *(f"Warning: {w}" for w in r.warnings)] for r in checked if r.error is None)
+    text = "".join(f"{line}\n" for one in lines for line in one)
     document = {"recipes": [asdict(recipe) for recipe in checked]}
     code = RecipeError.exit_code if errors else 0
     return Answer(document, text, errors, RecipeError.__name__, code)

@@ -30,6 +30,9 @@ def plan(
     workers: Annotated[
         int, Option("--workers", min=1, metavar="N", help="Estimate N processes, each with a GPU if any.")
     ] = 1,
+    no_probe: Annotated[
+        bool, Option("--no-probe", help="Bytes and files alone, at most, in seconds: two images are answered.")
+    ] = False,
 ) -> Answer:
     """Tell what precompute will take, before it begins.
 
@@ -41,7 +44,7 @@ def plan(
     from logitcache.teacher.recipes import PrecomputeRecipe
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
-    document = tell(wanted, batches=batches, taps=taps, workers=workers)
+    document = tell(wanted, batches=batches, taps=taps, workers=workers, probing=not no_probe)
     return Answer(document, plan_text(document))
 
 

@@ -31,9 +31,9 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
     """Describe a cache, finished or not, without reading more than one view of it.
 
     `top1` is the teacher's accuracy on the labelled images of view 0, as it saw them, of the shards that are committed;
-    a mixed image has the label of its larger part. Of images of any number of classes it is `mean_ap`, the mean average
-    precision, and None where not all logits are kept. Of many images and classes the first images stand for all (67,000
-    of 1,000 classes); `summary` counts all.
+    a mixed image has the label of its larger part. `measured_on` says over which pixels and how many rows. Of images
+    of any number of classes it is `mean_ap`, the mean average precision, and None where not all logits are kept. Of
+    many images and classes the first images stand for all (67,000 of 1,000 classes); `summary` counts all.
     """
     snapshot = open_snapshot(path)
     cache = Cache(snapshot)
@@ -89,17 +89,17 @@ def _teacher(cache: Cache, name: str, entry: TeacherEntry, done: list[Shard]) ->
         "precision": entry.precision,
         **_quality(cache, name, [shard for shard in done if shard.view == 0 and entry.logits is not None]),
         "targets": [_target(cache, entry, group, done) for group in groups],
+        "errors": [row for group in groups for row in _errors(cache, entry, group, done)],
         **_array_bytes(cache, groups, done),
     }
 
 
 def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Shard]) -> dict[str, Any]:
-    """Say what a target is, what it takes, and how far it is from what the teacher answered."""
+    """Say what a target is, what it takes, and whether its distance from what the teacher answered is recorded."""
     feature = entry.features.get(group.target)
     stored = entry.stored_logits if feature is None else entry.stored_features[group.target]
     assert stored is not None
-    errors = entry.errors.get(group.target) if cache.complete else None  # over all rows, noted at the end
-    errors = errors or errors_of(cache.snapshot, group, done)
+    exact = feature is None and entry.error_temperatures == ()
     return {
         "target": group.target,
         "kept": None if feature is None else feature.model_dump(mode="json", exclude_none=True),
@@ -107,8 +107,15 @@ def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Sha
         "form": stored.form.model_dump(mode="json", exclude_none=True) if feature is None else None,
         "bytes_per_row": _array_bytes(cache, [group], done)["bytes_per_row"],
         "table_bytes": sum(table.num_bytes for table in group.tables),
-        "errors": {} if errors is None else errors.model_dump(mode="json"),
+        "errors": "none" if exact else "recorded" if group.errors is not None else "not recorded",
     }
+
+
+def _errors(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Shard]) -> list[dict[str, Any]]:
+    """List how far a target is from what the teacher answered, by temperature."""
+    known = entry.errors_of(group.target) if cache.complete else ()  # over all rows, noted at the end
+    errors = known or errors_of(cache.snapshot, group, done)
+    return [{"target": group.target, **one.model_dump(mode="json")} for one in errors]
 
 
 def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) -> dict[str, Any]:
@@ -122,28 +129,35 @@ def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) 
     return {"array_bytes": arrays, "bytes_per_row": round(sum(arrays.values()) / rows, 1) if rows else None}
 
 
-def _quality(cache: Cache, teacher: str, shards: list[Shard]) -> dict[str, float | None]:
-    """Return how good a teacher is on the rows of shards, by the name of the figure."""
-    if is_multi_label(cache.labels):
-        return {"mean_ap": _mean_ap(cache, teacher, shards)}
-    return {"top1": _accuracy(cache, teacher, shards)}
+def _quality(cache: Cache, teacher: str, shards: list[Shard]) -> dict[str, Any]:
+    """Return how good a teacher is on the rows of shards, by the name of the figure, and on which rows that is."""
+    name, measure = ("mean_ap", _mean_ap) if is_multi_label(cache.labels) else ("top1", _accuracy)
+    figure, rows = measure(cache, teacher, shards)
+    return {name: figure, "measured_on": f"{rows} labelled rows of view 0, {_pixels(cache)}" if rows else None}
 
 
-def _accuracy(cache: Cache, teacher: str, shards: list[Shard]) -> float | None:
+def _pixels(cache: Cache) -> str:
+    """Say which pixels a teacher answered."""
+    spec = cache.manifest.views.answered()
+    names = ", ".join(part.kind for part in (*spec.augmentations, *spec.mixing))
+    return f"as augmented by {names}" if names else "not augmented"
+
+
+def _accuracy(cache: Cache, teacher: str, shards: list[Shard]) -> tuple[float | None, int]:
     hits = labelled = 0
     for labels, targets in _answers(cache, teacher, shards):
         hits += int((top1(targets).numpy() == labels).sum())
         labelled += int((labels >= 0).sum())
-    return hits / labelled if labelled else None
+    return hits / labelled if labelled else None, labelled
 
 
-def _mean_ap(cache: Cache, teacher: str, shards: list[Shard]) -> float | None:
-    found = [
-        MultiLabelTally.of(targets.logits, torch.from_numpy(labels), {})
-        for labels, targets in _answers(cache, teacher, shards)
-        if targets.keeps_logits
-    ]
-    return functools.reduce(operator.add, found).measures().mean_ap if found else None
+def _mean_ap(cache: Cache, teacher: str, shards: list[Shard]) -> tuple[float | None, int]:
+    labelled, found = 0, []
+    for labels, targets in _answers(cache, teacher, shards):
+        if targets.keeps_logits:
+            found.append(MultiLabelTally.of(targets.logits, torch.from_numpy(labels), {}))
+            labelled += int((labels >= 0).any(axis=1).sum())
+    return functools.reduce(operator.add, found).measures().mean_ap if found else None, labelled
 
 
 def _answers(cache: Cache, teacher: str, shards: list[Shard]) -> Iterator[tuple[Labels, Targets]]:

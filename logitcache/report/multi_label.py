@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,12 @@ def _per_class(cache: Cache, found: list[_View]) -> Iterator[dict[str, Any]]:
     images = (cache.labels == 1).sum(axis=0)
     for label in np.flatnonzero(images).tolist():
         precisions = {name: _mean([v.precisions[name][label] for v in found]) for name in found[0].precisions}
-        yield {"label": label, "images": int(images[label]), **precisions}
+        yield {"label": label, **name_of(label, cache.manifest.class_names), "images": int(images[label]), **precisions}
+
+
+def name_of(label: int, names: Sequence[str] | None) -> dict[str, str]:
+    """Return the column that holds the name of a class; none if it is not recorded."""
+    return {} if names is None or label >= len(names) else {"name": names[label]}
 
 
 def _mean(values: list[float | None]) -> float | None:

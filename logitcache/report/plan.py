@@ -27,11 +27,12 @@ from logitcache.report.costs import (
     store_cost,
 )
 from logitcache.report.tables import as_text, format_bytes
-from logitcache.teacher.candidates import Candidate, candidates
+from logitcache.report.taps import taps_of
 from logitcache.teacher.draft import Draft, drafted
 from logitcache.teacher.probe import Probe, probe
 from logitcache.teacher.recipes import PrecomputeRecipe
-from logitcache.views.keys import ViewKey
+from logitcache.teacher.share import WHOLE, Share
+from logitcache.teacher.sketch import most_bytes, sketched
 
 MARGIN = 1.05
 """Bytes are predicted to a twentieth: so much more has to be free."""
@@ -43,23 +44,25 @@ def plan(
     batches: int | None = None,
     taps: bool = False,
     workers: int = 1,
+    probing: bool = True,
     teachers: Mapping[str, nn.Module] | None = None,
     dataset: object | None = None,
 ) -> dict[str, Any]:
     """Tell what `precompute` with this recipe would take on this machine; writes nothing.
 
     `batches` are probed, by default as many as show it. `taps` lists what could be kept of each teacher as a feature.
-    `workers` processes, each with a device, share the work: an estimate. `teachers` and `dataset` give the objects
-    themselves, as for `precompute`. Raises what that raises before its first shard.
+    `workers` processes, each with a device, share the work: an estimate. Without `probing` teachers answer two images:
+    bytes and files are told in seconds, those of packed arrays and fitted encodings as bounds. `teachers` and `dataset`
+    give the objects themselves, as for `precompute`. Raises what that raises before its first shard.
     """
     if workers < 1 or (batches is not None and batches < 1):
         raise RecipeError(f"workers: {workers}, batches: {batches}. Fix: at least 1 of each")
-    with drafted(recipe, teachers=teachers, dataset=dataset) as draft:
-        found = probe(draft, batches) if draft.plan.pending else None
-        listed = _taps(draft) if taps else None
-    document = _document(draft, found, workers)
-    if listed is not None:
-        document["taps"] = listed
+    if batches is not None and not probing:
+        raise RecipeError(f"batches: {batches} without a probe have no effect. Fix: leave out one of both")
+    with (drafted if probing else sketched)(recipe, teachers=teachers, dataset=dataset) as draft:
+        found = probe(draft, batches) if draft.plan.pending and probing else None
+        listed = {"taps": taps_of(draft)} if taps else {}
+    document = (_document(draft, found, workers) if probing else _bounds(draft)) | listed
     for warning in document["warnings"]:
         warnings.warn(warning, stacklevel=2)
     return document
@@ -72,15 +75,42 @@ def plan_text(document: Mapping[str, Any]) -> str:
 
 
 def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]:
-    goal, layout = draft.plan.goal, draft.plan.layout
+    layout = draft.plan.layout
     there = {array.name: _bytes_there(draft, group, array) for group in layout.groups for array in group.arrays}
-    packed = {**there, **(found.packed if found else {})}
-    skeleton = skeleton_sizes(goal)
+    document, whole = _stored(draft, {**there, **(found.packed if found else {})})
+    document |= {
+        "stop_loses": _lost(draft, found),
+        "teacher_passes": draft.teacher_passes,
+        **_time(draft, found, workers),
+        **_memory(draft, found, whole),
+        "requests": vars(requests_of_writing(whole, layout)) if is_remote(draft.recipe.cache) else None,
+        "probe": _probed(draft, found),
+        "arrays": _arrays(whole),
+        "features": _features(draft, whole),
+    }
+    return document | {"warnings": _warnings(document), "notes": _notes(document, workers)}
+
+
+def _bounds(draft: Draft) -> dict[str, Any]:
+    """Describe a plan that was not probed: bytes and files alone."""
+    arrays = draft.plan.layout.arrays
+    document, whole = _stored(draft, {array.name: most_bytes(array) for array in arrays if array.storage == "packed"})
+    bounds = [row | {"bound": "at most" if row["storage"] == "packed" else "exact"} for row in _arrays(whole)]
+    document |= {"stop_loses": _lost(draft, None), "arrays": bounds, "features": _features(draft, whole)}
+    notes = ["not probed: bytes of packed arrays, and bytes and files of encodings that are fitted, are at most these"]
+    if draft.recorded is not None:
+        notes.append("the cache was not compared with images and teachers, nor its shards with their records")
+    return document | {"warnings": _warnings(document), "notes": notes}
+
+
+def _stored(draft: Draft, packed: Mapping[str, float]) -> tuple[dict[str, Any], StoreCost]:
+    """Describe what a cache takes, given the bytes of a row of each packed array, and what of that is to do."""
+    goal, layout = draft.plan.goal, draft.plan.layout
+    skeleton, pending = skeleton_sizes(goal), draft.plan.pending
     new = {key: size for key, size in skeleton.items() if not draft.plan.store.exists(key)}
     whole, todo = store_cost(layout, packed, skeleton), store_cost(layout, packed, new, draft.missing)
     free = _free_bytes(draft.recipe.cache)
-    pending = draft.plan.pending
-    document = {
+    return {
         "cache": draft.recipe.cache,
         "state": _state(draft),
         "device": str(draft.teachers[0].device),
@@ -90,7 +120,6 @@ def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]
         "shards": layout.num_shards,
         "shards_to_do": len(pending),
         "row_views_to_do": sum(shard.stop - shard.start for shard in pending),
-        "teacher_passes": draft.teacher_passes,
         "bytes": whole.bytes,
         "new_bytes": todo.bytes,
         "stored_bytes_per_row": round(whole.bytes_per_row, 1),
@@ -98,14 +127,13 @@ def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]
         "new_files": todo.files,
         "free_bytes": free,
         "fits": None if free is None else todo.bytes * MARGIN <= free,
-        **_time(draft, found, workers),
-        **_memory(draft, found, whole),
-        "requests": vars(requests_of_writing(whole, layout)) if is_remote(draft.recipe.cache) else None,
-        "probe": _probed(draft, found),
-        "arrays": _arrays(whole),
-        "features": _features(draft, whole),
-    }
-    return document | {"warnings": _warnings(document), "notes": _notes(document, workers)}
+    }, whole
+
+
+def _lost(draft: Draft, found: Probe | None) -> dict[str, Any]:
+    """Say what a stop drops at most: the shards in progress."""
+    lost = Share(draft.plan.snapshot, draft.plan.pending, draft.recipe.views_per_image, WHOLE).most_lost
+    return {"row_views": lost, "seconds": None if found is None else lost * found.loop}
 
 
 def _state(draft: Draft) -> str:
@@ -226,30 +254,6 @@ def _features(draft: Draft, whole: StoreCost) -> list[dict[str, Any]]:
                 }
             )
     return taken
-
-
-def _taps(draft: Draft) -> list[dict[str, Any]]:
-    """Tell what every module could be kept as, in float16 and not compressed."""
-    pixels = draft.views.answered().__getitems__([ViewKey(0, 0)] * 2)
-    rows = draft.plan.goal.num_images * draft.plan.goal.views.num_views
-    return [
-        _tap(teacher.name, candidate, rows) for teacher in draft.teachers for candidate in candidates(teacher, pixels)
-    ]
-
-
-def _tap(teacher: str, candidate: Candidate, rows: int) -> dict[str, Any]:
-    numbers = torch.Size(candidate.shape).numel()
-    pooled = candidate.shape[-1] if len(candidate.shape) == 2 else candidate.shape[0]
-    return {
-        "teacher": teacher,
-        "tap": candidate.tap,
-        "module": candidate.module,
-        "shape": list(candidate.shape),
-        "pooled_row_bytes": 2 * pooled,
-        "maps_row_bytes": 2 * numbers,
-        "pooled_bytes": 2 * pooled * rows,
-        "maps_bytes": 2 * numbers * rows,
-    }
 
 
 def _free_bytes(cache: str) -> int | None:

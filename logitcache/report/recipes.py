@@ -14,6 +14,7 @@ from logitcache.errors import LogitCacheError, RecipeError, caught, listed
 from logitcache.recipe import Component, load_recipe, load_sound, read_recipe, require_effect
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.sources import lesson_of
+from logitcache.student.target_errors import doubts
 from logitcache.student.trial import require_fit, require_taps
 from logitcache.teacher.derive_plan import Source as Derived
 from logitcache.teacher.derive_recipe import DeriveRecipe
@@ -32,11 +33,12 @@ R = TypeVar("R", bound=Component)
 
 @dataclass(frozen=True)
 class CheckedRecipe:
-    """One file: the command it is for, and what is wrong with it, None when nothing is."""
+    """One file: the command it is for, what is wrong with it, None when nothing is, and what is to be known of it."""
 
     path: str
     command: str | None
     error: str | None
+    warnings: tuple[str, ...] = ()
 
 
 def check_recipes(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> list[CheckedRecipe]:
@@ -56,7 +58,16 @@ def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
         return CheckedRecipe(str(path), command, str(error))
     # What is wrong with names in caches is reported beside entries that are wrong by themselves.
     mistakes += [] if recipe is None else dict.fromkeys(str(error) for error in _problems(recipe))
-    return CheckedRecipe(str(path), command, listed(mistakes) if mistakes else None)
+    if mistakes or recipe is None:
+        return CheckedRecipe(str(path), command, listed(mistakes))
+    return CheckedRecipe(str(path), command, None, _warnings(recipe))
+
+
+def _warnings(recipe: Component) -> tuple[str, ...]:
+    """Return what is to be known of a sound recipe: targets of an existing cache that are far from the teacher's."""
+    if not isinstance(recipe, StudentRecipe) or not locate(recipe.cache).path.exists():
+        return ()
+    return tuple(doubts(recipe, Cache(Snapshot.read(locate(recipe.cache)))))
 
 
 def _problems(recipe: Component) -> list[LogitCacheError]:

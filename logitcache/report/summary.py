@@ -7,7 +7,7 @@ are added in theirs, so that figures do not depend on who counts.
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError, RecipeError
 from logitcache.logits import Logits, TopKLogits
 from logitcache.report.inspect import labels_as_seen
-from logitcache.report.multi_label import ENSEMBLE, MultiLabelSummary, summarize_multi_label
+from logitcache.report.multi_label import ENSEMBLE, MultiLabelSummary, name_of, summarize_multi_label
 from logitcache.student.validation import only_logits
 from logitcache.targets import Targets
 from logitcache.teacher.gathering import HERE, Cluster, gathered
@@ -105,7 +105,8 @@ class CacheSummary:
     """What the answers in a cache are worth, over `views` of them.
 
     With several teachers of as many classes, their ensemble stands among them: the mean of their probabilities.
-    `per_view` and `per_class` have a row a view and a class, with the top-1 of each teacher by name.
+    `per_view` and `per_class` have a row a view and a class, with the top-1 of each teacher by name; a class has its
+    `name` too, if the cache records it.
     """
 
     cache: str
@@ -227,7 +228,7 @@ def _summary(cache: Cache, views: int, counts: ShardCounts, per_view: tuple[dict
         teachers=tuple(_teacher(name, classes[name], found, counts.rows) for name, found in counts.teachers.items()),
         agreement=tuple(Agreement(*pair, count / counts.rows) for pair, count in counts.agreeing.items()),
         per_view=per_view,
-        per_class=tuple(_per_class(counts)),
+        per_class=tuple(_per_class(counts, cache.manifest.class_names)),
     )
 
 
@@ -246,9 +247,9 @@ def _top1_of_all(counts: ShardCounts) -> dict[str, float | None]:
     return {name: _share(found.totals[1], found.totals[0]) for name, found in counts.teachers.items()}
 
 
-def _per_class(counts: ShardCounts) -> Iterable[dict[str, Any]]:
-    """Yield a row for each class that has labelled rows."""
+def _per_class(counts: ShardCounts, names: Sequence[str] | None) -> Iterable[dict[str, Any]]:
+    """Yield a row for each class that has labelled rows, with its name if that is recorded."""
     rows = next(iter(counts.teachers.values())).by_class[:, 0]
     for label in np.flatnonzero(rows).tolist():
         top1 = {name: found.by_class[label, 1] / rows[label] for name, found in counts.teachers.items()}
-        yield {"label": label, "row_views": int(rows[label]), **top1}
+        yield {"label": label, **name_of(label, names), "row_views": int(rows[label]), **top1}

@@ -35,6 +35,11 @@ class TemperatureBase(Component, ABC):
     def lowest(self) -> float:
         """The smallest value at any time; a bound where it is only approached."""
 
+    @property
+    @abstractmethod
+    def highest(self) -> float:
+        """The largest value at any time."""
+
     @abstractmethod
     def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> float | Tensor:
         """Return the temperature of a batch: a number, a scalar, or one for each row, float32 [B].
@@ -53,11 +58,6 @@ class TemperatureBase(Component, ABC):
 
 class Schedule(TemperatureBase):
     """A number that depends on the epoch alone, with its fraction: a run that continues needs no state for it."""
-
-    @property
-    @abstractmethod
-    def highest(self) -> float:
-        """The largest value at any time."""
 
     @abstractmethod
     def at(self, progress: Progress) -> float:

@@ -1,5 +1,6 @@
 """What a run learns from, opened and checked before the first step."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.reader import Cache, Replay, open_uncompared
-from logitcache.errors import MismatchError, RecipeError, caught, raise_all
+from logitcache.errors import MismatchError, RecipeError, TargetErrorWarning, caught, raise_all
 from logitcache.student.compatibility import (
     FROM_LABELS,
     asked_targets,
@@ -24,9 +25,10 @@ from logitcache.student.losses import Loss
 from logitcache.student.losses.base import HeldTeacher
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
+from logitcache.student.target_errors import doubts
 from logitcache.targets import Targets
 from logitcache.views.datasets import fingerprint, open_dataset
-from logitcache.views.datasets.base import Labels, is_multi_label
+from logitcache.views.datasets.base import Labels, is_multi_label, warn_of_orientation
 from logitcache.views.datasets.labels import class_counts
 from logitcache.views.epochs import EpochLoader, no_targets
 from logitcache.views.keys import ViewKey
@@ -126,6 +128,9 @@ def _from_cache(
         "online": live is not None,
     }
     if live is None:
+        if part["rank"] == 0:
+            for doubt in doubts(recipe, cache):
+                warnings.warn(doubt, TargetErrorWarning, stacklevel=2)
         source = Source(loader, lesson, identity, ensembles=recipe.ensembles, cache=recipe.cache)
     else:
         source = Source(loader, lesson, identity, _only(live, names), len(names), recipe.ensembles)
@@ -200,6 +205,7 @@ def _from_labels(recipe: TeacherRecipe, begun: Mapping[str, Any], part: Mapping[
         raise RecipeError(
             "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"
         )
+    warn_of_orientation(dataset)
     require_labels(recipe.losses, dataset.labels)
     require_classes(recipe.losses, dataset.num_classes)
     spec = recipe.views()

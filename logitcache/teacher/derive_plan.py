@@ -203,7 +203,7 @@ def _fit(source: Source, entries: Mapping[str, TeacherEntry], num_views: int) ->
                 continue
             assert entry.logits is not None
             coder = entry.logits.fitted(source.sample(name, num_views))
-            stored = StoredLogits(form=coder.form, **recorded_tables(coder.tables, num_views))
+            stored = StoredLogits.measured(coder.form, entry.logits, **recorded_tables(coder.tables, num_views))
             fitted[name] = entry.model_copy(update={"stored_logits": stored})
             tables |= {f"{name}.{target}.{key}": table for key, table in coder.tables.items()}
     return fitted, tables

@@ -14,7 +14,7 @@ from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
 from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import LOGITS, Manifest
-from logitcache.cache.row_errors import add, statistics_of
+from logitcache.cache.row_errors import count_errors
 from logitcache.cache.shards import ShardReader
 from logitcache.cache.unpack import Unpacker
 from logitcache.cache.writer import Rows, empty_rows
@@ -191,4 +191,4 @@ class Deriver:
                     )
                 rows[array.name][here] = values.cpu().numpy()
             if group.errors is not None and encoded.errors is not None:
-                add(rows[group.errors.name][0], statistics_of(encoded.errors))
+                count_errors(rows[group.errors.name][0], encoded.errors)

@@ -15,7 +15,7 @@ from logitcache.targets import FeatureValues, Targets, feature_values
 
 
 class Encoded(NamedTuple):
-    """The arrays of a target by suffix, [B, ...] each, and the errors of its rows [B] where these are recorded."""
+    """The arrays of a target by suffix, [B, ...] each, and the errors of its rows, [K, B] at K temperatures, if any."""
 
     arrays: dict[str, Tensor]
     errors: Tensor | None
@@ -36,7 +36,7 @@ def encode(
         if name in measured or name in needed:
             coder, exact = coders.features[f"{teacher}.{name}"], answers.features[name]
             arrays = coder.encode(exact)
-            errors = relative_error(coder.decode(arrays), exact) if measured.get(name) else None
+            errors = relative_error(coder.decode(arrays), exact)[None] if measured.get(name) else None
             found[name] = Encoded(arrays, errors)
     if LOGITS in measured:
         assert entry.logits is not None
@@ -51,7 +51,8 @@ def encode(
         if measured[LOGITS]:
             kept = {name: found[name].arrays[""] for name in needed}
             back = logits.decode({**kept, **arrays}, entry.num_classes)
-            errors = divergences(answers.logits, back, entry.logits.temperature_of_errors)
+            temperatures = entry.error_temperatures or ()
+            errors = torch.stack([divergences(answers.logits, back, at) for at in temperatures])
         found[LOGITS] = Encoded(arrays, errors)
     return found
 

@@ -59,7 +59,7 @@ def _fitted(entry: TeacherEntry, sample: Calibration) -> tuple[TeacherEntry, dic
         if target == LOGITS:
             assert entry.logits is not None
             coder = entry.logits.fitted(sample)
-            logits = StoredLogits(form=coder.form, **recorded_tables(coder.tables, *drawn))
+            logits = StoredLogits.measured(coder.form, entry.logits, **recorded_tables(coder.tables, *drawn))
             found |= {f"{target}.{name}": table for name, table in coder.tables.items()}
         else:
             shape = tuple(sample.examples.features[target].shape[1:])

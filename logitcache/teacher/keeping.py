@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logitcache.cache.arrays import ArrayGroup, Shard
 from logitcache.cache.layout import CHECKSUMS
-from logitcache.cache.row_errors import add, statistics_of
+from logitcache.cache.row_errors import count_errors
 from logitcache.cache.writer import Rows
 from logitcache.device import to_device
 from logitcache.teacher.encoding import Encoded, encode
@@ -87,4 +87,4 @@ def _keep_answers(
         for array in group.rows:
             rows[array.name][places] = arrays[array.suffix].cpu().numpy()
         if group.errors is not None and errors is not None:
-            add(rows[group.errors.name][0], statistics_of(errors))
+            count_errors(rows[group.errors.name][0], errors)

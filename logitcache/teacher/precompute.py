@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,15 +12,18 @@ import numpy as np
 from torch import Tensor, nn
 
 from logitcache.cache.arrays import Shard
+from logitcache.cache.encodings import Dense
 from logitcache.cache.layout import Layout
+from logitcache.cache.manifest import LOGITS, Manifest
+from logitcache.cache.row_errors import BOUND
 from logitcache.cache.sharing import preparing, writing
-from logitcache.cache.snapshot import locate
+from logitcache.cache.snapshot import locate, read_manifest
 from logitcache.cache.store import Store
 from logitcache.cache.unreadable import note_unreadable
 from logitcache.cache.writer import CacheWriter, Rows, empty_rows
 from logitcache.console import say, track
 from logitcache.device import resolve_device
-from logitcache.errors import DataError
+from logitcache.errors import DataError, TargetErrorWarning
 from logitcache.stopping import stop_flag
 from logitcache.teacher.keeping import Keeper
 from logitcache.teacher.models import Teacher
@@ -92,6 +96,7 @@ def precompute(
         done.passes += passes_of(built)
         share = Share(plan.snapshot, plan.pending, recipe.views_per_image, mine, wait)
         if plan.pending:
+            say(f"{len(plan.pending)} shards to do; a stop loses at most the {share.most_lost} row-views in progress")
             loader = ViewLoader(views.answered(), recipe.num_workers, recipe.start_method)
             with contextlib.closing(loader):
                 fill(recipe, views, loader, built, plan, share, done)
@@ -104,6 +109,8 @@ def finished(plan: Plan, share: Share, done: "Done", started: float) -> Precompu
     left = share.left(missing)
     if not plan.pending:
         say(f"{store} is complete, there is nothing to do")
+    if not missing:
+        _warn_of_rounding(read_manifest(store))
     seconds = time.perf_counter() - started
     return PrecomputeResult(
         str(store),
@@ -117,6 +124,21 @@ def finished(plan: Plan, share: Share, done: "Done", started: float) -> Precompu
         left.held,
         left.apart,
     )
+
+
+def _warn_of_rounding(manifest: Manifest) -> None:
+    """Warn of dense logits that float16 rounds too much, because of what all classes of a row have in common."""
+    for name, entry in manifest.teachers.items():
+        worst = max(entry.errors_of(LOGITS), key=lambda one: one.scaled, default=None)
+        if worst is not None and worst.scaled > BOUND and isinstance(entry.logits, Dense):
+            warnings.warn(
+                f"teachers.{name}: the logits have so large a common offset that float16 rounds away what tells classes"
+                f" apart: a mean KL divergence of {worst.mean:.2g} nats at T = {worst.temperature:g}. Fix: precompute "
+                f"into another cache with teachers.{name}.logits: {{kind: dense, dtype: float32}}, or {{kind: uint8}} "
+                "or {kind: transform, step: 0.1}, which store each row without its offset",
+                TargetErrorWarning,
+                stacklevel=3,
+            )
 
 
 @dataclass

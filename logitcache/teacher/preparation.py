@@ -16,7 +16,7 @@ from logitcache.cache.differences import extends, is_more, require_growth
 from logitcache.cache.growth import begin_growth, forget_growth, grown, read_growth
 from logitcache.cache.images import require_same_images
 from logitcache.cache.layout import CHECKSUMS, Layout, choose_shard_rows, layout_of
-from logitcache.cache.manifest import Manifest, TeacherEntry
+from logitcache.cache.manifest import Manifest, TeacherEntry, recordable
 from logitcache.cache.reached import finish_growth, note_errors
 from logitcache.cache.reader import Cache
 from logitcache.cache.recorded import RecordedRows
@@ -39,7 +39,7 @@ from logitcache.trust import inherit, remember
 from logitcache.versions import versions
 from logitcache.views import canaries
 from logitcache.views.datasets import fingerprint
-from logitcache.views.datasets.base import ImageDataset
+from logitcache.views.datasets.base import ImageDataset, warn_of_orientation
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 
@@ -104,7 +104,7 @@ def begin(
     records, pixels = canaries.take(views, keys)
     samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
     examples = examples_of(teachers, pixels, torch.from_numpy(samples.labels[[key.index for key in keys]]))
-    asked = _entries(recipe, teachers, views.dataset, examples)
+    asked = entries_of(recipe, teachers, views.dataset, examples)
     entries, tables = fit(recipe, views, teachers, asked, examples, most_rows=most_rows)
     rows = choose_shard_rows(list(entries.values()), len(views.dataset.ids), recipe.shard_rows)
     return _manifest(recipe, views, entries, records, pixels, rows), samples, tables
@@ -134,7 +134,7 @@ def standing(store: Store, recipe: PrecomputeRecipe, views: Views, teachers: lis
     samples = Samples(views.dataset.labels, views.dataset.digests(), pixels.numpy())
     labels = torch.from_numpy(samples.labels[[canary.index for canary in recorded.canaries]])
     examples = examples_of(teachers, pixels, labels)
-    entries = _entries(recipe, teachers, views.dataset, examples)
+    entries = entries_of(recipe, teachers, views.dataset, examples)
     wanted = _manifest(recipe, views, entries, records, pixels, recipe.shard_rows or recorded.shard_rows)
     wanted = wanted.model_copy(update={"views": recipe.views})
     begun = snapshot.growing()
@@ -238,6 +238,7 @@ def _manifest(
     pixels: Tensor,
     shard_rows: int,
 ) -> Manifest:
+    warn_of_orientation(views.dataset)
     return Manifest(
         dataset=recipe.dataset,
         fingerprint=fingerprint(views.dataset),
@@ -252,10 +253,11 @@ def _manifest(
         teachers=entries,
         canaries=records,
         versions=versions(),
+        class_names=recordable(views.dataset.class_names),
     )
 
 
-def _entries(
+def entries_of(
     recipe: PrecomputeRecipe, teachers: list[Teacher], dataset: ImageDataset, examples: Mapping[str, Targets]
 ) -> dict[str, TeacherEntry]:
     """Say who answers and what is asked for; how it is kept is not decided yet."""

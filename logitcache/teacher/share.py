@@ -101,6 +101,11 @@ class Share:
     def _is_mine(self, shard: Shard) -> bool:
         return self._number(shard) % self._part.parts == self._part.number - 1
 
+    @property
+    def most_lost(self) -> int:
+        """Row-views that a stop drops at most: those of the shards that are computed together."""
+        return max((sum(shard.stop - shard.start for shard in group) for group in self.groups), default=0)
+
     def take(self) -> Iterator[list[Shard]]:
         """Yield groups of shards as they are claimed; a later call finds those that others have let go since."""
         for group in self.groups:

@@ -59,7 +59,7 @@ def groups(path: Path) -> dict[str, list[str]]:
     found = {}
     for name, entry in manifest["teachers"].items():
         form = entry["stored_logits"]["form"]
-        parts = PARTS[form["kind"]] + ([".errors"] if form["kind"] != "dense" else [])
+        parts = PARTS[form["kind"]] + ([] if form.get("dtype") == "float32" else [".errors"])
         if form["kind"] == "transform":
             counts = [form[name] for name in ("wide", "bytes", "pairs", "triples", "quints", "correction_bytes")]
             counts += [form["corrections"] - form["correction_bytes"], 1, 1, 1]
@@ -183,18 +183,19 @@ def test_tables_have_the_digests_of_the_manifest(path: Path) -> None:
 
 def test_errors_are_counted_in_bins(path: Path) -> None:
     entry = manifest_of(path)["teachers"]["t"]
-    if entry["stored_logits"]["form"]["kind"] == "dense":
-        assert entry["errors"] == {}
+    temperatures = entry["stored_logits"]["error_temperatures"]
+    if entry["stored_logits"]["form"].get("dtype") == "float32":
+        assert (temperatures, entry["errors"]) == ([], {})
         return
     errors = array(path, "t.logits.errors")
-    assert errors.shape == (2, -(-COUNT // manifest_of(path)["shard_rows"]), 386)
-    assert errors[..., 2:].sum() == 2 * COUNT
-    assert entry["errors"]["logits"]["mean"] == pytest.approx(errors[..., 0].sum() / (2 * COUNT))
-    assert (
-        entry["errors"]["logits"]["max"]
-        == errors[..., 1].max()
-        < 2.0 ** (np.flatnonzero(errors[..., 2:].sum((0, 1))).max() / 8 - 40 + 1 / 8)
-    )
+    assert errors.shape == (2, -(-COUNT // manifest_of(path)["shard_rows"]), 2, 386)
+    for place, (temperature, told) in enumerate(zip(temperatures, entry["errors"]["logits"], strict=True)):
+        found = errors[:, :, place]
+        assert temperature == told["temperature"] == (1.0, 4.0)[place]
+        assert found[..., 2:].sum() == 2 * COUNT
+        assert told["mean"] == pytest.approx(found[..., 0].sum() / (2 * COUNT))
+        largest = 2.0 ** (np.flatnonzero(found[..., 2:].sum((0, 1))).max() / 8 - 40 + 1 / 8)
+        assert told["max"] == found[..., 1].max() < largest
 
 
 def test_labels_digests_and_canaries_agree_with_the_manifest(path: Path) -> None:

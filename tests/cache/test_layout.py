@@ -75,9 +75,20 @@ def test_chosen_shards_fill_pages_and_stay_small(teachers: list[tuple[Any, int]]
 
 
 @given(st.integers(1, 8_388_607))
-def test_caches_of_some_million_images_have_shards_of_one_size(num_images: int) -> None:
+def test_a_stop_loses_a_sixteenth_of_a_view_at_most_or_64_rows_or_65536(num_images: int) -> None:
     rows = choose_shard_rows([entry(PackedTopK(k=10), 1000)], num_images, None)
-    assert rows == min(65_536, 1 << (num_images - 1).bit_length())
+    if num_images < 1024:
+        assert rows == min(64, 1 << (num_images - 1).bit_length())
+    elif num_images < 1 << 20:
+        assert 16 <= num_images // rows < 32
+    else:
+        assert rows == 65_536
+
+
+@given(st.integers(1, 1 << 18))
+def test_pages_come_before_the_number_of_shards(num_images: int) -> None:
+    rows = choose_shard_rows([entry(Dense(), 1000)], num_images, None)
+    assert rows == 256 or 16 <= num_images // rows < 32  # whole pages come in multiples of 256 rows
 
 
 @given(st.integers(8_388_608, 10**10))

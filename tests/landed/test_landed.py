@@ -112,3 +112,19 @@ def test_a_cache_that_grows_keeps_its_plan_and_a_new_one_takes_the_newest(
         "mixed.zarr": 1,
         "new.zarr": 2,
     }
+
+
+def test_errors_are_shown_as_they_were_recorded(landed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = lc.open_cache("cache.zarr").manifest
+    shown = run(capsys, "inspect", "cache.zarr")["teachers"]
+    kinds = {entry.stored_logits.form.kind for entry in manifest.teachers.values()}
+    assert kinds == {"dense", "top_k", "transform"}
+    for name, entry in manifest.teachers.items():
+        dense = entry.stored_logits.form.kind == "dense"
+        logits = next(row for row in shown[name]["targets"] if row["target"] == "logits")
+        assert logits["errors"] == ("not recorded" if dense else "recorded")
+        errors = [row["temperature"] for row in shown[name]["errors"] if row["target"] == "logits"]
+        assert errors == ([] if dense else [1.0])
+        assert "error_temperatures" not in entry.stored_logits.model_dump(mode="json")
+    assert manifest.class_names is None
+    assert all("name" not in row for row in run(capsys, "summary", "cache.zarr")["per_class"])

@@ -1,6 +1,7 @@
 """What `plan` tells, against what `precompute` then writes; time is for benchmarks/plan.py."""
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import torch
 import yaml
 from torch import nn
 
+from logitcache import console
+from logitcache.cache.reader import open_cache
 from logitcache.cli import main
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
 from logitcache.recipe import load_recipe
@@ -19,6 +22,7 @@ from logitcache.report.plan import plan
 from logitcache.teacher import calibration, draft
 from logitcache.teacher.precompute import precompute
 from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.views.datasets.map_style import MapImages
 from tests.cache.made import (
     COUNT,
     DENSE16,
@@ -44,7 +48,9 @@ Usage = namedtuple("Usage", ["total", "used", "free"])
 
 def told(path: Path, count: int = COUNT, module: nn.Module | None = None, **changes: Any) -> dict[str, Any]:
     """Plan what `made` and `run` make."""
-    options = {name: changes.pop(name) for name in ("batches", "taps", "workers", "dataset") if name in changes}
+    options = {
+        name: changes.pop(name) for name in ("batches", "taps", "workers", "probing", "dataset") if name in changes
+    }
     given = {"t": module or Linear()}
     return plan(recipe(path, **changes), teachers=given, **{"dataset": Pixels(count), **options})
 
@@ -369,3 +375,92 @@ def test_the_command_tells_it_as_text_and_as_json(tmp_path: Path, capsys: pytest
 def test_a_misspelt_key_is_told(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="num_view"):
         load_recipe({"cache": str(tmp_path), "num_view": 1, "teachers": {"t": teacher(DENSE16)}}, PrecomputeRecipe)
+
+
+class Seen(Linear):
+    """A teacher that counts images, beside a data set that reads none twice and hashes none."""
+
+    images = 0
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        Seen.images += len(images)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize("logits", [*ENCODINGS.values(), {"kind": "auto", "max_kl": 1e-3}], ids=str)
+def test_without_a_probe_files_and_bytes_are_bounds_and_two_images_are_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logits: dict[str, Any]
+) -> None:
+    changes = {"teachers": {"t": teacher(logits)}, "row_checksums": True}
+    Seen.images = 0
+    with monkeypatch.context() as unhashed:
+        unhashed.setattr(MapImages, "digests", lambda self: pytest.fail("every image is read"))
+        document = told(tmp_path / "c", module=Seen(), probing=False, **changes)
+    assert Seen.images <= 2
+    assert not (tmp_path / "c").exists()
+    run(tmp_path / "c", Pixels(COUNT), **changes)
+    sizes = {row["array"]: row for row in document["arrays"]}
+    for name in open_cache(tmp_path / "c").layout.arrays:
+        files = shard_files(tmp_path / "c", name.name)
+        if name.name in sizes:
+            row, size = sizes[name.name], sum(file.stat().st_size for file in files)
+            assert row["bytes"] == size if row["bound"] == "exact" else row["bytes"] >= size, name.name
+    every = [file for file in (tmp_path / "c").rglob("*") if file.is_file()]
+    fitted = logits["kind"] in ("auto", "transform")
+    assert document["files"] == len(every) or (fitted and document["files"] > 0)
+    assert document["bytes"] >= 0.99 * sum(file.stat().st_size for file in every)
+    assert any("at most" in note for note in document["notes"])
+    assert document["stop_loses"]["row_views"] == min(COUNT, document["shard_rows"])
+    again = told(tmp_path / "c", probing=False, **changes)
+    assert (again["state"], again["shards_to_do"]) == ("complete", 0)
+    more = told(tmp_path / "c", probing=False, **changes, views={"num_views": 3, "seed": 3, "augmentations": []})
+    assert (more["state"], more["shards_to_do"]) == ("growth", more["shards"] // 3)
+
+
+def test_features_are_bounded_without_a_probe(tmp_path: Path) -> None:
+    document = told(
+        tmp_path / "c",
+        module=Net(),
+        dataset=images(),
+        teachers={"t": keeping({"kind": "head"}, FEATURES)},
+        probing=False,
+    )
+    run(tmp_path / "c", images(), Net(), teachers={"t": keeping({"kind": "head"}, FEATURES)})
+    sizes = {row["array"]: row for row in document["arrays"]}
+    for array in open_cache(tmp_path / "c").layout.arrays:
+        size = sum(file.stat().st_size for file in shard_files(tmp_path / "c", array.name))
+        row = sizes[array.name]
+        assert row["bytes"] == size if row["bound"] == "exact" else row["bytes"] >= size, array.name
+
+
+def test_the_command_answers_without_a_probe_and_refuses_batches_of_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "r.yaml"
+    folder = write_images(tmp_path / "images", {"a": 40, "b": 40})
+    model = {"kind": "custom", "factory": "tests.cache.made:Linear", "arguments": {"num_classes": 2}}
+    entry = {"t": teacher(DENSE16) | {"model": model}}
+    images = {"kind": "image_folder", "root": str(folder)}
+    file.write_text(
+        yaml.safe_dump({"cache": str(tmp_path / "c"), "dataset": images, "teachers": entry, "device": "cpu"})
+    )
+    assert main(["plan", str(file), "--no-probe"]) == 0
+    text = capsys.readouterr().out
+    assert "at most" in text
+    assert re.search(r"t\.logits +hot +4 .*exact", text)
+    assert main(["plan", str(file), "--no-probe", "--batches", "3"]) == 2
+    assert "Fix: leave out one of both" in capsys.readouterr().err
+
+
+def test_a_stop_loses_the_shards_in_progress_as_plan_and_precompute_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = told(tmp_path / "c", shard_rows=128, views_per_image=2)
+    assert document["stop_loses"]["row_views"] == 256
+    assert 0 < document["stop_loses"]["seconds"] < 60
+    console.configure()
+    try:
+        run(tmp_path / "c", Pixels(COUNT), shard_rows=128, views_per_image=2)
+    finally:
+        console.configure(quiet=True)
+    assert "6 shards to do; a stop loses at most the 256 row-views in progress" in capsys.readouterr().err

@@ -15,14 +15,16 @@ import pytest
 import torch
 from torch import nn
 
+from logitcache.cache.manifest import Manifest, recordable
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.report import summary
 from logitcache.report.summary import ENSEMBLE, CacheSummary, ShardCounter, summarize
 from logitcache.teacher.precompute import precompute
+from logitcache.views.datasets import ImageFolder
 from logitcache.views.keys import ViewKey
-from tests.cache.made import DENSE32, TOP2_PACKED, Linear, Pixels, recipe, teacher
+from tests.cache.made import DENSE32, TOP2_PACKED, Linear, Pixels, recipe, run, teacher, write_images
 
 COUNT, CLASSES = 150, 6
 PACKED32 = {**DENSE32, "storage": "packed"}
@@ -93,7 +95,7 @@ def test_figures_are_those_of_a_plain_loop(labelled: Path) -> None:
 
 def test_shards_may_be_counted_in_any_order_and_in_any_pieces(labelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = open_cache(labelled)
-    parts = [*map(ShardCounter(cache.path, cache.manifest), cache.layout.shards())]
+    parts = [*map(ShardCounter(cache.snapshot), cache.layout.shards())]
     assert len(parts) == 6
     forwards, backwards = functools.reduce(operator.add, parts), functools.reduce(operator.add, parts[::-1])
     whole = summarize(labelled)
@@ -191,3 +193,31 @@ def test_the_command_prints_tables_or_one_document(labelled: Path, capsys: pytes
     assert "per_view:" in text
     assert main(["summary", str(labelled), "--views", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(dataclasses.asdict(summarize(labelled, 1))))
+
+
+def test_classes_have_the_names_that_the_manifest_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_images(tmp_path / "images", {"kaffee": 3, "tee \u00e9": 4})
+    run(tmp_path / "c", ImageFolder(root=str(folder)), Linear(2), teachers={"t": teacher(PACKED32)})
+    manifest = open_cache(tmp_path / "c").manifest
+    assert manifest.class_names == ("kaffee", "tee \u00e9")
+    rows = summarize(tmp_path / "c").per_class
+    assert [(row["label"], row["name"], row["row_views"]) for row in rows] == [(0, "kaffee", 6), (1, "tee \u00e9", 8)]
+    assert main(["summary", str(tmp_path / "c")]) == 0
+    assert "tee \u00e9" in capsys.readouterr().out
+
+
+def test_names_of_classes_change_no_digest_of_what_was_stored_before(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", {"a": 3, "b": 4})
+    run(tmp_path / "c", ImageFolder(root=str(folder)), Linear(2), teachers={"t": teacher(PACKED32)})
+    manifest = open_cache(tmp_path / "c").manifest
+    before = manifest.model_copy(update={"class_names": None})
+    assert "class_names" not in before.model_dump(mode="json")
+    assert before.content_digest() == manifest.content_digest()
+    stored = manifest.model_dump(mode="json")
+    with pytest.raises(ValueError, match="class names other than"):
+        Manifest.model_validate_json(json.dumps(stored | {"class_names": ["a", "c"]}))
+
+
+def test_names_that_no_manifest_can_hold_are_not_recorded() -> None:
+    assert recordable(None) is recordable(["caf\udce9"]) is recordable(["x" * 2**20, "y"]) is None
+    assert recordable(["x" * 2**20]) == ("x" * 2**20,)

@@ -113,7 +113,7 @@ def test_of_rounded_logits_the_divergence_is_that_of_stage_one_within_rounding(t
         decoded = log_probs(cache.answers(keys(cache))["a"]).double()
         divergence.append(float((exact.exp() * (exact - decoded)).sum(dim=1).mean()))
     assert divergence[0] == pytest.approx(divergence[1], rel=0.02)
-    recorded = open_cache(tmp_path / "d").manifest.teachers["a"].errors["logits"]
+    recorded = open_cache(tmp_path / "d").manifest.teachers["a"].errors_of("logits")[0]
     assert recorded.mean == pytest.approx(divergence[0], rel=0.02)
 
 

@@ -135,9 +135,12 @@ def test_errors_of_all_rows_are_in_the_manifest(path: Path, cache: Cache, keys: 
     assert errors["projected_tokens"].mean == pytest.approx(float(relative.mean()), rel=1e-4)
     assert errors["projected_tokens"].max == pytest.approx(float(relative.max()), rel=1e-4)
     assert errors["projected_tokens"].p999 == pytest.approx(float(relative.max()), rel=1e-4)
-    shown = {row["target"]: row for row in inspect_cache(path)["teachers"]["t"]["targets"]}
-    assert shown["projected_tokens"]["errors"]["mean"] == errors["projected_tokens"].mean
-    assert shown["maps"]["errors"] == {}
+    teacher = inspect_cache(path)["teachers"]["t"]
+    told = {(row["target"], row["temperature"]): row["mean"] for row in teacher["errors"]}
+    assert told["projected_tokens", None] == errors["projected_tokens"].mean
+    assert told.keys() == {*((name, None) for name in errors if name != "logits"), ("logits", 1.0), ("logits", 4.0)}
+    shown = {row["target"]: row for row in teacher["targets"]}
+    assert (shown["logits"]["errors"], shown["maps"]["errors"]) == ("recorded", "not recorded")
     assert shown["maps"]["bytes_per_row"] > shown["small"]["bytes_per_row"]
 
 
@@ -314,10 +317,11 @@ def test_the_hooks_are_off_the_callers_network_afterwards(tmp_path: Path) -> Non
 def test_auto_meets_its_budget_on_all_rows(tmp_path: Path) -> None:
     make(tmp_path / "c", {"kind": "auto", "max_kl": 0.01, "temperature": 2.0})
     entry = open_cache(tmp_path / "c").manifest.teachers["t"]
-    assert entry.errors["logits"].temperature == 2.0
-    assert entry.errors["logits"].mean <= 0.011
+    errors = {one.temperature: one for one in entry.errors_of("logits")}
+    assert errors.keys() == {1.0, 2.0, 4.0}
+    assert errors[2.0].mean <= 0.011
     assert entry.num_classes == CLASSES
-    assert np.isfinite(entry.errors["logits"].p999)
+    assert np.isfinite(errors[2.0].p999)
 
 
 def test_a_table_of_a_cache_that_has_grown_is_fitted_to_the_same_views_again(tmp_path: Path) -> None:
@@ -346,8 +350,8 @@ def test_a_damaged_table_is_mended_while_a_feature_is_added(tmp_path: Path) -> N
 def test_errors_are_right_where_a_shard_is_one_row(tmp_path: Path) -> None:
     entry = keeping(TRANSFORM, {})
     run(tmp_path / "c", images(7), Net(), views=VIEWS, teachers={"t": entry}, shard_rows=1)
-    errors = open_cache(tmp_path / "c").manifest.teachers["t"].errors["logits"]
-    assert 0 < errors.mean <= errors.max < 1e-3
+    for errors in open_cache(tmp_path / "c").manifest.teachers["t"].errors_of("logits"):
+        assert 0 < errors.mean <= errors.max < 1e-3
 
 
 def test_a_head_whose_input_does_not_fit_says_what_to_change(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Image folders: every format, every mode, and what is refused."""
 
 import os
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from logitcache import stamps
 from logitcache.cache.images import _opened
 from logitcache.console import configure
 from logitcache.errors import DataError
-from logitcache.views.datasets import ImageFolder, fingerprint
+from logitcache.views.datasets import ImageFolder, explain_difference, fingerprint
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 4), dtype=np.uint8)
 RGB = Image.fromarray(PIXELS[..., :3])
@@ -334,3 +336,36 @@ def test_decompression_bomb_is_refused_by_name(tmp_path: Path, monkeypatch: pyte
     path = save(RGB, tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     unreadable(path, "scale it down")
+
+
+@pytest.mark.parametrize(("recorded", "here"), [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("knows_digests", [True, False])
+def test_names_in_another_unicode_form_are_explained_and_the_fix_mends_it(
+    tmp_path: Path, recorded: Literal["NFC", "NFD"], here: Literal["NFC", "NFD"], knows_digests: bool
+) -> None:
+    # Without digests of the images only names that sort alike in both forms are found again.
+    names = (
+        ["caf\u00e9/\u00fc.png", "caf\u00e9/z.png", "cafz/a.png"]
+        if knows_digests
+        else ["\u00e9/\u00fc.png", "\u00ef/a.png"]
+    )
+    for form in ("NFC", "NFD"):
+        for number, name in enumerate(names):
+            save(Image.new("RGB", (4, 4), (number, 0, 0)), tmp_path / form / unicodedata.normalize(form, name))
+    then, now = opened(tmp_path / recorded), opened(tmp_path / here)
+    digests = then.digests() if knows_digests else None
+    text = explain_difference(fingerprint(then), digests, now)
+    assert f"the same images under the same names in another Unicode form: recorded in {recorded}, here in" in text
+    assert f"Fix: rename files and folders to {recorded}, as `convmv -f utf8 -t utf8 --{recorded.lower()} -r" in text
+    for path in sorted((tmp_path / here).rglob("*"), reverse=True):  # what convmv does
+        path.rename(path.with_name(unicodedata.normalize(recorded, path.name)))
+    assert explain_difference(fingerprint(then), digests, opened(tmp_path / here)) == ""
+
+
+def test_other_images_under_such_names_are_not_taken_for_the_same(tmp_path: Path) -> None:
+    save(RGB, tmp_path / "then" / "a" / "\u00e9.png")
+    save(RGB.convert("L"), tmp_path / "now" / "a" / "e\u0301.png")
+    then = opened(tmp_path / "then")
+    text = explain_difference(fingerprint(then), then.digests(), opened(tmp_path / "now"))
+    assert "Unicode" not in text
+    assert "Fix: point the data set at the same images" in text

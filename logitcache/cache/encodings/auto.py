@@ -54,6 +54,10 @@ class Auto(Component):
         """Return the features that are kept for it: none."""
         return {}
 
+    def largest(self, network: nn.Module, num_classes: int) -> Dense:
+        """Return the form that takes most of those that `fitted` may choose."""
+        return Dense(dtype="float32", storage="packed")
+
     def fitted(self, sample: Sample) -> FittedTransform | PackedTopK | UInt8 | Dense:
         """Choose by the rows of a sample, and fit to them."""
         return self.fit(sample.logits, sample.images, sample.num_rows)

@@ -106,9 +106,18 @@ class Plain(Component):
         """Return itself."""
         return self
 
+    @property
+    def exact(self) -> bool:
+        """Whether float32 logits are decoded as they were."""
+        return False
+
     def features(self, network: nn.Module) -> dict[str, Any]:
         """Return the features that are kept for it: none."""
         return {}
+
+    def largest(self, network: nn.Module, num_classes: int) -> Self:
+        """Return the form that takes most of those that `fitted` may choose: itself."""
+        return self
 
     def fitted(self, sample: Sample) -> Self:
         """Return itself."""

@@ -10,7 +10,7 @@ from logitcache.logits import CompactLogits, Logits
 
 
 class Dense(Plain):
-    """All C logits of a row; float16 rounds to 11 bits, float32 is exact."""
+    """All C logits of a row; float16 rounds each to 11 bits, of what all have in common too; float32 is exact."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
     measured: ClassVar[bool] = False
@@ -18,6 +18,11 @@ class Dense(Plain):
     kind: Literal["dense"] = "dense"
     dtype: Literal["float16", "float32"] = "float16"
     storage: Storage = "hot"
+
+    @property
+    def exact(self) -> bool:
+        """Whether float32 logits are decoded as they were."""
+        return self.dtype == "float32"
 
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
         """List the arrays that a row of `num_classes` logits takes."""

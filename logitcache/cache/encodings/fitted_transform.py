@@ -48,6 +48,7 @@ class TransformForm(Component):
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    exact: ClassVar[bool] = False
     needs: ClassVar[Mapping[str, int]] = {}
 
     kind: Literal["transform"] = "transform"

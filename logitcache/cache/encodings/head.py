@@ -51,11 +51,19 @@ class Head(Component):
         tap = self.path(network) + INPUT
         return {PENULTIMATE: Feature(kind="maps", tap=tap, dtype=self.dtype, storage=self.storage)}
 
+    def largest(self, network: nn.Module, num_classes: int) -> "HeadForm":
+        """Return the form, which only the layer decides."""
+        layer = self._layer(network)
+        return HeadForm(width=layer.in_features, bias="bias" in dict(layer.named_parameters()), storage=self.storage)
+
+    def _layer(self, network: nn.Module) -> nn.Linear:
+        layer = network.get_submodule(self.path(network))
+        assert isinstance(layer, nn.Linear)
+        return layer
+
     def fitted(self, sample: Sample) -> "FittedHead":
         """Take the weights. Raises RecipeError where the logits are not what the layer puts out."""
-        path = self.path(sample.network)
-        layer = sample.network.get_submodule(path)
-        assert isinstance(layer, nn.Linear)
+        path, layer = self.path(sample.network), self._layer(sample.network)
         weight = layer.weight.detach().float().cpu().numpy()
         parameters = dict(layer.named_parameters())
         bias = {"bias": parameters["bias"].detach().float().cpu().numpy()} if "bias" in parameters else {}
@@ -77,6 +85,7 @@ class HeadForm(Component):
     """A linear layer of some width, with a bias or without, on the feature `feature`."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    exact: ClassVar[bool] = False
 
     kind: Literal["head"] = "head"
     feature: Name = PENULTIMATE

@@ -53,6 +53,18 @@ class Transform(Component):
         """Return the features that are kept for it: none."""
         return {}
 
+    def largest(self, network: nn.Module, num_classes: int) -> TransformForm:
+        """Return a form that takes most: no coefficient shares a byte or is dropped."""
+        corrections = min(self.corrections, num_classes)
+        return TransformForm(
+            step=self.step,
+            bend=1.0,
+            wide=num_classes,
+            quints=0,
+            correction_bytes=corrections,
+            corrections=corrections,
+        )
+
     def fitted(self, sample: Sample) -> FittedTransform:
         """Fit to the rows of a sample."""
         return self.fit(sample.logits, sample.images)

@@ -77,6 +77,11 @@ class Dynamic(TemperatureBase):
         """The smallest value at any time."""
         return self.min
 
+    @property
+    def highest(self) -> float:
+        """The largest value at any time."""
+        return self.max
+
     def memory(self) -> nn.Module:
         """Build what is remembered from step to step."""
         return Thermostat(self.start)
@@ -130,6 +135,11 @@ class ByConfidence(TemperatureBase):
     def lowest(self) -> float:
         """The smallest value at any time."""
         return min(self.low, self.high)
+
+    @property
+    def highest(self) -> float:
+        """The largest value at any time."""
+        return max(self.low, self.high)
 
     @torch.no_grad()
     def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> Tensor:

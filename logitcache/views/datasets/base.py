@@ -1,6 +1,7 @@
 """Data sets: what every kind offers, and the fingerprint that tells two of them apart."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Protocol, Self, runtime_checkable
 
@@ -64,6 +65,26 @@ class ReadsTogether(Protocol):
         """Return what `read` gives for each index."""
 
 
+@runtime_checkable
+class Turned(Protocol):
+    """A data set of files that may have an EXIF orientation."""
+
+    def turned(self) -> NDArray[np.int64]:
+        """Return which images have an orientation that is ignored; decodes no file for it."""
+
+
+def warn_of_orientation(dataset: ImageDataset) -> None:
+    """Warn if images have an EXIF orientation that is ignored: they are seen turned or mirrored."""
+    found = dataset.turned() if isinstance(dataset, Turned) else np.empty(0, np.int64)
+    if len(found):
+        warnings.warn(
+            f"{len(found)} of {len(dataset.ids)} images, such as '{dataset.ids[int(found[0])]}', have an EXIF "
+            "orientation that is ignored, as torchvision does: they are seen turned or mirrored. "
+            "Fix: `orientation: apply` in `dataset:`",
+            stacklevel=3,
+        )
+
+
 class Fingerprint(Component):
     """What two data sets must share to be the same: names, order, classes, labels, sizes and every byte.
 
@@ -108,8 +129,8 @@ def fingerprint(dataset: ImageDataset) -> Fingerprint:
         num_images=len(dataset.ids),
         num_classes=dataset.num_classes,
         multi_label=is_multi_label(labels),
-        class_names=None if dataset.class_names is None else _names_digest(dataset.class_names),
-        ids=_names_digest(dataset.ids),
+        class_names=None if dataset.class_names is None else names_digest(dataset.class_names),
+        ids=names_digest(dataset.ids),
         labels=_numbers_digest(labels, label_dtype(labels.ndim)),
         sizes=_numbers_digest(dataset.sizes(), np.dtype("<i8")),
         content=content_digest(dataset.digests()),
@@ -156,7 +177,7 @@ def _numbers_digest(numbers: Labels, dtype: np.dtype[Any]) -> str:
     return state.hexdigest()
 
 
-def _names_digest(names: Sequence[str]) -> str:
+def names_digest(names: Sequence[str]) -> str:
     state = hashlib.sha256()
     for number, name in enumerate(names):
         # File names need not be valid UTF-8; their own bytes count.

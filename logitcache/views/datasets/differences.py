@@ -1,13 +1,21 @@
 """Differences: why a data set is not the one that a fingerprint was taken of."""
 
+import unicodedata
 from collections import Counter
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.views.datasets.base import Fingerprint, ImageDataset, fingerprint
+from logitcache.views.datasets.base import Fingerprint, ImageDataset, fingerprint, names_digest
 
 _SHOWN = 3
+_FORMS: tuple[Literal["NFC"], Literal["NFD"]] = ("NFC", "NFD")
+_FIX_OF_FORM = (
+    "rename files and folders to {form}, as `convmv -f utf8 -t utf8 --{option} -r --notest DIR` does, or copy the "
+    "images again with a tool that keeps names as they are; macOS and some tools of copying write accented letters in "
+    "another form."
+)
 
 
 def explain_difference(
@@ -27,10 +35,18 @@ def explain_difference(
     ]
     if not lines:
         return ""
-    detail = []
-    if recorded_digests is not None and len(recorded_digests) == recorded.num_images:
-        detail = _images(recorded, here, recorded_digests, dataset)
-    return "\n".join([*lines, *(f"  -> {line}" for line in detail), f"  Fix: {_fix(recorded, here)}"])
+    if recorded_digests is not None and len(recorded_digests) != recorded.num_images:
+        recorded_digests = None
+    form = _other_form(recorded, here, recorded_digests, dataset)
+    if form is not None:
+        detail = [f"the same images under the same names in another Unicode form: recorded in {form}, here in another"]
+        return _explained(lines, detail, _FIX_OF_FORM.format(form=form, option=form.lower()))
+    detail = [] if recorded_digests is None else _images(recorded, here, recorded_digests, dataset)
+    return _explained(lines, detail, _fix(recorded, here))
+
+
+def _explained(lines: list[str], detail: list[str], fix: str) -> str:
+    return "\n".join([*lines, *(f"  -> {line}" for line in detail), f"  Fix: {fix}"])
 
 
 def _fields(then: Fingerprint, now: Fingerprint) -> list[tuple[str, object, object]]:
@@ -72,6 +88,28 @@ def _images(then: Fingerprint, now: Fingerprint, old: NDArray[np.uint64], datase
     return lines
 
 
+def _other_form(
+    then: Fingerprint, now: Fingerprint, old: NDArray[np.uint64] | None, dataset: ImageDataset
+) -> str | None:
+    """Return the Unicode form in which the names here are those recorded; None if that is not all that differs.
+
+    Names in another form sort in another order: with the recorded digests `old` images are found again by content.
+    """
+    if then.ids == now.ids or then.num_images != now.num_images:
+        return None
+    order = np.arange(now.num_images)
+    if old is not None:
+        new = dataset.digests()
+        if not np.array_equal(np.sort(old), np.sort(new)):
+            return None
+        order[np.argsort(old, kind="stable")] = np.argsort(new, kind="stable")
+    for form in _FORMS:
+        names = [unicodedata.normalize(form, dataset.ids[place]) for place in order.tolist()]
+        if names_digest(names) == then.ids:
+            return form
+    return None
+
+
 def _places(these: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return where `these` hold what `others` lack; copies of one image are counted."""
     left = Counter(others.tolist())
@@ -90,7 +128,10 @@ def _names(dataset: ImageDataset, places: NDArray[np.int64]) -> str:
 
 def _fix(then: Fingerprint, now: Fingerprint) -> str:
     if then == now.model_copy(update={"sizes": then.sizes}):
-        return "decode the files as then, with the recorded version of Pillow, or precompute a new cache."
+        return (
+            "decode the files as then, with the recorded version of Pillow and the same `orientation`, or precompute a "
+            "new cache."
+        )
     if then.num_images == now.num_images and then.ids == now.ids:
         what = "the original files" if then.content != now.content else "the original labels and classes"
         return f"put back {what}, or precompute a new cache from the present ones."

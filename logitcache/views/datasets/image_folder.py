@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, ClassVar, Literal
 
 import numpy as np
 import PIL
@@ -15,12 +15,12 @@ from torch import Tensor
 
 from logitcache.errors import DataError, RefusedError
 from logitcache.files import SHA256, Measure, remembered
-from logitcache.recipe import Component
+from logitcache.recipe import Extended
 from logitcache.regular import open_regular
 from logitcache.remote import Remote, is_remote
 from logitcache.views.datasets.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.ids import PackedIds, PathsBelow
-from logitcache.views.datasets.image_files import decode, is_image, size_of
+from logitcache.views.datasets.image_files import Orientation, decode, head_of, is_image, sizes_of, turned
 from logitcache.views.datasets.pixels import Mode
 from logitcache.views.datasets.remote_folder import RemoteImages, open_folder
 
@@ -30,21 +30,24 @@ _OTHERS_PER_IMAGE, _MOST_OTHERS = 10, 50_000
 _LARGEST = 1 << 30  # bytes of an image file: Pillow refuses one of so many pixels
 
 
-class ImageFolder(Component):
+class ImageFolder(Extended):
     """Images of a folder, on this machine or at a URL that can be listed (s3://bucket/train).
 
     JPEG, PNG, WebP, BMP, TIFF, PPM, GIF. `labelled`: the folders directly below `root` are the classes, in order of
     their names. With `labelled: false` every image below `root` is taken, without a label. By default class folders are
     classes if there are any; images right in `root`, without such folders beside them, then have no labels. `decoder`:
-    what turns files into pixels, at full resolution and without applying the EXIF orientation; it is part of the stored
-    form because decoders differ.
+    what turns files into pixels, at full resolution; it is part of the stored form because decoders differ.
+    `orientation`: whether images are turned as the EXIF orientation of cameras says.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"orientation"})
 
     kind: Literal["image_folder"] = "image_folder"
     root: str
     mode: Mode = "RGB"
     labelled: bool | None = None
     decoder: Literal["pillow"] = "pillow"
+    orientation: Orientation = "ignore"
 
     def risks(self) -> tuple[str, ...]:
         """Name a root at a URL; of a folder here only regular files are read, by decoders that run no code."""
@@ -56,41 +59,48 @@ class ImageFolder(Component):
         `num_images`, if a manifest names the folder, bounds what is looked at: RefusedError where far more lies there.
         """
         if is_remote(self.root):
-            return open_folder(Remote(self.root), self.mode, self.labelled)
+            return open_folder(Remote(self.root), self.mode, self.labelled, self.orientation)
         root = Path(self.root).expanduser().absolute()
         if not root.is_dir():
             state = "is a file, not a folder" if root.exists() else "does not exist"
             raise DataError(f"the image folder '{root}' {state}.\n  Fix: correct root.")
         walk = _Walk(root, math.inf if num_images is None else _OTHERS_PER_IMAGE * num_images + _MOST_OTHERS)
         if self.labelled is False:
-            return FolderImages(root, self.mode, unlabelled(str(root), _images_below(walk, "")))
-        return FolderImages(root, self.mode, _by_class(walk, self.labelled))
+            return FolderImages(root, self.mode, unlabelled(str(root), _images_below(walk, "")), self.orientation)
+        return FolderImages(root, self.mode, _by_class(walk, self.labelled), self.orientation)
 
 
 class FolderImages:
     """Image files in order; an id is the path below the root, with forward slashes."""
 
-    def __init__(self, root: Path, mode: Mode, listing: Listing) -> None:
+    def __init__(self, root: Path, mode: Mode, listing: Listing, orientation: Orientation) -> None:
         self.ids, self.labels, self.class_names = listing
         self.num_classes = len(self.class_names) if self.class_names else None
         self._paths = PathsBelow(str(root), self.ids)
-        self._mode = mode
+        self._mode, self._orientation = mode, orientation
 
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
         path = self._paths[index]
         with _there(path), open_regular(path) as file:
-            return decode(file, self._mode, path)
+            return decode(file, self._mode, path, self._orientation)
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the heights and widths of all images [n, 2], from the heads of those files that changed."""
-        found = remembered(self._paths, _SIZES, what="image", width=16)
-        return found.view("<i8").astype(np.int64, copy=False)
+        return sizes_of(self._heads(), self._orientation)
+
+    def turned(self) -> NDArray[np.int64]:
+        """Return which images have an EXIF orientation that is ignored."""
+        return turned(self._heads(), self._orientation)
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]; only those that changed are read again."""
         found = remembered(self._paths, _SHA256, what="image", width=8)
         return found.view("<u8").astype(np.uint64, copy=False)[:, 0]
+
+    def _heads(self) -> NDArray[np.int64]:
+        found = remembered(self._paths, _HEADS, what="image", width=24)
+        return found.view("<i8").astype(np.int64, copy=False)
 
 
 @contextlib.contextmanager
@@ -103,9 +113,9 @@ def _there(path: str) -> Iterator[None]:
         raise DataError(f"image '{path}' cannot be read: {cause.strerror or cause}.\n  Fix: {fix}") from cause
 
 
-def _size(file: BinaryIO) -> bytes:
-    """Read the head of an image file: height and width, 16 bytes."""
-    return struct.pack("<2q", *size_of(file, file.name))
+def _head(file: BinaryIO) -> bytes:
+    """Read the head of an image file: height, width and orientation, 24 bytes."""
+    return struct.pack("<3q", *head_of(file, file.name))
 
 
 def _sha256(file: BinaryIO) -> bytes:
@@ -116,7 +126,7 @@ def _sha256(file: BinaryIO) -> bytes:
 
 
 _SHA256 = SHA256._replace(of=_sha256)
-_SIZES = Measure(f"pillow-{PIL.__version__}-sizes", "reading the sizes of", _size)
+_HEADS = Measure(f"pillow-{PIL.__version__}-heads", "reading the sizes of", _head)
 
 
 class _Walk:

@@ -14,12 +14,12 @@ from logitcache.remote import Entry, Remote
 from logitcache.views.datasets.base import first_word
 from logitcache.views.datasets.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.ids import PackedIds
-from logitcache.views.datasets.image_files import decode, is_image, size_of
+from logitcache.views.datasets.image_files import Orientation, decode, head_of, is_image, sizes_of, turned
 from logitcache.views.datasets.pixels import Mode
 from logitcache.views.datasets.remote_memory import Found, RemoteMemory
 
 
-def open_folder(remote: Remote, mode: Mode, labelled: bool | None) -> "RemoteImages":
+def open_folder(remote: Remote, mode: Mode, labelled: bool | None, orientation: Orientation) -> "RemoteImages":
     """List the files below a URL; raises DataError for a folder that is missing, empty or ambiguous."""
     if not remote.is_listable:
         raise RecipeError(
@@ -31,13 +31,13 @@ def open_folder(remote: Remote, mode: Mode, labelled: bool | None) -> "RemoteIma
         raise DataError(f"the image folder '{remote}' is a file, not a folder.\n  Fix: correct root.")
     images, folders = _below(remote.url, entries)
     if labelled is False:
-        return RemoteImages(remote, mode, unlabelled(remote.url, PackedIds(images)), entries)
+        return RemoteImages(remote, mode, unlabelled(remote.url, PackedIds(images)), entries, orientation)
     loose = [name for name in images if "/" not in name]
     classes: dict[str, list[str]] = {folder: [] for folder in sorted(folders)}
     for name in images[len(loose) :]:
         classes[name.partition("/")[0]].append(name)
     listing = by_class(remote.url, loose, list(classes), [PackedIds(names) for names in classes.values()], labelled)
-    return RemoteImages(remote, mode, listing, entries)
+    return RemoteImages(remote, mode, listing, entries, orientation)
 
 
 def _below(root: str, keys: Mapping[str, Entry]) -> tuple[list[str], set[str]]:
@@ -52,11 +52,13 @@ def _below(root: str, keys: Mapping[str, Entry]) -> tuple[list[str], set[str]]:
 class RemoteImages:
     """Image files at a URL in order; an id is the path below the root."""
 
-    def __init__(self, remote: Remote, mode: Mode, listing: Listing, entries: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, remote: Remote, mode: Mode, listing: Listing, entries: Mapping[str, Entry], orientation: Orientation
+    ) -> None:
         self.ids, self.labels, self.class_names = listing
         self.num_classes = len(self.class_names) if self.class_names else None
         self._remote = remote
-        self._mode = mode
+        self._mode, self._orientation = mode, orientation
         self._lengths = np.array([entries[name].size for name in self.ids], np.int64)
         self._tags: list[str] | None = [entries[name].tag for name in self.ids]
         self._found: Found | None = None
@@ -68,11 +70,15 @@ class RemoteImages:
     def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
         """Return several images, fetched at the same time."""
         contents = zip(indices, self._remote.each(self._content, indices), strict=True)
-        return [decode(io.BytesIO(data), self._mode, self._shown(index)) for index, data in contents]
+        return [decode(io.BytesIO(data), self._mode, self._shown(at), self._orientation) for at, data in contents]
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the heights and widths of all images [n, 2]."""
-        return self._scan().sizes
+        return sizes_of(self._scan().heads, self._orientation)
+
+    def turned(self) -> NDArray[np.int64]:
+        """Return which images have an EXIF orientation that is ignored."""
+        return turned(self._scan().heads, self._orientation)
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]."""
@@ -87,10 +93,10 @@ class RemoteImages:
             self._tags = None  # they are large and of no more use
         return self._found
 
-    def _measure(self, index: int) -> tuple[int, int, int]:
-        """Return digest, height and width of a file."""
+    def _measure(self, index: int) -> tuple[int, ...]:
+        """Return digest, height, width and orientation of a file."""
         data = self._stored(index)
-        return first_word(hashlib.sha256(data).digest()), *size_of(io.BytesIO(data), self._shown(index))
+        return first_word(hashlib.sha256(data).digest()), *head_of(io.BytesIO(data), self._shown(index))
 
     def _content(self, index: int) -> bytes:
         """Fetch a file; of one whose digest is known every byte is compared."""

@@ -18,14 +18,14 @@ from logitcache.remote import Entry, Remote
 from logitcache.views.datasets.turns import turn
 
 _BLOCK = 1024  # files whose results are awaited together
-_FOUND = struct.Struct("<Q2q8x")  # digest, height, width: as long as the digests that stamps keep
+_FOUND = struct.Struct("<Q3q")  # digest, height, width, orientation: as long as the digests that stamps keep
 
 
 class Found(NamedTuple):
-    """Digests [n] and sizes [n, 2] (height, width) of all images."""
+    """Digests [n] and heads [n, 3] (height, width, orientation) of all images."""
 
     digests: NDArray[np.uint64]
-    sizes: NDArray[np.int64]
+    heads: NDArray[np.int64]
 
 
 class RemoteMemory:
@@ -35,8 +35,8 @@ class RemoteMemory:
         self._remote = remote
         self._names = names
 
-    def found(self, entries: Sequence[Entry], measure: Callable[[int], tuple[int, int, int]]) -> Found:
-        """Return what `measure` (digest, height, width of an index) found, asked only for files of another tag.
+    def found(self, entries: Sequence[Entry], measure: Callable[[int], tuple[int, ...]]) -> Found:
+        """Return what `measure` (digest, height, width, orientation) found; asked only for files of another tag.
 
         Files without a tag are measured each time. What was measured is kept, also when a pass is interrupted.
         """
@@ -46,11 +46,9 @@ class RemoteMemory:
             with turn(path, threading.Event()):
                 self._measure_rest(path, rows, measure)
         numbers = np.ascontiguousarray(rows["digest"]).view("<i8")
-        return Found(numbers[:, 0].astype(np.int64).view(np.uint64), numbers[:, 1:3].astype(np.int64))
+        return Found(numbers[:, 0].astype(np.int64).view(np.uint64), numbers[:, 1:4].astype(np.int64))
 
-    def _measure_rest(
-        self, path: Path | None, rows: stamps.Rows, measure: Callable[[int], tuple[int, int, int]]
-    ) -> None:
+    def _measure_rest(self, path: Path | None, rows: stamps.Rows, measure: Callable[[int], tuple[int, ...]]) -> None:
         known = _recalled(path, rows)
         todo = np.flatnonzero(~known).tolist()
         measured: list[bytes] = []
@@ -70,7 +68,7 @@ class RemoteMemory:
     def _path(self) -> Path | None:
         directory = user_cache_directory()
         name = hashlib.sha256(self._remote.url.encode()).hexdigest()[:32]
-        return directory / f"{name}.remote-pillow-{PIL.__version__}" if directory else None
+        return directory / f"{name}.remote-heads-pillow-{PIL.__version__}" if directory else None
 
 
 def _recalled(path: Path | None, rows: stamps.Rows) -> NDArray[np.bool_]:

@@ -13,6 +13,7 @@ from logitcache.errors import DataError
 from logitcache.remote import REQUESTS, Entry
 from logitcache.views.datasets.base import UNLABELLED, Labels
 from logitcache.views.datasets.ids import PackedIds, narrowed
+from logitcache.views.datasets.image_files import Head
 from logitcache.views.datasets.labels import LabelTable, label_of_text
 from logitcache.views.datasets.shard_files import Shard
 from logitcache.views.datasets.shard_index import LABEL, ShardIndex, index_of, key_of
@@ -39,7 +40,7 @@ class Samples(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Of images: the first byte of each in its shard and how many there are, [n], its digest [n], its size [n, 2].
+    """Of images: the first byte of each in its shard and how many there are, [n], its digest [n], its head [n, 3].
 
     Numbers take the narrowest type that holds them.
     """
@@ -47,7 +48,7 @@ class Places(NamedTuple):
     starts: Unsigned
     lengths: Unsigned
     digests: Unsigned
-    sizes: Unsigned
+    heads: Unsigned
 
     def pieces(self, indices: Sequence[int]) -> list[tuple[int, int]]:
         """Return where in its shard each image begins, and how many bytes it has."""
@@ -93,8 +94,8 @@ def samples_of(shards: Sequence[Shard], labelled: bool | None) -> Samples:
 def _part(state: Entry, index: ShardIndex) -> _Part:
     keys, rows, texts = list(map(key_of, index.names)), index.samples, dict[bytes | None, int]()
     text_of = np.array([texts.setdefault(text, len(texts)) for text in index.labels])
-    sizes = np.stack([rows["height"], rows["width"]], axis=1)
-    places = Places(narrowed(rows["start"]), narrowed(rows["size"]), rows["digest"].astype(np.uint64), narrowed(sizes))
+    heads = np.stack([rows[name] for name in Head._fields], axis=1)
+    places = Places(narrowed(rows["start"]), narrowed(rows["size"]), rows["digest"].astype(np.uint64), narrowed(heads))
     hashes = np.fromiter(map(hash, keys), np.int64, len(keys))
     return _Part(state, PackedIds(keys), hashes, places, list(texts), narrowed(text_of))
 

@@ -17,7 +17,7 @@ from logitcache.errors import DataError, LogitCacheError
 from logitcache.files import keep, kept, user_cache_directory
 from logitcache.remote import Entry
 from logitcache.views.datasets.base import first_word
-from logitcache.views.datasets.image_files import is_read, known, size_of, some
+from logitcache.views.datasets.image_files import head_of, is_read, known, some
 from logitcache.views.datasets.shard_files import Shard
 from logitcache.views.datasets.tar_members import Member, members
 from logitcache.views.datasets.turns import turn
@@ -30,6 +30,7 @@ SAMPLES = np.dtype(
         ("digest", "<u8"),
         ("height", "<i8"),
         ("width", "<i8"),
+        ("orientation", "<i8"),
         ("name", "<i8"),
         ("label", "<i8"),
     ]
@@ -170,8 +171,8 @@ def _add(sample: _Sample, name: str, member: Member, shard: Shard) -> None:
         if sample.image is not None:
             raise _ambiguous(shard, key_of(name), "images", [sample.image[0], name])
         digest = first_word(hashlib.sha256(member.data).digest())
-        size = size_of(io.BytesIO(member.data), _shown(name, shard))
-        sample.image = name, (member.start, len(member.data), digest, *size)
+        head = head_of(io.BytesIO(member.data), _shown(name, shard))
+        sample.image = name, (member.start, len(member.data), digest, *head)
 
 
 def _shown(name: str, shard: Shard) -> str:
@@ -204,7 +205,7 @@ def _unreadable(shard: Shard, cause: Exception) -> DataError:
 def _path(shard: Shard) -> Path | None:
     directory = user_cache_directory()
     name = hashlib.sha256(os.fsencode(str(shard))).hexdigest()[:32]
-    return directory / f"{name}.shard-pillow-{PIL.__version__}" if directory else None
+    return directory / f"{name}.shard-heads-pillow-{PIL.__version__}" if directory else None
 
 
 def _packed(index: ShardIndex) -> bytes:

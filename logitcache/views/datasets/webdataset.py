@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import io
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +12,11 @@ from pydantic import field_validator
 from torch import Tensor
 
 from logitcache.errors import DataError, RemoteError
-from logitcache.recipe import Component, Count
+from logitcache.recipe import Count, Extended
 from logitcache.remote import is_remote
 from logitcache.views.datasets.base import first_word
 from logitcache.views.datasets.braces import MOST_NAMES, expanded
-from logitcache.views.datasets.image_files import decode
+from logitcache.views.datasets.image_files import Orientation, decode, sizes_of, turned
 from logitcache.views.datasets.labels import num_classes_of
 from logitcache.views.datasets.pixels import Mode
 from logitcache.views.datasets.samples import Samples, samples_of
@@ -27,14 +27,17 @@ _GAP = 1 << 16  # bytes between two images that are cheaper to read than to ask 
 _SPAN = 1 << 21  # bytes that one request reads of several images
 
 
-class WebDataset(Component):
+class WebDataset(Extended):
     """Tar archives of samples, at paths or URLs: "s3://bucket/train-{000..146}.tar", or a list of them.
 
     Members that share their path up to the first dot of the file's name are a sample, and that path is its id: an
     image, told by its extension, and a label, `cls`: the index of a class, or a list of 1, 0 and -1 (unknown) for each.
     With `labelled: false` labels are left alone; with `labelled: true` there must be some; by default there may be.
-    `num_classes`: by default one more than the largest label.
+    `num_classes`: by default one more than the largest label. `orientation`: whether images are turned as the EXIF
+    orientation of cameras says.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"orientation"})
 
     kind: Literal["webdataset"] = "webdataset"
     shards: str | tuple[str, ...]
@@ -42,6 +45,7 @@ class WebDataset(Component):
     labelled: bool | None = None
     num_classes: Count | None = None
     decoder: Literal["pillow"] = "pillow"
+    orientation: Orientation = "ignore"
 
     @field_validator("shards")
     @classmethod
@@ -61,7 +65,7 @@ class WebDataset(Component):
     def open(self) -> "ShardImages":
         """Find the samples; reads each byte of shards that are new or changed. Raises DataError for what is wrong."""
         samples = samples_of([shard_at(name) for name in locations(self.shards)], self.labelled)
-        return ShardImages(samples, self.mode, self.num_classes)
+        return ShardImages(samples, self.mode, self.num_classes, self.orientation)
 
 
 def locations(shards: str | tuple[str, ...]) -> list[str]:
@@ -90,11 +94,11 @@ class ShardImages:
 
     class_names = None
 
-    def __init__(self, samples: Samples, mode: Mode, num_classes: int | None) -> None:
+    def __init__(self, samples: Samples, mode: Mode, num_classes: int | None, orientation: Orientation) -> None:
         self.ids, self.labels = samples.ids, samples.labels
         self.num_classes = num_classes_of(self.labels, num_classes, self.ids, "the shards")
         self._samples = samples
-        self._mode = mode
+        self._mode, self._orientation = mode, orientation
         # Where any is remote, pieces of all of them may be read at the same time.
         self._first = next((one for one in samples.shards if isinstance(one, RemoteShard)), samples.shards[0])
 
@@ -112,12 +116,17 @@ class ShardImages:
                 content = data[start - span.start : start - span.start + size]
                 if first_word(hashlib.sha256(content).digest()) != self._samples.places.digests[index]:
                     raise self._changed(span.shard, index)
-                found[index] = decode(io.BytesIO(content), self._mode, self._shown(span.shard, index))
+                shown = self._shown(span.shard, index)
+                found[index] = decode(io.BytesIO(content), self._mode, shown, self._orientation)
         return [found[index] for index in indices]
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the heights and widths of all images [n, 2]."""
-        return self._samples.places.sizes.astype(np.int64)
+        return sizes_of(self._samples.places.heads.astype(np.int64), self._orientation)
+
+    def turned(self) -> NDArray[np.int64]:
+        """Return which images have an EXIF orientation that is ignored."""
+        return turned(self._samples.places.heads.astype(np.int64), self._orientation)
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""
