@@ -1,12 +1,13 @@
 """Does a cache survive what happens to computers?
 
-    python benchmarks/faults.py [--quick] [--json]
+    python benchmarks/faults.py [--quick] [--json] [--state FILE]
 
-Kills precompute at more than 200 moments of its life, creating, continuing and growing caches; flips bits of, or
-truncates, 1,000 files of a cache; fills a small disk; lets several processes write one cache while some are killed;
-writes and reads caches in storage that loses, cuts and delays answers.
-Run from a checkout, whose tests have the programs that do this. Exits 1 where anything committed is lost, anything bad
-is accepted, or the bytes differ from those of an undisturbed run.
+Kills every command that writes at 1,000 moments of its life, and the workers of a Dask cluster while they start; flips
+bits of, or truncates, 1,000 files of a cache; fills a small disk, and shared memory; lets several processes write one
+cache while some are killed; writes and reads caches in storage that loses, cuts and delays answers.
+Run from a checkout, whose tests have the programs that do this. What is done is noted in the state file: the same
+command continues where it was stopped, and removes the file at its end. Exits 1 if anything committed is lost, anything
+bad is accepted, a command hangs, or the bytes differ from those of an undisturbed run.
 """
 
 import argparse
@@ -32,14 +33,47 @@ from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.versions import versions
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-KILLS = 20
-"""Caches that one round of the program that kills looks at, each after a kill or two."""
+sys.path[:0] = [str(REPOSITORY)]
+
+from fault_kills import Kills  # noqa: E402  # which needs the tests
+
+HANGS = 3600
+"""Seconds after which a program counts as hanging, however slow the machine is; what it runs has closer bounds."""
+
+PIPED = ("64k", "160k")
+"""Sizes of shared memory that hold the workers' locks, and no images: these come through a pipe."""
+
+
+class State:
+    """What earlier runs of the same command found, line by line in a file."""
+
+    def __init__(self, file: Path, run: dict[str, Any]) -> None:
+        self._file = file
+        text = file.read_text() if file.exists() else ""
+        # The last line may be half written.
+        lines = text.rpartition("\n")[0].splitlines() or [json.dumps(["run", run])]
+        self._found = dict(map(json.loads, lines))
+        if self._found.get("run") != run:
+            raise SystemExit(f"{file} is of another run: {self._found.get('run')}. Fix: remove it, or --state another")
+        file.write_text("".join(json.dumps([key, value]) + "\n" for key, value in self._found.items()))
+
+    def once(self, key: str, action: Callable[[], Any]) -> Any:
+        """Return what an action found, now or in an earlier run."""
+        if key not in self._found:
+            self._found[key] = action()
+            with self._file.open("a") as file:
+                file.write(json.dumps([key, self._found[key]]) + "\n")
+        return self._found[key]
+
+    def remove(self) -> None:
+        """Begin anew the next time."""
+        self._file.unlink()
 
 
 def program(name: str, *arguments: str, before: tuple[str, ...] = ()) -> Any:
-    """Run a program of the tests, which prints JSON; None where this machine cannot run it."""
-    command = [*before, sys.executable, "-m", f"tests.teacher.{name}", *arguments]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    """Run a program of the tests, which prints JSON; None if this machine cannot run it."""
+    command = [*before, sys.executable, "-m", f"tests.{name}", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=HANGS)
     if done.returncode == 77 or (before and done.returncode and "unshare" in done.stderr):
         return None
     if done.returncode:
@@ -47,31 +81,47 @@ def program(name: str, *arguments: str, before: tuple[str, ...] = ()) -> Any:
     return json.loads(done.stdout)
 
 
-def kills(folder: Path, quick: bool) -> dict[str, Any]:
-    rounds = 1 if quick else 11
-    found = program("killing", str(folder), str(rounds))
-    assert len(found) == KILLS * rounds
-    lost = [one for one in found if not one["kept"] or not one["identical"] or one["beside"] != ["c.zarr"]]
-    shut = [one for one in found if one["kind"] == "growth" and one["opened"] not in (11, 22)]
-    return {"kills": len(found), "wrong": len(lost) + len(shut)}
+def kills(folder: Path, quick: bool, state: State) -> dict[str, Any]:
+    """Kill every command that writes, once or twice, and run it again."""
+    commands, count = Kills(folder), 100 if quick else 1000
+    wrong = [text for number in range(count) for text in state.once(f"kill {number}", lambda: commands.wrong(number))]  # noqa: B023
+    return {"kills": count, "wrong": len(wrong), "cases": wrong}
 
 
-def several(folder: Path, quick: bool) -> dict[str, Any]:
-    found = program("several", str(folder))
+def starting(folder: Path, quick: bool, state: State) -> dict[str, Any]:
+    """Kill workers of a cluster of this machine while they start."""
+    count = 2 if quick else 12
+    found = program("teacher.starting", str(folder), str(count))
+    return {"kills": found["killed"], "wrong": int(found["killed"] < count) + int(not found["identical"])}
+
+
+def several(folder: Path, quick: bool, state: State) -> dict[str, Any]:
+    """Let several processes write one cache, of which some are killed and some wait for others."""
+    found = program("teacher.several", str(folder))
     return {"scenarios": len(found), "wrong": sum(not one["identical"] for one in found.values())}
 
 
-def full_disk(folder: Path, quick: bool) -> dict[str, Any]:
-    found = program("full_disk", str(folder), before=("unshare", "-Urm"))
+def full_disk(folder: Path, quick: bool, state: State) -> dict[str, Any]:
+    """Fill a disk, and continue with more room."""
+    found = program("teacher.full_disk", str(folder), before=("unshare", "-Urm"))
     if found is None:
         return {"skipped": "no tmpfs can be mounted here", "wrong": 0}
     good = found["sound"] and found["identical"] and found["written"] == found["shards"] - found["committed"]
     return {"committed": found["committed"], "wrong": int(not good)}
 
 
-def storage(folder: Path, quick: bool) -> dict[str, Any]:
+def full_memory(folder: Path, quick: bool, state: State) -> dict[str, Any]:
+    """Render by processes whose shared memory holds no image: the same images, or an error within seconds."""
+    found = program("views.small_shared_memory", before=("unshare", "-Urm"))
+    if found is None:
+        return {"skipped": "no tmpfs can be mounted here", "wrong": 0}
+    lost = [size for size, one in found.items() if not one["identical"] and (size in PIPED or not one["error"])]
+    return {"sizes": list(found), "wrong": len(lost) + sum(one["seconds"] > 60 for one in found.values())}
+
+
+def storage(folder: Path, quick: bool, state: State) -> dict[str, Any]:
     """Write and read caches in S3 that loses answers, cuts, shortens and empties bodies, redirects and drips."""
-    found = program("misbehaving", str(folder), *(("1", "3") if quick else ("20",)))
+    found = program("teacher.misbehaving", str(folder), *(("1", "3") if quick else ("20",)))
     wrong = {name: one["wrong"] for name, one in found.items() if one["wrong"]}
     rounds, slowest = (sum(one["rounds"] for one in found.values()), max(one["slowest"] for one in found.values()))
     faults = sum(one["faults"] for one in found.values())
@@ -84,7 +134,7 @@ def storage(folder: Path, quick: bool) -> dict[str, Any]:
     }
 
 
-def damage(folder: Path, quick: bool) -> dict[str, Any]:
+def damage(folder: Path, quick: bool, state: State) -> dict[str, Any]:
     """Flip a bit of a file, or cut it short, and see whether `verify` tells."""
     cache = _cache(folder / "c.zarr")
     files = {path: path.read_bytes() for path in sorted(cache.rglob("*")) if path.is_file()}
@@ -147,7 +197,15 @@ def _cache(path: Path) -> Path:
     return path
 
 
-CASES: tuple[Callable[[Path, bool], dict[str, Any]], ...] = (kills, several, full_disk, storage, damage)
+CASES: tuple[Callable[[Path, bool, State], dict[str, Any]], ...] = (
+    kills,  # first: it forks, and this process must have no threads
+    starting,
+    several,
+    full_disk,
+    full_memory,
+    storage,
+    damage,
+)
 
 
 def main() -> int:
@@ -155,19 +213,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer of each, under a minute")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--state", type=Path, default=Path("faults.state"), help="where to note what is done")
     options = parser.parse_args()
     configure(quiet=True)
-    results = {}
+    results, state = {}, State(options.state, {"quick": options.quick, "versions": versions()})
     for case in CASES:
         with tempfile.TemporaryDirectory(prefix="logitcache-faults-") as folder:
-            started = time.perf_counter()
-            results[case.__name__] = case(Path(folder), options.quick) | {"seconds": 0.0}
-            results[case.__name__]["seconds"] = round(time.perf_counter() - started, 1)
+            results[case.__name__] = state.once(case.__name__, lambda: _timed(case, Path(folder), options.quick, state))  # noqa: B023
         if not options.json:
             print(f"{case.__name__:10} {results[case.__name__]}", flush=True)
+    state.remove()
     if options.json:
         print(json.dumps({"results": results, "goal": "nothing wrong", "versions": versions()}, indent=2))
     return int(any(result["wrong"] for result in results.values()))
+
+
+def _timed(case: Callable[[Path, bool, State], dict[str, Any]], *given: Any) -> dict[str, Any]:
+    started = time.perf_counter()
+    return case(*given) | {"seconds": round(time.perf_counter() - started, 1)}
 
 
 if __name__ == "__main__":

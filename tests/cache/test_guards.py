@@ -17,7 +17,7 @@ from logitcache.cache.snapshot import Snapshot, locate, open_snapshot
 from logitcache.cache.store import LocalStore
 from logitcache.cli import main
 from logitcache.errors import CacheError
-from logitcache.remote import Entry, Remote
+from logitcache.remote import Remote
 from logitcache.safe_files import inside, parse_json
 from logitcache.views.keys import ViewKey
 from tests.cache.elsewhere import change, new_url, objects, upload
@@ -45,25 +45,6 @@ def test_a_folder_that_is_a_link_is_not_entered(cache: Path, tmp_path: Path) -> 
         with pytest.raises(CacheError, match="no link in a cache is followed"):
             act()
     assert main(["inspect", str(cache)]) == 3
-
-
-@pytest.mark.parametrize("command", ["inspect", "verify", "gc", "summary"])
-def test_a_listing_with_evil_keys_writes_nothing_outside(
-    command: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(FOLDER, str(tmp_path / "mirrors"))
-    url, listed = new_url(), Remote.list
-    upload(sound, url)
-    evil = ["evil/t.logits.commits/../../../../x/c.0.0.0.0", "t.logits.commits/../../c.0.0.0.0", "/x/c.0.0.0.0"]
-
-    def with_evil(self: Remote, key: str = "") -> dict[str, Entry]:
-        return {**listed(self, key), **{name: Entry(40, "tag") for name in evil}}
-
-    monkeypatch.setattr(Remote, "list", with_evil)
-    assert main([command, url]) in (0, 3)
-    [mirror] = (tmp_path / "mirrors").iterdir()
-    assert [path.name for path in tmp_path.iterdir()] == ["mirrors"]
-    assert set(contents(mirror / "c.zarr")) <= set(contents(sound))
 
 
 def _sparse(file: Path) -> None:
