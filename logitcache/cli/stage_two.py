@@ -54,11 +54,14 @@ def train_student(
         student = load_own(recipe, StudentRecipe, changes)
         live = None
         if online:
-            from logitcache.report.evaluation import teachers_of
             from logitcache.teacher.online import live_targets
 
-            sources = {} if teachers_from is None else teachers_of(teachers_from, student.cache)
-            live = live_targets(student.cache, student.device, sources | student.teachers, trust=student.trust)
+            sources = student.teachers
+            if teachers_from is not None:
+                from logitcache.report.evaluation import teachers_of
+
+                sources = teachers_of(teachers_from, student.cache) | sources
+            live = live_targets(student.cache, student.device, sources, trust=student.trust)
         return _trained(train(student, resume=resume, live=live), ranks.is_first)
 
 

@@ -28,9 +28,12 @@ Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom, Field(discrimin
 
 
 class StoredModel(Component):
-    """The content of `model.json`: enough to build the model of the weights beside it."""
+    """The content of `model.json`: enough to build the model of the weights beside it.
 
-    model: Architecture
+    `model` is None for a module that the caller passed to `train`.
+    """
+
+    model: Architecture | None
     preprocessing: Preprocessing
     num_classes: Annotated[Count, Field(le=_MOST_COUNT)]
     in_channels: Annotated[Count, Field(le=_MOST_COUNT)]
@@ -103,6 +106,14 @@ def _load(description: Path, weights: Path, factory: str | None, trust: Collecti
     return BuiltModel(module, stored.preprocessing)
 
 
+def load_into(directory: Path, module: nn.Module) -> BuiltModel:
+    """Load a run's final weights into the caller's own module, in place. Raises RecipeError if they do not fit."""
+    stored, weights = read_stored(directory / "model.json"), directory / "weights.safetensors"
+    _held_in(weights)
+    load_weights(module, read_state(weights), str(weights))
+    return BuiltModel(module, stored.preprocessing)
+
+
 def _described(
     description: Path, weights: Path, factory: str | None, trust: Collection[str]
 ) -> tuple[StoredModel, Architecture, Held]:
@@ -110,15 +121,7 @@ def _described(
     content = _content(description)
     stored = _parsed(content, description)
     source = _trusted(stored.model, description, factory).architecture()
-    try:
-        held = held_in(weights)
-    except FileNotFoundError:
-        raise RecipeError(
-            f"{weights.parent} holds no {weights.name}: its training has not ended.\n"
-            "  Fix: run the same training again with --resume."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise _unreadable(weights, error) from error
+    held = _held_in(weights)
     if isinstance(source, Custom):
         return stored, source, held  # the user's own code
     _require_grant(source, description, hashlib.sha256(content).hexdigest(), trust)
@@ -127,6 +130,19 @@ def _described(
     except TooLarge as error:
         raise _unreadable(description, f"it describes another network than {weights.name} holds: {error}") from error
     return stored, source, held
+
+
+def _held_in(weights: Path) -> Held:
+    """Read how much a run's weights hold. Raises RecipeError."""
+    try:
+        return held_in(weights)
+    except FileNotFoundError:
+        raise RecipeError(
+            f"{weights.parent} holds no {weights.name}: its training has not ended.\n"
+            "  Fix: run the same training again with --resume."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(weights, error) from error
 
 
 def _require_grant(source: Architecture, description: Path, digest: str, trust: Collection[str]) -> None:
@@ -140,8 +156,15 @@ def _require_grant(source: Architecture, description: Path, digest: str, trust: 
         )
 
 
-def _trusted(model: Architecture, description: Path, factory: str | None) -> Architecture:
+def _trusted(model: Architecture | None, description: Path, factory: str | None) -> Architecture:
     """Put the user's factory in the place of a stored one."""
+    if model is None:
+        if factory is None:
+            raise RecipeError(
+                f"{description} is of a module that was passed to train, and names no model.\n"
+                "  Fix: load_student(run, model=module); or, beside the path in a recipe, factory: pkg.mod:function"
+            )
+        return Custom(factory=factory)
     if not isinstance(model, Custom):
         if factory is not None:
             raise RecipeError(f"{description} is of kind {model.kind}, which needs no `factory`.\n  Fix: leave it out.")

@@ -79,8 +79,8 @@ def _problems(recipe: Component) -> list[LogitCacheError]:
 def _unfit_student(recipe: StudentRecipe) -> list[LogitCacheError]:
     """List losses that the cache cannot serve and how the student does not fit it, if the cache exists."""
     store = locate(recipe.cache)
-    if not store.path.exists():
-        return []
+    if recipe.model is None or not store.path.exists():
+        return caught(recipe.require_entries)
     try:
         cache = Cache(Snapshot.read(store))
     except LogitCacheError as error:
@@ -98,6 +98,7 @@ _UNFIT: dict[type[Component], Callable[[Any], list[LogitCacheError]]] = {
     PrecomputeRecipe: lambda recipe: caught(lambda: require_teachers(recipe.teachers)),
     DeriveRecipe: _unfit_derivation,
     StudentRecipe: _unfit_student,
+    TeacherRecipe: lambda recipe: caught(recipe.require_entries),
 }
 
 

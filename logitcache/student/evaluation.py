@@ -192,6 +192,9 @@ def _learnt_from(
         if isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
             say(f"training images are not counted: --set dataset.factory={recipe.dataset.factory} lets them be opened")
             return _LearntFrom()
+        if recipe.dataset is None:
+            say("training images are not counted: they were passed to train as an object. Fix: --set dataset=…")
+            return _LearntFrom()
         require_known_source(run, recipe, overrides)
         images = open_dataset(recipe.dataset)
         return _LearntFrom((), _counts(images.labels, images.num_classes, num_classes))
@@ -292,6 +295,11 @@ def is_stated(key: str, overrides: Sequence[str]) -> bool:
 
 def _stated_factory(run: Path, stored: StoredModel, overrides: Sequence[str]) -> str | None:
     stated = [text.removeprefix(MODEL_FACTORY) for text in overrides if text.startswith(MODEL_FACTORY)]
+    if stored.model is None and not stated:
+        raise RecipeError(
+            f"{run} is of a module that was passed to train, and names no model.\n"
+            f"  Fix: --set {MODEL_FACTORY}pkg.mod:function, which returns such a module"
+        )
     if isinstance(stored.model, Custom) and not stated:
         raise RecipeError(
             f"{run} is a model of the factory '{stored.model.factory}', and what a file names is never called.\n"

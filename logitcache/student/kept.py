@@ -101,7 +101,7 @@ def save_kept(
             require_bounded(run.best, most_bytes(classifier.state_dict()))
             load_weights(classifier.module, read_state(run.best), str(run.best))
     stored = StoredModel(
-        model=recipe.model.architecture(),
+        model=None if recipe.model is None else recipe.model.architecture(),
         preprocessing=classifier.preprocessing,
         num_classes=num_classes,
         in_channels=len(classifier.preprocessing.mean),

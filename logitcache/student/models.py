@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.features import Layout
-from logitcache.models import Classifier, default_preprocessing, resolve_preprocessing
+from logitcache.models import BuiltModel, Classifier, default_preprocessing, resolve_preprocessing
 from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
 from logitcache.student.losses import Loss
@@ -16,13 +16,22 @@ from logitcache.student.recipes import TrainingRecipe
 from logitcache.student.sources import Lesson
 
 
-def build_classifier(recipe: TrainingRecipe, lesson: Lesson, validation: Tensor | None) -> Classifier:
+def build_classifier(
+    recipe: TrainingRecipe, lesson: Lesson, validation: Tensor | None, module: nn.Module | None = None
+) -> Classifier:
     """Build the model and try it on black images of the training size, and on some to measure on, uint8 [B, C, H, W].
 
+    `module` is the caller's own, with a normalisation if it is a Classifier, in place of the recipe's entry.
     Raises RecipeError for images that it cannot take, MismatchError for another number of classes.
     """
     num_channels = lesson.image_shape[0]
-    built = recipe.model.build(lesson.num_classes, num_channels)
+    if isinstance(module, Classifier):
+        built = BuiltModel(module.module, module.preprocessing)
+    elif module is not None:
+        built = BuiltModel(module, None)
+    else:
+        assert recipe.model is not None, "require_entries looked for it"
+        built = recipe.model.build(lesson.num_classes, num_channels)
     preprocessing = resolve_preprocessing(
         built, recipe.preprocessing, who="the recipe", default=default_preprocessing(num_channels)
     )

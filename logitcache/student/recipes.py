@@ -1,11 +1,13 @@
 """The recipes of stage two: a student on a cache, and a teacher on labels."""
 
-from typing import Annotated, Literal, Self
+from collections.abc import Collection
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from logitcache.cache.reader import Replay
 from logitcache.device import Precision
+from logitcache.errors import RecipeError, raise_all
 from logitcache.features import Layout
 from logitcache.models import Model, Preprocessing
 from logitcache.recipe import Component, Count, Float, Name, Positive
@@ -77,6 +79,7 @@ class LiveTeacher(Component):
 class TrainingRecipe(Component):
     """What training on labels and training from a cache share.
 
+    `model` may be left out if the module itself is passed.
     `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. An epoch is as many images
     as there are; with `views_per_image` k it is k views of every k-th image, so that one decode serves k views.
     `keep` says of which epoch the weights are that the run ends with: the last, or the one that measured best.
@@ -88,8 +91,10 @@ class TrainingRecipe(Component):
     `trust` the digests of caches that may name data sets and teachers beyond the allow-list.
     """
 
+    needed: ClassVar[tuple[str, ...]] = ("model",)
+
     out: str
-    model: Model
+    model: Model | None = None
     preprocessing: Preprocessing | None = None
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
     epochs: Count
@@ -118,6 +123,12 @@ class TrainingRecipe(Component):
     num_workers: Annotated[int, Field(ge=0)] = 2
     start_method: StartMethod = "forkserver"
     device: str = "auto"
+
+    def require_entries(self, given: Collection[str] = ()) -> None:
+        """Raise RecipeError listing the entries that are missing, and in whose place no object is `given`."""
+        missing = [key for key in self.needed if getattr(self, key) is None and key not in given]
+        fix = "Fix: name one, or pass the object itself: lc.train(recipe, {}=…)"
+        raise_all([RecipeError(f"key '{key}' is missing. {fix.format(key)}") for key in missing])
 
     def idle(self, epochs: float) -> str | None:
         """Return why parts of a batch are fewer than asked for."""
@@ -191,7 +202,9 @@ class StudentRecipe(TrainingRecipe):
 class TeacherRecipe(TrainingRecipe):
     """A model that learns from labels, on a fresh view of every image in each epoch."""
 
-    dataset: Dataset
+    needed: ClassVar[tuple[str, ...]] = ("model", "dataset")
+
+    dataset: Dataset | None = None
     augmentations: tuple[Augmentation, ...] = ()
     mixing: Mixings = ()
     losses: Annotated[tuple[LabelLoss, ...], Field(min_length=1)] = (CrossEntropy(),)

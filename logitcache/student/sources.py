@@ -3,13 +3,14 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitcache.cache.reader import Cache, Replay, open_uncompared
 from logitcache.errors import MismatchError, RecipeError, TargetErrorWarning, caught, raise_all
+from logitcache.recipe import Component
 from logitcache.student.compatibility import (
     FROM_LABELS,
     asked_targets,
@@ -35,7 +36,27 @@ from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, require_one_size
 
 NUM_LABELS = 64
+R = TypeVar("R", bound=TrainingRecipe)
 LiveTargets = Callable[[Tensor, Tensor], Mapping[str, Targets]]
+
+
+@dataclass(frozen=True)
+class Given:
+    """Objects that the caller passed in place of the cache's targets and of recipe entries."""
+
+    live: LiveTargets | None = None
+    dataset: object | None = None
+    model: nn.Module | None = None
+
+
+def as_given(recipe: R, dataset: object | None, model: nn.Module | None) -> R:
+    """Leave out of a recipe what objects took the place of: it did not make the run.
+
+    Raises RecipeError if there is neither an entry nor an object.
+    """
+    recipe.require_entries([key for key, value in {"dataset": dataset, "model": model}.items() if value is not None])
+    images = {} if dataset is None else {"dataset": dataset if isinstance(dataset, Component) else None}
+    return recipe.model_copy(update=images | ({} if model is None else {"model": None}))
 
 
 @dataclass(frozen=True)
@@ -74,16 +95,19 @@ def open_source(
     live: LiveTargets | None,
     begun: Mapping[str, Any] | None = None,
     ranks: Ranks = ALONE,
+    dataset: object | None = None,
 ) -> Source:
-    """Open what a recipe learns from; raises where images, cache and losses do not belong together.
+    """Open what a recipe learns from, or a data set in place of its entry.
 
+    Raises if images, cache and losses do not belong together.
     `begun` is the identity of the source that the run began with: a cache may have grown since. Of several `ranks` each
     takes its part of every batch.
     """
     part = {"rank": ranks.rank, "world_size": ranks.size}
+    images = recipe.dataset if dataset is None else dataset
     if isinstance(recipe, StudentRecipe):
-        return _from_cache(recipe, live, begun or {}, part)
-    return _from_labels(recipe, begun or {}, part)
+        return _from_cache(recipe, images, live, begun or {}, part)
+    return _from_labels(recipe, images, begun or {}, part)
 
 
 def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Replay = "planned") -> Views:
@@ -99,7 +123,11 @@ def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Repl
 
 
 def _from_cache(
-    recipe: StudentRecipe, live: LiveTargets | None, begun: Mapping[str, Any], part: Mapping[str, int]
+    recipe: StudentRecipe,
+    images: object | None,
+    live: LiveTargets | None,
+    begun: Mapping[str, Any],
+    part: Mapping[str, int],
 ) -> Source:
     cache = _as_begun(open_uncompared(recipe.cache), begun)
     teachers, lesson = list(cache.manifest.teachers), lesson_of(recipe, cache)
@@ -111,7 +139,7 @@ def _from_cache(
             f"{recipe.cache} mixes the answers to two images (targets: linear), which no live teacher gives. "
             "Fix: leave out --online"
         )
-    views = views_of(cache, recipe.dataset, recipe, recipe.replay)
+    views = views_of(cache, images, recipe, recipe.replay)
     loader = _loader(
         recipe,
         views,
@@ -199,8 +227,8 @@ def _only(live: LiveTargets, names: Sequence[str]) -> LiveTargets:
     return answers
 
 
-def _from_labels(recipe: TeacherRecipe, begun: Mapping[str, Any], part: Mapping[str, int]) -> Source:
-    dataset = open_dataset(recipe.dataset)
+def _from_labels(recipe: TeacherRecipe, images: object, begun: Mapping[str, Any], part: Mapping[str, int]) -> Source:
+    dataset = open_dataset(images)
     if dataset.num_classes is None:
         raise RecipeError(
             "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from logitcache.errors import DataError, RecipeError
 from logitcache.files import read_bounded, write_atomically
-from logitcache.models import Classifier, load_model, resolve_preprocessing
+from logitcache.models import Classifier, load_into, load_model, resolve_preprocessing
 from logitcache.recipe import Component, Count
 from logitcache.views.augmentations import Augmentation, CenterCrop, Resize
 from logitcache.views.augmentations.foreign import locks
@@ -98,6 +98,7 @@ class Student(nn.Module):
 def load_student(
     run: str | Path,
     *,
+    model: nn.Module | None = None,
     augmentations: Sequence[object] | None = None,
     factory: str | None = None,
     factories: Collection[str] = (),
@@ -105,12 +106,13 @@ def load_student(
 ) -> Student:
     """Load a finished run as a module on the CPU, in evaluation mode.
 
-    `augmentations`, recipe entries, take the place of those that the run recorded. `factory` builds a model of the
-    user's own code, and `factories` may be called by augmentations: what a file names is never called. `trust` has the
-    digests of runs that may name models beyond the allow-list. Raises RecipeError.
+    `model` is the caller's own module, into which the weights are loaded in place; a run that was given a module needs
+    it, or `factory`. `augmentations`, recipe entries, take the place of those that the run recorded. `factory` builds a
+    model of the user's own code, and `factories` may be called by augmentations: what a file names is never called.
+    `trust` has the digests of runs that may name models beyond the allow-list. Raises RecipeError.
     """
     run = Path(run).expanduser()
-    built = load_model(run, factory, trust)
+    built = load_model(run, factory, trust) if model is None else load_into(run, _network(model))
     preprocessing = resolve_preprocessing(built, None, who=str(run))
     recorded = read_evaluation(run)
     chosen = None if recorded is None else recorded.augmentations
@@ -124,6 +126,10 @@ def load_student(
     transform = None if chosen is None else Transform(chosen, len(preprocessing.mean))
     names, epoch = (None, None) if recorded is None else (recorded.class_names, recorded.epoch)
     return Student(Classifier(built.module, preprocessing), transform, names, epoch, str(run)).eval()
+
+
+def _network(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, Classifier) else model
 
 
 def _require_stated(augmentations: Sequence[Augmentation], factories: Collection[str], run: Path) -> None:

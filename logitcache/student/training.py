@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitcache.console import say, track
 from logitcache.device import own_randomness, resolve_device, synchronize
@@ -31,7 +31,7 @@ from logitcache.student.ranks import Ranks, joined
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.run import RunDirectory
 from logitcache.student.saved import most_bytes, require_alike, require_shapes
-from logitcache.student.sources import LiveTargets, Source, open_source
+from logitcache.student.sources import Given, LiveTargets, Source, as_given, open_source
 from logitcache.student.trained import Evaluation, evaluated_as
 from logitcache.student.trial import require_trainable
 from logitcache.student.validation import Validator, open_validator
@@ -44,9 +44,18 @@ SHOWN = ("top1", "top5", "mean_ap", "f1_macro", "agreement")
 """What is told of an epoch, as far as it was measured."""
 
 
-def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: LiveTargets | None = None) -> RunResult:
+def train(
+    recipe: StudentRecipe | TeacherRecipe,
+    *,
+    resume: bool = False,
+    live: LiveTargets | None = None,
+    dataset: object | None = None,
+    model: nn.Module | None = None,
+) -> RunResult:
     """Train to the end of the recipe and return what was measured.
 
+    `dataset` and `model` give the objects themselves in place of their recipe entries. The module is trained in place,
+    from the weights that it has; a run that continues is given the same.
     `resume` continues from the run's checkpoint bit by bit; with more `epochs` than it had, a run goes on by the
     schedules of the longer run. `live` answers each batch in place of the cache (--online).
     The caller's global random state is the same afterwards. Under torchrun all processes train one model together, on
@@ -54,10 +63,10 @@ def train(recipe: StudentRecipe | TeacherRecipe, *, resume: bool = False, live: 
     together, Stopped after SIGTERM or Ctrl-C.
     """
     with joined() as ranks:
-        return _train(recipe, resume, live, ranks)
+        return _train(as_given(recipe, dataset, model), resume, Given(live, dataset, model), ranks)
 
 
-def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTargets | None, ranks: Ranks) -> RunResult:
+def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, given: Given, ranks: Ranks) -> RunResult:
     device = resolve_device(recipe.device)
     ranks.use(device)
     _require_parts(recipe, device, ranks)
@@ -67,7 +76,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
     if not run.begun:
         require_effect(recipe, recipe.epochs)
     before = run.require_recipe(recipe)
-    source = open_source(recipe, live, run.learns_from(), ranks)
+    source = open_source(recipe, given.live, run.learns_from(), ranks, given.dataset)
     validator = open_validator(recipe, source.lesson.num_classes)
     require_measurable(recipe, validator)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
@@ -77,7 +86,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, live: LiveTarget
         return finished
     with own_randomness(device, recipe.seed):
         sample = None if validator is None else validator.sample()
-        classifier = build_classifier(recipe, source.lesson, sample)
+        classifier = build_classifier(recipe, source.lesson, sample, given.model)
         layouts = decide_layouts(recipe, source.lesson, classifier)
         adapters = build_adapters(recipe, source.lesson, classifier, layouts)
         require_trainable(recipe, source.lesson, classifier, device, layouts, ranks.size)

@@ -75,6 +75,7 @@ def require_fit(recipe: StudentRecipe, lesson: Lesson) -> None:
     Weights are not loaded. Those that bring their own preprocessing say at which size the network runs: of such a
     student the taps are only looked for.
     """
+    assert recipe.model is not None, "require_entries looked for it"
     architecture, cpu = recipe.model.architecture(), torch.device("cpu")
     taps = () if recipe.validation is None else recipe.validation.taps
     with own_randomness(cpu, recipe.seed):
@@ -94,6 +95,7 @@ def require_taps(recipe: StudentRecipe, cache: Cache) -> None:
     counts = [entry.num_classes for entry in cache.manifest.teachers.values() if entry.num_classes is not None]
     num_classes, channels = (*counts, cache.manifest.fingerprint.num_classes)[0], cache.manifest.image_shape[0]
     taps = () if recipe.validation is None else recipe.validation.taps
+    assert recipe.model is not None, "require_entries looked for it"
     with own_randomness(torch.device("cpu"), recipe.seed):
         network = recipe.model.architecture().build(num_classes, channels).module
     raise_all(caught(*(partial(Tapped, network, network, [tap], "the model") for tap in [*taps_of(recipe), *taps])))

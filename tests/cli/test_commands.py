@@ -125,7 +125,8 @@ def test_train_teacher_runs_the_same_loop(verb, recipe):
 def test_evaluate_passes_what_to_time_on(tmp_path, monkeypatch):
     plans = []
 
-    def evaluate(run, overrides, latency):
+    def evaluate(run, overrides, latency, teachers_from):
+        assert teachers_from is None
         plans.append(latency)
         return Result(str(run))
 
