@@ -17,6 +17,11 @@ class Result:
     shards_left = 0
 
 
+@dataclass(frozen=True)
+class Measured(Result):
+    epoch: int = 1
+
+
 @pytest.fixture
 def verb(monkeypatch):
     """Replace a verb by one that records its arguments; its module needs not be imported."""
@@ -128,7 +133,7 @@ def test_evaluate_passes_what_to_time_on(tmp_path, monkeypatch):
     def evaluate(run, overrides, latency, teachers_from):
         assert teachers_from is None
         plans.append(latency)
-        return Result(str(run))
+        return Measured(str(run))
 
     monkeypatch.setattr("logitcache.report.evaluation.evaluate_beside_teachers", evaluate)
     assert main(["evaluate", str(tmp_path), "--set", "validation.every=2"]) == 0
