@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from logitcache.cache.arrays import ArrayLayout, seal
 from logitcache.cache.decoded import SharedShards
 from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
-from logitcache.cache.manifest import Manifest
+from logitcache.cache.manifest import ERROR_TEMPERATURES, Manifest
 from logitcache.cache.reader import Cache, open_cache
 from logitcache.cache.rows import PackedRows, num_kept
 from logitcache.cache.skeleton import Samples, metadata_files
@@ -74,6 +74,7 @@ def manifest_of(logits: dict[str, Any], num_images: int, num_views: int, num_cla
     pixels = np.zeros((1, 3, 1, 1), np.uint8)
     samples = Samples(np.full(num_images, -1), np.zeros(num_images, np.uint64), pixels)
     some, sha = "0" * 64, hashlib.sha256
+    temperatures = [] if logits.get("dtype") == "float32" else ERROR_TEMPERATURES
     stored = {
         "dataset": None,
         "fingerprint": {
@@ -96,7 +97,7 @@ def manifest_of(logits: dict[str, Any], num_images: int, num_views: int, num_cla
                 "precision": "float32",
                 "num_classes": num_classes,
                 "logits": logits,
-                "stored_logits": {"form": logits},
+                "stored_logits": {"form": logits, "error_temperatures": temperatures},
             }
         },
         "canaries": [{"view": 0, "index": 0, "raw": some, "plan": some, "augmented": pixel_digest(pixels[0])}],
