@@ -7,6 +7,8 @@ from logitcache.cache.manifest import LOGITS, Manifest, TeacherEntry
 from logitcache.errors import MismatchError
 from logitcache.recipe import Component
 
+Outputs = tuple[int, ...] | None
+
 
 def extends(wanted: Manifest, recorded: Manifest) -> bool:
     """Whether what is wanted is all that is recorded, or more: further views, teachers and features."""
@@ -56,7 +58,17 @@ def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry
         pairs += [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("num_classes", LOGITS)]
     common = [feature for feature in recorded.features if feature in wanted.features]
     pairs += [(_key(feature), recorded.features[feature], wanted.features[feature]) for feature in common]
+    if recorded.num_classes is not None and wanted.num_classes is not None:
+        pairs += _other_outputs(recorded.classes, wanted.classes)
     return [f"teachers.{name}.{key}: the cache has {short(a)}, the recipe {short(b)}" for key, a, b in pairs if a != b]
+
+
+def _other_outputs(recorded: Outputs, wanted: Outputs) -> list[tuple[str, object, object]]:
+    """Return which outputs of the network differ: that of the first class, or all if only one teacher chooses."""
+    if recorded is None or wanted is None:
+        return [("classes", recorded, wanted)]
+    pairs = enumerate(zip(recorded, wanted, strict=False))
+    return [(f"classes[{number}]", old, new) for number, (old, new) in pairs if old != new][:1]
 
 
 def _lacks(recorded: Manifest, wanted: Manifest) -> list[str]:

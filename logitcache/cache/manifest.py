@@ -88,18 +88,25 @@ class StoredFeature(Extended):
     calibration_rows: Count | None = None
 
 
-class TeacherEntry(Component):
+Output = Annotated[int, Field(ge=0, lt=2**31)]
+"""The number of one of a network's outputs."""
+
+
+class TeacherEntry(Extended):
     """Who answered, what was asked for of the answers, and how that is kept.
 
-    What is stored is decided once, by calibration, when the teacher joins the cache; `errors`, over all rows, are known
-    when it is whole.
+    `classes` are the network's outputs that are the logits, in their order; None if all are. What is stored is decided
+    once, by calibration, when the teacher joins the cache; `errors`, over all rows, are known when it is whole.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"classes"})
 
     model: JsonValue
     weights: Digest
     preprocessing: Preprocessing
     precision: Precision
     num_classes: Count | None
+    classes: tuple[Output, ...] | None = None
     logits: Encoding | None
     features: dict[FeatureName, Feature] = Field(default_factory=dict)
     stored_logits: StoredLogits | None = None
@@ -121,6 +128,12 @@ class TeacherEntry(Component):
         """Return the errors over all rows of a target, by temperature; none before they are known."""
         errors = self.errors.get(target, ())
         return errors if isinstance(errors, tuple) else (errors,)
+
+    @model_validator(mode="after")
+    def _classes_are_counted(self) -> Self:
+        if self.classes is not None and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} outputs are the logits of {self.num_classes} classes")
+        return self
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """What every model owns: its network, its normalisation and its input size."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Self
 
 import torch
@@ -47,16 +47,28 @@ class Classifier(nn.Module):
     """A network that takes the pixels as they are stored: uint8 [B, C, H, W] in, logits [B, K] out.
 
     Normalisation runs in float32 on the module's device. The mean and std are not part of its
-    state.
+    state. `classes` are the network's outputs that are its logits, in their order; by default all are.
+    `who` names it in errors.
     """
 
     mean: Tensor
     std: Tensor
+    _chosen: Tensor | None
 
-    def __init__(self, module: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        classes: Sequence[int] | None = None,
+        who: str = "the model",
+    ) -> None:
         super().__init__()
         self.module = module
         self.preprocessing = preprocessing
+        self.classes = None if classes is None else tuple(classes)
+        self._who = who
+        chosen = None if classes is None else torch.tensor(self.classes, dtype=torch.int64)
+        self.register_buffer("_chosen", chosen, persistent=False)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
             self.register_buffer(name, values.view(-1, 1, 1), persistent=False)
@@ -80,7 +92,11 @@ class Classifier(nn.Module):
         return self.checked(self.module(self.normalize(pixels)))
 
     def checked(self, output: object) -> Tensor:
-        """Return the logits [B, K] in what the network returned.
+        """Return the logits [B, K] of the classes in what the network returned; raises as the two below."""
+        return self.of_classes(self.outputs(output), 1)
+
+    def outputs(self, output: object) -> Tensor:
+        """Return the logits [B, N] of all outputs in what the network returned.
 
         These are a tensor; the entry `logits` of a dictionary or object, as of Hugging Face; or the only entry of a
         dictionary, tuple or list. Raises RecipeError for anything else.
@@ -88,11 +104,28 @@ class Classifier(nn.Module):
         found = _only_entry(output)
         if not isinstance(found, Tensor) or found.ndim != 2:
             raise RecipeError(
-                f"the model returned {_described(output)}, not logits [B, K].\n"
+                f"{self._who} returned {_described(output)}, not logits [B, K].\n"
                 "  Fix: wrap it in a module whose forward returns the logits alone; torchvision's GoogLeNet and "
                 "Inception do so with model.options: {aux_logits: false}."
             )
         return found
+
+    def of_classes(self, values: Tensor, axis: int) -> Tensor:
+        """Return the part of values that belongs to the classes, along the axis that numbers the outputs.
+
+        Raises RecipeError if there are fewer outputs.
+        """
+        if self.classes is None or self._chosen is None:
+            return values
+        count = values.shape[axis]
+        beyond = sorted(output for output in self.classes if output >= count)
+        if beyond:
+            raise RecipeError(
+                f"{self._who} has {count} outputs, and its `classes` name output {beyond[0]}"
+                f"{f' and {len(beyond) - 1} more beyond' if beyond[1:] else ''}.\n"
+                f"  Fix: outputs from 0 to {count - 1}"
+            )
+        return values.index_select(axis, self._chosen)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Turn uint8 [B, C, H, W] into the float32 [B, C, h, w] that the network takes."""

@@ -13,7 +13,7 @@ from logitcache.cache.snapshot import locate, read_manifest
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError
-from logitcache.models import Classifier, Model
+from logitcache.models import Checkpoint, Classifier, Model
 from logitcache.report.recipes import load_own
 from logitcache.student.cost import Contender, LatencyPlan
 from logitcache.student.evaluation import EvaluationResult, evaluate, is_stated, read_run, require_known_source
@@ -85,8 +85,10 @@ def _teachers(
 def _built(name: str, manifest: Manifest, recipe: StudentRecipe, stated: LiveTeacher | None) -> Contender:
     entry, device = manifest.teachers[name], resolve_device(recipe.device)
     model = _recorded(name, manifest, recipe.trust) if stated is None else stated.model
+    # Of a network with other outputs too, only a checkpoint says how many it has.
+    own = model.num_classes if isinstance(model, Checkpoint) else None
     with own_randomness(device, 0):
-        built = model.architecture().build(entry.num_classes, manifest.image_shape[0])
+        built = model.architecture().build(entry.num_classes if entry.classes is None else own, manifest.image_shape[0])
     return Contender(Classifier(built.module, entry.preprocessing).to(device), entry.precision)
 
 

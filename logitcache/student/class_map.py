@@ -1,15 +1,13 @@
 """Whose classes are whose: measuring on a data set that names its classes in another way."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.errors import RecipeError
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, is_multi_label
-
-SHOWN = 20
+from logitcache.views.datasets.labels import class_index, listed_classes
 
 
 def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_classes: int) -> NDArray[np.int64]:
@@ -41,14 +39,9 @@ def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_class
 
 
 def _index(key: str, names: tuple[str, ...], count: int) -> int:
-    if key in names:
-        return names.index(key)
-    if key.isdecimal() and int(key) < count:
-        return int(key)
-    near = get_close_matches(key, names, n=1)
-    known = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "") if names else "without names"
-    raise RecipeError(
-        f"validation.class_map: the images have no class {key!r}. "
-        + (f"Did you mean {near[0]!r}? " if near else "")
-        + f"Fix: a name or an index of their {count} classes ({known})"
-    )
+    try:
+        return class_index(key, names, count)
+    except ValueError as error:
+        raise RecipeError(
+            f"validation.class_map: {error} Fix: a name or an index of their {listed_classes(names, count)}"
+        ) from None

@@ -192,7 +192,7 @@ def _require_head(teacher: Teacher, pixels: Tensor) -> None:
         for path, module in network.named_modules():
             if path:
                 hooks.callback(module.register_forward_hook(_note(fired, path)).remove)
-        answers = teacher.classifier.checked(network(teacher.classifier.normalize(pixels[:1])))
+        answers = teacher.classifier.outputs(network(teacher.classifier.normalize(pixels[:1])))
     ends = [path for path, value in fired if value is answers]
     last = [network.get_submodule(path) for path in ends]
     taken_off = any(path.split(".")[-1] in HEADS and _passes_on(one) for path, one in zip(ends, last, strict=True))

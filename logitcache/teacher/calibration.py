@@ -7,10 +7,11 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.console import track
 from logitcache.device import to_device
+from logitcache.models import Classifier
 from logitcache.targets import Targets
 from logitcache.teacher.models import Teacher, require_finite
 from logitcache.teacher.recipes import PrecomputeRecipe
@@ -47,9 +48,9 @@ class Calibration:
     recorded_rows: int | None = None
 
     @property
-    def network(self) -> nn.Module:
-        """The network that answers."""
-        return self.teacher.classifier.module
+    def classifier(self) -> Classifier:
+        """The teacher: its network, and which of the outputs are its classes."""
+        return self.teacher.classifier
 
     @property
     def num_rows(self) -> int:

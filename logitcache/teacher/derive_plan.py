@@ -190,6 +190,8 @@ def _entry(name: str, source: Source) -> TeacherEntry:
     update: dict[str, Any] = {"model": derivation.model_dump(mode="json"), "weights": derivation.digest(), "errors": {}}
     if teacher.logits is not None:
         update |= {"logits": teacher.logits, "stored_logits": None}
+    if several:  # of several networks, each with its own outputs
+        update |= {"classes": None}
     return first.restricted(origin.kept).model_copy(update=update)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
@@ -21,6 +21,7 @@ from logitcache.cache.writer import Rows, empty_rows
 from logitcache.console import track
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import EnsembleLogits, at_least_float32, dense_logits
+from logitcache.models import Classifier
 from logitcache.targets import Targets
 from logitcache.teacher.calibration import calibration_keys, num_calibration_rows
 from logitcache.teacher.derive_recipe import DerivedTeacher
@@ -59,7 +60,7 @@ class CachedSample:
     origin: Origin
 
     @property
-    def network(self) -> nn.Module:
+    def classifier(self) -> Classifier:
         """Raise RecipeError: there is none."""
         raise RecipeError(
             f"teachers.{self.name}.logits: kind: head takes the weights of the teacher's last layer, which are not in "
@@ -78,7 +79,7 @@ class CachedSample:
 
     @property
     def examples(self) -> Targets:
-        """Raise RecipeError, as `network` does: only a head asks for them."""
+        """Raise RecipeError, as `classifier` does: only a head asks for them."""
         raise RecipeError(f"teachers.{self.name}: a cache keeps no network to try")
 
     @property

@@ -1,14 +1,14 @@
 """`Teacher`: a frozen model that owns its normalisation; uint8 pixels in, `Targets` out."""
 
 from collections.abc import Mapping, Sequence
-from typing import Self
+from typing import Annotated, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from logitcache.cache.encodings import Dense, Encoding, Feature
-from logitcache.cache.manifest import LOGITS, FeatureName, TeacherEntry
+from logitcache.cache.manifest import LOGITS, FeatureName, Output, TeacherEntry
 from logitcache.device import Precision, autocast, own_randomness
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import NO_LOGITS
@@ -19,17 +19,21 @@ from logitcache.recipe import Component
 from logitcache.targets import Targets
 from logitcache.teacher.grad_cam import GradedPass
 
+Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
+
 
 class TeacherSource(Component):
     """A teacher and what to keep of its answers: logits, unless they are null, and features by names of your own.
 
     `preprocessing` is needed where the model brings none of its own. `model` may be left out where the module itself
-    is given.
+    is given. `classes` says which of the network's outputs each class of the data set is, in their order or by name or
+    index, if it has others too.
     """
 
     model: Model | None = None
     preprocessing: Preprocessing | None = None
     precision: Precision = "float32"
+    classes: Outputs | None = None
     logits: Encoding | None = Dense()
     features: dict[FeatureName, Feature] = Field(default_factory=dict)
 
@@ -38,6 +42,29 @@ class TeacherSource(Component):
         if self.logits is None and not self.features:
             raise ValueError("logits: null keeps features alone, and there are none: name features, or leave it out")
         return self
+
+    @field_validator("classes")
+    @classmethod
+    def _one_class_an_output(cls, classes: Outputs | None) -> Outputs | None:
+        found: dict[int, list[object]] = {}
+        for key, output in classes.items() if isinstance(classes, dict) else enumerate(classes or ()):
+            found.setdefault(output, []).append(key)
+        twice = {output: keys for output, keys in found.items() if len(keys) > 1}
+        if twice:
+            output, keys = next(iter(twice.items()))
+            raise ValueError(f"output {output} is that of {keys[0]!r} and {keys[1]!r}: each class has its own")
+        return classes
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why `classes` choose nothing."""
+        if self.classes is None or self.answers_logits:
+            return None
+        return "has classes, and keeps features alone, which have none. Fix: leave classes out"
+
+    @property
+    def answers_logits(self) -> bool:
+        """Whether logits are needed: to be kept, or as that whose Grad-CAM maps are kept."""
+        return self.logits is not None or any(feature.kind == "grad_cam" for feature in self.features.values())
 
 
 class Teacher(nn.Module):
@@ -53,7 +80,7 @@ class Teacher(nn.Module):
         self.features, self.named = features_of(name, source, classifier.module), frozenset(source.features)
         plain = [feature.tap for feature in self.features.values() if feature.kind != "grad_cam"]
         graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
-        self.answers_logits = source.logits is not None or bool(graded)
+        self.answers_logits = source.answers_logits
         self.passes = 0
         self._counting = classifier.module.register_forward_pre_hook(self._count)
         self._tapped = Tapped(classifier.module, classifier.module, plain, f"teacher {name!r}")
@@ -123,22 +150,25 @@ def build_teacher(
     num_classes: int | None,
     in_channels: int,
     device: torch.device,
+    classes: tuple[int, ...] | None = None,
 ) -> Teacher:
     """Build a teacher from its recipe entry, or around the caller's own `module`.
 
-    `num_classes` is for weights in a file, which do not say for how many they are; other models know it.
+    `num_classes` is for weights in a file, which do not say for how many they are; other models know it. `classes` are
+    the network's outputs that are kept; it has others too, so `num_classes` is not theirs.
     """
     if isinstance(module, Classifier):
-        built = BuiltModel(module.module, module.preprocessing)
+        built, classes = BuiltModel(module.module, module.preprocessing), classes or module.classes
     elif module is not None:
         built = BuiltModel(module, None)
     elif source.model is not None:
         with own_randomness(device, 0):  # random weights, if that is what is asked for, are the same in every run
-            built = source.model.build(num_classes if isinstance(source.model, Checkpoint) else None, in_channels)
+            counted = isinstance(source.model, Checkpoint) and classes is None
+            built = source.model.build(num_classes if counted else None, in_channels)
     else:
         raise RecipeError(f"teachers.{name} names no model. Fix: give `model:`, or pass the module itself")
     chosen = resolve_preprocessing(built, source.preprocessing, who=f"teachers.{name}")
-    return Teacher(name, Classifier(built.module, chosen), source, device)
+    return Teacher(name, Classifier(built.module, chosen, classes, f"teacher {name!r}"), source, device)
 
 
 def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids: Sequence[str]) -> None:

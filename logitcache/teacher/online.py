@@ -61,7 +61,9 @@ def live_targets(
                 recorded_risks(source.model, entry), identity, trust, f"teacher {name!r} of {cache}", _INSTEAD
             )
         channels = manifest.image_shape[0]
-        teacher = build_teacher(name, source, module, entry.num_classes, channels, resolve_device(device))
+        teacher = build_teacher(
+            name, source, module, entry.num_classes, channels, resolve_device(device), entry.classes
+        )
         _require_recorded(teacher, entry)
         teachers.append(teacher)
     return lambda pixels, labels: {teacher.name: teacher(pixels, labels) for teacher in teachers}

@@ -12,6 +12,7 @@ from logitcache.cache.store import Store
 from logitcache.errors import RecipeError
 from logitcache.recipe import Component, require_effect
 from logitcache.teacher.answers import taking
+from logitcache.teacher.classes import outputs_of
 from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.views import canaries
@@ -85,7 +86,9 @@ def build_teachers(
     key = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[0]
     num_classes, pixels = views.dataset.num_classes, views[key]
     built = [
-        build_teacher(name, source, given.get(name), num_classes, pixels.shape[0], device)
+        build_teacher(
+            name, source, given.get(name), num_classes, pixels.shape[0], device, outputs_of(name, source, views.dataset)
+        )
         for name, source in recipe.teachers.items()
     ]
     for teacher in built:

@@ -27,11 +27,12 @@ from logitcache.cache.store import Store
 from logitcache.cache.unreadable import forget_unreadable, with_mended_images
 from logitcache.cache.verify import damaged
 from logitcache.console import say
-from logitcache.errors import MismatchError, RecipeError
+from logitcache.errors import RecipeError
 from logitcache.files import remove_leftovers
 from logitcache.models import weights_digest
 from logitcache.targets import Targets
 from logitcache.teacher.answers import examples_of
+from logitcache.teacher.classes import other_classes
 from logitcache.teacher.fitting import Tables, fit, mended_tables, table_files
 from logitcache.teacher.models import Teacher, TeacherSource
 from logitcache.teacher.recipes import PrecomputeRecipe
@@ -269,19 +270,15 @@ def entries_of(
 
 def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, examples: Targets) -> TeacherEntry:
     num_classes = examples.num_classes if examples.keeps_logits else None
-    by_label = source.logits is not None or any(feature.kind == "grad_cam" for feature in teacher.features.values())
-    if by_label and num_classes is not None and dataset.num_classes not in (None, num_classes):
-        raise MismatchError(
-            f"teacher {teacher.name!r} predicts {num_classes} classes, the data set has {dataset.num_classes}.\n"
-            f"  Fix: point teachers.{teacher.name}.model at a checkpoint fine-tuned on these classes, keep its "
-            "features alone (logits: null, no grad_cam), or read the images without labels"
-        )
+    if num_classes is not None and dataset.num_classes not in (None, num_classes):
+        raise other_classes(teacher.name, num_classes, dataset)
     return TeacherEntry(
         model=source.model.model_dump(mode="json") if source.model else None,
         weights=weights_digest(teacher.classifier.module),
         preprocessing=teacher.classifier.preprocessing,
         precision=source.precision,
         num_classes=num_classes,
+        classes=None if num_classes is None else teacher.classifier.classes,
         logits=source.logits,
         features=teacher.features,
     )

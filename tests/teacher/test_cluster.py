@@ -26,7 +26,7 @@ from logitcache.teacher.preparation import Plan, prepare
 from logitcache.teacher.share import Share
 from logitcache.teacher.worker import Job, Outcome, Refusal, compute, release
 from logitcache.views.spec import Views
-from tests.cache.made import Pixels, contents, recipe, teacher
+from tests.cache.made import PACKED, Pixels, contents, recipe, teacher
 from tests.teacher.apart import program
 from tests.teacher.clustered import NUM_SHARDS
 from tests.teacher.runs import NUM_IMAGES, whole
@@ -128,6 +128,16 @@ def _released() -> Any:
 
 def computed(work: Prepared, shards: int = 6) -> Outcome:
     return compute("key", pickle.dumps(work.job), work.plan.pending[:shards])
+
+
+def test_a_task_keeps_the_outputs_that_the_recipe_chooses(tmp_path: Path) -> None:
+    made = {"kind": "custom", "factory": "tests.cache.made:Linear"}
+    chosen = {"teachers": {"t": teacher(PACKED, model=made, classes=[9, 3, 12])}}
+    work = prepared(tmp_path / "c.zarr", **chosen)
+    assert computed(work).refusal is None
+    assert precompute(work.job.recipe).shards_written == 0
+    precompute(named(tmp_path / "w.zarr", **chosen))
+    assert contents(tmp_path / "c.zarr") == contents(tmp_path / "w.zarr")
 
 
 def test_a_task_writes_its_shards_and_again_does_nothing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from logitcache.logits import Logits
+from logitcache.models import Classifier
 from logitcache.recipe import Component
 from logitcache.targets import Targets
 
@@ -73,8 +74,8 @@ class Sample(Protocol):
     """What an encoding may be fitted to: a teacher, and its answers to some views, drawn when they are asked for."""
 
     @property
-    def network(self) -> nn.Module:
-        """The network that answers."""
+    def classifier(self) -> Classifier:
+        """The teacher: its network, and which of the outputs are its classes."""
 
     @property
     def logits(self) -> Tensor:

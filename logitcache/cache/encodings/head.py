@@ -63,12 +63,14 @@ class Head(Component):
 
     def fitted(self, sample: Sample) -> "FittedHead":
         """Take the weights. Raises RecipeError where the logits are not what the layer puts out."""
-        path, layer = self.path(sample.network), self._layer(sample.network)
-        weight = layer.weight.detach().float().cpu().numpy()
-        parameters = dict(layer.named_parameters())
-        bias = {"bias": parameters["bias"].detach().float().cpu().numpy()} if "bias" in parameters else {}
-        form = HeadForm(width=weight.shape[1], bias=bool(bias), storage=self.storage)
-        head = FittedHead(form, {"weight": weight, **bias})
+        network = sample.classifier.module
+        path, layer = self.path(network), self._layer(network)
+        own = {name: value for name, value in layer.named_parameters() if name in ("weight", "bias")}
+        rows = {name: sample.classifier.of_classes(value.detach(), 0) for name, value in own.items()}
+        tables = {name: values.float().cpu().numpy() for name, values in rows.items()}
+        weight = tables["weight"]
+        form = HeadForm(width=weight.shape[1], bias="bias" in tables, storage=self.storage)
+        head = FittedHead(form, tables)
         values, logits = sample.examples.features[PENULTIMATE].float().cpu(), sample.examples.logits
         assert isinstance(logits, Tensor)
         logits = logits.float().cpu()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from logitcache.errors import DataError
 from logitcache.views.datasets.base import UNLABELLED, Labels, is_multi_label
+
+SHOWN = 20
+"""Classes that a message lists."""
 
 _LONGEST_LABEL = 1 << 20
 _SHAPES = "a label is one whole number, -1 or None; or, of any number of classes, a vector with 1 or 0 for each class"
@@ -117,3 +121,22 @@ def class_counts(labels: Labels, num_classes: int) -> NDArray[np.int64]:
 def single_labels(labels: Tensor) -> Tensor:
     """Return the one class of each image of a batch, int64 [B]; of multi-hot labels [B, C] -1, as none is the one."""
     return labels if labels.ndim == 1 else labels.new_full((len(labels),), UNLABELLED).long()
+
+
+def class_index(key: str, names: Sequence[str], count: int) -> int:
+    """Return the class of `count` that a key names or, if none has that name, numbers.
+
+    Raises ValueError, with the nearest name, if there is none.
+    """
+    if key in names:
+        return names.index(key)
+    if key.isdecimal() and int(key) < count:
+        return int(key)
+    near = get_close_matches(key, names, n=1)
+    raise ValueError(f"the images have no class {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+
+
+def listed_classes(names: Sequence[str], count: int) -> str:
+    """List the first classes for a message."""
+    known = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "") if names else "without names"
+    return f"{count} classes ({known})"
