@@ -305,3 +305,19 @@ def test_a_plan_counts_the_chosen_classes(tmp_path: Path) -> None:
     document = lc.plan(wanted, teachers={"t": Linear(OUTPUTS)}, dataset=Pixels(20, CLASSES))
     row = next(array for array in document["arrays"] if array["array"] == "t.logits")
     assert row["row_bytes"] == 4 * CLASSES
+
+
+def test_the_example_of_the_docs_chooses_its_outputs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    section = text[text.index("### A teacher of more classes") :]
+    block = section.partition("```yaml\n")[2].partition("```")[0]
+    folder = write_images(tmp_path / "images", dict.fromkeys(("n01641577", "n01443537", "n01629819"), 4))
+    entry = yaml.safe_load(block)["teachers"]["imagenet"] | teacher(DENSE32 | {"storage": "packed"})
+    wanted = recipe(
+        tmp_path / "c",
+        dataset={"kind": "image_folder", "root": str(folder)},
+        teachers={"imagenet": entry},
+        views=VIEW,
+    )
+    precompute(wanted, teachers={"imagenet": Linear(1000)})
+    assert open_cache(tmp_path / "c").manifest.teachers["imagenet"].classes == (1, 25, 30)
