@@ -12,7 +12,7 @@ from logitcache.cache.row_errors import RowErrors
 from logitcache.device import Precision
 from logitcache.errors import CacheError
 from logitcache.models import Preprocessing
-from logitcache.recipe import Component, Count, Extended, Name, Positive
+from logitcache.recipe import Count, Extended, Name, Positive
 from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset, Fingerprint
 from logitcache.views.datasets.base import names_digest

@@ -22,11 +22,30 @@ class TapLayout(NamedTuple):
 
 
 def layouts_of(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout], who: str) -> list[Layout]:
+    """Return the layout of each tap as `known_layouts` does; raise RecipeError for maps of which none is known."""
+    found = known_layouts(network, inputs, asked, who)
+    for (tap, _), (shape, layout) in zip(asked, found, strict=True):
+        if layout is None:
+            raise RecipeError(
+                f"{who}: the tap {tap!r} holds {list(shape)} for each image, and nothing says which axis numbers the "
+                "channels. Fix: layout: channels_first for [C, H, W], layout: channels_last for [H, W, C]"
+            )
+    return [layout for _, layout in found if layout is not None]
+
+
+class KnownLayout(NamedTuple):
+    """The shape of what a tap holds of an image, as the network has it, and its layout; None if nothing decides it."""
+
+    shape: Shape
+    layout: Layout | None
+
+
+def known_layouts(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout], who: str) -> list[KnownLayout]:
     """Return the layout of each tap: `auto` for maps [C, H, W], tokens [N, D] and vectors, which need no change.
 
     inputs: what the network takes, float [B, C, h, w]. `auto` is decided by which axes change when the image is twice
     as large; for a network of one size by `feature_info`, as of timm, or by which two axes of a square image's maps are
-    equal. `who` names the network in errors. Raises RecipeError for maps that none of these decides.
+    equal. `who` names the network in errors. Raises RecipeError for a layout that a tap cannot have.
     """
     tapped = Tapped(network, network, [one.tap for one in asked], who)
     larger: dict[str, Shape] = {}
@@ -38,15 +57,15 @@ def layouts_of(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout], w
     finally:
         tapped.remove()
     known, is_square = _known_channels(network), inputs.shape[2] == inputs.shape[3]
-    found = []
+    found: list[KnownLayout] = []
     for tap, layout in asked:
         shape = own[tap]
         if layout != "auto":
-            found.append(_given(tap, layout, shape, who))
+            found.append(KnownLayout(shape, _given(tap, layout, shape, who)))
         elif len(shape) == 3:
-            found.append(_maps(tap, shape, larger.get(tap), known.get(tap), is_square, who))
+            found.append(KnownLayout(shape, _maps(shape, larger.get(tap), known.get(tap), is_square)))
         else:
-            found.append(_tokens(shape, larger.get(tap)))
+            found.append(KnownLayout(shape, _tokens(shape, larger.get(tap))))
     return found
 
 
@@ -61,7 +80,7 @@ def _given(tap: str, layout: Layout, shape: Shape, who: str) -> Layout:
     )
 
 
-def _maps(tap: str, shape: Shape, larger: Shape | None, num_channels: int | None, is_square: bool, who: str) -> Layout:
+def _maps(shape: Shape, larger: Shape | None, num_channels: int | None, is_square: bool) -> Layout | None:
     if larger is not None and len(larger) == 3:
         changed = {axis for axis in range(3) if shape[axis] != larger[axis]}
         if 2 in changed and 0 not in changed:
@@ -72,10 +91,7 @@ def _maps(tap: str, shape: Shape, larger: Shape | None, num_channels: int | None
         return "auto" if shape[0] == num_channels else "channels_last"
     if is_square and shape[0] != shape[2] and shape[1] in (shape[0], shape[2]):
         return "auto" if shape[1] == shape[2] else "channels_last"
-    raise RecipeError(
-        f"{who}: the tap {tap!r} holds {list(shape)} for each image, and nothing says which axis numbers the channels. "
-        "Fix: layout: channels_first for [C, H, W], layout: channels_last for [H, W, C]"
-    )
+    return None
 
 
 def _tokens(shape: Shape, larger: Shape | None) -> Layout:

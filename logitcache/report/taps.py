@@ -10,7 +10,7 @@ from logitcache.views.keys import ViewKey
 
 
 def taps_of(draft: Draft) -> list[dict[str, Any]]:
-    """Tell what every module could be kept as, in float16 and not compressed."""
+    """Tell what every module could be kept as, in float16 and not compressed; None if its channels are not known."""
     pixels = draft.views.answered().__getitems__([ViewKey(0, 0)] * 2)
     rows = draft.plan.goal.num_images * draft.plan.goal.views.num_views
     return [
@@ -19,15 +19,14 @@ def taps_of(draft: Draft) -> list[dict[str, Any]]:
 
 
 def _tap(teacher: str, candidate: Candidate, rows: int) -> dict[str, Any]:
-    numbers = torch.Size(candidate.shape).numel()
-    pooled = candidate.shape[-1] if len(candidate.shape) == 2 else candidate.shape[0]
+    numbers, pooled = torch.Size(candidate.shape).numel(), candidate.num_channels
     return {
         "teacher": teacher,
         "tap": candidate.tap,
         "module": candidate.module,
         "shape": list(candidate.shape),
-        "pooled_row_bytes": 2 * pooled,
+        "pooled_row_bytes": None if pooled is None else 2 * pooled,
         "maps_row_bytes": 2 * numbers,
-        "pooled_bytes": 2 * pooled * rows,
+        "pooled_bytes": None if pooled is None else 2 * pooled * rows,
         "maps_bytes": 2 * numbers * rows,
     }

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.device import autocast, to_device
+from logitcache.features import Layout, channels_in_place
+from logitcache.models.layouts import TapLayout, known_layouts
 from logitcache.teacher.models import Teacher
 
 DIMENSIONS = (2, 3, 4)
@@ -16,11 +18,22 @@ DIMENSIONS = (2, 3, 4)
 
 
 class Candidate(NamedTuple):
-    """A module's path, as a tap names it, its class, and the shape of its output without the batch."""
+    """A module's path, as a tap names it, its class, and the shape of its output without the batch.
+
+    `shape` is that of the feature, [C, H, W], [N, D] or [C], if `layout` is known; None leaves it as the module has it.
+    """
 
     tap: str
     module: str
     shape: tuple[int, ...]
+    layout: Layout | None = None
+
+    @property
+    def num_channels(self) -> int | None:
+        """Numbers that are left of it pooled; None if the layout is not known."""
+        if self.layout is None:
+            return None
+        return self.shape[-1] if len(self.shape) == 2 else self.shape[0]
 
 
 class _Fired(NamedTuple):
@@ -45,14 +58,27 @@ def candidates(teacher: Teacher, pixels: Tensor) -> list[Candidate]:
         for path, module in network.named_modules():
             if path:
                 hooks.callback(module.register_forward_hook(_note(fired, path)).remove)
-        network(teacher.classifier.normalize(to_device(pixels, teacher.device)))
+        inputs = teacher.classifier.normalize(to_device(pixels, teacher.device))
+        network(inputs)
     times = Counter(one.path for one in fired)
     found: dict[int, Candidate] = {}
     for one in fired:
         if times[one.path] == 1 and not one.is_input and _is_tappable(one, len(pixels)):
             # An outer module returns after the modules inside it.
             found[id(one.value)] = Candidate(one.path, one.module, tuple(one.value.shape[1:]))
-    return list(reversed(found.values()))
+    return _in_place(teacher, inputs, list(reversed(found.values())))
+
+
+def _in_place(teacher: Teacher, inputs: Tensor, found: list[Candidate]) -> list[Candidate]:
+    """Return candidates with their channels where features have them."""
+    with torch.no_grad(), autocast(teacher.device, teacher.precision):
+        network, asked = teacher.classifier.module, [TapLayout(one.tap) for one in found]
+        layouts = [known.layout for known in known_layouts(network, inputs, asked, f"teacher {teacher.name!r}")]
+    placed = []
+    for one, layout in zip(found, layouts, strict=True):
+        shape = channels_in_place(torch.empty(1, *one.shape, device="meta"), layout or "auto").shape[1:]
+        placed.append(one._replace(shape=tuple(shape), layout=layout))
+    return placed
 
 
 def _note(fired: list[_Fired], path: str) -> Callable[[Any, Any, Any], None]:

@@ -272,6 +272,38 @@ def test_taps_tell_what_each_module_would_take(tmp_path: Path) -> None:
     assert stored >= taps["relu"]["maps_bytes"]
 
 
+class ChannelsLast(nn.Module):
+    """Maps [B, 4, 4, 6] at `relu`; and at `cube` [B, 3, 3, 3], whatever the image: nothing says its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.relu = nn.Conv2d(3, 6, 3, padding=1), nn.ReLU()
+        self.vector, self.cube, self.fc = nn.Linear(6, 27), nn.Unflatten(1, (3, 3, 3)), nn.Linear(27, 4)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        maps = self.relu(self.conv(pixels).permute(0, 2, 3, 1))
+        return self.fc(self.cube(self.vector(maps.mean(dim=(1, 2)))).flatten(1))
+
+
+def test_taps_are_sized_by_where_their_channels_are(tmp_path: Path) -> None:
+    document = told(tmp_path / "c", count=60, module=ChannelsLast(), taps=True)
+    taps = {tap["tap"]: tap for tap in document["taps"]}
+    assert (taps["relu"]["shape"], taps["relu"]["pooled_row_bytes"], taps["relu"]["maps_row_bytes"]) == (
+        [6, 4, 4],
+        12,
+        192,
+    )
+    assert (taps["cube"]["pooled_row_bytes"], taps["cube"]["pooled_bytes"], taps["cube"]["maps_row_bytes"]) == (
+        None,
+        None,
+        54,
+    )
+    kept = {"t": teacher(features={"pooled": {"kind": "pooled", "tap": "relu", "storage": "packed"}})}
+    run(tmp_path / "d", Pixels(60), ChannelsLast(), teachers=kept)
+    assert open_cache(tmp_path / "d").manifest.teachers["t"].stored_features["pooled"].shape == (6,)
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [

@@ -302,9 +302,10 @@ def test_a_manifest_names_an_output_for_each_class_and_only_if_some_are_left_out
 def test_a_plan_counts_the_chosen_classes(tmp_path: Path) -> None:
     entry = teacher(DENSE32 | {"storage": "packed"}, classes=list(CHOSEN))
     wanted = recipe(tmp_path / "c", teachers={"t": entry}, views=VIEW)
-    document = lc.plan(wanted, teachers={"t": Linear(OUTPUTS)}, dataset=Pixels(20, CLASSES))
-    row = next(array for array in document["arrays"] if array["array"] == "t.logits")
-    assert row["row_bytes"] == 4 * CLASSES
+    for probing in (True, False):
+        document = lc.plan(wanted, teachers={"t": Linear(OUTPUTS)}, dataset=Pixels(20, CLASSES), probing=probing)
+        row = next(array for array in document["arrays"] if array["array"] == "t.logits")
+        assert row["row_bytes"] == 4 * CLASSES
 
 
 def test_the_example_of_the_docs_chooses_its_outputs(tmp_path: Path) -> None:
