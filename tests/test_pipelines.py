@@ -2,7 +2,9 @@
 
 import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,23 @@ from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 
 PIPELINES = Path(__file__).parent.parent / "pipelines"
 RECIPE_FILES = sorted(PIPELINES.rglob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _each_command_has_an_empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Run every verb as a container does: nothing is remembered of what an earlier one read or wrote."""
+
+    def in_an_empty_home(verb: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            home = str(tmp_path_factory.mktemp("home"))
+            monkeypatch.setenv("HOME", home)
+            monkeypatch.setenv("XDG_CACHE_HOME", f"{home}/.cache")
+            return verb(*args, **options)
+
+        return run
+
+    for name in ("precompute", "derive", "train"):
+        monkeypatch.setitem(globals(), name, in_an_empty_home(globals()[name]))
 
 
 def test_there_are_recipes_of_every_kind() -> None:
