@@ -1,7 +1,7 @@
 """Small recipes, networks and runs for the tests of training."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -70,13 +70,14 @@ def fill(
     logits: Mapping[str, Any] | None = None,
     images: Mapping[str, Any] | object = IMAGES,
     features: Mapping[str, Any] | None = None,
+    classes: Sequence[int] | None = None,
     **changes: Any,
 ) -> Path:
     """Fill a cache of augmented views; `images` are a recipe entry or a data set."""
     named = isinstance(images, Mapping)
     modules = teachers or {"net": network()}
     entry = {"preprocessing": GREY.model_dump(mode="json"), "logits": logits or {"kind": "dense", "dtype": "float32"}}
-    entry |= {"features": features or {}}
+    entry |= {"features": features or {}, "classes": classes}
     entries = {
         "cache": str(path),
         "dataset": images if named else None,

@@ -14,7 +14,7 @@ from logitcache.student.losses.features import FeatureLoss
 from logitcache.student.training import RunResult, train
 from logitcache.teacher.online import live_targets
 from tests.student.featured import FEATURES, LOSSES, ON_FEATURES, fill_featured
-from tests.student.small import PARTLY, fill, network, recorded_losses, student
+from tests.student.small import PARTLY, fill, linear, network, recorded_losses, student
 
 STEPS = {"batch_size": 20, "epochs": 5}  # 50 steps over 200 images
 NUM_STEPS = 50
@@ -72,6 +72,15 @@ def test_two_teachers_agree_with_two_live_teachers(two_teachers: Path, tmp_path:
     assert _largest_difference(offline, online) <= 1e-6
     assert offline.teacher_passes == 0
     assert online.teacher_passes == 2 * online.images == 2 * 5 * 200
+
+
+def test_chosen_outputs_of_a_teacher_are_those_of_the_live_teacher(tmp_path: Path) -> None:
+    wide = linear(16)
+    cache = fill(tmp_path / "cache", {"net": wide}, classes=[15, 3, 7, 0, 1, 12, 11, 4, 9, 2])
+    losses = [{"kind": "kl_divergence", "temperature": 2.0}, {"kind": "dkd"}]
+    (offline, cached), (online, live) = _both(cache, {"net": wide}, tmp_path, losses=losses)
+    assert np.abs(cached - live).max() <= 1e-6
+    assert _largest_difference(offline, online) <= 1e-6
 
 
 def test_every_loss_on_features_has_its_parity() -> None:
