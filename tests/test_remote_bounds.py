@@ -23,7 +23,7 @@ UNDERWAY = 24 << 20
 """Bytes that may be between a server and a client that hung up."""
 
 SECONDS = 10
-"""Within which two attempts of a quarter second end, also on a loaded machine."""
+"""Within which two attempts of a tenth of a second end, also on a loaded machine."""
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def test_an_answer_that_drips_is_given_up(
     files, front = place
     assert files.exists("a")  # it is connected to
     front.fail(1, fault)
-    monkeypatch.setattr(remote, "PATIENCE", 0.4)
-    monkeypatch.setenv(VARIABLE, "0.25")
+    monkeypatch.setattr(remote, "PATIENCE", 0.15)
+    monkeypatch.setenv(VARIABLE, "0.1")
     # Of a drip the head comes at once, and with it the size, and that a web server knows no ranges.
     at_once = {"size", "range"} if fault == "drip" else set()
     for ask in [ask for name, ask in doings(files).items() if name not in at_once]:
@@ -162,7 +162,9 @@ def test_credentials_and_writes_stay_with_the_endpoint(status: str, store: Bucke
     store.front.headers = {"x-amz-bucket-region": "eu-west-1"}
     with connecting(store.environment | {"AWS_SESSION_TOKEN": "hidden"}):
         store.front.fail(1, status)
-        for ask in doings(files).values():
+        # Of the redirects that botocore treats alike, all requests meet one, reads and writes meet the others.
+        asked = doings(files) if status in ("300", "301", "307") else {"read", "write"}
+        for ask in [ask for name, ask in doings(files).items() if name in asked]:
             store.front.seen.clear()
             # botocore cannot parse 300, and looks for the region of the bucket at the endpoint itself.
             redirects = rf": the storage redirects \({status}\) to .*AWS_ENDPOINT_URL"
@@ -301,9 +303,10 @@ def test_a_public_server_does_not_lead_to_a_private_address(
     monkeypatch.setattr(web, "_is_public", public)
     site.location = lambda request: f"{other.url.replace('127.0.0.1', name)}{request.target}"
     site.fail(1, "302")
-    for ask in doings(Remote(f"{site.url}/x")).values():
-        with pytest.raises(RemoteError, match=r"redirects to .* (public|is none)|is not a canonical IPv4 address"):
-            ask()
+    with connecting({}, ATTEMPTS=2):  # what is no canonical address may be tried again
+        for ask in doings(Remote(f"{site.url}/x")).values():
+            with pytest.raises(RemoteError, match=r"redirects to .* (public|is none)|is not a canonical IPv4 address"):
+                ask()
     assert other.seen == []
 
 
@@ -429,8 +432,11 @@ def test_a_listing_that_cannot_be_is_refused(case: str, monkeypatch: pytest.Monk
     front.close()
 
 
-def test_a_folder_is_listed_page_by_page_and_each_page_is_retried(store: Bucket) -> None:
-    keys = {f"c.{number}": b"" for number in range(1100)}
+def test_a_folder_is_listed_page_by_page_and_each_page_is_retried(
+    store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "60")
+    keys = {f"c.{number}": b"" for number in range(100)}
     store.fill("pages", keys | {"": b""})  # an empty object that marks the folder
     came: list[str] = []
 
