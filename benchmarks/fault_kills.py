@@ -139,12 +139,12 @@ class Kills:
         self._calls: dict[str, int] = {}
         self._seconds: dict[str, float] = {}
         self._results: dict[str, Mapping[str, bytes]] = {}
+        for command in COMMANDS:
+            self._measure(command)
 
     def wrong(self, number: int) -> list[str]:
         """Kill a command, which the number decides as it decides when, and run it again; returns what is wrong."""
         command = _command(number)
-        if command.name not in self._results:
-            self._measure(command)
         generator, folder = random.Random(number), self._fresh(command, str(number))
         for _ in range(generator.choice((1, 1, 2))):
             self._kill(command, folder, generator)

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ sys.path[:0] = [str(REPOSITORY)]
 
 from fault_kills import Kills  # noqa: E402  # which needs the tests
 
+from tests.teacher.apart import ended, forked  # noqa: E402
+
 HANGS = 3600
 """Seconds after which a program counts as hanging, however slow the machine is; what it runs has closer bounds."""
 
@@ -48,7 +51,7 @@ class State:
     """What earlier runs of the same command found, line by line in a file."""
 
     def __init__(self, file: Path, run: dict[str, Any]) -> None:
-        self._file = file
+        self.file, self.run = file, run
         text = file.read_text() if file.exists() else ""
         # The last line may be half written.
         lines = text.rpartition("\n")[0].splitlines() or [json.dumps(["run", run])]
@@ -61,13 +64,9 @@ class State:
         """Return what an action found, now or in an earlier run."""
         if key not in self._found:
             self._found[key] = action()
-            with self._file.open("a") as file:
+            with self.file.open("a") as file:
                 file.write(json.dumps([key, self._found[key]]) + "\n")
         return self._found[key]
-
-    def remove(self) -> None:
-        """Begin anew the next time."""
-        self._file.unlink()
 
 
 def program(name: str, *arguments: str, before: tuple[str, ...] = ()) -> Any:
@@ -82,10 +81,20 @@ def program(name: str, *arguments: str, before: tuple[str, ...] = ()) -> Any:
 
 
 def kills(folder: Path, quick: bool, state: State) -> dict[str, Any]:
-    """Kill every command that writes, once or twice, and run it again."""
-    commands, count = Kills(folder), 100 if quick else 1000
-    wrong = [text for number in range(count) for text in state.once(f"kill {number}", lambda: commands.wrong(number))]  # noqa: B023
-    return {"kills": count, "wrong": len(wrong), "cases": wrong}
+    """Kill every command that writes, once or twice, and run it again; two processes do so at a time."""
+    commands, numbers = Kills(folder), range(100 if quick else 1000)
+
+    def some(first: int) -> int:
+        for number in numbers[first::2]:
+            state.once(f"kill {number}", lambda number=number: commands.wrong(number))  # type: ignore[misc]
+        return 0
+
+    codes = [ended(child, 10 * HANGS) for child in (forked(lambda: some(0)), forked(lambda: some(1)))]
+    if any(codes):
+        raise SystemExit(f"processes that kill ended with {codes}")
+    found = State(state.file, state.run)
+    wrong = [text for number in numbers for text in found.once(f"kill {number}", list)]
+    return {"kills": len(numbers), "wrong": len(wrong), "cases": wrong}
 
 
 def starting(folder: Path, quick: bool, state: State) -> dict[str, Any]:
@@ -197,8 +206,9 @@ def _cache(path: Path) -> Path:
     return path
 
 
-CASES: tuple[Callable[[Path, bool, State], dict[str, Any]], ...] = (
-    kills,  # first: it forks, and this process must have no threads
+Case = Callable[[Path, bool, State], dict[str, Any]]
+CASES: tuple[Case, ...] = (
+    kills,  # first, as it forks: this process must have no threads
     starting,
     several,
     full_disk,
@@ -216,19 +226,26 @@ def main() -> int:
     parser.add_argument("--state", type=Path, default=Path("faults.state"), help="where to note what is done")
     options = parser.parse_args()
     configure(quiet=True)
-    results, state = {}, State(options.state, {"quick": options.quick, "versions": versions()})
-    for case in CASES:
+    state = State(options.state, {"quick": options.quick, "versions": versions()})
+
+    def found(case: Case) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="logitcache-faults-") as folder:
-            results[case.__name__] = state.once(case.__name__, lambda: _timed(case, Path(folder), options.quick, state))  # noqa: B023
+            result: dict[str, Any] = state.once(case.__name__, lambda: _timed(case, Path(folder), options.quick, state))
         if not options.json:
-            print(f"{case.__name__:10} {results[case.__name__]}", flush=True)
-    state.remove()
+            print(f"{case.__name__:11} {result}", flush=True)
+        return result
+
+    first, *others = CASES
+    results = {first.__name__: found(first)}
+    with ThreadPoolExecutor(2) as pool:  # most of them run programs
+        results |= {case.__name__: result for case, result in zip(others, pool.map(found, others), strict=True)}
+    state.file.unlink()
     if options.json:
         print(json.dumps({"results": results, "goal": "nothing wrong", "versions": versions()}, indent=2))
     return int(any(result["wrong"] for result in results.values()))
 
 
-def _timed(case: Callable[[Path, bool, State], dict[str, Any]], *given: Any) -> dict[str, Any]:
+def _timed(case: Case, *given: Any) -> dict[str, Any]:
     started = time.perf_counter()
     return case(*given) | {"seconds": round(time.perf_counter() - started, 1)}
 

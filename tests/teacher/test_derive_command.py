@@ -52,15 +52,16 @@ def test_online_rebuilds_the_network_of_a_re_encoding_and_refuses_that_of_a_mean
 
 def test_derive_waits_for_shards_that_are_held(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, store = derivation(two, tmp_path / "d", A), LocalStore(tmp_path / "d")
-    assert derive(plan, part="1/2").shards_left == 1
+    count = derive(plan, part="1/2").shards_left
+    assert count > 0
     with writing(store):
         held = [Claim(store, shard) for shard in open_snapshot(tmp_path / "d").layout.shards()]
         assert all(claim.take() for claim in held)
         left = derive(plan)
-        assert (left.shards_written, left.shards_left, left.shards_held) == (0, 1, 1)
+        assert (left.shards_written, left.shards_left, left.shards_held) == (0, count, count)
         monkeypatch.setattr("logitcache.teacher.share.time.sleep", lambda seconds: [claim.release() for claim in held])
         found = derive(plan, wait=True)
-    assert (found.shards_written, found.shards_left) == (1, 0)
+    assert (found.shards_written, found.shards_left) == (count, 0)
 
 
 def test_the_command_tells_what_it_did_and_how_it_failed(
@@ -90,8 +91,8 @@ def test_the_command_tells_what_it_did_and_how_it_failed(
         assert main(["derive", str(file), "--workers", "2"]) == 0
         assert main(["derive", str(file), "--scheduler", "tcp://a:1", "--part", "1/3"]) == 0
         assert seen == [
-            {"scheduler": None, "workers": 2, "part": None},
-            {"scheduler": "tcp://a:1", "workers": None, "part": "1/3"},
+            {"scheduler": None, "workers": 2, "part": None, "wait": False},
+            {"scheduler": "tcp://a:1", "workers": None, "part": "1/3", "wait": False},
         ]
     finally:
         configure(quiet=True)
