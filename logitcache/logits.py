@@ -133,6 +133,13 @@ class TopKLogits(_Distribution):
             scores = torch.where(s <= 1, hot, cold).expand(-1, self.num_classes).clone()
         return torch.log_softmax(scores.scatter_(1, self.index.long(), kept * s), dim=1)
 
+    def wrong_row(self) -> int | None:
+        """Return the first row on the CPU that names a class that does not exist; None if none does."""
+        classes = self.index.numpy()
+        if not classes.size or (classes.max() < self.num_classes and (classes.dtype.kind == "u" or classes.min() >= 0)):
+            return None
+        return int(((classes < 0) | (classes >= self.num_classes)).any(axis=1).argmax())
+
     def to(self, device: torch.device) -> Self:
         """Move to a device without waiting for the copy."""
         return replace(

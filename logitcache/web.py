@@ -80,10 +80,11 @@ class Web:
                     return response
                 response.close()
                 here = _target(here, response)
-                public = await _is_public(first)
-                if public and not _is_public_literal(here.host or ""):
+                # A private server that the user named may redirect to itself, and to no other private one.
+                is_named = here.host == first.host and not await _is_public(first)
+                if not is_named and not _is_public_literal(here.host or ""):
                     raise Refused(f"the server redirects to {here.host}, which is no public address")
-                session = self._session(public=public)
+                session = self._session(public=not is_named)
         raise Refused(f"the server redirects more than {REDIRECTS} times")
 
     def _session(self, *, public: bool) -> aiohttp.ClientSession:

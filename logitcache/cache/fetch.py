@@ -1,9 +1,9 @@
 """Read a shard from storage: whole, and as its commit record says."""
 
-import hashlib
+import io
 
 from logitcache.cache.arrays import StoredShard
-from logitcache.cache.compared import wrong_digest, wrong_size
+from logitcache.cache.compared import sound_digest, wrong_digest, wrong_size
 from logitcache.errors import CacheError, RemoteError
 from logitcache.remote import PART, Remote
 
@@ -27,7 +27,7 @@ def fetched(remote: Remote, part: StoredShard) -> bytes:
             if reason is None:
                 raise
         else:
-            reason = wrong_digest(part, hashlib.sha256(data).digest(), str(remote))
+            reason = wrong_digest(part, sound_digest(io.BytesIO(data), part), str(remote))
             if reason is None:
                 return data
     raise CacheError(

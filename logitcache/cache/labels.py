@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from logitcache.views.datasets.base import Fingerprint, label_dtype
+from logitcache.views.datasets.base import UNLABELLED, Fingerprint, Labels, label_dtype
 
 
 class LabelFile(NamedTuple):
@@ -26,6 +26,18 @@ def label_file(recorded: Fingerprint) -> LabelFile:
     classes = (recorded.num_classes or 0,) if recorded.multi_label else ()
     shape = (recorded.num_images, *classes)
     return LabelFile(label_key(len(shape)), shape, label_dtype(len(shape)))
+
+
+def labels_of(data: bytes, recorded: Fingerprint) -> Labels:
+    """Return the labels that bytes hold; raise ValueError for one that images of a fingerprint cannot have."""
+    file = label_file(recorded)
+    labels = np.frombuffer(data, file.dtype).astype(file.dtype.newbyteorder("=")).reshape(file.shape)
+    stop = 2 if recorded.multi_label else recorded.num_classes or 0
+    if labels.size and (labels.min() < UNLABELLED or labels.max() >= stop):
+        row = int(((labels < UNLABELLED) | (labels >= stop)).reshape(len(labels), -1).any(axis=1).argmax())
+        kind = "a number of 1, 0 and -1 for each class" if recorded.multi_label else f"one of {stop} classes, or -1"
+        raise ValueError(f"the label of image {row} is {labels[row].tolist()}, not {kind}")
+    return labels
 
 
 def label_key(ndim: int) -> str:

@@ -208,6 +208,7 @@ def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage, prefi
         shard_rows=manifest.shard_rows,
         storage=storage,
         order=row.order,
+        floats=row.floats,
         group=stem,
         position=position,
     )

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 from logitcache.cache.ahead import Ahead
 from logitcache.cache.arrays import COMMITS, RECORD, StoredShard, recorded_bytes
-from logitcache.cache.compared import ComparedShards, wrong_digest, wrong_size
+from logitcache.cache.compared import ComparedShards, sound_digest, wrong_digest, wrong_size
 from logitcache.cache.fetch import fetched
 from logitcache.cache.objects import object_digests
 from logitcache.cache.parts import locked_part
@@ -271,7 +272,7 @@ class Mirror(Store):
             held.enter_context(_explained(file))
             file.parent.mkdir(parents=True, exist_ok=True)
             written = held.enter_context(locked_part(file))
-            if regular_size(file) != part.size or not part.is_of(hashlib.sha256(file.read_bytes()).digest()):
+            if regular_size(file) != part.size or not part.is_of(sound_digest(io.BytesIO(file.read_bytes()), part)):
                 data = fetched(self.remote, part)
                 with self._room.made(len(data)):
                     written.finish(data)

@@ -1,6 +1,7 @@
 """Digests of objects in storage, read in parts and remembered by the tags that the storage gives them."""
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from logitcache import stamps
 from logitcache.cache.arrays import StoredShard
+from logitcache.cache.compared import sound_digest
 from logitcache.console import track
 from logitcache.errors import RemoteError
 from logitcache.files import keep, kept, user_cache_directory
@@ -37,17 +39,29 @@ def object_digests(
 
 def _streamed(remote: Remote, part: StoredShard) -> bytes:
     """Hash the bytes of an object, part by part."""
-    digest = hashlib.sha256()
     try:
-        for start in range(0, part.size, PART):
-            digest.update(remote.read_range(part.key, start, min(start + PART, part.size)))
+        return sound_digest(io.BufferedReader(_Object(remote, part), PART), part)
     except FileNotFoundError:
         return _NOTHING
     except RemoteError:
         if remote.size(part.key) == part.size:
             raise
         return _NOTHING  # shorter than its record says
-    return digest.digest()
+
+
+class _Object(io.RawIOBase):
+    """The bytes of a shard's object, read by ranges."""
+
+    def __init__(self, remote: Remote, part: StoredShard) -> None:
+        self._remote, self._part, self._place = remote, part, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        start, self._place = self._place, min(self._place + len(buffer), self._part.size)
+        buffer[: self._place - start] = self._remote.read_range(self._part.key, start, self._place)
+        return self._place - start
 
 
 _NOTHING = hashlib.sha256().digest()

@@ -110,7 +110,10 @@ class Cache:
 
     def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
         """Gather what each teacher answered to the views of keys."""
-        return self._coders.targets(self._stored.rows(keys))
+        rows = self.layout.shard_rows
+        return self._coders.targets(
+            self._stored.rows(keys), lambda row: self.layout.shard(keys[row].view, keys[row].index // rows)
+        )
 
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
         """Gather the targets of a batch of keys, by teacher: its answers, or linear mixtures of its logits."""

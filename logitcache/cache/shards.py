@@ -1,6 +1,5 @@
 """Whole shards, one at a time: what goes through all rows of a cache in order reads them so, in bounded memory."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -9,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.arrays import ArrayLayout, Shard
+from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders, Rows
 from logitcache.cache.layout import Layout
 from logitcache.cache.snapshot import Snapshot
-from logitcache.cache.unpack import Unpacker
+from logitcache.cache.unpack import read_rows
 from logitcache.cache.verify import require_intact
 from logitcache.targets import Targets
 
@@ -44,24 +43,19 @@ class ShardReader:
     def rows(self, shard: Shard) -> dict[str, NDArray[Any]]:
         """Return a shard's rows by array name, [rows, ...]; raise CacheError where they are not those committed."""
         require_intact(self.snapshot, self.layout.groups, [shard])
-        return {array.name: self._rows(array, shard) for group in self.layout.groups for array in group.rows}
+        return {
+            array.name: read_rows(self.snapshot.array(array), shard)
+            for group in self.layout.groups
+            for array in group.rows
+        }
 
     def batches(self, shard: Shard, size: int) -> Iterator[tuple[int, dict[str, Targets]]]:
         """Yield the answers of all teachers to up to `size` rows at a time, with the index of the first image."""
         rows = self.rows(shard)
         for start in range(0, shard.stop - shard.start, size):
-            yield shard.start + start, self.targets(rows, slice(start, start + size))
+            yield shard.start + start, self.targets(shard, rows, slice(start, start + size))
 
-    def targets(self, rows: Rows, some: slice) -> dict[str, Targets]:
-        """Decode some of a shard's rows, by teacher."""
+    def targets(self, shard: Shard, rows: Rows, some: slice | NDArray[np.int64]) -> dict[str, Targets]:
+        """Decode some of a shard's rows, by teacher; raise CacheError for a class that does not exist."""
         arrays = (array.name for group in self.layout.targets for array in group.rows)
-        return self.coders.targets({name: rows[name][some] for name in arrays})
-
-    def _rows(self, array: ArrayLayout, shard: Shard) -> NDArray[Any]:
-        stored = self.snapshot.array(array)
-        if array.storage == "packed":
-            return Unpacker(stored)(shard)
-        shape = (shard.stop - shard.start, *array.row_shape)
-        # Rows come first in the file of a hot shard, whose size has been compared.
-        with open(stored.open(shard), "rb") as file:
-            return np.fromfile(file, array.dtype, math.prod(shape)).reshape(shape)
+        return self.coders.targets({name: rows[name][some] for name in arrays}, lambda row: shard)

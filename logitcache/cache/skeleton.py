@@ -16,10 +16,10 @@ from zarr.core.buffer import Buffer, cpu
 from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
-from logitcache.cache.arrays import ArrayGroup
+from logitcache.cache.arrays import NOT_FINITE, ArrayGroup, is_finite
 from logitcache.cache.derivation import fix_of_damage
 from logitcache.cache.differences import extends
-from logitcache.cache.labels import label_file, label_key
+from logitcache.cache.labels import label_file, label_key, labels_of
 from logitcache.cache.layout import layout_of
 from logitcache.cache.manifest import Manifest, parse_manifest
 from logitcache.cache.store import Store
@@ -64,8 +64,11 @@ class Problem(NamedTuple):
 def read_labels(store: Store, manifest: Manifest) -> Labels:
     """Read the labels as stage one saw them, int64 [N] or int8 [N, C]; -1 where there is none."""
     file = label_file(manifest.fingerprint)
-    found = np.frombuffer(_read(store, file.key, file.num_bytes), file.dtype)
-    return found.astype(file.dtype.newbyteorder("=")).reshape(file.shape)
+    data = _read(store, file.key, file.num_bytes)
+    try:
+        return labels_of(data, manifest.fingerprint)
+    except ValueError as error:
+        raise CacheError(f"{store}/{file.key}: {error}") from error
 
 
 def read_digests(store: Store, manifest: Manifest) -> NDArray[np.uint64]:
@@ -98,6 +101,8 @@ def read_tables(store: Store, group: ArrayGroup) -> dict[str, NDArray[Any]]:
         if hashlib.sha256(data).hexdigest() != table.sha256:
             raise CacheError(f"{store}/{table.file}: its values differ from the manifest's digest")
         tables[table.suffix] = np.frombuffer(data, table.dtype).reshape(table.shape)
+        if not is_finite(tables[table.suffix]):
+            raise CacheError(f"{store}/{table.file}: {NOT_FINITE}")
     return tables
 
 
@@ -253,10 +258,15 @@ def _sample_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
         (DIGESTS, 8 * recorded.num_images, recorded.content),
     ):
         try:
-            if hashlib.sha256(_read(store, key, size)).hexdigest() != digest:
+            data = _read(store, key, size)
+            if hashlib.sha256(data).hexdigest() != digest:
                 yield Problem(key, f"{store}/{key}: its values differ from the manifest's digest")
+            elif key == labels.key:
+                labels_of(data, recorded)
         except CacheError as error:
             yield Problem(key, str(error))
+        except ValueError as error:
+            yield Problem(key, f"{store}/{key}: {error}")
     try:
         pixels = read_canaries(store, manifest)
     except CacheError as error:

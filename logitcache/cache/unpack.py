@@ -1,19 +1,21 @@
-"""Decode packed shards: what zarr's sharding codec does, without its cost for each of many small chunks."""
+"""Decode packed shards: what zarr's sharding codec does, without its cost for each of many small chunks.
 
+Decoding takes no more memory than the rows that the layout implies, whatever the frames declare: zstd decompresses into
+an array of that size, and refuses frames that hold more.
+"""
+
+import math
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
-import zarr
 from numcodecs import zstd
 from numpy.typing import NDArray
-from zarr.core.buffer import Buffer, cpu
-from zarr.storage import MemoryStore
 
-from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, Shard
+from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, NOT_FINITE, Shard
+from logitcache.cache.derivation import fix_of_contents
 from logitcache.cache.stored_array import StoredArray
 from logitcache.errors import CacheError
 from logitcache.safe_files import parse_json
@@ -21,6 +23,7 @@ from logitcache.safe_files import parse_json
 _THREADS = min(8, os.cpu_count() or 1)
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 _ONE_BYTE = {"name": "bytes"}
+_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class Unpacker:
@@ -37,9 +40,17 @@ class Unpacker:
         data = self._stored.read(shard)
         try:
             return self._decode(data, shard)
-        except Exception as error:  # zarr and its codecs raise anything for damaged bytes
+        except (ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:  # zstd has no class of its own
             where = f"{self._stored.store}/{self._layout.file(shard)}"
-            raise CacheError(f"{where} cannot be decoded: {error}. {self._stored.fix}") from error
+            raise CacheError(f"{where} cannot be decoded: {error}. {fix_of_contents(self._stored.fix)}") from error
+
+    def _decode(self, data: bytes, shard: Shard) -> NDArray[Any]:
+        if not self._has_known_codecs:
+            raise ValueError("its metadata name other codecs than those of this format")
+        rows = self._inflate(data, shard)
+        if not self._layout.is_finite(rows):
+            raise ValueError(NOT_FINITE)
+        return rows
 
     @cached_property
     def metadata(self) -> bytes:
@@ -51,18 +62,14 @@ class Unpacker:
             raise CacheError(f"{self._stored.store}/{key} is missing. {self._stored.fix}") from error
 
     @cached_property
-    def _decode(self) -> Callable[[bytes, Shard], NDArray[Any]]:
-        """Decode plain rows under zstd here, and leave every other chain of codecs to zarr."""
+    def _has_known_codecs(self) -> bool:
+        """Whether the metadata name the codecs that `zarr_options` asks for: zstd, on rows or on components."""
         chain = parse_json(self.metadata)["codecs"][0]["configuration"]["codecs"]
-        plain = len(chain) == 2 and chain[0] in (_BYTES, _ONE_BYTE) and chain[1]["name"] == "zstd"
-        return self._inflate if plain else self._read
-
-    def _read(self, data: bytes, shard: Shard) -> NDArray[Any]:
-        # In memory: what is decoded are the bytes that were compared, whatever happens to the file.
-        key = self._layout.file(shard).removeprefix(f"{self._layout.name}/")
-        held: dict[str, Buffer] = {"zarr.json": cpu.Buffer.from_bytes(self.metadata), key: cpu.Buffer.from_bytes(data)}
-        array = zarr.open_array(MemoryStore(store_dict=held, read_only=True), mode="r")
-        return np.asarray(array[shard.view, self._layout.rows_of(shard)])
+        names = [codec["name"] for codec in chain]
+        orders = [list(codec["configuration"]["order"]) for codec in chain if codec["name"] == "transpose"]
+        wanted = [list(codec["configuration"]["order"]) for codec in self._layout.zarr_options()["filters"] or ()]
+        is_known = names == ["transpose"] * len(wanted) + ["bytes", "zstd"] and orders == wanted
+        return is_known and chain[-2] in (_BYTES, _ONE_BYTE)
 
     def _inflate(self, stored: bytes, shard: Shard) -> NDArray[Any]:
         layout, data = self._layout, memoryview(stored)
@@ -89,12 +96,26 @@ class Unpacker:
 
         # Decompression leaves other threads the interpreter.
         list(_pool(os.getpid()).map(inflate, [range(part, used, _THREADS) for part in range(min(used, _THREADS))]))
+        if layout.order == "component":
+            components = rows.reshape(used, *layout.row_shape, layout.inner_rows)
+            rows = np.moveaxis(components, -1, 1).reshape(rows.shape)
         return rows[: wanted.stop - wanted.start]
 
 
+def read_rows(stored: StoredArray, shard: Shard) -> NDArray[Any]:
+    """Return a shard's rows [n, *row_shape] of a hot or packed array; raise CacheError if it is missing or damaged."""
+    if stored.layout.storage == "packed":
+        return Unpacker(stored)(shard)
+    rows = stored.layout.rows_of(shard)
+    shape = (rows.stop - rows.start, *stored.layout.row_shape)
+    # Rows come first in the file of a hot shard, whose size has been compared.
+    with open(stored.open(shard), "rb") as file:
+        return np.fromfile(file, stored.layout.dtype, math.prod(shape)).reshape(shape)
+
+
 def _content_bytes(frame: memoryview) -> int | None:
-    """Return the decompressed size that a zstd frame declares (RFC 8878, 3.1.1.1); None where it does not."""
-    if len(frame) < 5:
+    """Return the decompressed size that a zstd frame declares (RFC 8878, 3.1.1.1); None if there is none."""
+    if len(frame) < 5 or frame[:4] != _MAGIC:
         return None
     descriptor = frame[4]
     is_single = descriptor >> 5 & 1

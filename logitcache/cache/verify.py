@@ -1,18 +1,24 @@
-"""Compare a cache's stored bytes with its commit records."""
+"""Compare a cache's stored bytes with its commit records, and decode what these bytes do not show."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from logitcache.cache.arrays import ArrayGroup, Shard, StoredShard
-from logitcache.cache.layout import Layout
+from logitcache.cache.coders import Coders
+from logitcache.cache.layout import Layout, layout_of
+from logitcache.cache.manifest import LOGITS
 from logitcache.cache.skeleton import skeleton_problems
 from logitcache.cache.snapshot import Snapshot
+from logitcache.cache.unpack import read_rows
+from logitcache.console import track
 from logitcache.errors import CacheError
 
 SHOWN = 5
 LISTED = 1000
+ROWS = 4096
+"""Rows that are decoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,37 @@ def verify_cache(snapshot: Snapshot) -> Verification:
     problems = [problem.text for problem in skeleton_problems(store, snapshot.manifest)]
     present = set(snapshot.shards).union(*(snapshot.damaged_records(group) for group in layout.groups))
     problems += _not_committed(layout, present)
-    problems += [damage.text for damage in damaged(snapshot, fresh=True)]
+    found = damaged(snapshot, fresh=True)
+    problems += [damage.text for damage in found]
+    problems += _not_decoded(snapshot, {(damage.group.name, damage.shard) for damage in found})
     return Verification(layout.num_shards, store.stored_bytes(), tuple(problems))
+
+
+def _not_decoded(snapshot: Snapshot, damaged: Collection[tuple[str, Shard]]) -> list[str]:
+    """Decode packed shards and rows that name classes; say what is wrong with those that match their records."""
+    problems, committed = [], snapshot.committed()
+    for group in snapshot.layout.groups:
+        coders = _coders_of_classes(snapshot, group)
+        arrays = [array for array in group.arrays if array.storage == "packed" or coders]
+        shards = [shard for shard in sorted(committed[group.name]) if (group.name, shard) not in damaged]
+        for shard in track(shards, f"decoding {group.name}", len(shards), "shards") if arrays else ():
+            try:
+                rows = {array.name: read_rows(snapshot.array(array), shard) for array in arrays}
+                for start in range(0, shard.stop - shard.start, ROWS) if coders else ():
+                    some = {array.name: rows[array.name][start : start + ROWS] for array in group.rows}
+                    coders.targets(some, lambda row, shard=shard: shard)
+            except CacheError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _coders_of_classes(snapshot: Snapshot, group: ArrayGroup) -> Coders | None:
+    """Return what decodes the logits of a group alone if its rows name classes; else None."""
+    stored = snapshot.manifest.teachers[group.teacher].stored_logits if group.target == LOGITS else None
+    if stored is None or "dense logits" in stored.form.gives:
+        return None
+    manifest = snapshot.manifest.restricted(snapshot.layout.num_views, {group.teacher: [LOGITS]})
+    return Coders(snapshot.store, manifest, layout_of(manifest))
 
 
 def _not_committed(layout: Layout, present: set[Shard]) -> list[str]:

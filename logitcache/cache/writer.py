@@ -16,6 +16,7 @@ from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, seal
 from logitcache.cache.hot import hot_shard
 from logitcache.cache.layout import Layout
 from logitcache.cache.store import Store
+from logitcache.errors import RecipeError
 
 THREADS = 2
 
@@ -76,6 +77,11 @@ class CacheWriter:
         committed()
 
     def _write_array(self, array: ArrayLayout, shard: Shard, rows: NDArray[Any]) -> bytes:
+        if not array.is_finite(rows):
+            raise RecipeError(
+                f"{array.name} view {shard.view} rows {shard.start}..{shard.stop} would hold NaN or infinity: an "
+                "answer is beyond the numbers of its encoding. Fix: dtype: float32, or another kind"
+            )
         stored = self._encoders[array.name].encode(shard, rows)
         self._store.write(array.file(shard), stored)
         return commit_record(stored, array.file(shard))

@@ -15,6 +15,7 @@ from logitcache.cache.differences import is_more
 from logitcache.cache.manifest import LOGITS, TeacherEntry
 from logitcache.cache.reached import errors_of
 from logitcache.cache.reader import Cache
+from logitcache.cache.skeleton import require_sound_skeleton
 from logitcache.cache.snapshot import Snapshot, open_snapshot
 from logitcache.logits import top1
 from logitcache.student.multi_label import MultiLabelTally
@@ -34,8 +35,10 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
     a mixed image has the label of its larger part. `measured_on` says over which pixels and how many rows. Of images
     of any number of classes it is `mean_ap`, the mean average precision, and None where not all logits are kept. Of
     many images and classes the first images stand for all (67,000 of 1,000 classes); `summary` counts all.
+    Raises CacheError if more than shards is damaged.
     """
     snapshot = open_snapshot(path)
+    require_sound_skeleton(snapshot.store, snapshot.manifest)
     cache = Cache(snapshot)
     manifest, layout = cache.manifest, cache.layout
     done = cache.shards

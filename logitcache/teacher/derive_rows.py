@@ -101,7 +101,7 @@ class CachedSample:
     def _answers(self) -> Iterator[Tensor]:
         for shard in track(self._rows, f"calibrate {self.name}", len(self._rows), "shards"):
             rows, chosen = self.reader.rows(shard), np.array(self._rows[shard]) - shard.start
-            yield self.origin.logits(self.reader.targets({name: rows[name][chosen] for name in rows}, slice(None)))
+            yield self.origin.logits(self.reader.targets(shard, rows, chosen))
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,8 @@ class Deriver:
                 check()
                 last = min(first + self._batch, stop - start)
                 some = slice(there.start + first, there.start + last)
-                self._encode(
-                    rows, self.source.targets(found, some), shard, slice(here.start + first, here.start + last)
-                )
+                answers = self.source.targets(part, found, some)
+                self._encode(rows, answers, shard, slice(here.start + first, here.start + last))
         return rows
 
     def _parts(self, shard: Shard) -> Iterator[Shard]:

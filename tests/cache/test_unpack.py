@@ -1,5 +1,8 @@
 """Packed shards are decoded as zarr decodes them, or not at all."""
 
+import resource
+import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from numcodecs import zstd
 
 from logitcache.cache.arrays import ArrayLayout, Shard
+from logitcache.cache.encodings.base import Order
 from logitcache.cache.unpack import Unpacker, _content_bytes
 from logitcache.errors import CacheError
 from tests.cache.made import stored_array
@@ -18,32 +22,93 @@ from tests.cache.made import stored_array
 COUNT, ROWS = 2500, 2048
 
 
-def written(root: Path, dtype: str, shape: tuple[int, ...]) -> tuple[ArrayLayout, np.ndarray[Any, Any]]:
-    layout = ArrayLayout("x", "", shape, np.dtype(dtype), tuple("abc"[: len(shape)]), 2, COUNT, ROWS, "packed")
+def written(
+    root: Path, dtype: str, shape: tuple[int, ...], order: Order = "sample"
+) -> tuple[ArrayLayout, np.ndarray[Any, Any]]:
+    dims = tuple("abc"[: len(shape)])
+    layout = ArrayLayout("x", "", shape, np.dtype(dtype), dims, 2, COUNT, ROWS, "packed", order)
     values = np.random.default_rng(0).integers(0, 9, (2, COUNT, *shape)).astype(dtype)
     zarr.create_array(zarr.storage.LocalStore(root), **layout.zarr_options())[...] = values
     return layout, values
 
 
+@pytest.mark.parametrize("order", ["sample", "component"])
 @pytest.mark.parametrize(("dtype", "shape"), [("<f2", (7,)), ("<f4", ()), ("|i1", (3, 2)), ("<i8", (5,))])
-def test_every_shard_is_what_was_written(dtype: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-    layout, values = written(tmp_path, dtype, shape)
+def test_every_shard_is_what_was_written(dtype: str, shape: tuple[int, ...], order: Order, tmp_path: Path) -> None:
+    layout, values = written(tmp_path, dtype, shape, order)
     unpack = Unpacker(stored_array(tmp_path, layout))
-    assert unpack._decode == unpack._inflate
     for view in range(2):
         for shard in (Shard(view, 0, ROWS), Shard(view, ROWS, COUNT)):
             assert np.array_equal(unpack(shard), values[view, shard.start : shard.stop])
-            data = (tmp_path / layout.file(shard)).read_bytes()
-            assert np.array_equal(unpack._read(data, shard), values[view, shard.start : shard.stop])
 
 
-def test_another_chain_of_codecs_is_left_to_zarr(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"filters": [{"name": "transpose", "configuration": {"order": [0, 2, 1]}}]},
+        {"compressors": None},
+        {"compressors": [{"name": "gzip", "configuration": {"level": 1}}]},
+        {"filters": [{"name": "numcodecs.delta", "configuration": {"dtype": "<f2"}}]},
+        {"compressors": [{"name": "zstd", "configuration": {"level": 1}}, {"name": "crc32c"}]},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs")
+def test_another_chain_of_codecs_is_not_decoded(change: dict[str, Any], tmp_path: Path) -> None:
     layout, values = written(tmp_path, "<f2", (7,))
-    options = layout.zarr_options() | {"filters": [{"name": "transpose", "configuration": {"order": [0, 2, 1]}}]}
-    zarr.create_array(zarr.storage.LocalStore(tmp_path), **options, overwrite=True)[...] = values
-    unpack = Unpacker(stored_array(tmp_path, layout))
-    assert unpack._decode == unpack._read
-    assert np.array_equal(unpack(Shard(1, ROWS, COUNT)), values[1, ROWS:])
+    zarr.create_array(zarr.storage.LocalStore(tmp_path), **layout.zarr_options() | change, overwrite=True)[...] = values
+    with pytest.raises(CacheError, match="other codecs than those of this format"):
+        Unpacker(stored_array(tmp_path, layout))(Shard(1, ROWS, COUNT))
+
+
+SKIPPED = struct.pack("<II", 0x184D2A50, 4) + b"bomb"
+
+
+def undeclared(size: int) -> bytes:
+    """Return a frame of `size` zeros that declares no size: blocks of one repeated byte, of at most 128 KiB."""
+    sizes = [min(size - start, 1 << 17) for start in range(0, size, 1 << 17)]
+    last = len(sizes) - 1
+    blocks = (struct.pack("<I", each << 3 | 2 | (number == last))[:3] + b"\0" for number, each in enumerate(sizes))
+    return struct.pack("<I", 0xFD2FB528) + b"\0\xa8" + b"".join(blocks)
+
+
+def frames(size: int) -> dict[str, bytes]:
+    """Return chunks that hold more than `size` zeros, in every way that zstd has, or none of them."""
+    whole, bomb = bytes(zstd.compress(bytes(size), 1)), bytes(zstd.compress(bytes(400 << 20), 1))
+    return {
+        "a bomb": bomb,
+        "a bomb that declares nothing": undeclared(400 << 20),
+        "a bomb after a frame": whole + bomb,
+        "a bomb that declares nothing after a frame": whole + undeclared(400 << 20),
+        "a frame that declares nothing": undeclared(size),
+        "a bomb after a skipped frame": SKIPPED + bomb,
+        "a frame after a skipped one": SKIPPED + whole,
+        "a skipped frame that looks like one": struct.pack("<IBI", 0x184D2A50, 0x60, size - 256) + bytes(60) + whole,
+        "two halves": bytes(zstd.compress(bytes(size // 2), 1)) * 2,
+        "nothing": b"",
+        "a magic number": whole[:4],
+        "a frame cut short": whole[:-1],
+        "a window of 2 GB": struct.pack("<I", 0xFD2FB528) + b"\xc0\xa8" + struct.pack("<Q", size) + whole[6:],
+    }
+
+
+@pytest.mark.parametrize("checksum", [False, True])
+@pytest.mark.parametrize("order", ["sample", "component"])
+@pytest.mark.parametrize("per_shard", [False, True])
+def test_no_frame_takes_more_memory_than_the_rows_of_its_shard(
+    order: Order, per_shard: bool, checksum: bool, tmp_path: Path
+) -> None:
+    layout, _ = written(tmp_path, "<u2", (3,), order)
+    layout = replace(layout, per_shard=per_shard)
+    shard, size = Shard(0, 0, ROWS), layout.inner_rows * layout.row_bytes
+    file = tmp_path / layout.file(shard)
+    checksummed = bytes(zstd.compress(bytes(500 << 20), 1, checksum))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, chunk in {**frames(size), "a checksum": checksummed}.items():
+        index = np.array([[0, len(chunk)]] * (ROWS // layout.inner_rows), "<u8").tobytes()
+        file.write_bytes(chunk + index + bytes(4))
+        with pytest.raises(CacheError, match="cannot be decoded"):
+            pytest.fail(f"{name}: {Unpacker(stored_array(tmp_path, layout))(shard)}")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 
 @pytest.mark.parametrize("seed", range(40))

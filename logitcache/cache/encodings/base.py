@@ -23,14 +23,23 @@ ZSTD_LEVELS: Mapping[Order, int] = {"sample": 5, "component": 16}
 """How hard packed chunks are compressed. From 17 on zstd now and then takes numbers for text, which costs up to 5 %."""
 
 
+class Floats(NamedTuple):
+    """Floats in the items start..stop of a row of whole numbers."""
+
+    start: int
+    stop: int
+    dtype: str
+
+
 class RowArray(NamedTuple):
-    """One array of an encoding: what it holds of each view of each image."""
+    """One array of an encoding: what it holds of each view of each image; `floats` lie in a row of whole numbers."""
 
     suffix: str
     shape: tuple[int, ...]
     dtype: str
     dims: tuple[str, ...]
     order: Order = "sample"
+    floats: tuple[Floats, ...] = ()
 
     @property
     def num_bytes(self) -> int:

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logitcache.cache.encodings.base import Plain, RowArray, Storage
+from logitcache.cache.encodings.base import Floats, Plain, RowArray, Storage
 from logitcache.errors import RecipeError
 from logitcache.logits import Logits, TopKLogits
 from logitcache.recipe import Count
@@ -36,8 +36,10 @@ class TopK(Plain):
             raise RecipeError(
                 f"top_k keeps k = {self.k} of {num_classes} classes. Fix: k <= {num_classes}, or kind: dense"
             )
-        words = _TAIL_WORDS + self._index_words(num_classes) + self.k
-        return (RowArray("", (words + words % 2,), "uint16", ("word",)),)
+        after = _TAIL_WORDS + self._index_words(num_classes)
+        floats = Floats(0, _TAIL_WORDS, "<f4"), Floats(after, after + self.k, "<f2")
+        words = after + self.k
+        return (RowArray("", (words + words % 2,), "uint16", ("word",), floats=floats),)
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """Encode logits [B, C]."""

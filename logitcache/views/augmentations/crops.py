@@ -55,7 +55,7 @@ class RandomCrop(Component):
 
     kind: Literal["random_crop"] = "random_crop"
     size: Size
-    padding: Annotated[int, Field(ge=0)] = 0
+    padding: Annotated[int, Field(ge=0, le=1024)] = 0
     padding_mode: Literal["constant", "edge", "reflect", "symmetric"] = "constant"
     fill: Fill = 0
 
