@@ -22,9 +22,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 # All that the commands import, before anything forks.
 import numpy as np
 import torch
+from numcodecs import zstd
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -40,6 +43,10 @@ for _optional in ("timm", "aiohttp", "s3fs", "torch._dynamo", "torch.utils.flop_
         importlib.import_module(_optional)
 
 OK, USAGE, DAMAGED, OTHER = 0, 2, 3, 4
+REQUEST_SECONDS = 0.5
+"""Of cases with a server: a request is not retried after three times as long, so that its last attempt ends by four."""
+
+BOMB = gzip.compress(bytes(64 << 20), 1) * 16
 ENVIRONMENT = {
     "LOGITCACHE_SHARED_MEMORY": "0",
     "OMP_NUM_THREADS": "1",
@@ -176,8 +183,8 @@ Prepare = Callable[[Path], Any]
 class Case:
     """One spoilt thing; `ends` has the exit codes by command, and those of "else".
 
-    `commands` are what it is about; `location` is where the cache is, for those on a server. `prepare` may return an
-    environment, or start what `prepared` stops: an iterator that yields (environment, ports).
+    `commands` are what it is about; `location` is where the cache is, for those on a server, which may take `seconds`
+    more. `prepare` may return an environment, or start what `prepared` stops: it yields (environment, ports).
     """
 
     group: str
@@ -187,6 +194,7 @@ class Case:
     commands: tuple[str, ...] = ("verify", "train")
     every: tuple[str, ...] = READERS
     location: str = "c.zarr"
+    seconds: float = 0.0
 
     def codes(self, command: str) -> frozenset[int]:
         """Return the exit codes with which a command may end."""
@@ -610,51 +618,22 @@ def sealed(folder: Path, array: str, data: bytes, position: int, commits: str) -
     record.write_bytes(bytes(stored))
 
 
-def frame_bomb(folder: Path) -> None:
-    """Let every inner chunk of a packed shard be the same frame, of 64 MB of zeros."""
-    from numcodecs.zstd import Zstd
-
-    block = Zstd(level=1).encode(bytes(64 << 20))
-    shard = first(folder, "u.logits")
-    size = len(shard.read_bytes())
-    index = struct.pack("<QQ", 0, len(block))
-    import google_crc32c
-
+def chunked_shard(folder: Path, chunk: bytes, offset: int | None = None, size: int | None = None) -> None:
+    """Let every inner chunk of a packed shard be the same bytes, or lie elsewhere, under a sound record."""
     metadata = json.loads((folder / "c.zarr/u.logits/zarr.json").read_bytes())
     outer = metadata["chunk_grid"]["configuration"]["chunk_shape"][1]
     inner = metadata["codecs"][0]["configuration"]["chunk_shape"][1]
-    entries = index * (outer // inner)
-    data = block + entries + struct.pack("<I", google_crc32c.value(entries))
-    assert size
+    entries = struct.pack("<QQ", offset or 0, len(chunk) if size is None else size) * (outer // inner)
+    data = chunk + entries + struct.pack("<I", google_crc32c.value(entries))
     sealed(folder, "u.logits", data, 0, "u.logits.commits")
-
-
-def short_frames(folder: Path) -> None:
-    """Let a packed shard hold no frame at all, under a sound index and record."""
-    metadata = json.loads((folder / "c.zarr/u.logits/zarr.json").read_bytes())
-    outer = metadata["chunk_grid"]["configuration"]["chunk_shape"][1]
-    inner = metadata["codecs"][0]["configuration"]["chunk_shape"][1]
-    import google_crc32c
-
-    entries = struct.pack("<QQ", 2**63, 2**63) * (outer // inner)
-    sealed(
-        folder, "u.logits", b"x" * 64 + entries + struct.pack("<I", google_crc32c.value(entries)), 0, "u.logits.commits"
-    )
 
 
 def wrong_classes(folder: Path) -> None:
     """Let rows of top-k name classes that do not exist."""
-    from numcodecs.zstd import Zstd
-
     metadata = json.loads((folder / "c.zarr/u.logits/zarr.json").read_bytes())
-    outer = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    inner = metadata["codecs"][0]["configuration"]["chunk_shape"]
-    import google_crc32c
-
-    plain = np.full(inner[1:], 65_535, "<u2").tobytes()
-    chunk = Zstd(level=1, checksum=True).encode(plain)
-    entries = struct.pack("<QQ", 0, len(chunk)) * (outer[1] // inner[1])
-    sealed(folder, "u.logits", chunk + entries + struct.pack("<I", google_crc32c.value(entries)), 0, "u.logits.commits")
+    rows = np.zeros(metadata["codecs"][0]["configuration"]["chunk_shape"][1:], "<u2")
+    rows[:, 6:8] = 65_535
+    chunked_shard(folder, zstd.compress(rows.tobytes(), 1))
 
 
 def nan_rows(folder: Path) -> None:
@@ -700,6 +679,9 @@ def many_files(folder: Path) -> None:
 
 OPENED = (DAMAGED, USAGE)
 REFUSED = dict.fromkeys(("inspect", "verify", "summary", "train", "online", "derive"), OPENED)
+UNREAD = {**dict.fromkeys((*REFUSED, "check"), (OK, *OPENED)), "online": (OK, USAGE, DAMAGED, OTHER)}
+SHOWN = {**REFUSED, "inspect": (OK, *OPENED)}
+"""Codes of a cache that is not whole: `inspect` reports how much of it is committed."""
 DEEP = b'{"a":' * 2_000_000
 STORES = [
     store("metadata is a link", linked("/etc/passwd", "c.zarr/zarr.json"), **REFUSED),
@@ -729,62 +711,16 @@ STORES = [
     store("labels are a link", linked("../../../images/a/00.png", "c.zarr/label/c/0"), **REFUSED),
     store("canaries are zero", linked("/dev/zero", "c.zarr/canary/c/0/0/0/0"), **REFUSED),
     store("the folder of digests is a link", linked("/proc/self/fd", "c.zarr/digest"), **REFUSED),
-    store(
-        "the growth note is a pipe",
-        fifo("c.zarr/digest/growing"),
-        inspect=(OK, *OPENED),
-        verify=(OK, *OPENED),
-        train=(OK, *OPENED),
-        summary=(OK, *OPENED),
-        online=(OK, USAGE, DAMAGED, OTHER),
-        check=(OK, *OPENED),
-        derive=(OK, *OPENED),
-    ),
-    store(
-        "the growth note is nested",
-        written("c.zarr/digest/growing", DEEP),
-        inspect=(OK, *OPENED),
-        verify=(OK, *OPENED),
-        train=(OK, *OPENED),
-        summary=(OK, *OPENED),
-        online=(OK, USAGE, DAMAGED, OTHER),
-        check=(OK, *OPENED),
-        derive=(OK, *OPENED),
-    ),
-    store(
-        "the note of unreadable images is zero",
-        linked("/dev/zero", "c.zarr/digest/unreadable"),
-        inspect=(OK, *OPENED),
-        verify=(OK, *OPENED),
-        train=(OK, *OPENED),
-        summary=(OK, *OPENED),
-        online=(OK, USAGE, DAMAGED, OTHER),
-        check=(OK, *OPENED),
-        derive=(OK, *OPENED),
-    ),
-    store(
-        "a record is a pipe",
-        lambda f: fifo(str(first(f, "t.logits.commits").relative_to(f)))(f),
-        **{k: v for k, v in REFUSED.items() if k != "inspect"},
-        inspect=(OK, *OPENED),
-    ),
-    store(
-        "a record is empty",
-        lambda f: first(f, "t.logits.commits").write_bytes(b""),
-        **{k: v for k, v in REFUSED.items() if k != "inspect"},
-        inspect=(OK, *OPENED),
-    ),
-    store(
-        "a record of 1 TB",
-        lambda f: sparse(str(first(f, "u.logits.commits").relative_to(f)), 1 << 40)(f),
-        **{k: v for k, v in REFUSED.items() if k != "inspect"},
-        inspect=(OK, *OPENED),
-    ),
+    store("the growth note is a pipe", fifo("c.zarr/digest/growing"), **UNREAD),
+    store("the growth note is nested", written("c.zarr/digest/growing", DEEP), **UNREAD),
+    store("the note of unreadable images is zero", linked("/dev/zero", "c.zarr/digest/unreadable"), **UNREAD),
+    store("a record is a pipe", lambda f: fifo(str(first(f, "t.logits.commits").relative_to(f)))(f), **SHOWN),
+    store("a record is empty", lambda f: first(f, "t.logits.commits").write_bytes(b""), **SHOWN),
+    store("a record of 1 TB", lambda f: sparse(str(first(f, "u.logits.commits").relative_to(f)), 1 << 40)(f), **SHOWN),
     store(
         "a record claims 2^63 bytes",
         lambda f: first(f, "t.logits.commits").write_bytes(b"\xff" * 8 + bytes(72)),
-        **{k: v for k, v in REFUSED.items() if k != "inspect"},
-        inspect=(OK, *OPENED),
+        **SHOWN,
     ),
     store("a shard is a pipe", lambda f: fifo(str(first(f, "t.logits").relative_to(f)))(f), inspect=(OK, *OPENED)),
     store(
@@ -796,8 +732,18 @@ STORES = [
         "a shard of 1 TB", lambda f: sparse(str(first(f, "u.logits").relative_to(f)), 1 << 40)(f), inspect=(OK, *OPENED)
     ),
     store("a shard is a socket", lambda f: _socket(first(f, "t.logits")), inspect=(OK, *OPENED)),
-    store("frames of 64 MB a chunk", frame_bomb, ("inspect", "verify", "summary", "train"), inspect=(OK, *OPENED)),
-    store("an index outside its shard", short_frames, ("inspect", "verify", "summary", "train"), inspect=(OK, *OPENED)),
+    store(
+        "frames of 64 MB a chunk",
+        lambda f: chunked_shard(f, zstd.compress(bytes(64 << 20), 1)),
+        ("inspect", "verify", "summary", "train"),
+        inspect=(OK, *OPENED),
+    ),
+    store(
+        "an index outside its shard",
+        lambda f: chunked_shard(f, b"x" * 64, 2**63, 2**63),
+        ("inspect", "verify", "summary", "train"),
+        inspect=(OK, *OPENED),
+    ),
     store("classes that do not exist", wrong_classes, ("verify", "summary", "train"), inspect=(OK, *OPENED)),
     store(
         "logits that are NaN",
@@ -926,6 +872,10 @@ def altered(change: Callable[[dict[str, Any]], object]) -> Prepare:
 
 
 RESUMED = (USAGE, DAMAGED, OTHER)
+ONLY_RESUMED = {**dict.fromkeys(("evaluate", "teach", "start"), (OK, *RESUMED)), "resume": RESUMED}
+"""Codes of a file that only --resume reads."""
+MAY_START = {"resume": RESUMED, **dict.fromkeys(("teach", "start"), (OK, *RESUMED))}
+"""Codes of a file that evaluate and --resume read."""
 RUN_FOLDERS = [
     run("a hub's model", described(lambda d: d.update(model=timm_model("hf-hub:somebody/evil", True)))),
     run("timm from a folder", described(lambda d: d.update(model=timm_model("local-dir:evil", True)), plant_weights)),
@@ -975,15 +925,7 @@ RUN_FOLDERS = [
         teach=(OK, *RESUMED),
         start=(OK, *RESUMED),
     ),
-    run(
-        "result.json nested",
-        written("run/result.json", DEEP),
-        ("resume",),
-        evaluate=(OK, *RESUMED),
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
-        resume=RESUMED,
-    ),
+    run("result.json nested", written("run/result.json", DEEP), ("resume",), **ONLY_RESUMED),
     run(
         "recipe.yaml of an alias bomb",
         written(
@@ -993,89 +935,29 @@ RUN_FOLDERS = [
             ).encode(),
         ),
         ("evaluate", "resume"),
-        resume=RESUMED,
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
+        **MAY_START,
     ),
     run(
         "recipe.yaml that runs",
         written("run/recipe.yaml", b"!!python/object/apply:os.system ['touch PWNED']"),
         ("evaluate", "resume"),
-        resume=RESUMED,
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
+        **MAY_START,
     ),
+    run("recipe.yaml is a pipe", fifo("run/recipe.yaml"), ("evaluate", "resume"), **MAY_START),
     run(
-        "recipe.yaml is a pipe",
-        fifo("run/recipe.yaml"),
-        ("evaluate", "resume"),
-        resume=RESUMED,
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
+        "environment.json is zero", linked("/dev/zero", "run/environment.json"), ("resume", "evaluate"), **ONLY_RESUMED
     ),
-    run(
-        "environment.json is zero",
-        linked("/dev/zero", "run/environment.json"),
-        ("resume", "evaluate"),
-        evaluate=(OK, *RESUMED),
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
-        resume=RESUMED,
-    ),
-    run(
-        "a checkpoint that unpickles",
-        checkpoint(lambda path: torch.save(Bomb(), path)),
-        ("resume",),
-        evaluate=(OK, *RESUMED),
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
-        resume=RESUMED,
-    ),
+    run("a checkpoint that unpickles", checkpoint(lambda path: torch.save(Bomb(), path)), ("resume",), **ONLY_RESUMED),
     run(
         "a checkpoint that is a pipe",
         checkpoint(lambda path: (path.unlink(), os.mkfifo(path))),
         ("resume",),
-        evaluate=(OK, *RESUMED),
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
-        resume=RESUMED,
+        **ONLY_RESUMED,
     ),
-    run(
-        "a checkpoint of 1 TB",
-        checkpoint(lambda path: os.truncate(path, 1 << 40)),
-        ("resume",),
-        evaluate=(OK, *RESUMED),
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
-        resume=RESUMED,
-    ),
-    run(
-        "a checkpoint of texts",
-        altered(lambda s: s.update(dict.fromkeys(s, "x"))),
-        ("resume",),
-        evaluate=(OK, *RESUMED),
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
-        resume=RESUMED,
-    ),
-    run(
-        "a checkpoint without keys",
-        altered(lambda s: s.clear()),
-        ("resume",),
-        evaluate=(OK, *RESUMED),
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
-        resume=RESUMED,
-    ),
-    run(
-        "a checkpoint of step 10^18",
-        altered(lambda s: s.update({k: 10**18 for k, v in s.items() if isinstance(v, int)})),
-        ("resume",),
-        evaluate=(OK, *RESUMED),
-        teach=(OK, *RESUMED),
-        start=(OK, *RESUMED),
-        resume=RESUMED,
-    ),
+    run("a checkpoint of 1 TB", checkpoint(lambda path: os.truncate(path, 1 << 40)), ("resume",), **ONLY_RESUMED),
+    run("a checkpoint of texts", altered(lambda s: s.update(dict.fromkeys(s, "x"))), ("resume",), **ONLY_RESUMED),
+    run("a checkpoint without keys", altered(lambda s: s.clear()), ("resume",), **ONLY_RESUMED),
+    run("a checkpoint of step 10^18", altered(lambda s: s.update(place=[10**18] * 3)), ("resume",), **ONLY_RESUMED),
 ]
 
 # --- Servers and keys -----------------------------------------------------------------------------------------------
@@ -1186,7 +1068,7 @@ def serving(
         os.waitpid(child, 0)
 
 
-LOW: dict[str, str] = {}
+LOW = {"LOGITCACHE_REQUEST_SECONDS": str(REQUEST_SECONDS)}
 """The environment that sets the limits of requests low."""
 
 
@@ -1196,14 +1078,15 @@ def server(
     scheme: str = "http",
     ends: tuple[int, ...] = (USAGE, DAMAGED, OTHER),
     keys: tuple[str, ...] = (),
+    reports: tuple[int, ...] = (USAGE, DAMAGED, OTHER),
 ) -> Case:
-    """Serve the cache from a server with a fault, as a web server or as S3."""
+    """Serve the cache from a server with a fault, as a web server or as S3; `reports` are codes of inspect and gc."""
     location = "http://127.0.0.1:PORT/c.zarr" if scheme == "http" else "s3://bucket/c.zarr"
     commands = (
         ("inspect", "verify", "train") if scheme == "http" else ("inspect", "verify", "gc", "train", "precompute")
     )
-    every = dict.fromkeys(READERS, ends)
-    return Served(
+    every = {**dict.fromkeys(READERS, ends), **dict.fromkeys(("inspect", "gc"), reports if ends != ANY else ends)}
+    return Case(
         "server" if not keys else "key",
         name,
         lambda folder: serving(folder, fault, keys),
@@ -1211,12 +1094,8 @@ def server(
         commands,
         READERS,
         location,
+        4 * REQUEST_SECONDS,
     )
-
-
-@dataclass(frozen=True)
-class Served(Case):
-    """A case on a server, whose port is known when it runs."""
 
 
 def at_root(reply: Reply, pattern: str = "c.zarr/zarr.json") -> Callable[[Handler], bool]:
@@ -1281,7 +1160,7 @@ def dripping_headers(handler: Handler) -> None:
 
 def zipped(handler: Handler) -> None:
     """Send a gzip bomb as a content encoding."""
-    handler.send(200, gzip.compress(bytes(1 << 30), 1), Content_Encoding="gzip")
+    handler.send(200, BOMB, Content_Encoding="gzip")
 
 
 def html(handler: Handler) -> None:
@@ -1337,18 +1216,19 @@ SERVERS = [
     server("a byte every half second", at_root(dripping)),
     server("headers without end", at_root(dripping_headers)),
     server("a gzip bomb", at_root(zipped)),
-    server("records of HTML", at_root(html, "commits/c.")),
-    server("records of nothing", at_root(lambda h: h.send(200), "commits/c.")),
+    # `inspect` reports how much of a cache is committed, `gc` what else lies there.
+    server("records of HTML", at_root(html, "commits/c."), reports=ANY),
+    server("records of nothing", at_root(lambda h: h.send(200), "commits/c."), reports=ANY),
     server("shards of HTML", at_root(html, "t.logits/c."), ends=ANY),
     server("a redirect to itself", at_root(redirect(302, "/c.zarr/zarr.json"))),
     server("a redirect to file", at_root(redirect(301, "file:///etc/passwd"))),
     server("a redirect inside", at_root(redirect(307, "http://169.254.169.254/latest"))),
-    server("a redirect to another port", at_root(redirect(308, "http://127.0.0.1:TRAP/x"))),
+    server("a redirect to another host", at_root(redirect(308, "http://127.0.0.2:TRAP/x"))),
     server("S3 moved for good", s3_redirect(301), "s3"),
     server("S3 moved for now", s3_redirect(307), "s3"),
     server("S3 bodies without end", at_root(endless), "s3"),
     server("S3 lists without end", endless_listing, "s3", ends=(USAGE, DAMAGED, OTHER)),
-    server("S3 records of HTML", at_root(html, "commits/c."), "s3"),
+    server("S3 records of HTML", at_root(html, "commits/c."), "s3", reports=ANY),
     server("S3 pages of nothing", at_root(lambda h: h.send(200)), "s3"),
     *(
         server(f"a key {number}", lambda handler: False, "s3", ANY, (f"c.zarr/{key}",))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from logitcache import stamps
 from logitcache.console import track
 from logitcache.errors import CacheError, DataError, LogitCacheError
-from logitcache.regular import open_regular
+from logitcache.safe_files import open_regular
 
 _BLOCK = 256  # files a thread takes at a time: enough to hide the cost of handing them out
 _SPAN = 1 << 14  # files that are handed out to threads at a time
@@ -95,36 +95,6 @@ def remove_leftovers(directory: Path) -> list[Path]:
 def leftovers(directory: Path) -> list[Path]:
     """List what killed writers left, and living ones have, anywhere below a directory."""
     return [Path(parent, name) for parent, _, names in os.walk(directory) for name in names if name.endswith(LEFTOVER)]
-
-
-def regular_size(path: Path) -> int | None:
-    """Return the size of a regular file; None for anything else, links included."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
-
-
-def require_bounded(path: Path, limit: int) -> int:
-    """Return the size of a regular file of at most `limit` bytes.
-
-    Raises OSError for a missing one, ValueError with the reason for a larger one, a link, a FIFO, a device or a folder.
-    """
-    status = path.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        raise ValueError("it is a symbolic link, and none is followed here: copy the files themselves (cp -rL)")
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is not a regular file")
-    if status.st_size > limit:
-        raise ValueError(f"it has {status.st_size} bytes, at most {limit} are read")
-    return status.st_size
-
-
-def read_bounded(path: Path, limit: int) -> bytes:
-    """Read a regular file of at most `limit` bytes; raises as `require_bounded` does."""
-    require_bounded(path, limit)
-    return path.read_bytes()
 
 
 def file_digests(

@@ -28,7 +28,7 @@ from logitcache.storage_errors import (
     require_place,
     status_of,
 )
-from logitcache.transfer import METADATA, Bounds, Refused, request_seconds
+from logitcache.transfer import MAX_ANSWER_BYTES, METADATA, Bounds, Refused, request_seconds, too_long
 
 REQUESTS = 16
 """Requests of a process that are in flight at a time."""
@@ -92,10 +92,10 @@ class Remote:
         """Return what lies below at a key."""
         return Remote(f"{self.url}/{key}")
 
-    def read(self, key: str = "", size: int | None = None) -> bytes:
-        """Return the bytes of a file, of MAX_ANSWER_BYTES at most if its size is not known, else in parallel parts."""
+    def read(self, key: str = "", size: int | None = None, most: int = MAX_ANSWER_BYTES) -> bytes:
+        """Return the bytes of a file, of `most` at most if its size is not known, else in parallel parts."""
         if size is None:
-            return self._read(lambda fs: fs.cat_file(self._path(key)), key, METADATA)
+            return self._read(lambda fs: fs.cat_file(self._path(key)), key, Bounds(most, excess=too_long(most)))
         starts = range(0, size, PART)
         return b"".join(self.each(lambda start: self.read_range(key, start, min(start + PART, size)), starts))
 

@@ -1,14 +1,18 @@
-"""Files that others may have made: names that stay inside a folder, and reads that neither wait nor fill the memory."""
+"""Files that others may have made: names that stay inside a folder, and reads that neither wait nor fill the memory.
+
+Keys name files below a folder, as those of a cache do: no link is followed, and what is refused is a CacheError. Paths
+are named by users, or by files of theirs; what is refused is a RefusedError, and missing files are an OSError.
+"""
 
 import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from logitcache.errors import CacheError
+from logitcache.errors import CacheError, RefusedError
 
 MAX_METADATA_BYTES = 16 << 20
 """Largest JSON document that is read."""
@@ -20,6 +24,66 @@ _BLOCK = 1 << 20
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NO_WAIT = _OPEN | os.O_NONBLOCK | os.O_NOCTTY
 _NO_LINK = "no link in a cache is followed. Fix: copy the cache with the files themselves (cp -rL)"
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file, also behind links. Raises RefusedError for a device, a FIFO or a socket, without waiting."""
+    require_regular(path, os.stat(path))  # opening a device may already do something
+    return _opened(path, os.O_NONBLOCK)
+
+
+def require_regular(path: str | Path, status: os.stat_result) -> None:
+    """Raise RefusedError unless a path leads to a regular file; a folder is left to `open`, which names it."""
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise RefusedError(
+            f"'{path}' is a FIFO, a device or a socket, not a regular file: reading it might never end.\n"
+            "  Fix: name a regular file, or remove it."
+        )
+
+
+def require_bounded(path: Path, limit: int) -> int:
+    """Return the size of a regular file of at most `limit` bytes.
+
+    Raises OSError for a missing one, RefusedError with the reason alone for a larger one and for anything else.
+    """
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        raise RefusedError("it is a symbolic link, and none is followed here: copy the files themselves (cp -rL)")
+    if not stat.S_ISREG(status.st_mode):
+        raise RefusedError("it is not a regular file")
+    if status.st_size > limit:
+        raise RefusedError(f"it has {status.st_size} bytes, at most {limit} are read")
+    return status.st_size
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes; raises as `require_bounded` does."""
+    require_bounded(path, limit)
+    with _opened(path, os.O_NONBLOCK | os.O_NOFOLLOW) as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise RefusedError(f"it grows while it is read, at most {limit} bytes are")
+    return data
+
+
+def regular_size(path: Path) -> int | None:
+    """Return the size of a regular file; None for anything else, links included."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def _opened(path: str | Path, more: int) -> BinaryIO:
+    """Open a file without waiting for it; raise RefusedError if it is no regular one by now."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | more))  # noqa: SIM115  # the caller closes it
+    try:
+        require_regular(path, os.fstat(file.fileno()))
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def parts_of(root: Path, key: str) -> list[str]:
@@ -41,7 +105,7 @@ def inside(root: Path, key: str) -> Path:
     return root.joinpath(*parts)
 
 
-def open_regular(root: Path, key: str) -> int:
+def open_below(root: Path, key: str) -> int:
     """Open a regular file below a folder for reading; returns its descriptor and never waits.
 
     Raises FileNotFoundError, or CacheError for links (also in the folders on the way), pipes, devices and folders.
@@ -67,18 +131,21 @@ def open_regular(root: Path, key: str) -> int:
     return found
 
 
-def read_regular(root: Path, key: str, most: int) -> bytes:
-    """Read a regular file of at most `most` bytes below a folder; raises as `open_regular` does."""
-    descriptor = open_regular(root, key)
+def read_below(root: Path, key: str, most: int) -> bytes:
+    """Read a regular file of at most `most` bytes below a folder; raises as `open_below` does."""
+    descriptor = open_below(root, key)
     try:
         return _read(descriptor, root / key, most)
     finally:
         os.close(descriptor)
 
 
-def read_folder(root: Path, folder: str, most: int) -> Iterator[tuple[str, bytes | None]]:
-    """Yield name and bytes of each small file in a folder below `root`: at most `most` + 1 bytes, None if unreadable.
+def read_folder(
+    root: Path, folder: str, number_of: Callable[[str], int | None], most: int
+) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of small files in a folder below `root`: at most `most` + 1 bytes, none if unreadable.
 
+    `number_of` returns the number that a name stands for; None for a file that is not read.
     Links are not followed, and nothing waits for a pipe. Yields nothing if there is no such folder; raises CacheError
     for one that is a link.
     """
@@ -87,7 +154,9 @@ def read_folder(root: Path, folder: str, most: int) -> Iterator[tuple[str, bytes
         return
     try:
         for name in os.listdir(at):
-            data = None
+            number, data = number_of(name), b""
+            if number is None:
+                continue
             try:
                 descriptor = os.open(name, _NO_WAIT, dir_fd=at)
                 try:
@@ -96,7 +165,7 @@ def read_folder(root: Path, folder: str, most: int) -> Iterator[tuple[str, bytes
                     os.close(descriptor)
             except OSError:
                 pass
-            yield name, data
+            yield number, data
     finally:
         os.close(at)
 

@@ -48,12 +48,17 @@ def request_seconds() -> float:
     return seconds
 
 
+def too_long(most: int) -> str:
+    """Return what is reported of an answer of unknown size with more bytes than expected."""
+    return f"the storage sends more than {most} bytes, which is the limit for metadata"
+
+
 class Bounds(NamedTuple):
     """Most bytes of an answer, bytes that are uploaded, and what is reported of a longer answer."""
 
     most: int = MAX_ANSWER_BYTES
     sent: int = 0
-    excess: str = f"the storage sends more than {MAX_ANSWER_BYTES} bytes, which is the limit for metadata"
+    excess: str = too_long(MAX_ANSWER_BYTES)
 
     @contextmanager
     def kept(self) -> Iterator[None]:

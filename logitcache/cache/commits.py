@@ -11,19 +11,16 @@ from logitcache.cache.layout import Layout
 from logitcache.cache.store import Store
 from logitcache.safe_files import read_folder
 
-_MOST = 2**62
-"""Numbers of shards of no cache: names may be forged."""
-
 
 @dataclass(frozen=True)
 class Records:
     """The commit records of a group by the number of the shard, view * per_view + its number in the view.
 
-    `numbers` int64 [N] ascend, also of views that a manifest does not have yet; `values` uint8 [N, arrays * 40].
-    `damaged` has what is wrong with records that commit nothing.
+    `numbers` int64 [N] ascend; `values` uint8 [N, arrays * 40]. `damaged` has what is wrong with records that commit
+    nothing. Those of the first `num_shards` shards were looked for.
     """
 
-    per_view: int
+    num_shards: int
     numbers: NDArray[np.int64]
     values: NDArray[np.uint8]
     damaged: Mapping[int, str]
@@ -37,34 +34,42 @@ class Records:
         return found
 
 
-def read_records(store: Store, layout: Layout, group: ArrayGroup) -> Records:
-    """Read and parse every commit record of a group that is in the folder of a store.
+def read_records(store: Store, layout: Layout, group: ArrayGroup, known: Records | None = None) -> Records:
+    """Read and parse the commit records of a group that are in the folder of a store; `known` ones are kept.
 
     It takes time by the records that there are, not by the shards that a manifest claims.
     """
+    known = known or Records(0, np.empty(0, np.int64), np.empty((0, RECORD_BYTES * len(group.arrays)), np.uint8), {})
+    if known.num_shards >= layout.num_shards:
+        return known
     size, per_view = RECORD_BYTES * len(group.arrays), layout.shards_per_view
-    found: dict[int, bytes] = {}
-    damaged: dict[int, str] = {}
-    for name, data in read_folder(store.path, group.commits, size):
+    looked_for = range(known.num_shards, layout.num_shards)
+
+    def number_of(name: str) -> int | None:
         match = RECORD.fullmatch(name)
         if match is None or int(match[2]) >= per_view:
-            continue
+            return None
         number = int(match[1]) * per_view + int(match[2])
-        if number > _MOST:
-            continue
-        if data is None or len(data) != size:
-            damaged[number] = f"it does not have {size} bytes"
-        else:
-            found[number] = data
-    numbers = np.array(sorted(found), np.int64)
-    values = np.frombuffer(b"".join(map(found.__getitem__, numbers.tolist())), np.uint8).reshape(len(numbers), size)
+        return number if number in looked_for else None
+
+    found = sorted(read_folder(store.path, group.commits, number_of, size))
+    whole = [(number, data) for number, data in found if len(data) == size]
+    damaged = {number: f"it does not have {size} bytes" for number, data in found if len(data) != size}
+    numbers = np.array([number for number, _ in whole], np.int64)
+    values = np.frombuffer(b"".join([data for _, data in whole]), np.uint8).reshape(len(numbers), size)
     impossible = _impossible(layout, group, numbers, values)
     damaged |= dict.fromkeys(numbers[impossible].tolist(), f"it says other sizes than {group.name} can have")
     named = {
         number: f"the commit record {store}/{group.commits}/{record_name(*divmod(number, per_view))} is damaged: {why}"
         for number, why in damaged.items()
     }
-    return Records(per_view, numbers[~impossible], values[~impossible], named)
+    numbers, values = numbers[~impossible], values[~impossible]
+    return Records(
+        layout.num_shards,
+        np.concatenate([known.numbers, numbers]),
+        np.concatenate([known.values, values]),
+        {**known.damaged, **named},
+    )
 
 
 def are_records(layout: Layout, group: ArrayGroup, shard: Shard, data: bytes) -> bool:

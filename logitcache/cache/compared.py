@@ -16,7 +16,7 @@ import numpy as np
 from logitcache.cache.arrays import NOT_FINITE, StoredShard
 from logitcache.errors import CacheError
 from logitcache.files import SHA256, remembered
-from logitcache.safe_files import inside, open_regular
+from logitcache.safe_files import inside, open_below
 
 _BLOCK = 1 << 20
 _UNSOUND = bytes(32)
@@ -58,7 +58,7 @@ class ComparedShards:
 
         Raises FileNotFoundError. Bytes are hashed unless this very file is known to match.
         """
-        descriptor = open_regular(self._root, part.key)
+        descriptor = open_below(self._root, part.key)
         try:
             stamp = stamp_of(os.fstat(descriptor))
             text = wrong_size(part, _size(stamp), self._where)
@@ -77,7 +77,7 @@ class ComparedShards:
 
     def read(self, part: StoredShard) -> bytes:
         """Read a shard; raise CacheError unless these bytes match the record, and FileNotFoundError."""
-        with open(open_regular(self._root, part.key), "rb") as file:
+        with open(open_below(self._root, part.key), "rb") as file:
             size = os.fstat(file.fileno()).st_size
             text = wrong_size(part, size, self._where)
             data = file.read(part.size) if text is None else b""

@@ -31,7 +31,7 @@ def label_file(recorded: Fingerprint) -> LabelFile:
 def labels_of(data: bytes, recorded: Fingerprint) -> Labels:
     """Return the labels that bytes hold; raise ValueError for one that images of a fingerprint cannot have."""
     file = label_file(recorded)
-    labels = np.frombuffer(data, file.dtype).astype(file.dtype.newbyteorder("=")).reshape(file.shape)
+    labels: Labels = np.frombuffer(data, file.dtype).reshape(file.shape)
     stop = 2 if recorded.multi_label else recorded.num_classes or 0
     if labels.size and (labels.min() < UNLABELLED or labels.max() >= stop):
         row = int(((labels < UNLABELLED) | (labels >= stop)).reshape(len(labels), -1).any(axis=1).argmax())

@@ -21,10 +21,11 @@ from logitcache.cache.parts import locked_part
 from logitcache.cache.room import FOLDER, TRIES, USED, Room, is_shard, room
 from logitcache.cache.store import Store
 from logitcache.console import track
-from logitcache.errors import CacheError
-from logitcache.files import fix_of, regular_size
+from logitcache.errors import CacheError, RemoteError
+from logitcache.files import fix_of
 from logitcache.remote import REQUESTS, Entry, Remote
-from logitcache.safe_files import MAX_METADATA_BYTES, inside, parts_of, read_regular
+from logitcache.safe_files import MAX_METADATA_BYTES, inside, parts_of, read_below, regular_size
+from logitcache.transfer import too_long
 
 URL, LOCK = "url", "lock"
 """Files beside a mirror: where the cache is, and what is locked while the mirror is compared with that."""
@@ -122,17 +123,19 @@ class Mirror(Store):
     def read(self, key: str, most: int = MAX_METADATA_BYTES) -> bytes:
         """Read a file, which is downloaded unless it is here."""
         with contextlib.suppress(FileNotFoundError):
-            return read_regular(self._path, key, most)
+            return read_below(self._path, key, most)
         parts_of(self._path, key)
         if time.monotonic() - self._absent.get(key, -FRESH) < FRESH:
             raise FileNotFoundError(f"{self}/{key}")
         try:
-            data = self.remote.read(key)
+            data = self.remote.read(key, most=most)
         except FileNotFoundError:
             self._absent[key] = time.monotonic()
             raise
-        if len(data) > most:
-            raise CacheError(f"{self}/{key} has {len(data)} bytes, {most} at most are expected. Fix: restore it")
+        except RemoteError as error:
+            if too_long(most) not in str(error):
+                raise
+            raise CacheError(f"{self}/{key} has more than {most} bytes. Fix: restore it") from error
         self.keep(key, data)
         return data
 

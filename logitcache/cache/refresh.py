@@ -1,7 +1,8 @@
 """Bring a mirror up to date with the storage: the metadata, tables and commit records, all but the shards."""
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 
 from logitcache.cache.arrays import RECORD, RECORD_BYTES
 from logitcache.cache.growth import read_growth
@@ -12,7 +13,13 @@ from logitcache.cache.mirror import Mirror
 from logitcache.cache.skeleton import CANARIES, DIGESTS, GROWING, ROOT, skeleton_arrays, skeleton_problems
 from logitcache.cache.unreadable import FILE as UNREADABLE
 from logitcache.errors import CacheError
-from logitcache.safe_files import parse_json
+from logitcache.safe_files import MAX_METADATA_BYTES, parse_json
+
+MAX_ARRAY_BYTES = 1 << 20
+"""Most bytes of an array's metadata."""
+
+MAX_PAGE_BYTES = 1 << 18
+"""Most bytes that a server may send for a commit record: a page that reports an error is a damaged record."""
 
 MOST_ASKED = 1 << 20
 """Commit records that a web server is asked for."""
@@ -26,21 +33,22 @@ def refresh(mirror: Mirror, fresh: bool) -> None:
     """
     with mirror.creating():
         try:
-            root = mirror.remote.read(ROOT)
+            root = mirror.remote.read(ROOT, most=MAX_METADATA_BYTES)
         except FileNotFoundError:
             mirror.clear()
             return
         manifest = _parsed(root)
         if manifest is not None:
             is_same = not fresh and _here(mirror, ROOT) == root
-            _update(mirror, (GROWING, UNREADABLE), fresh, False)
+            _update(mirror, dict.fromkeys((GROWING, UNREADABLE), MAX_METADATA_BYTES), fresh, False)
             goal = _goal(mirror, manifest)
             _update(mirror, _skeleton(goal), fresh, is_same)
             _update_records(mirror, layout_of(goal), fresh, is_same)
         mirror.keep(ROOT, root)
         if manifest is not None:
             # What a disk here has lost or changed is in the storage.
-            _update(mirror, [problem.key for problem in skeleton_problems(mirror, manifest)], True, False)
+            most = {**_skeleton(manifest), ROOT: MAX_METADATA_BYTES}
+            _update(mirror, {key: most[key] for key, _ in skeleton_problems(mirror, manifest)}, True, False)
 
 
 def _parsed(root: bytes) -> Manifest | None:
@@ -60,24 +68,27 @@ def _goal(mirror: Mirror, manifest: Manifest) -> Manifest:
         return manifest
 
 
-def _skeleton(manifest: Manifest) -> list[str]:
-    arrays = [f"{options['name']}/{ROOT}" for options in skeleton_arrays(manifest)]
-    tables = [table.file for table in layout_of(manifest).tables]
-    return [*arrays, *tables, label_file(manifest.fingerprint).key, DIGESTS, CANARIES]
+def _skeleton(manifest: Manifest) -> dict[str, int]:
+    """Return the files of a skeleton but its root, with the bytes that each may have."""
+    arrays = {f"{options['name']}/{ROOT}": MAX_ARRAY_BYTES for options in skeleton_arrays(manifest)}
+    tables = {table.file: table.num_bytes for table in layout_of(manifest).tables}
+    labels, pixels = label_file(manifest.fingerprint), math.prod(manifest.image_shape)
+    samples = {DIGESTS: 8 * manifest.num_images, CANARIES: len(manifest.canaries) * pixels}
+    return {**arrays, **tables, labels.key: labels.num_bytes, **samples}
 
 
-def _update(mirror: Mirror, keys: Iterable[str], fresh: bool, is_same: bool) -> None:
-    """Let the mirror have some files as the storage does, or lack them."""
+def _update(mirror: Mirror, most: Mapping[str, int], fresh: bool, is_same: bool) -> None:
+    """Let the mirror have some files as the storage does, or lack them; `most` are their bytes by key."""
 
     def one(key: str) -> None:
         here = _here(mirror, key)
         try:
             if here is None or not _is_known(mirror, key, here, fresh, is_same):
-                mirror.keep(key, mirror.remote.read(key))
+                mirror.keep(key, mirror.remote.read(key, most=most[key]))
         except FileNotFoundError:
             mirror.drop(key)
 
-    for _ in mirror.remote.each(one, list(keys)):
+    for _ in mirror.remote.each(one, list(most)):
         pass
 
 
@@ -101,8 +112,8 @@ def _update_records(mirror: Mirror, layout: Layout, fresh: bool, is_same: bool) 
                 f"{mirror} has {layout.num_shards} shards, and a web server is asked for each commit record. Fix: name "
                 "storage that lists what it has, such as s3://bucket/name"
             )
-        records = [group.record_file(shard) for group in layout.groups for shard in layout.shards()]
-        _update(mirror, records, fresh, is_same)
+        records = (group.record_file(shard) for group in layout.groups for shard in layout.shards())
+        _update(mirror, dict.fromkeys(records, MAX_PAGE_BYTES), fresh, is_same)
         return
     folders = mirror.remote.each(mirror.remote.list, [group.commits for group in layout.groups])
     for group, found in zip(layout.groups, folders, strict=True):

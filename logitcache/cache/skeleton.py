@@ -66,7 +66,7 @@ def read_labels(store: Store, manifest: Manifest) -> Labels:
     file = label_file(manifest.fingerprint)
     data = _read(store, file.key, file.num_bytes)
     try:
-        return labels_of(data, manifest.fingerprint)
+        return labels_of(data, manifest.fingerprint).astype(file.dtype.newbyteorder("="))
     except ValueError as error:
         raise CacheError(f"{store}/{file.key}: {error}") from error
 

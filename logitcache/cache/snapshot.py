@@ -50,10 +50,10 @@ class Snapshot:
     def as_described(
         cls, store: Store, manifest: Manifest, known: Mapping[str, Records] | None = None, identity: str | None = None
     ) -> Self:
-        """Return what a store has of the cache that a manifest describes; records that are not `known` are read."""
+        """Return what a store has of the cache that a manifest describes; records beyond the `known` ones are read."""
         layout, known = layout_of(manifest), known or {}
         groups = {group.name: group for group in layout.groups}
-        records = {name: known.get(name) or read_records(store, layout, group) for name, group in groups.items()}
+        records = {name: read_records(store, layout, group, known.get(name)) for name, group in groups.items()}
         return cls(store, manifest, records, identity or manifest.digest())
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,7 +86,7 @@ class Snapshot:
         """The shards that are committed in every group, in order; all shards of a cache restricted to no targets."""
         numbers = [self._numbers(group) for group in self.layout.groups] or [np.arange(self.layout.num_shards)]
         common = functools.reduce(lambda one, other: np.intersect1d(one, other, assume_unique=True), numbers)
-        return list(map(self._shard, common.tolist()))
+        return self._shards_of(common)
 
     @property
     def complete(self) -> bool:
@@ -95,12 +95,13 @@ class Snapshot:
 
     def committed(self) -> dict[str, set[Shard]]:
         """Return the committed shards of each group."""
-        return {group.name: set(map(self._shard, self._numbers(group).tolist())) for group in self.layout.groups}
+        return {group.name: set(self._shards_of(self._numbers(group))) for group in self.layout.groups}
 
     def damaged_records(self, group: ArrayGroup) -> dict[Shard, str]:
         """Return what is wrong with the records of a group that commit nothing, by shard."""
         found = self.records[group.name].damaged
-        return {self._shard(number): text for number, text in found.items() if number < self.layout.num_shards}
+        found = {number: text for number, text in found.items() if number < self.layout.num_shards}
+        return dict(zip(self._shards_of(np.fromiter(found, np.int64, len(found))), found.values(), strict=True))
 
     def missing(self, shard: Shard) -> list[str]:
         """Name the groups of arrays in which a shard is not committed by now, also by other processes."""
@@ -125,8 +126,11 @@ class Snapshot:
         numbers = self.records[group.name].numbers
         return numbers[: np.searchsorted(numbers, self.layout.num_shards)]
 
-    def _shard(self, number: int) -> Shard:
-        return self.layout.shard(*divmod(number, self.layout.shards_per_view))
+    def _shards_of(self, numbers: NDArray[np.int64]) -> list[Shard]:
+        views, places = np.divmod(numbers, self.layout.shards_per_view)
+        starts = places * self.layout.shard_rows
+        stops = np.minimum(starts + self.layout.shard_rows, self.layout.num_images)
+        return list(map(Shard, views.tolist(), starts.tolist(), stops.tolist()))
 
 
 def open_snapshot(location: str | Path, *, fresh: bool = False) -> Snapshot:

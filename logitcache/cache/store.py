@@ -13,8 +13,8 @@ from typing import Any
 from logitcache.cache.arrays import StoredShard
 from logitcache.cache.compared import ComparedShards
 from logitcache.errors import CacheError
-from logitcache.files import regular_size, write_atomically
-from logitcache.safe_files import MAX_METADATA_BYTES, inside, read_regular
+from logitcache.files import write_atomically
+from logitcache.safe_files import MAX_METADATA_BYTES, inside, read_below, regular_size
 
 
 class Store(ABC):
@@ -147,7 +147,7 @@ class LocalStore(Store):
 
     def read(self, key: str, most: int = MAX_METADATA_BYTES) -> bytes:
         """Read a file."""
-        return read_regular(self._path, key, most)
+        return read_below(self._path, key, most)
 
     def exists(self, key: str) -> bool:
         """Whether a file is there."""

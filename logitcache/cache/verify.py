@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from logitcache.cache.arrays import ArrayGroup, Shard, StoredShard
-from logitcache.cache.coders import Coders
+from logitcache.cache.coders import Coders, Rows
 from logitcache.cache.layout import Layout, layout_of
 from logitcache.cache.manifest import LOGITS
 from logitcache.cache.skeleton import skeleton_problems
@@ -122,12 +122,17 @@ def _not_decoded(snapshot: Snapshot, damaged: Collection[tuple[str, Shard]]) -> 
         for shard in track(shards, f"decoding {group.name}", len(shards), "shards") if arrays else ():
             try:
                 rows = {array.name: read_rows(snapshot.array(array), shard) for array in arrays}
-                for start in range(0, shard.stop - shard.start, ROWS) if coders else ():
-                    some = {array.name: rows[array.name][start : start + ROWS] for array in group.rows}
-                    coders.targets(some, lambda row, shard=shard: shard)
+                if coders is not None:
+                    _require_classes(coders, rows, shard)
             except CacheError as error:
                 problems.append(str(error))
     return problems
+
+
+def _require_classes(coders: Coders, rows: Rows, shard: Shard) -> None:
+    """Decode rows, and raise CacheError for a class that does not exist."""
+    for start in range(0, shard.stop - shard.start, ROWS):
+        coders.targets({name: values[start : start + ROWS] for name, values in rows.items()}, lambda row: shard)
 
 
 def _coders_of_classes(snapshot: Snapshot, group: ArrayGroup) -> Coders | None:

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
 from logitcache.errors import RecipeError, RefusedError
-from logitcache.files import read_bounded, write_atomically
+from logitcache.files import write_atomically
 from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
 from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
@@ -18,6 +18,7 @@ from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 from logitcache.models.weights import load_weights, read_state, save_weights
 from logitcache.recipe import Component, Count
+from logitcache.safe_files import read_bounded
 from logitcache.trust import VARIABLE, Trust, is_granted, remember
 
 _MAX_BYTES = 1 << 20

@@ -14,10 +14,10 @@ from logitcache.cache.snapshot import open_snapshot
 from logitcache.console import say
 from logitcache.device import own_randomness, resolve_device
 from logitcache.errors import CacheError, DataError, RecipeError, RemoteError
-from logitcache.files import read_bounded
 from logitcache.models import Classifier, Custom, StoredModel, load_model, read_stored, resolve_preprocessing
 from logitcache.recipe import load_recipe, read_recipe
 from logitcache.remote import is_remote
+from logitcache.safe_files import read_bounded
 from logitcache.student.alignment import TapSimilarity, compare_taps, require_features
 from logitcache.student.cost import Contender, Cost, Latency, LatencyPlan, costs, latencies
 from logitcache.student.measures import ClassAccuracy, GroupAccuracy

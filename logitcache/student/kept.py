@@ -5,8 +5,9 @@ from typing import Any
 
 from logitcache.console import say
 from logitcache.errors import RecipeError
-from logitcache.files import read_bounded, require_bounded, write_atomically
+from logitcache.files import write_atomically
 from logitcache.models import Classifier, StoredModel, load_weights, read_state, save_model, save_weights
+from logitcache.safe_files import read_bounded, require_bounded
 from logitcache.student.learner import Learner
 from logitcache.student.recipes import TrainingRecipe
 from logitcache.student.run import RunDirectory

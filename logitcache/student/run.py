@@ -21,9 +21,10 @@ import yaml
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from logitcache.errors import CacheError, MismatchError, RecipeError
-from logitcache.files import read_bounded, remove_leftovers, require_bounded, write_atomically
+from logitcache.files import remove_leftovers, write_atomically
 from logitcache.models.weights import load_plain
 from logitcache.recipe import Component, dump_recipe, load_recipe
+from logitcache.safe_files import read_bounded, require_bounded
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.trust import remember
 from logitcache.versions import versions

@@ -1,7 +1,7 @@
 """A state from a file, compared with a learner's own before anything of it is loaded."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,6 +37,14 @@ def require_alike(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     for rank in ranks:
         _require(rank, own["ranks"][0], "ranks")
     _require_moments(saved["optimizer"])
+
+
+def require_place(place: Sequence[int], num_batches: int, epochs: int) -> None:
+    """Raise ValueError for a step, epoch and batch that a run of so many epochs does not reach."""
+    reached = len(place) == 3 and all(
+        found <= most for found, most in zip(place, (epochs * num_batches, epochs, num_batches), strict=True)
+    )
+    _check(reached, "place", place, f"a step, epoch and batch within {epochs} epochs of {num_batches} batches")
 
 
 def _require(found: Any, own: Any, key: str) -> None:

@@ -11,9 +11,10 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from logitcache.errors import DataError, RecipeError
-from logitcache.files import read_bounded, write_atomically
+from logitcache.files import write_atomically
 from logitcache.models import Classifier, load_into, load_model, resolve_preprocessing
 from logitcache.recipe import Component, Count
+from logitcache.safe_files import read_bounded
 from logitcache.views.augmentations import Augmentation, CenterCrop, Resize
 from logitcache.views.augmentations.foreign import locks
 from logitcache.views.datasets.pixels import Mode, from_pil, from_value

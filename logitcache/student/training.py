@@ -30,7 +30,7 @@ from logitcache.student.progress import Progress
 from logitcache.student.ranks import Ranks, joined
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.run import RunDirectory
-from logitcache.student.saved import most_bytes, require_alike, require_shapes
+from logitcache.student.saved import most_bytes, require_alike, require_place, require_shapes
 from logitcache.student.sources import Given, LiveTargets, Source, as_given, open_source
 from logitcache.student.trained import Evaluation, evaluated_as
 from logitcache.student.trial import require_trainable
@@ -94,7 +94,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, given: Given, ra
         with run.held(), stop_flag() as stop:
             if resume and not run.begun:
                 say(f"there is no run in {run.path} to resume: a new one starts")
-            _take_up(learner, run)
+            _take_up(learner, run, len(source.loader), recipe.epochs)
             if before is not None:
                 extend(recipe, run, before, learner.step, len(source.loader))
             run.open(recipe, identity)
@@ -119,13 +119,14 @@ def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -
         )
 
 
-def _take_up(learner: Learner, run: RunDirectory) -> None:
-    """Continue from the checkpoint, if there is one."""
+def _take_up(learner: Learner, run: RunDirectory, num_batches: int, epochs: int) -> None:
+    """Continue from the checkpoint, if there is one, which lies within epochs of so many batches."""
     own = learner.state() if run.begun else {}
     saved = run.load_checkpoint(most_bytes(own))
     if saved is not None:
         with run.reading(run.checkpoint):
             require_alike(saved, own)
+            require_place(saved.get("place", (0, 0, 0)), num_batches, epochs)
         try:
             learner.load(saved)
         except Exception as cause:  # what a module does with a foreign state is its own business

@@ -161,7 +161,7 @@ def stored_array(root: Path, array: ArrayLayout) -> StoredArray:
                 data = (root / array.file(shard)).read_bytes()
                 found[array.number_of(shard)] = commit_record(memoryview(data), array.file(shard))
     values = np.frombuffer(b"".join(found.values()), np.uint8).reshape(len(found), -1)
-    records = Records(array.shards_per_view, np.array(list(found), np.int64), values, {})
+    records = Records(array.num_views * array.shards_per_view, np.array(list(found), np.int64), values, {})
     return StoredArray(LocalStore(root), array, records, "Fix: none")
 
 

@@ -67,11 +67,11 @@ def test_so_does_that_of_rows_which_are_damaged_after_the_cache_is_open(
         opened.answers([ViewKey(0, 0)])
 
 
-def test_without_a_manifest_no_command_is_named(caches: dict[str, Path]) -> None:
+def test_an_opened_cache_names_its_command_when_its_manifest_is_gone(caches: dict[str, Path]) -> None:
     opened = open_cache(caches["derive"])
     (caches["derive"] / SHARD).unlink()
     (caches["derive"] / "zarr.json").write_text("{}")
-    with pytest.raises(CacheError, match="Fix: run the command that made it again"):
+    with pytest.raises(CacheError, match="Fix: run the same `logitcache derive` command again"):
         opened.answers([ViewKey(0, 0)])
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from logitcache.errors import DataError, RefusedError
 from logitcache.files import SHA256, Measure, remembered
 from logitcache.recipe import Extended
-from logitcache.regular import open_regular
 from logitcache.remote import Remote, is_remote
+from logitcache.safe_files import open_regular
 from logitcache.views.datasets.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.ids import PackedIds, PathsBelow
 from logitcache.views.datasets.image_files import Orientation, decode, head_of, is_image, sizes_of, turned

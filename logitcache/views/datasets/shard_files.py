@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from logitcache import stamps
-from logitcache.regular import open_regular, require_regular
 from logitcache.remote import PART, Entry, Remote, is_remote
+from logitcache.safe_files import open_regular, require_regular
 from logitcache.views.datasets.tar_members import Readable
 
 _AHEAD = 3  # parts of a remote file that are fetched before they are used

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from logitcache.errors import DataError
-from logitcache.regular import open_regular
+from logitcache.safe_files import open_regular
 
 _MNIST = ("MNIST", "FashionMNIST", "KMNIST")  # four files of plain numbers (idx)
 _CIFAR = ("CIFAR10", "CIFAR100")  # pickles of known MD5: read by an unpickler that makes arrays alone
