@@ -151,7 +151,7 @@ def test_precompute_writes_just_the_damaged_shard_again(
     assert mend(cache) == 1
     assert contents(cache) == contents(sound)
     touched = {name for name, stamp in stamps(cache).items() if before[name] != stamp and (cache / name).is_file()}
-    assert touched == {SHARD, "t.logits.commits/c.1.1.0.0"}
+    assert touched == {SHARD, "t.logits.errors/c.1.1.0.0", "t.logits.commits/c.1.1.0.0"}
     assert open_cache(cache).complete
 
 

@@ -47,7 +47,7 @@ def test_exactly_the_damaged_files_are_written_again(cache: Path, capsys: pytest
     assert json.loads(capsys.readouterr().out)["problems"] == []
     assert contents(cache) == sound
     changed = {name for name, stamp in stamps(cache).items() if before[name] != stamp and (cache / name).is_file()}
-    assert changed == {SHARD, "t.logits.commits/c.1.1.0.0", "label/c/0"}
+    assert changed == {SHARD, "t.logits.errors/c.1.1.0.0", "t.logits.commits/c.1.1.0.0", "label/c/0"}
 
 
 def test_a_sound_cache_is_left_as_it_is(cache: Path) -> None:

@@ -148,7 +148,7 @@ def test_damage_is_found_and_just_it_is_mended(
     assert main(["verify", url, "--repair", written(tmp_path, "other.zarr"), "--json", "-q"]) == 0
     assert json.loads(capsys.readouterr().out)["problems"] == []
     assert store.contents(name) == whole
-    assert set(puts(store, f"/{name}/")) == {SHARD, "t.logits.commits/c.1.1.0.0"}
+    assert set(puts(store, f"/{name}/")) == {SHARD, "t.logits.errors/c.1.1.0.0", "t.logits.commits/c.1.1.0.0"}
 
 
 def test_a_sound_cache_is_verified_byte_by_byte_while_requests_fail(
