@@ -327,3 +327,10 @@ def test_the_example_of_the_docs_chooses_its_outputs(tmp_path: Path) -> None:
     )
     precompute(wanted, teachers={"imagenet": Linear(1000)})
     assert open_cache(tmp_path / "c").manifest.teachers["imagenet"].classes == (1, 25, 30)
+
+
+def test_a_classifier_that_is_given_brings_its_own_outputs(tmp_path: Path) -> None:
+    chosen = lc.Classifier(wide(), lc.Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3), CHOSEN)
+    found, wanted = make(tmp_path / "c", chosen), make(tmp_path / "d", wide(), classes=list(CHOSEN))
+    assert found.manifest.teachers == wanted.manifest.teachers
+    assert torch.equal(stored(tmp_path / "c", "t"), stored(tmp_path / "d", "t"))
