@@ -3,15 +3,18 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from logitcache.cache.arrays import FLAT_KEYS, PAGE, RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, TableLayout
 from logitcache.cache.encodings.base import RowArray, Storage, TableShape
-from logitcache.cache.manifest import LOGITS, VIEWS, Manifest, TeacherEntry
+from logitcache.cache.manifest import LOGITS, VIEWS, Manifest, StoredFeature, StoredLogits, TeacherEntry
 from logitcache.cache.row_errors import NUM_STATISTICS
+from logitcache.console import say
 from logitcache.errors import CacheError, RecipeError
+
+S = TypeVar("S", StoredLogits, StoredFeature)
 
 SHARD_BYTES = 32 << 20
 MAX_SHARD_ROWS, FEWEST_SHARDS, MOST_SHARD_ROWS = 65_536, 64, 1 << 20
@@ -235,7 +238,9 @@ def require_possible(manifest: Manifest, where: str) -> None:
 
 
 def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: int | None) -> int:
-    """Choose the rows of a shard: a power of two, pages full for every hot array, and the largest array near 32 MiB.
+    """Return the rows of a shard that are asked for, or choose them.
+
+    A power of two, pages full for every hot array, and the largest array near 32 MiB.
 
     Shard files of a hot array map one after another into one address range only if each fills whole pages. From 8.4
     million images on shards grow with their number, so that a view has 64 to 128 of them as far as 32 MiB allow: enough
@@ -243,18 +248,12 @@ def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: i
     million a view has 16 to 31, as far as pages and `FEWEST_SHARD_ROWS` allow: what is in progress when a run stops is
     lost.
     """
+    if asked is not None:
+        return asked
     kept = [kept_of(entry, target) for entry in entries for target in entry.targets]
     sizes = [(one.storage, row.num_bytes) for one in kept for row in one.rows]
     largest = max(size for _, size in sizes)
     step = max((PAGE // math.gcd(PAGE, size) for storage, size in sizes if storage == "hot"), default=1)
-    if asked is not None:
-        if asked % step:
-            near = max(step, round(asked / step) * step)
-            raise RecipeError(
-                f"shard_rows = {asked}: rows here fill whole pages of {PAGE} bytes only in multiples of {step}. "
-                f"Fix: shard_rows: {near}, or leave it out"
-            )
-        return asked
     rows = MAX_SHARD_ROWS
     while rows < MOST_SHARD_ROWS and 2 * rows * FEWEST_SHARDS <= num_images:
         rows *= 2
@@ -262,3 +261,27 @@ def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: i
     while rows > step and (rows * largest > SHARD_BYTES or rows > most or rows // 2 >= num_images):
         rows //= 2
     return rows
+
+
+def fit_to_pages(entries: Mapping[str, TeacherEntry], shard_rows: int) -> dict[str, TeacherEntry]:
+    """Store packed each hot target that would not fill whole pages with shards of so many rows."""
+    return {name: _fit_to_pages(name, entry, shard_rows) for name, entry in entries.items()}
+
+
+def _fit_to_pages(name: str, entry: TeacherEntry, shard_rows: int) -> TeacherEntry:
+    wrong = [target for target in entry.targets if not _fills_pages(kept_of(entry, target), shard_rows)]
+    for target in wrong:
+        say(f"teachers.{name}: {target} is stored packed, as shards of {shard_rows} rows do not fill whole pages")
+    features = {
+        target: _packed(stored) if target in wrong else stored for target, stored in entry.stored_features.items()
+    }
+    logits = _packed(entry.stored_logits) if entry.stored_logits and LOGITS in wrong else entry.stored_logits
+    return entry.model_copy(update={"stored_features": features, "stored_logits": logits})
+
+
+def _fills_pages(kept: Kept, shard_rows: int) -> bool:
+    return kept.storage != "hot" or all(shard_rows * row.num_bytes % PAGE == 0 for row in kept.rows)
+
+
+def _packed(stored: S) -> S:
+    return stored.model_copy(update={"form": stored.form.model_copy(update={"storage": "packed"})})

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from logitcache.cache.create import create_skeleton
 from logitcache.cache.derivation import Derivation, Member
 from logitcache.cache.differences import short
-from logitcache.cache.layout import choose_shard_rows, layout_of
+from logitcache.cache.layout import choose_shard_rows, fit_to_pages, layout_of
 from logitcache.cache.manifest import LOGITS, Manifest, StoredLogits, TeacherEntry
 from logitcache.cache.shards import ShardReader
 from logitcache.cache.sharing import alone
@@ -160,7 +160,8 @@ def prepare_derived(recipe: DeriveRecipe, source: Source, target: Path, store: S
     if target == store.path:
         return _continue(store, recipe, source, wanted, samples)
     entries, tables = _fit(source, asked, manifest.views.num_views)
-    goal = wanted.model_copy(update={"teachers": entries, "shard_rows": _shard_rows(recipe, source, entries)})
+    rows = _shard_rows(recipe, source, entries)
+    goal = wanted.model_copy(update={"teachers": fit_to_pages(entries, rows), "shard_rows": rows})
     create_skeleton(target, store, goal, samples, table_files(layout_of(goal), tables))
     inherit(source.snapshot.identity, goal.digest())
     return new_plan(store, goal)
@@ -221,13 +222,7 @@ def _shard_rows(recipe: DeriveRecipe, source: Source, entries: Mapping[str, Teac
             f"shard_rows is {recipe.shard_rows}, and what is kept comes in shards of {manifest.shard_rows} rows. "
             "Fix: leave it out"
         )
-    try:
-        return choose_shard_rows(list(entries.values()), manifest.num_images, manifest.shard_rows)
-    except RecipeError as error:
-        raise RecipeError(
-            f"what is kept comes in shards of {manifest.shard_rows} rows, which others would not fill whole pages "
-            "with. Fix: storage: packed for the logits that are encoded anew, or nothing in `keep`"
-        ) from error
+    return manifest.shard_rows
 
 
 def _continue(store: Store, recipe: DeriveRecipe, source: Source, wanted: Manifest, samples: Samples) -> Plan:

@@ -46,7 +46,7 @@ class DerivedTeacher(Component):
 class DeriveRecipe(Component):
     """Which finished cache, what is made of it, and where that goes; `num_views` takes the first views only.
 
-    `shard_rows` as in precompute; where something is copied, the shards are those of the source.
+    `shard_rows` as in precompute; if something is copied, the shards are those of the source.
     """
 
     cache: str

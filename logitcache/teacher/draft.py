@@ -14,7 +14,7 @@ from logitcache.cache.arrays import Shard
 from logitcache.cache.coders import Coders
 from logitcache.cache.commits import Records
 from logitcache.cache.differences import is_more
-from logitcache.cache.layout import Layout
+from logitcache.cache.layout import Layout, fit_to_pages
 from logitcache.cache.manifest import Manifest
 from logitcache.cache.sharing import target_of
 from logitcache.cache.skeleton import require_sound_skeleton
@@ -28,7 +28,7 @@ from logitcache.teacher.calibration import rows_to_answer
 from logitcache.teacher.fitting import Tables, fit
 from logitcache.teacher.models import Teacher
 from logitcache.teacher.opening import as_given, as_recorded, build_teachers, open_images
-from logitcache.teacher.preparation import Plan, begin, require_whole_pages, standing
+from logitcache.teacher.preparation import Plan, begin, standing
 from logitcache.teacher.recipes import PrecomputeRecipe
 from logitcache.teacher.timing import answered, by_row
 from logitcache.views import canaries
@@ -146,8 +146,7 @@ def _grown(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], stor
     goal, tables = found.goal, dict[str, Any]()
     if is_more(goal, found.cache.manifest):
         entries, tables = fit(recipe, views, teachers, goal.teachers, found.examples, most_rows=most)
-        goal = goal.model_copy(update={"teachers": entries})
-        require_whole_pages(store, goal, found.cache.manifest)
+        goal = goal.model_copy(update={"teachers": fit_to_pages(entries, goal.shard_rows)})
     return _Goal(found.recorded, goal, tables, PASSES * len(found.recorded.canaries), found.cache.records)
 
 

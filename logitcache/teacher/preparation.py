@@ -15,7 +15,7 @@ from logitcache.cache.derivation import require_not_derived
 from logitcache.cache.differences import extends, is_more, require_growth
 from logitcache.cache.growth import begin_growth, forget_growth, grown, read_growth
 from logitcache.cache.images import require_same_images
-from logitcache.cache.layout import CHECKSUMS, Layout, choose_shard_rows, layout_of
+from logitcache.cache.layout import CHECKSUMS, Layout, choose_shard_rows, fit_to_pages, layout_of
 from logitcache.cache.manifest import Manifest, TeacherEntry, recordable
 from logitcache.cache.reached import finish_growth, note_errors
 from logitcache.cache.reader import Cache
@@ -27,7 +27,6 @@ from logitcache.cache.store import Store
 from logitcache.cache.unreadable import forget_unreadable, with_mended_images
 from logitcache.cache.verify import damaged
 from logitcache.console import say
-from logitcache.errors import RecipeError
 from logitcache.files import remove_leftovers
 from logitcache.models import weights_digest
 from logitcache.targets import Targets
@@ -108,7 +107,7 @@ def begin(
     asked = entries_of(recipe, teachers, views.dataset, examples)
     entries, tables = fit(recipe, views, teachers, asked, examples, most_rows=most_rows)
     rows = choose_shard_rows(list(entries.values()), len(views.dataset.ids), recipe.shard_rows)
-    return _manifest(recipe, views, entries, records, pixels, rows), samples, tables
+    return _manifest(recipe, views, fit_to_pages(entries, rows), records, pixels, rows), samples, tables
 
 
 class Standing(NamedTuple):
@@ -166,8 +165,7 @@ def _continue(store: Store, recipe: PrecomputeRecipe, views: Views, teachers: li
         remove_leftovers(store.path)
     if is_more(goal, manifest):
         entries, added = fit(recipe, views, teachers, goal.teachers, examples)
-        goal = goal.model_copy(update={"teachers": entries})
-        require_whole_pages(store, goal, manifest)
+        goal = goal.model_copy(update={"teachers": fit_to_pages(entries, goal.shard_rows)})
         begin_growth(store, goal, {**tables, **table_files(layout_of(goal), added)})
     filled = cache.of(goal)
     return Plan.of(filled, unfinished(filled), cache)
@@ -187,26 +185,6 @@ def _goal(cache: Snapshot, wanted: Manifest) -> Manifest:
     )
     require_growth(begun, wanted, f"{store}{growing if is_more(begun, recorded) else ''}")
     raise AssertionError("it neither extends the cache nor differs from it")
-
-
-def require_whole_pages(store: Store, goal: Manifest, recorded: Manifest) -> None:
-    """Raise RecipeError naming what is new and would not fill whole pages with the shards that a cache has."""
-    for name, entry in goal.teachers.items():
-        added = [target for target in entry.targets if target not in recorded.targets.get(name, ())]
-        wrong = [target for target in added if not _fills_pages(entry.restricted([target]), goal)]
-        if wrong:
-            raise RecipeError(
-                f"{store} has shards of {goal.shard_rows} rows, which {', '.join(wrong)} of teachers.{name} "
-                "would not fill whole pages with. Fix: storage: packed for these, or another cache"
-            )
-
-
-def _fills_pages(entry: TeacherEntry, goal: Manifest) -> bool:
-    try:
-        choose_shard_rows([entry], goal.num_images, goal.shard_rows)
-    except RecipeError:
-        return False
-    return True
 
 
 def finish(plan: Plan) -> list[Shard]:

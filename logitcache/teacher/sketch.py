@@ -9,7 +9,7 @@ from torch import nn
 from logitcache.cache.arrays import ArrayLayout, Shard
 from logitcache.cache.coders import Coders
 from logitcache.cache.encodings import FeatureForm
-from logitcache.cache.layout import choose_shard_rows
+from logitcache.cache.layout import choose_shard_rows, fit_to_pages
 from logitcache.cache.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry, recordable
 from logitcache.cache.sharing import target_of
 from logitcache.cache.snapshot import Snapshot, locate
@@ -101,15 +101,16 @@ def _largest(entry: TeacherEntry, teacher: Teacher, shapes: Mapping[str, tuple[i
 
 def _new(recipe: PrecomputeRecipe, views: Views, entries: dict[str, TeacherEntry], shape: torch.Size) -> Manifest:
     keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)
+    shard_rows = choose_shard_rows(list(entries.values()), len(views.dataset.ids), recipe.shard_rows)
     return Manifest(
         dataset=recipe.dataset,
         fingerprint=_fingerprint(views.dataset),
         views=recipe.views,
         image_shape=(shape[1], shape[2], shape[3]),
-        shard_rows=choose_shard_rows(list(entries.values()), len(views.dataset.ids), recipe.shard_rows),
+        shard_rows=shard_rows,
         row_checksums=recipe.row_checksums,
         parameters=recipe.views.columns() if recipe.record_parameters else None,
-        teachers=entries,
+        teachers=fit_to_pages(entries, shard_rows),
         canaries=tuple(
             canaries.Canary(view=key.view, index=key.index, raw=NOT_READ, plan=NOT_READ, augmented=NOT_READ)
             for key in keys
@@ -133,4 +134,5 @@ def _fingerprint(dataset: ImageDataset) -> Fingerprint:
 def _grown(recipe: PrecomputeRecipe, cache: Snapshot, entries: dict[str, TeacherEntry]) -> Manifest:
     """Return what a recipe makes of a cache: more views, teachers and targets."""
     views = cache.manifest.views.model_copy(update={"num_views": recipe.views.num_views})
-    return cache.manifest.model_copy(update={"views": views, "teachers": entries})
+    packed = fit_to_pages(entries, cache.manifest.shard_rows)
+    return cache.manifest.model_copy(update={"views": views, "teachers": packed})

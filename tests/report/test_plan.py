@@ -323,11 +323,6 @@ def test_what_precompute_refuses_is_refused(
         told(cache, **{"shard_rows": 128, **changes})
 
 
-def test_shards_that_do_not_fill_pages_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="whole pages"):
-        told(tmp_path / "c", shard_rows=100)
-
-
 def test_a_place_that_is_no_cache_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(CacheError, match="is no cache"):

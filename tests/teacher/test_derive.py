@@ -284,3 +284,16 @@ def test_a_recipe_of_a_run_that_is_complete_does_nothing(two: Path, tmp_path: Pa
     before = contents(tmp_path / "d")
     assert derive(plan).shards_written == 0
     assert contents(tmp_path / "d") == before
+
+
+def test_what_is_encoded_anew_is_packed_where_the_shards_of_what_is_kept_do_not_fill_pages(tmp_path: Path) -> None:
+    hot = {"kind": "top_k", "k": 3, "storage": "hot"}
+    cache = source(tmp_path / "c")
+    derive(derivation(cache, tmp_path / "d", {"a": {"keep": "all"}, "b": {"logits": hot}}))
+    assert verified(tmp_path / "d") == ()
+    made = open_cache(tmp_path / "d").manifest
+    forms = [made.teachers[name].stored_logits for name in "ab"]
+    assert [form.form.storage for form in forms if form is not None] == ["hot", "packed"]
+    expected = ENCODING.validate_python(hot).encode(stored(cache, "b"))
+    assert rows(tmp_path / "d", "b").keys() == expected.keys()
+    assert derive(derivation(cache, tmp_path / "d", {"a": {"keep": "all"}, "b": {"logits": hot}})).shards_written == 0

@@ -66,7 +66,6 @@ def refused(cache: Path, out: Path, teachers: dict[str, Any], **changes: Any) ->
         ({"a": {"logits": {"kind": "top_k", "k": 99}}}, {}, RecipeError, "k = 99 of 16 classes"),
         (A, {"num_views": 3}, RecipeError, "num_views is 3, .* has 2. Fix: at most these"),
         ({"a": {"keep": "all"}}, {"shard_rows": 256}, RecipeError, "comes in shards of 128 rows"),
-        ({"a": {"keep": "all"}, "b": {"logits": {**TOP3, "storage": "hot"}}}, {}, RecipeError, "storage: packed for"),
     ],
 )
 def test_what_the_source_does_not_have_is_named(

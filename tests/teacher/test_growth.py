@@ -12,12 +12,13 @@ import zarr
 from torch import nn
 
 from logitcache import console
+from logitcache.cache.encodings import Dense
 from logitcache.cache.garbage import collect
 from logitcache.cache.reader import open_cache
 from logitcache.cache.skeleton import GROWING
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.store import LocalStore
-from logitcache.errors import CacheError, MismatchError, RecipeError, ReplayMismatchError
+from logitcache.errors import CacheError, MismatchError, ReplayMismatchError
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.verification import verify
 from logitcache.teacher.precompute import PrecomputeResult, precompute
@@ -256,17 +257,41 @@ def test_other_pixels_that_no_canary_shows_are_noticed_by_row_checksums(
     assert not list((cache / "u.logits.commits").glob("c.*"))
 
 
-def test_a_teacher_whose_rows_do_not_fill_pages_is_refused(tmp_path: Path) -> None:
+def test_a_teacher_whose_rows_do_not_fill_pages_is_stored_packed(tmp_path: Path) -> None:
     grow(tmp_path / "c.zarr", 1, "t", shard_rows=128)
-    with pytest.raises(RecipeError, match=r"shards of 128 rows, which logits of teachers.v .*storage: packed"):
-        grow(tmp_path / "c.zarr", 1, "tv", shard_rows=128)
+    grow(tmp_path / "c.zarr", 1, "tv", shard_rows=128)
+    assert grow(tmp_path / "c.zarr", 1, "tv", shard_rows=128).shards_written == 0
+    opened = open_cache(tmp_path / "c.zarr")
+    assert verified(tmp_path / "c.zarr") == ()
+    entry = opened.manifest.teachers["v"]
+    assert entry.logits == Dense(dtype="float16")  # as it was asked for
+    assert entry.stored_logits is not None
+    assert entry.stored_logits.form.storage == "packed"
+    grow(tmp_path / "apart.zarr", 1, "v")
+    views = [ViewKey(0, index) for index in range(NUM_IMAGES)]
+    apart = open_cache(tmp_path / "apart.zarr")
+    assert torch.equal(opened.rows(views)["v"].logits, apart.rows(views)["v"].logits)
 
 
-def test_of_what_is_added_only_what_does_not_fill_pages_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard_rows", [1, 7, 100])
+def test_any_number_of_rows_is_a_shard(shard_rows: int, tmp_path: Path) -> None:
+    grow(tmp_path / "c.zarr", 1, "tuv", shard_rows=shard_rows)
+    assert verified(tmp_path / "c.zarr") == ()
+    opened = open_cache(tmp_path / "c.zarr")
+    assert opened.manifest.shard_rows == shard_rows
+    grow(tmp_path / "d.zarr", 1, "tuv")
+    views = [ViewKey(0, index) for index in range(NUM_IMAGES)]
+    ours, theirs = opened.rows(views), open_cache(tmp_path / "d.zarr").rows(views)
+    assert all(torch.equal(ours[name].logits, theirs[name].logits) for name in "tuv")
+
+
+def test_of_what_is_added_only_what_does_not_fill_pages_is_packed(tmp_path: Path) -> None:
     features = {"tokens": FEATURES["tokens"], "pooled": {**FEATURES["pooled"], "storage": "hot"}}
     run(tmp_path / "c.zarr", images(), Net(), teachers={"t": keeping()}, shard_rows=128)
-    with pytest.raises(RecipeError, match=r"shards of 128 rows, which pooled of teachers\.t .*storage: packed"):
-        run(tmp_path / "c.zarr", images(), Net(), teachers={"t": keeping(None, features)}, shard_rows=128)
+    run(tmp_path / "c.zarr", images(), Net(), teachers={"t": keeping(None, features)}, shard_rows=128)
+    stored = open_cache(tmp_path / "c.zarr").manifest.teachers["t"].stored_features
+    assert features["tokens"].get("storage", "hot") == "hot"
+    assert {name: kept.form.storage for name, kept in stored.items()} == {"tokens": "hot", "pooled": "packed"}
 
 
 def test_plain_readers_see_the_grown_arrays(cache: Path) -> None:
