@@ -1,0 +1,123 @@
+"""Every example of README and docs: Python is run, recipes are validated, commands exist with their options."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from logitcache.cache.reader import open_cache
+from logitcache.cli.commands import app
+from logitcache.recipe import load_recipe
+from logitcache.report.recipes import check_recipes
+from logitcache.student.training import train
+from logitcache.teacher.derive import derive
+from logitcache.teacher.derive_recipe import DeriveRecipe
+from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from tests.cache.made import verified
+from tests.student.small import student
+from tests.teacher.nets import Net, images
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FASHION = ROOT / "pipelines/fashion_mnist/precompute.yaml"
+EXCERPTS: dict[str, dict[str, Any]] = {
+    "recipes.md 0": {"cache": "c.zarr", "teachers": {"t": {"model": {"kind": "bundled"}}}},
+    "recipes.md 1": {"cache": "c.zarr", "dataset": {"kind": "bundled"}},
+    "recipes.md 2": {"cache": "c.zarr", "out": "run", "epochs": 1, "model": {"kind": "small_cnn"}},
+}
+"""Recipes of which a page shows a part, by page and number: what the rest of each may be."""
+
+
+def blocks(language: str) -> list[Any]:
+    """List the examples in a language as (page and number, text)."""
+    found = [(page, re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)) for page in PAGES]
+    return [
+        pytest.param(f"{page.name} {number}", text, id=f"{page.name} {number}")
+        for page, texts in found
+        for number, text in enumerate(texts)
+    ]
+
+
+def test_every_example_is_in_a_language_that_is_tried() -> None:
+    languages = {
+        name
+        for page in PAGES
+        for name in re.findall(r"^```(\S*)\n.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    }
+    assert languages == {"bash", "python", "text", "yaml"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the cache, the run and the image that the pages name."""
+    folder = tmp_path_factory.mktemp("examples")
+    cache = folder / "caches/fashion_mnist/train.zarr"
+    changes = [f"cache={cache}", "dataset.num_images=50", "num_workers=0", "views.num_views=2"]
+    precompute(load_recipe(FASHION, PrecomputeRecipe, changes))
+    train(student(folder / "runs/student", cache, epochs=1))
+    Image.new("L", (40, 30)).save(folder / "shoe.png")
+    return folder
+
+
+@pytest.mark.parametrize(("name", "code"), blocks("python"))
+def test_python_runs(name: str, code: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    code = code.replace("s3://bucket/caches/train.zarr", "caches/fashion_mnist/train.zarr")
+    torch.manual_seed(0)
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.parametrize(("name", "text"), blocks("yaml"))
+def test_recipes_are_valid(name: str, text: str, tmp_path: Path) -> None:
+    entries = yaml.safe_load(text)
+    if name == "recipes.md 1":
+        entries["teachers"]["net"]["model"] = {"kind": "torchvision", "name": "resnet18", "weights": None}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(EXCERPTS.get(name, {}) | entries))
+    (checked,) = check_recipes([file])
+    assert checked.error is None
+
+
+def test_only_what_the_table_names_is_an_excerpt() -> None:
+    names = [block.values[0] for block in blocks("yaml")]
+    assert set(EXCERPTS) <= set(names)
+    whole = {name for block in blocks("yaml") if (name := block.values[0]) not in EXCERPTS}
+    assert all("cache" in yaml.safe_load(block.values[1]) for block in blocks("yaml") if block.values[0] in whole)
+
+
+@pytest.mark.parametrize(("name", "text"), blocks("bash"))
+def test_commands_exist_with_their_options(name: str, text: str) -> None:
+    lines = [line.split(" #")[0].strip() for line in text.replace("\\\n", " ").splitlines()]
+    for words in (shlex.split(line) for line in lines if line.startswith("logitcache ")):
+        names = words[1:3] if words[1] == "recipe" else words[1:2]
+        shown = CliRunner().invoke(app, [*names, "--help"])
+        assert shown.exit_code == 0, words
+        assert all(word in shown.output for word in words if word.startswith("--")), words
+        for word in words:
+            assert not word.startswith("pipelines/") or (ROOT / word).exists(), word
+
+
+def test_the_first_example_of_derive_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pooled = {"pooled": {"kind": "pooled", "tap": "relu"}}
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    entries = {"resnet50": {"preprocessing": half, "features": pooled}, "vit": {"preprocessing": half}}
+    recipe = {"cache": "caches/imagenet.zarr", "teachers": entries, "num_workers": 0, "device": "cpu"}
+    Path("caches").mkdir()
+    modules = {"resnet50": Net(), "vit": Net()}
+    precompute(load_recipe(recipe, PrecomputeRecipe), teachers=modules, dataset=images(300))
+    (text,) = [block.values[1] for block in blocks("yaml") if block.values[0] == "derive.md 0"]
+    derive(load_recipe(yaml.safe_load(text), DeriveRecipe))
+    assert verified(Path("caches/imagenet-small.zarr")) == ()
+    made = open_cache("caches/imagenet-small.zarr").manifest.teachers
+    assert {name: set(entry.targets) for name, entry in made.items()} == {
+        "resnet50": {"logits", "pooled"},
+        "vit": {"logits"},
+        "both": {"logits"},
+    }
