@@ -329,7 +329,7 @@ def test_a_reader_at_any_moment_of_the_last_step_sees_the_old_state_or_the_new(
     assert seen[0] == (2, 1)
     assert seen[-1] == (3, 2)
     assert set(seen) == {(2, 1), (3, 2)}
-    assert len(seen) == 2 * 10  # before and after each file
+    assert len(seen) == 2 * 11  # before and after each file
 
 
 @pytest.mark.parametrize("moment", range(0, 14, 2))
