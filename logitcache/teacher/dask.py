@@ -153,16 +153,23 @@ def local_cluster(workers: int, device: torch.device) -> Iterator[Local]:
     }
     specs = {number: {"cls": Nanny, "options": {**options, **own}} for number, own in enumerate(_own(workers, device))}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
-    with (
-        dask.config.set(_NANNY),
+    with dask.config.set(_NANNY), contextlib.ExitStack() as ending:
         # Without workers at first: one that is killed while it starts would end the cluster.
-        SpecCluster(scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
-    ):
+        cluster = SpecCluster(scheduler=scheduler, silence_logs=logging.CRITICAL)
+        ending.callback(_close, cluster)
         cluster.worker_spec.update(specs)
         started = _Starts(cluster)
         started.check()
         say(f"{workers} workers; dashboard at {cluster.dashboard_link}")
         yield Local(cluster.scheduler_address, max(1, len(os.sched_getaffinity(0)) // workers), started.check)
+
+
+def _close(cluster: "SpecCluster") -> None:
+    """Close a cluster; workers that do not end in time, as on a loaded machine, end with this process."""
+    try:
+        cluster.close()
+    except TimeoutError:
+        say("workers did not end in time; they end with this process, and nothing that is committed is lost")
 
 
 class _Starts:

@@ -85,3 +85,18 @@ def test_ctrl_c_stops_a_cluster_of_this_machine_and_the_command_continues(tmp_pa
     precompute(plan.model_copy(update={**quicker, "cache": str(tmp_path / "w.zarr")}))
     assert contents(cache) == contents(tmp_path / "w.zarr")
     assert sorted(os.listdir(tmp_path)) == ["c.zarr", "r.yaml", "w.zarr"]
+
+
+def test_workers_that_do_not_end_in_time_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from distributed import SpecCluster
+
+    close = SpecCluster.close
+
+    def late(cluster: SpecCluster, timeout: float | None = None) -> None:
+        if cluster.status.name != "closed":
+            close(cluster, timeout)
+            raise TimeoutError
+
+    monkeypatch.setattr(SpecCluster, "close", late)
+    result = precompute_on_cluster(named(tmp_path / "c.zarr"), workers=1)
+    assert result.shards_left == 0
