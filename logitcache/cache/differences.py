@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 from logitcache.cache.manifest import LOGITS, Manifest, TeacherEntry
 from logitcache.errors import MismatchError
@@ -63,7 +64,7 @@ def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry
     return [f"teachers.{name}.{key}: the cache has {short(a)}, the recipe {short(b)}" for key, a, b in pairs if a != b]
 
 
-def _other_outputs(recorded: Outputs, wanted: Outputs) -> list[tuple[str, object, object]]:
+def _other_outputs(recorded: Outputs, wanted: Outputs) -> list[tuple[str, Any, Any]]:
     """Return which outputs of the network differ: that of the first class, or all if only one teacher chooses."""
     if recorded is None or wanted is None:
         return [("classes", recorded, wanted)]
