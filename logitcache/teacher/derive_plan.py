@@ -205,8 +205,10 @@ def _fit(source: Source, entries: Mapping[str, TeacherEntry], num_views: int) ->
                 tables |= source.tables(name, target)
                 continue
             assert entry.logits is not None
-            coder = entry.logits.fitted(source.sample(name, num_views))
-            stored = StoredLogits.measured(coder.form, entry.logits, **recorded_tables(coder.tables, num_views))
+            sample = source.sample(name, num_views)
+            coder = entry.logits.fitted(sample)
+            known = recorded_tables(coder.tables, num_views, sample.wanted_rows)
+            stored = StoredLogits.measured(coder.form, entry.logits, **known)
             fitted[name] = entry.model_copy(update={"stored_logits": stored})
             tables |= {f"{name}.{target}.{key}": table for key, table in coder.tables.items()}
     return fitted, tables

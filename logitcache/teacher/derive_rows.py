@@ -87,14 +87,18 @@ class CachedSample:
         """Rows of the whole cache."""
         return self.reader.snapshot.manifest.num_images * self.reader.snapshot.manifest.views.num_views
 
+    @property
+    def wanted_rows(self) -> int:
+        """How many rows are drawn, unless there are fewer."""
+        member = next(iter(self.origin.weights))
+        return num_calibration_rows(self.reader.snapshot.manifest.teachers[member].num_classes or 0)
+
     @cached_property
     def _rows(self) -> dict[Shard, list[int]]:
         """The indices of the rows, by shard."""
         manifest, layout = self.reader.snapshot.manifest, self.reader.layout
-        num_classes = manifest.teachers[next(iter(self.origin.weights))].num_classes or 0
-        count, spec = num_calibration_rows(num_classes), manifest.views
-        found: dict[Shard, list[int]] = {}
-        for view, index in calibration_keys(spec.seed, manifest.num_images, spec.num_views, count):
+        spec, found = manifest.views, dict[Shard, list[int]]()
+        for view, index in calibration_keys(spec.seed, manifest.num_images, spec.num_views, self.wanted_rows):
             found.setdefault(layout.shard(view, index // layout.shard_rows), []).append(index)
         return found
 

@@ -70,7 +70,7 @@ def _fitted(entry: TeacherEntry, sample: Calibration) -> tuple[TeacherEntry, dic
     return entry.model_copy(update={"stored_logits": logits, "stored_features": features}), found
 
 
-def recorded_tables(tables: Tables, num_views: int, num_rows: int | None = None) -> dict[str, Any]:
+def recorded_tables(tables: Tables, num_views: int, num_rows: int) -> dict[str, Any]:
     """Return what the manifest records of tables, which were fitted to so many rows of so many views."""
     digests = {name: hashlib.sha256(table_bytes(table)).hexdigest() for name, table in tables.items()}
     if not digests:
