@@ -13,11 +13,10 @@ from zarr.storage import MemoryStore
 from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout, Shard
 from logitcache.cache.commits import Records, read_records
 from logitcache.cache.encodings import Dense, PackedTopK, TopK
-from logitcache.cache.layout import SHARD_BYTES, Layout, choose_shard_rows
+from logitcache.cache.layout import SHARD_BYTES, Layout, choose_shard_rows, fit_to_pages
 from logitcache.cache.manifest import StoredLogits, TeacherEntry
 from logitcache.cache.store import LocalStore
 from logitcache.cache.writer import ShardEncoder
-from logitcache.errors import RecipeError
 from logitcache.models import Preprocessing
 
 ENCODINGS = [Dense(), Dense(dtype="float32"), Dense(storage="packed"), TopK(k=1), TopK(k=3, storage="packed")]
@@ -98,23 +97,12 @@ def test_shards_grow_with_the_images_until_they_take_a_million_rows(num_images: 
 
 
 @given(st.sampled_from([Dense(), Dense(dtype="float32"), TopK(k=3)]), st.integers(3, 3000), st.integers(1, 9000))
-def test_rows_that_do_not_fill_pages_are_refused_with_the_nearest_that_do(
-    logits: Any, num_classes: int, asked: int
-) -> None:
-    entries = [entry(logits, num_classes)]
-
-    def fills(rows: int) -> bool:
-        return all(rows * row.num_bytes % PAGE == 0 for row in logits.arrays(num_classes))
-
-    if fills(asked):
-        assert choose_shard_rows(entries, 10**6, asked) == asked
-        return
-    nearest = min((rows for rows in range(1, asked + PAGE + 1) if fills(rows)), key=lambda rows: abs(rows - asked))
-    with pytest.raises(RecipeError, match=f"shard_rows = {asked}") as caught:
-        choose_shard_rows(entries, 10**6, asked)
-    suggested = int(str(caught.value).split("Fix: shard_rows: ")[1].split(",")[0])
-    assert fills(suggested)
-    assert abs(suggested - asked) == abs(nearest - asked)
+def test_what_does_not_fill_pages_is_stored_packed(logits: Any, num_classes: int, asked: int) -> None:
+    wanted = entry(logits, num_classes)
+    assert choose_shard_rows([wanted], 10**6, asked) == asked
+    stored = fit_to_pages({"t": wanted}, asked)["t"].stored_logits
+    fills = all(asked * row.num_bytes % PAGE == 0 for row in logits.arrays(num_classes))
+    assert stored == wanted.stored_logits if fills else stored.form.storage == "packed"
 
 
 @given(st.integers(1, 40), st.integers(1, 500), st.integers(1, 200))

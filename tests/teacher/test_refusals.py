@@ -231,7 +231,6 @@ def test_what_is_no_cache_is_never_overwritten(content: str, tmp_path: Path) -> 
     ("changes", "message"),
     [
         ({"teachers": {"t": teacher(TOP2 | {"k": 17})}}, "top_k keeps k = 17 of 16 classes"),
-        ({"shard_rows": 100}, "shard_rows = 100.*Fix: shard_rows: 128"),
         ({"device": "cuda:77"}, "cuda:77"),
         ({"teachers": {"t": teacher(preprocessing=None)}}, "how its pixels were normalised"),
         ({"teachers": {"other": teacher()}}, r"teachers \['t'\] were given, but the recipe names \['other'\]"),

@@ -103,11 +103,14 @@ def _other_form(
         if not np.array_equal(np.sort(old), np.sort(new)):
             return None
         order[np.argsort(old, kind="stable")] = np.argsort(new, kind="stable")
-    for form in _FORMS:
-        names = [unicodedata.normalize(form, dataset.ids[place]) for place in order.tolist()]
-        if names_digest(names) == then.ids:
-            return form
-    return None
+    names = [dataset.ids[place] for place in order.tolist()]
+    if names_digest(names) == then.ids:  # the names are the same, in another order
+        return None
+    return next((form for form in _FORMS if names_digest(_normalized(names, form)) == then.ids), None)
+
+
+def _normalized(names: list[str], form: Literal["NFC", "NFD"]) -> list[str]:
+    return [unicodedata.normalize(form, name) for name in names]
 
 
 def _places(these: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:
