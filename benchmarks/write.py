@@ -154,11 +154,11 @@ def writer_row(num_images: int, folder: Path) -> Row:
     path = folder / "hot.zarr"
     layout = skeleton(path, DENSE, num_images, 1)
     shards, generator = list(layout.shards()), np.random.default_rng(0)
-    [array] = layout.arrays
-    values = made(array, array.shard_rows, generator)
+    array, errors = layout.arrays
+    values, none = made(array, array.shard_rows, generator), np.zeros((1, *errors.row_shape), errors.dtype)
     writer, started = CacheWriter(LocalStore(path), layout), time.perf_counter()
     for shard in shards:
-        writer.submit(shard, {array.name: values[: shard.stop - shard.start]})
+        writer.submit(shard, {array.name: values[: shard.stop - shard.start], errors.name: none})
     writer.flush()
     rate = num_images * array.row_bytes / (time.perf_counter() - started) / 1e6
     writer.close()
