@@ -128,16 +128,21 @@ class Mirror(Store):
         if time.monotonic() - self._absent.get(key, -FRESH) < FRESH:
             raise FileNotFoundError(f"{self}/{key}")
         try:
-            data = self.remote.read(key, most=most)
+            data = self.stored(key, most)
         except FileNotFoundError:
             self._absent[key] = time.monotonic()
             raise
+        self.keep(key, data)
+        return data
+
+    def stored(self, key: str, most: int) -> bytes:
+        """Read a file of at most `most` bytes from the storage; raises as `read` does."""
+        try:
+            return self.remote.read(key, most=most)
         except RemoteError as error:
             if too_long(most) not in str(error):
                 raise
             raise CacheError(f"{self}/{key} has more than {most} bytes. Fix: restore it") from error
-        self.keep(key, data)
-        return data
 
     def exists(self, key: str) -> bool:
         """Whether a file is there; a new one is downloaded."""
@@ -222,9 +227,9 @@ class Mirror(Store):
         """Open the file of a shard, downloaded if it is not here."""
         return self._here(part, self._shards.open)
 
-    def read_shard(self, part: StoredShard) -> bytes:
-        """Read a shard, downloaded if it is not here."""
-        return self._here(part, self._shards.read)
+    def read_shard(self, part: StoredShard, *, keep: bool = True) -> bytes:
+        """Read a shard, downloaded if it is not here; without `keep` from the storage alone."""
+        return self._here(part, self._shards.read) if keep else fetched(self.remote, part)
 
     def _here(self, part: StoredShard, reading: Callable[[StoredShard], T]) -> T:
         """Read a shard that is here, whatever other processes remove to make room for theirs."""
@@ -247,9 +252,13 @@ class Mirror(Store):
                 written.finish(data)
 
     def drop(self, key: str) -> None:
-        """Let the mirror lack a file."""
-        file = inside(self._path, key)
+        """Let the mirror lack a file that the storage does not have."""
         self._absent[key] = time.monotonic()
+        self.forget(key)
+
+    def forget(self, key: str) -> None:
+        """Let the mirror lack a file, which is read from the storage when it is needed."""
+        file = inside(self._path, key)
         with _explained(file):
             file.unlink(missing_ok=True)
 

@@ -83,10 +83,15 @@ def _update(mirror: Mirror, most: Mapping[str, int], fresh: bool, is_same: bool)
     def one(key: str) -> None:
         here = _here(mirror, key)
         try:
-            if here is None or not _is_known(mirror, key, here, fresh, is_same):
-                mirror.keep(key, mirror.remote.read(key, most=most[key]))
+            if here is not None and _is_known(mirror, key, here, fresh, is_same):
+                return
+            data = mirror.stored(key, most[key])
         except FileNotFoundError:
             mirror.drop(key)
+        except CacheError:  # larger than it may be, which is an error when it is read
+            mirror.forget(key)
+        else:
+            mirror.keep(key, data)
 
     for _ in mirror.remote.each(one, list(most)):
         pass

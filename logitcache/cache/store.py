@@ -110,8 +110,11 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def read_shard(self, part: StoredShard) -> bytes:
-        """Read a shard, whose bytes are compared with its record in any case; raises as `open` does."""
+    def read_shard(self, part: StoredShard, *, keep: bool = True) -> bytes:
+        """Read a shard, whose bytes are compared with its record in any case; raises as `open` does.
+
+        Without `keep` a shard that is elsewhere is not kept here.
+        """
 
 
 class LocalStore(Store):
@@ -190,6 +193,6 @@ class LocalStore(Store):
         """Open the file of a shard."""
         return self._shards.open(part)
 
-    def read_shard(self, part: StoredShard) -> bytes:
+    def read_shard(self, part: StoredShard, *, keep: bool = True) -> bytes:
         """Read a shard."""
         return self._shards.read(part)

@@ -40,11 +40,12 @@ class StoredArray:
         with self._explained(shard):
             return self.store.open(self.part(shard))
 
-    def read(self, shard: Shard) -> bytes:
-        """Read a shard, whose bytes match its record; raise CacheError if they do not."""
-        self.ensure([shard])
+    def read(self, shard: Shard, *, keep: bool = True) -> bytes:
+        """Read a shard, whose bytes match its record; raise CacheError if they do not. `keep` as for the store."""
+        if keep:
+            self.ensure([shard])
         with self._explained(shard):
-            return self.store.read_shard(self.part(shard))
+            return self.store.read_shard(self.part(shard), keep=keep)
 
     @contextlib.contextmanager
     def _explained(self, shard: Shard) -> Iterator[None]:

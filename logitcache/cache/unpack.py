@@ -35,9 +35,9 @@ class Unpacker:
     def __reduce__(self) -> tuple[Any, ...]:
         return Unpacker, (self._stored,)
 
-    def __call__(self, shard: Shard) -> NDArray[Any]:
+    def __call__(self, shard: Shard, *, keep: bool = True) -> NDArray[Any]:
         """Return a shard's rows [n, *row_shape]; raise CacheError where it is missing or damaged."""
-        data = self._stored.read(shard)
+        data = self._stored.read(shard, keep=keep)
         try:
             return self._decode(data, shard)
         except (ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:  # zstd has no class of its own
@@ -102,13 +102,19 @@ class Unpacker:
         return rows[: wanted.stop - wanted.start]
 
 
-def read_rows(stored: StoredArray, shard: Shard) -> NDArray[Any]:
-    """Return a shard's rows [n, *row_shape] of a hot or packed array; raise CacheError if it is missing or damaged."""
+def read_rows(stored: StoredArray, shard: Shard, *, keep: bool = True) -> NDArray[Any]:
+    """Return a shard's rows [n, *row_shape] of a hot or packed array; raise CacheError if it is missing or damaged.
+
+    Without `keep` a shard that is elsewhere is not kept here.
+    """
     if stored.layout.storage == "packed":
-        return Unpacker(stored)(shard)
+        return Unpacker(stored)(shard, keep=keep)
     rows = stored.layout.rows_of(shard)
     shape = (rows.stop - rows.start, *stored.layout.row_shape)
     # Rows come first in the file of a hot shard, whose size has been compared.
+    if not keep:
+        data = stored.read(shard, keep=False)
+        return np.frombuffer(data, stored.layout.dtype, math.prod(shape)).reshape(shape).copy()
     with open(stored.open(shard), "rb") as file:
         return np.fromfile(file, stored.layout.dtype, math.prod(shape)).reshape(shape)
 

@@ -121,7 +121,7 @@ def _not_decoded(snapshot: Snapshot, damaged: Collection[tuple[str, Shard]]) -> 
         shards = [shard for shard in sorted(committed[group.name]) if (group.name, shard) not in damaged]
         for shard in track(shards, f"decoding {group.name}", len(shards), "shards") if arrays else ():
             try:
-                rows = {array.name: read_rows(snapshot.array(array), shard) for array in arrays}
+                rows = {array.name: read_rows(snapshot.array(array), shard, keep=False) for array in arrays}
                 if coders is not None:
                     _require_classes(coders, rows, shard)
             except CacheError as error:

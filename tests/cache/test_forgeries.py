@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from logitcache.cache.arrays import RECORD_BYTES
 from logitcache.cache.reader import open_cache
 from logitcache.cache.writer import commit_record
 from logitcache.errors import CacheError, LogitCacheError
@@ -184,7 +185,9 @@ def test_a_forged_shard_of_another_size_is_never_mapped(cache: Path) -> None:
     """Its record agrees with the file, and says a size that no shard of the array has."""
     data = b"\0" * 100
     (cache / "t.logits/c.1.1.0").write_bytes(data)
-    (cache / "t.logits.commits/c.1.1.0.0").write_bytes(commit_record(memoryview(data), "t.logits/c.1.1.0"))
+    record = cache / "t.logits.commits/c.1.1.0.0"
+    of_errors = record.read_bytes()[RECORD_BYTES:]
+    record.write_bytes(commit_record(memoryview(data), "t.logits/c.1.1.0") + of_errors)
     with pytest.raises(CacheError, match=r"c\.1\.1\.0\.0 is damaged: it says other sizes"):
         open_cache(cache)
 

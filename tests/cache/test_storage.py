@@ -40,6 +40,7 @@ from tests.cache.made import (
     DENSE16,
     FLIP_AND_CROP,
     PACKED,
+    TOP2,
     TOP2_PACKED,
     Linear,
     Pixels,
@@ -177,9 +178,30 @@ def test_damage_in_storage_is_found_by_verify_and_mended_by_precompute(
     assert verify(url).problems == ()
 
 
-def test_verify_keeps_nothing_of_the_shards(url: str, copies: Path) -> None:
+@pytest.mark.parametrize(
+    "logits", [DENSE16, PACKED, TOP2, TOP2_PACKED], ids=lambda entry: "-".join(map(str, entry.values()))
+)
+def test_verify_keeps_nothing_of_the_shards(
+    logits: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = new_url()
+    fill(url, teachers={"t": teacher(logits)})
+    monkeypatch.setenv(FOLDER, str(tmp_path / "other machine"))
     assert verify(url).problems == ()
-    assert shards_here(copies) == []
+    assert shards_here(tmp_path / "other machine") == []
+
+
+@pytest.mark.parametrize("key", ["label/c/0", "t.logits/zarr.json", "digest/c/0"])
+def test_a_file_that_is_larger_in_storage_is_found_by_verify_and_written_again_by_precompute(
+    key: str, url: str, sound: Path
+) -> None:
+    open_cache(url)  # its copy is sound
+    change(url, key, lambda data: data.ljust(17 << 20))
+    problems = verify(url).problems
+    assert problems
+    assert any(f"{url}/{key}" in problem for problem in problems)
+    fill(url)
+    assert objects(url) == contents(sound)
 
 
 def test_a_shard_that_is_damaged_in_storage_is_refused_before_its_rows_are_given(url: str) -> None:
@@ -223,7 +245,10 @@ def test_a_copy_that_is_damaged_or_lacks_files_is_mended_from_the_storage(url: s
     (cache.path / "t.logits/zarr.json").unlink()
     (cache.path / "t.logits.commits/c.1.1.0.0").unlink()
     assert same_answers(open_cache(url), open_cache(sound))
-    assert contents(cache.path) == contents(sound)
+    # Who reads answers needs no shards of errors.
+    assert contents(cache.path) == {
+        key: data for key, data in contents(sound).items() if not key.startswith("t.logits.errors/c.")
+    }
 
 
 def test_a_copy_that_is_removed_under_a_run_is_made_again(url: str, copies: Path, sound: Path) -> None:
@@ -358,23 +383,42 @@ def test_nothing_is_overwritten_where_there_is_no_cache() -> None:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_of_two_machines_that_create_a_cache_the_second_continues_that_of_the_first_or_is_refused(
-    same: bool, sound: Path, monkeypatch: pytest.MonkeyPatch
+    same: bool, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url, located = new_url(), locate
-
-    def meanwhile(location: str) -> Store:
-        """Let another machine create the cache after this one has looked."""
-        store = located(location)
-        upload(sound, url)
-        return store
-
-    monkeypatch.setattr("logitcache.teacher.precompute.locate", meanwhile)
+    url, begun = new_url(), tmp_path / "begun.zarr"
+    partial(begun)
+    created_meanwhile(begun, url, monkeypatch)
     if same:
-        assert fill(url).shards_written == 0
+        assert fill(url).shards_written == 5
+        assert objects(url) == contents(sound)
     else:
         with pytest.raises(CacheError, match="another run has created"):
             fill(url, Pixels(NUM_IMAGES, seed=9))
+        assert objects(url) == contents(begun)
+
+
+def test_a_cache_that_another_machine_creates_and_finishes_meanwhile_is_taken_by_the_same_command(
+    sound: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = new_url()
+    with monkeypatch.context() as patch:
+        created_meanwhile(sound, url, patch)
+        with pytest.raises(CacheError, match="Fix: run the same command again"):  # its root has the errors of all rows
+            fill(url)
+    assert fill(url).shards_written == 0
     assert objects(url) == contents(sound)
+
+
+def created_meanwhile(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let another machine create the cache of a folder after this one has looked."""
+    located = locate
+
+    def meanwhile(location: str) -> Store:
+        store = located(location)
+        upload(folder, url)
+        return store
+
+    monkeypatch.setattr("logitcache.teacher.precompute.locate", meanwhile)
 
 
 def test_a_creation_that_was_killed_is_taken_up(sound: Path) -> None:

@@ -140,7 +140,7 @@ def test_a_damaged_object_is_never_trained_on(
             assert main(["train-student", yaml, "--set", f"out={tmp_path / str(number)}"]) == 3
             errors = capsys.readouterr().err
             assert f"{url}/{shard}" in errors
-            assert "Fix: `logitcache verify" in errors
+            assert f"Fix: open it again; `logitcache verify {url} --repair RECIPE` writes just" in errors
     finally:
         served.put(f"hot.zarr/{shard}", data)
 
