@@ -129,7 +129,7 @@ def open_below(root: Path, key: str) -> int:
         finally:
             os.close(at)
     except OSError as error:
-        raise _refusal(root / key, error) from error
+        raise _refusal(root, key, error) from error
     if not stat.S_ISREG(os.fstat(found).st_mode):
         os.close(found)
         raise CacheError(f"{root / key} is no regular file, and {_NO_LINK}")
@@ -179,10 +179,11 @@ def open_folder(root: Path, folder: str) -> int | None:
     """Open a folder below another; None if there is none. Raises CacheError for one that is a link."""
     try:
         return os.open(inside(root, folder), _OPEN | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
     except OSError as error:
-        raise _refusal(root / folder, error) from error
+        refusal = _refusal(root, folder, error)
+        if isinstance(refusal, FileNotFoundError):
+            return None
+        raise refusal from error
 
 
 def parse_json(data: bytes) -> Any:
@@ -208,10 +209,13 @@ def _read(descriptor: int, path: Path, most: int) -> bytes:
     return b"".join(blocks)
 
 
-def _refusal(path: Path, error: OSError) -> Exception:
-    """Return what to raise if a file cannot be opened."""
+def _refusal(root: Path, key: str, error: OSError) -> Exception:
+    """Return what to raise if a file below a folder cannot be opened; it does not exist if `root` is no folder."""
+    path = root / key
     if isinstance(error, FileNotFoundError):
         return error
+    if isinstance(error, NotADirectoryError) and not root.is_dir():
+        return FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.EMLINK):
         return CacheError(f"{path} is no regular file, and {_NO_LINK}")
     return CacheError(f"{path} cannot be read: {error.strerror}. Fix: make it readable")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from logitcache.cache.layout import layout_of
+from logitcache.cache.row_errors import NUM_STATISTICS
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.writer import THREADS
 from logitcache.report.costs import (
@@ -27,6 +28,9 @@ from logitcache.report.costs import (
     wall_seconds,
 )
 from tests.cache.made import COUNT, DENSE16, TOP2, UINT8, made, shard_files
+
+ERRORS = {"t.logits.errors": 500.0}
+"""Bytes that compression leaves of the errors of a shard, by packed array."""
 
 HOT = {"dense16": (DENSE16, 128), "top_k": (TOP2, None), "uint8": (UINT8, None)}
 """Encodings, and shard_rows that fill whole pages."""
@@ -56,9 +60,8 @@ def test_files_and_bytes_of_hot_arrays_are_those_on_the_disk(name: str, tmp_path
 def test_what_is_missing_is_counted_alone(tmp_path: Path) -> None:
     layout = made(tmp_path / "c", DENSE16, COUNT).layout
     [group], shards = layout.groups, list(layout.shards())
-    packed: dict[str, float] = {}
-    parts = [store_cost(layout, packed, {}, {group.name: some}) for some in (shards[:2], shards[2:], [])]
-    whole = store_cost(layout, packed, {})
+    parts = [store_cost(layout, ERRORS, {}, {group.name: some}) for some in (shards[:2], shards[2:], [])]
+    whole = store_cost(layout, ERRORS, {})
     assert sum(part.bytes for part in parts) == whole.bytes
     assert sum(part.files for part in parts) == whole.files
     assert [part.rows for part in parts] == [256, 2 * COUNT - 256, 0]
@@ -68,7 +71,7 @@ def test_what_is_missing_is_counted_alone(tmp_path: Path) -> None:
 def test_requests_are_counted_by_file(tmp_path: Path) -> None:
     cache = made(tmp_path / "c", DENSE16, COUNT)
     manifest, layout = open_snapshot(tmp_path / "c").manifest, cache.layout
-    cost = store_cost(layout, {}, skeleton_sizes(manifest))
+    cost = store_cost(layout, ERRORS, skeleton_sizes(manifest))
     writing, opening = requests_of_writing(cost, layout), requests_of_opening(cost, layout)
     arrays, shards = len(layout.arrays), layout.num_shards
     assert writing.puts == cost.files == arrays * shards + shards + len(skeleton_sizes(manifest))
@@ -125,12 +128,12 @@ def test_a_cache_pays_from_the_first_number_of_students_that_costs_less(seconds:
 def test_memory_is_of_shards_and_batches_and_not_of_the_data_set(tmp_path: Path) -> None:
     def memory(name: str, count: int, **changes: Any) -> Any:
         cache = made(tmp_path / name, DENSE16, count)
-        cost = store_cost(cache.layout, {}, {})
+        cost = store_cost(cache.layout, ERRORS, {})
         options = {"image_bytes": 48, "batch_size": 50, "num_workers": 2, "views_per_image": 1, **changes}
         return memory_of(cache.layout, cost, **options)
 
     small, large, twice = memory("a", 300), memory("b", 900), memory("c", 300, views_per_image=2)
-    assert small.filling == large.filling == 128 * 16 * 2
+    assert small.filling == large.filling == 128 * 16 * 2 + 2 * NUM_STATISTICS * 8
     assert twice.filling == 2 * small.filling
     assert small.rendered == 5 * 50 * 48
     assert small.total == small.filling + small.waiting + small.rendered

@@ -40,8 +40,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def test_a_run_that_fails_before_its_cache_exists_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError):
-        run(tmp_path / "c.zarr", Pixels(20), shard_rows=7)
+    with pytest.raises(RecipeError, match="keeps k = 17 of 16 classes"):
+        run(tmp_path / "c.zarr", Pixels(20), teachers={"t": teacher({**TOP2, "k": 17})})
     assert os.listdir(tmp_path) == []
 
 
