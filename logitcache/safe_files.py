@@ -113,11 +113,6 @@ def open_below(root: Path, key: str) -> int:
     parts = parts_of(root, key)
     try:
         at = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except NotADirectoryError as error:
-        raise FileNotFoundError(error.errno, "there is nothing below a file", str(root / key)) from error
-    except OSError as error:
-        raise _refusal(root / key, error) from error
-    try:
         for part in parts[:-1]:
             try:
                 below = os.open(part, _OPEN | os.O_DIRECTORY, dir_fd=at)
