@@ -100,22 +100,25 @@ def test_an_empty_directory_may_become_a_cache(tmp_path: Path) -> None:
 
 def test_a_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
     path = tmp_path / "c.zarr"
-    go_on, end = os.pipe()
+    (go_on, end), (began, begin) = os.pipe(), os.pipe()
     partial(path)
     store = LocalStore(path)
     with preparing(store), writing(store):
         child = os.fork()
         if child == 0:
             os.close(end)
+            os.write(begin, b"x")  # by now it has closed what it inherited
             os.read(go_on, 1)
             os._exit(0)
+        os.read(began, 1)
     try:
         with preparing(store):
             assert alone(store)
     finally:
         os.close(end)
         os.waitpid(child, 0)
-        os.close(go_on)
+        for descriptor in (go_on, began, begin):
+            os.close(descriptor)
 
 
 def test_a_lower_precision_is_close_and_recorded(tmp_path: Path) -> None:
