@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_serializer
 from torch import nn
 
 from logitcache.errors import RecipeError
@@ -23,11 +23,24 @@ class SGD(Component):
     nesterov: bool = True
     weight_decay: NonNegative = 5e-4
 
+    @field_serializer("nesterov")
+    def _looks_ahead(self, nesterov: bool) -> bool:
+        """Store whether the optimiser looks ahead: without momentum it does not, also by default."""
+        return nesterov and self.momentum > 0
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why the optimiser does not look ahead."""
+        if "nesterov" in self.model_fields_set and self.nesterov and not self.momentum:
+            return "has nesterov: true with momentum 0. Fix: nesterov: false, or raise momentum"
+        return None
+
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """Build the optimiser of a module's parameters."""
-        nesterov = self.nesterov and self.momentum > 0
         return torch.optim.SGD(
-            parameter_groups(module, self.weight_decay), lr=self.lr, momentum=self.momentum, nesterov=nesterov
+            parameter_groups(module, self.weight_decay),
+            lr=self.lr,
+            momentum=self.momentum,
+            nesterov=self._looks_ahead(self.nesterov),
         )
 
 
@@ -65,7 +78,7 @@ class LearningRateSchedule(Component):
 
     def idle(self, epochs: float) -> str | None:
         """Return why the optimiser's rate is never reached."""
-        return beyond("warmup_epochs", self.warmup_epochs, epochs)
+        return beyond("warms up", "warmup_epochs", self.warmup_epochs, epochs)
 
     def factor(self, step: int, steps_per_epoch: int, epochs: int) -> float:
         """Return lr at a step over the optimiser's lr: a function of the step alone, so that a resumed run agrees."""

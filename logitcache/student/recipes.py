@@ -1,6 +1,6 @@
 """The recipes of stage two: a student on a cache, and a teacher on labels."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -131,10 +131,15 @@ class TrainingRecipe(Component):
         raise_all([RecipeError(f"key '{key}' is missing. {fix.format(key)}") for key in missing])
 
     def idle(self, epochs: float) -> str | None:
-        """Return why parts of a batch are fewer than asked for."""
+        """Return why parts of a batch are fewer than asked for, and which entries no loss looks at."""
+        return ". It ".join(self._without_effect()) or None
+
+    def _without_effect(self) -> Iterator[str]:
         if self.micro_batches > self.batch_size:
-            return f"has micro_batches {self.micro_batches} of {self.batch_size} images. Fix: at most {self.batch_size}"
-        return None
+            yield f"has micro_batches {self.micro_batches} of {self.batch_size} images. Fix: at most {self.batch_size}"
+        taps = {tap for loss in self.losses for tap in loss.taps} | set(self.validation.taps if self.validation else ())
+        if unused := sorted(self.tap_layouts.keys() - taps):
+            yield f"has tap_layouts of {unused}, the taps are {sorted(taps)}. Fix: leave them out, or tap them"
 
     @field_validator("out")
     @classmethod
@@ -197,6 +202,13 @@ class StudentRecipe(TrainingRecipe):
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (KLDivergence(),)
     teachers: dict[Name, LiveTeacher] = Field(default_factory=dict)
     ensembles: dict[Name, Ensemble] = Field(default_factory=dict)
+
+    def _without_effect(self) -> Iterator[str]:
+        yield from super()._without_effect()
+        named = {loss.teacher for loss in self.losses if "teacher" in type(loss).model_fields}
+        # A loss that names no teacher may mean an ensemble: it is refused for that, beside the cache's teachers.
+        if None not in named and (unused := sorted(self.ensembles.keys() - named)):
+            yield f"has ensembles {unused}, which no loss names. Fix: set a loss's `teacher` to one, or leave them out"
 
 
 class TeacherRecipe(TrainingRecipe):

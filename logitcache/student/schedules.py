@@ -116,8 +116,8 @@ class Linear(Schedule):
         return max(self.start, self.stop)
 
     def idle(self, epochs: float) -> str | None:
-        """Return why nothing changes."""
-        return f"starts where it stops. Fix: the number {self.start:g}" if self.start == self.stop else None
+        """Return why nothing changes, or why `stop` is never reached."""
+        return _no_way(self.start, self.stop, self.epochs, epochs)
 
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
@@ -144,8 +144,8 @@ class Cosine(Schedule):
         return max(self.start, self.stop)
 
     def idle(self, epochs: float) -> str | None:
-        """Return why nothing changes."""
-        return f"starts where it stops. Fix: the number {self.start:g}" if self.start == self.stop else None
+        """Return why nothing changes, or why `stop` is never reached."""
+        return _no_way(self.start, self.stop, self.epochs, epochs)
 
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
@@ -201,7 +201,7 @@ class WarmUp(Schedule):
 
     def idle(self, epochs: float) -> str | None:
         """Return why the value is never reached."""
-        return beyond("epochs", self.epochs, epochs)
+        return beyond("warms up", "epochs", self.epochs, epochs)
 
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
@@ -213,11 +213,18 @@ def _share(progress: Progress, epochs: float | None) -> float:
     return min(1.0, progress.epoch / (epochs or progress.num_epochs))
 
 
-def beyond(key: str, given: float, epochs: float) -> str | None:
-    """Return what is wrong with a warm-up of more epochs than the run has; None if it ends within."""
+def _no_way(start: float, stop: float, given: float | None, epochs: float) -> str | None:
+    """Return what is wrong with a way from `start` to `stop` in so many epochs; None if it ends within the run."""
+    if start == stop:
+        return f"starts where it stops. Fix: the number {start:g}"
+    return None if given is None else beyond("goes on", "epochs", given, epochs)
+
+
+def beyond(verb: str, key: str, given: float, epochs: float) -> str | None:
+    """Return what is wrong with more epochs than the run has; None for at most as many."""
     if given <= epochs:
         return None
-    return f"warms up beyond the run: {key} is {given:g}, the run has {epochs:g} epochs. Fix: {key}: {epochs:g} at most"
+    return f"{verb} beyond the run: {key} is {given:g}, the run has {epochs:g} epochs. Fix: {key}: {epochs:g} at most"
 
 
 def constant(value: float) -> Constant:

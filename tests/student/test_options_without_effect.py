@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from logitcache.errors import RecipeError
-from logitcache.recipe import dump_recipe, require_effect
+from logitcache.recipe import dump_recipe, load_recipe, require_effect
 from logitcache.report.recipes import check_recipes
 from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.student.training import train
@@ -35,6 +35,23 @@ STUDENTS: list[tuple[dict[str, Any], str]] = [
     ({"losses": [KL | {"temperature": DYNAMIC}]}, "temperature has min equal to max"),
     ({"losses": [KL | {"temperature": {"kind": "by_confidence", "low": 2, "high": 2}}]}, "low equal to high"),
     ({"batch_size": 4, "micro_batches": 5}, "the recipe has micro_batches 5 of 4 images"),
+    (
+        {"losses": [KL | {"temperature": {"kind": "linear", "start": 3, "stop": 1, "epochs": 4.5}}]},
+        r"losses\.0\.temperature goes on beyond the run: epochs is 4\.5, the run has 4 epochs\. Fix: epochs: 4 at most",
+    ),
+    (
+        {"losses": [KL | {"weight": {"kind": "cosine", "start": 1, "stop": 2, "epochs": 9}}]},
+        r"losses\.0\.weight goes on beyond the run",
+    ),
+    (
+        {"ensembles": {"both": {"kind": "mean"}, "sure": {"kind": "by_entropy"}}, "losses": [KL | {"teacher": "both"}]},
+        r"the recipe has ensembles \['sure'\], which no loss names\. Fix: ",
+    ),
+    ({"tap_layouts": {"layer1": "tokens"}}, r"the recipe has tap_layouts of \['layer1'\], the taps are \[\]\. Fix: "),
+    (
+        {"micro_batches": 999, "tap_layouts": {"layer1": "tokens"}},
+        r"has micro_batches 999 of 32 images\. .*It has tap_layouts",
+    ),
 ]
 AUGMENTATIONS: list[tuple[dict[str, Any], str]] = [
     *(
@@ -51,6 +68,12 @@ AUGMENTATIONS: list[tuple[dict[str, Any], str]] = [
     ({"kind": "color_jitter", "brightness": 0, "hue": [0, 0]}, "changes nothing"),
     ({"kind": "gaussian_blur", "kernel_size": 1}, "blurs nothing"),
     ({"kind": "random_erasing", "scale": [0, 0]}, "erases nothing"),
+    ({"kind": "random_crop", "size": 28, "padding_mode": "reflect"}, "has padding: 0, and nothing is padded"),
+    ({"kind": "random_crop", "size": 28, "fill": 9}, "has padding: 0, and nothing is padded"),
+    (
+        {"kind": "random_crop", "size": 28, "padding": 2, "padding_mode": "edge", "fill": 9},
+        "pads by edge, which takes no fill",
+    ),
 ]
 
 
@@ -114,10 +137,31 @@ def test_all_are_listed_at_once() -> None:
         {"losses": [{"kind": "dkd", "alpha": 0}, {"kind": "nkd", "gamma": 0}]},
         {"losses": [KL | {"weight": {"kind": "linear", "start": 1, "stop": 0}}]},
         {"losses": [KL | {"weight": {"kind": "warm_up", "value": 1, "epochs": 4}}]},
+        {"losses": [KL | {"temperature": {"kind": "linear", "start": 3, "stop": 1, "epochs": 4}}]},
+        {"ensembles": {"both": {"kind": "mean"}}, "losses": [KL | {"teacher": "both"}]},
+        {
+            "losses": [{"kind": "hint", "feature": "maps", "student": "0"}],
+            "validation": {"dataset": {"kind": "bundled"}, "taps": ["1"]},
+            "tap_layouts": {"0": "tokens", "1": "channels_first"},
+        },
+        {"optimizer": {"kind": "sgd", "momentum": 0}},
     ],
 )
 def test_what_has_an_effect_is_taken(changes: dict[str, Any]) -> None:
     require_effect(_student(**changes), EPOCHS)
+
+
+def test_nesterov_without_momentum_is_refused_where_it_is_asked_for(tmp_path: Path) -> None:
+    """By default it is on, and without momentum off: the recipe that a run stores is one that starts another."""
+    asked = {"kind": "sgd", "momentum": 0, "nesterov": True}
+    entries = _student().model_dump(mode="json") | {"optimizer": asked}
+    with pytest.raises(RecipeError, match=r"optimizer has nesterov: true with momentum 0\. Fix: nesterov: false"):
+        require_effect(load_recipe(entries, StudentRecipe), EPOCHS)
+    file = tmp_path / "stored.yaml"
+    file.write_text(dump_recipe(_student(optimizer={"kind": "sgd", "momentum": 0})))
+    stored = load_recipe(file, StudentRecipe)
+    assert stored.optimizer.model_dump()["nesterov"] is False
+    require_effect(stored, EPOCHS)
 
 
 def test_a_run_that_was_begun_with_such_an_option_goes_on(

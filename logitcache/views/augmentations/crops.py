@@ -59,6 +59,14 @@ class RandomCrop(Component):
     padding_mode: Literal["constant", "edge", "reflect", "symmetric"] = "constant"
     fill: Fill = 0
 
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is padded in the way that the options state."""
+        if self.padding == 0 and (self.padding_mode != "constant" or self.fill != 0):
+            return "has padding: 0, and nothing is padded. Fix: leave out padding_mode and fill, or raise padding"
+        if self.padding_mode != "constant" and self.fill != 0:
+            return f"pads by {self.padding_mode}, which takes no fill. Fix: leave it out, or padding_mode: constant"
+        return None
+
     @property
     def columns(self) -> tuple[str, ...]:
         """Name the parameters."""
