@@ -183,6 +183,12 @@ def user_cache_directory() -> Path | None:
         return None
 
 
+def memory_of(name: str, ending: str) -> Path | None:
+    """Return where something is kept for a path or a URL; None for a user without a home."""
+    directory = user_cache_directory()
+    return directory / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.{ending}" if directory else None
+
+
 def keep(path: Path | None, payload: bytes) -> None:
     """Keep bytes that can be computed again, beside their own digest, where that is possible."""
     _keep(path, lambda: [payload])
@@ -222,9 +228,7 @@ def _index_path(paths: Sequence[str | Path], ending: str) -> Path | None:
     # The first and the last in order share what all of them share.
     ends = min(map(os.path.abspath, paths)), max(map(os.path.abspath, paths))
     folder = os.path.commonpath([os.path.dirname(name) for name in ends])
-    directory = user_cache_directory()
-    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
-    return directory / f"{name}.{ending}" if directory else None
+    return memory_of(folder, ending)
 
 
 def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -10,6 +10,7 @@ import os
 import struct
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,20 @@ def stamp_of_tag(size: int, tag: str) -> Stamp:
 def settled(stamp: Stamp, moment_ns: int) -> bool:
     """Say whether a file was last changed well before a moment."""
     return max(stamp[1], stamp[2]) + _RACY_NS < moment_ns
+
+
+def state(paths: Iterable[Path], *facts: object) -> bytes | None:
+    """Digest some facts and how files and folders look; None if one is missing, or changed just now."""
+    moment, found = now_ns(), []
+    for path in paths:
+        try:
+            status = path.lstat()
+        except OSError:
+            return None
+        if not settled(stamp(status), moment):
+            return None
+        found.append((status.st_dev, *stamp(status)))
+    return hashlib.sha256(repr((found, facts)).encode()).digest()
 
 
 def packed_row(name: str, stamp: Stamp, digest: bytes = bytes(32)) -> bytes:

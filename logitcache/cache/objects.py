@@ -3,7 +3,6 @@
 import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from logitcache.cache.arrays import StoredShard
 from logitcache.cache.compared import sound_digest
 from logitcache.console import track
 from logitcache.errors import RemoteError
-from logitcache.files import keep, kept, user_cache_directory
+from logitcache.files import keep, kept, memory_of
 from logitcache.remote import PART, Entry, Remote
 
 
@@ -23,7 +22,7 @@ def object_digests(
 
     What is not there has no bytes.
     """
-    store = _memory(remote)
+    store = memory_of(remote.url, "objects")
     index = stamps.StampIndex(kept(store) or b"")
     rows = stamps.as_rows(_row(remote, part.key, listed.get(part.key)) for part in parts)
     if not fresh:
@@ -71,9 +70,3 @@ def _row(remote: Remote, key: str, entry: Entry | None) -> bytes:
     """Return an object's row of the index: its tag stands where files have their times."""
     stamp = stamps.NO_STAMP if entry is None else stamps.stamp_of_tag(*entry)
     return stamps.packed_row(f"{remote}/{key}", stamp)
-
-
-def _memory(remote: Remote) -> Path | None:
-    directory = user_cache_directory()
-    name = hashlib.sha256(remote.url.encode()).hexdigest()[:32]
-    return directory / f"{name}.objects" if directory else None

@@ -17,9 +17,10 @@ from logitcache.cache.images import open_images, require_same_images
 from logitcache.cache.layout import CHECKSUMS, PARAMETERS, Layout
 from logitcache.cache.locks import require_releases, require_trusted
 from logitcache.cache.recorded import RecordedRows, require_planned, require_replayable
+from logitcache.cache.reopening import remembered_records, require_sound_skeleton
 from logitcache.cache.rows import shuffle_block
-from logitcache.cache.skeleton import read_canaries, read_labels, require_sound_skeleton
-from logitcache.cache.snapshot import Snapshot, open_snapshot
+from logitcache.cache.skeleton import read_canaries, read_labels
+from logitcache.cache.snapshot import Snapshot, locate, read_manifest
 from logitcache.cache.verify import require_committed
 from logitcache.errors import RecipeError
 from logitcache.features import FeatureShape
@@ -265,7 +266,8 @@ def open_cache(path: str | Path) -> Cache:
 
     Stored bytes are compared with their commit records: those of a small cache here, those of a larger one before its
     rows are first read, and all of them before its views are rendered. Files that this machine has compared before and
-    that were not touched since are not read again. Those at a URL are compared as they are brought.
+    that were not touched since are not read again, nor are the records of a large cache in a folder that was not. Those
+    at a URL are compared as they are brought.
     """
     cache = open_uncompared(path)
     if cache.snapshot.store.is_local and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
@@ -275,7 +277,9 @@ def open_cache(path: str | Path) -> Cache:
 
 def open_uncompared(path: str | Path) -> Cache:
     """Open a finished cache of which some targets are wanted: none is compared before `only` has named them."""
-    snapshot = open_snapshot(path)
-    require_sound_skeleton(snapshot.store, snapshot.manifest)
+    store = locate(path)
+    manifest = read_manifest(store)
+    require_sound_skeleton(store, manifest)
+    snapshot = Snapshot.as_described(store, manifest, remembered_records(store, manifest))
     require_committed(snapshot)
     return Cache(snapshot)

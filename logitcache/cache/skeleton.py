@@ -17,7 +17,6 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from logitcache.cache.arrays import NOT_FINITE, ArrayGroup, is_finite
-from logitcache.cache.derivation import fix_of_damage
 from logitcache.cache.differences import extends
 from logitcache.cache.labels import label_file, label_key, labels_of
 from logitcache.cache.layout import layout_of
@@ -34,8 +33,6 @@ DIGESTS, CANARIES = "digest/c/0", "canary/c/0/0/0/0"
 
 GROWING = "digest/growing"
 """What a cache is to become: not in the root, where readers of Zarr would wonder at it."""
-
-SHOWN = 5
 
 
 class Samples(NamedTuple):
@@ -279,12 +276,11 @@ def _sample_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
             )
 
 
-def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
-    """Raise CacheError naming the damaged files of a cache's skeleton."""
-    problems = list(skeleton_problems(store, manifest))
-    if problems:
-        texts = "\n  ".join(problem.text for problem in problems[:SHOWN])
-        raise CacheError(f"{store} is damaged:\n  {texts}\n  {fix_of_damage(manifest)}")
+def skeleton_keys(manifest: Manifest) -> list[str]:
+    """List the files that `skeleton_problems` compares."""
+    arrays = [f"{options['name']}/{ROOT}" for options in skeleton_arrays(manifest)]
+    tables = [table.file for group in layout_of(manifest).groups for table in group.tables]
+    return [ROOT, *arrays, *tables, label_file(manifest.fingerprint).key, DIGESTS, CANARIES]
 
 
 def mend_skeleton(

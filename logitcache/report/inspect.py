@@ -15,7 +15,7 @@ from logitcache.cache.differences import is_more
 from logitcache.cache.manifest import LOGITS, TeacherEntry
 from logitcache.cache.reached import errors_of
 from logitcache.cache.reader import Cache
-from logitcache.cache.skeleton import require_sound_skeleton
+from logitcache.cache.reopening import require_sound_skeleton
 from logitcache.cache.snapshot import Snapshot, open_snapshot
 from logitcache.logits import top1
 from logitcache.student.multi_label import MultiLabelTally

@@ -16,8 +16,8 @@ from logitcache.cache.commits import Records
 from logitcache.cache.differences import is_more
 from logitcache.cache.layout import Layout, fit_to_pages
 from logitcache.cache.manifest import Manifest
+from logitcache.cache.reopening import require_sound_skeleton
 from logitcache.cache.sharing import target_of
-from logitcache.cache.skeleton import require_sound_skeleton
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cache.store import Store
 from logitcache.cache.verify import damaged
