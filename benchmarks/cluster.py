@@ -24,12 +24,12 @@ from read import Row
 from torch import nn
 from torchvision.models import resnet18
 
-from logitcache.console import configure
-from logitcache.recipe import load_recipe
-from logitcache.teacher.cluster import precompute_on_cluster
-from logitcache.teacher.dask import local_cluster
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-from logitcache.versions import versions
+from logitcache.config.recipe import load_recipe
+from logitcache.runtime.console import configure
+from logitcache.runtime.versions import versions
+from logitcache.stage_one.cluster.client import precompute_on_cluster
+from logitcache.stage_one.cluster.dask import local_cluster
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 
 SHARD_ROWS = 256
 NORMALISED = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}

@@ -29,16 +29,16 @@ from torch import Tensor
 from torchvision.models import resnet18
 
 from logitcache.cache.encodings import Coder, Dense, TopK
-from logitcache.cache.encodings.base import Order
 from logitcache.cache.encodings.basis import fit_basis
 from logitcache.cache.encodings.fitted_transform import FittedTransform
 from logitcache.cache.encodings.measure import ErrorMeter, chunk_bytes, stored
 from logitcache.cache.encodings.packed_top_k import PackedTopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
-from logitcache.console import configure
 from logitcache.logits import log_probs
-from logitcache.versions import versions
+from logitcache.runtime.console import configure
+from logitcache.runtime.versions import versions
+from logitcache.store.arrays import Order
 
 NUM_VIEWS, NUM_FOLDS = 4, 5
 TEMPERATURES = (1.0, 2.0, 4.0)

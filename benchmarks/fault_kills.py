@@ -17,14 +17,11 @@ from typing import Any
 
 import torch
 
-import logitcache.report.verification
-import logitcache.student.training
-import logitcache.teacher.derive  # noqa: F401  # once, for all forks
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.cli import main
 from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, contents, flip, recipe, stamps, teacher
-from tests.teacher.apart import ended, forked
-from tests.teacher.killing import committed, counting
+from tests.stage_one.apart import ended, forked
+from tests.stage_one.killing import committed, counting
 
 SECONDS = 100.0
 """Within which every command ends."""

@@ -27,18 +27,18 @@ from torch import nn
 
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
-from logitcache.console import configure
+from logitcache.config.recipe import load_recipe
 from logitcache.errors import CacheError
-from logitcache.recipe import load_recipe
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-from logitcache.versions import versions
+from logitcache.runtime.console import configure
+from logitcache.runtime.versions import versions
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY)]
 
 from fault_kills import Kills  # noqa: E402  # which needs the tests
 
-from tests.teacher.apart import ended, forked  # noqa: E402
+from tests.stage_one.apart import ended, forked  # noqa: E402
 
 HANGS = 3600
 """Seconds after which a program counts as hanging, however slow the machine is; what it runs has closer bounds."""

@@ -189,7 +189,7 @@ def main() -> int:
 
     import hostile_cases as table  # after the arguments: it imports all that commands need
 
-    from logitcache.versions import versions
+    from logitcache.runtime.versions import versions
 
     results, failures, number = [], 0, 0
     with tempfile.TemporaryDirectory(prefix="logitcache-sound-") as outer:

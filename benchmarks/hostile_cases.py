@@ -34,8 +34,9 @@ from safetensors.numpy import save_file
 import logitcache.cli
 
 for _needed in (
-    *("report.demo", "report.evaluation", "report.inspect", "report.plan", "report.recipes", "report.summary"),
-    *("report.verification", "student.training", "teacher.derive", "teacher.online", "teacher.precompute"),
+    *("report.demo", "report.beside_teachers", "report.inspect", "planning.report", "report.recipe_check"),
+    *("report.summary", "report.verification", "student.training", "stage_one.derive.derive", "teacher.online"),
+    "stage_one.precompute",
 ):
     importlib.import_module(f"logitcache.{_needed}")
 for _optional in ("timm", "aiohttp", "s3fs", "torch._dynamo", "torch.utils.flop_counter"):

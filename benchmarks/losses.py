@@ -27,14 +27,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from logitcache.console import configure, hushed, say
+from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError
-from logitcache.recipe import load_recipe
-from logitcache.student.recipes import StudentRecipe
+from logitcache.runtime.console import configure, hushed, say
+from logitcache.runtime.versions import versions
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.stage_one.share import Part
 from logitcache.student.training import RunResult, train
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-from logitcache.teacher.share import Part
-from logitcache.versions import versions
+from logitcache.student.training_recipes import StudentRecipe
 
 RECIPES = Path(__file__).parent.parent / "pipelines" / "losses"
 QUICK = {"seeds": 1, "epochs": 1, "limit": 1000}

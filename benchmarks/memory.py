@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logitcache.cache.reader import open_cache
-from logitcache.console import configure
-from logitcache.recipe import load_recipe
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from logitcache.cache.cache import open_cache
+from logitcache.config.recipe import load_recipe
+from logitcache.runtime.console import configure
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 
 NUM_CLASSES = 1500
 SHARD_ROWS = 1024

@@ -24,7 +24,7 @@ import yaml
 from PIL import Image
 from read import Row
 
-from logitcache.versions import versions
+from logitcache.runtime.versions import versions
 
 CROPPED: list[dict[str, Any]] = [{"kind": "random_crop", "size": 28, "padding": 2}, {"kind": "horizontal_flip"}]
 RESIZED: list[dict[str, Any]] = [{"kind": "random_resized_crop", "size": 64}, {"kind": "horizontal_flip"}]

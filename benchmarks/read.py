@@ -30,18 +30,18 @@ import torch
 import zarr
 from numpy.typing import NDArray
 
-from logitcache.cache.arrays import ArrayLayout, seal
-from logitcache.cache.decoded import SharedShards
-from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
-from logitcache.cache.manifest import ERROR_TEMPERATURES, Manifest
-from logitcache.cache.reader import Cache, open_cache
-from logitcache.cache.rows import PackedRows, num_kept
-from logitcache.cache.skeleton import Samples, metadata_files
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.layout import Layout, choose_shard_rows, layout_of
+from logitcache.cache.format.manifest import ERROR_TEMPERATURES, Manifest
+from logitcache.cache.format.metadata import Samples, metadata_files
+from logitcache.cache.read.row_sources import PackedRows, num_kept
+from logitcache.cache.read.shared_memory import SharedShards
 from logitcache.cache.snapshot import open_snapshot
-from logitcache.cache.store import LocalStore
-from logitcache.cache.writer import CacheWriter
-from logitcache.console import configure
-from logitcache.versions import versions
+from logitcache.cache.write.writer import CacheWriter
+from logitcache.runtime.console import configure
+from logitcache.runtime.versions import versions
+from logitcache.store.arrays import ArrayLayout, seal
+from logitcache.store.base import LocalStore
 from logitcache.views.canaries import pixel_digest
 from logitcache.views.keys import ViewKey
 

@@ -27,8 +27,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.transforms import v2
 
-from logitcache.console import configure
-from logitcache.versions import versions
+from logitcache.runtime.console import configure
+from logitcache.runtime.versions import versions
 from logitcache.views.datasets import ImageDataset, ImageFolder
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey

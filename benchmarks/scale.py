@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from read import Row
 from torch import Tensor, nn
 
-from logitcache.console import configure
-from logitcache.recipe import load_recipe
-from logitcache.report.costs import StoreCost, skeleton_sizes, store_cost
-from logitcache.teacher.draft import drafted
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-from logitcache.teacher.probe import probe
-from logitcache.versions import versions
+from logitcache.config.recipe import load_recipe
+from logitcache.planning.costs import StoreCost, skeleton_sizes, store_cost
+from logitcache.planning.draft import drafted
+from logitcache.planning.probe import probe
+from logitcache.runtime.console import configure
+from logitcache.runtime.versions import versions
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.views.canaries import NUM_CANARIES
 
 NUM_CLASSES, NUM_VIEWS, BATCH, SIDE = 1000, 2, 256, 8

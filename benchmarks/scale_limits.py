@@ -43,8 +43,8 @@ from scale_model import (
     TASK_BYTES,
 )
 
-from logitcache.console import configure
 from logitcache.report.inspect import inspect_cache
+from logitcache.runtime.console import configure
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.webdataset import WebDataset

@@ -31,20 +31,20 @@ from read import Row, manifest_of
 from scale import TOP10, WITHIN, conclude, off
 from scale_model import LABELS_BYTES, SKELETON_BYTES
 
-from logitcache.cache.arrays import ArrayLayout, Shard, seal
+from logitcache.cache.cache import Cache
 from logitcache.cache.encodings.packed_top_k import PackedTopK
-from logitcache.cache.growth import begin_growth, forget_growth
-from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
-from logitcache.cache.manifest import Manifest
-from logitcache.cache.reached import finish_growth
-from logitcache.cache.reader import Cache
-from logitcache.cache.skeleton import metadata_files, read_labels, require_sound_skeleton
+from logitcache.cache.format.layout import Layout, choose_shard_rows, layout_of
+from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.format.metadata import metadata_files, read_labels, require_sound_skeleton
 from logitcache.cache.snapshot import open_snapshot, read_manifest
-from logitcache.cache.store import LocalStore
 from logitcache.cache.verify import verify_cache
-from logitcache.cache.writer import ShardEncoder
-from logitcache.console import configure
-from logitcache.report.costs import StoreCost, skeleton_sizes, store_cost
+from logitcache.cache.write.error_summary import finish_growth
+from logitcache.cache.write.growth import begin_growth, forget_growth
+from logitcache.cache.write.writer import ShardEncoder
+from logitcache.planning.costs import StoreCost, skeleton_sizes, store_cost
+from logitcache.runtime.console import configure
+from logitcache.store.arrays import ArrayLayout, Shard, seal
+from logitcache.store.base import LocalStore
 
 NUM_CLASSES = 1000
 QUICK, FULL = ((1_281_167, 79),), ((1_281_167, 79), (14_197_122, 90), (1_000_000_000, 4))
@@ -78,7 +78,7 @@ class Took(NamedTuple):
 def took(step: Callable[..., Any], *arguments: Any) -> Took:
     """Do a step in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "logitcache.cache.reader", "logitcache.report.plan"])
+    context.set_forkserver_preload(["torch", "logitcache.cache.cache", "logitcache.planning.report"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_do, args=(sender, step, arguments))
     process.start()

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 from read import manifest_of
 
-from logitcache.cache.layout import Layout, choose_shard_rows, layout_of
-from logitcache.cache.manifest import Manifest
-from logitcache.report.costs import Crew, Pace, StoreCost, skeleton_sizes, store_cost, wall_seconds
+from logitcache.cache.format.layout import Layout, choose_shard_rows, layout_of
+from logitcache.cache.format.manifest import Manifest
+from logitcache.planning.costs import Crew, Pace, StoreCost, skeleton_sizes, store_cost, wall_seconds
 
 DATE = "22 November 2026"
 USD_GPU_HOUR, USD_GB_MONTH, USD_1000_PUTS, USD_1000_GETS = 2.5, 0.023, 0.005, 0.0004

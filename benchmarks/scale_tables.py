@@ -16,8 +16,7 @@ from typing import Any
 import scale_model as model
 from scale_model import SCENARIOS, Case, case_of, every_case, seconds_on
 
-from logitcache.remote import REQUESTS
-from logitcache.report.costs import (
+from logitcache.planning.costs import (
     device_hours,
     memory_of,
     requests_of_a_view,
@@ -25,6 +24,7 @@ from logitcache.report.costs import (
     requests_of_writing,
 )
 from logitcache.report.inspect import LOOKED_AT
+from logitcache.store.remote.client import REQUESTS
 
 GPUS = (8, 64, 1024)
 

@@ -30,14 +30,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import logitcache as lc
-from logitcache.cache.room import FOLDER
-from logitcache.console import configure
+from logitcache.config.recipe import load_recipe
 from logitcache.models.small_cnn import small_cnn
-from logitcache.recipe import load_recipe
-from logitcache.remote import Remote
+from logitcache.runtime.console import configure
+from logitcache.runtime.versions import versions
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.store.mirror_folder import FOLDER
+from logitcache.store.remote.client import Remote
 from logitcache.targets import Targets
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-from logitcache.versions import versions
 from logitcache.views.keys import ViewKey
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -25,13 +25,13 @@ from read import DENSE, TOP10, Row, made, skeleton
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from logitcache.cache.store import LocalStore
-from logitcache.cache.writer import CacheWriter
-from logitcache.console import configure
+from logitcache.cache.write.writer import CacheWriter
+from logitcache.config.recipe import load_recipe
 from logitcache.models import Classifier, Preprocessing
-from logitcache.recipe import load_recipe
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-from logitcache.versions import versions
+from logitcache.runtime.console import configure
+from logitcache.runtime.versions import versions
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.store.base import LocalStore
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, ViewSpec

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from logitcache.cache.reader import Cache, open_cache
+    from logitcache.cache.cache import Cache, open_cache
+    from logitcache.config.recipe import load_recipe
     from logitcache.errors import (
         CacheError,
         DataError,
@@ -19,16 +20,15 @@ if TYPE_CHECKING:
         Stopped,
     )
     from logitcache.models.base import Classifier, Preprocessing
-    from logitcache.recipe import load_recipe
-    from logitcache.report.plan import plan
+    from logitcache.planning.report import plan
+    from logitcache.stage_one.derive.derive import DeriveRecipe, derive
+    from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
     from logitcache.student import losses
-    from logitcache.student.evaluation import evaluate
-    from logitcache.student.recipes import StudentRecipe, TeacherRecipe
-    from logitcache.student.trained import load_student
+    from logitcache.student.evaluation.evaluate import evaluate
+    from logitcache.student.runs.trained import load_student
     from logitcache.student.training import train
+    from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
     from logitcache.targets import Batch, Targets
-    from logitcache.teacher.derive import DeriveRecipe, derive
-    from logitcache.teacher.precompute import PrecomputeRecipe, precompute
     from logitcache.views.keys import ViewKey
     from logitcache.views.spec import ViewSpec
 
@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "logitcache.cache.reader": ("Cache", "open_cache"),
+    "logitcache.cache.cache": ("Cache", "open_cache"),
     "logitcache.errors": (
         "CacheError",
         "DataError",
@@ -79,15 +79,15 @@ _MODULES = {
         "Stopped",
     ),
     "logitcache.models.base": ("Classifier", "Preprocessing"),
-    "logitcache.recipe": ("load_recipe",),
-    "logitcache.report.plan": ("plan",),
-    "logitcache.student.evaluation": ("evaluate",),
-    "logitcache.student.recipes": ("StudentRecipe", "TeacherRecipe"),
-    "logitcache.student.trained": ("load_student",),
+    "logitcache.config.recipe": ("load_recipe",),
+    "logitcache.planning.report": ("plan",),
+    "logitcache.student.evaluation.evaluate": ("evaluate",),
+    "logitcache.student.training_recipes": ("StudentRecipe", "TeacherRecipe"),
+    "logitcache.student.runs.trained": ("load_student",),
     "logitcache.student.training": ("train",),
     "logitcache.targets": ("Batch", "Targets"),
-    "logitcache.teacher.derive": ("DeriveRecipe", "derive"),
-    "logitcache.teacher.precompute": ("PrecomputeRecipe", "precompute"),
+    "logitcache.stage_one.derive.derive": ("DeriveRecipe", "derive"),
+    "logitcache.stage_one.precompute": ("PrecomputeRecipe", "precompute"),
     "logitcache.views.keys": ("ViewKey",),
     "logitcache.views.spec": ("ViewSpec",),
 }

@@ -10,8 +10,8 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from logitcache.device import to_device
 from logitcache.errors import RecipeError
+from logitcache.runtime.device import to_device
 
 
 class EncodedLogits(Protocol):

@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from logitcache.device import to_device
 from logitcache.logits import Logits, at_least_float32, log_probs, moved
+from logitcache.runtime.device import to_device
 
 
 @dataclass(frozen=True)

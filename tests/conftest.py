@@ -25,7 +25,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from logitcache.console import configure  # noqa: E402  # the function itself: tests put others in its place
+from logitcache.runtime.console import configure  # noqa: E402  # the function itself: tests put others in its place
 
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.load_profile("same")

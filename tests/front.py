@@ -27,7 +27,7 @@ LIES = ("short", "empty", "stale", "gzip")
 """Answers that are whole, and not of what was asked for; the first answer to the same request again, for one."""
 
 SHORT = {"CONNECT_SECONDS": 2, "READ_SECONDS": 1.5, "PAUSE": 0.01, "LONGEST_PAUSE": 0.1}
-"""What tests set in logitcache.remote, or they would wait for long."""
+"""What tests set in logitcache.store.remote.client, or they would wait for long."""
 
 
 class Request(NamedTuple):

@@ -24,7 +24,7 @@ from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
 
-from logitcache import remote
+from logitcache.store.remote import client
 from tests.front import SHORT, Answer, Front, Origin, Request
 
 KEY_ID, SECRET = "AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY"
@@ -159,10 +159,10 @@ def connecting(environment: Mapping[str, str], **changes: Any) -> Iterator[None]
         for name, value in environment.items():
             patch.setenv(name, value)
         for name, value in (SHORT | changes).items():
-            patch.setattr(remote, name, value)
-        patch.setattr(remote, "_known", {})
+            patch.setattr(client, name, value)
+        patch.setattr(client, "_known", {})
         # Closed with this process: closing takes a moment of fsspec's thread, and it is given a tenth of a second.
-        _kept.append(remote._known)
+        _kept.append(client._known)
         yield
 
 

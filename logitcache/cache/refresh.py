@@ -4,16 +4,16 @@ import hashlib
 import math
 from collections.abc import Mapping
 
-from logitcache.cache.arrays import RECORD, RECORD_BYTES
-from logitcache.cache.growth import read_growth
-from logitcache.cache.labels import label_file
-from logitcache.cache.layout import Layout, layout_of, require_possible
-from logitcache.cache.manifest import Manifest, parse_manifest
-from logitcache.cache.mirror import Mirror
-from logitcache.cache.skeleton import CANARIES, DIGESTS, GROWING, ROOT, skeleton_arrays, skeleton_problems
-from logitcache.cache.unreadable import FILE as UNREADABLE
+from logitcache.cache.format.label_file import label_file
+from logitcache.cache.format.layout import Layout, layout_of, require_possible
+from logitcache.cache.format.manifest import Manifest, parse_manifest
+from logitcache.cache.format.metadata import CANARIES, DIGESTS, GROWING, ROOT, skeleton_arrays, skeleton_problems
+from logitcache.cache.write.growth import read_growth
+from logitcache.cache.write.unreadable_images import FILE as UNREADABLE
 from logitcache.errors import CacheError
-from logitcache.safe_files import MAX_METADATA_BYTES, parse_json
+from logitcache.store.arrays import RECORD, RECORD_BYTES
+from logitcache.store.mirror import Mirror
+from logitcache.store.safe_files import MAX_METADATA_BYTES, parse_json
 
 MAX_ARRAY_BYTES = 1 << 20
 """Most bytes of an array's metadata."""

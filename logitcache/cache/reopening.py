@@ -11,17 +11,17 @@ from importlib.metadata import version
 import numpy as np
 import zarr
 
-from logitcache import stamps
-from logitcache.cache.arrays import RECORD_BYTES, ArrayGroup
-from logitcache.cache.commits import Records, read_records
-from logitcache.cache.derivation import fix_of_damage
-from logitcache.cache.layout import layout_of
-from logitcache.cache.manifest import Manifest
-from logitcache.cache.skeleton import ROOT, skeleton_keys, skeleton_problems
-from logitcache.cache.store import Store
+from logitcache.cache.format.commits import Records, read_records
+from logitcache.cache.format.derivation import fix_of_damage
+from logitcache.cache.format.layout import layout_of
+from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.format.metadata import ROOT, skeleton_keys, skeleton_problems
 from logitcache.errors import CacheError
-from logitcache.files import keep, kept, memory_of
-from logitcache.safe_files import open_folder
+from logitcache.store import file_stamps
+from logitcache.store.arrays import RECORD_BYTES, ArrayGroup
+from logitcache.store.base import Store
+from logitcache.store.files import keep, kept, memory_of
+from logitcache.store.safe_files import open_folder
 
 SHOWN = 5
 
@@ -34,7 +34,7 @@ def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
 
     def state() -> bytes | None:
         paths = [store.path / key for key in skeleton_keys(manifest)]
-        return stamps.state(paths, manifest.digest(), zarr.__version__, version("logitcache"))
+        return file_stamps.state(paths, manifest.digest(), zarr.__version__, version("logitcache"))
 
     memory, before = memory_of(str(store.path.absolute()), "skeleton"), state()
     if before is not None and kept(memory) == before:
@@ -64,7 +64,7 @@ def _records(store: Store, manifest: Manifest, group: ArrayGroup) -> Records:
 
     def state() -> bytes | None:
         paths = [store.path / group.commits, store.path / group.commits / ROOT]
-        return stamps.state(paths, manifest.digest(), version("logitcache"), _names(store, group))
+        return file_stamps.state(paths, manifest.digest(), version("logitcache"), _names(store, group))
 
     memory, before = memory_of(str(store.path.absolute() / group.commits), "records"), state()
     payload = kept(memory) if before is not None else None

@@ -11,20 +11,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.arrays import ArrayGroup, ArrayLayout, Shard, StoredShard
-from logitcache.cache.commits import Records, are_records, read_records
-from logitcache.cache.derivation import fix_of_damage
-from logitcache.cache.growth import read_growth
-from logitcache.cache.layout import Layout, layout_of, require_possible
-from logitcache.cache.manifest import Manifest, parse_manifest
-from logitcache.cache.mirror import mirror_of
+from logitcache.cache.format.commits import Records, are_records, read_records
+from logitcache.cache.format.derivation import fix_of_damage
+from logitcache.cache.format.layout import Layout, layout_of, require_possible
+from logitcache.cache.format.manifest import Manifest, parse_manifest
+from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.read.stored_array import StoredArray
 from logitcache.cache.refresh import refresh
-from logitcache.cache.skeleton import ROOT
-from logitcache.cache.store import LocalStore, Store
-from logitcache.cache.stored_array import StoredArray
+from logitcache.cache.write.growth import read_growth
 from logitcache.errors import CacheError
-from logitcache.remote import is_remote
-from logitcache.safe_files import parse_json
+from logitcache.store.arrays import ArrayGroup, ArrayLayout, Shard, StoredShard
+from logitcache.store.base import LocalStore, Store
+from logitcache.store.mirror import mirror_of
+from logitcache.store.remote.client import is_remote
+from logitcache.store.safe_files import parse_json
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from logitcache.cache.arrays import ArrayGroup, Shard, StoredShard
-from logitcache.cache.coders import Coders, Rows
-from logitcache.cache.layout import Layout, layout_of
-from logitcache.cache.manifest import LOGITS
-from logitcache.cache.skeleton import skeleton_problems
+from logitcache.cache.format.layout import Layout, layout_of
+from logitcache.cache.format.manifest import LOGITS
+from logitcache.cache.format.metadata import skeleton_problems
+from logitcache.cache.read.decode_shard import read_rows
+from logitcache.cache.read.target_codecs import Coders, Rows
 from logitcache.cache.snapshot import Snapshot
-from logitcache.cache.unpack import read_rows
-from logitcache.console import track
 from logitcache.errors import CacheError
+from logitcache.runtime.console import track
+from logitcache.store.arrays import ArrayGroup, Shard, StoredShard
 
 SHOWN = 5
 LISTED = 1000

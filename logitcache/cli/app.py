@@ -12,10 +12,10 @@ from typing import Any
 
 from typer import BadParameter
 
-from logitcache import console
 from logitcache.cli.commands import app
 from logitcache.cli.common import Answer
 from logitcache.errors import LogitCacheError, Stopped
+from logitcache.runtime import console
 
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -78,7 +78,7 @@ def _print(answer: Answer, as_json: bool) -> int:
 def _text(answer: Answer) -> str:
     if answer.text is not None:
         return answer.text
-    from logitcache.report.tables import as_text
+    from logitcache.runtime.tables import as_text
 
     return as_text(answer.document)
 
@@ -109,7 +109,7 @@ def _explain(error: Exception, debug: bool) -> tuple[int, str]:
 
 def _fix_of(error: OSError) -> str | None:
     """Return what to do about an answer of the machine, which is no bug: a full, read-only or forbidden place."""
-    from logitcache.files import fix_of
+    from logitcache.store.files import fix_of
 
     return fix_of(error)
 

@@ -19,7 +19,7 @@ def summary(
 ) -> Answer:
     """Show how good the teachers are. Alone and together, by view and by class, from the cache alone."""
     from logitcache.report.summary import summarize
-    from logitcache.teacher.gathering import Cluster
+    from logitcache.stage_one.cluster.gather_values import Cluster
 
     return Answer(asdict(summarize(cache, views, Cluster(scheduler, workers))))
 
@@ -61,7 +61,7 @@ def gc(
     ] = False,
 ) -> Answer:
     """Remove what killed writers left behind. Nothing that is committed, and not while a run writes to the cache."""
-    from logitcache.cache.garbage import collect
+    from logitcache.cache.write.gc import collect
 
     found = collect(cache, dry_run=dry_run, growth=growth)
     total = sum(garbage.bytes for garbage in found)

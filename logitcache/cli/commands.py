@@ -10,9 +10,9 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from logitcache import console
 from logitcache.cli import caches, stage_one, stage_two
 from logitcache.cli.common import Answer, Overrides, add_command
+from logitcache.runtime import console
 
 app = Typer(
     add_completion=False,
@@ -60,7 +60,7 @@ def recipe_check(
 ) -> Answer:
     """Say whether recipes are valid. Names every mistake in them; reads no images."""
     from logitcache.errors import RecipeError
-    from logitcache.report.recipes import check_recipes
+    from logitcache.report.recipe_check import check_recipes
 
     checked = check_recipes(recipes, overrides)
     errors = tuple(recipe.error for recipe in checked if recipe.error is not None)

@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from logitcache import console
 from logitcache.errors import Stopped
+from logitcache.runtime import console
 
 
 @dataclass(frozen=True)

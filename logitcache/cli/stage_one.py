@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from logitcache.cli.common import Answer, Overrides, Part, Recipe, Scheduler, Wait, Workers
-from logitcache.console import say
+from logitcache.runtime.console import say
 
 if TYPE_CHECKING:
-    from logitcache.teacher.precompute import PrecomputeResult
+    from logitcache.stage_one.precompute import PrecomputeResult
 
 
 EXIT_UNFINISHED = 75
@@ -38,10 +38,10 @@ def plan(
 
     Bytes, files, time, memory, and whether the disk holds it. Writes nothing.
     """
-    from logitcache.report.plan import plan as tell
-    from logitcache.report.plan import plan_text
-    from logitcache.report.recipes import load_own
-    from logitcache.teacher.recipes import PrecomputeRecipe
+    from logitcache.planning.report import plan as tell
+    from logitcache.planning.report import plan_text
+    from logitcache.report.recipe_check import load_own
+    from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
     document = tell(wanted, batches=batches, taps=taps, workers=workers, probing=not no_probe)
@@ -61,10 +61,10 @@ def precompute(
     The same command continues after a stop, and shares the work with others of its kind. A recipe that asks for more
     views or further teachers adds just these.
     """
-    from logitcache.report.recipes import load_own
-    from logitcache.teacher.cluster import precompute_on_cluster
-    from logitcache.teacher.precompute import PrecomputeRecipe
-    from logitcache.teacher.precompute import precompute as run
+    from logitcache.report.recipe_check import load_own
+    from logitcache.stage_one.cluster.client import precompute_on_cluster
+    from logitcache.stage_one.precompute import PrecomputeRecipe
+    from logitcache.stage_one.precompute import precompute as run
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
     return _filled(wanted, part, scheduler, workers, wait, here=run, on_cluster=precompute_on_cluster)
@@ -83,9 +83,9 @@ def derive(
     It keeps logits in another encoding, or several teachers as one. Reads neither images nor teachers. The same command
     continues after a stop.
     """
-    from logitcache.report.recipes import load_own
-    from logitcache.teacher.derive import DeriveRecipe, derive_on_cluster
-    from logitcache.teacher.derive import derive as run
+    from logitcache.report.recipe_check import load_own
+    from logitcache.stage_one.derive.derive import DeriveRecipe, derive_on_cluster
+    from logitcache.stage_one.derive.derive import derive as run
 
     wanted = load_own(recipe, DeriveRecipe, overrides)
     return _filled(wanted, part, scheduler, workers, wait, here=run, on_cluster=derive_on_cluster)

@@ -44,10 +44,10 @@ def train_student(
         raise BadParameter(
             "names teachers to put in the loop, and there are none without --online", param_hint="--teachers-from"
         )
-    from logitcache.report.recipes import load_own
+    from logitcache.report.recipe_check import load_own
     from logitcache.student.ranks import joined
-    from logitcache.student.recipes import StudentRecipe
     from logitcache.student.training import train
+    from logitcache.student.training_recipes import StudentRecipe
 
     changes = [*overrides, *_granted(trust), *([] if verify is None else [f"verify={verify}"])]
     with joined() as ranks:
@@ -58,7 +58,7 @@ def train_student(
 
             sources = student.teachers
             if teachers_from is not None:
-                from logitcache.report.evaluation import teachers_of
+                from logitcache.report.beside_teachers import teachers_of
 
                 sources = teachers_of(teachers_from, student.cache) | sources
             live = live_targets(student.cache, student.device, sources, trust=student.trust)
@@ -67,10 +67,10 @@ def train_student(
 
 def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> Answer:
     """Train a teacher on labels, by the same loop."""
-    from logitcache.report.recipes import load_own
+    from logitcache.report.recipe_check import load_own
     from logitcache.student.ranks import joined
-    from logitcache.student.recipes import TeacherRecipe
     from logitcache.student.training import train
+    from logitcache.student.training_recipes import TeacherRecipe
 
     with joined() as ranks:
         result = train(load_own(recipe, TeacherRecipe, overrides), resume=resume)
@@ -84,7 +84,7 @@ def _granted(trust: list[str]) -> list[str]:
 
 def _trained(result: "RunResult", is_shown: bool) -> Answer:
     """Leave out of the text what such images are not measured by."""
-    from logitcache.report.tables import as_text
+    from logitcache.runtime.tables import as_text
 
     document = asdict(result)
     text = as_text({name: value for name, value in document.items() if value is not None})
@@ -124,9 +124,9 @@ def evaluate(
     unused = [option for option, value in options.items() if value and not latency]
     if unused:
         raise BadParameter("says how to time, and nothing is timed without --latency", param_hint=unused)
-    from logitcache.report.evaluation import evaluate_beside_teachers
-    from logitcache.report.tables import as_text
-    from logitcache.student.cost import LatencyPlan
+    from logitcache.report.beside_teachers import evaluate_beside_teachers
+    from logitcache.runtime.tables import as_text
+    from logitcache.student.evaluation.cost import LatencyPlan
 
     timing = {"batch_sizes": tuple(batch_size), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
     plan = LatencyPlan.model_validate({key: value for key, value in timing.items() if value}) if latency else None

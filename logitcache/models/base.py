@@ -8,8 +8,8 @@ from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
+from logitcache.config.recipe import Component, Count, Fraction, Positive
 from logitcache.errors import RecipeError
-from logitcache.recipe import Component, Count, Fraction, Positive
 
 
 class Preprocessing(Component):

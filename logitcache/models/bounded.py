@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from logitcache.device import own_randomness
-from logitcache.safe_files import require_bounded
+from logitcache.runtime.device import own_randomness
+from logitcache.store.safe_files import require_bounded
 
 _MAX_HEADER_BYTES = 16 << 20
 _SLACK_VALUES = 1 << 24  # buffers that a network computes are in no file

@@ -5,10 +5,10 @@ from typing import Literal
 from pydantic import Field, JsonValue
 from torch import nn
 
+from logitcache.config.factories import call_factory
+from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError
-from logitcache.factories import call_factory
 from logitcache.models.base import BuiltModel
-from logitcache.recipe import Component
 
 
 class Custom(Component):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from logitcache.errors import RecipeError
-from logitcache.features import Layout
 from logitcache.models.taps import Tapped
+from logitcache.reductions import Layout
 
 Shape = tuple[int, ...]
 

@@ -4,9 +4,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from logitcache.config.recipe import Component, Count
 from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel
-from logitcache.recipe import Component, Count
 
 MOST_WIDTH, MOST_DEPTH = 1024, 64
 """What a file may name; a user may name more."""

@@ -8,8 +8,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
+from logitcache.config.recipe import Component, Count
+from logitcache.config.trust import VARIABLE, Trust, is_granted, remember
 from logitcache.errors import RecipeError, RefusedError
-from logitcache.files import write_atomically
 from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
 from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
@@ -17,9 +18,8 @@ from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 from logitcache.models.weights import load_weights, read_state, save_weights
-from logitcache.recipe import Component, Count
-from logitcache.safe_files import read_bounded
-from logitcache.trust import VARIABLE, Trust, is_granted, remember
+from logitcache.store.files import write_atomically
+from logitcache.store.safe_files import read_bounded
 
 _MAX_BYTES = 1 << 20
 _MOST_SIDE, _MOST_COUNT = 2048, 1 << 20

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from logitcache.errors import RecipeError
-from logitcache.features import Layout, channels_in_place
+from logitcache.reductions import Layout, channels_in_place
 
 INPUT = ":input"
 """Ends the name of a tap that takes what a module takes in, as in `fc:input`."""

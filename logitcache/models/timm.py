@@ -7,11 +7,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue
 from torch import nn
 
+from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
 from logitcache.models.base import BuiltModel, Preprocessing, risky_options
 from logitcache.models.torchvision import another_count
 from logitcache.models.weights import did_you_mean
-from logitcache.recipe import Component
 
 # timm looks these up itself, outside its list of names.
 _OUTSIDE = ("hf-hub:", "hf_hub:", "local-dir:")

@@ -8,10 +8,10 @@ from torch import nn
 from torchvision import models as zoo
 from torchvision.models import WeightsEnum
 
+from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.models.base import BuiltModel, Preprocessing, channels_fix, risky_options
 from logitcache.models.weights import did_you_mean
-from logitcache.recipe import Component
 
 # What torchvision sets unasked when it gives these their weights; the network is another without.
 _SET_BY_WEIGHTS: dict[str, dict[str, JsonValue]] = {

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from logitcache.console import say
 from logitcache.errors import RecipeError
-from logitcache.files import write_atomically
+from logitcache.runtime.console import say
+from logitcache.store.files import write_atomically
 
 # The attributes under which torch's own wrappers (data parallel, compiled, FSDP, averaged) hold the wrapped module.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})

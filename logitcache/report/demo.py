@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from logitcache.console import hushed, say
-from logitcache.files import write_atomically
+from logitcache.config.recipe import load_recipe
 from logitcache.models import Bundled as BundledTeacher
 from logitcache.models import Classifier, resolve_preprocessing
-from logitcache.recipe import load_recipe
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+from logitcache.runtime.console import hushed, say
+from logitcache.stage_one.precompute import PrecomputeRecipe, PrecomputeResult, precompute
+from logitcache.store.files import write_atomically
+from logitcache.student.evaluation.validation import Validator
 from logitcache.student.training import train
-from logitcache.student.validation import Validator
-from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, precompute
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.views.datasets import Bundled
 from logitcache.views.spec import Views, ViewSpec
 

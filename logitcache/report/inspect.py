@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from logitcache.cache.arrays import ArrayGroup, Shard
-from logitcache.cache.differences import is_more
-from logitcache.cache.manifest import LOGITS, TeacherEntry
-from logitcache.cache.reached import errors_of
-from logitcache.cache.reader import Cache
+from logitcache.cache.cache import Cache
+from logitcache.cache.format.manifest import LOGITS, TeacherEntry
+from logitcache.cache.format.manifest_diff import is_more
 from logitcache.cache.reopening import require_sound_skeleton
 from logitcache.cache.snapshot import Snapshot, open_snapshot
+from logitcache.cache.write.error_summary import errors_of
 from logitcache.logits import top1
-from logitcache.student.multi_label import MultiLabelTally
+from logitcache.store.arrays import ArrayGroup, Shard
+from logitcache.student.evaluation.multi_label import MultiLabelTally
 from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey

@@ -17,18 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.arrays import Shard
-from logitcache.cache.manifest import Manifest
-from logitcache.cache.reader import Cache, open_cache
-from logitcache.cache.shards import ShardReader
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError, RecipeError
 from logitcache.logits import Logits, TopKLogits
 from logitcache.report.inspect import labels_as_seen
-from logitcache.report.multi_label import ENSEMBLE, MultiLabelSummary, name_of, summarize_multi_label
-from logitcache.student.validation import only_logits
+from logitcache.report.multi_label_summary import ENSEMBLE, MultiLabelSummary, name_of, summarize_multi_label
+from logitcache.stage_one.cluster.gather_values import HERE, Cluster, gathered
+from logitcache.store.arrays import Shard
+from logitcache.student.evaluation.validation import only_logits
 from logitcache.targets import Targets
-from logitcache.teacher.gathering import HERE, Cluster, gathered
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey
 

@@ -6,19 +6,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from logitcache.cache.derivation import is_derived
-from logitcache.cache.locks import require_trusted
-from logitcache.cache.manifest import Manifest
-from logitcache.cache.reader import Cache
+from logitcache.cache.cache import Cache
+from logitcache.cache.foreign_code import require_trusted
+from logitcache.cache.format.derivation import is_derived
+from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
+from logitcache.config.recipe import Component, load_recipe
 from logitcache.errors import DataError, RecipeError, RefusedError
-from logitcache.recipe import Component, load_recipe
-from logitcache.report.recipes import load_own
-from logitcache.report.tables import as_text
-from logitcache.teacher.derive import DeriveRecipe, derive
-from logitcache.teacher.models import TeacherSource
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from logitcache.report.recipe_check import load_own
+from logitcache.runtime.tables import as_text
+from logitcache.stage_one.derive.derive import DeriveRecipe, derive
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.teacher.teacher import TeacherSource
 from logitcache.views.datasets import Custom, Dataset
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logitcache.features import FeatureShape, as_maps, attention, pooled, resized
 from logitcache.logits import at_least_float32
+from logitcache.reductions import FeatureShape, as_maps, attention, pooled, resized
 
 Shape = tuple[int, ...]
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from logitcache.cache.cache import Cache
 from logitcache.cache.encodings.head import PENULTIMATE
-from logitcache.cache.manifest import LOGITS, StoredLogits
-from logitcache.cache.reader import Cache
+from logitcache.cache.format.manifest import LOGITS, StoredLogits
 from logitcache.errors import RecipeError
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import Loss

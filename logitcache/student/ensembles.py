@@ -11,9 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
+from logitcache.config.recipe import Component, Name, Positive
 from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.logits import NO_LOGITS, EnsembleLogits
-from logitcache.recipe import Component, Name, Positive
 from logitcache.student.losses.base import UNLABELLED
 from logitcache.targets import Batch, Targets
 

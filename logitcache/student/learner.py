@@ -10,18 +10,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from logitcache.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
-from logitcache.features import Layout
-from logitcache.files import write_atomically
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
-from logitcache.student.batch_norm import synchronize
+from logitcache.reductions import Layout
+from logitcache.runtime.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
+from logitcache.store.files import write_atomically
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Context, StepSums
-from logitcache.student.progress import Progress
+from logitcache.student.optim.batch_norm import synchronize
+from logitcache.student.optim.progress import Progress
 from logitcache.student.ranks import ALONE, Ranks
-from logitcache.student.recipes import TrainingRecipe
-from logitcache.student.whole import WholeBatch
+from logitcache.student.training_recipes import TrainingRecipe
+from logitcache.student.whole_batch import WholeBatch
 from logitcache.targets import Batch, Targets
 
 

@@ -17,10 +17,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from logitcache.console import hushed
-from logitcache.device import distributed_backend, make_current
 from logitcache.errors import LogitCacheError, RecipeError
-from logitcache.stopping import StopFlag
+from logitcache.runtime.console import hushed
+from logitcache.runtime.device import distributed_backend, make_current
+from logitcache.runtime.stopping import StopFlag
 
 T = TypeVar("T")
 

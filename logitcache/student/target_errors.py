@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from logitcache.cache.manifest import LOGITS, TeacherEntry
-from logitcache.cache.reader import Cache
-from logitcache.cache.row_errors import BOUND, RowErrors
+from logitcache.cache.cache import Cache
+from logitcache.cache.format.manifest import LOGITS, TeacherEntry
+from logitcache.cache.format.row_errors import BOUND, RowErrors
 from logitcache.student.compatibility import asked_targets, held_teachers, shares_classes
 from logitcache.student.losses import Loss
-from logitcache.student.recipes import StudentRecipe
-from logitcache.student.schedules import TemperatureBase
+from logitcache.student.optim.schedules import TemperatureBase
+from logitcache.student.training_recipes import StudentRecipe
 
 BEYOND = BOUND / 100
 """The bound at a temperature outside those recorded, where the error may be larger than at the nearest of them."""

@@ -7,15 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logitcache.console import say, track
-from logitcache.device import own_randomness, resolve_device, synchronize
+from logitcache.config.recipe import require_effect
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
 from logitcache.models import Classifier
-from logitcache.recipe import require_effect
-from logitcache.stopping import StopFlag, stop_flag
-from logitcache.student.batch_norm import require_possible
+from logitcache.runtime.console import say, track
+from logitcache.runtime.device import own_randomness, resolve_device, synchronize
+from logitcache.runtime.stopping import StopFlag, stop_flag
+from logitcache.student.build_model import build_adapters, build_classifier, decide_layouts
 from logitcache.student.ensembles import with_ensembles
-from logitcache.student.kept import (
+from logitcache.student.evaluation.validation import Validator, open_validator
+from logitcache.student.learner import Learner
+from logitcache.student.lesson import Given, LiveTargets, Source, as_given, open_source
+from logitcache.student.nonfinite import require_finite_targets
+from logitcache.student.optim.batch_norm import require_possible
+from logitcache.student.optim.progress import Progress
+from logitcache.student.ranks import Ranks, joined
+from logitcache.student.runs.run_directory import RunDirectory
+from logitcache.student.runs.run_result import (
     RunResult,
     best_epoch,
     extend,
@@ -23,18 +31,10 @@ from logitcache.student.kept import (
     require_measurable,
     save_kept,
 )
-from logitcache.student.learner import Learner
-from logitcache.student.models import build_adapters, build_classifier, decide_layouts
-from logitcache.student.nonfinite import require_finite_targets
-from logitcache.student.progress import Progress
-from logitcache.student.ranks import Ranks, joined
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
-from logitcache.student.run import RunDirectory
-from logitcache.student.saved import most_bytes, require_alike, require_place, require_shapes
-from logitcache.student.sources import Given, LiveTargets, Source, as_given, open_source
-from logitcache.student.trained import Evaluation, evaluated_as
+from logitcache.student.runs.state_shapes import most_bytes, require_alike, require_place, require_shapes
+from logitcache.student.runs.trained import Evaluation, evaluated_as
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_trainable
-from logitcache.student.validation import Validator, open_validator
 from logitcache.targets import Batch
 from logitcache.views.augmentations import Augmentation
 

@@ -11,21 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from logitcache.cache.reader import Cache
-from logitcache.console import say
-from logitcache.device import own_randomness
+from logitcache.cache.cache import Cache
 from logitcache.errors import RecipeError, caught, raise_all
-from logitcache.features import Layout
 from logitcache.logits import NO_LOGITS
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
+from logitcache.reductions import Layout
+from logitcache.runtime.console import say
+from logitcache.runtime.device import own_randomness
+from logitcache.student.build_model import (
+    black,
+    build_adapters,
+    build_classifier,
+    decide_layouts,
+    decided_layouts,
+    taps_of,
+)
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Terms
-from logitcache.student.models import black, build_adapters, build_classifier, decide_layouts, decided_layouts, taps_of
-from logitcache.student.progress import Progress
+from logitcache.student.lesson import Lesson
+from logitcache.student.optim.progress import Progress
 from logitcache.student.ranks import ALONE
-from logitcache.student.recipes import StudentRecipe, TrainingRecipe
-from logitcache.student.sources import Lesson
+from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.order import share_of
 

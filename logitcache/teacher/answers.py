@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from logitcache.device import autocast, own_randomness, to_device
 from logitcache.errors import LogitCacheError, RecipeError
+from logitcache.runtime.device import autocast, own_randomness, to_device
 from logitcache.targets import Targets
 from logitcache.teacher.grad_cam import classes_of
-from logitcache.teacher.models import Teacher, values_of
+from logitcache.teacher.teacher import Teacher, values_of
 
 PASSES = 2
 """How often each canary is answered: all in one batch, and again in other batches."""

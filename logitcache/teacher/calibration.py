@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.console import track
-from logitcache.device import to_device
 from logitcache.models import Classifier
+from logitcache.runtime.console import track
+from logitcache.runtime.device import to_device
 from logitcache.targets import Targets
-from logitcache.teacher.models import Teacher, require_finite
-from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+from logitcache.teacher.teacher import Teacher, require_finite
 from logitcache.views.keys import Draws, ViewKey, below
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views

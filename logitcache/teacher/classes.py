@@ -5,9 +5,9 @@ import re
 from collections.abc import Mapping
 
 from logitcache.errors import MismatchError, RecipeError
-from logitcache.teacher.models import TeacherSource
+from logitcache.teacher.teacher import TeacherSource
 from logitcache.views.datasets.base import ImageDataset
-from logitcache.views.datasets.labels import class_index, listed_classes
+from logitcache.views.datasets.images.labels import class_index, listed_classes
 
 SHOWN = 3
 

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitcache.cache.arrays import ArrayGroup
-from logitcache.cache.coders import Coders
 from logitcache.cache.encodings.measure import divergences
-from logitcache.cache.manifest import LOGITS, TeacherEntry
+from logitcache.cache.format.manifest import LOGITS, TeacherEntry
+from logitcache.cache.read.target_codecs import Coders
 from logitcache.errors import DataError, RowError
+from logitcache.store.arrays import ArrayGroup
 from logitcache.targets import FeatureValues, Targets, feature_values
 
 

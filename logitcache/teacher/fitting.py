@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.layout import Layout, layout_of
-from logitcache.cache.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
-from logitcache.cache.skeleton import table_bytes, table_problems
-from logitcache.cache.store import Store
+from logitcache.cache.format.layout import Layout, layout_of
+from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
+from logitcache.cache.format.metadata import table_bytes, table_problems
 from logitcache.errors import CacheError
+from logitcache.store.base import Store
 from logitcache.targets import Targets
 from logitcache.teacher.calibration import Calibration, num_calibration_rows
-from logitcache.teacher.models import Teacher
-from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+from logitcache.teacher.teacher import Teacher
 from logitcache.views.spec import Views
 
 Tables = Mapping[str, NDArray[np.generic]]

@@ -14,7 +14,7 @@ from torch import Tensor
 from logitcache.errors import RecipeError
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
-from logitcache.views.datasets.labels import single_labels
+from logitcache.views.datasets.images.labels import single_labels
 
 
 class Graded(NamedTuple):

@@ -7,16 +7,16 @@ from typing import Any, Protocol
 from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
-from logitcache.cache.derivation import network_of
 from logitcache.cache.encodings import Dense
-from logitcache.cache.manifest import TeacherEntry
+from logitcache.cache.format.derivation import network_of
+from logitcache.cache.format.manifest import TeacherEntry
 from logitcache.cache.snapshot import locate, read_manifest
-from logitcache.device import resolve_device
+from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Model, Preprocessing, weights_digest
+from logitcache.runtime.device import resolve_device
 from logitcache.targets import Targets
-from logitcache.teacher.models import Teacher, TeacherSource, build_teacher
-from logitcache.trust import require_grant
+from logitcache.teacher.teacher import Teacher, TeacherSource, build_teacher
 
 _INSTEAD = "give the teacher yourself, as `teachers:` in the student's recipe"
 MOST_CLASSES = 1 << 20

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from logitcache.config.recipe import Component, Float
 from logitcache.errors import RecipeError, ReplayMismatchError
-from logitcache.recipe import Component, Float
 from logitcache.views.augmentations.foreign import locks
 from logitcache.views.keys import Draws, ViewKey, below
 from logitcache.views.spec import Views

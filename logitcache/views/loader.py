@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from logitcache.errors import KilledWorkerError, LogitCacheError
-from logitcache.main_guard import require_main_guard
-from logitcache.stopping import ignore_signals
-from logitcache.views.handover import Handover
+from logitcache.runtime.main_guard import require_main_guard
+from logitcache.runtime.stopping import ignore_signals
 from logitcache.views.keys import ViewKey
+from logitcache.views.shared_arrays import Handover
 from logitcache.views.spec import Views
 
 StartMethod = Literal["fork", "spawn", "forkserver"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
-from logitcache.recipe import NEVER_APPLIED, Component, Fraction, Positive
+from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction, Positive
 from logitcache.views.keys import Draws, Words, below
 
 Ints = NDArray[np.int64]

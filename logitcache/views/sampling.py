@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from logitcache.config.recipe import Component, Float
 from logitcache.errors import RecipeError
-from logitcache.recipe import Component, Float
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, is_multi_label
 from logitcache.views.keys import Draws, Words, below
 from logitcache.views.order import Drawn, EpochOrder, Ints, block_ranks

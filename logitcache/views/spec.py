@@ -11,8 +11,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from logitcache.config.recipe import Component
 from logitcache.errors import DataError, RecipeError
-from logitcache.recipe import Component
 from logitcache.views.augmentations import Augmentation, Ints
 from logitcache.views.datasets.base import ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey

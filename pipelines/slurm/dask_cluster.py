@@ -10,10 +10,10 @@ import argparse
 
 from dask_jobqueue import SLURMCluster
 
-from logitcache.console import configure
-from logitcache.recipe import load_recipe
-from logitcache.teacher.cluster import precompute_on_cluster
-from logitcache.teacher.precompute import PrecomputeRecipe
+from logitcache.config.recipe import load_recipe
+from logitcache.runtime.console import configure
+from logitcache.stage_one.cluster.client import precompute_on_cluster
+from logitcache.stage_one.precompute import PrecomputeRecipe
 
 CPUS = 8
 """Of each job: for the processes that render, and for torch where there is no GPU."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import fsspec
 
-from logitcache.remote import Remote
+from logitcache.store.remote.client import Remote
 
 _numbers = itertools.count()
 

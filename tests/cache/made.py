@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from logitcache.cache.arrays import ArrayLayout, Shard
-from logitcache.cache.commits import Records
-from logitcache.cache.manifest import _digest
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.commits import Records
+from logitcache.cache.format.manifest import _digest
+from logitcache.cache.read.stored_array import StoredArray
 from logitcache.cache.snapshot import open_snapshot
-from logitcache.cache.store import LocalStore
-from logitcache.cache.stored_array import StoredArray
 from logitcache.cache.verify import verify_cache
-from logitcache.cache.writer import commit_record
+from logitcache.cache.write.writer import commit_record
+from logitcache.config.recipe import load_recipe
 from logitcache.logits import CompactLogits
-from logitcache.recipe import load_recipe
-from logitcache.teacher.precompute import PrecomputeRecipe, PrecomputeResult, precompute
+from logitcache.stage_one.precompute import PrecomputeRecipe, PrecomputeResult, precompute
+from logitcache.store.arrays import ArrayLayout, Shard
+from logitcache.store.base import LocalStore
 
 COUNT = 300
 """Images of the sound cache: six shards of at most 128 rows."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
 from logitcache.errors import LogitCacheError
 from logitcache.views.keys import ViewKey
 from tests.cache.made import raw

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import CacheError, LogitCacheError
 from tests.cache.made import (
     COUNT,

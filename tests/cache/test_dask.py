@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from logitcache.cache import shards
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.read import shard_reader
 from logitcache.errors import CacheError
 from logitcache.logits import log_probs
+from logitcache.stage_one.precompute import precompute
 from logitcache.targets import feature_values
-from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import ENCODINGS, Linear, Pixels, flip, made, recipe, run, shard_files, teacher
 from tests.teacher.nets import FEATURES, Net, images, keeping
@@ -89,13 +89,13 @@ def da_softmax(logits: Any) -> Any:
 
 def test_only_the_shards_that_are_computed_are_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
-    compare = shards.require_intact
+    compare = shard_reader.require_intact
 
     def noted(root: Path, layout: Any, shards: Any) -> None:
-        read.extend(shards)
-        compare(root, layout, shards)
+        read.extend(shard_reader)
+        compare(root, layout, shard_reader)
 
-    monkeypatch.setattr(shards, "require_intact", noted)
+    monkeypatch.setattr(shard_reader, "require_intact", noted)
     logits = open_cache(cache).as_dask()["t"]["logits"]
     assert read == []
     assert logits[1, 130:140].compute().shape == (10, 16)

@@ -15,7 +15,7 @@ from logitcache.cache.encodings import Dense, Form, HeadForm, PackedTopK, TopK, 
 from logitcache.cache.encodings.top_k import kept_and_tail
 from logitcache.errors import RecipeError
 from logitcache.logits import TopKLogits, dense_logits, log_probs, top1
-from logitcache.teacher.models import first_not_finite
+from logitcache.teacher.teacher import first_not_finite
 
 MEMBERS = {*get_args(get_args(Form)[0])} - {TransformForm, HeadForm}
 EXAMPLES: list[Any] = [

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
 from logitcache.errors import MismatchError, ReplayMismatchError
 from logitcache.models import Preprocessing
-from logitcache.teacher.models import TeacherSource
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.teacher.teacher import TeacherSource
 from logitcache.views import canaries
 from logitcache.views.augmentations import HorizontalFlip, RandomResizedCrop
 from logitcache.views.canaries import CanaryReport, DriftLimits

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logitcache.cache.arrays import RECORD_BYTES
-from logitcache.cache.reader import open_cache
-from logitcache.cache.writer import commit_record
+from logitcache.cache.cache import open_cache
+from logitcache.cache.write.writer import commit_record
 from logitcache.errors import CacheError, LogitCacheError
+from logitcache.store.arrays import RECORD_BYTES
 from logitcache.views.keys import ViewKey
 from tests.cache.made import COUNT, Pixels, forge
 

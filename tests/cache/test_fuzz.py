@@ -14,13 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logitcache.cache.layout import MAX_BYTES, layout_of, require_possible
-from logitcache.cache.manifest import parse_manifest
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
+from logitcache.cache.format.layout import MAX_BYTES, layout_of, require_possible
+from logitcache.cache.format.manifest import parse_manifest
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.errors import CacheError
-from logitcache.safe_files import MAX_METADATA_BYTES
-from logitcache.teacher.precompute import precompute
+from logitcache.stage_one.precompute import precompute
+from logitcache.store.safe_files import MAX_METADATA_BYTES
 from logitcache.views.keys import ViewKey
 from tests.cache.made import COUNT, PACKED, TOP2, Linear, Pixels, contents, recipe, teacher
 

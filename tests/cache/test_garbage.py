@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.cache.garbage import collect
-from logitcache.cache.reader import open_cache
-from logitcache.cache.sharing import preparing, writing
-from logitcache.cache.skeleton import GROWING
-from logitcache.cache.store import LocalStore
+from logitcache.cache.cache import open_cache
+from logitcache.cache.format.metadata import GROWING
+from logitcache.cache.write.claims import preparing, writing
+from logitcache.cache.write.gc import collect
 from logitcache.cli.app import main
 from logitcache.errors import CacheError
+from logitcache.store.base import LocalStore
 from tests.cache.made import FLIP_AND_CROP, Linear, Pixels, contents, precompute, recipe, run, stamps, teacher, verified
-from tests.teacher.runs import NUM_IMAGES, Stopping, partial
+from tests.stage_one.runs import NUM_IMAGES, Stopping, partial
 
 
 def litter(cache: Path) -> dict[str, int]:

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logitcache.cache.reader import Cache, open_cache
-from logitcache.cache.room import FOLDER
+from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.snapshot import Snapshot, locate, open_snapshot
-from logitcache.cache.store import LocalStore
 from logitcache.cli import main
 from logitcache.errors import CacheError
-from logitcache.remote import Remote
-from logitcache.safe_files import inside, parse_json
+from logitcache.store.base import LocalStore
+from logitcache.store.mirror_folder import FOLDER
+from logitcache.store.remote.client import Remote
+from logitcache.store.safe_files import inside, parse_json
 from logitcache.views.keys import ViewKey
 from tests.cache.elsewhere import change, new_url, objects, upload
 from tests.cache.made import DENSE16, PACKED, Pixels, contents, raw, run, teacher
@@ -116,7 +116,7 @@ def test_a_cache_that_is_replaced_under_a_reader_is_never_mixed_with_it(
     logits: dict[str, str], remote: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path / "mirrors"))
-    monkeypatch.setattr("logitcache.cache.mirror.Ahead.ask", lambda self, parts: list(parts))
+    monkeypatch.setattr("logitcache.store.mirror.Ahead.ask", lambda self, parts: list(parts))
     one, other = tmp_path / "one.zarr", tmp_path / "other.zarr"
     for path, seed in ((one, 0), (other, 1)):
         run(path, Pixels(300, seed=seed), teachers={"t": teacher(logits)}, shard_rows=128)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from logitcache.cache.arrays import ArrayLayout, Shard
-from logitcache.cache.hot import hot_shard
+from logitcache.cache.write.hot_shard import hot_shard
+from logitcache.store.arrays import ArrayLayout, Shard
 
 
 @settings(max_examples=15)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.encodings.features import FeatureForm, FittedFeature
-from logitcache.features import FeatureKind
+from logitcache.reductions import FeatureKind
 from logitcache.targets import feature_values
 
 FORM = FeatureForm(dtype="int8", storage="packed")

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
-from logitcache.cache.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout, Shard
-from logitcache.cache.commits import Records, read_records
 from logitcache.cache.encodings import Dense, PackedTopK, TopK
-from logitcache.cache.layout import SHARD_BYTES, Layout, choose_shard_rows, fit_to_pages
-from logitcache.cache.manifest import StoredLogits, TeacherEntry
-from logitcache.cache.store import LocalStore
-from logitcache.cache.writer import ShardEncoder
+from logitcache.cache.format.commits import Records, read_records
+from logitcache.cache.format.layout import SHARD_BYTES, Layout, choose_shard_rows, fit_to_pages
+from logitcache.cache.format.manifest import StoredLogits, TeacherEntry
+from logitcache.cache.write.writer import ShardEncoder
 from logitcache.models import Preprocessing
+from logitcache.store.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout, Shard
+from logitcache.store.base import LocalStore
 
 ENCODINGS = [Dense(), Dense(dtype="float32"), Dense(storage="packed"), TopK(k=1), TopK(k=3, storage="packed")]
 

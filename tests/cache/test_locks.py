@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import RecipeError, ReplayMismatchError
 from logitcache.report.verification import verify
 from logitcache.views.keys import ViewKey

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zarr
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import CacheError
 from tests.cache.made import contents, flip, forge, mend, verified
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import CacheError, MismatchError
 from tests.cache.made import Linear, Pixels, contents, flip, forge, run, verified
 

@@ -18,18 +18,18 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitcache.cache.arrays import ArrayLayout
-from logitcache.cache.coders import Coders
-from logitcache.cache.hot import hot_shard
-from logitcache.cache.layout import Layout
-from logitcache.cache.mapping import MappedRows
-from logitcache.cache.reader import Cache, open_cache
-from logitcache.cache.rows import PackedRows
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.layout import Layout
+from logitcache.cache.read.mapped import MappedRows
+from logitcache.cache.read.row_sources import PackedRows
+from logitcache.cache.read.target_codecs import Coders
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
+from logitcache.cache.write.hot_shard import hot_shard
 from logitcache.errors import CacheError, RecipeError
 from logitcache.models import Classifier, Preprocessing
-from logitcache.teacher.precompute import precompute
+from logitcache.stage_one.precompute import precompute
+from logitcache.store.arrays import ArrayLayout
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 from tests.cache.made import (

@@ -13,8 +13,8 @@ import pytest
 import xarray
 import zarr
 
-from logitcache.cache.manifest import Manifest
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.errors import CacheError, MismatchError, RecipeError, ReplayMismatchError
 from logitcache.report.inspect import inspect_cache
@@ -37,7 +37,7 @@ from tests.cache.made import (
     verified,
     write_images,
 )
-from tests.teacher.runs import partial
+from tests.stage_one.runs import partial
 
 BOTH = {"row_checksums": True, "record_parameters": True}
 KEYS = [ViewKey(view, index) for view in range(2) for index in range(COUNT)]

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from logitcache import stamps
 from logitcache.cache import reopening
-from logitcache.cache.reader import open_cache
-from logitcache.cache.skeleton import skeleton_keys
+from logitcache.cache.cache import open_cache
+from logitcache.cache.format.metadata import skeleton_keys
 from logitcache.errors import CacheError
-from logitcache.files import user_cache_directory
+from logitcache.store import file_stamps
+from logitcache.store.files import user_cache_directory
 from tests.cache.made import COUNT, TRANSFORM, Pixels, flip, run, teacher, verified
 
 RECORDS = "t.logits.commits"
@@ -29,8 +29,8 @@ def many(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an hour pass since the files were written."""
-    now = stamps.now_ns
-    monkeypatch.setattr(stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    now = file_stamps.now_ns
+    monkeypatch.setattr(file_stamps, "now_ns", lambda: now() + 3_600_000_000_000)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_cache_that_changed_just_now_is_read_again(
     cache: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = max((cache / RECORDS).stat().st_mtime_ns, (cache / RECORDS).stat().st_ctime_ns)
-    monkeypatch.setattr(stamps, "now_ns", lambda: written + 1_900_000_000)
+    monkeypatch.setattr(file_stamps, "now_ns", lambda: written + 1_900_000_000)
     for _ in range(2):
         open_cache(cache)
         assert sorted(read) == ["skeleton", "t.logits"]
@@ -111,10 +111,10 @@ def test_what_has_changed_is_read_again(
 def test_names_count_where_a_file_system_stamps_no_folders(cache: Path, later: None) -> None:
     folder = cache / RECORDS
     open_cache(cache)
-    memory, before = stamps.stamp, stamps.stamp(folder.lstat())
+    memory, before = file_stamps.stamp, file_stamps.stamp(folder.lstat())
     (cache / RECORD).unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stamps, "stamp", lambda status: before if status.st_ino == before[3] else memory(status))
+        patch.setattr(file_stamps, "stamp", lambda status: before if status.st_ino == before[3] else memory(status))
         with pytest.raises(CacheError, match="is incomplete: 1 of 6 shards are not committed"):
             open_cache(cache)
 

@@ -16,24 +16,24 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache.cache.arrays import Shard
-from logitcache.cache.garbage import collect
-from logitcache.cache.growth import GROWING
-from logitcache.cache.manifest import Manifest
-from logitcache.cache.reader import Cache, open_cache
-from logitcache.cache.room import FOLDER, SIZE
-from logitcache.cache.sharing import creating
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.snapshot import locate, open_snapshot
-from logitcache.cache.store import Store
 from logitcache.cache.verify import row_shards
+from logitcache.cache.write.claims import creating
+from logitcache.cache.write.gc import collect
+from logitcache.cache.write.growth import GROWING
 from logitcache.cli.app import main
 from logitcache.errors import CacheError, RecipeError
-from logitcache.remote import Remote
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.summary import summarize
 from logitcache.report.verification import verify
-from logitcache.teacher.precompute import precompute
-from logitcache.teacher.share import Part
+from logitcache.stage_one.precompute import precompute
+from logitcache.stage_one.share import Part
+from logitcache.store.arrays import Shard
+from logitcache.store.base import Store
+from logitcache.store.mirror_folder import FOLDER, SIZE
+from logitcache.store.remote.client import Remote
 from logitcache.views.keys import ViewKey
 from tests.cache.elsewhere import bytes_here, change, flipped, new_url, objects, shards_here, upload
 from tests.cache.made import (
@@ -50,8 +50,8 @@ from tests.cache.made import (
     run,
     teacher,
 )
+from tests.stage_one.runs import NUM_IMAGES, partial
 from tests.student import small
-from tests.teacher.runs import NUM_IMAGES, partial
 
 SHARD = "t.logits/c.0.1.0"
 
@@ -291,7 +291,7 @@ def test_a_shard_is_brought_once_and_only_when_its_view_is_read(
         return read(self, key, start, stop)
 
     monkeypatch.setattr(Remote, "read_range", counted)
-    monkeypatch.setattr("logitcache.cache.mirror.Ahead.ask", lambda self, parts: list(parts))
+    monkeypatch.setattr("logitcache.store.mirror.Ahead.ask", lambda self, parts: list(parts))
     cache = open_cache(url)
     assert shards_here(copies) == []
     threads = [threading.Thread(target=cache.answers, args=[every_key(cache, 0)]) for _ in range(4)]
@@ -418,7 +418,7 @@ def created_meanwhile(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -
         upload(folder, url)
         return store
 
-    monkeypatch.setattr("logitcache.teacher.precompute.locate", meanwhile)
+    monkeypatch.setattr("logitcache.stage_one.precompute.locate", meanwhile)
 
 
 def test_a_creation_that_was_killed_is_taken_up(sound: Path) -> None:

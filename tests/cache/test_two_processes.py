@@ -13,14 +13,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from logitcache.cache.decoded import VARIABLE
+from logitcache.cache.read.shared_memory import VARIABLE
+from logitcache.config.recipe import dump_recipe
 from logitcache.errors import LogitCacheError
-from logitcache.recipe import dump_recipe
 from logitcache.report.verification import repair
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import DENSE16, FLIP_AND_CROP, PACKED, recipe, teacher
 from tests.cache.reading import Reader
-from tests.teacher.apart import REPOSITORY
+from tests.stage_one.apart import REPOSITORY
 
 CHANGES = ("replace", "shards", "damage", "repair", "grow", "delete")
 CACHES = ("one", "two")

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs import zstd
 
-from logitcache.cache.arrays import ArrayLayout, Shard
-from logitcache.cache.encodings.base import Order
-from logitcache.cache.unpack import Unpacker, _content_bytes
+from logitcache.cache.read.decode_shard import Unpacker, _content_bytes
 from logitcache.errors import CacheError
+from logitcache.store.arrays import ArrayLayout, Order, Shard
 from tests.cache.made import stored_array
 
 COUNT, ROWS = 2500, 2048

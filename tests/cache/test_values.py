@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from logitcache.cache.arrays import ArrayLayout
-from logitcache.cache.labels import labels_of
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
+from logitcache.cache.format.label_file import labels_of
+from logitcache.cache.read.decode_shard import read_rows
 from logitcache.cache.snapshot import open_snapshot
-from logitcache.cache.store import LocalStore
-from logitcache.cache.unpack import read_rows
 from logitcache.cache.verify import verify_cache
-from logitcache.cache.writer import CacheWriter, ShardEncoder, commit_record
+from logitcache.cache.write.writer import CacheWriter, ShardEncoder, commit_record
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.logits import TopKLogits
+from logitcache.store.arrays import ArrayLayout
+from logitcache.store.base import LocalStore
 from logitcache.views.datasets.base import Fingerprint
 from logitcache.views.keys import ViewKey
 from tests.cache.elsewhere import new_url, upload

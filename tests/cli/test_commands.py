@@ -6,8 +6,8 @@ from types import ModuleType
 import pytest
 
 from logitcache.cli import main
-from logitcache.student.cost import LatencyPlan
-from logitcache.teacher.gathering import Cluster
+from logitcache.stage_one.cluster.gather_values import Cluster
+from logitcache.student.evaluation.cost import LatencyPlan
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, reci
         parts.append((part, wait))
         return Result(plan.cache)
 
-    monkeypatch.setattr("logitcache.teacher.precompute.precompute", run)
+    monkeypatch.setattr("logitcache.stage_one.precompute.precompute", run)
     path = recipe(PRECOMPUTE)
     assert main(["precompute", path, "--set", "cache=b.zarr", "--set", "batch_size=7"]) == 0
     assert (seen[0].cache, seen[0].batch_size) == ("b.zarr", 7)
@@ -89,10 +89,11 @@ def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, reci
 def test_a_cache_that_is_not_whole_is_no_success_but_of_a_part(
     capsys, monkeypatch, recipe, command, held, apart, why, fix
 ):
-    from logitcache.teacher.precompute import PrecomputeResult
+    from logitcache.stage_one.precompute import PrecomputeResult
 
     filled = PrecomputeResult("c.zarr", 6, 4, 2, 0, 0, 0.0, 0, held, apart)
-    monkeypatch.setattr(f"logitcache.teacher.{command}.{command}", lambda plan, part, wait: filled)
+    module = {"precompute": "logitcache.stage_one.precompute", "derive": "logitcache.stage_one.derive.derive"}[command]
+    monkeypatch.setattr(f"{module}.{command}", lambda plan, part, wait: filled)
     path = recipe(KINDS[command])
     assert main([command, path, "--part", "2/8"]) == 0
     assert capsys.readouterr().err == f"c.zarr is not whole yet: 2 of 6 shards are not committed ({why})\n"
@@ -135,7 +136,7 @@ def test_evaluate_passes_what_to_time_on(tmp_path, monkeypatch):
         plans.append(latency)
         return Measured(str(run))
 
-    monkeypatch.setattr("logitcache.report.evaluation.evaluate_beside_teachers", evaluate)
+    monkeypatch.setattr("logitcache.report.beside_teachers.evaluate_beside_teachers", evaluate)
     assert main(["evaluate", str(tmp_path), "--set", "validation.every=2"]) == 0
     assert main(["evaluate", str(tmp_path), "--latency"]) == 0
     sizes = ["--batch-size", "4", "--batch-size", "8", "--threads", "1", "--repeats", "3", "--warm-up", "2"]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.cli import main
+from logitcache.config.recipe import dump_recipe
 from logitcache.errors import CacheError
-from logitcache.recipe import dump_recipe
-from logitcache.teacher.derive import derive
+from logitcache.stage_one.derive.derive import derive
 from logitcache.views.keys import ViewKey
 from tests.cache.made import contents, flip
-from tests.teacher.derived import derivation, source
+from tests.stage_one.derived import derivation, source
 
 SHARD = "a.logits/c.0.0.0"
 RECORD = "a.logits.commits/c.0.0.0.0"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from logitcache.cli import main
-from tests.teacher.apart import until
+from tests.stage_one.apart import until
 
 PRECOMPUTE = """
 cache: {tmp}/c.zarr

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import logitcache
-from logitcache import console
 from logitcache.cli import main
+from logitcache.config.recipe import dump_recipe
 from logitcache.errors import CacheError
-from logitcache.recipe import dump_recipe
+from logitcache.runtime import console
 from tests.cache.made import forge
+from tests.stage_one.derived import derivation, source
 from tests.student.small import student
-from tests.teacher.derived import derivation, source
 
 CONTROLS = [*map(chr, (*range(9), *range(11, 32), *range(127, 160)))]
 BIDIRECTIONAL = [*map(chr, (0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)))]

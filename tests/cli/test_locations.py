@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from logitcache.cli import main
-from logitcache.recipe import dump_recipe
+from logitcache.config.recipe import dump_recipe
 from tests.cache.made import contents
+from tests.stage_one.derived import derivation
+from tests.stage_one.test_cluster import named
 from tests.student.small import TINY, fill, student
-from tests.teacher.derived import derivation
-from tests.teacher.test_cluster import named
 
 LOCATIONS = [".", "./", "digest/..", "../c.zarr/", "../c.zarr/.", "../link", "../link/", "../link/digest/.."]
 """Paths to `c.zarr` from within it; a symbolic link beside it leads there too."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from logitcache import console
 from logitcache.cli import main
+from logitcache.runtime import console
 
 RECIPE = "cache: c.zarr\nteachers: {t: {model: {kind: bundled}}}\ndataset: {kind: bundled, num_images: 20}\n"
 STUDENT = "cache: c.zarr\nout: run\nepochs: 1\nmodel: {kind: small_cnn}\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.student import losses
 from logitcache.targets import Batch
 from logitcache.views.epochs import EpochLoader

@@ -10,7 +10,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from logitcache.console import configure
 from logitcache.errors import RecipeError
 from logitcache.models import (
     Checkpoint,
@@ -18,6 +17,7 @@ from logitcache.models import (
     Timm,
     weights_digest,
 )
+from logitcache.runtime.console import configure
 from tests.models.nets import LINEAR, TINY_TIMM, Tied, custom, state_of, written
 
 

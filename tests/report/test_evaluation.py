@@ -8,13 +8,13 @@ import yaml
 from torch import nn
 
 from logitcache.cli import main
+from logitcache.config.recipe import load_recipe
 from logitcache.errors import RecipeError
 from logitcache.models import Bundled
-from logitcache.recipe import load_recipe
-from logitcache.report.evaluation import evaluate_beside_teachers
-from logitcache.student.cost import LatencyPlan
+from logitcache.report.beside_teachers import evaluate_beside_teachers
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.training import train
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from tests.student.small import TEST_IMAGES, TINY, fill, linear, student, teacher
 
 CUSTOM = {"kind": "custom", "factory": "tests.student.small:linear"}

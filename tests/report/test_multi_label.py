@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
 from logitcache.logits import dense_logits
 from logitcache.report import inspect as inspecting
-from logitcache.report import multi_label
+from logitcache.report import multi_label_summary
 from logitcache.report.inspect import inspect_cache
-from logitcache.report.multi_label import ENSEMBLE, MultiLabelSummary
+from logitcache.report.multi_label_summary import ENSEMBLE, MultiLabelSummary
 from logitcache.report.summary import summarize
-from logitcache.teacher.precompute import precompute
+from logitcache.stage_one.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE32, TOP2, Linear, recipe, teacher
 from tests.cache.test_multi_label import CLASSES, COUNT, Marked
@@ -38,7 +38,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(multi_label, "ROWS", 70)
+    monkeypatch.setattr(multi_label_summary, "ROWS", 70)
     monkeypatch.setattr(inspecting, "ROWS", 70)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from logitcache.cli.app import main
-from logitcache.recipe import dump_recipe
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from logitcache.config.recipe import dump_recipe
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import contents, flip, recipe, stamps, teacher
 from tests.teacher.nets import FEATURES, keeping
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from logitcache.cache.manifest import Manifest, recordable
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.manifest import Manifest, recordable
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.report import summary
 from logitcache.report.summary import ENSEMBLE, CacheSummary, ShardCounter, summarize
-from logitcache.teacher.precompute import precompute
+from logitcache.stage_one.precompute import precompute
 from logitcache.views.datasets import ImageFolder
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE32, TOP2_PACKED, Linear, Pixels, recipe, run, teacher, write_images

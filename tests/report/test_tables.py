@@ -1,6 +1,6 @@
 import pytest
 
-from logitcache.report.tables import as_text, format_bytes
+from logitcache.runtime.tables import as_text, format_bytes
 
 
 def test_results_are_aligned_text_in_a_pipe():

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from logitcache.student.learner import Learner
-from logitcache.student.recipes import TrainingRecipe
 from logitcache.student.training import train
+from logitcache.student.training_recipes import TrainingRecipe
 
 Ended = list[tuple[int, str]]
 

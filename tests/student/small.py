@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from logitcache.config.recipe import Component
 from logitcache.models import Classifier, Preprocessing, SmallCNN, load_model
-from logitcache.recipe import Component
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.learner import Learner
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.student.training import RunResult
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.views.datasets import Bundled, open_dataset
 
 R = TypeVar("R", bound=Component)

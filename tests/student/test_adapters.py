@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from logitcache.errors import LogitCacheError, RecipeError, Stopped
-from logitcache.features import FeatureShape
 from logitcache.models import SmallCNN
-from logitcache.student import compatibility, models, sources
+from logitcache.reductions import FeatureShape
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.student import build_model, compatibility, lesson
 from logitcache.student.adapters import PlaceMap, matched, num_channels, perceptron, unit
 from logitcache.student.learner import Learner
 from logitcache.student.losses import CKA, RKD, SRRL, AttentionTransfer, CrossEntropy, GradCAM, KLDivergence
 from logitcache.student.losses.base import HeldTeacher
 from logitcache.student.training import train
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from tests.student.featured import LOSSES, MAPS, VECTORS, fill_featured
 from tests.student.small import GREY, IMAGES, LINEAR, fill, metrics, network, recipe, recorded_losses, student, weights
 
@@ -135,9 +135,9 @@ def test_the_parameters_of_adapters_learn_and_do_not_count_as_the_students(featu
 def _learner(entry: Any) -> Learner:
     """A learner as training would build it."""
     torch.manual_seed(entry.seed)
-    source = sources.open_source(entry, None)
-    classifier = models.build_classifier(entry, source.lesson, None)
-    return Learner(entry, classifier, torch.device("cpu"), models.build_adapters(entry, source.lesson, classifier))
+    source = lesson.open_source(entry, None)
+    classifier = build_model.build_classifier(entry, source.lesson, None)
+    return Learner(entry, classifier, torch.device("cpu"), build_model.build_adapters(entry, source.lesson, classifier))
 
 
 @pytest.mark.parametrize(
@@ -239,11 +239,11 @@ def test_an_adapter_that_is_no_longer_finite_is_seen(featured: Path, tmp_path: P
 
 def test_looking_for_shapes_moves_nothing(featured: Path, tmp_path: Path) -> None:
     entry = student(tmp_path / "run", featured, losses=[LOSSES[3]])
-    source = sources.open_source(entry, None)
-    classifier = models.build_classifier(entry, source.lesson, None)
+    source = lesson.open_source(entry, None)
+    classifier = build_model.build_classifier(entry, source.lesson, None)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     generator = torch.get_rng_state()
-    models.build_adapters(entry, source.lesson, classifier)
+    build_model.build_adapters(entry, source.lesson, classifier)
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
     assert not any(len(module._forward_hooks) for module in classifier.modules())
@@ -259,12 +259,12 @@ def test_losses_on_logits_train_as_they_did_beside_losses_without_parameters(fea
 
 def test_features_come_from_a_teacher_of_other_classes_or_of_none() -> None:
     rkd, srrl = RKD(student="0", feature="f"), SRRL(student="0", feature="f")
-    assert sources._num_classes([CrossEntropy(), rkd, srrl], {"net": 10}, 3) == 3
-    assert sources._num_classes([CrossEntropy(), rkd], {}, 3) == 3
-    assert sources._num_classes([rkd, KLDivergence()], {"net": 10}, 3) == 10
-    assert sources._num_classes([rkd], {"net": 10}, None) == 10
+    assert lesson._num_classes([CrossEntropy(), rkd, srrl], {"net": 10}, 3) == 3
+    assert lesson._num_classes([CrossEntropy(), rkd], {}, 3) == 3
+    assert lesson._num_classes([rkd, KLDivergence()], {"net": 10}, 3) == 10
+    assert lesson._num_classes([rkd], {"net": 10}, None) == 10
     with pytest.raises(RecipeError, match="nothing says how many classes"):
-        sources._num_classes([rkd], {}, None)
+        lesson._num_classes([rkd], {}, None)
 
 
 # Refusals.

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
 from logitcache.models import load_model
-from logitcache.student.alignment import LinearCKA
-from logitcache.student.evaluation import evaluate
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.student.evaluation.alignment import LinearCKA
+from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.student.small import GREY, TEST_IMAGES, fill, network, recipe, student
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from logitcache.features import FeatureShape
 from logitcache.models import Classifier, Preprocessing
+from logitcache.reductions import FeatureShape
 from logitcache.student.learner import Learner
 from logitcache.student.losses.base import HeldTeacher, Site
-from logitcache.student.progress import Progress
-from logitcache.student.recipes import StudentRecipe
+from logitcache.student.optim.progress import Progress
+from logitcache.student.training_recipes import StudentRecipe
 from logitcache.targets import Batch, Targets
 
 timm = pytest.importorskip("timm")

@@ -7,8 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.models import Classifier, Preprocessing
-from logitcache.student import cost
-from logitcache.student.cost import Contender, LatencyPlan, costs, count_bytes, count_flops, count_parameters, latencies
+from logitcache.student.evaluation import cost
+from logitcache.student.evaluation.cost import (
+    Contender,
+    LatencyPlan,
+    costs,
+    count_bytes,
+    count_flops,
+    count_parameters,
+    latencies,
+)
 
 RGB = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)
 IMAGE = torch.zeros(3, 8, 10, dtype=torch.uint8)

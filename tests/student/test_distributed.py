@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from logitcache.cli.app import main
-from logitcache.device import resolve_device
+from logitcache.config.recipe import dump_recipe
 from logitcache.errors import DataError, RecipeError
-from logitcache.recipe import dump_recipe
+from logitcache.runtime.device import resolve_device
+from logitcache.student.evaluation.validation import Validator
+from logitcache.student.lesson import open_source
 from logitcache.student.ranks import Ranks
-from logitcache.student.sources import open_source
 from logitcache.student.training import train
-from logitcache.student.validation import Validator
 from tests.student.featured import ON_FEATURES, fill_featured
 from tests.student.ranks import at_step, seen, together, train_together
 from tests.student.small import (

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from logitcache.cache.encodings import TopK
+from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.logits import NO_LOGITS, EnsembleLogits, LinearLogits, Logits, dense_logits, log_probs, top1
-from logitcache.recipe import load_recipe
 from logitcache.student.ensembles import Ensemble, classes_of, with_ensembles
-from logitcache.student.recipes import StudentRecipe
 from logitcache.student.training import train
+from logitcache.student.training_recipes import StudentRecipe
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.teacher.online import live_targets
 from tests.student.small import UNLABELLED, fill, network, recorded_losses, student

@@ -9,8 +9,8 @@ import torch
 
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.models import load_model
-from logitcache.student.cost import Contender, LatencyPlan
-from logitcache.student.evaluation import evaluate
+from logitcache.student.evaluation.cost import Contender, LatencyPlan
+from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.student.small import LINEAR, PARTLY, TEST_IMAGES, THREE, metrics, network, student, teacher

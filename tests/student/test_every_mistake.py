@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from logitcache.errors import RecipeError, RecipeErrors, caught, raise_all
-from logitcache.report.recipes import check_recipes
+from logitcache.report.recipe_check import check_recipes
 from logitcache.student.training import train
 from tests.student.small import student
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from logitcache import console
 from logitcache.errors import CacheError, MismatchError
+from logitcache.runtime import console
 from logitcache.student.training import train
 from tests.student.small import DROPOUT, TEST_IMAGES, metrics, student, teacher, weights
 

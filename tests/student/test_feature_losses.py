@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
-from logitcache.features import FeatureKind, FeatureShape
+from logitcache.reductions import FeatureKind, FeatureShape
 from logitcache.student import losses
 from logitcache.student.losses import (
     CKA,
@@ -26,9 +26,9 @@ from logitcache.student.losses import (
     Similarity,
 )
 from logitcache.student.losses.base import Context, HeldTeacher, Site
-from logitcache.student.losses.features import FeatureLoss
-from logitcache.student.progress import Progress
-from logitcache.student.schedules import constant
+from logitcache.student.losses.feature_base import FeatureLoss
+from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, Targets
 
 NUM_IMAGES, CLASSES, ROWS = 40, 5, 6

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from logitcache.cli import main
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import Classifier
-from logitcache.report.recipes import check_recipes
-from logitcache.student.evaluation import evaluate
-from logitcache.student.recipes import TeacherRecipe
-from logitcache.student.trained import load_student
+from logitcache.report.recipe_check import check_recipes
+from logitcache.student.evaluation.evaluate import evaluate
+from logitcache.student.runs.trained import load_student
 from logitcache.student.training import train
+from logitcache.student.training_recipes import TeacherRecipe
 from tests.student.small import GREY, LINEAR, TEST_IMAGES, PartlyLabelled, linear, recipe, student, teacher, weights
 
 GIVEN: dict[str, Any] = {"model": None}

@@ -11,11 +11,11 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.student.learner import Learner
+from logitcache.student.lesson import open_source
 from logitcache.student.losses import CrossEntropy
 from logitcache.student.losses.base import Context, Site
-from logitcache.student.progress import Progress
-from logitcache.student.run import RunDirectory
-from logitcache.student.sources import open_source
+from logitcache.student.optim.progress import Progress
+from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.training import train
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.datasets import Bundled, open_dataset

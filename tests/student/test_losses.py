@@ -35,8 +35,8 @@ from logitcache.student.losses import (
     wsld,
 )
 from logitcache.student.losses.base import Context
-from logitcache.student.losses.features import FeatureLoss
-from logitcache.student.progress import Progress
+from logitcache.student.losses.feature_base import FeatureLoss
+from logitcache.student.optim.progress import Progress
 from logitcache.targets import Batch, MixedLabels, Targets
 
 CLASSES = 7

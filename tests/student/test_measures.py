@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.logits import NO_LOGITS
-from logitcache.student.measures import ClassAccuracy, Tally, group_accuracies
+from logitcache.student.evaluation.single_label import ClassAccuracy, Tally, group_accuracies
 from logitcache.targets import Targets
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.cli import main
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError, Stopped
 from logitcache.models import load_model
-from logitcache.student.evaluation import evaluate
+from logitcache.student.evaluation.evaluate import evaluate
+from logitcache.student.evaluation.multi_label import average_precisions
 from logitcache.student.learner import Learner
-from logitcache.student.multi_label import average_precisions
 from logitcache.student.training import train
 from logitcache.targets import feature_values
 from logitcache.teacher.online import live_targets

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logitcache.cache.encodings import TopK
 from logitcache.logits import NO_LOGITS
-from logitcache.student.multi_label import MultiLabelTally
+from logitcache.student.evaluation.multi_label import MultiLabelTally
 from logitcache.targets import Targets
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from logitcache.config.recipe import dump_recipe
 from logitcache.errors import RecipeError
-from logitcache.recipe import dump_recipe
-from logitcache.report.recipes import check_recipes
+from logitcache.report.recipe_check import check_recipes
 from logitcache.student import losses
 from logitcache.student.training import train
 from tests.student.small import fill, student, teacher

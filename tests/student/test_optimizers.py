@@ -7,7 +7,7 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.models import SmallCNN
-from logitcache.student.optimizers import SGD, AdamW, LearningRateSchedule, parameter_groups
+from logitcache.student.optim.optimizers import SGD, AdamW, LearningRateSchedule, parameter_groups
 
 
 @pytest.mark.parametrize("optimizer", [SGD(weight_decay=0.3), AdamW(weight_decay=0.3)], ids=lambda o: o.kind)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from logitcache.config.recipe import dump_recipe, load_recipe, require_effect
 from logitcache.errors import RecipeError
-from logitcache.recipe import dump_recipe, load_recipe, require_effect
-from logitcache.report.recipes import check_recipes
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe
+from logitcache.report.recipe_check import check_recipes
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.views.spec import ViewSpec
 from tests.student.small import GREY, IMAGES, LINEAR, fill, network, recipe, student, teacher
 
@@ -178,7 +178,7 @@ def test_a_cache_of_such_views_opens_and_grows(tmp_path: Path, monkeypatch: pyte
     views = {"num_views": 1, "augmentations": [{"kind": "horizontal_flip", "p": 0}]}
     assert ViewSpec.model_validate_json(json.dumps(views)).num_views == 1
     with monkeypatch.context() as before:
-        before.setattr("logitcache.teacher.opening.require_effect", lambda recipe: None)
+        before.setattr("logitcache.stage_one.inputs.require_effect", lambda recipe: None)
         path = fill(tmp_path / "cache.zarr", views=views)
     fill(path, views=views | {"num_views": 2})
     assert train(student(tmp_path / "run", path, epochs=1)).loss > 0

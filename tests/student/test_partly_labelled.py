@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.summary import CacheSummary, summarize
-from logitcache.student.evaluation import evaluate
+from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
 from logitcache.teacher.online import live_targets
 from logitcache.views.datasets import Bundled, open_dataset

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from logitcache import console
+from logitcache.config.recipe import dump_recipe
 from logitcache.errors import LogitCacheError
-from logitcache.recipe import dump_recipe
-from logitcache.report.recipes import check_recipes
+from logitcache.report.recipe_check import check_recipes
+from logitcache.runtime import console
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.views.datasets import bundled
 from tests.student.featured import LOSSES, MAPS, fill_featured
 from tests.student.small import LINEAR, PartlyLabelled, recipe, student

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from logitcache.cache.layout import layout_of
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
+from logitcache.cache.format.layout import layout_of
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe
-from logitcache.student.run import RunDirectory
+from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.training import train
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.student.small import (
     IMAGES,

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache import files
-from logitcache.console import configure
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError, Stopped
-from logitcache.student import measures
+from logitcache.runtime.console import configure
+from logitcache.store import files
+from logitcache.student.evaluation import single_label
 from logitcache.student.learner import Learner
-from logitcache.student.recipes import StudentRecipe
 from logitcache.student.training import train
+from logitcache.student.training_recipes import StudentRecipe
 from logitcache.teacher.online import live_targets
 from tests.student.small import (
     DROPOUT,
@@ -156,7 +156,7 @@ def test_sigterm_while_measuring_then_resume_gives_the_same_bytes(
 ) -> None:
     recipe = student(tmp_path / "run", cache, **VARIANTS["ema"])
     with monkeypatch.context() as patch:
-        _call_at(patch, measures, "_of_rows", call, _signal(signal.SIGTERM))
+        _call_at(patch, single_label, "_of_rows", call, _signal(signal.SIGTERM))
         with pytest.raises(Stopped) as stopped:
             train(recipe)
     assert stopped.value.exit_code == 75

@@ -15,16 +15,16 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from logitcache.config.recipe import dump_recipe, load_recipe
 from logitcache.errors import RecipeError, Stopped
-from logitcache.recipe import dump_recipe, load_recipe
 from logitcache.student.learner import Learner
 from logitcache.student.losses import DIST, DKD, NKD, WSLD, KLDivergence, Loss, MultiLabelKL, dkd, kl_divergence
 from logitcache.student.losses.base import Context, LossBase, Site
 from logitcache.student.losses.temperatures import Dynamic, Temperature
-from logitcache.student.progress import Progress
-from logitcache.student.recipes import StudentRecipe
-from logitcache.student.schedules import Cosine, Exponential, Linear, Schedule, WarmUp, Weight, constant
+from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import Cosine, Exponential, Linear, Schedule, WarmUp, Weight, constant
 from logitcache.student.training import train
+from logitcache.student.training_recipes import StudentRecipe
 from logitcache.targets import Batch, MixedLabels, Targets
 from tests.student.small import LINEAR, UNLABELLED, fill, metrics, recorded_losses, student, weights
 

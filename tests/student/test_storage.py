@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from logitcache.cache.room import FOLDER, SIZE
 from logitcache.cli.app import main
-from logitcache.recipe import dump_recipe
+from logitcache.config.recipe import dump_recipe
+from logitcache.store.mirror_folder import FOLDER, SIZE
 from logitcache.student.training import train
 from tests.cache.made import contents
 from tests.front import FAULTS

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
-from logitcache.student import models, sources
+from logitcache.student import build_model, lesson
 from logitcache.student.losses.base import Site
 from tests.student.featured import fill_featured
 from tests.student.small import student
@@ -47,10 +47,10 @@ def shapes(featured: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes
         model={"kind": "custom", "factory": "tests.student.test_tap_layouts:turned", **changes.pop("model", {})},
         **changes,
     )
-    source = sources.open_source(entry, None)
-    classifier = models.build_classifier(entry, source.lesson, None)
-    monkeypatch.setattr(models, "_adapter", lambda number, loss, site: found.append(site) or nn.Identity())
-    models.build_adapters(entry, source.lesson, classifier)
+    source = lesson.open_source(entry, None)
+    classifier = build_model.build_classifier(entry, source.lesson, None)
+    monkeypatch.setattr(build_model, "_adapter", lambda number, loss, site: found.append(site) or nn.Identity())
+    build_model.build_adapters(entry, source.lesson, classifier)
     return dict(found[0].taps)
 
 

@@ -11,12 +11,12 @@ import pytest
 import yaml
 from torch import Tensor, nn
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.cli import main
+from logitcache.config.recipe import dump_recipe
 from logitcache.errors import TargetErrorWarning
-from logitcache.recipe import dump_recipe
-from logitcache.report.recipes import check_recipes
-from logitcache.student.sources import open_source
+from logitcache.report.recipe_check import check_recipes
+from logitcache.student.lesson import open_source
 from logitcache.views.keys import ViewKey
 from tests.student.small import NUM_IMAGES, fill, network, student
 

@@ -15,7 +15,7 @@ from PIL import Image
 import logitcache as lc
 from logitcache.cli.app import main
 from logitcache.errors import DataError, RecipeError
-from logitcache.student.evaluation import evaluate
+from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.student.small import LINEAR, TEST_IMAGES, UNLABELLED, metrics, student, teacher

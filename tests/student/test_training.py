@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.config.recipe import load_recipe
 from logitcache.errors import CacheError, LogitCacheError, MismatchError
 from logitcache.models import Run, load_model, read_stored
-from logitcache.recipe import load_recipe
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.learner import Learner
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe
 from logitcache.student.training import RunResult, train
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.targets import Targets
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.views.datasets import Bundled, open_dataset
 from logitcache.views.keys import ViewKey
 from tests.student.small import (

@@ -12,16 +12,16 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from logitcache import console
+from logitcache.config.recipe import dump_recipe
 from logitcache.errors import RecipeError
-from logitcache.recipe import dump_recipe
-from logitcache.report.recipes import check_recipes
+from logitcache.report.recipe_check import check_recipes
+from logitcache.runtime import console
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student import training, trial
-from logitcache.student.recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
-from logitcache.student.sources import Lesson
+from logitcache.student.lesson import Lesson
 from logitcache.student.training import train
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.targets import Batch
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
 from logitcache.views.datasets import open_dataset
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.spec import Views, ViewSpec

@@ -7,10 +7,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from logitcache import console
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import load_model
+from logitcache.runtime import console
 from logitcache.student.training import train
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.student.small import (

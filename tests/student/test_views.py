@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import MismatchError, RecipeError, ReplayMismatchError
-from logitcache.student.sources import open_source
+from logitcache.student.lesson import open_source
 from logitcache.student.training import train
 from logitcache.teacher.online import live_targets
 from logitcache.views.datasets import Bundled

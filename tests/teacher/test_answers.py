@@ -14,13 +14,13 @@ import yaml
 from torch import Tensor, nn
 from torch.nn import functional
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
+from logitcache.config.recipe import load_recipe
 from logitcache.errors import RecipeError
-from logitcache.recipe import load_recipe
-from logitcache.report.plan import plan
+from logitcache.planning.report import plan
 from logitcache.teacher.answers import BOUNDS, examples_of
-from logitcache.teacher.models import Teacher, build_teacher
-from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+from logitcache.teacher.teacher import Teacher, build_teacher
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE32, Pixels, recipe, run, teacher
 from tests.teacher.nets import CLASSES, FEATURES, SIDE, Net

@@ -13,19 +13,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import logitcache as lc
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.cli import main
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Checkpoint, SmallCNN, save_weights
 from logitcache.models.small_cnn import small_cnn
-from logitcache.report.evaluation import _built
+from logitcache.report.beside_teachers import _built
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.summary import summarize
-from logitcache.student.recipes import StudentRecipe
+from logitcache.stage_one.derive.derive import derive
+from logitcache.stage_one.precompute import precompute
+from logitcache.student.training_recipes import StudentRecipe
 from logitcache.targets import feature_values
-from logitcache.teacher.derive import derive
 from logitcache.teacher.online import live_targets
-from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import (
     DENSE16,
@@ -42,7 +42,7 @@ from tests.cache.made import (
     verified,
     write_images,
 )
-from tests.teacher.derived import derivation, keys, stored
+from tests.stage_one.derived import derivation, keys, stored
 from tests.teacher.nets import CLASSES, FEATURES, Net, images, keeping
 
 OUTPUTS = 9

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from logitcache.cache.reader import Cache, open_cache
+from logitcache.cache.cache import Cache, open_cache
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
 from logitcache.logits import CompactLogits, log_probs
 from logitcache.report.inspect import inspect_cache
+from logitcache.stage_one.precompute import PrecomputeResult
 from logitcache.targets import feature_values
 from logitcache.teacher.online import live_targets
-from logitcache.teacher.precompute import PrecomputeResult
 from logitcache.views.keys import ViewKey
 from tests.cache.made import AGAIN, contents, flip, run, verified
 from tests.teacher.nets import CLASSES, FEATURES, Net, images, keeping

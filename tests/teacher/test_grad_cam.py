@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from logitcache.recipe import dump_recipe
+from logitcache.config.recipe import dump_recipe
 from logitcache.report.verification import repair
-from logitcache.teacher.precompute import precompute
-from logitcache.teacher.recipes import PrecomputeRecipe
+from logitcache.stage_one.precompute import precompute
+from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from tests.cache.made import contents, flip, recipe, run, shard_files
 from tests.teacher.nets import Net, attentive, images, keeping
 

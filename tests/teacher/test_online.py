@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.logits import TopKLogits
 from logitcache.models import Checkpoint, Custom, Preprocessing, SmallCNN, save_weights
 from logitcache.models.small_cnn import small_cnn
-from logitcache.student.recipes import LiveTeacher
+from logitcache.stage_one.precompute import precompute
+from logitcache.student.training_recipes import LiveTeacher
 from logitcache.teacher.online import live_targets
-from logitcache.teacher.precompute import precompute
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE32, TOP2, Linear, Pixels, forge, recipe, run, teacher
 

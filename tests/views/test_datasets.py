@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import TypeAdapter, ValidationError
 from torch.utils.data import TensorDataset
 
-from logitcache import stamps
 from logitcache.errors import DataError, RecipeError
+from logitcache.store import file_stamps
 from logitcache.views.datasets import (
     Dataset,
     as_image_dataset,
@@ -235,8 +235,8 @@ def test_torchvision_mistakes_name_the_fix(fields, error, message) -> None:
 def test_torchvision_images_are_read_once_until_a_file_changes(
     recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = stamps.now_ns
-    monkeypatch.setattr(stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    now = file_stamps.now_ns
+    monkeypatch.setattr(file_stamps, "now_ns", lambda: now() + 3_600_000_000_000)
     before = fingerprint(dataset_of(recipe))
     again = dataset_of(recipe)
     monkeypatch.setattr(again, "_read_all", None)

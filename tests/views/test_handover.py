@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from logitcache.errors import LogitCacheError
-from logitcache.views.handover import Handover
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
+from logitcache.views.shared_arrays import Handover
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 

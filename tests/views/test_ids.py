@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitcache.views.datasets.ids import NumberedIds, PackedIds, PathsBelow, narrowed
+from logitcache.views.datasets.images.ids import NumberedIds, PackedIds, PathsBelow, narrowed
 
 # As file systems give them: any bytes, those that are no UTF-8 as surrogates.
 names = st.lists(st.binary(max_size=12).map(lambda name: name.decode(errors="surrogateescape")), max_size=20)

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from logitcache.errors import DataError, RecipeError
 from logitcache.views.datasets import Fingerprint, ImageDataset, as_image_dataset, explain_difference, fingerprint
-from logitcache.views.datasets.labels import class_counts, single_labels
-from logitcache.views.datasets.scan_memory import Scan, ScanMemory
+from logitcache.views.datasets.images.labels import class_counts, single_labels
+from logitcache.views.datasets.images.scan_memory import Scan, ScanMemory
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.mixing import MixUp
 from logitcache.views.sampling import ClassBalanced
@@ -145,7 +145,7 @@ def test_labels_that_come_out_different_are_refused() -> None:
 def test_a_scan_is_remembered_with_labels_of_any_sort(
     labels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.stamps.settled", lambda stamp, opened_ns: True)
+    monkeypatch.setattr("logitcache.store.file_stamps.settled", lambda stamp, opened_ns: True)
     (tmp_path / "file").touch()
     memory = ScanMemory(tmp_path, labels.tobytes().hex(), 0)
     assert memory.recall(4) is None

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from pydantic import TypeAdapter
 
 from logitcache.cli import main
-from logitcache.recipe import dump_recipe
+from logitcache.config.recipe import dump_recipe
 from logitcache.student.training import train
 from logitcache.views.datasets import Dataset, fingerprint, open_dataset
 from logitcache.views.datasets.base import ImageDataset, warn_of_orientation

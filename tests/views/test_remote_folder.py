@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from logitcache import remote
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import DataError, RecipeError, RemoteError
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.store.remote import client
 from logitcache.views.datasets import ImageFolder, fingerprint
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
@@ -131,7 +131,7 @@ def test_the_answers_of_a_batch_are_awaited_together(s3: Bucket) -> None:
     images = [here.read(0), *here.read_batch(range(1, count))]
     seconds = time.perf_counter() - start
     assert len(s3.front.asked("GET")) == count
-    assert s3.front.most_at_once > remote.REQUESTS / 2
+    assert s3.front.most_at_once > client.REQUESTS / 2
     assert seconds < count * latency / 1.5
     assert torch.equal(views[ViewKey(0, 9)], images[9])
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitcache.views.datasets.tar_members import Member, members
+from logitcache.views.datasets.archives.tar_members import Member, members
 from tests.views.archives import tarred
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=300).map(

@@ -21,15 +21,17 @@ from pydantic import ValidationError
 from torch import nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from logitcache import remote, stamps
-from logitcache.cache.reader import open_cache
+from logitcache.cache.cache import open_cache
 from logitcache.errors import DataError, MismatchError, RemoteError
-from logitcache.teacher.precompute import PrecomputeRecipe, precompute
-from logitcache.views.datasets import ImageFolder, WebDataset, fingerprint, shard_files, webdataset
-from logitcache.views.datasets import samples as found_samples
-from logitcache.views.datasets.braces import expanded
-from logitcache.views.datasets.shard_index import index_of
-from logitcache.views.datasets.turns import turn
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.store import file_stamps
+from logitcache.store.remote import client
+from logitcache.store.turns import turn
+from logitcache.views.datasets import ImageFolder, WebDataset, fingerprint, webdataset
+from logitcache.views.datasets.archives import samples as found_samples
+from logitcache.views.datasets.archives import shard_files
+from logitcache.views.datasets.archives.braces import expanded
+from logitcache.views.datasets.archives.shard_index import index_of
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, ViewSpec
@@ -48,8 +50,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an hour pass since each file was written, so that its stamp tells."""
-    now = stamps.now_ns
-    monkeypatch.setattr(stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    now = file_stamps.now_ns
+    monkeypatch.setattr(file_stamps, "now_ns", lambda: now() + 3_600_000_000_000)
 
 
 @pytest.fixture
@@ -214,7 +216,7 @@ def test_the_answers_of_a_batch_are_awaited_together(tmp_path: Path, monkeypatch
         images = found.read_batch(range(count))
         seconds = time.perf_counter() - start
         assert len(site.asked("GET")) == count
-        assert site.most_at_once > remote.REQUESTS / 2
+        assert site.most_at_once > client.REQUESTS / 2
         assert seconds < count * latency / 1.5
         assert torch.equal(Views(found, ViewSpec())[ViewKey(0, 5)], images[5])
 

@@ -15,8 +15,8 @@ from logitcache.cache.encodings.measure import Errors, measure, stored_bytes
 from logitcache.cache.encodings.packed_top_k import PackedTopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
+from logitcache.config.recipe import Component, Positive
 from logitcache.errors import RecipeError
-from logitcache.recipe import Component, Positive
 
 HELD_OUT = 4
 MOST_JUDGED = 1024

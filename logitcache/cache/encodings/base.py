@@ -2,33 +2,17 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from logitcache.config.recipe import Component
 from logitcache.logits import Logits
 from logitcache.models import Classifier
-from logitcache.recipe import Component
+from logitcache.store.arrays import Floats, Order
 from logitcache.targets import Targets
-
-Storage = Literal["hot", "packed"]
-"""hot: uncompressed, read in place by random access. packed: compressed, read by whole shards."""
-
-Order = Literal["sample", "component"]
-"""How an inner chunk lies before it is compressed: row after row, or one number of all rows after another."""
-
-ZSTD_LEVELS: Mapping[Order, int] = {"sample": 5, "component": 16}
-"""How hard packed chunks are compressed. From 17 on zstd now and then takes numbers for text, which costs up to 5 %."""
-
-
-class Floats(NamedTuple):
-    """Floats in the items start..stop of a row of whole numbers."""
-
-    start: int
-    stop: int
-    dtype: str
 
 
 class RowArray(NamedTuple):

@@ -9,11 +9,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from logitcache import features
-from logitcache.cache.encodings.base import RowArray, Storage, Tables, TableShape
+from logitcache import reductions
+from logitcache.cache.encodings.base import RowArray, Tables, TableShape
+from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import RecipeError
-from logitcache.features import FeatureKind, Layout, channels_in_place
-from logitcache.recipe import Component, Count, Extended
+from logitcache.reductions import FeatureKind, Layout, channels_in_place
+from logitcache.store.arrays import Storage
 from logitcache.targets import CompactFeature, FeatureValues
 
 LEVELS = 127
@@ -30,9 +31,9 @@ DIMS: dict[tuple[str, int], tuple[str, ...]] = {
 """Names of a feature's axes, by its kind and how many it has."""
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "pooled": features.pooled,
+    "pooled": reductions.pooled,
     "maps": lambda values: values,
-    "attention": features.attention,
+    "attention": reductions.attention,
 }
 
 
@@ -74,14 +75,14 @@ class Feature(Extended):
         values = channels_in_place(values, self.layout)
         gradient = None if gradient is None else channels_in_place(gradient, self.layout)
         if self.size is not None:
-            values = features.as_maps(values)
-            gradient = None if gradient is None else features.as_maps(gradient)
+            values = reductions.as_maps(values)
+            gradient = None if gradient is None else reductions.as_maps(gradient)
         if gradient is not None and self.kind == "grad_cam":
-            values = features.grad_cam(values, gradient)
+            values = reductions.grad_cam(values, gradient)
         else:
             values = _REDUCTIONS[self.kind](values)
         if self.size is not None:
-            values = features.resized(values, (self.size, self.size) if isinstance(self.size, int) else self.size)
+            values = reductions.resized(values, (self.size, self.size) if isinstance(self.size, int) else self.size)
         if (self.kind, values.ndim - 1) not in DIMS:
             raise RecipeError(
                 f"the tap {self.tap!r} holds {list(values.shape[1:])} for each image, which is neither a vector [C], "

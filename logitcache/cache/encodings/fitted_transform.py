@@ -13,9 +13,9 @@ from logitcache.cache.encodings.base import RowArray, Tables, TableShape
 from logitcache.cache.encodings.basis import compand, expand
 from logitcache.cache.encodings.bits import pack_digits, unpack_digits
 from logitcache.cache.encodings.trellis import bits, half_steps, middle, quantise, recurrence, shrinkage
+from logitcache.config.recipe import Component, Positive
 from logitcache.errors import RecipeError, RowError
 from logitcache.logits import CompactLogits, Logits
-from logitcache.recipe import Component, Positive
 
 
 class Size(NamedTuple):

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from logitcache.cache.encodings.base import RowArray, Sample, Storage, Tables, TableShape
+from logitcache.cache.encodings.base import RowArray, Sample, Tables, TableShape
 from logitcache.cache.encodings.features import Feature
+from logitcache.config.recipe import Component, Count, Name
 from logitcache.errors import RecipeError
 from logitcache.logits import CompactLogits, Logits
 from logitcache.models.taps import INPUT
-from logitcache.recipe import Component, Count, Name
+from logitcache.store.arrays import Storage
 
 PENULTIMATE = "penultimate"
 """The feature that a head's input is kept as."""

@@ -9,8 +9,9 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.encodings.base import ZSTD_LEVELS, Coder, Order
+from logitcache.cache.encodings.base import Coder
 from logitcache.logits import Logits, log_probs
+from logitcache.store.arrays import ZSTD_LEVELS, Order
 
 QUANTILE = 0.999
 

@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logitcache.cache.encodings.base import Floats, Plain, RowArray, Storage
+from logitcache.cache.encodings.base import Plain, RowArray
+from logitcache.config.recipe import Count
 from logitcache.errors import RecipeError
 from logitcache.logits import Logits, TopKLogits
-from logitcache.recipe import Count
+from logitcache.store.arrays import Floats, Storage
 
 NUM_MOMENTS = 3
 _TAIL_WORDS = 2 * NUM_MOMENTS

@@ -13,7 +13,7 @@ from logitcache.cache.encodings.basis import Basis, fit_basis
 from logitcache.cache.encodings.features import Feature
 from logitcache.cache.encodings.fitted_transform import BYTE, PAIR, FittedTransform, TransformForm
 from logitcache.cache.encodings.trellis import shrinkage
-from logitcache.recipe import Component, Positive
+from logitcache.config.recipe import Component, Positive
 
 BASIS_SCALE = 2**11
 """A float that keeps 11 bits, as TF32 does, holds every entry of the integer basis."""

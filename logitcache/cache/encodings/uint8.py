@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logitcache.cache.encodings.base import Plain, RowArray, Storage
+from logitcache.cache.encodings.base import Plain, RowArray
 from logitcache.logits import CompactLogits, Logits
+from logitcache.store.arrays import Storage
 
 LEVELS = 255
 

@@ -4,13 +4,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from logitcache.features import FeatureKind, as_maps, attention, resized
+from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
-from logitcache.recipe import Name
+from logitcache.reductions import FeatureKind, as_maps, attention, resized
 from logitcache.student.adapters import PlaceMap, unit
 from logitcache.student.losses.base import Context, Need, Site
-from logitcache.student.losses.features import FeatureLoss
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.losses.feature_base import FeatureLoss
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 

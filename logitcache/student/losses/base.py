@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError
-from logitcache.features import FeatureKind, FeatureShape
-from logitcache.recipe import Component
-from logitcache.student.progress import Progress
-from logitcache.student.schedules import Schedule, TemperatureBase
+from logitcache.reductions import FeatureKind, FeatureShape
+from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import Schedule, TemperatureBase
 from logitcache.targets import Batch, Targets
 
 UNLABELLED = -1

@@ -7,11 +7,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logitcache.config.recipe import Positive
 from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
-from logitcache.recipe import Positive
 from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, MixedLabels, Targets
 
 

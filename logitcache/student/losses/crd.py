@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.features import FeatureKind, pooled
+from logitcache.config.recipe import Count, Fraction, Name, Positive
 from logitcache.logits import at_least_float32
-from logitcache.recipe import Count, Fraction, Name, Positive
+from logitcache.reductions import FeatureKind, pooled
 from logitcache.student.adapters import Projection, num_pooled, unit
 from logitcache.student.losses.base import Context, Need, Site
-from logitcache.student.losses.features import FeatureLoss, full_precision
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.losses.feature_base import FeatureLoss, full_precision
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 

@@ -5,11 +5,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from logitcache.config.recipe import Name
 from logitcache.logits import Logits, dense_logits, log_probs
-from logitcache.recipe import Name
 from logitcache.student.losses.base import Context, Need, require_classes
 from logitcache.student.losses.temperatures import Temperature, TemperedLoss
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 SMALLEST_SPREAD = 1e-6

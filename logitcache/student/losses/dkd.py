@@ -4,11 +4,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from logitcache.config.recipe import Name
 from logitcache.logits import Logits, log_probs
-from logitcache.recipe import Name
 from logitcache.student.losses.base import Context, cross, mean_of_labelled, require_classes, split_by_label
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 

@@ -7,16 +7,16 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from logitcache import features
-from logitcache.features import FeatureKind, resized
+from logitcache import reductions
+from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32, top1
-from logitcache.recipe import Name
+from logitcache.reductions import FeatureKind, resized
 from logitcache.student.adapters import PlaceMap, as_places, unit
 from logitcache.student.losses.base import UNLABELLED, Context, Need, Site, targets_of
-from logitcache.student.losses.features import FeatureLoss
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.losses.feature_base import FeatureLoss
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
-from logitcache.views.datasets.labels import single_labels
+from logitcache.views.datasets.images.labels import single_labels
 
 
 def grad_cam(logits: Tensor, student: Tensor, teacher: Tensor, classes: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def grad_cam(logits: Tensor, student: Tensor, teacher: Tensor, classes: Tensor) 
     wanted = at_least_float32(teacher)
     score = logits.gather(1, classes[:, None]).sum()
     (gradient,) = torch.autograd.grad(score, student, create_graph=True)
-    maps = as_places(features.grad_cam(at_least_float32(student), at_least_float32(gradient)))
+    maps = as_places(reductions.grad_cam(at_least_float32(student), at_least_float32(gradient)))
     found = resized(maps, (wanted.shape[1], wanted.shape[2]))
     return (unit(found.flatten(1)) - unit(wanted.flatten(1))).square().mean()
 

@@ -5,10 +5,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from logitcache.config.recipe import Name
 from logitcache.logits import Logits, at_least_float32, dense_logits
-from logitcache.recipe import Name
 from logitcache.student.losses.base import Context, LossBase, Need, targets_of
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 

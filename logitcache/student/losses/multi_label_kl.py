@@ -5,11 +5,11 @@ from typing import Literal
 from torch import Tensor
 from torch.nn import functional as F
 
+from logitcache.config.recipe import Name
 from logitcache.logits import Logits, at_least_float32, dense_logits
-from logitcache.recipe import Name
 from logitcache.student.losses.base import Context, Need
 from logitcache.student.losses.temperatures import Temperature, TemperedLoss
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 

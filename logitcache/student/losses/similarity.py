@@ -4,13 +4,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from logitcache.features import FeatureKind, pooled
+from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
-from logitcache.recipe import Name
+from logitcache.reductions import FeatureKind, pooled
 from logitcache.student.adapters import unit
 from logitcache.student.losses.base import Context, Need
-from logitcache.student.losses.features import FeatureLoss, full_precision
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.losses.feature_base import FeatureLoss, full_precision
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 

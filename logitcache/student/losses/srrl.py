@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from logitcache.config.recipe import Name
 from logitcache.errors import RecipeError
-from logitcache.features import FeatureKind, pooled
 from logitcache.logits import Logits, at_least_float32, dense_logits
-from logitcache.recipe import Name
+from logitcache.reductions import FeatureKind, pooled
 from logitcache.student.adapters import Projection, num_pooled
 from logitcache.student.losses.base import Context, Need, Site, targets_of
-from logitcache.student.losses.features import FeatureLoss, full_precision, held_by
+from logitcache.student.losses.feature_base import FeatureLoss, full_precision, held_by
 from logitcache.student.losses.hint import hint
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 

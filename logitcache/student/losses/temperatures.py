@@ -7,11 +7,11 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Discriminator, model_validator
 from torch import Tensor, nn
 
+from logitcache.config.recipe import Positive
 from logitcache.logits import Logits, log_probs
-from logitcache.recipe import Positive
 from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site, StepSums, targets_of
 from logitcache.student.losses.cross_entropy import CrossEntropy, cross_entropy
-from logitcache.student.schedules import (
+from logitcache.student.optim.schedules import (
     Constant,
     Cosine,
     Exponential,

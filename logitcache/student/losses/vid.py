@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.features import FeatureKind
+from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
-from logitcache.recipe import Name
+from logitcache.reductions import FeatureKind
 from logitcache.student.adapters import matched, num_channels, perceptron
 from logitcache.student.losses.base import Context, Need, Site
-from logitcache.student.losses.features import FeatureLoss
-from logitcache.student.schedules import Weight, constant
+from logitcache.student.losses.feature_base import FeatureLoss
+from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-5

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 
-from logitcache.recipe import Float
+from logitcache.config.recipe import Float
 
 Ints = NDArray[np.int64]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]

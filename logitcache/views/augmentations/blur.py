@@ -7,8 +7,8 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from logitcache.config.recipe import NEVER_APPLIED, Component, Float, Fraction
 from logitcache.errors import DataError
-from logitcache.recipe import NEVER_APPLIED, Component, Float, Fraction
 from logitcache.views.augmentations.base import Ints, Ordered, Size, pair
 from logitcache.views.augmentations.rows import replace_rows
 from logitcache.views.keys import Draws, bernoulli, uniform

@@ -11,7 +11,7 @@ from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.recipe import NEVER_APPLIED, Component, Float, Fraction
+from logitcache.config.recipe import NEVER_APPLIED, Component, Float, Fraction
 from logitcache.views.augmentations.base import Ints
 from logitcache.views.augmentations.rows import replace_rows, require_colors
 from logitcache.views.keys import Draws, below, bernoulli, uniform

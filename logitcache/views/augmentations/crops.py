@@ -8,8 +8,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from logitcache.config.recipe import Component, Float, Positive
 from logitcache.errors import DataError
-from logitcache.recipe import Component, Float, Positive
 from logitcache.views.augmentations.base import (
     Fill,
     Interpolation,

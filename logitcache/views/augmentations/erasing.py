@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.recipe import NEVER_APPLIED, Component, Fraction, Positive
+from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction, Positive
 from logitcache.views.augmentations.base import Fill, Ints, Ordered, RatioKnots, look_up
 from logitcache.views.augmentations.rows import require_values
 from logitcache.views.keys import Draws, below, bernoulli, philox, uniform

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from logitcache.recipe import NEVER_APPLIED, Component, Fraction
+from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction
 from logitcache.views.augmentations.base import Ints
 from logitcache.views.keys import Draws, bernoulli
 

@@ -18,11 +18,11 @@ from pydantic import Field, JsonValue, model_validator
 from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
+from logitcache.config.factories import call_factory
+from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError
-from logitcache.factories import call_factory
-from logitcache.recipe import Component
 from logitcache.views.augmentations.base import Ints, Size, pair, sizes_of
-from logitcache.views.datasets.random_state import untouched
+from logitcache.views.datasets.images.random_state import untouched
 from logitcache.views.keys import Draws
 
 Transform = Callable[[Tensor], object]

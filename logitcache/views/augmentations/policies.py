@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.recipe import Component
+from logitcache.config.recipe import Component
 from logitcache.views.augmentations.base import Fill, Ints
 from logitcache.views.augmentations.color import adjust_contrast
 from logitcache.views.augmentations.rows import replace_rows, require_colors, require_values

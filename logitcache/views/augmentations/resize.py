@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.recipe import Component
+from logitcache.config.recipe import Component
 from logitcache.views.augmentations.base import Interpolation, Ints, Size, sizes_of
 from logitcache.views.augmentations.resampling import resample
 from logitcache.views.keys import Draws

@@ -12,7 +12,7 @@ from logitcache.views.datasets.base import (
 )
 from logitcache.views.datasets.bundled import Bundled
 from logitcache.views.datasets.custom import Custom, as_image_dataset
-from logitcache.views.datasets.differences import explain_difference
+from logitcache.views.datasets.fingerprint_diff import explain_difference
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.torchvision import Torchvision
 from logitcache.views.datasets.webdataset import WebDataset

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from logitcache.config.recipe import Component, Count
 from logitcache.errors import DataError
-from logitcache.recipe import Component, Count
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UNLABELLED = -1

@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from logitcache.config.recipe import Component
 from logitcache.errors import DataError
 from logitcache.models import bundled_directory
-from logitcache.recipe import Component
 from logitcache.views.datasets.base import as_digests, pixel_digest
-from logitcache.views.datasets.ids import PackedIds
+from logitcache.views.datasets.images.ids import PackedIds
 
 _CLASS_NAMES = (
     "T-shirt/top",

@@ -6,13 +6,13 @@ from typing import Literal, cast
 
 from pydantic import Field, JsonValue
 
+from logitcache.config.factories import call_factory
+from logitcache.config.recipe import Component
 from logitcache.errors import DataError
-from logitcache.factories import call_factory
-from logitcache.recipe import Component
 from logitcache.views.datasets.base import ImageDataset
-from logitcache.views.datasets.ids import NumberedIds, PackedIds
+from logitcache.views.datasets.images.ids import NumberedIds, PackedIds
+from logitcache.views.datasets.images.pixels import from_value
 from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
-from logitcache.views.datasets.pixels import from_value
 
 _OFFERED = ("ids", "labels", "num_classes", "class_names", "read", "sizes", "digests")
 

@@ -13,16 +13,16 @@ import PIL
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcache.config.recipe import Extended
 from logitcache.errors import DataError, RefusedError
-from logitcache.files import SHA256, Measure, remembered
-from logitcache.recipe import Extended
-from logitcache.remote import Remote, is_remote
-from logitcache.safe_files import open_regular
-from logitcache.views.datasets.class_folders import Listing, by_class, unlabelled
-from logitcache.views.datasets.ids import PackedIds, PathsBelow
-from logitcache.views.datasets.image_files import Orientation, decode, head_of, is_image, sizes_of, turned
-from logitcache.views.datasets.pixels import Mode
-from logitcache.views.datasets.remote_folder import RemoteImages, open_folder
+from logitcache.store.files import SHA256, Measure, remembered
+from logitcache.store.remote.client import Remote, is_remote
+from logitcache.store.safe_files import open_regular
+from logitcache.views.datasets.images.class_folders import Listing, by_class, unlabelled
+from logitcache.views.datasets.images.ids import PackedIds, PathsBelow
+from logitcache.views.datasets.images.image_files import Orientation, decode, head_of, is_image, sizes_of, turned
+from logitcache.views.datasets.images.pixels import Mode
+from logitcache.views.datasets.images.remote_folder import RemoteImages, open_folder
 
 _OTHERS_PER_IMAGE, _MOST_OTHERS = 10, 50_000
 """Files and folders looked at for each image that a manifest records, and besides."""

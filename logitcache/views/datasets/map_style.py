@@ -7,12 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.console import track
 from logitcache.errors import DataError, LogitCacheError
+from logitcache.runtime.console import track
 from logitcache.views.datasets.base import Labels, as_digests, pixel_digest
-from logitcache.views.datasets.labels import LabelTable, as_label, num_classes_of
-from logitcache.views.datasets.random_state import elsewhere, position, torch_untouched, untouched
-from logitcache.views.datasets.scan_memory import Scan, ScanMemory
+from logitcache.views.datasets.images.labels import LabelTable, as_label, num_classes_of
+from logitcache.views.datasets.images.random_state import elsewhere, position, torch_untouched, untouched
+from logitcache.views.datasets.images.scan_memory import Scan, ScanMemory
 
 
 class MapStyle(Protocol):

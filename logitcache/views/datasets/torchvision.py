@@ -14,15 +14,15 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from logitcache import stamps
+from logitcache.config.recipe import Component
 from logitcache.errors import DataError, LogitCacheError, RecipeError
-from logitcache.recipe import Component
-from logitcache.views.datasets import torchvision_files
+from logitcache.store import file_stamps
 from logitcache.views.datasets.custom import class_names
-from logitcache.views.datasets.ids import NumberedIds
+from logitcache.views.datasets.images import torchvision_files
+from logitcache.views.datasets.images.ids import NumberedIds
+from logitcache.views.datasets.images.pixels import Mode, from_pil
+from logitcache.views.datasets.images.scan_memory import ScanMemory
 from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
-from logitcache.views.datasets.pixels import Mode, from_pil
-from logitcache.views.datasets.scan_memory import ScanMemory
 
 Scalar = str | int | float | bool | None
 _OURS = {"self", "root", "download", "transform", "target_transform", "transforms", "loader"}
@@ -55,7 +55,7 @@ class Torchvision(Component):
         made = _class_named(self.name)
         arguments = self._arguments(_parameters(made))
         root = cast(str | None, arguments.get("root"))
-        opened_ns = stamps.now_ns()
+        opened_ns = file_stamps.now_ns()
         train = bool(arguments.get("train", True))
         if root is not None and self.name in torchvision_files.NAMES:
             if self.download:

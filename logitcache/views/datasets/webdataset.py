@@ -11,17 +11,17 @@ from numpy.typing import NDArray
 from pydantic import field_validator
 from torch import Tensor
 
+from logitcache.config.recipe import Count, Extended
 from logitcache.errors import DataError, RemoteError
-from logitcache.recipe import Count, Extended
-from logitcache.remote import is_remote
+from logitcache.store.remote.client import is_remote
+from logitcache.views.datasets.archives.braces import MOST_NAMES, expanded
+from logitcache.views.datasets.archives.samples import Samples, samples_of
+from logitcache.views.datasets.archives.shard_files import RemoteShard, shard_at
+from logitcache.views.datasets.archives.shard_index import differ
 from logitcache.views.datasets.base import first_word
-from logitcache.views.datasets.braces import MOST_NAMES, expanded
-from logitcache.views.datasets.image_files import Orientation, decode, sizes_of, turned
-from logitcache.views.datasets.labels import num_classes_of
-from logitcache.views.datasets.pixels import Mode
-from logitcache.views.datasets.samples import Samples, samples_of
-from logitcache.views.datasets.shard_files import RemoteShard, shard_at
-from logitcache.views.datasets.shard_index import differ
+from logitcache.views.datasets.images.image_files import Orientation, decode, sizes_of, turned
+from logitcache.views.datasets.images.labels import num_classes_of
+from logitcache.views.datasets.images.pixels import Mode
 
 _GAP = 1 << 16  # bytes between two images that are cheaper to read than to ask for apart
 _SPAN = 1 << 21  # bytes that one request reads of several images

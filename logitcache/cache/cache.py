@@ -1,0 +1,285 @@
+"""`Cache`: a finished cache, opened for training."""
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.foreign_code import require_releases, require_trusted
+from logitcache.cache.format.layout import CHECKSUMS, PARAMETERS, Layout
+from logitcache.cache.format.metadata import read_canaries, read_labels
+from logitcache.cache.read.gather import StoredRows
+from logitcache.cache.read.row_sources import shuffle_block
+from logitcache.cache.read.target_codecs import Coders
+from logitcache.cache.read.view_records import RecordedRows, require_planned, require_replayable
+from logitcache.cache.reopening import remembered_records, require_sound_skeleton
+from logitcache.cache.snapshot import Snapshot, locate, read_manifest
+from logitcache.cache.source_images import open_images, require_same_images
+from logitcache.cache.verify import require_committed
+from logitcache.errors import RecipeError
+from logitcache.logits import LinearLogits
+from logitcache.reductions import FeatureShape
+from logitcache.runtime.versions import versions
+from logitcache.targets import Targets
+from logitcache.views import canaries
+from logitcache.views.datasets.base import ImageDataset, Labels
+from logitcache.views.epochs import ChecksumsOf, EpochLoader
+from logitcache.views.keys import ViewKey
+from logitcache.views.loader import StartMethod
+from logitcache.views.spec import Views
+
+Replay = Literal["planned", "recorded"]
+"""Where the parameters of augmentations come from: drawn again from the seed, or read from the cache."""
+
+FILES_COMPARED = 1024
+"""A cache of more shard files than these is compared view by view, as they are read."""
+
+
+class Cache:
+    """Targets of every view of every image, by key. Opening runs no code of the cache and writes nothing to it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.snapshot = snapshot
+        self.path = snapshot.store.path  # the folder in which it is read
+        self.location = str(snapshot.store)  # the same, or a URL
+        self.manifest = snapshot.manifest
+        self.identity = snapshot.identity  # of the whole cache, of which this may be a part
+        self.layout: Layout = snapshot.layout
+        self.shards = snapshot.shards
+        self._stored = StoredRows(snapshot)
+        self._coders = Coders(snapshot.store, self.manifest, self.layout)
+
+    @property
+    def num_views(self) -> int:
+        """Views per image."""
+        return self.layout.num_views
+
+    def __len__(self) -> int:
+        return self.layout.num_images
+
+    def __repr__(self) -> str:
+        images = f"{len(self)} images × {self.num_views} views of {list(self.manifest.image_shape)}"
+        targets = ", ".join(f"{name}: {' + '.join(kept)}" for name, kept in self.manifest.targets.items())
+        committed = "" if self.complete else f"; {len(self.shards)} of {self.layout.num_shards} shards are committed"
+        return f"<Cache {self.location!r}: {images}; {targets}{committed}>"
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is committed."""
+        return self.snapshot.complete
+
+    @cached_property
+    def labels(self) -> Labels:
+        """Labels as stage one saw them, int64 [N] or, multi-hot, int8 [N, C]; -1 where there is none."""
+        return read_labels(self.snapshot.store, self.manifest)
+
+    @cached_property
+    def _recorded(self) -> dict[str, RecordedRows]:
+        return {array.suffix: RecordedRows(self.snapshot.array(array)) for array in self.layout.views_arrays}
+
+    def only(self, targets: Mapping[str, Collection[str]], num_views: int | None = None) -> "Cache":
+        """Return the same cache with some targets of some teachers, and the first views: nothing else is read.
+
+        `targets` maps a teacher's name to "logits" and names of features. Raises RecipeError for what is not there.
+        """
+        for name, wanted in targets.items():
+            missing = sorted(set(wanted) - set(self.manifest.targets.get(name, ())))
+            if missing or name not in self.manifest.teachers:
+                raise RecipeError(
+                    f"{self.location} has no {missing or 'targets'} of teacher {name!r}, but {self.manifest.targets}. "
+                    "Fix: name what it has, or add it with precompute"
+                )
+        return Cache(self.snapshot.of(self.manifest.restricted(num_views or self.num_views, targets)))
+
+    def features(self, teacher: str) -> dict[str, FeatureShape]:
+        """Return kind and shape of the features that are kept of a teacher, by name."""
+        entry = self.manifest.teachers[teacher]
+        return {
+            name: FeatureShape(entry.features[name].kind, stored.shape)
+            for name, stored in entry.stored_features.items()
+        }
+
+    def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
+        """Return weight [C, D] and bias [C] of a teacher's last layer, where its logits are kept as what goes in."""
+        return self._coders.head(teacher)
+
+    def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
+        """Gather what each teacher answered to the views of keys."""
+        rows = self.layout.shard_rows
+        return self._coders.targets(
+            self._stored.rows(keys), lambda row: self.layout.shard(keys[row].view, keys[row].index // rows)
+        )
+
+    def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
+        """Gather the targets of a batch of keys, by teacher: its answers, or linear mixtures of its logits."""
+        own, spec = self.answers(keys), self.manifest.views
+        if spec.targets == "exact":
+            return own
+        _, height, width = self.manifest.image_shape
+        mixture = spec.mixture(keys, len(self), (height, width))
+        assert mixture is not None
+        views = [view for view, _ in keys]
+        partners = self.answers(list(map(ViewKey, views, mixture.partners.tolist())))
+        share = torch.from_numpy(mixture.share).float()
+        return {name: Targets(LinearLogits(own[name].compact, partners[name].compact, share)) for name in own}
+
+    def as_dask(self) -> dict[str, dict[str, Any]]:
+        """Return all answers as Dask arrays by teacher and target: float32 [V, N, ...], a chunk for each shard.
+
+        Logits are those of the views as the teacher saw them; where only a distribution is kept (top-k), its
+        log-probabilities. A shard is read, compared with its record and decoded when its chunk is computed.
+        """
+        from logitcache.cache.read.dask_arrays import as_dask  # which imports Dask: training needs none of it
+
+        return as_dask(self.snapshot)
+
+    def row_checksums(self, keys: Sequence[ViewKey]) -> NDArray[np.uint32] | None:
+        """Gather the checksums [B] of the pixels that the teachers saw; None where none are recorded."""
+        self._stored.places(keys)
+        return self._recorded[CHECKSUMS](keys) if self.manifest.row_checksums else None
+
+    def checksums_of(self, verify: canaries.Level) -> ChecksumsOf | None:
+        """Return what to compare every image with; None where none is recorded, or where pixels may differ."""
+        return self._recorded[CHECKSUMS] if self.manifest.row_checksums and verify == "strict" else None
+
+    def parameters(self, keys: Sequence[ViewKey]) -> NDArray[np.int64] | None:
+        """Gather what the augmentations drew, [B, P], as the manifest names it; None where it is not recorded."""
+        self._stored.places(keys)
+        if not self.manifest.parameters:
+            return None if self.manifest.parameters is None else np.empty((len(keys), 0), np.int64)
+        return self._recorded[PARAMETERS](keys)
+
+    def require_intact(self) -> None:
+        """Raise CacheError naming the committed shards whose stored bytes differ from their records."""
+        self._stored.compare()
+
+    def views(
+        self,
+        dataset: object | None = None,
+        verify: canaries.Level = "strict",
+        limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
+        replay: Replay = "planned",
+        factories: Sequence[str] = (),
+        trust: Collection[str] = (),
+    ) -> Views:
+        """Bind the view specification to the images, wherever they are now, and prove that the pixels are the same.
+
+        `dataset` is a data set or its component; by default the images are looked for where stage one read them.
+        `factories` names the functions of the user's own code that the views may call, `trust` the digests of caches
+        that may name images at URLs (`logitcache.config.trust`). Raises MismatchError, ReplayMismatchError or
+        RefusedError with the reason and the fix.
+        """
+        for name, value, known in (("verify", verify, canaries.Level), ("replay", replay, Replay)):
+            if value not in get_args(known):
+                raise RecipeError(f"{name} is {value!r}. Fix: one of {', '.join(get_args(known))}")
+        require_trusted(self.manifest.views, factories, self.location)
+        if self.snapshot.store.is_local:  # what is elsewhere is compared as it is brought
+            self.require_intact()
+        if replay == "recorded":
+            require_replayable(self.manifest, self.location)
+        recorded = self._recorded[PARAMETERS] if replay == "recorded" else None
+        opened = open_images(self.manifest, self.location, dataset, self.identity, trust)
+        self.require_dataset(opened)
+        require_releases(self.manifest.views, verify, self.location)
+        views = Views(opened, self.manifest.views, recorded)
+        if verify != "off":
+            self.require_canaries(views, verify, limits)
+        return views
+
+    def require_dataset(self, dataset: ImageDataset) -> None:
+        """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
+        require_same_images(self.snapshot.store, self.manifest, dataset)
+
+    def require_canaries(
+        self,
+        views: Views,
+        verify: canaries.Level = "strict",
+        limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
+    ) -> None:
+        """Raise ReplayMismatchError unless views rendered here are those that the teacher saw, within limits."""
+        pixels = torch.from_numpy(read_canaries(self.snapshot.store, self.manifest))
+        report = canaries.compare(views, self.manifest.canaries, pixels)
+        warning = canaries.judge(report, verify, self._origin(views), limits)
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+
+    def require_parameters(self, views: Views) -> None:
+        """Raise ReplayMismatchError unless every key is planned as the cache recorded it, if it did."""
+        columns = self.manifest.parameters
+        if columns:
+            require_planned(self._recorded[PARAMETERS], columns, views, self.shards)
+
+    def _origin(self, views: Views) -> canaries.Origin:
+        name = f"{self.location}, spec {self.manifest.views.digest()[:8]}…"
+        exact = self.manifest.views.targets == "exact"
+        may_replay = bool(self.manifest.parameters) and views.recorded is None and exact
+        return canaries.Origin(name, self.manifest.versions, versions(), may_replay)
+
+    def loader(
+        self,
+        batch_size: int = 256,
+        num_workers: int = 0,
+        *,
+        dataset: object | None = None,
+        seed: int = 0,
+        verify: canaries.Level = "strict",
+        limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
+        replay: Replay = "planned",
+        factories: Sequence[str] = (),
+        trust: Collection[str] = (),
+        drop_last: bool = False,
+        views_per_image: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        start_method: StartMethod = "forkserver",
+    ) -> EpochLoader:
+        """Stream batches of images and targets, once the images are proved to be those of the cache."""
+        return EpochLoader(
+            self.views(dataset, verify, limits, replay, factories, trust),
+            self.rows,
+            self.checksums_of(verify),
+            batch_size=batch_size,
+            views_per_image=views_per_image,
+            rank=rank,
+            world_size=world_size,
+            num_workers=num_workers,
+            seed=seed,
+            drop_last=drop_last,
+            shuffle_block=self.shuffle_block,
+            start_method=start_method,
+        )
+
+    @property
+    def shuffle_block(self) -> int | None:
+        """Rows to shuffle among where a packed view has more shards than are kept decoded; None for all."""
+        return shuffle_block(self.layout)
+
+
+def open_cache(path: str | Path) -> Cache:
+    """Open a finished cache, in a folder or at a URL; raise CacheError when it is damaged or incomplete.
+
+    Stored bytes are compared with their commit records: those of a small cache here, those of a larger one before its
+    rows are first read, and all of them before its views are rendered. Files that this machine has compared before and
+    that were not touched since are not read again, nor are the records of a large cache in a folder that was not. Those
+    at a URL are compared as they are brought.
+    """
+    cache = open_uncompared(path)
+    if cache.snapshot.store.is_local and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
+        cache.require_intact()
+    return cache
+
+
+def open_uncompared(path: str | Path) -> Cache:
+    """Open a finished cache of which some targets are wanted: none is compared before `only` has named them."""
+    store = locate(path)
+    manifest = read_manifest(store)
+    require_sound_skeleton(store, manifest)
+    snapshot = Snapshot.as_described(store, manifest, remembered_records(store, manifest))
+    require_committed(snapshot)
+    return Cache(snapshot)

@@ -1,0 +1,100 @@
+"""Commit records: which shards of a group of arrays count, and what their bytes must be."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.cache.format.layout import Layout
+from logitcache.store.arrays import RECORD, RECORD_BYTES, SIZE_BYTES, ArrayGroup, ArrayLayout, Shard, record_name
+from logitcache.store.base import Store
+from logitcache.store.safe_files import read_folder
+
+
+@dataclass(frozen=True)
+class Records:
+    """The commit records of a group by the number of the shard, view * per_view + its number in the view.
+
+    `numbers` int64 [N] ascend; `values` uint8 [N, arrays * 40]. `damaged` has what is wrong with records that commit
+    nothing. Those of the first `num_shards` shards were looked for.
+    """
+
+    num_shards: int
+    numbers: NDArray[np.int64]
+    values: NDArray[np.uint8]
+    damaged: Mapping[int, str]
+
+    def of(self, number: int) -> bytes | None:
+        """Return the records of a shard, one of each array; None if it is not committed."""
+        place = int(np.searchsorted(self.numbers, number))
+        if place == len(self.numbers) or self.numbers[place] != number:
+            return None
+        found: bytes = self.values[place].tobytes()
+        return found
+
+
+def read_records(store: Store, layout: Layout, group: ArrayGroup, known: Records | None = None) -> Records:
+    """Read and parse the commit records of a group that are in the folder of a store; `known` ones are kept.
+
+    It takes time by the records that there are, not by the shards that a manifest claims.
+    """
+    known = known or Records(0, np.empty(0, np.int64), np.empty((0, RECORD_BYTES * len(group.arrays)), np.uint8), {})
+    if known.num_shards >= layout.num_shards:
+        return known
+    size, per_view = RECORD_BYTES * len(group.arrays), layout.shards_per_view
+    looked_for = range(known.num_shards, layout.num_shards)
+
+    def number_of(name: str) -> int | None:
+        match = RECORD.fullmatch(name)
+        if match is None or int(match[2]) >= per_view:
+            return None
+        number = int(match[1]) * per_view + int(match[2])
+        return number if number in looked_for else None
+
+    found = sorted(read_folder(store.path, group.commits, number_of, size))
+    whole = [(number, data) for number, data in found if len(data) == size]
+    damaged = {number: f"it does not have {size} bytes" for number, data in found if len(data) != size}
+    numbers = np.array([number for number, _ in whole], np.int64)
+    values = np.frombuffer(b"".join([data for _, data in whole]), np.uint8).reshape(len(numbers), size)
+    impossible = _impossible(layout, group, numbers, values)
+    damaged |= dict.fromkeys(numbers[impossible].tolist(), f"it says other sizes than {group.name} can have")
+    named = {
+        number: f"the commit record {store}/{group.commits}/{record_name(*divmod(number, per_view))} is damaged: {why}"
+        for number, why in damaged.items()
+    }
+    numbers, values = numbers[~impossible], values[~impossible]
+    return Records(
+        layout.num_shards,
+        np.concatenate([known.numbers, numbers]),
+        np.concatenate([known.values, values]),
+        {**known.damaged, **named},
+    )
+
+
+def are_records(layout: Layout, group: ArrayGroup, shard: Shard, data: bytes) -> bool:
+    """Whether some bytes are the commit records of a shard."""
+    if len(data) != RECORD_BYTES * len(group.arrays):
+        return False
+    number = np.array([group.arrays[0].number_of(shard)], np.int64)
+    return not _impossible(layout, group, number, np.frombuffer(data, np.uint8)[None]).any()
+
+
+def _impossible(
+    layout: Layout, group: ArrayGroup, numbers: NDArray[np.int64], values: NDArray[np.uint8]
+) -> NDArray[np.bool_]:
+    """Return which records [N] say sizes that no shard has; the last shard of a view may have fewer rows."""
+    records = values.reshape(len(values), len(group.arrays), RECORD_BYTES)
+    sizes = np.ascontiguousarray(records[:, :, :SIZE_BYTES]).view("<u8")[:, :, 0]
+    is_last = numbers % layout.shards_per_view == layout.shards_per_view - 1
+    full, last = layout.shard(0, 0), layout.shard(0, layout.shards_per_view - 1)
+    bounds = np.array([[_bounds(array, shard) for array in group.arrays] for shard in (full, last)], np.uint64)
+    bounds = bounds.reshape(2, len(group.arrays), 2)
+    least, most = np.moveaxis(bounds[is_last.astype(np.intp)], 2, 0)
+    found: NDArray[np.bool_] = ((sizes < least) | (sizes > most)).any(axis=1)
+    return found
+
+
+def _bounds(array: ArrayLayout, shard: Shard) -> tuple[int, int]:
+    rows = array.rows_of(shard)
+    return array.stored_bounds(rows.stop - rows.start)

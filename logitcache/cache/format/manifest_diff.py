@@ -1,0 +1,111 @@
+"""How two manifests differ: whether a recipe continues a cache, adds to it, or would be another cache."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from logitcache.cache.format.manifest import LOGITS, Manifest, TeacherEntry
+from logitcache.config.recipe import Component
+from logitcache.errors import MismatchError
+
+Outputs = tuple[int, ...] | None
+
+
+def extends(wanted: Manifest, recorded: Manifest) -> bool:
+    """Whether what is wanted is all that is recorded, or more: further views, teachers and features."""
+    return not _differences(recorded, wanted) and not _lacks(recorded, wanted)
+
+
+def is_more(wanted: Manifest, recorded: Manifest) -> bool:
+    """Whether more views, teachers or features are wanted than are recorded."""
+    return bool(_adds(recorded, wanted))
+
+
+def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
+    """Raise MismatchError listing every way in which a recipe is another than one that continues or extends a cache."""
+    lines = _differences(recorded, wanted)
+    lacks = _lacks(recorded, wanted)
+    # More views, teachers and features are no fault, but tell a recipe of other teachers from one that leaves some out.
+    if lines or lacks:
+        raise MismatchError(
+            f"{where} was made by another recipe:\n  "
+            + "\n  ".join([*lines, *lacks, *(_adds(recorded, wanted) if lacks else [])])
+            + "\n  Fix: change the recipe back to continue this cache (it may add views, teachers and features), "
+            "or give the new one another `cache:` path"
+        )
+
+
+def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
+    """List what no cache can change."""
+    lines = []
+    for key in type(recorded.views).model_fields:
+        old, new = getattr(recorded.views, key), getattr(wanted.views, key)
+        if old != new and key != "num_views":
+            lines.append(f"views.{key}: the cache has {short(old)}, the recipe {short(new)}")
+    if recorded.image_shape != wanted.image_shape:
+        lines.append(f"view shape: the cache has {recorded.image_shape}, the recipe gives {wanted.image_shape}")
+    for key in ("shard_rows", "row_checksums", "parameters"):
+        old, new = getattr(recorded, key), getattr(wanted, key)
+        if old != new:
+            lines.append(f"{key}: the cache has {short(old)}, the recipe {short(new)}")
+    for name in sorted(recorded.teachers.keys() & wanted.teachers.keys()):
+        lines += _teacher_differences(name, recorded.teachers[name], wanted.teachers[name])
+    return lines
+
+
+def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry) -> list[str]:
+    pairs = [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("weights", "preprocessing", "precision")]
+    if recorded.logits is not None and wanted.logits is not None:
+        pairs += [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("num_classes", LOGITS)]
+    common = [feature for feature in recorded.features if feature in wanted.features]
+    pairs += [(_key(feature), recorded.features[feature], wanted.features[feature]) for feature in common]
+    if recorded.num_classes is not None and wanted.num_classes is not None:
+        pairs += _other_outputs(recorded.classes, wanted.classes)
+    return [f"teachers.{name}.{key}: the cache has {short(a)}, the recipe {short(b)}" for key, a, b in pairs if a != b]
+
+
+def _other_outputs(recorded: Outputs, wanted: Outputs) -> list[tuple[str, Any, Any]]:
+    """Return which outputs of the network differ: that of the first class, or all if only one teacher chooses."""
+    if recorded is None or wanted is None:
+        return [("classes", recorded, wanted)]
+    pairs = enumerate(zip(recorded, wanted, strict=False))
+    return [(f"classes[{number}]", old, new) for number, (old, new) in pairs if old != new][:1]
+
+
+def _lacks(recorded: Manifest, wanted: Manifest) -> list[str]:
+    """List what the cache has and the recipe does not ask for."""
+    old, new = recorded.views.num_views, wanted.views.num_views
+    lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new < old else []
+    return lines + [f"{name}: only in the cache" for name in _only(recorded, wanted)]
+
+
+def _adds(recorded: Manifest, wanted: Manifest) -> list[str]:
+    """List what the recipe asks for and the cache does not have."""
+    old, new = recorded.views.num_views, wanted.views.num_views
+    lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new > old else []
+    return lines + [f"{name}: only in the recipe" for name in _only(wanted, recorded)]
+
+
+def _only(one: Manifest, other: Manifest) -> Iterator[str]:
+    """Name, as a recipe does, the teachers and the targets that the other manifest does not have."""
+    for name, targets in one.targets.items():
+        if name not in other.targets:
+            yield f"teachers.{name}"
+            continue
+        for target in targets:
+            if target not in other.targets[name]:
+                yield f"teachers.{name}.{_key(target)}"
+
+
+def _key(target: str) -> str:
+    return target if target == LOGITS else f"features.{target}"
+
+
+def short(value: object) -> str:
+    """Write a setting for a message."""
+    if isinstance(value, tuple):
+        return "[" + ", ".join(short(item) for item in value) + "]"
+    if isinstance(value, Component):
+        text = json.dumps(value.model_dump(mode="json", exclude={"ratio_knots", "thresholds"}))
+        return text if len(text) < 200 else text[:200] + "…"
+    return repr(value)

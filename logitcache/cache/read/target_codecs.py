@@ -1,0 +1,104 @@
+"""From rows of arrays to targets, and back: the encodings of a cache. Their tables are read when first needed."""
+
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.cache.encodings import Coder, FittedFeature, Tables
+from logitcache.cache.format.derivation import fix_of_contents, fix_of_damage
+from logitcache.cache.format.layout import Layout
+from logitcache.cache.format.manifest import LOGITS, Manifest
+from logitcache.cache.format.metadata import read_tables
+from logitcache.errors import CacheError
+from logitcache.logits import NO_LOGITS, Logits, TopKLogits
+from logitcache.store.arrays import ArrayGroup, Shard
+from logitcache.store.base import Store
+from logitcache.targets import Targets
+
+Rows = Mapping[str, NDArray[Any]]
+"""Rows by array name."""
+
+
+class Coders:
+    """The encodings of every target of a cache, by the name of its group.
+
+    `tables`, by array name, are those that are not written yet.
+    """
+
+    def __init__(self, store: Store, manifest: Manifest, layout: Layout, tables: Tables | None = None) -> None:
+        self._store, self._manifest, self._layout, self._unwritten = store, manifest, layout, tables or {}
+
+    def targets(self, rows: Rows, shard_of: Callable[[int], Shard]) -> dict[str, Targets]:
+        """Decode rows [B, ...] of all arrays into targets by teacher; what is not float32 stays compact.
+
+        `shard_of` returns the shard of a row. Raises CacheError that names it for a class that does not exist: as an
+        index it would end in a device assert.
+        """
+        found = {}
+        for name in self._manifest.teachers:
+            groups = {group.target: group for group in self._layout.of(name)}
+            logits = groups.pop(LOGITS, None)
+            features = {
+                target: self.features[group.name].decode(_tensors(group, rows)) for target, group in groups.items()
+            }
+            found[name] = Targets(NO_LOGITS if logits is None else self._logits(logits, rows, shard_of), features)
+        return found
+
+    @cached_property
+    def logits(self) -> dict[str, Coder]:
+        """Those of logits."""
+        coders: dict[str, Coder] = {}
+        for group in self._layout.targets:
+            stored = self._manifest.teachers[group.teacher].stored_logits
+            if group.target == LOGITS and stored is not None:
+                coders[group.name] = stored.form.ready(self._tables(group))
+        return coders
+
+    @cached_property
+    def features(self) -> dict[str, FittedFeature]:
+        """Those of features."""
+        coders = {}
+        for group in self._layout.targets:
+            if group.target != LOGITS:
+                entry = self._manifest.teachers[group.teacher]
+                stored, kind = entry.stored_features[group.target], entry.features[group.target].kind
+                coders[group.name] = FittedFeature(stored.form, self._tables(group), kind, stored.shape)
+        return coders
+
+    def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
+        """Return weight [C, D] and bias [C] of the linear layer that a teacher's logits are kept as, or None."""
+        coder = self.logits.get(f"{teacher}.{LOGITS}")
+        if coder is None or "weight" not in coder.tables:
+            return None
+        weight = torch.from_numpy(np.array(coder.tables["weight"]))
+        bias = coder.tables.get("bias")
+        return weight, torch.zeros(len(weight)) if bias is None else torch.from_numpy(np.array(bias))
+
+    def _logits(self, group: ArrayGroup, rows: Rows, shard_of: Callable[[int], Shard]) -> Logits:
+        entry = self._manifest.teachers[group.teacher]
+        assert entry.num_classes is not None
+        assert entry.stored_logits is not None
+        needs, groups = entry.stored_logits.form.needs, self._layout.of(group.teacher)
+        # A layout in which what is needed is not one array is not possible.
+        needed = {other.target: _tensors(other, rows)[""] for other in groups if other.target in needs}
+        found = self.logits[group.name].decode(_tensors(group, rows) | needed, entry.num_classes)
+        if isinstance(found, TopKLogits) and (row := found.wrong_row()) is not None:
+            raise CacheError(
+                f"{self._store}/{group.arrays[0].file(shard_of(row))}: a row names a class that does not exist, of "
+                f"{entry.num_classes}. {fix_of_contents(fix_of_damage(self._manifest))}"
+            )
+        return found
+
+    def _tables(self, group: ArrayGroup) -> Tables:
+        if all(table.name in self._unwritten for table in group.tables):
+            return {table.suffix: self._unwritten[table.name] for table in group.tables}
+        return read_tables(self._store, group)
+
+
+def _tensors(group: ArrayGroup, rows: Rows) -> dict[str, Tensor]:
+    return {array.suffix: torch.from_numpy(rows[array.name]) for array in group.rows}

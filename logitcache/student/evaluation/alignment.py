@@ -1,0 +1,128 @@
+"""How alike student and teacher represent the images: linear CKA of the student's taps and the teachers' features."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import starmap
+
+import torch
+from torch import Tensor
+
+from logitcache.cache.cache import Cache, open_cache
+from logitcache.errors import RecipeError
+from logitcache.logits import at_least_float32
+from logitcache.models import Classifier
+from logitcache.models.taps import Tapped
+from logitcache.reductions import Layout, pooled
+from logitcache.runtime.device import Precision, autocast
+from logitcache.student.build_model import decided_layouts
+from logitcache.student.evaluation.validation import Validator
+from logitcache.targets import Targets
+from logitcache.views.keys import ViewKey
+
+KINDS = ("pooled", "maps")
+"""Kinds of features that are vectors, or become such by the mean over places."""
+
+
+@dataclass(frozen=True)
+class TapSimilarity:
+    """Linear CKA of what the student has at a tap and a teacher's feature, both as means over places; in [0, 1].
+
+    None where one of them is the same for all images.
+    """
+
+    tap: str
+    teacher: str
+    feature: str
+    cka: float | None
+
+
+class LinearCKA:
+    """Linear centred kernel alignment over batches: ‖Yᵀ X‖² / (‖Xᵀ X‖ ‖Yᵀ Y‖) of centred X and Y, in float64.
+
+    Kornblith et al., "Similarity of neural network representations revisited" (ICML 2019), equation 5 and below. Takes
+    the memory of the products, (D + E)² numbers, however many rows there are.
+    """
+
+    def __init__(self) -> None:
+        self._num_rows = 0
+        self._origin = self._sums = self._products = torch.zeros(0)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Take rows x [B, D] and y [B, E] of the same images."""
+        rows = torch.cat([x.to("cpu", torch.float64), y.to("cpu", torch.float64)], dim=1)
+        if not self._num_rows:
+            # Taken out of all rows, as products of large means would cancel; what is constant becomes exactly 0.
+            self._origin = rows[0].clone()
+            self._num_x = x.shape[1]
+            self._sums, self._products = torch.zeros_like(self._origin), torch.zeros(2 * self._origin.shape).double()
+        rows = rows - self._origin
+        self._num_rows += len(rows)
+        self._sums += rows.sum(dim=0)
+        self._products += rows.T @ rows
+
+    def value(self) -> float | None:
+        """Return the similarity, in [0, 1]; None where x or y is constant."""
+        centred = self._products - torch.outer(self._sums, self._sums) / self._num_rows
+        x, y = centred[: self._num_x, : self._num_x], centred[self._num_x :, self._num_x :]
+        norms = x.norm() * y.norm()
+        return float(centred[: self._num_x, self._num_x :].square().sum() / norms) if norms > 0 else None
+
+
+def compare_taps(
+    classifier: Classifier,
+    taps: Sequence[str],
+    validator: Validator,
+    device: torch.device,
+    precision: Precision = "float32",
+    tap_layouts: Mapping[str, Layout] | None = None,
+) -> tuple[TapSimilarity, ...]:
+    """Compare every tap with every pooled feature, or feature map, that the images' cache keeps.
+
+    Raises RecipeError for a tap that is not there, and as `layouts_of`.
+    """
+    kept = comparable_features(validator)
+    if not taps or kept is None:
+        return ()
+    features = [(teacher, feature) for teacher in kept.manifest.teachers for feature in kept.features(teacher)]
+    found = {(tap, *names): LinearCKA() for tap in taps for names in features}
+    layouts = decided_layouts(classifier, taps, tap_layouts or {}, validator.sample()[:1].to(device))
+    tapped = Tapped(classifier.eval(), classifier.module, taps, "the student", layouts)
+    try:
+        with torch.no_grad():
+            for batch in validator.batches(device, "compare features"):
+                with autocast(device, precision):
+                    _, caught = tapped(batch.images)
+                _add(found, caught, kept.rows(list(starmap(ViewKey, batch.keys.tolist()))))
+    finally:
+        tapped.remove()
+    return tuple(TapSimilarity(*names, similarity.value()) for names, similarity in found.items())
+
+
+def _add(
+    found: dict[tuple[str, str, str], LinearCKA], caught: dict[str, Tensor], teachers: Mapping[str, Targets]
+) -> None:
+    for (tap, teacher, feature), similarity in found.items():
+        values = at_least_float32(teachers[teacher].features[feature])
+        similarity.add(pooled(caught[tap]), pooled(values))
+
+
+def require_features(validator: Validator) -> None:
+    """Raise RecipeError where taps are named and no cache has features to compare them with."""
+    if comparable_features(validator) is None:
+        raise RecipeError(
+            "validation.taps names modules to compare with the teachers' features, but what is measured on keeps none. "
+            "Fix: validation.cache, precomputed with teachers.NAME.features of kind pooled or maps"
+        )
+
+
+def comparable_features(validator: Validator) -> Cache | None:
+    """Return the images' cache with nothing but such features as can be compared; None where there are none."""
+    if validator.cache is None:
+        return None
+    cache = open_cache(validator.cache.location)
+    comparable = {
+        teacher: [name for name, shape in cache.features(teacher).items() if shape.kind in KINDS]
+        for teacher in cache.manifest.teachers
+    }
+    comparable = {teacher: names for teacher, names in comparable.items() if names}
+    return cache.only(comparable) if comparable else None

@@ -1,0 +1,175 @@
+"""What a model costs: parameters, bytes, operations and time."""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from logitcache.config.recipe import Component, Count
+from logitcache.runtime.device import Precision, autocast, synchronize
+
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model to weigh: uint8 pixels [B, C, H, W] in, logits out, in a precision."""
+
+    model: nn.Module
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a model takes: parameters, bytes of its state, floating-point operations for one image.
+
+    A multiplication and its addition are two operations; those of convolutions, matrix products and attention count.
+    `compression` is how many times the student's parameters these are, `bytes_ratio` and `flops_ratio` likewise. None
+    for a teacher that is not at hand.
+    """
+
+    model: str
+    num_parameters: int | None
+    bytes: int | None
+    flops: int | None
+    compression: float | None
+    bytes_ratio: float | None
+    flops_ratio: float | None
+
+
+class LatencyPlan(Component):
+    """How to time: batch sizes, threads (on the CPU; by default as many as torch has), and how often."""
+
+    batch_sizes: tuple[Count, ...] = (1, 32)
+    threads: tuple[Count, ...] = ()
+    warm_up: Count = 5
+    repeats: Count = 30
+
+
+@dataclass(frozen=True)
+class Latency:
+    """The median time of a batch whose pixels are on the device, and what it makes in images per second.
+
+    `speed_up` is how many times as fast the student is, in a teacher's row.
+    """
+
+    model: str
+    batch_size: int
+    threads: int
+    device: str
+    precision: Precision
+    seconds: float
+    images_per_second: float
+    speed_up: float | None
+
+
+def costs(student: nn.Module, teachers: Mapping[str, Contender | None], image: Tensor) -> tuple[Cost, ...]:
+    """Weigh the student, then its teachers; `image` is uint8 [C, H, W], on the device of the student."""
+    own = _weigh(student, image)
+    rows = [_row(STUDENT, own, (None, None, None))]
+    for name, teacher in teachers.items():
+        found = (None, None, None) if teacher is None else _weigh(teacher.model, image)
+        rows.append(_row(name, found, tuple(map(_ratio, found, own))))
+    return tuple(rows)
+
+
+def _row(name: str, found: tuple[int | None, ...], ratios: tuple[float | None, ...]) -> Cost:
+    return Cost(name, *found, *ratios)
+
+
+def _ratio(count: int | None, students: int | None) -> float | None:
+    return count / students if count is not None and students else None
+
+
+def _weigh(model: nn.Module, image: Tensor) -> tuple[int, int, int]:
+    return count_parameters(model), count_bytes(model), count_flops(model, image)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Return the bytes of parameters and buffers as they are kept, shared ones once."""
+    state = {(tensor.data_ptr(), tensor.shape): tensor for tensor in model.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+
+
+@torch.no_grad()
+def count_flops(model: nn.Module, image: Tensor) -> int:
+    """Return the floating-point operations for an image, uint8 [C, H, W], as torch's FlopCounterMode counts them."""
+    model.eval()
+    with _countable(), FlopCounterMode(display=False) as counter:
+        model(image[None])
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def _countable() -> Iterator[None]:
+    """Keep torch from kernels that join what the counter knows only apart: those of whole attention layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+def latencies(
+    student: Contender, teachers: Mapping[str, Contender | None], image: Tensor, plan: LatencyPlan
+) -> tuple[Latency, ...]:
+    """Time the student, and those of its teachers that are at hand, one after the other on the device of `image`.
+
+    `image`: uint8 [C, H, W], of which batches are made. Neither the copy to the device nor torch.compile is part of it.
+    """
+    rows = []
+    for threads in plan.threads or (torch.get_num_threads(),):
+        for batch_size in plan.batch_sizes:
+            pixels = image.expand(batch_size, *image.shape).contiguous()
+            with _threads(threads):
+                own = _median_seconds(student, pixels, plan)
+                rows.append(_timed(STUDENT, student, pixels, threads, own, None))
+                for name, teacher in teachers.items():
+                    if teacher is not None:
+                        seconds = _median_seconds(teacher, pixels, plan)
+                        rows.append(_timed(name, teacher, pixels, threads, seconds, seconds / own))
+    return tuple(rows)
+
+
+def _timed(
+    name: str, contender: Contender, pixels: Tensor, threads: int, seconds: float, speed_up: float | None
+) -> Latency:
+    device, count = str(pixels.device), len(pixels)
+    return Latency(name, count, threads, device, contender.precision, seconds, count / seconds, speed_up)
+
+
+@torch.inference_mode()
+def _median_seconds(contender: Contender, pixels: Tensor, plan: LatencyPlan) -> float:
+    contender.model.eval()
+    seconds = []
+    for _ in range(plan.warm_up + plan.repeats):
+        synchronize(pixels.device)
+        started = time.perf_counter()
+        with autocast(pixels.device, contender.precision):
+            contender.model(pixels)
+        synchronize(pixels.device)
+        seconds.append(time.perf_counter() - started)
+    return max(statistics.median(seconds[plan.warm_up :]), 1e-9)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

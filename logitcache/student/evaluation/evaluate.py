@@ -1,0 +1,308 @@
+"""Measure a finished run: accuracy, calibration, likeness to its teacher, and what it costs."""
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.cache.cache import Cache
+from logitcache.cache.snapshot import open_snapshot
+from logitcache.config.recipe import load_recipe, read_recipe
+from logitcache.config.trust import require_grant
+from logitcache.errors import CacheError, DataError, RecipeError, RemoteError
+from logitcache.models import Classifier, Custom, StoredModel, load_model, read_stored, resolve_preprocessing
+from logitcache.runtime.console import say
+from logitcache.runtime.device import own_randomness, resolve_device
+from logitcache.store.remote.client import is_remote
+from logitcache.store.safe_files import read_bounded
+from logitcache.student.evaluation.alignment import TapSimilarity, compare_taps, require_features
+from logitcache.student.evaluation.cost import Contender, Cost, Latency, LatencyPlan, costs, latencies
+from logitcache.student.evaluation.multi_label import ClassPrecision, GroupPrecision
+from logitcache.student.evaluation.single_label import ClassAccuracy, GroupAccuracy
+from logitcache.student.evaluation.validation import AnyMeasures, Validator, open_validator
+from logitcache.student.runs.run_directory import MAX_RECIPE_BYTES
+from logitcache.student.runs.trained import read_evaluation
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
+from logitcache.views.augmentations import Augmentation
+from logitcache.views.augmentations.foreign import locks
+from logitcache.views.datasets import Custom as CustomImages
+from logitcache.views.datasets import Dataset, open_dataset
+from logitcache.views.datasets.base import Labels
+from logitcache.views.datasets.images.labels import class_counts
+
+MODEL_FACTORY = "model.factory="
+_SHARE_OF_MEMORY = 16  # a batch of images takes this part at most: features take more
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """A finished run, measured.
+
+    `retention` is the student's top-1 over its teacher's, of images of any number of classes the mean average
+    precision. `images_left_out` are those that `validation.class_map` does not name, or that have no label there; they
+    are in no figure. `groups` are None where the numbers of training images are not known. `costs` are of the student
+    and of the teachers of the cache that it learnt from; `latencies` only where they are asked for, `cka` where the
+    images' cache has features. The weights are those after `epoch`, counted from 1; None if the run did not record it.
+    """
+
+    run: str
+    images: int
+    images_left_out: int
+    measures: AnyMeasures
+    retention: float | None
+    groups: tuple[GroupAccuracy, ...] | tuple[GroupPrecision, ...] | None
+    costs: tuple[Cost, ...]
+    latencies: tuple[Latency, ...]
+    cka: tuple[TapSimilarity, ...]
+    per_class: tuple[ClassAccuracy, ...] | tuple[ClassPrecision, ...]
+    teachers_left_out: Mapping[str, str] = field(default_factory=dict)
+    epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class _LearntFrom:
+    """What is still known of what a run learnt from: its teachers, and the training images of each class [C]."""
+
+    teachers: tuple[str, ...] = ()
+    class_counts: NDArray[np.int64] | None = None
+
+
+def evaluate(
+    run: Path,
+    overrides: Sequence[str] = (),
+    *,
+    latency: LatencyPlan | None = None,
+    teachers: Mapping[str, Contender | None] | None = None,
+) -> EvaluationResult:
+    """Measure a finished run on its recipe's validation images, or on others by `overrides` (validation.cache=…).
+
+    What the run's files name as a factory is not called: the user says it again. `teachers`, where they are at hand,
+    are weighed and timed beside the student.
+    """
+    run = Path(run)
+    recipe = read_run(run, overrides)
+    device = resolve_device(recipe.device)
+    classifier = _load(run, recipe, overrides).to(device).eval()
+    num_classes = read_stored(run / "model.json").num_classes
+    validator = _images(run, recipe, num_classes)
+    _require_memory(run, classifier, recipe, validator, device.type)
+    learnt_from = _learnt_from(run, recipe, num_classes, overrides)
+    tally = validator.tally(classifier, device, recipe.precision)
+    measures, per_class = tally.measures(), tally.per_class(validator.class_names, learnt_from.class_counts)
+    image = validator.sample()[0].to(device)
+    beside = dict.fromkeys(learnt_from.teachers) | dict(teachers or {})
+    assert recipe.validation is not None, "or there would be no images"
+    student, groups = Contender(classifier, recipe.precision), recipe.validation.groups
+    return EvaluationResult(
+        run=str(run),
+        images=validator.num_images,
+        images_left_out=validator.num_left_out,
+        measures=measures,
+        retention=_retention(measures),
+        groups=tally.groups(learnt_from.class_counts, groups.head, groups.tail),
+        costs=costs(classifier, beside, image),
+        latencies=() if latency is None else latencies(student, beside, image, latency),
+        cka=compare_taps(classifier, _taps(recipe), validator, device, recipe.precision, recipe.tap_layouts),
+        per_class=per_class,
+        epoch=None if (recorded := read_evaluation(run)) is None else recorded.epoch,
+    )
+
+
+def _require_memory(
+    run: Path, classifier: Classifier, recipe: TrainingRecipe, validator: Validator, device: str
+) -> None:
+    """Raise RecipeError if a batch at the size that `model.json` states would take much of this machine's memory."""
+    size = classifier.preprocessing.size
+    if size is None or device != "cpu" or recipe.validation is None:
+        return
+    of_image = 4 * len(classifier.preprocessing.mean) * size[0] * size[1]
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (_SHARE_OF_MEMORY * of_image)
+    batch = min(recipe.validation.batch_size, validator.num_images)
+    if batch > most:
+        raise RecipeError(
+            f"{run / 'model.json'} resizes images to {size}: {batch} of them take {batch * of_image / 1e9:.1f} GB.\n"
+            f"  Fix: --set validation.batch_size={max(1, most)}, or copy the run again if that size is not its own"
+        )
+
+
+def _load(run: Path, recipe: TrainingRecipe, overrides: Sequence[str]) -> Classifier:
+    stored = read_stored(run / "model.json")
+    # A network draws its first weights, which are then replaced.
+    with own_randomness(resolve_device(recipe.device), recipe.seed):
+        built = load_model(run, _stated_factory(run, stored, overrides), recipe.trust)
+    return Classifier(built.module, resolve_preprocessing(built, None, who=str(run)))
+
+
+def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
+    """Open the images to measure on; raises RecipeError where the recipe names none.
+
+    Images that the user names, without augmentations for them, are brought to the model as the run recorded it.
+    """
+    validation, recorded = recipe.validation, read_evaluation(run)
+    stated = validation is None or validation.cache is not None or "augmentations" in validation.model_fields_set
+    if validation is not None and not stated and recorded is not None:
+        _require_named(recorded.augmentations, run)
+        changed = validation.model_copy(update={"augmentations": recorded.augmentations})
+        recipe = recipe.model_copy(update={"validation": changed})
+    validator = open_validator(recipe, num_classes)
+    if validator is None:
+        raise RecipeError(
+            f"{run} names no images to measure on. Fix: --set validation.dataset=… or --set validation.cache=…"
+        )
+    if recipe.validation is not None and recipe.validation.taps:
+        require_features(validator)
+    return validator
+
+
+def _require_named(augmentations: Sequence[Augmentation], run: Path) -> None:
+    """Raise RecipeError if a run's file names a factory to call."""
+    factories = [lock.factory for lock in locks(augmentations) if lock.factory is not None]
+    if factories:
+        raise RecipeError(
+            f"{run} was evaluated through the factory '{factories[0]}', and what a file names is never called.\n"
+            "  Fix: name the augmentations too: --set validation.augmentations=[…]"
+        )
+
+
+def _taps(recipe: TrainingRecipe) -> tuple[str, ...]:
+    """Return the modules to compare: those that are named for it, and those that the losses looked at."""
+    named = () if recipe.validation is None else recipe.validation.taps
+    return tuple(dict.fromkeys([*named, *(tap for loss in recipe.losses for tap in loss.taps)]))
+
+
+def _retention(measures: AnyMeasures) -> float | None:
+    own, teacher = measures.quality, measures.teacher_quality
+    return own / teacher if own is not None and teacher else None
+
+
+def _learnt_from(
+    run: Path, recipe: StudentRecipe | TeacherRecipe, num_classes: int, overrides: Sequence[str]
+) -> _LearntFrom:
+    """Look for what the run learnt from, which may be gone by now."""
+    try:
+        if isinstance(recipe, StudentRecipe):
+            require_known_source(run, recipe, overrides)
+            cache = Cache(open_snapshot(recipe.cache))  # no answer of it is read
+            counts = _counts(cache.labels, cache.manifest.fingerprint.num_classes, num_classes)
+            return _LearntFrom(tuple(cache.manifest.teachers), counts)
+        if isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
+            say(f"training images are not counted: --set dataset.factory={recipe.dataset.factory} lets them be opened")
+            return _LearntFrom()
+        if recipe.dataset is None:
+            say("training images are not counted: they were passed to train as an object. Fix: --set dataset=…")
+            return _LearntFrom()
+        require_known_source(run, recipe, overrides)
+        images = open_dataset(recipe.dataset)
+        return _LearntFrom((), _counts(images.labels, images.num_classes, num_classes))
+    except (CacheError, DataError, RemoteError) as error:
+        say(f"training images are not counted, and teachers not weighed: {error}")
+        return _LearntFrom()
+
+
+def _counts(labels: Labels, labelled: int | None, num_classes: int) -> NDArray[np.int64] | None:
+    """Count images by class, where their classes are those of the model."""
+    return class_counts(labels, num_classes) if labelled == num_classes else None
+
+
+def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | TeacherRecipe:
+    """Read a run's recipe, but for its model, which `model.json` tells; `overrides` change it.
+
+    No factory is left in it that a file names: what the user does not say again is refused or taken out.
+    """
+    path = run / "recipe.yaml"
+    digest = _digest(path)
+    others = [text for text in overrides if not text.startswith(MODEL_FACTORY)]
+    recipe: StudentRecipe | TeacherRecipe
+    if "cache" in read_recipe(path):
+        recipe = load_recipe(path, StudentRecipe, others)
+    else:
+        recipe = load_recipe(path, TeacherRecipe, others)
+    _require_stated(recipe, path, others)
+    # What a run's file allows, the user has not allowed.
+    unsaid = [key for key in ("factories", "trust") if not is_stated(key, others)]
+    recipe = recipe.model_copy(update=dict.fromkeys(unsaid, ()))
+    require_grant(_risks(recipe, others), digest, recipe.trust, str(path), "--set validation.…: name other images")
+    return recipe
+
+
+def _digest(path: Path) -> str:
+    """Return the sha256 of a run's recipe. Raises RecipeError."""
+    try:
+        return hashlib.sha256(read_bounded(path, MAX_RECIPE_BYTES)).hexdigest()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise RecipeError(
+            f"{path.parent} is no run: it has no {path.name}. Fix: name the `out:` directory of a finished training"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}. Fix: copy the run again") from error
+
+
+def _risks(recipe: TrainingRecipe, overrides: Sequence[str]) -> tuple[str, ...]:
+    """Name what a run's file, and not the user, would have opened to measure on beyond the allow-list."""
+    validation = recipe.validation
+    if validation is None:
+        return ()
+    images = _beyond("validation.dataset", validation.dataset, overrides)
+    return (*images, *_at_url("validation.cache", validation.cache, overrides))
+
+
+def _beyond(key: str, images: Dataset | None, overrides: Sequence[str]) -> tuple[str, ...]:
+    stated = images is None or isinstance(images, CustomImages) or is_stated(key, overrides)  # code is refused apart
+    return () if stated or images is None else images.risks()
+
+
+def _at_url(key: str, cache: str | None, overrides: Sequence[str]) -> tuple[str, ...]:
+    return (f"the cache '{cache}'",) if cache and is_remote(cache) and not is_stated(key, overrides) else ()
+
+
+def require_known_source(run: Path, recipe: StudentRecipe | TeacherRecipe, overrides: Sequence[str]) -> None:
+    """Raise RefusedError if a run's file, and not the user, names a place beyond the allow-list to have learnt from."""
+    if isinstance(recipe, StudentRecipe):
+        risks = _at_url("cache", recipe.cache, overrides)
+    else:
+        risks = _beyond("dataset", recipe.dataset, overrides)
+    path = run / "recipe.yaml"
+    require_grant(risks, _digest(path), recipe.trust, str(path))
+
+
+def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]) -> None:
+    """Raise RecipeError where a run's file, and not the user, names a factory to call."""
+    if recipe.validation is None:
+        return
+    images = recipe.validation.dataset
+    named = {"validation.dataset.factory": images.factory} if isinstance(images, CustomImages) else {}
+    for number, augmentation in enumerate(recipe.validation.augmentations):
+        for lock in locks([augmentation]):
+            named |= {} if lock.factory is None else {f"validation.augmentations.{number}.factory": lock.factory}
+    for key, factory in named.items():
+        if not is_stated(key, overrides):
+            raise RecipeError(
+                f"{path} names the factory '{factory}', and what a file names is never called.\n"
+                f"  Fix: if you trust it, --set {key}={factory}"
+            )
+
+
+def is_stated(key: str, overrides: Sequence[str]) -> bool:
+    """Say whether the user sets a key, or one that holds it."""
+    parts = key.split(".")
+    above = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    return any(text.partition("=")[0] in above for text in overrides)
+
+
+def _stated_factory(run: Path, stored: StoredModel, overrides: Sequence[str]) -> str | None:
+    stated = [text.removeprefix(MODEL_FACTORY) for text in overrides if text.startswith(MODEL_FACTORY)]
+    if stored.model is None and not stated:
+        raise RecipeError(
+            f"{run} is of a module that was passed to train, and names no model.\n"
+            f"  Fix: --set {MODEL_FACTORY}pkg.mod:function, which returns such a module"
+        )
+    if isinstance(stored.model, Custom) and not stated:
+        raise RecipeError(
+            f"{run} is a model of the factory '{stored.model.factory}', and what a file names is never called.\n"
+            f"  Fix: if you trust it, --set {MODEL_FACTORY}{stored.model.factory}"
+        )
+    return stated[-1] if stated else None

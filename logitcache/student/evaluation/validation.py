@@ -1,0 +1,190 @@
+"""Run a model over untouched images, beside the teacher where a cache has its answers."""
+
+import functools
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from logitcache.cache.cache import Cache, open_uncompared
+from logitcache.cache.format.manifest import LOGITS
+from logitcache.errors import MismatchError
+from logitcache.runtime.console import say, track
+from logitcache.runtime.device import Precision, autocast
+from logitcache.runtime.stopping import StopFlag
+from logitcache.student.compatibility import require_labels
+from logitcache.student.evaluation.class_map import mapped_labels
+from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
+from logitcache.student.evaluation.single_label import Measures, Tally
+from logitcache.student.lesson import views_of
+from logitcache.student.ranks import ALONE, Ranks
+from logitcache.student.training_recipes import TrainingRecipe, Validation
+from logitcache.targets import Batch
+from logitcache.views.augmentations import Augmentation
+from logitcache.views.datasets import fingerprint, open_dataset
+from logitcache.views.datasets.base import is_multi_label
+from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
+from logitcache.views.keys import ViewKey
+from logitcache.views.order import share_of
+from logitcache.views.spec import Views, ViewSpec, require_one_size
+
+NUM_SAMPLES = 8
+AnyTally = Tally | MultiLabelTally
+AnyMeasures = Measures | MultiLabelMeasures
+
+
+class Validator:
+    """Images to measure on, in order, with the teacher's answers where they are known.
+
+    `labels` [N], where they are given, take the place of the images' own: of a data set of other classes, in those of
+    the model. Images whose label is -1 there are left out. `threshold` is the probability above which answers to images
+    of any number of classes are yes.
+    """
+
+    def __init__(
+        self,
+        views: Views,
+        cache: Cache | None,
+        batch_size: int,
+        num_workers: int,
+        labels: NDArray[np.int64] | None = None,
+        threshold: float = THRESHOLD,
+    ) -> None:
+        targets_of: TargetsOf = no_targets if cache is None else cache.rows
+        self.cache = cache
+        self._views, self._labels = views, labels
+        several = functools.partial(MultiLabelTally.of, threshold=threshold)
+        self._tally: Callable[..., AnyTally] = several if is_multi_label(views.dataset.labels) else Tally.of
+        self._loader = EpochLoader(
+            views, targets_of, batch_size=batch_size, num_workers=num_workers, rank=0, world_size=1
+        )
+        count = len(views.dataset.ids)
+        self._indices = range(count) if labels is None else np.flatnonzero(labels >= 0).tolist()
+        self.num_images = len(self._indices)
+        self.num_left_out = count - self.num_images
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the model's classes, where the images have them."""
+        return self._views.dataset.class_names if self._labels is None else None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether any image has a label."""
+        labels = self._views.dataset.labels if self._labels is None else self._labels
+        return bool((labels >= 0).any())
+
+    @property
+    def augmentations(self) -> tuple[Augmentation, ...]:
+        """What is done to the images."""
+        return self._views.spec.augmentations
+
+    def identity(self) -> dict[str, Any]:
+        """Say which images and whose answers these are; reads the images that are not remembered."""
+        if self.cache is not None:
+            manifest = self.cache.manifest
+            return {"cache": manifest.restricted(1, manifest.targets).content_digest()}
+        return {"dataset": fingerprint(self._views.dataset).model_dump(mode="json")}
+
+    def sample(self) -> Tensor:
+        """Render the first few images, uint8 [B, C, H, W]."""
+        return self._views.__getitems__(self._keys(0, NUM_SAMPLES))
+
+    def _keys(self, start: int, count: int) -> list[ViewKey]:
+        return [ViewKey(0, index) for index in self._indices[start : start + count]]
+
+    def batches(self, device: torch.device, what: str, ranks: Ranks = ALONE) -> Iterator[Batch]:
+        """Yield all images in batches on a device, in order; to each of several ranks its share of the batches."""
+        size = self._loader.batch_size
+        keys = [self._keys(start, size) for start in range(0, self.num_images, size)]
+        own = share_of(keys, ranks.rank, ranks.size)
+        for batch in track(self._loader.batches(own), what, len(own), "batches"):
+            yield self._relabelled(batch).to(device)
+
+    def _relabelled(self, batch: Batch) -> Batch:
+        if self._labels is None:
+            return batch
+        labels = torch.from_numpy(self._labels[batch.keys[:, 1].numpy()])
+        return Batch(batch.images, labels, batch.keys, batch.teachers, batch.mixed)
+
+    def measure(self, model: nn.Module, device: torch.device, precision: Precision = "float32") -> AnyMeasures:
+        """Return the figures of what `tally` counts in this process."""
+        return self.tally(model, device, precision).measures()
+
+    @torch.no_grad()
+    def tally(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        precision: Precision = "float32",
+        ranks: Ranks = ALONE,
+        stop: StopFlag | None = None,
+    ) -> AnyTally:
+        """Run a model (uint8 pixels in, logits out) over all images and count.
+
+        Of several ranks each counts its share of the batches, and all get the sum. Raises Stopped on all of them once
+        the flag of any is set.
+        """
+        model.eval()
+        own: AnyTally | None = None
+        for batch in self.batches(device, "validate", ranks):
+            if stop:
+                break
+            with autocast(device, precision):
+                logits = model(batch.images).float()
+            found = self._tally(logits, batch.labels, batch.teachers)
+            own = found if own is None else operator.add(own, found)
+        if stop is not None and (agreed := ranks.agreed(stop)):
+            raise agreed.stopped("stopped while measuring; the same command with --resume continues")
+        return functools.reduce(operator.add, (part for part in ranks.gathered(own) if part is not None))
+
+
+def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None:
+    """Open the images to measure on; raises MismatchError when they, or the cache's teachers, have other classes."""
+    validation = recipe.validation
+    if validation is None:
+        return None
+    cache = None if validation.cache is None else only_logits(open_uncompared(validation.cache))
+    if cache is None:
+        views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
+        require_one_size(views)
+    else:
+        views = views_of(cache, validation.dataset, recipe)
+        if views.spec.mixing:
+            raise MismatchError(
+                f"validation: {validation.cache} holds mixed images, which have no one label. "
+                "Fix: a cache of the images as they are"
+            )
+        if views.spec.columns():
+            say(
+                f"{validation.cache} holds randomly augmented images: what is measured on them is lower than on the "
+                "images as they are"
+            )
+    require_labels(recipe.losses, views.dataset.labels, "validation: ")
+    labels = _labels(validation, views, num_classes)
+    found = {"the images": views.dataset.num_classes if labels is None else num_classes}
+    if cache is not None:
+        found |= {f"teacher {name!r}": entry.num_classes for name, entry in cache.manifest.teachers.items()}
+    for who, count in found.items():
+        if count not in (None, num_classes):
+            raise MismatchError(
+                f"validation: {who} has {count} classes, the model {num_classes}. Fix: validate on the same classes, "
+                "or say by validation.class_map which are the same"
+            )
+    return Validator(views, cache, validation.batch_size, recipe.num_workers, labels, validation.threshold)
+
+
+def only_logits(cache: Cache) -> Cache:
+    """Leave out all but the teachers' logits: nothing else is read then."""
+    return cache.only({name: [LOGITS] for name, entry in cache.manifest.teachers.items() if entry.logits is not None})
+
+
+def _labels(validation: Validation, views: Views, num_classes: int) -> NDArray[np.int64] | None:
+    """Return the images' labels in the model's classes, where they are of other classes."""
+    if validation.class_map is None:
+        return None
+    return mapped_labels(views.dataset, validation.class_map, num_classes)

@@ -1,0 +1,300 @@
+"""A run directory: its recipe, its metrics, its checkpoint and its weights."""
+
+import csv
+import dataclasses
+import fcntl
+import hashlib
+import io
+import json
+import os
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+import yaml
+from pydantic import JsonValue, TypeAdapter, ValidationError
+
+from logitcache.config.recipe import Component, dump_recipe, load_recipe
+from logitcache.config.trust import remember
+from logitcache.errors import CacheError, MismatchError, RecipeError
+from logitcache.models.weights import load_plain
+from logitcache.runtime.versions import versions
+from logitcache.store.files import remove_leftovers, write_atomically
+from logitcache.store.safe_files import read_bounded, require_bounded
+from logitcache.student.ranks import ALONE, Ranks
+
+# What may change between a run and its continuation: how fast and where, never what is computed. Places are free
+# since the identity of what lies there is compared.
+_FREE = (
+    *("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers"),
+    *("validation.groups", "validation.taps"),
+)
+_PLACES = ("out", "cache", "dataset", "validation.cache", "validation.dataset")
+
+MAX_RECIPE_BYTES = 1 << 20
+_MAX_JSON_BYTES = 64 << 20
+
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, struct.error, zlib.error)
+"""What damage surfaces as in readers of files and archives."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Environment(Component):
+    """The versions of each session of a run, and the identity of what it learns from."""
+
+    versions: list[dict[str, str]]
+    learns_from: dict[str, JsonValue]
+
+
+_ROW: TypeAdapter[dict[str, int | float | None]] = TypeAdapter(dict[str, int | float | None])
+
+
+def _by_first(
+    method: Callable[Concatenate["RunDirectory", P], T],
+) -> Callable[Concatenate["RunDirectory", P], T]:
+    """Let the first of several ranks alone touch the directory: the others get what it found."""
+
+    @wraps(method)
+    def shared(run: "RunDirectory", /, *args: P.args, **options: P.kwargs) -> T:
+        return run.ranks.by_first(lambda: method(run, *args, **options))
+
+    return shared
+
+
+class RunDirectory:
+    """Where a training run keeps what it makes; several ranks call it together, and the first reads and writes."""
+
+    def __init__(self, path: str, ranks: Ranks = ALONE) -> None:
+        self.path = Path(path)
+        self.ranks = ranks
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.best = self.path / "best.safetensors"
+        self._result = self.path / "result.json"
+        self._recipe, self._environment = self.path / "recipe.yaml", self.path / "environment.json"
+        self._metrics = self.path / "metrics.jsonl"
+        self._rows: list[dict[str, Any]] = []
+        self._lock: int | None = None
+
+    @property
+    @_by_first
+    def begun(self) -> bool:
+        """Whether there is something to continue."""
+        return self._begun
+
+    @property
+    def _begun(self) -> bool:
+        return self.checkpoint.exists() or self._result.exists()
+
+    @property
+    @_by_first
+    def rows(self) -> list[dict[str, Any]]:
+        """The metrics of the finished epochs."""
+        return list(self._rows)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other training out of the directory while the block runs; the lock ends with the process."""
+        try:
+            self._take()
+            yield
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    @_by_first
+    def _take(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RecipeError(f"another training writes to {self.path}. Fix: wait, or another `out:`") from error
+
+    @_by_first
+    def require_free(self) -> None:
+        """Raise RecipeError where a run has begun."""
+        if self._begun:
+            raise RecipeError(f"{self.path} holds a run already. Fix: --resume to continue it, or another `out:`")
+
+    @_by_first
+    def require_recipe(self, recipe: Component) -> int | None:
+        """Raise MismatchError unless a run that has begun has the same recipe, apart from places and speed.
+
+        More epochs extend the run: returns how many it had, else None.
+        """
+        if not self._begun:
+            return None
+        with self.reading(self._recipe):
+            require_bounded(self._recipe, MAX_RECIPE_BYTES)
+        try:
+            old = _entries(load_recipe(self._recipe, type(recipe)))
+        except RecipeError as error:
+            raise MismatchError(f"{self.path} is a run of another kind of recipe: {error}") from error
+        new = _entries(recipe)
+        extends = old["epochs"] < new["epochs"]
+        lines = [
+            f"{key}: the run has {old.get(key)!r}, the recipe {new.get(key)!r}"
+            for key in dict.fromkeys([*old, *new])
+            if old.get(key) != new.get(key) and not (key == "epochs" and extends)
+        ]
+        if lines:
+            raise MismatchError(
+                f"{self.path} is a run of another recipe:\n  "
+                + "\n  ".join(lines)
+                + "\n  Fix: change these back to continue it, or give another `out:`"
+            )
+        return int(old["epochs"]) if extends else None
+
+    @_by_first
+    def learns_from(self) -> dict[str, Any]:
+        """Return the identity of what a run that has begun learns from; nothing of one that has not."""
+        return self._learns_from()
+
+    def _learns_from(self) -> dict[str, Any]:
+        return dict(self._parsed(self._environment, TypeAdapter(_Environment)).learns_from) if self._begun else {}
+
+    @_by_first
+    def require_identity(self, identity: dict[str, Any]) -> None:
+        """Raise MismatchError unless a run that has begun learns from the same data and is measured on the same."""
+        if not self._begun:
+            return
+        old, new = dict(_flat(self._learns_from())), dict(_flat(identity))
+        changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+        if changed:
+            raise MismatchError(
+                f"{self.path} was begun on other data; these differ: {', '.join(changed)}. "
+                "Fix: name the cache and the images that it was begun on, or give another `out:`"
+            )
+
+    @_by_first
+    def open(self, recipe: Component, identity: dict[str, Any]) -> None:
+        """Fill the directory and say in it what the run is; a continuation adds its versions where they changed."""
+        sessions = self._parsed(self._environment, TypeAdapter(_Environment)).versions if self._begun else []
+        if versions() not in sessions[-1:]:
+            sessions.append(versions())
+        remove_leftovers(self.path)
+        text = dump_recipe(recipe).encode()
+        write_atomically(self._recipe, text)
+        remember(hashlib.sha256(text).hexdigest())
+        environment = {"versions": sessions, "learns_from": identity}
+        write_atomically(self._environment, json.dumps(environment, indent=2).encode())
+
+    @_by_first
+    def rewind(self, epoch: int) -> None:
+        """Forget the metrics of `epoch` and later ones, which will be computed again."""
+        with self.reading(self._metrics):
+            lines = read_bounded(self._metrics, _MAX_JSON_BYTES).splitlines() if self._metrics.exists() else []
+            rows: list[dict[str, Any]] = [_ROW.validate_json(line, strict=True) for line in lines]
+            self._rows = [row for row in rows if row["epoch"] < epoch]
+        if [row["epoch"] for row in self._rows] != list(range(epoch)):
+            raise self._damaged(self._metrics, "it lacks epochs that the checkpoint has")
+
+    @_by_first
+    def record(self, row: dict[str, Any]) -> None:
+        """Add an epoch's metrics to metrics.jsonl and metrics.csv."""
+        self._rows.append(row)
+        write_atomically(self._metrics, "".join(json.dumps(r) + "\n" for r in self._rows).encode())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(dict.fromkeys(key for r in self._rows for key in r)))
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_atomically(self.path / "metrics.csv", table.getvalue().encode())
+
+    @_by_first
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write the state, whole or not at all."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.checkpoint, buffer.getbuffer())
+
+    @_by_first
+    def load_checkpoint(self, most_bytes: int) -> dict[str, Any] | None:
+        """Read the state to the CPU, running nothing that the file holds; None if there is none yet.
+
+        Raises CacheError for a damaged file, and for one of more than `most_bytes`.
+        """
+        if not self.checkpoint.exists():
+            return None
+        with self.reading(self.checkpoint):
+            size = require_bounded(self.checkpoint, most_bytes)
+            with zipfile.ZipFile(self.checkpoint) as archive:
+                _require_stored(archive, size)
+            state = load_plain(self.checkpoint)
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}")
+        return state
+
+    @_by_first
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write what the run measured: the run is finished."""
+        write_atomically(self._result, json.dumps(result, indent=2).encode())
+
+    @_by_first
+    def finished(self, kind: type[T]) -> T | None:
+        """Return what a finished run measured, as a dataclass; None for one that is not finished."""
+        if not self._result.exists():
+            return None
+        found = self._parsed(self._result, TypeAdapter(kind))
+        return dataclasses.replace(found, out=str(self.path))  # type: ignore[type-var]
+
+    def _parsed(self, path: Path, form: TypeAdapter[T]) -> T:
+        with self.reading(path):
+            return form.validate_json(read_bounded(path, _MAX_JSON_BYTES), strict=True)
+
+    @contextmanager
+    def reading(self, path: Path) -> Iterator[None]:
+        """Raise CacheError naming a file of the run if reading it fails."""
+        try:
+            yield
+        except _DAMAGE as error:
+            raise self._damaged(path, error) from error
+
+    def _damaged(self, path: Path, cause: object) -> CacheError:
+        """Return the error for a file of the run that is not as it was written."""
+        return CacheError(
+            f"{path} is damaged: {_reason(cause)}. Fix: put back a copy of it, or train again: remove {self.path}, or "
+            "give another `out:`"
+        )
+
+
+def _reason(cause: object) -> str:
+    """Word an error in a line."""
+    if isinstance(cause, ValidationError):
+        first = cause.errors()[0]
+        return ": ".join([*([str(first["loc"][-1])] if first["loc"] else []), first["msg"]])
+    return str(cause).partition("\n")[0]
+
+
+def _require_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise ValueError unless an archive is uncompressed, as torch writes it, with checksums, which torch ignores."""
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(e.file_size for e in entries) > size:
+        raise ValueError("it is compressed, which torch does not write")
+    if (name := archive.testzip()) is not None:
+        raise ValueError(f"the checksum of {name} differs")
+
+
+def _entries(recipe: Component) -> dict[str, Any]:
+    """List what decides the numbers, by dotted key."""
+    return {
+        key: value
+        for key, value in _flat(yaml.safe_load(dump_recipe(recipe)))
+        if not any(f"{key}.".startswith(f"{free}.") for free in (*_FREE, *_PLACES))
+    }
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not items:
+        yield key, value
+    for name, item in items:
+        yield from _flat(item, f"{key}.{name}" if key else str(name))

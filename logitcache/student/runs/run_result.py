@@ -1,0 +1,111 @@
+"""What a run ends with: what it measured, and the weights of the last epoch or of the one that measured best."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from logitcache.errors import RecipeError
+from logitcache.models import Classifier, StoredModel, load_weights, read_state, save_model, save_weights
+from logitcache.runtime.console import say
+from logitcache.store.files import write_atomically
+from logitcache.store.safe_files import read_bounded, require_bounded
+from logitcache.student.evaluation.validation import Validator
+from logitcache.student.learner import Learner
+from logitcache.student.runs.run_directory import RunDirectory
+from logitcache.student.runs.state_shapes import most_bytes
+from logitcache.student.runs.trained import Evaluation, save_evaluation
+from logitcache.student.training_recipes import TrainingRecipe
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run measured; accuracies are fractions of the validation images, None where it had none.
+
+    Of images of any number of classes there are mean average precision and F1 in place of top-1 and top-5.
+    """
+
+    out: str
+    epochs: int
+    steps: int
+    images: int
+    seconds: float
+    num_parameters: int
+    loss: float
+    top1: float | None
+    top5: float | None
+    best_top1: float | None
+    agreement: float | None
+    teacher_passes: int
+    mean_ap: float | None = None
+    f1_macro: float | None = None
+    f1_micro: float | None = None
+    best_mean_ap: float | None = None
+
+
+def require_measurable(recipe: TrainingRecipe, validator: Validator | None) -> None:
+    """Raise RecipeError if the best epoch is to be kept and no image says which that is."""
+    if recipe.keep == "best" and (validator is None or not validator.is_labelled):
+        raise RecipeError("keep: best needs labelled images to measure on. Fix: keep: last, or other validation images")
+
+
+def keep_if_best(learner: Learner, run: RunDirectory, row: dict[str, Any]) -> None:
+    """Write the weights apart if no epoch before measured as well."""
+    if best_epoch([*run.rows, row]) == row["epoch"]:
+        classifier = learner.measured
+        assert isinstance(classifier, Classifier)
+        learner.ranks.by_first(lambda: save_weights(run.best, classifier.module))
+
+
+def extend(recipe: TrainingRecipe, run: RunDirectory, before: int, step: int, steps: int) -> None:
+    """Let a run of `before` epochs go on to those of the recipe; print what that does to its schedules.
+
+    `step`: the next one; `steps`: those of an epoch.
+    """
+    if recipe.keep == "best":
+        run.ranks.by_first(lambda: _restore_best(run))
+    old, new = (recipe.optimizer.lr * recipe.schedule.factor(step, steps, epochs) for epochs in (before, recipe.epochs))
+    say(
+        f"{run.path} goes on to {recipe.epochs} epochs, it was begun for {before}: from step {step} on, its schedules "
+        f"are those of a run of {recipe.epochs} (learning rate {new:.3g}, was to be {old:.3g}). The steps before were "
+        "trained by the shorter schedules, so a run that begins with as many epochs ends with other weights"
+    )
+
+
+def _restore_best(run: RunDirectory) -> None:
+    """Put back the weights that a finished run kept, which the added epochs are compared with."""
+    kept = run.path / "weights.safetensors"
+    if kept.exists() and not run.best.exists():
+        with run.reading(kept):
+            write_atomically(run.best, read_bounded(kept, kept.stat().st_size))
+
+
+def _quality(row: dict[str, Any]) -> float | None:
+    found: float | None = row.get("val_top1", row.get("val_mean_ap"))
+    return found
+
+
+def best_epoch(rows: list[dict[str, Any]]) -> int:
+    """Return the first epoch of those that measured best."""
+    measured = [row for row in rows if _quality(row) is not None]
+    best: int = max(measured, key=lambda row: (_quality(row), -row["epoch"]))["epoch"]
+    return best
+
+
+def save_kept(
+    recipe: TrainingRecipe, run: RunDirectory, learner: Learner, num_classes: int, evaluation: Evaluation
+) -> None:
+    """Write the weights that the recipe keeps, and what it takes to use them."""
+    classifier = learner.measured
+    assert isinstance(classifier, Classifier)
+    save_evaluation(run.path, evaluation)
+    if recipe.keep == "best":
+        with run.reading(run.best):
+            require_bounded(run.best, most_bytes(classifier.state_dict()))
+            load_weights(classifier.module, read_state(run.best), str(run.best))
+    stored = StoredModel(
+        model=None if recipe.model is None else recipe.model.architecture(),
+        preprocessing=classifier.preprocessing,
+        num_classes=num_classes,
+        in_channels=len(classifier.preprocessing.mean),
+    )
+    save_model(run.path, classifier.module, stored)
+    learner.save_adapters(run.path / "adapters.safetensors")

@@ -1,0 +1,231 @@
+"""`Teacher`: a frozen model that owns its normalisation; uint8 pixels in, `Targets` out."""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Self
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor, nn
+
+from logitcache.cache.encodings import Dense, Encoding, Feature
+from logitcache.cache.format.manifest import LOGITS, FeatureName, Output, TeacherEntry
+from logitcache.config.recipe import Component
+from logitcache.errors import DataError, RecipeError
+from logitcache.logits import NO_LOGITS
+from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
+from logitcache.models.layouts import TapLayout, layouts_of
+from logitcache.models.taps import Tapped
+from logitcache.runtime.device import Precision, autocast, own_randomness
+from logitcache.targets import Targets
+from logitcache.teacher.grad_cam import GradedPass
+
+Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
+
+
+class TeacherSource(Component):
+    """A teacher and what to keep of its answers: logits, unless they are null, and features by names of your own.
+
+    `preprocessing` is needed where the model brings none of its own. `model` may be left out where the module itself
+    is given. `classes` says which of the network's outputs each class of the data set is, in their order or by name or
+    index, if it has others too.
+    """
+
+    model: Model | None = None
+    preprocessing: Preprocessing | None = None
+    precision: Precision = "float32"
+    classes: Outputs | None = None
+    logits: Encoding | None = Dense()
+    features: dict[FeatureName, Feature] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> Self:
+        if self.logits is None and not self.features:
+            raise ValueError("logits: null keeps features alone, and there are none: name features, or leave it out")
+        return self
+
+    @field_validator("classes")
+    @classmethod
+    def _one_class_an_output(cls, classes: Outputs | None) -> Outputs | None:
+        found: dict[int, list[object]] = {}
+        for key, output in classes.items() if isinstance(classes, dict) else enumerate(classes or ()):
+            found.setdefault(output, []).append(key)
+        twice = {output: keys for output, keys in found.items() if len(keys) > 1}
+        if twice:
+            output, keys = next(iter(twice.items()))
+            raise ValueError(f"output {output} is that of {keys[0]!r} and {keys[1]!r}: each class has its own")
+        return classes
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why `classes` choose nothing."""
+        if self.classes is None or self.answers_logits:
+            return None
+        return "has classes, and keeps features alone, which have none. Fix: leave classes out"
+
+    @property
+    def answers_logits(self) -> bool:
+        """Whether logits are needed: to be kept, or as that whose Grad-CAM maps are kept."""
+        return self.logits is not None or any(feature.kind == "grad_cam" for feature in self.features.values())
+
+
+class Teacher(nn.Module):
+    """A classifier in evaluation mode: uint8 pixels in, `Targets` out, whose features are taken of its taps.
+
+    `passes` counts the images that its network has taken, those of Grad-CAM maps twice.
+    """
+
+    def __init__(self, name: str, classifier: Classifier, source: TeacherSource, device: torch.device) -> None:
+        super().__init__()
+        self.name, self.precision, self.device = name, source.precision, device
+        self.classifier = classifier.to(device).eval()
+        self.features, self.named = features_of(name, source, classifier.module), frozenset(source.features)
+        plain = [feature.tap for feature in self.features.values() if feature.kind != "grad_cam"]
+        graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
+        self.answers_logits = source.answers_logits
+        self.passes = 0
+        self._counting = classifier.module.register_forward_pre_hook(self._count)
+        self._tapped = Tapped(classifier.module, classifier.module, plain, f"teacher {name!r}")
+        self._graded = GradedPass(classifier, tuple(dict.fromkeys(graded)), f"teacher {name!r}")
+
+    @torch.no_grad()
+    def decide_layouts(self, pixels: Tensor) -> None:
+        """Decide where taps put their channels, by images uint8 [B, C, H, W]; raises RecipeError if nothing says."""
+        asked = [TapLayout(feature.tap, feature.layout) for feature in self.features.values()]
+        if asked:
+            inputs = self.classifier.normalize(pixels.to(self.device))
+            with autocast(self.device, self.precision):
+                found = layouts_of(self.classifier.module, inputs, asked, f"teacher {self.name!r}")
+            pairs = zip(self.features.items(), found, strict=True)
+            self.features = {name: feature.model_copy(update={"layout": layout}) for (name, feature), layout in pairs}
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, labels: Tensor) -> Targets:
+        """Answer uint8 pixels [B, C, H, W] on the teacher's device: logits float32 [B, K], features float32 [B, ...].
+
+        labels: int64 [B], -1 where there is none, or multi-hot [B, C]; a Grad-CAM map is of the one class that a label
+        names, else of the answer. The answers are copies: a network may reuse its output buffer in the next pass.
+        """
+        with autocast(self.device, self.precision):
+            output, tapped = self._tapped(self.classifier.normalize(pixels))
+            logits = self.classifier.checked(output).to(torch.float32, copy=True) if self.answers_logits else None
+            graded = {} if logits is None else self._graded(pixels, labels, logits)
+        features = {
+            name: feature.take(*(graded[feature.tap] if feature.kind == "grad_cam" else (tapped[feature.tap], None)))
+            for name, feature in self.features.items()
+        }
+        answers = Targets(NO_LOGITS if logits is None else logits, features)
+        for name, values in values_of(answers).items():
+            if len(values) != len(pixels):
+                raise RecipeError(
+                    f"teacher {self.name!r} returns {len(values)} rows of {name} for {len(pixels)} images"
+                )
+        return answers
+
+    @property
+    def passes_by_row(self) -> int:
+        """How often the network takes an image to answer it: twice with Grad-CAM maps."""
+        return 2 if self._graded.taps else 1
+
+    def remove_taps(self) -> None:
+        """Take the hooks off the network, which is the caller's."""
+        self._tapped.remove()
+        self._counting.remove()
+
+    def _count(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.passes += len(inputs[0])
+
+
+def features_of(name: str, source: TeacherSource, network: nn.Module) -> dict[str, Feature]:
+    """Return what is kept of a teacher's taps: as its entry says, and what the encoding of its logits needs."""
+    needed = {} if source.logits is None else source.logits.features(network)
+    both = [feature for feature in needed if feature in source.features]
+    if both:
+        raise RecipeError(f"teachers.{name}: the logits are kept as the feature {both[0]!r}. Fix: name yours otherwise")
+    return {**needed, **source.features}
+
+
+def build_teacher(
+    name: str,
+    source: TeacherSource,
+    module: nn.Module | None,
+    num_classes: int | None,
+    in_channels: int,
+    device: torch.device,
+    classes: tuple[int, ...] | None = None,
+) -> Teacher:
+    """Build a teacher from its recipe entry, or around the caller's own `module`.
+
+    `num_classes` is for weights in a file, which do not say for how many they are; other models know it. `classes` are
+    the network's outputs that are kept; it has others too, so `num_classes` is not theirs.
+    """
+    if isinstance(module, Classifier):
+        built, classes = BuiltModel(module.module, module.preprocessing), classes or module.classes
+    elif module is not None:
+        built = BuiltModel(module, None)
+    elif source.model is not None:
+        with own_randomness(device, 0):  # random weights, if that is what is asked for, are the same in every run
+            counted = isinstance(source.model, Checkpoint) and classes is None
+            built = source.model.build(num_classes if counted else None, in_channels)
+    else:
+        raise RecipeError(f"teachers.{name} names no model. Fix: give `model:`, or pass the module itself")
+    chosen = resolve_preprocessing(built, source.preprocessing, who=f"teachers.{name}")
+    return Teacher(name, Classifier(built.module, chosen, classes, f"teacher {name!r}"), source, device)
+
+
+def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids: Sequence[str]) -> None:
+    """Raise where answers are not finite, or not in the shapes that are kept, naming the image."""
+    shapes: dict[str, tuple[int, ...]] = {name: stored.shape for name, stored in entry.stored_features.items()}
+    shapes |= {} if entry.num_classes is None else {LOGITS: (entry.num_classes,)}
+    for name, values in values_of(answers).items():
+        if tuple(values.shape[1:]) != shapes.get(name, values.shape[1:]):
+            raise RecipeError(
+                f"teacher {teacher.name!r} returns {name} {list(values.shape[1:])} for image {ids[0]!r}, and "
+                f"{list(shapes[name])} before.\n  Fix: give every image as many"
+            )
+    require_finite(teacher, answers, ids)
+
+
+def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> None:
+    """Raise DataError naming the first image that is answered with inf or nan."""
+    for name, values in values_of(answers).items():
+        row = first_not_finite(values)
+        if row is not None:
+            raise DataError(
+                f"teacher {teacher.name!r} answers image {ids[row]!r} with inf or nan ({name}).\n"
+                + (
+                    "  Fix: mend the teacher"
+                    if teacher.precision == "float32"
+                    else f"  Fix: teachers.{teacher.name}.precision: float32, where it overflows in {teacher.precision}"
+                )
+            )
+
+
+def values_of(answers: Targets) -> dict[str, Tensor]:
+    """Return logits, where there are any, and features by name."""
+    logits = {LOGITS: answers.logits} if answers.keeps_logits else {}
+    return logits | dict(answers.features)
+
+
+def require_fits(teacher: Teacher, target: str, encoded: Mapping[str, Tensor], ids: Sequence[str]) -> None:
+    """Raise DataError naming the first image whose finite answer does not fit the stored dtype."""
+    for suffix, values in encoded.items():
+        row = first_not_finite(values)
+        if row is not None:
+            what, fix = f"the feature {target!r}", f"features.{target}.dtype: float32"
+            if target == LOGITS:
+                what, fix = suffix or "a logit", "logits: {kind: dense, dtype: float32}"
+            elif target not in teacher.named:
+                fix = "logits: {kind: head, dtype: float32}"
+            raise DataError(
+                f"teacher {teacher.name!r}: {what} of image {ids[row]!r} does not fit {values.dtype}, whose largest "
+                f"number is {torch.finfo(values.dtype).max:.6g}.\n"
+                f"  Fix: teachers.{teacher.name}.{fix}"
+            )
+
+
+def first_not_finite(values: Tensor) -> int | None:
+    """Return the first row of [B, ...] that holds inf or nan."""
+    # These never leave a sum, which takes a tenth of the time of looking at every number. A sum may overflow, too.
+    if not values.is_floating_point() or bool(torch.isfinite(values.sum(dtype=torch.float32))):
+        return None
+    wrong = ~torch.isfinite(values).reshape(len(values), -1).all(dim=1)
+    return int(wrong.int().argmax()) if bool(wrong.any()) else None

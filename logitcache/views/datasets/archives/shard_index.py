@@ -1,0 +1,230 @@
+"""Shard index: the samples of an archive, found in one pass over its bytes and kept until it changes."""
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import CancelledError
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from logitcache.errors import DataError, LogitCacheError
+from logitcache.store.files import keep, kept, user_cache_directory
+from logitcache.store.remote.client import Entry
+from logitcache.store.turns import turn
+from logitcache.views.datasets.archives.shard_files import Shard
+from logitcache.views.datasets.archives.tar_members import Member, members
+from logitcache.views.datasets.base import first_word
+from logitcache.views.datasets.images.image_files import head_of, is_read, known, some
+
+LABEL = ".cls"
+SAMPLES = np.dtype(
+    [
+        ("start", "<i8"),
+        ("size", "<i8"),
+        ("digest", "<u8"),
+        ("height", "<i8"),
+        ("width", "<i8"),
+        ("orientation", "<i8"),
+        ("name", "<i8"),
+        ("label", "<i8"),
+    ]
+)
+"""Where an image lies in its archive, what it is, and the lengths of its name and of its label's text (-1: none)."""
+
+_HEAD = 32 + 8  # the digest of the archive's state, and how many samples there are
+
+_reading = threading.BoundedSemaphore(4)  # archives read through at a time: each holds some of its parts in memory
+
+
+class ShardIndex(NamedTuple):
+    """The images of an archive: rows of SAMPLES [n], the names of their members, and the texts of their labels."""
+
+    samples: NDArray[np.void]
+    names: list[str]
+    labels: list[bytes | None]
+
+
+class _Sample:
+    """What was found of a key so far."""
+
+    def __init__(self) -> None:
+        self.members: list[str] = []
+        self.image: tuple[str, tuple[int, ...]] | None = None
+        self.label: bytes | None = None
+
+
+def key_of(name: str) -> str:
+    """Return what the members of a sample share: the path up to the first dot of the file's name."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def index_of(shard: Shard, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
+    """Return the state of an archive and its samples; reads it where it is new, has changed or cannot tell.
+
+    Raises DataError naming the archive and the member for what is missing, broken or ambiguous, and CancelledError
+    once the event is set.
+    """
+    before, path = _entry(shard), _path(shard)
+    if not before.tag:
+        return _found(shard, before, None, given_up)
+    recalled = _recalled(path, before)
+    if recalled is None:
+        with turn(path, given_up):
+            recalled = _recalled(path, before)
+            if recalled is None:
+                return _found(shard, before, path, given_up)
+    return before, recalled
+
+
+def _recalled(path: Path | None, entry: Entry) -> ShardIndex | None:
+    stored = kept(path)
+    return _unpacked(stored) if stored is not None and stored[:32] == _digest(entry) else None
+
+
+def _found(shard: Shard, before: Entry, path: Path | None, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
+    """Read an archive, and keep what was found if it certainly is of that state."""
+    with _reading:
+        index = _read(shard, before.size, given_up)
+    after = _entry(shard)
+    if differ(before, after):
+        raise DataError(f"shard '{shard}' changed while it was read.\n  Fix: run again once it is written.")
+    if before == after:
+        keep(path, _digest(before) + _packed(index))
+    return after, index
+
+
+def _digest(entry: Entry) -> bytes:
+    return hashlib.sha256(f"{entry.size} {entry.tag}".encode()).digest()
+
+
+def differ(one: Entry, other: Entry) -> bool:
+    """Whether two states are of different contents, as far as they tell."""
+    return one.size != other.size or (one.tag != other.tag and bool(one.tag and other.tag))
+
+
+def _read(shard: Shard, size: int, given_up: threading.Event) -> ShardIndex:
+    samples: dict[str, _Sample] = {}
+    try:
+        with shard.opened(size) as file:
+            for member in members(file, lambda name: _is_wanted(_plain(name), shard)):
+                if given_up.is_set():
+                    raise CancelledError
+                name = _plain(member.name)
+                if name:
+                    _add(samples.setdefault(key_of(name), _Sample()), name, member, shard)
+    except LogitCacheError:
+        raise
+    except (OSError, ValueError) as cause:
+        raise _unreadable(shard, cause) from cause
+    return _complete(shard, samples)
+
+
+def _complete(shard: Shard, samples: Mapping[str, _Sample]) -> ShardIndex:
+    """Put samples together; raises DataError where there is none, or one without an image."""
+    if not samples:
+        raise DataError(f"shard '{shard}' holds no samples.\n  Fix: put images into it ({known()}), or leave it out.")
+    rows, names = [], []
+    for key, sample in samples.items():
+        if sample.image is None:
+            raise DataError(
+                f"sample '{key}' of shard '{shard}' has no image, but {some(sample.members)}: what shares a name up to "
+                f"the first dot is a sample.\n  Fix: give it one ({known()}), or take it out."
+            )
+        name, place = sample.image
+        names.append(name)
+        rows.append((*place, len(os.fsencode(name)), -1 if sample.label is None else len(sample.label)))
+    return ShardIndex(np.array(rows, SAMPLES), names, [sample.label for sample in samples.values()])
+
+
+def _plain(name: str) -> str:
+    """Return a member's path below the top of its archive; "" for what is hidden or has no extension."""
+    parts = [part for part in name.split("/") if part not in ("", ".")]
+    hidden = any(part[0] == "." for part in parts)
+    return "" if not parts or hidden or "." not in parts[-1] else "/".join(parts)
+
+
+def _extension(name: str) -> str:
+    return name[len(key_of(name)) :].lower()
+
+
+def _is_wanted(name: str, shard: Shard) -> bool:
+    return _extension(name) == LABEL or is_read(_extension(name), _shown(name, shard))
+
+
+def _add(sample: _Sample, name: str, member: Member, shard: Shard) -> None:
+    """Note a member of a sample; raises DataError where there is one like it already, or where it is no image."""
+    sample.members.append(name)
+    if not _is_wanted(name, shard):
+        return
+    if _extension(name) == LABEL:
+        if sample.label is not None:
+            raise _ambiguous(shard, key_of(name), "labels", [name, name])
+        sample.label = member.data
+    else:
+        if sample.image is not None:
+            raise _ambiguous(shard, key_of(name), "images", [sample.image[0], name])
+        digest = first_word(hashlib.sha256(member.data).digest())
+        head = head_of(io.BytesIO(member.data), _shown(name, shard))
+        sample.image = name, (member.start, len(member.data), digest, *head)
+
+
+def _shown(name: str, shard: Shard) -> str:
+    return f"{name}' in '{shard}"
+
+
+def _ambiguous(shard: Shard, key: str, what: str, names: list[str]) -> DataError:
+    return DataError(
+        f"sample '{key}' of shard '{shard}' has two {what}: {some(names)}.\n"
+        "  Fix: leave one of them, or give the other a name that differs before the first dot."
+    )
+
+
+def _entry(shard: Shard) -> Entry:
+    try:
+        return shard.entry()
+    except OSError as cause:
+        raise _unreadable(shard, cause) from cause
+
+
+def _unreadable(shard: Shard, cause: Exception) -> DataError:
+    reason = str(cause)
+    fix = "write it again; archives are not compressed."
+    if isinstance(cause, OSError):
+        reason = cause.strerror or "it is not there"
+        fix = "correct shards, or put it back and make it readable."
+    return DataError(f"shard '{shard}' cannot be read: {reason}.\n  Fix: {fix}")
+
+
+def _path(shard: Shard) -> Path | None:
+    directory = user_cache_directory()
+    name = hashlib.sha256(os.fsencode(str(shard))).hexdigest()[:32]
+    return directory / f"{name}.shard-heads-pillow-{PIL.__version__}" if directory else None
+
+
+def _packed(index: ShardIndex) -> bytes:
+    texts = [os.fsencode(name) for name in index.names] + [label or b"" for label in index.labels]
+    return len(index.names).to_bytes(8, "little") + index.samples.tobytes() + b"".join(texts)
+
+
+def _unpacked(stored: bytes) -> ShardIndex:
+    """Read what `_packed` gave, behind the digest of a state."""
+    count = int.from_bytes(stored[32:_HEAD], "little")
+    samples = np.frombuffer(stored, SAMPLES, count, _HEAD)
+    texts = stored[_HEAD + samples.nbytes :]
+    lengths = np.concatenate([samples["name"], np.maximum(samples["label"], 0)])
+    stops = np.cumsum(lengths).tolist()
+    pieces = [texts[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+    names, labels = pieces[:count], pieces[count:]
+    there = (samples["label"] >= 0).tolist()
+    return ShardIndex(
+        samples,
+        [os.fsdecode(name) for name in names],
+        [label if has else None for label, has in zip(labels, there, strict=True)],
+    )

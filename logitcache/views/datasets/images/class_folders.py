@@ -1,0 +1,82 @@
+"""Class folders: how the images below a root are ordered and labelled, wherever the root is.
+
+Order and classes are those of torchvision's ImageFolder, but hidden files and folders are left out.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.errors import DataError
+from logitcache.runtime.console import say
+from logitcache.views.datasets.base import UNLABELLED
+from logitcache.views.datasets.images.ids import PackedIds
+from logitcache.views.datasets.images.image_files import known, some
+
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
+class Listing(NamedTuple):
+    """Images in order, by their paths below a root; their labels [n] and what the classes are called."""
+
+    ids: PackedIds
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...] | None
+
+
+def unlabelled(root: str, files: PackedIds) -> Listing:
+    """List images without labels; raises DataError where there are none."""
+    if not files:
+        raise DataError(_why_no_images(root))
+    return Listing(files, np.full(len(files), UNLABELLED, np.int64), None)
+
+
+def by_class(
+    root: str, loose: list[str], classes: list[str], images: Sequence[PackedIds], labelled: bool | None
+) -> Listing:
+    """List the images of each class; `loose` are those of none, whose folder may not be `labelled: true`.
+
+    Raises DataError for what is ambiguous or empty.
+    """
+    if loose and not any(images) and labelled:
+        raise DataError(
+            f"'{root}' has no class folders, so that its {len(loose)} images have no labels, and the data set is "
+            "labelled: true.\n  Fix: correct root, or set labelled: false."
+        )
+    if loose and not any(images):
+        say(
+            f"'{root}' has no class folders, so that its {len(loose)} images have no labels. Fix: correct root, or set "
+            "labelled: false if that is meant"
+        )
+        return unlabelled(root, PackedIds(loose))
+    if loose:
+        raise DataError(
+            f"'{root}' holds both class folders ('{classes[0]}') and images of no class "
+            f"({some(loose)}).\n  Fix: move the images into class folders or away, or set "
+            "labelled: false to take every image without a label."
+        )
+    _check_classes(root, classes, images)
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(files) for files in images])
+    return Listing(PackedIds.joined(images), labels, tuple(classes))
+
+
+def _check_classes(root: str, classes: list[str], images: Sequence[PackedIds]) -> None:
+    if not any(images):
+        raise DataError(_why_no_images(root))
+    empty = [name for name, files in zip(classes, images, strict=True) if not files]
+    if empty:
+        raise DataError(
+            f"class folders without an image in '{root}': {some(empty)}.\n"
+            f"  Fix: remove them, or add images ({known()})."
+        )
+    if {name.lower() for name in classes} <= _SPLITS:
+        raise DataError(
+            f"'{root}' holds splits ({some(classes)}), which would become the classes.\n"
+            f"  Fix: set root: {root}/{classes[0]}, or labelled: false to take every image."
+        )
+
+
+def _why_no_images(root: str) -> str:
+    return f"there are no images in '{root}'.\n  Fix: correct root, or add images ({known()})."

@@ -1,0 +1,131 @@
+"""Image files: which are read, and how their bytes become pixels.
+
+Pixels are those of torchvision's ImageFolder, with these differences: 16-bit grey is scaled and not clipped, and GIF is
+read (its first frame). The EXIF orientation is ignored, as there, or applied; Pillow itself applies that of TIFF.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import BinaryIO, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
+
+from logitcache.errors import DataError
+from logitcache.views.datasets.images.pixels import Mode, from_pil
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
+)
+# Left unread these would be missed by nobody until the results are in.
+_OTHER_IMAGES = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".hdr"),
+    *(".dng", ".cr2", ".nef", ".arw", ".dcm", ".jpg_large"),
+)
+# Others would run other decoders, one of them an interpreter of PostScript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")
+_SHOWN = 3
+
+Orientation = Literal["ignore", "apply"]
+"""What becomes of the EXIF orientation, in which cameras write how they were held."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UPRIGHT, _SWAPPED = 1, 5
+"""The orientation of what is stored as it is to be seen, and the first of those that swap height and width."""
+
+Image.init()  # formats can be named only once every plugin is there
+
+
+class Head(NamedTuple):
+    """What the head of a file says: height and width of what is stored, and the EXIF orientation, 1 without any."""
+
+    height: int
+    width: int
+    orientation: int
+
+
+def decode(file: BinaryIO, mode: Mode, name: str, orientation: Orientation = "ignore") -> Tensor:
+    """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
+    with _refused(name), Image.open(file, formats=_FORMATS) as image:
+        turn = _TURNS.get(_orientation(image)) if orientation == "apply" else None
+        return from_pil(image if turn is None else image.transpose(turn), mode)
+
+
+def head_of(file: BinaryIO, name: str) -> Head:
+    """Read the head of a file; raises DataError naming one that has none."""
+    with _refused(name), Image.open(file, formats=_FORMATS) as image:
+        return Head(image.height, image.width, _orientation(image))
+
+
+def sizes_of(heads: NDArray[np.int64], orientation: Orientation) -> NDArray[np.int64]:
+    """Return height and width of images, [n, 2], as `decode` gives them, by their heads [n, 3]."""
+    if orientation == "ignore":
+        return heads[:, :2]
+    return np.where(heads[:, 2:] >= _SWAPPED, heads[:, 1::-1], heads[:, :2])
+
+
+def turned(heads: NDArray[np.int64], orientation: Orientation) -> NDArray[np.int64]:
+    """Return which images have an orientation that is ignored, by their heads [n, 3]."""
+    return np.flatnonzero(heads[:, 2] > _UPRIGHT) if orientation == "ignore" else np.empty(0, np.int64)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8, of an image of which only the head was read."""
+    # Pillow applies that of TIFF itself, and would decode a PNG to look behind its pixels.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return _UPRIGHT
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
+    except Exception:  # broken EXIF makes Pillow raise anything, and says nothing of the pixels
+        return _UPRIGHT
+    return found if found in _TURNS else _UPRIGHT
+
+
+def is_image(path: str) -> bool:
+    """Say whether a file's name is that of an image; raises DataError for a type of image that is not read."""
+    return is_read(os.path.splitext(path)[1], path)
+
+
+def is_read(extension: str, path: str) -> bool:
+    """Say whether an extension is that of an image; raises DataError for a type of image that is not read."""
+    if extension.lower() in _OTHER_IMAGES:
+        raise DataError(
+            f"'{path}' is an image of a type that is not read.\n  Fix: convert it ({known()}), or move it away."
+        )
+    return extension.lower() in EXTENSIONS
+
+
+def some(names: Sequence[str]) -> str:
+    """Quote the first few names."""
+    shown = ", ".join(f"'{name}'" for name in names[:_SHOWN])
+    return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def known() -> str:
+    """List the extensions that are read."""
+    return " ".join(EXTENSIONS)
+
+
+@contextlib.contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """Turn what a decoder raises into a DataError that names the file."""
+    try:
+        yield
+    except Exception as cause:  # broken bytes make decoders raise anything
+        reason = "cannot identify its format" if isinstance(cause, UnidentifiedImageError) else str(cause)
+        fix = "replace it or remove it; nothing is skipped."
+        if isinstance(cause, Image.DecompressionBombError):
+            fix = "scale it down; Pillow takes an image of so many pixels for an attack."
+        raise DataError(f"image '{name}' cannot be read: {reason}.\n  Fix: {fix}") from cause

@@ -1,0 +1,153 @@
+"""The recipes and the loop under pipelines/ are what a user copies: each must work as it stands."""
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from logitcache.config.recipe import load_recipe
+from logitcache.report.recipe_check import RECIPES, check_recipes, command_of
+from logitcache.stage_one.derive.derive import DeriveRecipe, derive
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.student.training import train
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
+
+PIPELINES = Path(__file__).parents[2] / "pipelines"
+RECIPE_FILES = sorted(PIPELINES.rglob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _each_command_has_an_empty_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Run every verb as a container does: nothing is remembered of what an earlier one read or wrote."""
+
+    def in_an_empty_home(verb: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **options: Any) -> Any:
+            home = str(tmp_path_factory.mktemp("home"))
+            monkeypatch.setenv("HOME", home)
+            monkeypatch.setenv("XDG_CACHE_HOME", f"{home}/.cache")
+            return verb(*args, **options)
+
+        return run
+
+    for name in ("precompute", "derive", "train"):
+        monkeypatch.setitem(globals(), name, in_an_empty_home(globals()[name]))
+
+
+def test_there_are_recipes_of_every_kind() -> None:
+    assert {command_of(path) for path in RECIPE_FILES} == set(RECIPES)
+
+
+@pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: str(path.relative_to(PIPELINES)))
+def test_recipe_is_valid_and_names_the_command_it_is_for(path: Path) -> None:
+    (checked,) = check_recipes([path])
+    assert checked.error is None
+    relative = path.relative_to(PIPELINES.parent)
+    assert f"#   logitcache {checked.command} {relative}" in path.read_text()
+
+
+SMALL = ["num_workers=0", "batch_size=4", "device=cpu"]
+SHORT_WARMUP = ["schedule.warmup_epochs=1"]
+UNTRAINED = [
+    "teachers.resnet50.model={kind: torchvision, name: mobilenet_v3_small, weights: null}",
+    "teachers.resnet50.preprocessing={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",
+]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of small photographs of different sizes."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        (root / f"class{number % 3}").mkdir(exist_ok=True)
+        pixels = generator.integers(0, 256, (40 + number, 60 - number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / f"class{number % 3}" / f"{number}.jpg")
+    return root
+
+
+def train_student(name: str, cache: Path, out: Path, *overrides: str) -> None:
+    changes = [f"cache={cache}", f"out={out}", "epochs=2", "validation=null", *SMALL, *SHORT_WARMUP, *overrides]
+    result = train(load_recipe(PIPELINES / name / "student.yaml", StudentRecipe, changes))
+    assert result.images == 2 * 12
+    assert result.teacher_passes == 0
+
+
+@pytest.mark.parametrize("name", ["imagenet", "funmatch"])
+def test_the_recipe_runs_on_a_folder_of_ones_own(name: str, photos: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "c.zarr"
+    changes = [f"cache={cache}", f"dataset.root={photos}", "dataset.labelled=false", "views.num_views=4"]
+    result = precompute(
+        load_recipe(PIPELINES / name / "precompute.yaml", PrecomputeRecipe, [*changes, *SMALL, *UNTRAINED])
+    )
+    assert result.row_views == 4 * 12
+    train_student(name, cache, tmp_path / "run")
+
+
+def test_the_recipes_for_small_images_run_on_a_folder_of_ones_own(photos: Path, tmp_path: Path) -> None:
+    folder, cache, teacher = f"dataset={{kind: image_folder, root: {photos}}}", tmp_path / "c.zarr", tmp_path / "t"
+    changes = [folder, f"out={teacher}", "epochs=2", "model.width=4", *SMALL, *SHORT_WARMUP]
+    taught = train(load_recipe(PIPELINES / "cifar" / "teacher.yaml", TeacherRecipe, changes))
+    assert taught.images == 2 * 12
+    changes = [folder, f"cache={cache}", f"teachers.teacher.model.path={teacher}", "views.num_views=4", *SMALL]
+    precompute(load_recipe(PIPELINES / "cifar" / "precompute.yaml", PrecomputeRecipe, changes))
+    train_student("cifar", cache, tmp_path / "run", "model.width=4")
+
+
+BUNDLED = ["dataset.num_images=200", "num_workers=0", "device=cpu", "views.num_views=2"]
+SHORT = ["epochs=2", "num_workers=0", "device=cpu", "validation=null", "schedule.warmup_epochs=0"]
+
+
+def filled(name: str, cache: Path, *changes: str) -> Path:
+    recipe = load_recipe(PIPELINES / name / "precompute.yaml", PrecomputeRecipe, [f"cache={cache}", *BUNDLED, *changes])
+    assert precompute(recipe).row_views == 400
+    return cache
+
+
+def test_the_recipes_of_features_run(tmp_path: Path) -> None:
+    cache = filled("features", tmp_path / "c.zarr")
+    student = load_recipe(
+        PIPELINES / "features" / "student.yaml", StudentRecipe, [f"cache={cache}", *SHORT, f"out={tmp_path}/s"]
+    )
+    assert train(student).teacher_passes == 0
+    assert (tmp_path / "s" / "adapters.safetensors").is_file()
+
+
+def test_generations_and_an_ensemble_of_two_teachers_run(tmp_path: Path) -> None:
+    taught = ["dataset.num_images=200", *SHORT, f"out={tmp_path}/0"]
+    train(load_recipe(PIPELINES / "self_distillation" / "teacher.yaml", TeacherRecipe, taught))
+    for generation in (0, 1):
+        model = f"teachers.teacher.model.path={tmp_path}/{generation}"
+        cache = filled("self_distillation", tmp_path / f"{generation}.zarr", model)
+        changes = [f"cache={cache}", *SHORT, f"out={tmp_path}/{generation + 1}"]
+        train(load_recipe(PIPELINES / "self_distillation" / "student.yaml", StudentRecipe, changes))
+    cache = filled("ensemble", tmp_path / "both.zarr", f"teachers.mine.model.path={tmp_path}/2")
+    changes = [f"cache={cache}", *SHORT, f"out={tmp_path}/student"]
+    assert train(load_recipe(PIPELINES / "ensemble" / "student.yaml", StudentRecipe, changes)).images == 400
+
+
+def test_two_teachers_are_made_one_without_images_and_a_student_learns_from_it(tmp_path: Path) -> None:
+    cache = filled("derive", tmp_path / "c.zarr", "teachers.mine.model={kind: bundled}")
+    changes = [f"cache={cache}", f"out={tmp_path}/d.zarr", "device=cpu"]
+    assert derive(load_recipe(PIPELINES / "derive" / "recipe.yaml", DeriveRecipe, changes)).row_views == 400
+    both = "losses=[{kind: kl_divergence, teacher: both, temperature: 2}]"
+    changes = [f"cache={tmp_path}/d.zarr", *SHORT, f"out={tmp_path}/student", both]
+    student = load_recipe(PIPELINES / "fashion_mnist" / "student.yaml", StudentRecipe, changes)
+    assert train(student).teacher_passes == 0
+
+
+def test_custom_loop_learns_from_a_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"cache={tmp_path / 'c.zarr'}", "views.num_views=2", "dataset.num_images=500", "num_workers=0"]
+    precompute(load_recipe(PIPELINES / "fashion_mnist" / "precompute.yaml", PrecomputeRecipe, overrides))
+    monkeypatch.setattr("sys.argv", ["custom_loop.py", str(tmp_path / "c.zarr"), "--epochs", "6"])
+    runpy.run_path(str(PIPELINES / "custom_loop.py"), run_name="__main__")
+    agreement = [float(found) for found in re.findall(r"on ([\d.]+)%", capsys.readouterr().out)]
+    assert len(agreement) == 6
+    assert agreement[-1] > agreement[0]
+    assert agreement[-1] > 30
