@@ -32,11 +32,13 @@ _MISSING = ("missing", "union_tag_not_found")
 _NOT_A_MAPPING = ("dict_type", "model_type", "model_attributes_type")
 
 
-def validate(data: Any, model: type[R]) -> tuple[R | None, list[tuple[Keys, str]]]:
+def validate(
+    data: Any, model: type[R], stand_ins: Mapping[str, object] | None = None
+) -> tuple[R | None, list[tuple[Keys, str]]]:
     """Validate plain data; returns the object that it is without its mistakes, and every mistake with its key.
 
-    A misspelt kind is read as the nearest one, so that it hides no other mistake. Any other wrong entry is left out:
-    the object is None if what is left is none.
+    A misspelt kind is read as the nearest one, so that it hides no other mistake. Any other wrong entry is left out, or
+    replaced if `stand_ins` has one of its name: the object is None if what is left is none.
     """
     problems: list[tuple[Keys, str]] = []
     while True:
@@ -52,19 +54,35 @@ def validate(data: Any, model: type[R]) -> tuple[R | None, list[tuple[Keys, str]
                 mended = True
         if not mended:
             merged = _merged(errors)
-            return _without(data, model, [keys for keys, _ in merged]), problems + merged
+            return _without(data, model, [keys for keys, _ in merged], stand_ins or {}), problems + merged
 
 
-def _without(data: Any, model: type[R], wrong: Sequence[Keys]) -> R | None:
-    """Validate data without the entries at some keys; None if they are not mappings' or cannot be left out."""
-    for keys in wrong:
-        parent = _at(data, keys[:-1])
-        if isinstance(parent, dict) and keys:
-            parent.pop(keys[-1], None)
-    try:
-        return model.model_validate_json(json.dumps(data))
-    except ValidationError:
-        return None
+def _without(data: Any, model: type[R], wrong: Sequence[Keys], stand_ins: Mapping[str, object]) -> R | None:
+    """Validate data without the entries at some keys; None if they are not mappings' or cannot be left out.
+
+    An entry that is wrong without them is left out as a whole.
+    """
+    while True:
+        removed = [_leave_out(data, keys) for keys in wrong]
+        left = {**stand_ins, **data} if isinstance(data, dict) else data
+        try:
+            return model.model_validate_json(json.dumps(left))
+        except ValidationError as invalid:
+            if not any(removed):
+                return None
+            wrong = [_Error(error, model, left).keys for error in invalid.errors(include_url=False)]
+
+
+def _leave_out(data: Any, keys: Keys) -> bool:
+    """Remove the entry at a key, or the entry that lacks the key; False if that is an item of a list, or everything."""
+    for depth in range(len(keys), 0, -1):
+        parent, key = _at(data, keys[: depth - 1]), keys[depth - 1]
+        if not isinstance(parent, dict):
+            return False
+        if key in parent:
+            del parent[key]
+            return True
+    return False
 
 
 def default_at(model: type[BaseModel], data: Any, keys: Keys) -> Any:

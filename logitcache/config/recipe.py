@@ -36,6 +36,9 @@ class Component(BaseModel):
     Unknown fields are rejected, strings stay strings, and booleans are never numbers.
     """
 
+    stand_ins: ClassVar[dict[str, object]] = {}
+    """Values of required fields for a check of everything else, if an entry is missing or wrong."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     def idle(self, epochs: float) -> str | None:
@@ -67,6 +70,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=6
 
 NEVER_APPLIED = "has p: 0 and is never applied. Fix: leave it out, or raise p"
 
+NOWHERE = "/dev/null/none"
+"""A path at which nothing can be."""
+
 R = TypeVar("R", bound=BaseModel)
 
 
@@ -86,12 +92,12 @@ def load_sound(
 ) -> tuple[R | None, list[str]]:
     """Read a recipe as `load_recipe` does; return it without the entries that are wrong, and every mistake.
 
-    None if what is left is no recipe.
+    Missing and wrong entries are those of `stand_ins`. None if what is left is no recipe.
     """
     recipe = _read(source)
     for text in overrides:
         recipe.override(text, lambda keys: default_at(model, recipe.data, keys))
-    sound, problems = validate(recipe.data, model)
+    sound, problems = validate(recipe.data, model, getattr(model, "stand_ins", {}))
     return sound, _worded(recipe.mistakes + [Mistake(recipe.place(keys), text) for keys, text in problems])
 
 

@@ -2,8 +2,9 @@
 
 import math
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,15 +12,20 @@ from logitcache.cache.cache import Cache
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.config.mistakes import validate
 from logitcache.config.recipe import Component, load_recipe, load_sound, read_recipe, require_effect
-from logitcache.errors import LogitCacheError, RecipeError, caught, listed
+from logitcache.errors import LogitCacheError, RecipeError, caught, listed, raise_all
+from logitcache.runtime.console import say
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.source import Source as Derived
 from logitcache.stage_one.inputs import require_teachers
 from logitcache.stage_one.precompute import PrecomputeRecipe
-from logitcache.student.lesson import lesson_of
+from logitcache.student.evaluation.class_map import mapped_labels
+from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, require_live
 from logitcache.student.target_errors import doubts
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_fit, require_taps
+from logitcache.teacher.classes import outputs_of
+from logitcache.views.datasets import ImageDataset, open_dataset
+from logitcache.views.spec import Views
 
 RECIPES: dict[str, type[Component]] = {
     "precompute": PrecomputeRecipe,
@@ -29,6 +35,7 @@ RECIPES: dict[str, type[Component]] = {
 }
 
 R = TypeVar("R", bound=Component)
+Check = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,8 @@ class CheckedRecipe:
 def check_recipes(paths: Iterable[str | Path], overrides: Sequence[str] = ()) -> list[CheckedRecipe]:
     """Validate recipes of any kind, and report every mistake in them.
 
-    A student is also built and tried with its cache, and a derivation compared with its source, if that exists.
+    A student is also built and tried with its cache, a teacher with its data set, and a derivation compared with its
+    source, if these exist.
     """
     return [_check(path, overrides) for path in paths]
 
@@ -52,12 +60,12 @@ def check_recipes(paths: Iterable[str | Path], overrides: Sequence[str] = ()) ->
 def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
     command = None
     try:
-        command = command_of(path)
+        command, stated = command_of(path), read_recipe(path).keys()
         recipe, mistakes = load_sound(path, RECIPES[command], overrides)
     except LogitCacheError as error:
         return CheckedRecipe(str(path), command, str(error))
     # What is wrong with names in caches is reported beside entries that are wrong by themselves.
-    mistakes += [] if recipe is None else dict.fromkeys(str(error) for error in _problems(recipe))
+    mistakes += [] if recipe is None else dict.fromkeys(str(error) for error in _problems(recipe, stated))
     if mistakes or recipe is None:
         return CheckedRecipe(str(path), command, listed(mistakes))
     return CheckedRecipe(str(path), command, None, _warnings(recipe))
@@ -70,35 +78,78 @@ def _warnings(recipe: Component) -> tuple[str, ...]:
     return tuple(doubts(recipe, Cache(Snapshot.read(locate(recipe.cache)))))
 
 
-def _problems(recipe: Component) -> list[LogitCacheError]:
-    """List what is wrong with a recipe that is sound by itself: options without effect, and names in caches."""
+def _problems(recipe: Component, stated: Collection[str]) -> list[LogitCacheError]:
+    """List what is wrong with a recipe that is sound by itself: options without effect, and names in caches.
+
+    `stated` are the keys of the file: of these an entry that is wrong is left out, and not missing.
+    """
     epochs = recipe.epochs if isinstance(recipe, TrainingRecipe) else math.inf
-    return [*caught(lambda: require_effect(recipe, epochs)), *_UNFIT.get(type(recipe), lambda recipe: [])(recipe)]
+    return caught(lambda: require_effect(recipe, epochs), *_CHECKS[type(recipe)](recipe, stated))
 
 
-def _unfit_student(recipe: StudentRecipe) -> list[LogitCacheError]:
-    """List losses that the cache cannot serve and how the student does not fit it, if the cache exists."""
-    store = locate(recipe.cache)
-    if recipe.model is None or not store.path.exists():
-        return caught(recipe.require_entries)
+def _checks_of_student(recipe: StudentRecipe, stated: Collection[str]) -> Iterator[Check]:
+    """Yield checks of the entries, of what the cache can serve, and of how the student fits it, if the cache exists."""
+    yield lambda: recipe.require_entries(stated)
+    if not locate(recipe.cache).path.exists():
+        return
     try:
-        cache = Cache(Snapshot.read(store))
+        cache = Cache(Snapshot.read(locate(recipe.cache)))
     except LogitCacheError as error:
-        return [error]
-    found = caught(lambda: require_fit(recipe, lesson_of(recipe, cache)))
-    return [*found, *caught(lambda: require_taps(recipe, cache))] if found else []
+        yield partial(raise_all, [error])
+        return
+    yield lambda: require_live(recipe, cache)
+    if unfit := caught(lambda: _require_fit(recipe, lesson_of(recipe, cache))):
+        yield partial(raise_all, unfit)
+        if recipe.model is not None:
+            yield lambda: require_taps(recipe, cache)
 
 
-def _unfit_derivation(recipe: DeriveRecipe) -> list[LogitCacheError]:
-    store = locate(recipe.cache)
-    return caught(lambda: Derived.of(recipe, Snapshot.read(store))) if store.path.exists() else []
+def _checks_of_teacher(recipe: TeacherRecipe, stated: Collection[str]) -> Iterator[Check]:
+    """Yield checks of the entries, and of how the model fits the data set, if it can be opened here."""
+    yield lambda: recipe.require_entries(stated)
+    if (dataset := _opened(recipe.dataset, "the model is not tried")) is not None:
+        yield lambda: _require_fit(recipe, lesson_of_images(recipe, Views(dataset, recipe.views())))
 
 
-_UNFIT: dict[type[Component], Callable[[Any], list[LogitCacheError]]] = {
-    PrecomputeRecipe: lambda recipe: caught(lambda: require_teachers(recipe.teachers)),
-    DeriveRecipe: _unfit_derivation,
-    StudentRecipe: _unfit_student,
-    TeacherRecipe: lambda recipe: caught(recipe.require_entries),
+def _require_fit(recipe: TrainingRecipe, lesson: Lesson) -> None:
+    """Raise if the model fails on what it learns from, or `class_map` names no class of the images or the model."""
+    validation = recipe.validation
+    checks: list[Check] = [] if recipe.model is None else [lambda: require_fit(recipe, lesson)]
+    if validation is not None and (mapped := validation.class_map) is not None:
+        dataset = _opened(validation.dataset, "validation.class_map is not compared")
+        checks += [] if dataset is None else [lambda: mapped_labels(dataset, mapped, lesson.num_classes)]
+    raise_all(caught(*checks))
+
+
+def _checks_of_precompute(recipe: PrecomputeRecipe, stated: Collection[str]) -> Iterator[Check]:
+    """Yield checks of the entries, and of the names of classes, if the data set can be opened here."""
+    if "teachers" not in stated:
+        yield lambda: require_teachers(recipe.teachers)
+    named = {name: source for name, source in recipe.teachers.items() if source.classes is not None}
+    if named and (dataset := _opened(recipe.dataset, "`classes` are not compared")) is not None:
+        yield from (partial(outputs_of, name, source, dataset) for name, source in named.items())
+
+
+def _checks_of_derivation(recipe: DeriveRecipe, stated: Collection[str]) -> Iterator[Check]:
+    """Yield the comparison with the source, if it exists."""
+    if (store := locate(recipe.cache)).path.exists():
+        yield lambda: Derived.of(recipe, Snapshot.read(store))
+
+
+def _opened(entry: object, otherwise: str) -> ImageDataset | None:
+    """Open a data set of a recipe; None if there is none, or if it is not here, which is reported."""
+    try:
+        return None if entry is None else open_dataset(entry)
+    except LogitCacheError as error:
+        say(f"{otherwise}, as the data set cannot be opened here: {error}")
+        return None
+
+
+_CHECKS: dict[type[Component], Callable[[Any, Collection[str]], Iterator[Check]]] = {
+    PrecomputeRecipe: _checks_of_precompute,
+    DeriveRecipe: _checks_of_derivation,
+    StudentRecipe: _checks_of_student,
+    TeacherRecipe: _checks_of_teacher,
 }
 
 

@@ -130,6 +130,8 @@ def _from_cache(
     part: Mapping[str, int],
 ) -> Source:
     cache = _as_begun(open_uncompared(recipe.cache), begun)
+    if not begun:
+        require_live(recipe, cache)
     teachers, lesson = list(cache.manifest.teachers), lesson_of(recipe, cache)
     # Nothing else is compared with its records, or read.
     asked = asked_targets(recipe.losses, recipe.ensembles, lesson.teachers)
@@ -206,6 +208,13 @@ def _as_begun(cache: Cache, begun: Mapping[str, Any]) -> Cache:
     return cache.only({name: targets[name] for name in names})
 
 
+def require_live(recipe: StudentRecipe, cache: Cache) -> None:
+    """Raise RecipeError for live teachers that the cache does not have."""
+    known = sorted(cache.manifest.teachers)
+    if unknown := sorted(recipe.teachers.keys() - cache.manifest.teachers.keys()):
+        raise RecipeError(f"teachers: {unknown} are none of {cache.location}, which has {known}. Fix: name these")
+
+
 def _require_views(recipe: StudentRecipe, cache: Cache) -> None:
     if recipe.num_views is not None and recipe.num_views > cache.num_views:
         raise RecipeError(
@@ -228,26 +237,31 @@ def _only(live: LiveTargets, names: Sequence[str]) -> LiveTargets:
 
 
 def _from_labels(recipe: TeacherRecipe, images: object, begun: Mapping[str, Any], part: Mapping[str, int]) -> Source:
-    dataset = open_dataset(images)
+    dataset, spec = open_dataset(images), recipe.views()
+    warn_of_orientation(dataset)
+    if begun:  # runs of the first plan do not record it
+        spec = spec.model_copy(update={"plan_version": begun.get("plan_version", 1)})
+    views = Views(dataset, spec)
+    lesson = lesson_of_images(recipe, views)
+    loader = _loader(recipe, views, **part)
+    identity: dict[str, Any] = {"dataset": fingerprint(dataset).model_dump(mode="json")}
+    identity |= {"plan_version": spec.plan_version} if spec.plan_version > 1 else {}
+    return Source(loader, lesson, identity, class_names=_names(views, lesson))
+
+
+def lesson_of_images(recipe: TeacherRecipe, views: Views) -> Lesson:
+    """Return what labelled images ask of a model; raises RecipeError if they and the losses do not belong together."""
+    dataset = views.dataset
     if dataset.num_classes is None:
         raise RecipeError(
             "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"
         )
-    warn_of_orientation(dataset)
     require_labels(recipe.losses, dataset.labels)
     require_classes(recipe.losses, dataset.num_classes)
-    spec = recipe.views()
-    if begun:  # runs of the first plan do not record it
-        spec = spec.model_copy(update={"plan_version": begun.get("plan_version", 1)})
-    views = Views(dataset, spec)
     require_one_size(views)
-    loader = _loader(recipe, views, **part)
-    identity: dict[str, Any] = {"dataset": fingerprint(dataset).model_dump(mode="json")}
-    identity |= {"plan_version": spec.plan_version} if spec.plan_version > 1 else {}
     counts = torch.from_numpy(class_counts(dataset.labels, dataset.num_classes))
     shape, first = tuple(views[ViewKey(0, 0)].shape), dataset.labels[:NUM_LABELS].copy()
-    lesson = Lesson(dataset.num_classes, shape, len(dataset.ids), counts, first, bool(recipe.mixing))
-    return Source(loader, lesson, identity, class_names=_names(views, lesson))
+    return Lesson(dataset.num_classes, shape, len(dataset.ids), counts, first, bool(recipe.mixing))
 
 
 def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any) -> EpochLoader:

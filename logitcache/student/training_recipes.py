@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from logitcache.cache.cache import Replay
-from logitcache.config.recipe import Component, Count, Float, Name, Positive
+from logitcache.config.recipe import NOWHERE, Component, Count, Float, Name, Positive
 from logitcache.config.trust import Trust
 from logitcache.errors import RecipeError, raise_all
 from logitcache.models import Model, Preprocessing
@@ -92,6 +92,8 @@ class TrainingRecipe(Component):
     """
 
     needed: ClassVar[tuple[str, ...]] = ("model",)
+    # So many epochs are a multiple of any views_per_image up to 10.
+    stand_ins: ClassVar[dict[str, object]] = {"out": NOWHERE, "epochs": 2520}
 
     out: str
     model: Model | None = None
@@ -194,6 +196,8 @@ class StudentRecipe(TrainingRecipe):
     whether the parameters of augmentations are drawn again or, where the cache has recorded them, read. `ensembles` are
     teachers made of the cache's, for losses to name.
     """
+
+    stand_ins: ClassVar[dict[str, object]] = TrainingRecipe.stand_ins | {"cache": NOWHERE}
 
     cache: str
     num_views: Count | None = None

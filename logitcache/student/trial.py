@@ -76,11 +76,11 @@ def require_trainable(
         _try_step(recipe, lesson, model, device, layouts, num_processes)
 
 
-def require_fit(recipe: StudentRecipe, lesson: Lesson) -> None:
-    """Raise, as training would, if the student does not fit what it learns from, or fails in a step on the CPU.
+def require_fit(recipe: TrainingRecipe, lesson: Lesson) -> None:
+    """Raise, as training would, if the model does not fit what it learns from, or fails in a step on the CPU.
 
-    Weights are not loaded. Those that bring their own preprocessing say at which size the network runs: of such a
-    student the taps are only looked for.
+    Weights are not loaded. Weights that bring their own preprocessing decide at which size the network runs: of such a
+    model only the taps are looked for.
     """
     assert recipe.model is not None, "require_entries looked for it"
     architecture, cpu = recipe.model.architecture(), torch.device("cpu")
@@ -89,7 +89,7 @@ def require_fit(recipe: StudentRecipe, lesson: Lesson) -> None:
         if architecture != recipe.model and recipe.preprocessing is None:
             network = architecture.build(lesson.num_classes, lesson.image_shape[0]).module
             Tapped(network, network, [*taps_of(recipe), *taps], who="the model")
-            say("the student's weights are not loaded here: at the size that they ask for, training tries it first")
+            say("the model's weights are not loaded here: at the size that they ask for, training tries it first")
             return
         bare = recipe.model_copy(update={"model": architecture, "precision": "float32"})
         classifier = build_classifier(bare, lesson, None)

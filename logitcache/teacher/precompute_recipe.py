@@ -1,11 +1,11 @@
 """The recipe of stage one."""
 
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import Field, model_validator
 
 from logitcache.cache.format.manifest import TeacherName
-from logitcache.config.recipe import Component, Count
+from logitcache.config.recipe import NOWHERE, Component, Count
 from logitcache.teacher.teacher import TeacherSource
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
@@ -21,6 +21,8 @@ class PrecomputeRecipe(Component):
     which students then compare; `record_parameters` keeps what the augmentations drew, for caches meant to outlive the
     code that draws it.
     """
+
+    stand_ins: ClassVar[dict[str, object]] = {"cache": NOWHERE}
 
     cache: str
     dataset: Dataset | None = None

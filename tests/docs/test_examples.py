@@ -28,7 +28,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FASHION = ROOT / "pipelines/fashion_mnist/precompute.yaml"
 EXCERPTS: dict[str, dict[str, Any]] = {
     "dataset": {"cache": "c.zarr", "teachers": {"t": {"model": {"kind": "bundled"}}}},
-    "teachers": {"cache": "c.zarr", "dataset": {"kind": "bundled"}},
+    "teachers": {"cache": "c.zarr", "dataset": {"kind": "image_folder", "root": "photos"}},
     "ensembles": {"cache": "c.zarr", "out": "run", "epochs": 1, "model": {"kind": "small_cnn"}},
 }
 """What the rest of a recipe may be of which docs/recipes.md shows a part, by the first key of that part."""

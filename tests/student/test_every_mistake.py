@@ -1,14 +1,19 @@
 """`recipe check` names every mistake at once: of form, of options, and of names in caches."""
 
+import functools
+import operator
+import re
 from pathlib import Path
 
 import pytest
 import yaml
+from torch import nn
 
-from logitcache.errors import RecipeError, RecipeErrors, caught, raise_all
+from logitcache.errors import LogitCacheError, RecipeError, RecipeErrors, caught, raise_all
 from logitcache.report.recipe_check import check_recipes
+from logitcache.runtime import console
 from logitcache.student.training import train
-from tests.student.small import student
+from tests.student.small import LINEAR, student, teacher
 
 FORM = {"epochs": "many", "bogus": 1, "optimizer": {"kind": "adam", "lr": 0.1}}
 OFF = {"kind": "kl_divergence", "teacher": "first", "weight": 0}
@@ -44,11 +49,108 @@ def test_names_in_a_cache_are_judged_beside_mistakes_of_form(two_teachers: Path,
     error = _checked(tmp_path, entries)
     assert all(text in error for text in of_names), error
     both = _checked(tmp_path, entries | FORM | {"epochs": "many"})
-    # Without a number of epochs there is no recipe to compare: everything else of it is still named.
-    assert all(text in both for text in of_form), both
+    assert all(text in both for text in (*of_form, *of_names)), both
     both = _checked(tmp_path, entries | {"bogus": 1, "optimizer": FORM["optimizer"]})
     assert all(text in both for text in (*of_form[1:], *of_names)), both
     assert both.startswith("8 mistakes:\n")
+
+
+@pytest.mark.parametrize("key", ["out", "epochs", "model", "model.kind", "optimizer.kind", "validation.dataset.kind"])
+def test_a_missing_key_hides_no_names(key: str, two_teachers: Path, tmp_path: Path) -> None:
+    whole = student(
+        tmp_path / "run",
+        two_teachers,
+        num_views=9,
+        losses=[{"kind": "kl_divergence", "teacher": "third"}],
+        optimizer={"kind": "sgd"},
+        validation={"dataset": {"kind": "bundled", "split": "test"}},
+    )
+    entries = whole.model_dump(mode="json", exclude_unset=True)
+    *parents, last = key.split(".")
+    del functools.reduce(operator.getitem, parents, entries)[last]
+    error = _checked(tmp_path, entries)
+    missing, losses, views = "is missing", "losses.0 (kl_divergence) names teacher 'third'", "num_views is 9"
+    assert all(error.count(text) == 1 for text in (missing, losses, views)), error
+    assert f"key '{key}' is missing" in error
+    assert error.startswith("3 mistakes:\n")
+
+
+def test_live_teachers_that_the_cache_does_not_have_are_named(two_teachers: Path, tmp_path: Path) -> None:
+    recipe = student(
+        tmp_path / "run",
+        two_teachers,
+        teachers={"thrid": {"model": {"kind": "small_cnn"}}},
+        losses=[{"kind": "kl_divergence", "teacher": "first"}],
+    )
+    text = "teachers: ['thrid'] are none of"
+    assert text in _checked(tmp_path, recipe.model_dump(mode="json"))
+    with pytest.raises(RecipeError, match=re.escape(text)):
+        train(recipe)
+
+
+CLASSES: dict[str, object] = {"named": {"shoes": 1, "Bag": 2}, "listed": [1, 2]}
+SHARED: dict[str, object] = {"dataset": {"kind": "bundled"}, "num_workers": 0, "device": "cpu"}
+
+
+def test_the_classes_of_teachers_are_compared_with_the_images(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    classes = {name: {"model": {"kind": "bundled"}, "classes": given} for name, given in CLASSES.items()}
+    entries = SHARED | {"teachers": classes}
+    error = _checked(tmp_path, entries)
+    assert "key 'cache' is missing" in error
+    assert "teachers.named.classes does not give an output for each class of the data set" in error
+    assert "'shoes'" in error
+    assert "teachers.listed.classes lists 2 outputs, the data set has 10 classes" in error
+    assert error.startswith("3 mistakes:\n")
+    console.configure()
+    missing = entries | {"cache": "c.zarr", "dataset": {"kind": "image_folder", "root": str(tmp_path / "none")}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(missing))
+    (checked,) = check_recipes([file])
+    assert checked.error is None
+    assert (
+        "`classes` are not compared, as the data set cannot be opened here: the image folder" in capfd.readouterr().err
+    )
+
+
+def test_class_maps_are_compared_with_the_images(two_teachers: Path, tmp_path: Path) -> None:
+    recipe = student(
+        tmp_path / "run",
+        two_teachers,
+        losses=[{"kind": "kl_divergence", "teacher": "first"}],
+        validation={"dataset": {"kind": "bundled", "split": "test"}, "class_map": {"shoes": 1, "hats": 2, "Bag": 3}},
+    )
+    error = _checked(tmp_path, recipe.model_dump(mode="json"))
+    assert error.startswith("2 mistakes:\n")
+    assert all(f"validation.class_map: the images have no class '{name}'" in error for name in ("shoes", "hats")), error
+
+
+NORMALISED = {"kind": "custom", "factory": "tests.student.test_every_mistake:normalised"}
+WRONG_TEACHERS: dict[str, tuple[dict[str, object], str]] = {
+    "a last batch of one": (
+        {"model": NORMALISED, "dataset": {"kind": "bundled", "num_images": 30}, "batch_size": 29},
+        "30 images in batches of 29 leave a batch of 1",
+    ),
+    "images of another size": ({"augmentations": [{"kind": "resize", "size": 20}]}, "the model cannot take the images"),
+    "other classes": ({"model": LINEAR | {"arguments": {"num_classes": 7}}}, "the model predicts 7 classes"),
+}
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 4), nn.BatchNorm1d(4), nn.Linear(4, 10))
+
+
+@pytest.mark.parametrize("case", WRONG_TEACHERS)
+def test_a_teacher_is_tried_with_its_images(case: str, tmp_path: Path) -> None:
+    changes, text = WRONG_TEACHERS[case]
+    wrong = teacher(tmp_path / "run", **({"model": LINEAR} | changes))
+    error = _checked(tmp_path, wrong.model_dump(mode="json"))
+    assert text in error
+    with pytest.raises(LogitCacheError) as refused:
+        train(wrong)
+    assert str(refused.value) == error
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_lists_them_too(two_teachers: Path, tmp_path: Path) -> None:

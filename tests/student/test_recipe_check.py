@@ -138,7 +138,7 @@ def test_weights_are_not_loaded_and_the_taps_of_their_network_are_looked_for(
     precompute(recipe(PrecomputeRecipe, cache=str(colours), **entries), teachers={"net": network})
     console.configure()
     assert _check(tmp_path, colours, model=RESNET, losses=[{**HINT, "student": "layer1"}]) is None
-    assert "the student's weights are not loaded here" in capfd.readouterr().err
+    assert "the model's weights are not loaded here" in capfd.readouterr().err
     console.configure(quiet=True)
     missing = _check(tmp_path, colours, model=RESNET, losses=[{**HINT, "student": "layer5"}])
     assert missing is not None

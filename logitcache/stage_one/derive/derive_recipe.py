@@ -1,13 +1,13 @@
 """The recipe of a derived cache: answers of finished caches, kept in another way or as one."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from logitcache.cache.encodings import Encoding
 from logitcache.cache.format.derivation import Average
 from logitcache.cache.format.manifest import LOGITS, TeacherName
-from logitcache.config.recipe import Component, Count, Name, Positive
+from logitcache.config.recipe import NOWHERE, Component, Count, Name, Positive
 
 
 class DerivedTeacher(Component):
@@ -48,6 +48,8 @@ class DeriveRecipe(Component):
 
     `shard_rows` as in precompute; if something is copied, the shards are those of the source.
     """
+
+    stand_ins: ClassVar[dict[str, object]] = {"cache": NOWHERE, "out": NOWHERE}
 
     cache: str
     out: str

@@ -1,11 +1,12 @@
 """Whose classes are whose: measuring on a data set that names its classes in another way."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.errors import RecipeError
+from logitcache.errors import RecipeError, caught, raise_all
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, is_multi_label
 from logitcache.views.datasets.images.labels import class_index, listed_classes
 
@@ -30,6 +31,7 @@ def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_class
     names, count = dataset.class_names or (), dataset.num_classes or 0
     # One more for images without a label, whose index -1 finds it.
     table = np.full(count + 1, UNLABELLED, np.int64)
+    raise_all(caught(*(partial(_index, key, names, count) for key in class_map)))
     for key, label in class_map.items():
         table[_index(key, names, count)] = label
     labels: NDArray[np.int64] = table[dataset.labels]
