@@ -49,9 +49,9 @@ format: $(INSTALLED)
 	@$(PY) -m ruff check --fix --quiet .
 	@$(PY) -m ruff format --quiet .
 
-# Not that of losses, which takes an hour and a data set, nor compare_checkouts.py; the others are imported by scripts.
+# Without losses.py, which takes an hour and a data set, compare_checkouts.py, and modules that the scripts import.
 bench: $(INSTALLED)
-	@set -e; for script in $(filter-out $(addprefix benchmarks/,losses.py compare_checkouts.py _small_recipes.py scale_model.py hostile_cases.py fault_kills.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
+	@set -e; for script in $(filter-out benchmarks/_%.py $(addprefix benchmarks/,losses.py compare_checkouts.py scale_model.py hostile_cases.py fault_kills.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -8,10 +8,7 @@ opening images and teacher in every worker, count; starting the workers' process
 missed.
 """
 
-import argparse
-import json
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from _harness import Row, parser_of, run_benchmark, seconds
 from numpy.typing import NDArray
-from read import Row
 from torch import nn
 from torchvision.models import resnet18
 
 from logitcache.config.recipe import load_recipe
-from logitcache.runtime.console import configure
-from logitcache.runtime.versions import versions
 from logitcache.stage_one.cluster.client import precompute_on_cluster
 from logitcache.stage_one.cluster.dask import local_cluster
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
@@ -80,9 +75,7 @@ def recipe(cache: Path, num_images: int) -> PrecomputeRecipe:
 
 def alone(folder: Path, num_images: int) -> float:
     """Return the seconds of a single process."""
-    started = time.perf_counter()
-    precompute(recipe(folder / "alone.zarr", num_images))
-    return time.perf_counter() - started
+    return seconds(lambda: precompute(recipe(folder / "alone.zarr", num_images)), time.perf_counter)
 
 
 def shared(folder: Path, num_images: int, workers: int) -> float:
@@ -93,8 +86,9 @@ def shared(folder: Path, num_images: int, workers: int) -> float:
         return time.perf_counter() - started
 
 
-def rows_of(folder: Path, num_images: int) -> Iterator[Row]:
+def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure all three."""
+    num_images = SHARD_ROWS * (16 if quick else 48)
     single, one, two = alone(folder, num_images), shared(folder, num_images, 1), shared(folder, num_images, 2)
     note = f"{num_images / two:.0f} images/s by two, {num_images / one:.0f} by one"
     yield Row("two workers, of one worker's time", two / one, 0.6, at_most=True, note=note)
@@ -103,22 +97,9 @@ def rows_of(folder: Path, num_images: int) -> Iterator[Row]:
 
 def main() -> int:
     """Print each figure beside its goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put a few MB of temporary files")
-    arguments = parser.parse_args()
-    configure(quiet=True)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        rows = list(rows_of(Path(name), SHARD_ROWS * (16 if arguments.quick else 48)))
-    if arguments.json:
-        results = [row._asdict() | {"figure": round(row.figure, 3), "met": row.met} for row in rows]
-        print(json.dumps({"versions": versions(), "results": results}, indent=2))
-    else:
-        for row in rows:
-            missed = "" if row.met else "   MISSED"
-            print(f"{row.case:<36} {row.figure:>6.2f} {row.unit:<3} goal <= {row.goal:g}{missed:<12} {row.note}")
-    return 0 if all(row.met for row in rows) else 1
+    return run_benchmark(
+        parser_of(__doc__, "fewer images", "where to put a few MB of temporary files"), rows_of, 36, None
+    )
 
 
 if __name__ == "__main__":

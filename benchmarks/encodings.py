@@ -13,8 +13,6 @@ bytes" means on the lines, log KL over log bytes, through the figures of each en
 Exits 1 when a goal is missed.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import time
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _harness import exit_code, parser_of, print_json, seconds
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models import resnet18
@@ -37,7 +36,6 @@ from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
 from logitcache.logits import log_probs
 from logitcache.runtime.console import configure
-from logitcache.runtime.versions import versions
 from logitcache.store.arrays import Order
 
 NUM_VIEWS, NUM_FOLDS = 4, 5
@@ -152,15 +150,9 @@ def decode_share(fitted: FittedTransform, logits: Tensor, rounds: int) -> float:
         log_probs(fitted.decode(encoded, logits.shape[1]), 2.0)
 
     step(), decode()
-    shares = [seconds(decode) / (seconds(step) * BATCH / STEP_IMAGES) for _ in range(rounds)]
+    clock = time.perf_counter
+    shares = [seconds(decode, clock) / (seconds(step, clock) * BATCH / STEP_IMAGES) for _ in range(rounds)]
     return statistics.median(shares)
-
-
-def seconds(work: Any) -> float:
-    """Return the time of one call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -189,9 +181,7 @@ def show(results: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     """Print the whole frontier, and the goals beside the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps of the transform")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser = parser_of(__doc__, "fewer steps of the transform")
     parser.add_argument("--logits", type=Path, metavar="FILE.npz", help="logits of a teacher; see above")
     arguments = parser.parse_args()
     configure(quiet=True)
@@ -207,10 +197,10 @@ def main() -> int:
     name = "time of decoding 256 rows / step of ResNet-18 on 256"
     compared.append({"goal": name, "figure": share, "most": DECODE_SHARE, "met": share <= DECODE_SHARE})
     if arguments.json:
-        print(json.dumps({"versions": versions(), "results": judged, "goals": compared}, indent=2))
+        print_json(judged, goals=compared)
     else:
         show(judged, compared)
-    return 0 if all(row["met"] for row in compared) else 1
+    return exit_code(row["met"] for row in compared)
 
 
 if __name__ == "__main__":

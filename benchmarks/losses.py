@@ -27,10 +27,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _harness import parser_of, print_json
+
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError
 from logitcache.runtime.console import configure, hushed, say
-from logitcache.runtime.versions import versions
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.stage_one.share import Part
 from logitcache.student.training import RunResult, train
@@ -234,9 +235,7 @@ def written(values: dict[str, float] | None, sign: str) -> str:
 
 def parse(given: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed of few images; nothing is judged")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser = parser_of(__doc__, "one seed of few images; nothing is judged")
     parser.add_argument("--root", type=Path, default=Path("datasets"), help="folder of torchvision's data sets")
     parser.add_argument("--out", type=Path, help="where cache and runs are kept; of --quick a folder that is removed")
     parser.add_argument("--losses", type=chosen, default=list(ROWS), metavar="a,b,c", help=f"of {', '.join(ROWS)}")
@@ -270,8 +269,7 @@ def main(given: list[str] | None = None) -> int:
             return error.exit_code
     rows = tabulate(results)
     if arguments.json:
-        shared = {"versions": versions(), "conditions": conditions(arguments, results)}
-        print(json.dumps({**shared, "results": rows}, indent=2))
+        print_json(rows, conditions=conditions(arguments, results))
     else:
         print(conditions(arguments, results))
         show(rows)

@@ -9,8 +9,6 @@ are left out: they are there once, and a view of them is the goal, not a fault. 
 everything imported and the model built. Exits 1 when a goal is missed.
 """
 
-import argparse
-import json
 import multiprocessing
 import sys
 import tempfile
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from _harness import exit_code, parser_of, print_json
 from torch import Tensor, nn
 
 from logitcache.cache.cache import open_cache
@@ -148,10 +147,7 @@ def measure(work: Callable[[Path, int, str], None], folder: Path, count: int, st
 
 def main() -> int:
     """Print peak memory by stage, storage and number of images beside the goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, "fewer images").parse_args()
     configure(quiet=True)
     few = 10_240 if arguments.quick else 102_400
     rows = []
@@ -172,7 +168,7 @@ def main() -> int:
                     }
                 )
     if arguments.json:
-        print(json.dumps({"shard_mb": SHARD_BYTES / 1e6, "results": rows}, indent=2))
+        print_json(rows, shard_mb=SHARD_BYTES / 1e6)
     else:
         print(f"peak memory over the baseline, MB; a shard is {SHARD_BYTES / 1e6:.1f} MB")
         for row in rows:
@@ -182,7 +178,7 @@ def main() -> int:
                 f"{peaks[1]:>7.1f}   growth {row['growth_in_shards']:>5.2f} shards, goal <= {GOAL_SHARDS}"
                 f"{'' if row['met'] else '   MISSED'}"
             )
-    return 0 if all(row["met"] for row in rows) else 1
+    return exit_code(row["met"] for row in rows)
 
 
 if __name__ == "__main__":

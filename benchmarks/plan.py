@@ -8,7 +8,6 @@ the clock, and medians over the rounds are compared: on a machine that others us
 one thread in each process. Exits 1 when a goal is missed: bytes within 5 %, files exactly, time within 20 %.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -21,10 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from _harness import Row, parser_of, run_benchmark
 from PIL import Image
-from read import Row
-
-from logitcache.runtime.versions import versions
 
 CROPPED: list[dict[str, Any]] = [{"kind": "random_crop", "size": 28, "padding": 2}, {"kind": "horizontal_flip"}]
 RESIZED: list[dict[str, Any]] = [{"kind": "random_resized_crop", "size": 64}, {"kind": "horizontal_flip"}]
@@ -141,21 +138,12 @@ def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
 
 def main() -> int:
     """Print each figure beside its goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two recipes, one view, one round")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put up to 1 GB of temporary files")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        rows = list(rows_of(Path(name), arguments.quick))
-    if arguments.json:
-        results = [row._asdict() | {"figure": round(row.figure, 3), "met": row.met} for row in rows]
-        print(json.dumps({"versions": versions(), "results": results}, indent=2))
-    else:
-        for row in rows:
-            missed = "" if row.met else "   MISSED"
-            print(f"{row.case:<66} {row.figure:>7.2f} {row.unit:<2} goal <= {row.goal:g}{missed:<12} {row.note}")
-    return 0 if all(row.met for row in rows) else 1
+    return run_benchmark(
+        parser_of(__doc__, "two recipes, one view, one round", "where to put up to 1 GB of temporary files"),
+        rows_of,
+        66,
+        None,
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ the clock. Cold reads begin with files that are not in the page cache, and a fre
 installed. Exits 1 when a goal is missed.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -20,14 +19,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import zarr
+from _harness import Row, Work, alternate, parser_of, run_benchmark, seconds
 from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache, open_cache
@@ -38,8 +38,6 @@ from logitcache.cache.read.row_sources import PackedRows, num_kept
 from logitcache.cache.read.shared_memory import SharedShards
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.writer import CacheWriter
-from logitcache.runtime.console import configure
-from logitcache.runtime.versions import versions
 from logitcache.store.arrays import ArrayLayout, seal
 from logitcache.store.base import LocalStore
 from logitcache.views.canaries import pixel_digest
@@ -49,24 +47,6 @@ NUM_IMAGES, QUICK_IMAGES, NUM_VIEWS = 1_280_000, 320_000, 300
 BATCH, BATCHES = 256, 100
 TOP10 = {"kind": "top_k", "k": 10}
 DENSE = {"kind": "dense"}
-Work = Callable[[int], object]
-"""What is measured: the argument counts the rounds."""
-
-
-class Row(NamedTuple):
-    """A figure beside its goal."""
-
-    case: str
-    figure: float
-    goal: float
-    unit: str = "x"
-    at_most: bool = False
-    note: str = ""
-
-    @property
-    def met(self) -> bool:
-        """Say whether the goal is met; a goal of 0 asks for nothing."""
-        return self.figure <= self.goal if self.at_most else self.figure >= self.goal
 
 
 def manifest_of(logits: dict[str, Any], num_images: int, num_views: int, num_classes: int) -> tuple[Manifest, Samples]:
@@ -165,24 +145,10 @@ def batches(cache: Cache, number: int, count: int = BATCHES) -> list[list[ViewKe
     return [[ViewKey(0, index) for index in batch] for batch in indices.tolist()]
 
 
-def seconds(work: Callable[[], object], clock: Callable[[], float] = time.process_time) -> float:
-    """Return how long a round takes; by CPU time, what others do on the machine counts less."""
-    started = clock()
-    work()
-    return clock() - started
-
-
 def median_ratio(ours: Work, theirs: Work, rounds: int) -> tuple[float, float]:
     """Return how many times as long theirs takes, and the seconds of ours."""
-    ratios, mine = [], []
-    for number in range(-1, rounds):
-        times = {}
-        for work in (ours, theirs)[:: 1 if number % 2 else -1]:
-            times[work] = seconds(lambda work=work, number=number: work(number + 1))
-        if number >= 0:
-            ratios.append(times[theirs] / times[ours])
-            mine.append(times[ours])
-    return statistics.median(ratios), statistics.median(mine)
+    mine, others = alternate(ours, theirs, rounds)
+    return statistics.median(b / a for a, b in zip(mine, others, strict=True)), statistics.median(mine)
 
 
 def gather_rows(name: str, cache: Cache, folder: Path, rounds: int) -> Iterator[Row]:
@@ -406,26 +372,12 @@ def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
 
 def main() -> int:
     """Print each figure beside its goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and dense rows")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put a few GB of temporary files")
-    arguments = parser.parse_args()
-    configure(quiet=True)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        rows = []
-        for row in rows_of(Path(name), arguments.quick):
-            rows.append(row)
-            if not arguments.json:
-                sign, missed = ("<=", "   MISSED") if row.at_most else (">=", "   MISSED")
-                goal = f"goal {sign} {row.goal:g}{'' if row.met else missed}" if row.goal else ""
-                print(f"{row.case:<50} {row.figure:>7.2f} {row.unit:<3} {goal:<24} {row.note}", flush=True)
-    if arguments.json:
-        results = [row._asdict() | {"figure": round(row.figure, 3), "met": row.met} for row in rows]
-        images = {"quick": arguments.quick, "dense_images": QUICK_IMAGES if arguments.quick else NUM_IMAGES}
-        print(json.dumps({"versions": versions(), **images, "results": results}, indent=2))
-    return 0 if all(row.met for row in rows) else 1
+
+    def images(quick: bool) -> dict[str, Any]:
+        return {"quick": quick, "dense_images": QUICK_IMAGES if quick else NUM_IMAGES}
+
+    parser = parser_of(__doc__, "fewer rounds and dense rows", "where to put a few GB of temporary files")
+    return run_benchmark(parser, rows_of, 50, shared=images)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,16 @@ resized, are saved as JPEG files of about 500 x 375, and cut into 32 x 32 tiles 
 missed.
 """
 
-import argparse
 import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _harness import Work, alternate, exit_code, parser_of, print_json
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -28,7 +26,6 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from logitcache.runtime.console import configure
-from logitcache.runtime.versions import versions
 from logitcache.views.datasets import ImageDataset, ImageFolder
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey
@@ -38,8 +35,6 @@ NUM_PHOTOS, NUM_TILES = 24, 256
 NUM_VIEWS = 1024
 FLIP = {"kind": "horizontal_flip"}
 CROP = {"kind": "random_resized_crop", "size": 224}
-Work = Callable[[int], object]
-"""What is measured: the argument counts the rounds."""
 
 
 class Case(NamedTuple):
@@ -194,23 +189,10 @@ def photo_cases(folder: Path) -> list[Case]:
     ]
 
 
-def seconds(work: Work, number: int) -> float:
-    """Return the CPU time of one round: what others do on the machine counts less than by the clock."""
-    started = time.process_time()
-    work(number)
-    return time.process_time() - started
-
-
 def ratio(case: Case, least_seconds: float) -> dict[str, Any]:
-    """Measure a case for a time, in rounds whose halves change places."""
-    seconds(case.theirs, 0), seconds(case.ours, 0)
-    ours, theirs = [], []
-    started = time.monotonic()
-    while time.monotonic() - started < least_seconds or len(ours) < 6:
-        number = len(ours) + 1
-        halves = [(case.ours, ours), (case.theirs, theirs)]
-        for work, times in halves[:: 1 if number % 2 else -1]:
-            times.append(seconds(work, number % NUM_VIEWS))
+    """Measure a case for a time, in at least six rounds; each round renders another view."""
+    works = [lambda number, work=work: work(number % NUM_VIEWS) for work in (case.ours, case.theirs)]
+    ours, theirs = alternate(*works, 6, least_seconds)
     figure = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     return {
         "case": case.name,
@@ -224,10 +206,7 @@ def ratio(case: Case, least_seconds: float) -> dict[str, Any]:
 
 def main() -> int:
     """Print the ratio of each case beside its goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, "fewer rounds").parse_args()
     configure(quiet=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -235,14 +214,14 @@ def main() -> int:
         cases = [*small_cases(), *photo_cases(Path(name))]
         rows = [ratio(case, 3.0 if arguments.quick else 20.0) for case in cases]
     if arguments.json:
-        print(json.dumps({"versions": versions(), "results": rows}, indent=2))
+        print_json(rows)
     else:
         print("time of a view, divided by that of torchvision v2 where nothing else is said; one thread")
         for row in rows:
             print(
                 f"{row['case']:<46} {row['ratio']:>5.2f}   goal <= {row['goal']:.2f}{'' if row['met'] else '   MISSED'}"
             )
-    return 0 if all(row["met"] for row in rows) else 1
+    return exit_code(row["met"] for row in rows)
 
 
 if __name__ == "__main__":

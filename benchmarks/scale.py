@@ -9,28 +9,24 @@ the end; each size counts by its fastest round, as what others do on the machine
 missed. docs/scale.md says what follows for large caches, scale_metadata.py simulates them.
 """
 
-import argparse
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from _harness import Row, parser_of, run_benchmark
 from memory import Names
 from numpy.typing import NDArray
-from read import Row
 from torch import Tensor, nn
 
 from logitcache.config.recipe import load_recipe
 from logitcache.planning.costs import StoreCost, skeleton_sizes, store_cost
 from logitcache.planning.draft import drafted
 from logitcache.planning.probe import probe
-from logitcache.runtime.console import configure
-from logitcache.runtime.versions import versions
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.views.canaries import NUM_CANARIES
 
@@ -136,6 +132,11 @@ class Model:
             return store_cost(draft.plan.layout, self._packed, skeleton_sizes(draft.plan.goal))
 
 
+def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
+    """Measure everything."""
+    return run_rows(folder, QUICK if quick else FULL)
+
+
 def run_rows(folder: Path, sizes: dict[int, int]) -> Iterator[Row]:
     """Compare runs of so many rows, each in so many rounds, with the model."""
     model, few = Model(folder, min(sizes)), min(sizes)
@@ -160,32 +161,11 @@ def off(measured: float, wanted: float) -> float:
     return 100 * abs(measured / wanted - 1)
 
 
-def conclude(rows: Iterable[Row], as_json: bool) -> int:
-    """Print each figure beside its goal; return the exit code."""
-    every = []
-    for row in rows:
-        every.append(row)
-        if not as_json:
-            missed = "" if row.met else "   MISSED"
-            line = f"{row.case:<52} {row.figure:>8.2f} {row.unit:<2} goal <= {row.goal:g}{missed:<10} {row.note}"
-            print(line, flush=True)
-    if as_json:
-        results = [row._asdict() | {"figure": round(row.figure, 3), "met": row.met} for row in every]
-        print(json.dumps({"versions": versions(), "results": results}, indent=2))
-    return 0 if all(row.met for row in every) else 1
-
-
 def main() -> int:
-    """Measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rows, fewer rounds")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put up to 50 MB of temporary files")
-    arguments = parser.parse_args()
-    configure(quiet=True)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        return conclude(run_rows(Path(name), QUICK if arguments.quick else FULL), arguments.json)
+    """Print each figure beside its goal."""
+    return run_benchmark(
+        parser_of(__doc__, "fewer rows, fewer rounds", "where to put up to 50 MB of temporary files"), rows_of, 52
+    )
 
 
 if __name__ == "__main__":

@@ -10,24 +10,20 @@ when a figure is more than a quarter above that which scale_model.py reckons wit
 it, when it is twice that.
 """
 
-import argparse
 import io
 import os
 import pickle
 import sys
 import tarfile
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
+from _harness import Row, parser_of, run_benchmark
 from memory import MadeImages, Names
 from PIL import Image
-from read import Row
-from scale import conclude
 from scale_metadata import NUM_CLASSES, SETTLED, memory_of, simulated, took
 from scale_model import (
     BLOCKED_MB,
@@ -44,7 +40,6 @@ from scale_model import (
 )
 
 from logitcache.report.inspect import inspect_cache
-from logitcache.runtime.console import configure
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.webdataset import WebDataset
@@ -224,6 +219,7 @@ def _nothing(job: bytes, number: int) -> int:
 
 def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure everything."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "remembered")
     for images in QUICK_ORDERS if quick else FULL_ORDERS:
         yield from order_rows(images)
     yield blocked_row()
@@ -237,17 +233,10 @@ def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
 
 
 def main() -> int:
-    """Measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images, no tasks")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put up to 220,000 small files")
-    arguments = parser.parse_args()
-    configure(quiet=True)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        os.environ["XDG_CACHE_HOME"] = str(Path(name, "remembered"))
-        return conclude(rows_of(Path(name), arguments.quick), arguments.json)
+    """Print each figure beside its goal."""
+    return run_benchmark(
+        parser_of(__doc__, "fewer images, no tasks", "where to put up to 220,000 small files"), rows_of, 52
+    )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the process had before. Exits 1 when a goal is missed; the bytes of memory by im
 reckons with.
 """
 
-import argparse
 import hashlib
 import multiprocessing
 import os
@@ -26,9 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _harness import Row, parser_of, run_benchmark
 from numpy.typing import NDArray
-from read import Row, manifest_of
-from scale import TOP10, WITHIN, conclude, off
+from read import manifest_of
+from scale import TOP10, WITHIN, off
 from scale_model import LABELS_BYTES, SKELETON_BYTES
 
 from logitcache.cache.cache import Cache
@@ -282,23 +282,15 @@ def model(shards: Shards, manifest: Manifest) -> StoreCost:
 
 def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure everything."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / "remembered")
     for images, views in QUICK if quick else FULL:
         with tempfile.TemporaryDirectory(dir=folder) as name:
             yield from cache_rows(Path(name), images, views)
 
 
 def main() -> int:
-    """Measure, and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one cache")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put up to 300,000 small files")
-    arguments = parser.parse_args()
-    configure(quiet=True)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        os.environ["XDG_CACHE_HOME"] = str(Path(name, "remembered"))
-        return conclude(rows_of(Path(name), arguments.quick), arguments.json)
+    """Print each figure beside its goal."""
+    return run_benchmark(parser_of(__doc__, "one cache", "where to put up to 300,000 small files"), rows_of, 52)
 
 
 if __name__ == "__main__":

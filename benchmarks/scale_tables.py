@@ -6,7 +6,6 @@ Files, requests and the bytes of hot arrays are exact. What is assumed, and what
 scale_model.py. Nothing is measured here.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -14,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import scale_model as model
+from _harness import parser_of
 from scale_model import SCENARIOS, Case, case_of, every_case, seconds_on
 
 from logitcache.planning.costs import (
@@ -199,10 +199,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--quick", action="store_true", help="changes nothing, as nothing is measured")
-    arguments = parser.parse_args()
+    arguments = parser_of(__doc__, "changes nothing, as nothing is measured").parse_args()
     found = list(tables())
     if arguments.json:
         print(json.dumps(dict(found), indent=2, ensure_ascii=False))

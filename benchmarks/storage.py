@@ -11,13 +11,11 @@ and by processor time, which has the work in the background too, tell the same o
 from a checkout, whose tests have the emulator. Exits 1 when a goal is missed.
 """
 
-import argparse
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,14 +24,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _harness import Row, parser_of, run_benchmark
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import logitcache as lc
 from logitcache.config.recipe import load_recipe
 from logitcache.models.small_cnn import small_cnn
-from logitcache.runtime.console import configure
-from logitcache.runtime.versions import versions
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.store.mirror_folder import FOLDER
 from logitcache.store.remote.client import Remote
@@ -49,21 +46,6 @@ ENCODINGS: dict[str, dict[str, Any]] = {
     "top-10, packed": {"kind": "top_k", "k": 10, "storage": "packed"},
     "dense float16, hot": {"kind": "dense", "dtype": "float16"},
 }
-
-
-class Row(NamedTuple):
-    """A figure beside its goal, of which 0 asks for nothing."""
-
-    case: str
-    figure: float
-    goal: float
-    unit: str = "x"
-    note: str = ""
-
-    @property
-    def met(self) -> bool:
-        """Say whether the goal is met."""
-        return self.figure >= self.goal
 
 
 class Epoch(NamedTuple):
@@ -199,7 +181,7 @@ def shard_reads(storage: Emulator, part: str) -> list[dict[str, Any]]:
     return [seen for seen in paths if "/c." in seen["path"] and ".commits/" not in seen["path"]]
 
 
-def rows_of(name: str, folder: Path, storage: Emulator, num_images: int, num_views: int) -> Iterator[Row]:
+def encoding_rows(name: str, folder: Path, storage: Emulator, num_images: int, num_views: int) -> Iterator[Row]:
     """Measure one encoding."""
     label = name.partition(",")[0].replace(" ", "-")
     near, far = folder / f"{label}.zarr", f"{storage.url}/{label}.zarr"
@@ -237,28 +219,18 @@ def arrival(reads: list[dict[str, Any]], view: int) -> float:
     return max(float(seen["at"]) for seen in reads if f"/c.{view}." in seen["path"])
 
 
+def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
+    """Measure everything."""
+    os.environ[FOLDER] = str(folder / "copies")
+    with emulator() as storage:
+        for encoding in ENCODINGS:
+            yield from encoding_rows(encoding, folder, storage, *((3_000, 11) if quick else (6_000, 25)))
+
+
 def main() -> int:
     """Print each figure beside its goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images, under a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put a few hundred MB of temporary files")
-    arguments = parser.parse_args()
-    configure(quiet=True)
-    torch.set_num_threads(1)
-    size = (3_000, 11) if arguments.quick else (6_000, 25)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name, emulator() as storage:
-        os.environ[FOLDER] = str(Path(name, "copies"))
-        rows = [row for encoding in ENCODINGS for row in rows_of(encoding, Path(name), storage, *size)]
-    if arguments.json:
-        results = [row._asdict() | {"figure": round(row.figure, 3), "met": row.met} for row in rows]
-        print(json.dumps({"versions": versions(), "results": results}, indent=2))
-    else:
-        for row in rows:
-            goal = f"goal >= {row.goal:g}" if row.goal else ""
-            missed = "" if row.met or not row.goal else "MISSED"
-            print(f"{row.case:<50} {row.figure:>7.2f} {row.unit:<2} {goal:<13} {missed:<7} {row.note}")
-    return 0 if all(row.met for row in rows if row.goal) else 1
+    folder = "where to put a few hundred MB of temporary files"
+    return run_benchmark(parser_of(__doc__, "fewer images, under a minute", folder), rows_of, 50)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ is short: the last one is flushed when the teacher has nothing left to do. Then 
 classes, whole shards, flushed to the disk. By the clock; the teacher has one thread. Exits 1 when a goal is missed.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -20,16 +19,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from _harness import Row, parser_of, run_benchmark
 from numpy.typing import NDArray
-from read import DENSE, TOP10, Row, made, skeleton
+from read import DENSE, TOP10, made, skeleton
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from logitcache.cache.write.writer import CacheWriter
 from logitcache.config.recipe import load_recipe
 from logitcache.models import Classifier, Preprocessing
-from logitcache.runtime.console import configure
-from logitcache.runtime.versions import versions
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.store.base import LocalStore
 from logitcache.views.keys import ViewKey
@@ -174,23 +172,7 @@ def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
 
 def main() -> int:
     """Print each figure beside its goal."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer images")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.add_argument("--folder", help="where to put up to 3 GB of temporary files")
-    arguments = parser.parse_args()
-    configure(quiet=True)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        rows = list(rows_of(Path(name), arguments.quick))
-    if arguments.json:
-        results = [row._asdict() | {"figure": round(row.figure, 3), "met": row.met} for row in rows]
-        print(json.dumps({"versions": versions(), "results": results}, indent=2))
-    else:
-        for row in rows:
-            missed = "" if row.met else "   MISSED"
-            print(f"{row.case:<46} {row.figure:>8.2f} {row.unit:<4} goal >= {row.goal:g}{missed:<12} {row.note}")
-    return 0 if all(row.met for row in rows) else 1
+    return run_benchmark(parser_of(__doc__, "fewer images", "where to put up to 3 GB of temporary files"), rows_of, 46)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The table of losses: every loss has a row, one cache serves them all, and pieces make the same table as the whole."""
 
-import importlib.util
+import importlib
 import json
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -23,14 +24,11 @@ FEW = ["--limit", "20", "--epochs", "1", "--seeds", "2", "--losses", "labels,dis
 
 
 @pytest.fixture(scope="module")
-def table() -> ModuleType:
-    """Load the benchmark, which is a script."""
-    spec = importlib.util.spec_from_file_location("losses_table", ROOT / "benchmarks" / "losses.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def table() -> Iterator[ModuleType]:
+    """Import the benchmark, which is a script and imports another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        yield importlib.import_module("losses")
 
 
 def result(top1: float, best: float) -> RunResult:
