@@ -35,7 +35,7 @@ from logitcache.cache.cache import Cache
 from logitcache.cache.encodings.packed_top_k import PackedTopK
 from logitcache.cache.format.layout import Layout, choose_shard_rows, layout_of
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import metadata_files, read_labels, require_sound_skeleton
+from logitcache.cache.format.metadata import metadata_files, read_labels, skeleton_problems
 from logitcache.cache.snapshot import open_snapshot, read_manifest
 from logitcache.cache.verify import verify_cache
 from logitcache.cache.write.error_summary import finish_growth
@@ -184,8 +184,8 @@ def list_shards(root: Path) -> int:
 
 
 def check_skeleton(root: Path) -> None:
-    """Compare all but the shards with the manifest, as each opening does."""
-    require_sound_skeleton(LocalStore(root), manifest_at(root))
+    """Compare all but the shards with the manifest, as the first opening does."""
+    assert not list(skeleton_problems(LocalStore(root), manifest_at(root)))
 
 
 def keep_labels(root: Path) -> int:
