@@ -31,7 +31,7 @@ from _harness import parser_of, print_json
 
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError
-from logitcache.runtime.console import configure, hushed, say
+from logitcache.runtime.console import configure, logger, silenced
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.stage_one.share import Part
 from logitcache.student.training import RunResult, train
@@ -146,7 +146,7 @@ def train_students(arguments: argparse.Namespace, cache: Path, part: Part) -> di
             continue
         result = train_student(arguments, cache, name, seed)
         results.setdefault(name, {})[seed] = result
-        say(f"{name}, seed {seed}: {100 * top1(result):.2f} %, {result.seconds:.0f} s")
+        logger.info(f"{name}, seed {seed}: {100 * top1(result):.2f} %, {result.seconds:.0f} s")
     return results
 
 
@@ -161,7 +161,7 @@ def train_student(arguments: argparse.Namespace, cache: Path, name: str, seed: i
         f"losses={json.dumps(ROWS[name])}",
         *images(arguments, "validation.dataset", "test"),
     ]
-    with hushed():
+    with silenced():
         return train(load_recipe(RECIPES / "student.yaml", StudentRecipe, changes), resume=True)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from logitcache.cli.common import Answer, Overrides, Part, Recipe, Scheduler, Wait, Workers
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 
 if TYPE_CHECKING:
     from logitcache.stage_one.precompute import PrecomputeResult
@@ -113,7 +113,7 @@ def _filled(
         return Answer(asdict(result))
     found = f"{result.shards_left} of {result.shards} shards are not committed ({result.left})"
     if part is not None:
-        say(f"{result.cache} is not whole yet: {found}")
+        logger.info(f"{result.cache} is not whole yet: {found}")
         return Answer(asdict(result))
     again = "the same command computes what is free"
     fix = f"--wait, to wait for these processes; or once they have ended {again}" if result.left.held else again

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.store.files import write_atomically
 
 # The attributes under which torch's own wrappers (data parallel, compiled, FSDP, averaged) hold the wrapped module.
@@ -202,7 +202,9 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
     kinds = [f"{n} is {_kind(a)}, not {_kind(b)}" for n, (a, b) in pairs.items() if not _same_kind(n, a, b)]
     if not (missing or surplus or shapes or kinds):
         if skipped:
-            say(f"{source}: skipped {_listed(skipped)}, which the model computes itself ({len(skipped)} in all)")
+            logger.info(
+                f"{source}: skipped {_listed(skipped)}, which the model computes itself ({len(skipped)} in all)"
+            )
         module.load_state_dict({name: state[name] for name in pairs}, strict=False)
         return
     lines = [f"{source} does not fit the model."]

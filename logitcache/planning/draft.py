@@ -20,7 +20,7 @@ from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cache.verify import damaged
 from logitcache.cache.write.claims import target_of
 from logitcache.planning.timing import answered, by_row
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.runtime.device import resolve_device, to_device
 from logitcache.stage_one.inputs import as_given, as_recorded, build_teachers, open_images
 from logitcache.stage_one.preparation import Plan, begin, standing
@@ -189,7 +189,7 @@ def _missing(snapshot: Snapshot) -> dict[str, set[Shard]]:
     """Return the shards of each group that are not committed, or whose bytes are no longer what was committed."""
     committed = snapshot.committed()
     for shard, group, text in damaged(snapshot):
-        say(f"to be written again: {text}")
+        logger.info(f"to be written again: {text}")
         committed[group.name].discard(shard)
     every = set(snapshot.layout.shards())
     return {name: every - there for name, there in committed.items()}

@@ -14,7 +14,7 @@ from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError
 from logitcache.models import Checkpoint, Classifier, Model
 from logitcache.report.recipe_check import load_own
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness, resolve_device
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.evaluation.cost import Contender, LatencyPlan
@@ -77,7 +77,7 @@ def _teachers(
         try:
             built[name] = _built(name, manifest, recipe, stated.get(name))
         except LogitCacheError as error:
-            say(f"teacher {name!r} is neither weighed nor timed: {error}")
+            logger.info(f"teacher {name!r} is neither weighed nor timed: {error}")
             built[name], left_out[name] = None, str(error)
     return built, left_out
 

@@ -13,7 +13,7 @@ import torch
 from logitcache.config.recipe import load_recipe
 from logitcache.models import Bundled as BundledTeacher
 from logitcache.models import Classifier, resolve_preprocessing
-from logitcache.runtime.console import hushed, say
+from logitcache.runtime.console import logger, silenced
 from logitcache.stage_one.precompute import PrecomputeRecipe, PrecomputeResult, precompute
 from logitcache.store.files import write_atomically
 from logitcache.student.evaluation.validation import Validator
@@ -86,10 +86,10 @@ def run_demo(directory: Path, quick: bool = False) -> DemoResult:
     started = time.perf_counter()
     epochs, seeds = (1, 1) if quick else (EPOCHS, SEEDS)
     teacher = _measure_teacher()
-    say(f"teacher: {100 * teacher.top1:.2f} % of the test images, {teacher.num_parameters:,} parameters")
+    logger.info(f"teacher: {100 * teacher.top1:.2f} % of the test images, {teacher.num_parameters:,} parameters")
     cache = precompute(load_recipe(_precompute_recipe(directory), PrecomputeRecipe))
     written = f"{cache.row_views:,} row-views in {cache.seconds:.1f} s, {cache.bytes / 1e6:.1f} MB"
-    say(f"cache: {written}; the teacher is done")
+    logger.info(f"cache: {written}; the teacher is done")
     students = [_from_labels(directory, f"{NUM_LABELS} labels", FEW, seeds, epochs * NUM_IMAGES // NUM_LABELS)]
     for temperature in TEMPERATURES:
         count = seeds if temperature == TEMPERATURES[0] else 1
@@ -146,7 +146,7 @@ def _over_seeds(
     """Train one student a seed, all for the same number of steps, and measure each once, at the end."""
     folder = directory / "students" / re.sub(r"[^a-z0-9]+", "_", name.lower())
     entries = {**STUDENT, **entries, "validation": {"dataset": TEST, "every": entries["epochs"]}}
-    with hushed():
+    with silenced():
         results = [
             train(load_recipe({**entries, "out": str(folder / str(seed)), "seed": seed}, recipe), resume=True)
             for seed in range(seeds)
@@ -160,5 +160,7 @@ def _over_seeds(
         teacher_passes=sum(result.teacher_passes for result in results),
         seconds=sum(result.seconds for result in results),
     )
-    say(f"{name}: {100 * student.top1_mean:.1f} ± {100 * student.top1_std:.1f} %, n = {seeds}, {student.seconds:.0f} s")
+    logger.info(
+        f"{name}: {100 * student.top1_mean:.1f} ± {100 * student.top1_std:.1f} %, n = {seeds}, {student.seconds:.0f} s"
+    )
     return student

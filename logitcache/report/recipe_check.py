@@ -13,7 +13,7 @@ from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.config.mistakes import validate
 from logitcache.config.recipe import Component, load_recipe, load_sound, read_recipe, require_effect
 from logitcache.errors import LogitCacheError, RecipeError, caught, listed, raise_all
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.source import Source as Derived
 from logitcache.stage_one.inputs import require_teachers
@@ -141,7 +141,7 @@ def _opened(entry: object, otherwise: str) -> ImageDataset | None:
     try:
         return None if entry is None else open_dataset(entry)
     except LogitCacheError as error:
-        say(f"{otherwise}, as the data set cannot be opened here: {error}")
+        logger.info(f"{otherwise}, as the data set cannot be opened here: {error}")
         return None
 
 

@@ -1,9 +1,10 @@
-"""All that is printed: answers on stdout; errors, messages and progress on stderr, of which a library shows nothing.
+"""What a user sees: results on stdout; errors, log messages and progress on stderr.
 
-Text may hold what a cache, a file name or a server says. Everything printed passes `visible`, so that none of it
-reaches the terminal as a command.
+The library logs to the logger `logitcache` and is silent unless a caller adds a handler, as the command line does by
+`configure`. Text may come from a cache, a file name or a server: `visible` escapes what a terminal would obey.
 """
 
+import logging
 import sys
 import time
 import unicodedata
@@ -21,30 +22,34 @@ T = TypeVar("T")
 LINE_SECONDS = 5.0
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Unicode categories: controls, format characters (of bidirectional text, say), surrogates, line separators."""
+"""Unicode categories: controls, format characters (bidirectional overrides, …), surrogates, line separators."""
+
+logger = logging.getLogger("logitcache")
 
 
-class _Output:
-    """What this process shows; silent until `configure` is called."""
+class _Handler(logging.Handler):
+    """Print log messages on the console, above any progress bar. Without a console nothing is shown."""
 
-    def __init__(self) -> None:
-        self.console: Console | None = None
-        self.progress: Progress | None = None
-        self.verbose = False
+    console: "Console | None" = None
+    progress: "Progress | None" = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        if self.console is not None:
+            self.console.print(visible(record.getMessage()), markup=False, highlight=False, emoji=False)
 
 
-_output = _Output()
+_output = _Handler()
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
     r"""Escape characters that terminals obey or hide, as Python does: `\x1b`, `\u202e`; those of `keep` stay."""
     if text.isascii() and text.isprintable():
         return text
-    return "".join(c if c in keep or unicodedata.category(c) not in _INVISIBLE else _escaped(c) for c in text)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode()
+    return "".join(
+        c if c in keep or unicodedata.category(c) not in _INVISIBLE else c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def write(text: str, *, err: bool = False) -> None:
@@ -57,7 +62,7 @@ def write(text: str, *, err: bool = False) -> None:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Show warnings without the place in our code that they came from."""
+    """Show warnings without the line of our code that raised them."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *_args, **_options: f"Warning: {visible(str(message))}\n"
     try:
@@ -67,52 +72,40 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def configure(*, quiet: bool = False, verbose: bool = False) -> None:
-    """Show progress and messages on stderr from now on; nothing if quiet, details if verbose."""
+    """Show log messages and progress on stderr from now on; nothing if quiet, debug messages too if verbose."""
     from rich.console import Console
 
     finish()
     # A narrow log must not break a message into two lines.
     _output.console = None if quiet else Console(stderr=True, soft_wrap=True)
-    _output.verbose = verbose
+    logger.addHandler(_output)
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False  # or a handler of the user's own code would show each line again
 
 
 def finish() -> None:
-    """Take a bar that an error left behind off the terminal."""
+    """Remove a bar that an error left on the terminal."""
     if _output.progress is not None:
         _output.progress.stop()
         _output.progress = None
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
-    """Show nothing while the block runs: for one step of several that are told together."""
-    shown, _output.console = _output.console, None
+def silenced() -> Iterator[None]:
+    """Log nothing and show no progress within the block."""
+    shown, _output.console, logger.disabled = _output.console, None, True
     try:
         yield
     finally:
-        _output.console = shown
-
-
-def say(message: str) -> None:
-    """Write one line on stderr, above any bar."""
-    if _output.console is not None:
-        _output.console.print(visible(message), markup=False, highlight=False, emoji=False)
-
-
-def detail(message: str) -> None:
-    """Write one line on stderr when verbose."""
-    if _output.verbose:
-        say(message)
+        _output.console, logger.disabled = shown, False
 
 
 def track(iterable: Iterable[T], description: str, total: int, unit: str = "images", done: int = 0) -> Iterator[T]:
-    """Pass items on and show how many of `total` were taken, counted from `done`."""
+    """Yield the items and show how many of `total` were taken, counted from `done`."""
     if _output.console is None:
-        yield from iterable
-    elif _output.console.is_terminal:
-        yield from _with_bar(iterable, description, total, unit, done)
-    else:
-        yield from _with_lines(iterable, description, total, unit, done)
+        return iter(iterable)
+    show = _with_bar if _output.console.is_terminal else _with_lines
+    return show(iterable, description, total, unit, done)
 
 
 def _with_lines(iterable: Iterable[T], description: str, total: int, unit: str, done: int) -> Iterator[T]:
@@ -126,52 +119,35 @@ def _with_lines(iterable: Iterable[T], description: str, total: int, unit: str, 
             rate = count / (now - started)
             left = _duration((total - done - count) / rate)
             percent = 100 * (done + count) // total
-            say(f"{description}: {done + count}/{total} {unit} ({percent} %), {rate:.3g} {unit}/s, {left} left")
+            logger.info(f"{description}: {done + count}/{total} {unit} ({percent} %), {rate:.3g} {unit}/s, {left} left")
     seconds = time.monotonic() - started
     if seconds >= LINE_SECONDS:
-        say(f"{description}: {done + count}/{total} {unit} in {_duration(seconds)}")
+        logger.info(f"{description}: {done + count}/{total} {unit} in {_duration(seconds)}")
 
 
 def _with_bar(iterable: Iterable[T], description: str, total: int, unit: str, done: int) -> Iterator[T]:
-    with _shared_progress() as progress:
-        task = progress.add_task(visible(description, keep=""), total=total, completed=done, unit=unit)
-        try:
-            for item in iterable:
-                yield item
-                progress.advance(task)
-        finally:
-            progress.remove_task(task)
+    """Show a bar; a bar within a bar is another line of the same display."""
+    outer, progress = _output.progress, _output.progress or _start_progress()
+    _output.progress = progress
+    task = progress.add_task(visible(description, keep=""), total=total, completed=done, unit=unit)
+    try:
+        for item in iterable:
+            yield item
+            progress.advance(task)
+    finally:
+        progress.remove_task(task)
+        if outer is None and _output.progress is progress:
+            finish()
 
 
-@contextmanager
-def _shared_progress() -> "Iterator[Progress]":
-    """Yield the bars of this terminal; a bar within a bar joins it as another line."""
-    if _output.progress is not None:
-        yield _output.progress
-        return
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
+def _start_progress() -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}", markup=False),
-        TimeRemainingColumn(),
-    )
+    text, unit = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[unit]}"))
+    columns = (text, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
     progress = Progress(*columns, console=_output.console, transient=True)
-    with progress:
-        _output.progress = progress
-        try:
-            yield progress
-        finally:
-            if _output.progress is progress:
-                _output.progress = None
+    progress.start()
+    return progress
 
 
 def _duration(seconds: float) -> str:

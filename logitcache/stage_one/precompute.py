@@ -20,7 +20,7 @@ from logitcache.cache.write.claims import preparing, writing
 from logitcache.cache.write.unreadable_images import note_unreadable
 from logitcache.cache.write.writer import CacheWriter, Rows, empty_rows
 from logitcache.errors import DataError, TargetErrorWarning
-from logitcache.runtime.console import say, track
+from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import resolve_device
 from logitcache.runtime.stopping import stop_flag
 from logitcache.stage_one.inputs import as_given, as_recorded, build_teachers, open_images
@@ -96,7 +96,9 @@ def precompute(
         done.passes += passes_of(built)
         share = Share(plan.snapshot, plan.pending, recipe.views_per_image, mine, wait)
         if plan.pending:
-            say(f"{len(plan.pending)} shards to do; a stop loses at most the {share.most_lost} row-views in progress")
+            logger.info(
+                f"{len(plan.pending)} shards to do; a stop loses at most the {share.most_lost} row-views in progress"
+            )
             loader = ViewLoader(views.answered(), recipe.num_workers, recipe.start_method)
             with contextlib.closing(loader):
                 fill(recipe, views, loader, built, plan, share, done)
@@ -108,7 +110,7 @@ def finished(plan: Plan, share: Share, done: "Done", started: float) -> Precompu
     store, missing = plan.store, finish(plan)
     left = share.left(missing)
     if not plan.pending:
-        say(f"{store} is complete, there is nothing to do")
+        logger.info(f"{store} is complete, there is nothing to do")
     if not missing:
         _warn_of_rounding(read_manifest(store))
     seconds = time.perf_counter() - started

@@ -26,7 +26,7 @@ from logitcache.cache.write.growth import begin_growth, forget_growth, grown, re
 from logitcache.cache.write.unreadable_images import forget_unreadable, with_mended_images
 from logitcache.config.trust import inherit, remember
 from logitcache.models import weights_digest
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.runtime.versions import versions
 from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
@@ -158,7 +158,7 @@ def _continue(store: Store, recipe: PrecomputeRecipe, views: Views, teachers: li
         lambda entries, count, rows: fit(recipe, views, teachers, entries, examples, count, recorded_rows=rows)[1],
     )
     for key in mend_skeleton(store, recorded, manifest, samples, tables):
-        say(f"writing again: {store}/{key}")
+        logger.info(f"writing again: {store}/{key}")
     inherit(recorded.digest(), manifest.digest())
     forget_unreadable(store)
     if alone(store):
@@ -266,7 +266,7 @@ def unfinished(snapshot: Snapshot) -> list[Shard]:
     """List the shards to compute: those never committed, and those whose bytes are no longer what was committed."""
     done = set(snapshot.shards)
     for shard, group, text in damaged(snapshot):
-        say(f"writing again: {text}")
+        logger.info(f"writing again: {text}")
         snapshot.store.remove([group.record_file(shard)])
         done.discard(shard)
     return [shard for shard in snapshot.layout.shards() if shard not in done]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from logitcache.cache.snapshot import Snapshot, read_manifest
 from logitcache.cache.write.claims import Claim
 from logitcache.errors import RecipeError
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.store.arrays import Shard
 
 PAUSE = 1.0
@@ -81,7 +81,7 @@ class Share:
             if left.free:
                 return True
             if not is_said:
-                say(f"waiting for {len(self._pending)} shards of {self._snapshot.store}: {left}")
+                logger.info(f"waiting for {len(self._pending)} shards of {self._snapshot.store}: {left}")
                 is_said = True
             read_manifest(self._snapshot.store)  # raises if the cache is gone
             time.sleep(PAUSE)

@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from logitcache.errors import LogitCacheError, RecipeError
-from logitcache.runtime.console import hushed
+from logitcache.runtime.console import silenced
 from logitcache.runtime.device import distributed_backend, make_current
 from logitcache.runtime.stopping import StopFlag
 
@@ -198,7 +198,7 @@ def _meet() -> tuple[Store, int, int]:
 @contextmanager
 def _shown_by_first(rank: int) -> Iterator[None]:
     """Let the first rank alone show progress and warnings while the block runs: the others have the same to say."""
-    with warnings.catch_warnings(), nullcontext() if rank == 0 else hushed():
+    with warnings.catch_warnings(), nullcontext() if rank == 0 else silenced():
         # Compiled models meet the first; the user can do nothing about it.
         warnings.filterwarnings("ignore", "" if rank else "Grad strides do not match bucket view strides")
         yield

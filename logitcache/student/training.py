@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from logitcache.config.recipe import require_effect
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
 from logitcache.models import Classifier
-from logitcache.runtime.console import say, track
+from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import own_randomness, resolve_device, synchronize
 from logitcache.runtime.stopping import StopFlag, stop_flag
 from logitcache.student.build_model import build_adapters, build_classifier, decide_layouts
@@ -82,7 +82,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, given: Given, ra
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)
     if (finished := run.finished(RunResult)) is not None and finished.epochs >= recipe.epochs:
-        say(f"{run.path} is finished, there is nothing to do")
+        logger.info(f"{run.path} is finished, there is nothing to do")
         return finished
     with own_randomness(device, recipe.seed):
         sample = None if validator is None else validator.sample()
@@ -93,7 +93,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, given: Given, ra
         learner = Learner(recipe, classifier, device, adapters, ranks, layouts)
         with run.held(), stop_flag() as stop:
             if resume and not run.begun:
-                say(f"there is no run in {run.path} to resume: a new one starts")
+                logger.info(f"there is no run in {run.path} to resume: a new one starts")
             _take_up(learner, run, len(source.loader), recipe.epochs)
             if before is not None:
                 extend(recipe, run, before, learner.step, len(source.loader))
@@ -262,7 +262,7 @@ def _finish_epoch(
     learner.end_epoch()
     run.record(row)
     _save(source, learner, run)
-    say(_line(row, recipe.epochs))
+    logger.info(_line(row, recipe.epochs))
 
 
 def _line(row: dict[str, Any], epochs: int) -> str:

@@ -17,7 +17,7 @@ from logitcache.logits import NO_LOGITS
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
 from logitcache.reductions import Layout
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness
 from logitcache.student.build_model import (
     black,
@@ -70,7 +70,7 @@ def require_trainable(
     try:
         model = copy.deepcopy(classifier)
     except Exception as cause:  # a module decides for itself how it is copied
-        say(f"the model cannot be copied ({cause}): its first step in training mode is the run's own")
+        logger.info(f"the model cannot be copied ({cause}): its first step in training mode is the run's own")
         return
     with own_randomness(device, recipe.seed):
         _try_step(recipe, lesson, model, device, layouts, num_processes)
@@ -89,7 +89,9 @@ def require_fit(recipe: TrainingRecipe, lesson: Lesson) -> None:
         if architecture != recipe.model and recipe.preprocessing is None:
             network = architecture.build(lesson.num_classes, lesson.image_shape[0]).module
             Tapped(network, network, [*taps_of(recipe), *taps], who="the model")
-            say("the model's weights are not loaded here: at the size that they ask for, training tries it first")
+            logger.info(
+                "the model's weights are not loaded here: at the size that they ask for, training tries it first"
+            )
             return
         bare = recipe.model_copy(update={"model": architecture, "precision": "float32"})
         classifier = build_classifier(bare, lesson, None)

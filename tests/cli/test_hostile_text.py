@@ -74,8 +74,8 @@ def test_answers_errors_warnings_and_tracebacks_show_what_they_hold(
     lines: list[str] = []
 
     def failing() -> None:
-        console.say(text)
-        console.detail(text)
+        console.logger.info(text)
+        console.logger.debug(text)
         lines.append(warnings.formatwarning(text, UserWarning, "file", 1))
         raise CacheError(text)
 

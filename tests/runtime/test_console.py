@@ -1,4 +1,7 @@
 import io
+import logging
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,7 @@ from logitcache.runtime import console
 
 def test_a_library_is_silent_by_default(capfd):
     console.configure(quiet=True)
-    console.say("hello")
+    console.logger.info("hello")
     assert list(console.track(range(3), "work", 3)) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
 
@@ -17,10 +20,10 @@ def test_a_library_is_silent_by_default(capfd):
 def test_messages_go_to_stderr_on_one_line_as_they_are(capfd):
     console.configure()
     message = "[bold]view[/bold] " + "long " * 60 + ":smile: 3"
-    console.say(message)
-    console.detail("only when verbose")
+    console.logger.info(message)
+    console.logger.debug("only when verbose")
     console.configure(verbose=True)
-    console.detail("shown")
+    console.logger.debug("shown")
     assert capfd.readouterr() == ("", f"{message}\nshown\n")
 
 
@@ -58,7 +61,7 @@ def terminal(monkeypatch):
 def test_bars_within_bars_share_the_terminal(terminal):
     for _ in console.track(range(2), "epochs", 2):
         for _ in console.track(range(2), "batches", 2):
-            console.say("still readable")
+            console.logger.info("still readable")
     assert console._output.progress is None
     assert terminal.getvalue().count("still readable") == 4
 
@@ -72,3 +75,27 @@ def test_a_bar_ends_with_the_error_that_ends_the_work(terminal):
         work()
     console.finish()
     assert console._output.progress is None
+
+
+def test_a_caller_routes_messages_by_the_package_s_logger(capfd):
+    code = (
+        "import logging, sys; from logitcache.runtime.console import logger\n"
+        "logger.info('unheard')\n"
+        "logging.basicConfig(level=logging.INFO, format='%(name)s|%(message)s', stream=sys.stdout)\n"
+        "logger.info('100 %s [b]'); logger.debug('unheard')"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert capfd.readouterr() == ("logitcache|100 %s [b]\n", "")
+
+
+def test_each_line_is_shown_once_whatever_else_listens(capfd):
+    heard = logging.StreamHandler()
+    logging.getLogger().addHandler(heard)
+    try:
+        console.configure()
+        console.logger.info("once")
+        with console.silenced():
+            console.logger.info("never")
+    finally:
+        logging.getLogger().removeHandler(heard)
+    assert capfd.readouterr() == ("", "once\n")

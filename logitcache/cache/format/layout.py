@@ -11,7 +11,7 @@ from logitcache.cache.encodings.base import RowArray, TableShape
 from logitcache.cache.format.manifest import LOGITS, VIEWS, Manifest, StoredFeature, StoredLogits, TeacherEntry
 from logitcache.cache.format.row_errors import NUM_STATISTICS
 from logitcache.errors import CacheError, RecipeError
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.store.arrays import FLAT_KEYS, PAGE, RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, Storage, TableLayout
 
 S = TypeVar("S", StoredLogits, StoredFeature)
@@ -271,7 +271,9 @@ def fit_to_pages(entries: Mapping[str, TeacherEntry], shard_rows: int) -> dict[s
 def _fit_to_pages(name: str, entry: TeacherEntry, shard_rows: int) -> TeacherEntry:
     wrong = [target for target in entry.targets if not _fills_pages(kept_of(entry, target), shard_rows)]
     for target in wrong:
-        say(f"teachers.{name}: {target} is stored packed, as shards of {shard_rows} rows do not fill whole pages")
+        logger.info(
+            f"teachers.{name}: {target} is stored packed, as shards of {shard_rows} rows do not fill whole pages"
+        )
     features = {
         target: _packed(stored) if target in wrong else stored for target, stored in entry.stored_features.items()
     }

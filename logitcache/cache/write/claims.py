@@ -14,7 +14,7 @@ from pathlib import Path
 
 from logitcache.cache.format.metadata import ROOT
 from logitcache.errors import CacheError
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
 from logitcache.store.file_locks import is_at
@@ -213,10 +213,10 @@ def _flock(lock: int, kind: int, store: Store) -> None:
     """Wait for a lock; say that it is waited for, or that this file system has none."""
     got = _try(lock, kind)
     if got is False:
-        say(f"waiting for another run, which prepares or finishes {store}")
+        logger.info(f"waiting for another run, which prepares or finishes {store}")
         fcntl.flock(lock, kind)
     elif got is None:
-        say(
+        logger.info(
             f"{store.path} lies on a file system without file locks: let no two processes write it at once, "
             "unless it is there and each has a --part of its own"
         )

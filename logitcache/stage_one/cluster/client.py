@@ -17,7 +17,7 @@ import torch
 from logitcache.cache.snapshot import locate
 from logitcache.cache.write.claims import preparing, writing
 from logitcache.errors import CacheError, MissingExtraError, RecipeError
-from logitcache.runtime.console import say, track
+from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import resolve_device
 from logitcache.runtime.stopping import stop_flag
 from logitcache.stage_one.cluster.dask import (
@@ -161,7 +161,7 @@ class Run:
                             client.run(release, name, on_error="ignore")
                     losses = 0
                 except LostScheduler as error:
-                    say(f"the scheduler at {address} is gone, waiting for it to come back")
+                    logger.info(f"the scheduler at {address} is gone, waiting for it to come back")
                     patience, losses = AGAIN, 1 if self._done.shards > before else losses + 1
                     if losses > LOSSES:
                         raise CacheError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from logitcache.errors import CacheError, KilledWorkerError, RecipeError
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.stage_one.cluster import worker
 
 if TYPE_CHECKING:
@@ -61,7 +61,9 @@ def resources_of(client: "Client", check: Check) -> dict[str, float] | None:
     workers = _workers(client, check)
     busy = [address for address, found in workers.items() if found["nthreads"] > 1]
     if busy:
-        say(f"{len(busy)} workers have several threads, of which one at a time computes: --nthreads 1 is better")
+        logger.info(
+            f"{len(busy)} workers have several threads, of which one at a time computes: --nthreads 1 is better"
+        )
     return {GPU: 1} if any(GPU in found["resources"] for found in workers.values()) else None
 
 
@@ -76,7 +78,7 @@ def _workers(client: "Client", check: Check) -> dict[str, Any]:
             raise LostScheduler(f"the scheduler of {client} is gone")
         if time.monotonic() - told > REMINDER:
             told = time.monotonic()
-            say("the scheduler has no workers, waiting for the first")
+            logger.info("the scheduler has no workers, waiting for the first")
         time.sleep(TICK)
 
 
@@ -160,7 +162,7 @@ def local_cluster(workers: int, device: torch.device) -> Iterator[Local]:
         cluster.worker_spec.update(specs)
         started = _Starts(cluster)
         started.check()
-        say(f"{workers} workers; dashboard at {cluster.dashboard_link}")
+        logger.info(f"{workers} workers; dashboard at {cluster.dashboard_link}")
         yield Local(cluster.scheduler_address, max(1, len(os.sched_getaffinity(0)) // workers), started.check)
 
 
@@ -169,7 +171,7 @@ def _close(cluster: "SpecCluster") -> None:
     try:
         cluster.close()
     except TimeoutError:
-        say("workers did not end in time; they end with this process, and nothing that is committed is lost")
+        logger.info("workers did not end in time; they end with this process, and nothing that is committed is lost")
 
 
 class _Starts:

@@ -28,7 +28,7 @@ from logitcache.cache.write.claims import alone
 from logitcache.cache.write.create import create_skeleton
 from logitcache.config.trust import inherit
 from logitcache.errors import MismatchError, RecipeError, caught, raise_all
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.stage_one.derive.derive_recipe import DerivedTeacher, DeriveRecipe
 from logitcache.stage_one.derive.derived_rows import CachedSample, Origin
 from logitcache.stage_one.preparation import Plan, new_plan, unfinished
@@ -257,7 +257,7 @@ def _continue(store: Store, recipe: DeriveRecipe, source: Source, wanted: Manife
 
     tables = mended_tables(store, recorded, fit_again)
     for key in mend_skeleton(store, recorded, recorded, samples, tables):
-        say(f"writing again: {store}/{key}")
+        logger.info(f"writing again: {store}/{key}")
     if alone(store):
         remove_leftovers(store.path)
     return Plan.of(cache, unfinished(cache))

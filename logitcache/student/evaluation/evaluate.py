@@ -15,7 +15,7 @@ from logitcache.config.recipe import load_recipe, read_recipe
 from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, DataError, RecipeError, RemoteError
 from logitcache.models import Classifier, Custom, StoredModel, load_model, read_stored, resolve_preprocessing
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness, resolve_device
 from logitcache.store.remote.client import is_remote
 from logitcache.store.safe_files import read_bounded
@@ -190,16 +190,18 @@ def _learnt_from(
             counts = _counts(cache.labels, cache.manifest.fingerprint.num_classes, num_classes)
             return _LearntFrom(tuple(cache.manifest.teachers), counts)
         if isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
-            say(f"training images are not counted: --set dataset.factory={recipe.dataset.factory} lets them be opened")
+            logger.info(
+                f"training images are not counted: --set dataset.factory={recipe.dataset.factory} lets them be opened"
+            )
             return _LearntFrom()
         if recipe.dataset is None:
-            say("training images are not counted: they were passed to train as an object. Fix: --set dataset=…")
+            logger.info("training images are not counted: they were passed to train as an object. Fix: --set dataset=…")
             return _LearntFrom()
         require_known_source(run, recipe, overrides)
         images = open_dataset(recipe.dataset)
         return _LearntFrom((), _counts(images.labels, images.num_classes, num_classes))
     except (CacheError, DataError, RemoteError) as error:
-        say(f"training images are not counted, and teachers not weighed: {error}")
+        logger.info(f"training images are not counted, and teachers not weighed: {error}")
         return _LearntFrom()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.errors import MismatchError
-from logitcache.runtime.console import say, track
+from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import Precision, autocast
 from logitcache.runtime.stopping import StopFlag
 from logitcache.student.compatibility import require_labels
@@ -160,7 +160,7 @@ def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None
                 "Fix: a cache of the images as they are"
             )
         if views.spec.columns():
-            say(
+            logger.info(
                 f"{validation.cache} holds randomly augmented images: what is measured on them is lower than on the "
                 "images as they are"
             )

@@ -5,7 +5,7 @@ from typing import Any
 
 from logitcache.errors import RecipeError
 from logitcache.models import Classifier, StoredModel, load_weights, read_state, save_model, save_weights
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded, require_bounded
 from logitcache.student.evaluation.validation import Validator
@@ -63,7 +63,7 @@ def extend(recipe: TrainingRecipe, run: RunDirectory, before: int, step: int, st
     if recipe.keep == "best":
         run.ranks.by_first(lambda: _restore_best(run))
     old, new = (recipe.optimizer.lr * recipe.schedule.factor(step, steps, epochs) for epochs in (before, recipe.epochs))
-    say(
+    logger.info(
         f"{run.path} goes on to {recipe.epochs} epochs, it was begun for {before}: from step {step} on, its schedules "
         f"are those of a run of {recipe.epochs} (learning rate {new:.3g}, was to be {old:.3g}). The steps before were "
         "trained by the shorter schedules, so a run that begins with as many epochs ends with other weights"

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.errors import DataError
-from logitcache.runtime.console import say
+from logitcache.runtime.console import logger
 from logitcache.views.datasets.base import UNLABELLED
 from logitcache.views.datasets.images.ids import PackedIds
 from logitcache.views.datasets.images.image_files import known, some
@@ -46,7 +46,7 @@ def by_class(
             "labelled: true.\n  Fix: correct root, or set labelled: false."
         )
     if loose and not any(images):
-        say(
+        logger.info(
             f"'{root}' has no class folders, so that its {len(loose)} images have no labels. Fix: correct root, or set "
             "labelled: false if that is meant"
         )
