@@ -50,6 +50,84 @@ def test_all_extras_are_in_all() -> None:
     assert named == set(extras) - {"all", "dev"}
 
 
+MODULES = {
+    "accelerate": "accelerate",
+    "aiohttp": "aiohttp",
+    "dask": "dask",
+    "fsspec": "fsspec",
+    "google-crc32c": "google_crc32c",
+    "hypothesis": "hypothesis",
+    "lightning": "lightning",
+    "lmdb": "lmdb",
+    "moto": "moto",
+    "numcodecs": "numcodecs",
+    "numpy": "numpy",
+    "Pillow": "PIL",
+    "pydantic": "pydantic",
+    "pytest": "pytest",
+    "PyYAML": "yaml",
+    "rich": "rich",
+    "s3fs": "s3fs",
+    "safetensors": "safetensors",
+    "scikit-learn": "sklearn",
+    "scipy": "scipy",
+    "tensorstore": "tensorstore",
+    "timm": "timm",
+    "torch": "torch",
+    "torchvision": "torchvision",
+    "typer": "typer",
+    "xarray": "xarray",
+    "zarr": "zarr",
+    "zarrs": "zarrs",
+}
+"""What a requirement is imported as; those of the core by the package, others by tests and benchmarks too."""
+
+TOOLS = {
+    "mypy": ("Makefile", r"-m mypy"),
+    "pytest-xdist": ("Makefile", r"--numprocesses"),
+    "ruff": ("Makefile", r"-m ruff"),
+    "types-PyYAML": ("logitcache", r"import yaml"),  # the types that mypy reads
+}
+"""Requirements that nothing imports, and the use that each is for."""
+
+
+def text_of(*names: str) -> str:
+    """Return the text of files and of the Python files of folders."""
+    paths = [
+        path for name in names for path in ((ROOT / name).rglob("*.py") if (ROOT / name).is_dir() else [ROOT / name])
+    ]
+    return "\n".join(path.read_text() for path in paths)
+
+
+def distributions(requirements: list[str]) -> set[str]:
+    """Return the names of requirements, without the extras of this package."""
+    return {re.split(r"[\[<>=~! ]", requirement)[0] for requirement in requirements} - {"logitcache"}
+
+
+def unused(names: set[str], text: str) -> list[str]:
+    """Return the requirements that no line imports."""
+    importing = r"(?:^\s*(?:import|from) |import_module\(\"|importorskip\(\"|find_spec\(\")"
+    return [name for name in sorted(names) if not re.search(rf"{importing}{MODULES[name]}\b", text, re.MULTILINE)]
+
+
+def test_every_dependency_is_imported_by_the_package() -> None:
+    assert unused(distributions(PROJECT["dependencies"]), text_of("logitcache")) == []
+
+
+def test_every_dependency_of_an_extra_is_imported_or_a_tool_that_is_used() -> None:
+    extras = [requirement for requirements in PROJECT["optional-dependencies"].values() for requirement in requirements]
+    names = distributions(extras)
+    assert set(TOOLS) <= names
+    assert unused(names - set(TOOLS), text_of("logitcache", "tests", "benchmarks")) == []
+    idle = [name for name, (where, use) in TOOLS.items() if not re.search(use, text_of(where))]
+    assert idle == []
+
+
+def test_no_requirement_is_named_that_is_not_declared() -> None:
+    every = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    assert set(MODULES) | set(TOOLS) == set().union(*map(distributions, every))
+
+
 def test_extras_that_messages_name_exist() -> None:
     named = {
         extra
