@@ -26,6 +26,9 @@ _WRONG = {
     "model_type": "must be a mapping",
     "model_attributes_type": "must be a mapping",
 }
+_MOST = 100
+"""Mistakes that are described: a file may have a million, each of which is compared with all names."""
+
 _BOOLEANS = dict.fromkeys(("true", "yes", "on", "y"), "true")
 _BOOLEANS |= dict.fromkeys(("false", "no", "off", "n"), "false")
 _MISSING = ("missing", "union_tag_not_found")
@@ -37,15 +40,20 @@ def validate(
 ) -> tuple[R | None, list[tuple[Keys, str]]]:
     """Validate plain data; returns the object that it is without its mistakes, and every mistake with its key.
 
-    A misspelt kind is read as the nearest one, so that it hides no other mistake. Any other wrong entry is left out, or
-    replaced if `stand_ins` has one of its name: the object is None if what is left is none.
+    Of more than a hundred mistakes the others are counted. A misspelt kind is read as the nearest one, so that it hides
+    no other mistake. Any other wrong entry is left out, or replaced if `stand_ins` has one of its name: the object is
+    None if what is left is none.
     """
     problems: list[tuple[Keys, str]] = []
     while True:
         try:
             return model.model_validate_json(json.dumps(data)), problems
         except ValidationError as invalid:
-            errors = [_Error(error, model, data) for error in invalid.errors(include_url=False)]
+            found = invalid.errors(include_url=False)
+            errors = [_Error(error, model, data) for error in found[: _MOST - len(problems)]]
+        if len(found) > len(errors):
+            more = len(found) - len(errors)
+            return None, [*problems, *_merged(errors), ((), f"and {more} more mistakes. Fix: these first")]
         data, mended = json.loads(json.dumps(data)), False
         for error in errors:
             if error.type == "union_tag_invalid" and error.meant is not None:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 from torch import nn
 
 from logitcache.config.recipe import Component, Count
@@ -23,7 +23,7 @@ from logitcache.store.safe_files import read_bounded
 
 _MAX_BYTES = 1 << 20
 _MOST_SIDE, _MOST_COUNT = 2048, 1 << 20
-"""Pixels of a side, and classes or channels, of a network that a file describes."""
+"""Pixels of a side, and classes or channels, of a network that a file describes; of its options, all in all, too."""
 
 Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom, Field(discriminator="kind")]
 
@@ -45,7 +45,17 @@ class StoredModel(Component):
             raise ValueError(f"{len(self.preprocessing.mean)} means for {self.in_channels} channels")
         if max(self.preprocessing.size or (0,)) > _MOST_SIDE:
             raise ValueError(f"input_size {self.preprocessing.size} is above {_MOST_SIDE}")
+        if isinstance(self.model, Timm | Torchvision) and _extent(self.model.options) > _MOST_COUNT:
+            raise ValueError(f"the numbers in its options add up to more than {_MOST_COUNT}")
         return self
+
+
+def _extent(value: JsonValue) -> float:
+    """Add up the numbers in options, and count their entries: constructors make lists as long as that."""
+    if isinstance(value, int | float):
+        return abs(value)
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(1 + _extent(item) for item in items)
 
 
 def save_model(directory: Path, module: nn.Module, stored: StoredModel) -> None:

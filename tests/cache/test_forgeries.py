@@ -181,6 +181,19 @@ def fuzzed(sound: Path, factory: pytest.TempPathFactory) -> Path:
     return _FUZZED["one"]
 
 
+def test_a_packed_shard_that_decodes_to_gigabytes_is_refused_by_the_manifest(cache: Path) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        teacher = manifest["teachers"]["t"]
+        teacher["num_classes"] = 50_000_000
+        teacher["stored_logits"]["form"]["storage"] = "packed"
+
+    forge(cache, change)
+    with pytest.raises(
+        CacheError, match=r"a shard of t\.logits decodes to 12800000000 bytes, 1073741824 at most\. Fix:"
+    ):
+        open_cache(cache)
+
+
 def test_a_forged_shard_of_another_size_is_never_mapped(cache: Path) -> None:
     """Its record agrees with the file, and says a size that no shard of the array has."""
     data = b"\0" * 100

@@ -12,9 +12,10 @@ from zarr.storage import MemoryStore
 
 from logitcache.cache.encodings import Dense, PackedTopK, TopK
 from logitcache.cache.format.commits import Records, read_records
-from logitcache.cache.format.layout import SHARD_BYTES, Layout, choose_shard_rows, fit_to_pages
+from logitcache.cache.format.layout import MOST_DECODED, SHARD_BYTES, Layout, choose_shard_rows, fit_to_pages
 from logitcache.cache.format.manifest import StoredLogits, TeacherEntry
 from logitcache.cache.write.writer import ShardEncoder
+from logitcache.errors import RecipeError
 from logitcache.models import Preprocessing
 from logitcache.store.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout, Shard
 from logitcache.store.base import LocalStore
@@ -94,6 +95,24 @@ def test_pages_come_before_the_number_of_shards(num_images: int) -> None:
 def test_shards_grow_with_the_images_until_they_take_a_million_rows(num_images: int) -> None:
     rows = choose_shard_rows([entry(PackedTopK(k=10), 1000)], num_images, None)
     assert rows == 1 << 20 if num_images >= 1 << 26 else 64 <= num_images // rows < 128
+
+
+@given(st.integers(1, 200_000), st.integers(1, 1 << 30))
+def test_packed_shards_of_chosen_rows_are_far_below_what_may_be_decoded(num_classes: int, num_images: int) -> None:
+    wanted = entry(Dense(storage="packed"), num_classes)
+    rows = choose_shard_rows([wanted], num_images, None)
+    assert rows * 2 * num_classes <= MOST_DECODED // 16
+    assert fit_to_pages({"t": wanted}, rows) == {"t": wanted}
+
+
+def test_packed_shards_that_take_too_much_memory_are_not_made() -> None:
+    wanted, most = entry(Dense(storage="packed"), 1000), MOST_DECODED // 2000
+    assert fit_to_pages({"t": wanted}, most) == {"t": wanted}
+    with pytest.raises(
+        RecipeError, match=rf"shard_rows: {most + 1} rows of t\.logits .* Fix: shard_rows: {most} at most"
+    ):
+        fit_to_pages({"t": wanted}, most + 1)
+    assert fit_to_pages({"t": entry(Dense(), 1024)}, 1 << 22)["t"].stored_logits.form.storage == "hot"
 
 
 @given(st.sampled_from([Dense(), Dense(dtype="float32"), TopK(k=3)]), st.integers(3, 3000), st.integers(1, 9000))

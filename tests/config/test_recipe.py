@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
+from logitcache.config import yaml_text
 from logitcache.config.recipe import (
     Component,
     Count,
@@ -209,6 +210,25 @@ def test_a_mistake_is_explained_once(refuse, text, expected):
 )
 def test_what_is_no_recipe_is_refused_with_its_line(refuse, text, expected):
     assert expected in refuse(text)
+
+
+def test_large_texts_are_parsed_by_libyaml_alone(refuse, load, monkeypatch):
+    def slow(loader):
+        raise AssertionError("tens of seconds for a megabyte")
+
+    monkeypatch.setattr(yaml_text.Loader, "get_single_node", slow)
+    assert "aliases (*name) grow without end" in refuse(VALID + "losses: [" + "1," * 400_000 + "1]")
+    assert "run.yaml" in refuse(VALID + "losses: [" + "1," * 40_000)
+    assert "unknown key" in refuse(VALID + "".join(f"k{number}: 1\n" for number in range(1000)))
+
+
+def test_of_very_many_mistakes_a_hundred_are_described(refuse):
+    text = refuse(VALID + "".join(f"k{number}: 1\n" for number in range(30_000)))
+    assert text.count("unknown key") == 100
+    assert "and 29900 more mistakes" in text
+    assert len(text) < 50_000
+    kinds = refuse(VALID + "losses: [" + "{kind: crossentropy}," * 3_000 + "]")
+    assert "and 2900 more mistakes" in kinds
 
 
 def test_aliases_that_multiply_are_refused(refuse):

@@ -22,6 +22,8 @@ MAX_SHARD_ROWS, FEWEST_SHARDS, MOST_SHARD_ROWS = 65_536, 64, 1 << 20
 SHARDS_PER_VIEW, FEWEST_SHARD_ROWS = 16, 64
 """A stop drops the shard in progress: a view has at least so many, of at least so many rows, which fill a batch."""
 MAX_BYTES = 1 << 60
+MOST_DECODED = 32 * SHARD_BYTES
+"""Bytes of a packed shard, decoded: far above what is chosen, and no more than a machine has."""
 CHECKSUMS, PARAMETERS = "crc32", "parameters"
 """What may be recorded of the views themselves."""
 
@@ -233,8 +235,18 @@ def require_possible(manifest: Manifest, where: str) -> None:
         pixels = math.prod((len(manifest.canaries), *manifest.image_shape))
         if max(*sizes, pixels) > MAX_BYTES:
             reason = f"{max(*sizes, pixels)} bytes are more than any disk holds"
+        else:
+            reason = _too_large(layout)
     if reason:
         raise CacheError(f"{where}: the manifest is not valid: {reason}. Fix: remove it, and precompute again")
+
+
+def _too_large(layout: Layout) -> str:
+    for array in (array for group in layout.targets for array in group.arrays if array.storage == "packed"):
+        size = min(array.shard_rows, array.num_images) * array.row_bytes
+        if size > MOST_DECODED:
+            return f"a shard of {array.name} decodes to {size} bytes, {MOST_DECODED} at most"
+    return ""
 
 
 def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: int | None) -> int:
@@ -264,8 +276,21 @@ def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: i
 
 
 def fit_to_pages(entries: Mapping[str, TeacherEntry], shard_rows: int) -> dict[str, TeacherEntry]:
-    """Store packed each hot target that would not fill whole pages with shards of so many rows."""
-    return {name: _fit_to_pages(name, entry, shard_rows) for name, entry in entries.items()}
+    """Store packed each hot target that would not fill whole pages with shards of so many rows.
+
+    Raises RecipeError if a packed shard would take too much memory to decode.
+    """
+    fitted = {name: _fit_to_pages(name, entry, shard_rows) for name, entry in entries.items()}
+    for name, entry in fitted.items():
+        for target in entry.targets:
+            kept = kept_of(entry, target)
+            most = MOST_DECODED // max(row.num_bytes for row in kept.rows)
+            if kept.storage == "packed" and shard_rows > most:
+                raise RecipeError(
+                    f"shard_rows: {shard_rows} rows of {name}.{target} take more than {MOST_DECODED} bytes to decode. "
+                    f"Fix: shard_rows: {most} at most"
+                )
+    return fitted
 
 
 def _fit_to_pages(name: str, entry: TeacherEntry, shard_rows: int) -> TeacherEntry:
