@@ -44,7 +44,7 @@ _output = _Handler()
 
 def visible(text: str, keep: str = "\n\t") -> str:
     r"""Escape characters that terminals obey or hide, as Python does: `\x1b`, `\u202e`; those of `keep` stay."""
-    if text.isascii() and text.isprintable():
+    if text.isascii() and (text.replace("\n", "") if "\n" in keep else text).isprintable():
         return text
     return "".join(
         c if c in keep or unicodedata.category(c) not in _INVISIBLE else c.encode("unicode_escape").decode()

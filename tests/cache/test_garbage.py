@@ -1,12 +1,14 @@
 """What killed writers left is removed, and nothing else."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from logitcache.cache.cache import open_cache
 from logitcache.cache.format.metadata import GROWING
+from logitcache.cache.write import gc
 from logitcache.cache.write.claims import preparing, writing
 from logitcache.cache.write.gc import collect
 from logitcache.cli.app import main
@@ -46,6 +48,15 @@ def test_litter_is_found_counted_and_removed(cache: Path, sound: Path) -> None:
     assert collect(cache) == found
     assert contents(cache) == contents(sound)
     assert collect(cache) == []
+
+
+def test_one_of_very_many_files_is_found_without_a_look_at_the_others() -> None:
+    class Unlisted(dict[str, int]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("a million files, each looked at for each")
+
+    assert gc._below(Unlisted({"a/c.0": 1, "a/c.1": 2}), "a/c.1") == ["a/c.1"]
+    assert gc._below({"a/c.0": 1, "ab": 2, "a/d/e": 3}, "a") == ["a/c.0", "a/d/e"]
 
 
 def test_a_users_own_files_are_left_alone(cache: Path) -> None:

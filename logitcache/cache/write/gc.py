@@ -114,8 +114,8 @@ def _numbered(files: Mapping[str, int], folder: str) -> Iterator[tuple[str, tupl
 
 
 def _below(files: Mapping[str, int], key: str) -> list[str]:
-    """List a file, or the files in a folder."""
-    return [file for file in files if file == key or file.startswith(f"{key}/")]
+    """List a file, or the files in a folder; of a file without a look at all others, as there may be a million."""
+    return [key] if key in files else [file for file in files if file.startswith(f"{key}/")]
 
 
 def _bytes(files: Mapping[str, int], key: str) -> int:
