@@ -125,7 +125,8 @@ def compare_values(old: Any, new: Any, at: str = "") -> str | None:
     else:
         items = []
         if _as_bytes(old) != _as_bytes(new):
-            return f"{at} is {old!r:.80}, then {new!r:.80}"
+            was, became = (" ".join(repr(value).split())[:60] for value in (old, new))
+            return f"{at} is {was}, then {became}"
     return next((found for where, x, y in items if (found := compare_values(x, y, where))), None)
 
 

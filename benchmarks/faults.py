@@ -10,7 +10,6 @@ command continues where it was stopped, and removes the file at its end. Exits 1
 bad is accepted, a command hangs, or the bytes differ from those of an undisturbed run.
 """
 
-import argparse
 import json
 import random
 import subprocess
@@ -36,6 +35,7 @@ from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY)]
 
+from _harness import exit_code, parser_of, print_json  # noqa: E402
 from fault_kills import Kills  # noqa: E402  # which needs the tests
 
 from tests.stage_one.apart import ended, forked  # noqa: E402
@@ -220,9 +220,7 @@ CASES: tuple[Case, ...] = (
 
 def main() -> int:
     """Run every case and print what it found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer of each, under a minute")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser = parser_of(__doc__, "fewer of each, under a minute")
     parser.add_argument("--state", type=Path, default=Path("faults.state"), help="where to note what is done")
     options = parser.parse_args()
     configure(quiet=True)
@@ -241,8 +239,8 @@ def main() -> int:
         results |= {case.__name__: result for case, result in zip(others, pool.map(found, others), strict=True)}
     state.file.unlink()
     if options.json:
-        print(json.dumps({"results": results, "goal": "nothing wrong", "versions": versions()}, indent=2))
-    return int(any(result["wrong"] for result in results.values()))
+        print_json(results, goal="nothing wrong")
+    return exit_code(not result["wrong"] for result in results.values())
 
 
 def _timed(case: Case, *given: Any) -> dict[str, Any]:

@@ -10,9 +10,7 @@ saw no code run, no connection to another host and no file opened outside of the
 case on the command that it is most about, the full run on all that open a cache or a run. Exits 1 unless all pass.
 """
 
-import argparse
 import contextlib
-import json
 import os
 import resource
 import shutil
@@ -27,6 +25,8 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+
+from _harness import parser_of, print_json  # noqa: E402
 
 SECONDS, MEGABYTES, KILL_AFTER = 2.0, 300, 20.0
 """Above the same command on sound input; and when a command counts as hanging."""
@@ -180,16 +180,12 @@ def fresh(sound: Path) -> Iterator[Path]:
 
 def main() -> int:
     """Run every case and print what went wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="each case on one command")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser = parser_of(__doc__, "each case on one command")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose group or name contains TEXT")
     parser.add_argument("--verbose", action="store_true", help="print the output of commands that fail")
     options = parser.parse_args()
 
     import hostile_cases as table  # after the arguments: it imports all that commands need
-
-    from logitcache.runtime.versions import versions
 
     results, failures, number = [], 0, 0
     with tempfile.TemporaryDirectory(prefix="logitcache-sound-") as outer:
@@ -227,7 +223,7 @@ def main() -> int:
                         print("    " + outcome.output[-2000:].replace("\n", "\n    "), flush=True)
     summary = {"cases": number, "commands": len(results), "failures": failures, "goal": "0 failures"}
     if options.json:
-        print(json.dumps({**summary, "results": results, "versions": versions()}, indent=2))
+        print_json(results, **summary)
     else:
         print(f"{number} hostile cases, {len(results)} commands: {failures} failures (goal: 0)")
     return int(failures > 0 or number == 0)
