@@ -1,7 +1,8 @@
-"""Every example of README and docs: Python is run, recipes are validated, commands exist with their options."""
+"""Every example of README and docs is run, in a small world; `NOT_RUN` lists what is not, and why."""
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from logitcache.cache.cache import open_cache
+from logitcache.cli.app import main
 from logitcache.cli.commands import app
 from logitcache.config.recipe import load_recipe
 from logitcache.report.recipe_check import check_recipes
@@ -20,19 +22,33 @@ from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
 from tests.cache.made import verified
+from tests.docs.world import PHOTOS, UNTRAINED, here, make_world, shrunk
 from tests.student.small import student
-from tests.teacher.nets import Net, images
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FASHION = ROOT / "pipelines/fashion_mnist/precompute.yaml"
 EXCERPTS: dict[str, dict[str, Any]] = {
-    "dataset": {"cache": "c.zarr", "teachers": {"t": {"model": {"kind": "bundled"}}}},
-    "teachers": {"cache": "c.zarr", "dataset": {"kind": "image_folder", "root": "photos"}},
-    "ensembles": {"cache": "c.zarr", "out": "run", "epochs": 1, "model": {"kind": "small_cnn"}},
+    "dataset": {"cache": "c.zarr", "teachers": {"t": {"model": UNTRAINED}}},
+    "teachers": {
+        "cache": "c.zarr",
+        "dataset": PHOTOS,
+        "views": {"augmentations": [{"kind": "center_crop", "size": 32}]},
+    },
+    "ensembles": {"cache": "caches/ensemble.zarr", "out": "run", "epochs": 1, "model": {"kind": "small_cnn"}},
 }
 """What the rest of a recipe may be of which docs/recipes.md shows a part, by the first key of that part."""
 MODEL = {"kind": "torchvision", "name": "resnet18", "weights": None}
+NOT_RUN = {
+    " make ": "runs this suite, and the demo, which tests/cli/test_end_to_end.py runs",
+    " pip install ": "takes a network",
+    " --workers ": "starts processes, as tests/stage_one/test_local_cluster.py does",
+    " --scheduler ": "takes a scheduler, as tests/stage_one/test_cluster.py starts one",
+    " dask ": "starts a scheduler, and workers with a GPU each",
+    " sbatch ": "takes Slurm; tests/docs/test_cluster_docs.py runs the script",
+    " python pipelines/slurm/": "takes Slurm; tests/docs/test_cluster_docs.py runs the script",
+}
+"""Why commands that have such a part are not run."""
 
 
 def blocks(language: str) -> list[Any]:
@@ -74,18 +90,70 @@ def test_python_runs(name: str, code: str, place: Path, monkeypatch: pytest.Monk
     exec(compile(code, name, "exec"), {"__name__": "__main__"})
 
 
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the recipes, images and caches that the pages name."""
+    folder = tmp_path_factory.mktemp("world")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a copy of the template."""
+    folder = tmp_path / "world"
+    shutil.copytree(template, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.mark.parametrize(("name", "text"), blocks("yaml"))
-def test_recipes_are_valid(name: str, text: str, tmp_path: Path) -> None:
-    entries = yaml.safe_load(text)
-    first = next(iter(entries))
+def test_recipes_run(name: str, text: str, world: Path) -> None:
+    entries = yaml.safe_load(here(text))
     if name.startswith("recipes.md"):
-        entries = EXCERPTS[first] | entries
-    if first == "teachers":
-        entries["teachers"] = {teacher: {"model": MODEL} | entry for teacher, entry in entries["teachers"].items()}
-    file = tmp_path / "recipe.yaml"
-    file.write_text(yaml.safe_dump(entries))
+        entries = EXCERPTS[next(iter(entries))] | entries
+    if name.startswith("recipes.md") and "out" not in entries:
+        # The page shows only what is kept of a teacher.
+        for entry in entries["teachers"].values():
+            entry.setdefault("model", MODEL)
+    file = world / "example.yaml"
+    file.write_text(yaml.safe_dump(shrunk(entries)))
     (checked,) = check_recipes([file])
     assert checked.error is None
+    assert main([str(checked.command), str(file)]) == 0
+    assert made_by(entries).exists()
+
+
+def made_by(entries: dict[str, Any]) -> Path:
+    return Path(entries.get("out", entries["cache"]))
+
+
+def lines_of(text: str) -> list[str]:
+    """List the commands of an example, without what is said of them."""
+    lines = [line.split(" #")[0].strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
+def reason(line: str) -> str | None:
+    """Return why a command is not run here; None if it is."""
+    return next((why for part, why in NOT_RUN.items() if part in f" {line} "), None)
+
+
+@pytest.mark.parametrize(("name", "text"), blocks("bash"))
+def test_commands_run_as_they_are_written(name: str, text: str, world: Path) -> None:
+    for line in lines_of(here(text)):
+        if reason(line) is None:
+            program, *words = shlex.split(line)
+            assert program == "logitcache", line
+            assert main(words) == 0, line
+
+
+def test_what_is_not_run_is_on_the_pages() -> None:
+    lines = [line for block in blocks("bash") for line in lines_of(block.values[1])]
+    assert [part for part in NOT_RUN if not any(part in f" {line} " for line in lines)] == []
+    assert sum(reason(line) is None for line in lines) >= 15
 
 
 @pytest.mark.parametrize(("name", "text"), blocks("bash"))
@@ -100,15 +168,7 @@ def test_commands_exist_with_their_options(name: str, text: str) -> None:
             assert not word.startswith("pipelines/") or (ROOT / word).exists(), word
 
 
-def test_the_first_example_of_derive_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    pooled = {"pooled": {"kind": "pooled", "tap": "relu"}}
-    half = {"mean": [0.5] * 3, "std": [0.5] * 3}
-    entries = {"resnet50": {"preprocessing": half, "features": pooled}, "vit": {"preprocessing": half}}
-    recipe = {"cache": "caches/imagenet.zarr", "teachers": entries, "num_workers": 0, "device": "cpu"}
-    Path("caches").mkdir()
-    modules = {"resnet50": Net(), "vit": Net()}
-    precompute(load_recipe(recipe, PrecomputeRecipe), teachers=modules, dataset=images(300))
+def test_the_first_example_of_derive_runs_as_written(world: Path) -> None:
     (text,) = [block.values[1] for block in blocks("yaml") if block.values[0] == "derive.md 0"]
     derive(load_recipe(yaml.safe_load(text), DeriveRecipe))
     assert verified(Path("caches/imagenet-small.zarr")) == ()

@@ -1,0 +1,126 @@
+"""A folder with all that README and docs name, in small: recipes, photographs, shards, caches."""
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from logitcache.config.recipe import load_recipe, read_recipe
+from logitcache.models.small_cnn import SmallCNN
+from logitcache.report.recipe_check import command_of
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from tests.student.small import fill, network
+from tests.teacher.nets import Net, images
+
+ROOT = Path(__file__).parents[2]
+PIPELINES = ROOT / "pipelines"
+CLASSES = ("n01443537", "n01629819", "n01641577")
+PHOTOS = {"kind": "image_folder", "root": "photos"}
+UNTRAINED = {"kind": "torchvision", "name": "mobilenet_v3_small", "weights": None}
+TINY = {"kind": "small_cnn", "width": 4}
+GREY = {"mean": [0.5], "std": [0.5]}
+HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
+BUNDLED = {"kind": "bundled", "num_images": 40}
+HERE = {"s3://bucket": "bucket", "/data/photos": "photos"}
+"""Folders of the world that take the place of what pages name."""
+
+
+def here(text: str) -> str:
+    """Return an example in which URLs and absolute paths are folders of the world."""
+    for named, folder in HERE.items():
+        text = text.replace(named, folder)
+    return text
+
+
+def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe of few images, of networks that need no download, and of one epoch."""
+    small = dict(entries)
+    if "views" in small:
+        shapes = [
+            entry | ({"size": 32} if "size" in entry else {}) for entry in small["views"].get("augmentations", [])
+        ]
+        small["views"] = small["views"] | {"num_views": 2, "augmentations": shapes}
+    if small.get("dataset", {}).get("kind") in ("bundled", "torchvision"):
+        small["dataset"] = BUNDLED | {"split": small["dataset"].get("split", "train")}
+    elif small.get("dataset", {}).get("kind") == "image_folder":
+        classes = [entry for entry in small["teachers"].values() if "classes" in entry]
+        small["dataset"] = small["dataset"] | {"root": "photos", "labelled": bool(classes)}
+    if "epochs" in small:
+        small |= {"epochs": 1, "schedule": {}, "num_workers": 0, "batch_size": 64}
+        if small["model"]["kind"] == "torchvision":
+            small["model"] = TINY
+    elif "out" not in small:
+        small |= {"num_workers": 0, "batch_size": 64, "views_per_image": 1}
+        is_grey = small["dataset"]["kind"] == "bundled"
+        small["teachers"] = {name: _teacher(entry, is_grey) for name, entry in small["teachers"].items()}
+    return small | {"device": "cpu"}
+
+
+def _teacher(entry: dict[str, Any], is_grey: bool) -> dict[str, Any]:
+    if entry.get("model", {}).get("kind") == "torchvision" and entry["model"].get("weights") is None:
+        return {"preprocessing": HALF} | entry
+    small = {"kind": "custom", "factory": "tests.docs.world:tiny"} if is_grey else UNTRAINED
+    return entry | {"model": small, "preprocessing": GREY if is_grey else HALF}
+
+
+def tiny() -> nn.Module:
+    """A factory: a network with the modules of the bundled teacher, and a thirtieth of its work."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return SmallCNN(width=4).build(10, 1).module
+
+
+def make_world(folder: Path) -> None:
+    """Fill a folder, which is the working directory."""
+    for path in PIPELINES.rglob("*.yaml"):
+        copy = folder / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(yaml.safe_dump(shrunk(load_plain(path))))
+    for name, recipe in (("recipe", "fashion_mnist/precompute"), ("derive", "derive/recipe")):
+        (folder / f"{name}.yaml").write_text((folder / f"pipelines/{recipe}.yaml").read_text())
+    student = load_plain(folder / "pipelines/fashion_mnist/student.yaml")
+    del student["validation"]
+    (folder / "student.yaml").write_text(yaml.safe_dump(student))
+    _draw_photos(folder)
+    _fill_caches(folder)
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """Read a recipe as plain data."""
+    assert command_of(path)
+    entries: dict[str, Any] = read_recipe(path)
+    return entries
+
+
+def _draw_photos(folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        target = folder / "photos" / CLASSES[number % 3] / f"{number}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (40 + number, 60 - number, 3), dtype=np.uint8)).save(target)
+    (folder / "bucket").mkdir()
+    for number in range(147):
+        picture = io.BytesIO()
+        Image.fromarray(generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(picture, "PNG")
+        with tarfile.open(folder / f"bucket/train-{number:03}.tar", "w") as shard:
+            member = tarfile.TarInfo(f"{number}.png")
+            member.size = picture.tell()
+            picture.seek(0)
+            shard.addfile(member, picture)
+
+
+def _fill_caches(folder: Path) -> None:
+    (folder / "caches").mkdir()
+    precompute(load_recipe(folder / "pipelines/derive/precompute.yaml", PrecomputeRecipe))
+    fill(folder / "caches/ensemble.zarr", {"a": network(1), "b": network(2)})
+    pooled = {"pooled": {"kind": "pooled", "tap": "relu"}}
+    entries = {"resnet50": {"preprocessing": HALF, "features": pooled}, "vit": {"preprocessing": HALF}}
+    recipe = {"cache": "caches/imagenet.zarr", "teachers": entries, "num_workers": 0, "device": "cpu"}
+    modules = {"resnet50": Net(), "vit": Net()}
+    precompute(load_recipe(recipe, PrecomputeRecipe), teachers=modules, dataset=images(300))
