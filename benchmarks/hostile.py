@@ -2,7 +2,7 @@
 
     python benchmarks/hostile.py [--quick] [--json] [--only TEXT] [--verbose]
 
-Each case of `hostile_cases.py` spoils one thing of a small cache, a run folder, an object store or a server, signs it
+Each case of `hostile_cases/` spoils one thing of a small cache, a run folder, an object store or a server, signs it
 again where it has digests, and runs every command that opens it. A command passes if it ends within SECONDS and
 MEGABYTES above the same command on what is not spoilt (for servers: above an empty command and within the request
 limits, which are set low here), with an exit code of its case, without a "bug", and if an audit hook of the interpreter
@@ -201,10 +201,9 @@ def main() -> int:
             number += 1
             names = case.commands[:1] if options.quick else case.every
             for name in names:
-                with fresh(sound) as folder, case.prepared(folder) as (environment, ports):
-                    base = {**table.ENVIRONMENT, **environment, "HOME": str(folder), "TMPDIR": str(folder)}
-                    outcome = guarded(table.COMMANDS[name](folder, case), folder, base, ports)
-                    wrong = judge(outcome, empty[name], case.codes(name), folder, SECONDS + case.seconds)
+                outcome, wrong = _attempt(sound, table, case, name, empty[name])
+                if any(text.endswith(" s") for text in wrong):  # others use the machine too: slow is what is slow twice
+                    outcome, wrong = _attempt(sound, table, case, name, empty[name])
                 failures += bool(wrong)
                 results.append(
                     {
@@ -227,6 +226,13 @@ def main() -> int:
     else:
         print(f"{number} hostile cases, {len(results)} commands: {failures} failures (goal: 0)")
     return int(failures > 0 or number == 0)
+
+
+def _attempt(sound: Path, table: Any, case: Any, name: str, empty: Outcome) -> tuple[Outcome, list[str]]:
+    with fresh(sound) as folder, case.prepared(folder) as (environment, ports):
+        base = {**table.ENVIRONMENT, **environment, "HOME": str(folder), "TMPDIR": str(folder)}
+        outcome = guarded(table.COMMANDS[name](folder, case), folder, base, ports)
+        return outcome, judge(outcome, empty, case.codes(name), folder, SECONDS + case.seconds)
 
 
 def _sound(sound: Path, table: Any, name: str) -> Outcome:

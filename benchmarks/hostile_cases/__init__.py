@@ -1,0 +1,14 @@
+"""The table of `hostile.py`: what is sound, how each case spoils it, and with which exit codes commands may end."""
+
+from hostile_cases.common import COMMANDS, ENVIRONMENT, Case, make_sound
+from hostile_cases.datasets import DATASETS
+from hostile_cases.models import MODELS
+from hostile_cases.runs import RUN_FOLDERS
+from hostile_cases.servers import SERVERS
+from hostile_cases.stores import STORES
+from hostile_cases.texts import TEXTS
+from hostile_cases.views import VIEWS
+
+CASES: tuple[Case, ...] = (*DATASETS, *VIEWS, *MODELS, *STORES, *TEXTS, *RUN_FOLDERS, *SERVERS)
+
+__all__ = ["CASES", "COMMANDS", "ENVIRONMENT", "make_sound"]

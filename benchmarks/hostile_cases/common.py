@@ -1,0 +1,214 @@
+"""What is sound, the commands, and what a case of `hostile.py` is."""
+
+import contextlib
+import gzip
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# All that the commands import, before anything forks.
+import numpy as np
+from PIL import Image
+
+import logitcache.cli
+
+for _needed in (
+    *("report.demo", "report.beside_teachers", "report.inspect", "planning.report", "report.recipe_check"),
+    *("report.summary", "report.verification", "student.training", "stage_one.derive.derive", "teacher.online"),
+    "stage_one.precompute",
+):
+    importlib.import_module(f"logitcache.{_needed}")
+for _optional in ("timm", "aiohttp", "s3fs", "torch._dynamo", "torch.utils.flop_counter"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_optional)
+
+OK, USAGE, DAMAGED, OTHER = 0, 2, 3, 4
+REQUEST_SECONDS = 0.5
+"""Of cases with a server: a request is not retried after three times as long, so that its last attempt ends by four."""
+
+BOMB = gzip.compress(bytes(64 << 20), 1) * 16
+ENVIRONMENT = {
+    "LOGITCACHE_SHARED_MEMORY": "0",
+    "OMP_NUM_THREADS": "1",
+    "AWS_ACCESS_KEY_ID": "AKIAIOSFODNN7EXAMPLE",
+    "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY",
+    "AWS_SESSION_TOKEN": "secret-session-token",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+    "HF_HUB_OFFLINE": "0",
+    "NO_COLOR": "1",
+}
+COUNT = 24
+
+PRECOMPUTE = """
+cache: c.zarr
+dataset: {kind: image_folder, root: images}
+views: {num_views: 2, augmentations: [{kind: random_crop, size: 8, padding: 1}, {kind: horizontal_flip}]}
+teachers:
+  t: {model: {kind: run, path: teacher}, logits: {kind: dense}, features: {last: {kind: pooled, tap: "0.8"}}}
+  u: {model: {kind: run, path: teacher}, logits: {kind: top_k, k: 2, storage: packed}}
+batch_size: 12
+num_workers: 0
+"""
+STUDENT = """
+out: run
+cache: c.zarr
+model: {kind: small_cnn, width: 2, depth: 1}
+losses: [{kind: kl_divergence, teacher: t}, {kind: kl_divergence, teacher: u}]
+epochs: 1
+batch_size: 12
+num_workers: 0
+validation: {dataset: {kind: image_folder, root: images}}
+"""
+TEACHER = """
+out: teacher
+dataset: {kind: image_folder, root: images}
+augmentations: []
+model: {kind: small_cnn, width: 2, depth: 1}
+epochs: 1
+batch_size: 12
+num_workers: 0
+"""
+DERIVE = "{cache: c.zarr, out: d.zarr, teachers: {t: {logits: {kind: uint8}}}}\n"
+AGAIN = PRECOMPUTE.replace("c.zarr", "again.zarr").replace("path: teacher", "path: run")
+
+
+def make_sound(folder: Path) -> None:
+    """Make the images, a teacher, a cache and a finished run, in a child: this process keeps no threads."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = _make(folder)
+        finally:
+            os._exit(code)
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        raise SystemExit("the sound cache could not be made")
+
+
+def _make(folder: Path) -> int:
+    generator = np.random.default_rng(0)
+    for number in range(COUNT):
+        file = folder / "images" / "abc"[number % 3] / f"{number:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+    texts = {"precompute": PRECOMPUTE, "student": STUDENT, "teacher": TEACHER, "derive": DERIVE, "again": AGAIN}
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    os.chdir(folder)
+    os.environ.update({**ENVIRONMENT, "HOME": str(folder / "maker")})
+    for arguments in (
+        ["train-teacher", "teacher.yaml"],
+        ["precompute", "precompute.yaml"],
+        ["train-student", "student.yaml"],
+    ):
+        if logitcache.cli.main([*arguments, "-q"]):
+            return 1
+    shutil.rmtree(folder / "maker", ignore_errors=True)  # a stranger's cache: no memory of having made it
+    return 0
+
+
+def _cache(folder: Path, case: "Case | None") -> str:
+    port = folder / "port"
+    location = "c.zarr" if case is None else case.location
+    return location.replace("PORT", port.read_text()) if port.exists() else location
+
+
+COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
+    "inspect": lambda folder, case: ["inspect", _cache(folder, case)],
+    "verify": lambda folder, case: ["verify", _cache(folder, case)],
+    "summary": lambda folder, case: ["summary", _cache(folder, case)],
+    "gc": lambda folder, case: ["gc", _cache(folder, case), "--dry-run"],
+    "train": lambda folder, case: [
+        "train-student",
+        "student.yaml",
+        "--set",
+        "out=new",
+        "--set",
+        f"cache={_cache(folder, case)}",
+    ],
+    "online": lambda folder, case: [
+        *("train-student", "student.yaml", "--online", "--set", "out=live", "--set", f"cache={_cache(folder, case)}")
+    ],
+    "check": lambda folder, case: ["recipe", "check", "student.yaml", "--set", f"cache={_cache(folder, case)}"],
+    "derive": lambda folder, case: ["derive", "derive.yaml", "--set", f"cache={_cache(folder, case)}"],
+    "precompute": lambda folder, case: ["precompute", "precompute.yaml", "--set", f"cache={_cache(folder, case)}"],
+    "plan": lambda folder, case: [
+        "plan",
+        "precompute.yaml",
+        "--batches",
+        "1",
+        "--set",
+        f"cache={_cache(folder, case)}",
+    ],
+    "evaluate": lambda folder, case: ["evaluate", "run"],
+    "resume": lambda folder, case: ["train-student", "student.yaml", "--resume", "--set", "epochs=1"],
+    "teach": lambda folder, case: ["precompute", "again.yaml"],
+    "start": lambda folder, case: [
+        "train-student",
+        "student.yaml",
+        "--set",
+        "out=new",
+        "--set",
+        "model={kind: run, path: run}",
+    ],
+}
+READERS = ("inspect", "verify", "summary", "gc", "train", "online", "check", "derive", "precompute", "plan")
+RUNS = ("evaluate", "resume", "teach", "start")
+
+Prepare = Callable[[Path], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One spoilt thing; `ends` has the exit codes by command, and those of "else".
+
+    `commands` are what it is about; `location` is where the cache is, for those on a server, which may take `seconds`
+    more. `prepare` may return an environment, or start what `prepared` stops: it yields (environment, ports).
+    """
+
+    group: str
+    name: str
+    prepare: Prepare
+    ends: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    commands: tuple[str, ...] = ("verify", "train")
+    every: tuple[str, ...] = READERS
+    location: str = "c.zarr"
+    seconds: float = 0.0
+
+    def codes(self, command: str) -> frozenset[int]:
+        """Return the exit codes with which a command may end."""
+        return frozenset(self.ends.get(command, self.ends.get("else", (USAGE, DAMAGED, OTHER))))
+
+    @contextlib.contextmanager
+    def prepared(self, folder: Path) -> Iterator[tuple[Mapping[str, str], frozenset[int]]]:
+        """Spoil a copy of what is sound; yields the environment and the ports that a command may connect to."""
+        found = self.prepare(folder)
+        if hasattr(found, "__enter__"):
+            with found as (environment, ports):
+                yield environment, frozenset(ports)
+        else:
+            yield (found if isinstance(found, dict) else {}), frozenset()
+
+
+def forge(folder: Path, change: Callable[[dict[str, Any]], object], cache: str = "c.zarr") -> None:
+    """Change the manifest and sign it again, as an attacker would."""
+    file = folder / cache / "zarr.json"
+    found = json.loads(file.read_bytes())
+    entry = found["attributes"]["logitcache"]
+    change(entry["manifest"])
+    entry["sha256"] = hashlib.sha256(json.dumps(entry["manifest"], sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(found))
+
+
+class Bomb:
+    """What leaves a trace in the working directory where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, ("PWNED-by-pickle", "w"))
