@@ -1,73 +1,13 @@
 """Run a teacher once, keep its answers in a Zarr cache, train students on the pixels it saw."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
-    from logitcache.cache.cache import Cache, open_cache
-    from logitcache.config.recipe import load_recipe
-    from logitcache.errors import (
-        CacheError,
-        DataError,
-        LogitCacheError,
-        MismatchError,
-        MissingExtraError,
-        RecipeError,
-        RemoteError,
-        ReplayMismatchError,
-        Stopped,
-    )
-    from logitcache.models.base import Classifier, Preprocessing
-    from logitcache.planning.report import plan
-    from logitcache.stage_one.derive.derive import DeriveRecipe, derive
-    from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-    from logitcache.student import losses
-    from logitcache.student.evaluation.evaluate import evaluate
-    from logitcache.student.runs.trained import load_student
-    from logitcache.student.training import train
-    from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
-    from logitcache.targets import Batch, Targets
-    from logitcache.views.keys import ViewKey
-    from logitcache.views.spec import ViewSpec
-
-__all__ = [
-    "Batch",
-    "Cache",
-    "CacheError",
-    "Classifier",
-    "DataError",
-    "DeriveRecipe",
-    "LogitCacheError",
-    "MismatchError",
-    "MissingExtraError",
-    "PrecomputeRecipe",
-    "Preprocessing",
-    "RecipeError",
-    "RemoteError",
-    "ReplayMismatchError",
-    "Stopped",
-    "StudentRecipe",
-    "Targets",
-    "TeacherRecipe",
-    "ViewKey",
-    "ViewSpec",
-    "__version__",
-    "derive",
-    "evaluate",
-    "load_recipe",
-    "load_student",
-    "losses",
-    "open_cache",
-    "plan",
-    "precompute",
-    "train",
-]
-
 _MODULES = {
-    "logitcache.cache.cache": ("Cache", "open_cache"),
-    "logitcache.errors": (
+    "cache.cache": ("Cache", "open_cache"),
+    "config.recipe": ("load_recipe",),
+    "errors": (
         "CacheError",
         "DataError",
         "LogitCacheError",
@@ -78,30 +18,59 @@ _MODULES = {
         "ReplayMismatchError",
         "Stopped",
     ),
-    "logitcache.models.base": ("Classifier", "Preprocessing"),
-    "logitcache.config.recipe": ("load_recipe",),
-    "logitcache.planning.report": ("plan",),
-    "logitcache.student.evaluation.evaluate": ("evaluate",),
-    "logitcache.student.training_recipes": ("StudentRecipe", "TeacherRecipe"),
-    "logitcache.student.runs.trained": ("load_student",),
-    "logitcache.student.training": ("train",),
-    "logitcache.targets": ("Batch", "Targets"),
-    "logitcache.stage_one.derive.derive": ("DeriveRecipe", "derive"),
-    "logitcache.stage_one.precompute": ("PrecomputeRecipe", "precompute"),
-    "logitcache.views.keys": ("ViewKey",),
-    "logitcache.views.spec": ("ViewSpec",),
+    "models.base": ("Classifier", "Preprocessing"),
+    "planning.report": ("plan",),
+    "stage_one.derive.derive": ("DeriveRecipe", "derive"),
+    "stage_one.precompute": ("PrecomputeRecipe", "precompute"),
+    "student": ("losses",),
+    "student.evaluation.evaluate": ("evaluate",),
+    "student.runs.trained": ("load_student",),
+    "student.training": ("train",),
+    "student.training_recipes": ("StudentRecipe", "TeacherRecipe"),
+    "targets": ("Batch", "Targets"),
+    "views.keys": ("ViewKey",),
+    "views.spec": ("ViewSpec",),
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+"""The public names by the module that defines them; type checkers read the same from the block below."""
+
+_HOMES = {name: f"logitcache.{module}" for module, names in _MODULES.items() for name in names}
+__all__ = sorted([*_HOMES, "__version__"])
+
+if TYPE_CHECKING:
+    # Aliases mark re-exports; one statement a module.
+    # isort: off
+    from logitcache.cache.cache import Cache as Cache, open_cache as open_cache
+    from logitcache.config.recipe import load_recipe as load_recipe
+    from logitcache.errors import (
+        CacheError as CacheError,
+        DataError as DataError,
+        LogitCacheError as LogitCacheError,
+        MismatchError as MismatchError,
+        MissingExtraError as MissingExtraError,
+        RecipeError as RecipeError,
+        RemoteError as RemoteError,
+        ReplayMismatchError as ReplayMismatchError,
+        Stopped as Stopped,
+    )
+    from logitcache.models.base import Classifier as Classifier, Preprocessing as Preprocessing
+    from logitcache.planning.report import plan as plan
+    from logitcache.stage_one.derive.derive import DeriveRecipe as DeriveRecipe, derive as derive
+    from logitcache.stage_one.precompute import PrecomputeRecipe as PrecomputeRecipe, precompute as precompute
+    from logitcache.student import losses as losses
+    from logitcache.student.evaluation.evaluate import evaluate as evaluate
+    from logitcache.student.runs.trained import load_student as load_student
+    from logitcache.student.training import train as train
+    from logitcache.student.training_recipes import StudentRecipe as StudentRecipe, TeacherRecipe as TeacherRecipe
+    from logitcache.targets import Batch as Batch, Targets as Targets
+    from logitcache.views.keys import ViewKey as ViewKey
+    from logitcache.views.spec import ViewSpec as ViewSpec
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used; `import logitcache` loads no torch."""
-    if name == "losses":
-        value: Any = import_module("logitcache.student.losses")
-    elif name in _HOMES:
-        value = getattr(import_module(_HOMES[name]), name)
-    else:
+    if name not in _HOMES:
         raise AttributeError(f"module 'logitcache' has no attribute {name!r}")
+    value = getattr(__import__(_HOMES[name], fromlist=[name]), name)
     globals()[name] = value
     return value
 

@@ -1,5 +1,6 @@
 """The package as it is installed and imported."""
 
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -20,6 +21,19 @@ def test_public_names_are_sorted_and_there() -> None:
     missing = [name for name in logitcache.__all__ if getattr(logitcache, name, None) is None]
     assert not missing
     assert set(logitcache.__all__) <= set(dir(logitcache))
+
+
+def test_type_checkers_see_the_names_that_are_imported_lazily() -> None:
+    [block] = [node for node in ast.parse(Path(logitcache.__file__).read_text()).body if isinstance(node, ast.If)]
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    found = {
+        alias.asname: f"{node.module}.{alias.name}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert found == {name: f"{home}.{name}" for name, home in logitcache._HOMES.items()}
+    assert sorted([*found, "__version__"]) == logitcache.__all__
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
