@@ -20,7 +20,7 @@ import logitcache.cli
 
 for _needed in (
     *("report.demo", "report.beside_teachers", "report.inspect", "planning.report", "report.recipe_check"),
-    *("report.summary", "report.verification", "student.training", "stage_one.derive.derive", "teacher.online"),
+    *("report.summary", "report.verify_and_repair", "student.training", "stage_one.derive.derive", "teacher.online"),
     "stage_one.precompute",
 ):
     importlib.import_module(f"logitcache.{_needed}")

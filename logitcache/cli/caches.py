@@ -42,15 +42,12 @@ def verify(
 ) -> Answer:
     """Read a whole cache again. --set dataset.root=DIR says where its images are now."""
     from logitcache.errors import CacheError
-    from logitcache.report.verification import repair as mend
-    from logitcache.report.verification import verification_text
-    from logitcache.report.verification import verify as check
+    from logitcache.report import verify_and_repair as verbs
 
-    result = check(cache, overrides, trust) if repair is None else mend(cache, repair, overrides, trust)
-    text = verification_text(result)
+    result = verbs.repair(cache, repair, overrides, trust) if repair else verbs.verify(cache, overrides, trust)
     if result.error is None:
-        return Answer(asdict(result), text)
-    return Answer(asdict(result), text, (result.error,), CacheError.__name__, CacheError.exit_code)
+        return Answer(asdict(result), result.text)
+    return Answer(asdict(result), result.text, (result.error,), CacheError.__name__, CacheError.exit_code)
 
 
 def gc(

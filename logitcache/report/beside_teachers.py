@@ -1,18 +1,14 @@
-"""A run beside the teachers that it learnt from: what each costs."""
+"""Evaluate a run, and compare what the student and its teachers cost."""
 
-import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
-from logitcache.cache.format.derivation import network_of
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.snapshot import locate, read_manifest
 from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError
-from logitcache.models import Checkpoint, Classifier, Model
+from logitcache.models import Checkpoint, Classifier
 from logitcache.report.recipe_check import load_own
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness, resolve_device
@@ -20,9 +16,7 @@ from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.evaluation.cost import Contender, LatencyPlan
 from logitcache.student.evaluation.evaluate import EvaluationResult, evaluate, is_stated, read_run, require_known_source
 from logitcache.student.training_recipes import LiveTeacher, StudentRecipe
-from logitcache.teacher.online import names_code, recorded_risks
-
-_MODEL: TypeAdapter[Model] = TypeAdapter(Model)
+from logitcache.teacher.online import recorded_risks, recorded_source
 
 
 def evaluate_beside_teachers(
@@ -31,9 +25,9 @@ def evaluate_beside_teachers(
     latency: LatencyPlan | None = None,
     teachers_from: Path | None = None,
 ) -> EvaluationResult:
-    """Measure a run as `evaluate` does, and weigh the teachers whose networks its cache tells how to build.
+    """Evaluate a run, and report the cost of its teachers too, if their networks can be built.
 
-    Their weights do not matter for it: they are random, and nothing is downloaded. Models of the user's own code are
+    Teachers get random weights, which do not matter for it; nothing is downloaded. Models of the user's own code are
     built if the user names them: by `teachers_from`, the precompute recipe, or by `--set teachers.NAME={model: …}`.
     """
     teachers, left_out = _teachers(run, overrides, teachers_from)
@@ -44,11 +38,7 @@ def teachers_of(path: Path, cache: str) -> dict[str, LiveTeacher]:
     """Return the models that a precompute recipe names for teachers of a cache; raise RecipeError if there are none."""
     held = read_manifest(locate(cache)).teachers
     named = {name: source for name, source in load_own(path, PrecomputeRecipe).teachers.items() if name in held}
-    found = {
-        name: LiveTeacher(model=source.model, preprocessing=source.preprocessing)
-        for name, source in named.items()
-        if source.model is not None
-    }
+    found = {name: LiveTeacher(model=s.model, preprocessing=s.preprocessing) for name, s in named.items() if s.model}
     if not found:
         raise RecipeError(
             f"{path} names no model of a teacher of {cache}, which has {sorted(held)}. Fix: name the recipe that "
@@ -60,7 +50,7 @@ def teachers_of(path: Path, cache: str) -> dict[str, LiveTeacher]:
 def _teachers(
     run: Path, overrides: Sequence[str], teachers_from: Path | None
 ) -> tuple[dict[str, Contender | None], dict[str, str]]:
-    """Build the teachers of the cache that a run learnt from; return also why some cannot be."""
+    """Build the teachers of a run's cache; return them, and by name why others cannot be built."""
     recipe = read_run(run, overrides)
     if not isinstance(recipe, StudentRecipe):
         return {}, {}
@@ -77,33 +67,20 @@ def _teachers(
         try:
             built[name] = _built(name, manifest, recipe, stated.get(name))
         except LogitCacheError as error:
-            logger.info(f"teacher {name!r} is neither weighed nor timed: {error}")
+            logger.info(f"teacher {name!r} is neither counted nor timed: {error}")
             built[name], left_out[name] = None, str(error)
     return built, left_out
 
 
 def _built(name: str, manifest: Manifest, recipe: StudentRecipe, stated: LiveTeacher | None) -> Contender:
+    """Build a teacher's network with random weights: that of the user's entry, or the recorded one."""
     entry, device = manifest.teachers[name], resolve_device(recipe.device)
-    model = _recorded(name, manifest, recipe.trust) if stated is None else stated.model
-    # Of a network with other outputs too, only a checkpoint says how many it has.
+    model = recorded_source(name, entry).model if stated is None else stated.model
+    assert model is not None
+    if stated is None:
+        require_grant(recorded_risks(model, entry), manifest.digest(), recipe.trust, "its entry in the cache")
+    # A network with other outputs too has a number of classes of its own, which only a checkpoint states.
     own = model.num_classes if isinstance(model, Checkpoint) else None
     with own_randomness(device, 0):
         built = model.architecture().build(entry.num_classes if entry.classes is None else own, manifest.image_shape[0])
     return Contender(Classifier(built.module, entry.preprocessing).to(device), entry.precision)
-
-
-def _recorded(name: str, manifest: Manifest, trust: Collection[str]) -> Model:
-    entry = manifest.teachers[name]
-    model = network_of(name, entry)
-    if model is None or names_code(model):
-        raise RecipeError(
-            "it was built by the user's own code, and a cache never names code to run. "
-            "Fix: --teachers-from the precompute recipe, or "
-            f"--set 'teachers.{name}={{model: {{kind: custom, factory: …}}}}'"
-        )
-    try:
-        found = _MODEL.validate_json(json.dumps(model))
-    except ValidationError as error:
-        raise CacheError(f"its model in the cache cannot be read: {error.errors()[0]['msg']}") from error
-    require_grant(recorded_risks(found, entry), manifest.digest(), trust, "its entry in the cache")
-    return found

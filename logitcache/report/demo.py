@@ -1,4 +1,4 @@
-"""The demo: few labels, many unlabelled images, and what a cache does about it, in about a minute on two cores."""
+"""The demo: few labels, many unlabelled images, one cached teacher, in about a minute on two cores."""
 
 import json
 import re
@@ -67,7 +67,7 @@ class DemoStudent:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo measured; `passes_saved` is what training online would have cost beyond the cache's own passes."""
+    """The demo's figures; `passes_saved`: teacher passes of online training beyond those that filled the cache."""
 
     teacher: DemoTeacher
     cache: PrecomputeResult
@@ -79,9 +79,9 @@ class DemoResult:
 
 
 def run_demo(directory: Path, quick: bool = False) -> DemoResult:
-    """Run teacher, cache and students on the bundled images; everything is kept in `directory`.
+    """Run teacher, cache and students on the bundled images; write everything into `directory`.
 
-    A demo that was stopped continues; one that is finished only reads its results.
+    A stopped demo continues; a finished one only reads its results.
     """
     started = time.perf_counter()
     epochs, seeds = (1, 1) if quick else (EPOCHS, SEEDS)
@@ -90,12 +90,23 @@ def run_demo(directory: Path, quick: bool = False) -> DemoResult:
     cache = precompute(load_recipe(_precompute_recipe(directory), PrecomputeRecipe))
     written = f"{cache.row_views:,} row-views in {cache.seconds:.1f} s, {cache.bytes / 1e6:.1f} MB"
     logger.info(f"cache: {written}; the teacher is done")
-    students = [_from_labels(directory, f"{NUM_LABELS} labels", FEW, seeds, epochs * NUM_IMAGES // NUM_LABELS)]
-    for temperature in TEMPERATURES:
-        count = seeds if temperature == TEMPERATURES[0] else 1
+    labels = {"augmentations": AUGMENTATIONS}
+    students = [
+        _train(
+            directory,
+            f"{NUM_LABELS} labels",
+            TeacherRecipe,
+            {**labels, "dataset": FEW, "epochs": epochs * NUM_IMAGES // NUM_LABELS},
+            seeds,
+        )
+    ]
+    for temperature, count in zip(TEMPERATURES, (seeds, 1), strict=True):
         name = f"{NUM_IMAGES} unlabelled images, cached teacher, T = {temperature:g}"
-        students.append(_from_cache(directory, name, temperature, count, epochs))
-    students.append(_from_labels(directory, f"{NUM_IMAGES} labels", TRAIN, 1, epochs))
+        losses = [{"kind": "kl_divergence", "temperature": temperature}]
+        entries = {"cache": str(directory / "cache.zarr"), "losses": losses, "epochs": epochs}
+        students.append(_train(directory, name, StudentRecipe, entries, count))
+    entries = {**labels, "dataset": TRAIN, "epochs": epochs}
+    students.append(_train(directory, f"{NUM_IMAGES} labels", TeacherRecipe, entries, 1))
     cached = sum(student.seeds for student in students if "cached" in student.name)
     result = DemoResult(
         teacher=teacher,
@@ -129,21 +140,10 @@ def _precompute_recipe(directory: Path) -> dict[str, Any]:
     }
 
 
-def _from_labels(directory: Path, name: str, dataset: dict[str, Any], seeds: int, epochs: int) -> DemoStudent:
-    entries = {"dataset": dataset, "augmentations": AUGMENTATIONS, "epochs": epochs}
-    return _over_seeds(directory, name, TeacherRecipe, entries, seeds)
-
-
-def _from_cache(directory: Path, name: str, temperature: float, seeds: int, epochs: int) -> DemoStudent:
-    losses = [{"kind": "kl_divergence", "temperature": temperature}]
-    entries = {"cache": str(directory / "cache.zarr"), "losses": losses, "epochs": epochs}
-    return _over_seeds(directory, name, StudentRecipe, entries, seeds)
-
-
-def _over_seeds(
+def _train(
     directory: Path, name: str, recipe: type[StudentRecipe | TeacherRecipe], entries: dict[str, Any], seeds: int
 ) -> DemoStudent:
-    """Train one student a seed, all for the same number of steps, and measure each once, at the end."""
+    """Train one student a seed, for the same number of steps, and measure each once, at the end."""
     folder = directory / "students" / re.sub(r"[^a-z0-9]+", "_", name.lower())
     entries = {**STUDENT, **entries, "validation": {"dataset": TEST, "every": entries["epochs"]}}
     with silenced():

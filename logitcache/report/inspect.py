@@ -1,4 +1,4 @@
-"""What a cache is: who made it, how complete, how good and how big."""
+"""Describe a cache: what made it, how complete, accurate and large it is."""
 
 import functools
 import itertools
@@ -25,23 +25,22 @@ from logitcache.views.keys import ViewKey
 
 ROWS = 4096
 LOOKED_AT = 1 << 26
-"""Logits, of all classes, that a teacher's figure is taken from."""
+"""Logits, of all classes, that a teacher's accuracy is measured on."""
 
 
 def inspect_cache(path: str | Path) -> dict[str, Any]:
     """Describe a cache, finished or not, without reading more than one view of it.
 
     `top1` is the teacher's accuracy on the labelled images of view 0, as it saw them, of the shards that are committed;
-    a mixed image has the label of its larger part. `measured_on` says over which pixels and how many rows. Of images
-    of any number of classes it is `mean_ap`, the mean average precision, and None where not all logits are kept. Of
-    many images and classes the first images stand for all (67,000 of 1,000 classes); `summary` counts all.
+    a mixed image has the label of its larger part. `measured_on` has the pixels and the number of rows. Of images
+    of any number of classes it is `mean_ap`, the mean average precision, and None if not all logits are kept. Of many
+    images and classes the first images stand for all (67,000 of 1,000 classes); `summary` counts all.
     Raises CacheError if more than shards is damaged.
     """
     snapshot = open_snapshot(path)
     require_sound_skeleton(snapshot.store, snapshot.manifest)
     cache = Cache(snapshot)
-    manifest, layout = cache.manifest, cache.layout
-    done = cache.shards
+    manifest, layout, done = cache.manifest, cache.layout, cache.shards
     return {
         "cache": cache.location,
         "complete": cache.complete,
@@ -69,7 +68,7 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
 
 
 def _growing(snapshot: Snapshot) -> dict[str, Any] | None:
-    """Say what a cache is growing to, and how much of that is committed; None where it is not growing."""
+    """Describe what a cache is growing to, and how much of that is committed; None if it is not growing."""
     begun = snapshot.growing()
     goal = begun.manifest
     if not is_more(goal, snapshot.manifest):
@@ -98,7 +97,7 @@ def _teacher(cache: Cache, name: str, entry: TeacherEntry, done: list[Shard]) ->
 
 
 def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Shard]) -> dict[str, Any]:
-    """Say what a target is, what it takes, and whether its distance from what the teacher answered is recorded."""
+    """Describe a target: its form, its bytes, and whether its errors are recorded."""
     feature = entry.features.get(group.target)
     stored = entry.stored_logits if feature is None else entry.stored_features[group.target]
     assert stored is not None
@@ -115,14 +114,14 @@ def _target(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Sha
 
 
 def _errors(cache: Cache, entry: TeacherEntry, group: ArrayGroup, done: list[Shard]) -> list[dict[str, Any]]:
-    """List how far a target is from what the teacher answered, by temperature."""
+    """List the errors of a target (its distance from the teacher's answers) by temperature."""
     known = entry.errors_of(group.target) if cache.complete else ()  # over all rows, noted at the end
     errors = known or errors_of(cache.snapshot, group, done)
     return [{"target": group.target, **one.model_dump(mode="json")} for one in errors]
 
 
 def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) -> dict[str, Any]:
-    """Say what the arrays of groups take on the disk, by their commit records, in all and by row."""
+    """Sum the bytes of the arrays of groups, by their commit records, in all and by row."""
     every = [array for group in groups for array in group.arrays]
     arrays = dict.fromkeys((array.name for array in every), 0)
     for group, shard in itertools.product(groups, done):
@@ -133,17 +132,13 @@ def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) 
 
 
 def _quality(cache: Cache, teacher: str, shards: list[Shard]) -> dict[str, Any]:
-    """Return how good a teacher is on the rows of shards, by the name of the figure, and on which rows that is."""
+    """Return the accuracy of a teacher on the rows of shards, by the name of the measure, and on which rows."""
     name, measure = ("mean_ap", _mean_ap) if is_multi_label(cache.labels) else ("top1", _accuracy)
     figure, rows = measure(cache, teacher, shards)
-    return {name: figure, "measured_on": f"{rows} labelled rows of view 0, {_pixels(cache)}" if rows else None}
-
-
-def _pixels(cache: Cache) -> str:
-    """Say which pixels a teacher answered."""
     spec = cache.manifest.views.answered()
     names = ", ".join(part.kind for part in (*spec.augmentations, *spec.mixing))
-    return f"as augmented by {names}" if names else "not augmented"
+    pixels = f"as augmented by {names}" if names else "not augmented"
+    return {name: figure, "measured_on": f"{rows} labelled rows of view 0, {pixels}" if rows else None}
 
 
 def _accuracy(cache: Cache, teacher: str, shards: list[Shard]) -> tuple[float | None, int]:
@@ -164,7 +159,7 @@ def _mean_ap(cache: Cache, teacher: str, shards: list[Shard]) -> tuple[float | N
 
 
 def _answers(cache: Cache, teacher: str, shards: list[Shard]) -> Iterator[tuple[Labels, Targets]]:
-    """Yield labels and answers of some rows at a time, up to a number that is looked at in seconds."""
+    """Yield labels and answers, some rows at a time, up to a number that takes seconds."""
     only = cache.only({teacher: [LOGITS]}) if shards else cache
     most = -(-LOOKED_AT // (ROWS * (cache.manifest.teachers[teacher].num_classes or 1)))
     starts = ((shard, start) for shard in shards for start in range(shard.start, shard.stop, ROWS))
@@ -174,7 +169,7 @@ def _answers(cache: Cache, teacher: str, shards: list[Shard]) -> Iterator[tuple[
 
 
 def labels_as_seen(cache: Cache, keys: list[ViewKey]) -> Labels:
-    """Return the labels of views as a teacher saw them; of a mixed one, that of the larger part."""
+    """Return the labels of views as a teacher saw them; of a mixed image, those of the larger part."""
     labels = cache.labels[[key.index for key in keys]]
     _, height, width = cache.manifest.image_shape
     mixture = cache.manifest.views.answered().mixture(keys, len(cache), (height, width))

@@ -1,10 +1,10 @@
-"""How good the teachers of a cache are on images of any number of classes each, view by view, from the cache alone."""
+"""Accuracy of a cache's teachers on images of any number of classes each: average precision and F1, by view."""
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,15 @@ from logitcache.views.keys import ViewKey
 ENSEMBLE = "(ensemble)"
 """No teacher can have this name."""
 
-Tallies = dict[str, MultiLabelTally]
+
+class Measured(NamedTuple):
+    """What a summary counts: labelled row-views, figures of each teacher, agreement by pair, rows by view and class."""
+
+    labelled: int
+    teachers: Sequence[Any]
+    agreement: Mapping[tuple[str, str], float]
+    per_view: Sequence[dict[str, float | None]]
+    per_class: Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,84 +49,39 @@ class MultiLabelTeacher:
     f1_micro: float | None
 
 
-@dataclass(frozen=True)
-class LabelAgreement:
-    """The fraction of answers, of every row and class, that are yes from both of two teachers, or no from both."""
-
-    first: str
-    second: str
-    agreement: float
-
-
-@dataclass(frozen=True)
-class MultiLabelSummary:
-    """What the answers in a cache are worth, over `views` of them.
-
-    With several teachers their ensemble stands among them: the mean of their probabilities. `per_view` and `per_class`
-    have a row a view and a class, with the average precision of each teacher by name; a class's is the mean over views,
-    and `images` are those known to be of it.
-    """
-
-    cache: str
-    images: int
-    views: int
-    labelled_row_views: int
-    teachers: tuple[MultiLabelTeacher, ...]
-    agreement: tuple[LabelAgreement, ...]
-    per_view: tuple[dict[str, Any], ...]
-    per_class: tuple[dict[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class _View:
-    """What a view says: figures by teacher, average precisions [C] by teacher, and how much each two agree."""
+class _View(NamedTuple):
+    """One view: measures by teacher, average precisions [C] by teacher, and how much each two teachers agree."""
 
     measures: Mapping[str, MultiLabelMeasures]
     precisions: Mapping[str, NDArray[np.float64]]
     agreement: Mapping[tuple[str, str], float]
 
 
-def summarize_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> MultiLabelSummary:
-    """Read the first views of a cache that holds logits alone, one at a time; one of them is held in memory.
+def measure_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> Measured:
+    """Measure the first views of a cache that holds logits alone. Memory holds one view: all its images are ranked.
 
-    Average precision ranks all images of a view.
+    Two teachers agree on the answer to a class if both say yes, or both no. A row by class has the mean of its average
+    precisions over views, and the number of images that have the class.
     """
-    counter = _ViewCounter(cache.snapshot)
-    found = list(gathered(counter, range(views), "summary", "views", cluster))
-    known = cache.labels >= 0
+    measure = functools.partial(_measure_view, cache.snapshot)
+    found = list(gathered(measure, range(views), "summary", "views", cluster))
     names = dict.fromkeys([*cache.manifest.teachers, *found[0].measures])
-    return MultiLabelSummary(
-        cache=cache.location,
-        images=len(cache),
-        views=views,
-        labelled_row_views=views * int(known.any(axis=1).sum()),
-        teachers=tuple(_teacher(name, cache, found) for name in names),
-        agreement=tuple(
-            LabelAgreement(*pair, float(np.mean([view.agreement[pair] for view in found])))
-            for pair in found[0].agreement
-        ),
-        per_view=tuple(
-            {"view": number, **{name: measures.mean_ap for name, measures in view.measures.items()}}
-            for number, view in enumerate(found)
-        ),
-        per_class=tuple(_per_class(cache, found)),
+    pairs = {pair: float(np.mean([view.agreement[pair] for view in found])) for pair in found[0].agreement}
+    return Measured(
+        views * int((cache.labels >= 0).any(axis=1).sum()),
+        [_teacher(name, cache, found) for name in names],
+        pairs,
+        [{name: measures.mean_ap for name, measures in view.measures.items()} for view in found],
+        _per_class(cache, found),
     )
 
 
-@dataclass(frozen=True)
-class _ViewCounter:
-    """Measure the answers of all teachers to a view. It can be pickled."""
-
-    snapshot: Snapshot
-
-    def __call__(self, view: int) -> _View:
-        cache, reader = Cache(self.snapshot), ShardReader(self.snapshot)
-        shards = (shard for shard in reader.layout.shards() if shard.view == view)
-        parts = (_tallies(cache, view, *part) for shard in shards for part in reader.batches(shard, ROWS))
-        return _measured(functools.reduce(_joined, parts))
-
-
-def _measured(tallies: Tallies) -> _View:
+def _measure_view(snapshot: Snapshot, view: int) -> _View:
+    """Measure the answers of all teachers to a view; a pure function, for a worker."""
+    cache, reader = Cache(snapshot), ShardReader(snapshot)
+    shards = (shard for shard in reader.layout.shards() if shard.view == view)
+    parts = (_tallies(cache, view, *part) for shard in shards for part in reader.batches(shard, ROWS))
+    tallies = functools.reduce(lambda one, other: {name: tally + other[name] for name, tally in one.items()}, parts)
     alone = [name for name in tallies if name != ENSEMBLE]
     return _View(
         {name: tally.measures() for name, tally in tallies.items()},
@@ -127,8 +90,8 @@ def _measured(tallies: Tallies) -> _View:
     )
 
 
-def _tallies(cache: Cache, view: int, start: int, answers: Mapping[str, Targets]) -> Tallies:
-    """Take the answers of all teachers whose logits are all kept, and of all of them together, to rows from `start`."""
+def _tallies(cache: Cache, view: int, start: int, answers: Mapping[str, Targets]) -> dict[str, MultiLabelTally]:
+    """Tally the answers to rows from `start` of each teacher whose logits are all kept, and of their ensemble."""
     logits = {name: targets.logits for name, targets in answers.items() if targets.keeps_logits}
     if not logits:
         return {}
@@ -141,33 +104,28 @@ def _tallies(cache: Cache, view: int, start: int, answers: Mapping[str, Targets]
     return {name: MultiLabelTally.of(value, labels, {}) for name, value in logits.items()}
 
 
-def _joined(first: Tallies, second: Tallies) -> Tallies:
-    return {name: tally + second[name] for name, tally in first.items()}
-
-
 def _teacher(name: str, cache: Cache, found: list[_View]) -> MultiLabelTeacher:
     measures = [view.measures[name] for view in found if name in view.measures]
     entry = cache.manifest.teachers.get(name, next(iter(cache.manifest.teachers.values())))
-    return MultiLabelTeacher(
-        name,
-        entry.num_classes,
-        _mean([item.mean_ap for item in measures]),
-        _mean([item.f1_macro for item in measures]),
-        _mean([item.f1_micro for item in measures]),
-    )
+    figures = ([getattr(item, figure) for item in measures] for figure in ("mean_ap", "f1_macro", "f1_micro"))
+    return MultiLabelTeacher(name, entry.num_classes, *map(_mean, figures))
 
 
-def _per_class(cache: Cache, found: list[_View]) -> Iterator[dict[str, Any]]:
-    """Yield a row for each class that an image is known to be of."""
+def _per_class(cache: Cache, found: list[_View]) -> list[dict[str, Any]]:
     images = (cache.labels == 1).sum(axis=0)
-    for label in np.flatnonzero(images).tolist():
-        precisions = {name: _mean([v.precisions[name][label] for v in found]) for name in found[0].precisions}
-        yield {"label": label, **name_of(label, cache.manifest.class_names), "images": int(images[label]), **precisions}
+    return [
+        {
+            **class_columns(label, cache.manifest.class_names),
+            "images": int(images[label]),
+            **{name: _mean([view.precisions[name][label] for view in found]) for name in found[0].precisions},
+        }
+        for label in np.flatnonzero(images).tolist()
+    ]
 
 
-def name_of(label: int, names: Sequence[str] | None) -> dict[str, str]:
-    """Return the column that holds the name of a class; none if it is not recorded."""
-    return {} if names is None or label >= len(names) else {"name": names[label]}
+def class_columns(label: int, names: Sequence[str] | None) -> dict[str, Any]:
+    """Return the columns that tell a class: its number, and its name if the cache records that."""
+    return {"label": label} | ({} if names is None or label >= len(names) else {"name": names[label]})
 
 
 def _mean(values: list[float | None]) -> float | None:

@@ -1,17 +1,17 @@
-"""How good the teachers of a cache are, alone and together: from the cache alone, shard by shard.
+"""Accuracy of a cache's teachers, alone and together, from the cache alone.
 
 A `ShardCounter` is a pure function of a shard, and counts add up: shards may be counted anywhere, in any order. They
-are added in theirs, so that figures do not depend on who counts.
+are added in their own order, so that figures do not depend on the number of workers.
 """
 
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,13 @@ from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError, RecipeError
 from logitcache.logits import Logits, TopKLogits
 from logitcache.report.inspect import labels_as_seen
-from logitcache.report.multi_label_summary import ENSEMBLE, MultiLabelSummary, name_of, summarize_multi_label
+from logitcache.report.multi_label_summary import (
+    ENSEMBLE,
+    Measured,
+    MultiLabelTeacher,
+    class_columns,
+    measure_multi_label,
+)
 from logitcache.stage_one.cluster.gather_values import HERE, Cluster, gathered
 from logitcache.store.arrays import Shard
 from logitcache.student.evaluation.validation import only_logits
@@ -39,7 +45,7 @@ Counts = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Answered:
+class TeacherCounts:
     """Counts of one teacher's answers, which add up.
 
     by_class: labelled rows, top-1 and top-5, [C, 3]. entropy and kept: sums over all rows.
@@ -59,13 +65,18 @@ class Answered:
         labelled, top1, top5 = self.by_class.sum(axis=0).tolist()
         return labelled, top1, top5
 
+    def accuracy(self, k: Literal[1, 5]) -> float | None:
+        """Top-k accuracy on the labelled rows; None without any."""
+        labelled, top1, top5 = self.totals
+        return (top1 if k == 1 else top5) / labelled if labelled else None
+
 
 @dataclass(frozen=True)
 class ShardCounts:
     """Counts of some rows, which add up: of every teacher, of the ensemble, and how many answers each two share."""
 
     rows: int
-    teachers: Mapping[str, Answered]
+    teachers: Mapping[str, TeacherCounts]
     agreeing: Mapping[tuple[str, str], int]
 
     def __add__(self, other: Self) -> Self:
@@ -93,7 +104,7 @@ class TeacherSummary:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The fraction of rows for which two teachers name the same class."""
+    """The fraction of answers that two teachers share: the class of a row; of several classes, each yes and no."""
 
     first: str
     second: str
@@ -102,26 +113,24 @@ class Agreement:
 
 @dataclass(frozen=True)
 class CacheSummary:
-    """What the answers in a cache are worth, over `views` of them.
+    """How good the teachers of a cache are, over `views` of it.
 
-    With several teachers of as many classes, their ensemble stands among them: the mean of their probabilities.
-    `per_view` and `per_class` have a row a view and a class, with the top-1 of each teacher by name; a class has its
-    `name` too, if the cache records it.
+    With several teachers of as many classes, their ensemble is listed too: the mean of their probabilities. `per_view`
+    and `per_class` have a row a view and a class, with the top-1 (or average precision) of each teacher by name; a
+    class has its `name` too, if the cache records it.
     """
 
     cache: str
     images: int
     views: int
     labelled_row_views: int
-    teachers: tuple[TeacherSummary, ...]
+    teachers: tuple[TeacherSummary, ...] | tuple[MultiLabelTeacher, ...]
     agreement: tuple[Agreement, ...]
     per_view: tuple[dict[str, Any], ...]
     per_class: tuple[dict[str, Any], ...]
 
 
-def summarize(
-    path: str | Path, num_views: int | None = None, cluster: Cluster = HERE
-) -> CacheSummary | MultiLabelSummary:
+def summarize(path: str | Path, num_views: int | None = None, cluster: Cluster = HERE) -> CacheSummary:
     """Read the first `num_views` views of a finished cache, by default all, and measure its teachers.
 
     A mixed image has the label of its larger part, as in `inspect`. Memory holds a shard, or, of images of any number
@@ -130,23 +139,48 @@ def summarize(
     """
     cache = only_logits(open_cache(path))
     if not cache.manifest.teachers:
-        raise CacheError(f"{path} keeps features alone, whose accuracy nothing tells. Fix: keep logits too")
+        raise CacheError(f"{path} keeps features alone, whose accuracy cannot be measured. Fix: keep logits too")
     if num_views is not None and num_views > cache.num_views:
         raise RecipeError(f"--views is {num_views}, {path} has {cache.num_views}. Fix: at most these")
     views = num_views or cache.num_views
-    if is_multi_label(cache.labels):
-        return summarize_multi_label(cache, views, cluster)
-    chosen = list(itertools.takewhile(lambda shard: shard.view < views, cache.layout.shards()))
-    counter = ShardCounter(cache.snapshot)
-    counted = zip(chosen, gathered(counter, chosen, "summary", "shards", cluster), strict=True)
-    total: ShardCounts | None = None
-    per_view = []
-    for view, shards in itertools.groupby(counted, lambda one: one[0].view):
-        found = functools.reduce(operator.add, (counts for _, counts in shards))
-        total = found if total is None else total + found
-        per_view.append({"view": view, **_top1_of_all(found)})
-    assert total is not None
-    return _summary(cache, views, total, tuple(per_view))
+    found = (measure_multi_label if is_multi_label(cache.labels) else _measure)(cache, views, cluster)
+    return CacheSummary(
+        cache=cache.location,
+        images=len(cache),
+        views=views,
+        labelled_row_views=found.labelled,
+        teachers=tuple(found.teachers),
+        agreement=tuple(Agreement(*pair, share) for pair, share in found.agreement.items()),
+        per_view=tuple({"view": view, **row} for view, row in enumerate(found.per_view)),
+        per_class=tuple(found.per_class),
+    )
+
+
+def _measure(cache: Cache, views: int, cluster: Cluster) -> Measured:
+    shards = [shard for shard in cache.layout.shards() if shard.view < views]
+    counted = zip(shards, gathered(ShardCounter(cache.snapshot), shards, "summary", "shards", cluster), strict=True)
+    per_view = [
+        functools.reduce(operator.add, (counts for _, counts in found))
+        for _, found in itertools.groupby(counted, lambda one: one[0].view)
+    ]
+    total = functools.reduce(operator.add, per_view)
+    classes = _classes(cache.manifest)
+    classes[ENSEMBLE] = next(iter(classes.values()))
+    labelled = int(next(iter(total.teachers.values())).totals[0])
+    teachers = [
+        TeacherSummary(
+            name,
+            classes[name],
+            found.accuracy(1),
+            found.accuracy(5),
+            found.entropy / total.rows,
+            None if found.kept is None else found.kept / total.rows,
+        )
+        for name, found in total.teachers.items()
+    ]
+    agreement = {pair: count / total.rows for pair, count in total.agreeing.items()}
+    rows = [{name: found.accuracy(1) for name, found in view.teachers.items()} for view in per_view]
+    return Measured(labelled, teachers, agreement, rows, _per_class(total, cache.manifest.class_names))
 
 
 @dataclass(frozen=True)
@@ -156,26 +190,18 @@ class ShardCounter:
     snapshot: Snapshot
 
     def __call__(self, shard: Shard) -> ShardCounts:
-        """Count, a few rows at a time; raise CacheError where the shard is damaged."""
-        return functools.reduce(operator.add, self._parts(shard))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ShardCounter, (self.snapshot,)
-
-    def _parts(self, shard: Shard) -> Iterator[ShardCounts]:
-        """Cut a shard into few enough rows for a dense distribution of each teacher."""
+        """Count, in few enough rows at a time for dense distributions; raise CacheError if the shard is damaged."""
         size = max(1, NUMBERS // max(_classes(self.snapshot.manifest).values()))
-        for start, answers in self._reader.batches(shard, size):
+        cache, reader = self._opened
+        counts = []
+        for start, answers in reader.batches(shard, size):
             keys = [ViewKey(shard.view, index) for index in range(start, min(start + size, shard.stop))]
-            yield _count(answers, labels_as_seen(self._cache, keys))
+            counts.append(_count(answers, labels_as_seen(cache, keys)))
+        return functools.reduce(operator.add, counts)
 
     @cached_property
-    def _reader(self) -> ShardReader:
-        return ShardReader(self.snapshot)
-
-    @cached_property
-    def _cache(self) -> Cache:
-        return Cache(self.snapshot)
+    def _opened(self) -> tuple[Cache, ShardReader]:
+        return Cache(self.snapshot), ShardReader(self.snapshot)
 
 
 def _classes(manifest: Manifest) -> dict[str, int]:
@@ -188,16 +214,16 @@ def _count(answers: Mapping[str, Targets], labels: Labels) -> ShardCounts:
     for name, targets in answers.items():
         log_p = targets.log_probs()
         best[name] = log_p.argmax(dim=1)
-        teachers[name] = _answered(log_p, labels, _kept(targets.compact))
+        teachers[name] = _count_teacher(log_p, labels, _kept(targets.compact))
         if together:
             mean = log_p.exp() / len(answers) if mean is None else mean + log_p.exp() / len(answers)
     if mean is not None:
-        teachers[ENSEMBLE] = _answered(mean.log(), labels, None)
+        teachers[ENSEMBLE] = _count_teacher(mean.log(), labels, None)
     agreeing = {(a, b): int((best[a] == best[b]).sum()) for a, b in itertools.combinations(best, 2)}
     return ShardCounts(len(labels), teachers, agreeing)
 
 
-def _answered(log_p: Tensor, labels: Labels, kept: float | None) -> Answered:
+def _count_teacher(log_p: Tensor, labels: Labels, kept: float | None) -> TeacherCounts:
     """Count log-probabilities [B, C] against labels [B]."""
     ranked = log_p.topk(min(5, log_p.shape[1]), dim=1).indices.numpy()
     known = labels >= 0
@@ -207,7 +233,9 @@ def _answered(log_p: Tensor, labels: Labels, kept: float | None) -> Answered:
     p = log_p.exp()
     entropy = -(p * log_p.where(p > 0, 0)).sum(dim=1)
     # Not torch's sum, which depends on the number of threads.
-    return Answered(np.stack(counted, axis=1).astype(np.float64), float(entropy.numpy().sum(dtype=np.float64)), kept)
+    return TeacherCounts(
+        np.stack(counted, axis=1).astype(np.float64), float(entropy.numpy().sum(dtype=np.float64)), kept
+    )
 
 
 def _kept(logits: Logits) -> float | None:
@@ -217,39 +245,14 @@ def _kept(logits: Logits) -> float | None:
     return float((1 - logits.tail[:, 0].double().exp()).numpy().sum())
 
 
-def _summary(cache: Cache, views: int, counts: ShardCounts, per_view: tuple[dict[str, Any], ...]) -> CacheSummary:
-    classes = _classes(cache.manifest)
-    classes |= {ENSEMBLE: next(iter(classes.values()))}
-    return CacheSummary(
-        cache=cache.location,
-        images=len(cache),
-        views=views,
-        labelled_row_views=int(next(iter(counts.teachers.values())).totals[0]),
-        teachers=tuple(_teacher(name, classes[name], found, counts.rows) for name, found in counts.teachers.items()),
-        agreement=tuple(Agreement(*pair, count / counts.rows) for pair, count in counts.agreeing.items()),
-        per_view=per_view,
-        per_class=tuple(_per_class(counts, cache.manifest.class_names)),
-    )
-
-
-def _teacher(name: str, classes: int, found: Answered, rows: int) -> TeacherSummary:
-    labelled, top1, top5 = found.totals
-    kept = None if found.kept is None else found.kept / rows
-    return TeacherSummary(name, classes, _share(top1, labelled), _share(top5, labelled), found.entropy / rows, kept)
-
-
-def _share(count: float, total: float) -> float | None:
-    return count / total if total else None
-
-
-def _top1_of_all(counts: ShardCounts) -> dict[str, float | None]:
-    """Return each teacher's top-1 by name."""
-    return {name: _share(found.totals[1], found.totals[0]) for name, found in counts.teachers.items()}
-
-
-def _per_class(counts: ShardCounts, names: Sequence[str] | None) -> Iterable[dict[str, Any]]:
-    """Yield a row for each class that has labelled rows, with its name if that is recorded."""
+def _per_class(counts: ShardCounts, names: Sequence[str] | None) -> list[dict[str, Any]]:
+    """Return a row for each class that has labelled rows."""
     rows = next(iter(counts.teachers.values())).by_class[:, 0]
-    for label in np.flatnonzero(rows).tolist():
-        top1 = {name: found.by_class[label, 1] / rows[label] for name, found in counts.teachers.items()}
-        yield {"label": label, **name_of(label, names), "row_views": int(rows[label]), **top1}
+    return [
+        {
+            **class_columns(label, names),
+            "row_views": int(rows[label]),
+            **{name: found.by_class[label, 1] / rows[label] for name, found in counts.teachers.items()},
+        }
+        for label in np.flatnonzero(rows).tolist()
+    ]

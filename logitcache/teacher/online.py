@@ -74,10 +74,11 @@ def _source(
 ) -> TeacherSource:
     """Return the user's own source of a teacher, else the recorded one, to answer all that the cache keeps."""
     kept: dict[str, Any] = {"logits": None if entry.logits is None else Dense(), "features": entry.features}
-    if given is None:
-        return _recorded_source(name, entry, modules).model_copy(update=kept)
-    preprocessing = given.preprocessing or entry.preprocessing
-    return TeacherSource(model=given.model, preprocessing=preprocessing, precision=entry.precision, **kept)
+    if given is None and name not in (modules or {}):
+        return recorded_source(name, entry).model_copy(update=kept)
+    model, preprocessing = (None, None) if given is None else (given.model, given.preprocessing)
+    preprocessing = preprocessing or entry.preprocessing
+    return TeacherSource(model=model, preprocessing=preprocessing, precision=entry.precision, **kept)
 
 
 def _require_recorded(teacher: Teacher, entry: TeacherEntry) -> None:
@@ -90,10 +91,9 @@ def _require_recorded(teacher: Teacher, entry: TeacherEntry) -> None:
             )
 
 
-def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Module] | None) -> TeacherSource:
+def recorded_source(name: str, entry: TeacherEntry) -> TeacherSource:
     """Read a teacher's source from the manifest, which never names code to run."""
-    mine = name in (modules or {})
-    model = None if mine else network_of(name, entry)
+    model = network_of(name, entry)
     recorded = {
         "model": model,
         "preprocessing": entry.preprocessing.model_dump(mode="json"),
@@ -106,10 +106,11 @@ def _recorded_source(name: str, entry: TeacherEntry, modules: Mapping[str, nn.Mo
             f"teachers.{name}.model in the cache cannot be read: {error.errors()[0]['msg']}. "
             f"Fix: give `teachers: {{{name}: …}}` in the student's recipe"
         ) from error
-    if not mine and (source.model is None or names_code(model)):
+    if source.model is None or names_code(model):
         raise RecipeError(
             f"teacher {name!r} was built by the user's own code, and a cache never names code to run. "
-            f"Fix: --teachers-from the precompute recipe, or give `teachers: {{{name}: …}}` in the student's recipe"
+            f"Fix: --teachers-from the precompute recipe, or give `teachers: {{{name}: …}}` in the student's recipe or "
+            "by --set"
         )
     return source
 

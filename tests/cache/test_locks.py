@@ -10,7 +10,7 @@ from torch import Tensor
 
 from logitcache.cache.cache import open_cache
 from logitcache.errors import RecipeError, ReplayMismatchError
-from logitcache.report.verification import verify
+from logitcache.report.verify_and_repair import verify
 from logitcache.views.keys import ViewKey
 from tests.cache.made import Linear, Pixels, forge, run, write_images
 

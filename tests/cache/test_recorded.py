@@ -18,7 +18,7 @@ from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.errors import CacheError, MismatchError, RecipeError, ReplayMismatchError
 from logitcache.report.inspect import inspect_cache
-from logitcache.report.verification import verify
+from logitcache.report.verify_and_repair import verify
 from logitcache.views.augmentations import HorizontalFlip
 from logitcache.views.checksums import require_rows
 from logitcache.views.keys import ViewKey

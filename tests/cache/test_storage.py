@@ -27,7 +27,7 @@ from logitcache.cli.app import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.summary import summarize
-from logitcache.report.verification import verify
+from logitcache.report.verify_and_repair import verify
 from logitcache.stage_one.precompute import precompute
 from logitcache.stage_one.share import Part
 from logitcache.store.arrays import Shard

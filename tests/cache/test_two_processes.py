@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from logitcache.cache.read.shared_memory import VARIABLE
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import LogitCacheError
-from logitcache.report.verification import repair
+from logitcache.report.verify_and_repair import repair
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import DENSE16, FLIP_AND_CROP, PACKED, recipe, teacher
 from tests.cache.reading import Reader

@@ -182,11 +182,11 @@ def test_inspect_and_summary_and_demo_call_their_verbs(tmp_path, verb):
 
 
 def test_verify_tells_every_problem_once_and_exits_3(capsys, monkeypatch, tmp_path):
-    from logitcache.report.verification import VerifyResult
+    from logitcache.report.verify_and_repair import VerifyResult
 
     problems = ("shard 0 differs " + "x" * 300, "shard 1 is gone")
     result = VerifyResult("a.zarr", 2, 10, "not compared", "the cache is damaged", problems, "mend it")
-    monkeypatch.setattr("logitcache.report.verification.verify", lambda *args: result)
+    monkeypatch.setattr("logitcache.report.verify_and_repair.verify", lambda *args: result)
     assert main(["verify", str(tmp_path), "--set", "dataset.root=x"]) == 3
     out, err = capsys.readouterr()
     assert "shards" in out

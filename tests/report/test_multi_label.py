@@ -11,7 +11,7 @@ from logitcache.logits import dense_logits
 from logitcache.report import inspect as inspecting
 from logitcache.report import multi_label_summary
 from logitcache.report.inspect import inspect_cache
-from logitcache.report.multi_label_summary import ENSEMBLE, MultiLabelSummary
+from logitcache.report.multi_label_summary import ENSEMBLE, MultiLabelTeacher
 from logitcache.report.summary import summarize
 from logitcache.stage_one.precompute import precompute
 from logitcache.views.keys import ViewKey
@@ -54,7 +54,7 @@ def precisions(logits: Table, labels: Table) -> list[float]:
 
 def test_figures_are_those_of_a_plain_loop(path: Path) -> None:
     result, cache, labels = summarize(path), open_cache(path), Marked().table
-    assert isinstance(result, MultiLabelSummary)
+    assert all(isinstance(one, MultiLabelTeacher) for one in result.teachers)
     assert (result.images, result.views, result.labelled_row_views) == (COUNT, 2, 2 * COUNT)
     said = {item.teacher: item for item in result.teachers}
     assert list(said) == ["a", "b", ENSEMBLE]
@@ -90,7 +90,7 @@ def test_what_a_few_classes_say_is_not_told(tmp_path: Path) -> None:
     path = fill(tmp_path / "c", {"a": TOP2}, shard_rows=None)
     assert inspect_cache(path)["teachers"]["a"]["mean_ap"] is None
     result = summarize(path)
-    assert isinstance(result, MultiLabelSummary)
+    assert all(isinstance(one, MultiLabelTeacher) for one in result.teachers)
     assert [(item.teacher, item.mean_ap) for item in result.teachers] == [("a", None)]
 
 
@@ -105,5 +105,5 @@ def test_a_mixed_image_has_the_labels_of_its_larger_part(tmp_path: Path) -> None
         if mixture.share[index] < 0.5:
             seen[index] = labels[mixture.partners[index]]
     result = summarize(cache.path, 1)
-    assert isinstance(result, MultiLabelSummary)
+    assert all(isinstance(one, MultiLabelTeacher) for one in result.teachers)
     assert result.teachers[0].mean_ap == pytest.approx(np.mean(precisions(answers(cache, "a", 0), seen)))

@@ -20,7 +20,7 @@ import torch
 
 from logitcache.cache.cache import open_cache
 from logitcache.errors import LogitCacheError
-from logitcache.report.verification import verify
+from logitcache.report.verify_and_repair import verify
 from logitcache.runtime.console import configure
 from logitcache.stage_one.precompute import precompute
 from logitcache.store.mirror_folder import FOLDER

@@ -18,7 +18,7 @@ from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.gc import collect
 from logitcache.errors import CacheError, MismatchError, ReplayMismatchError
 from logitcache.report.inspect import inspect_cache
-from logitcache.report.verification import verify
+from logitcache.report.verify_and_repair import verify
 from logitcache.runtime import console
 from logitcache.stage_one.precompute import PrecomputeResult, precompute
 from logitcache.store.base import LocalStore

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.config.recipe import dump_recipe
-from logitcache.report.verification import repair
+from logitcache.report.verify_and_repair import repair
 from logitcache.stage_one.precompute import precompute
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from tests.cache.made import contents, flip, recipe, run, shard_files
