@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from logitcache.cache.cache import open_cache
 from logitcache.errors import DataError, MismatchError, RemoteError
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.store import file_stamps
-from logitcache.store.remote import client
+from logitcache.store.remote import client, protocols
 from logitcache.store.turns import turn
 from logitcache.views.datasets import ImageFolder, WebDataset, fingerprint, webdataset
 from logitcache.views.datasets.archives import samples as found_samples
@@ -185,15 +186,19 @@ def test_a_server_without_tags_is_not_trusted(shards: Path, headers: dict[str, s
     assert len(front.asked("GET")) == passes
 
 
-def test_a_file_that_changed_just_now_has_no_tag_yet(shards: Path) -> None:
-    origin = folder(shards)
-    fresh = {"Last-Modified": formatdate(time.time(), usegmt=True)}
+@pytest.mark.parametrize(("age", "passes"), [(protocols._FRESH_SECONDS - 0.1, 2), (protocols._FRESH_SECONDS, 1)])
+def test_a_file_that_changed_just_now_has_no_tag_yet(
+    shards: Path, age: float, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin, changed = folder(shards), 1_700_000_000
+    monkeypatch.setattr(protocols, "time", SimpleNamespace(time=lambda: changed + age))
+    fresh = {"Last-Modified": formatdate(changed, usegmt=True)}
     front = Front(lambda request: origin(request)._replace(headers=fresh))
     with connecting({}):
         for _ in range(2):
             opened(front.url, "train-000.tar")
     front.close()
-    assert len(front.asked("GET")) == 2
+    assert len(front.asked("GET")) == passes
 
 
 def test_neighbours_are_read_by_one_request(shards: Path, s3: Bucket) -> None:
