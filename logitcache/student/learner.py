@@ -71,7 +71,7 @@ class Learner:
         layouts: Mapping[str, Layout] | None = None,
     ) -> None:
         """Take up a model, an adapter for each loss, and the decided layouts of the taps."""
-        self.device, self.ranks = device, ranks
+        self.device, self.ranks, self.layouts = device, ranks, layouts or {}
         self.model, self.adapters = classifier.to(device), adapters.to(device)
         if recipe.sync_batch_norm:
             synchronize(self.model, ranks)

@@ -1,15 +1,18 @@
 """Taps of a student that put channels last are compared as those that put them first."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
-from logitcache.errors import RecipeError
+from logitcache.errors import MismatchError, RecipeError
 from logitcache.student import build_model, lesson
 from logitcache.student.losses.base import Site
+from logitcache.student.training import train
 from tests.student.featured import fill_featured
 from tests.student.small import student
 
@@ -77,3 +80,25 @@ def test_features_reach_the_loss_with_channels_first(featured: Path, tmp_path: P
     net = Turned(5, 6, one_size=False)
     _, found = Tapped(net, net, ["turn"], "the model", {"turn": "channels_last"})(torch.rand(2, 1, 6, 6))
     assert found["turn"].shape == (2, 5, 6, 6)
+
+
+def test_a_run_of_before_layouts_resumes_by_the_fix_that_its_error_names(
+    featured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Releases that knew no layouts read [H, W, C] as [C, H, W]: their runs have adapters of other shapes."""
+    changes: dict[str, Any] = {
+        "losses": [{"kind": "cross_entropy"}, {"kind": "hint", "student": "turn", "feature": "maps"}],
+        "model": {"kind": "custom", "factory": "tests.student.test_tap_layouts:turned"},
+    }
+    begun = student(tmp_path / "run", featured, epochs=1, **changes)
+    with monkeypatch.context() as before:
+        before.setattr("logitcache.student.training.decide_layouts", lambda *_: {"turn": "auto"})
+        train(begun)
+    longer = student(tmp_path / "run", featured, epochs=2, **changes)
+    with pytest.raises(MismatchError) as refused:
+        train(longer, resume=True)
+    (fix,) = re.findall(r"tap_layouts: (\{.*?\})", str(refused.value))
+    layouts = yaml.safe_load(fix)
+    assert layouts == {"turn": "channels_first"}
+    resumed = student(tmp_path / "run", featured, epochs=2, tap_layouts=layouts, **changes)
+    assert train(resumed, resume=True).epochs == 2

@@ -284,7 +284,8 @@ def fit_to_pages(entries: Mapping[str, TeacherEntry], shard_rows: int) -> dict[s
     for name, entry in fitted.items():
         for target in entry.targets:
             kept = kept_of(entry, target)
-            most = MOST_DECODED // max(row.num_bytes for row in kept.rows)
+            # A head keeps no row of its own.
+            most = MOST_DECODED // max((row.num_bytes for row in kept.rows), default=1)
             if kept.storage == "packed" and shard_rows > most:
                 raise RecipeError(
                     f"shard_rows: {shard_rows} rows of {name}.{target} take more than {MOST_DECODED} bytes to decode. "

@@ -144,7 +144,9 @@ class RunDirectory:
         lines = [
             f"{key}: the run has {old.get(key)!r}, the recipe {new.get(key)!r}"
             for key in dict.fromkeys([*old, *new])
-            if old.get(key) != new.get(key) and not (key == "epochs" and extends)
+            if old.get(key) != new.get(key)
+            and not (key == "epochs" and extends)
+            and not _states_layout(key, old.get(key), new.get(key))
         ]
         if lines:
             raise MismatchError(
@@ -290,6 +292,11 @@ def _entries(recipe: Component) -> dict[str, Any]:
         for key, value in _flat(yaml.safe_load(dump_recipe(recipe)))
         if not any(f"{key}.".startswith(f"{free}.") for free in (*_FREE, *_PLACES))
     }
+
+
+def _states_layout(key: str, old: Any, new: Any) -> bool:
+    """Say whether an entry states the layout that releases without `tap_layouts` assumed for every tap."""
+    return key == "tap_layouts" or (key.startswith("tap_layouts.") and (old, new) == (None, "channels_first"))
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
