@@ -1,7 +1,7 @@
-"""What every model owns: its network, its normalisation and its input size."""
+"""What all models share: preprocessing, and the classifier around a network."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
@@ -37,7 +37,7 @@ class Preprocessing(Component):
 
 
 class BuiltModel(NamedTuple):
-    """A network, float [B, C, h, w] to logits [B, K], and its preprocessing where that is known."""
+    """A network, float [B, C, h, w] to logits [B, K], and its preprocessing if that is known."""
 
     module: nn.Module
     preprocessing: Preprocessing | None
@@ -139,27 +139,21 @@ class Classifier(nn.Module):
 
 def _only_entry(output: object) -> object:
     """Return the entry of a network's output that can only be its logits; the output itself without such an entry."""
-    if isinstance(output, Mapping):
-        return output["logits"] if "logits" in output else _single(list(output.values()), output)
-    if isinstance(output, (tuple, list)):
-        return _single(output, output)
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    if isinstance(output, (Mapping, tuple, list)):
+        entries = list(output.values() if isinstance(output, Mapping) else output)
+        return entries[0] if len(entries) == 1 else output
     return output if isinstance(output, Tensor) else getattr(output, "logits", output)
-
-
-def _single(entries: Any, output: object) -> object:
-    return entries[0] if len(entries) == 1 else output
 
 
 def _described(output: object) -> str:
     """Describe a network's output: its type, and the shapes of its tensors by name or place."""
     if isinstance(output, Tensor):
         return str(list(output.shape))
+    entries = [_described(value) for value in output] if isinstance(output, (tuple, list)) else []
     if isinstance(output, Mapping):
         entries = [f"{name}: {_described(value)}" for name, value in output.items()]
-    elif isinstance(output, (tuple, list)):
-        entries = [_described(value) for value in output]
-    else:
-        entries = []
     return f"a {type(output).__name__}" + (f" of {{{', '.join(entries)}}}" if entries else "")
 
 
@@ -177,10 +171,8 @@ def _check_pixels(pixels: Tensor, num_channels: int) -> None:
 
 
 def channels_fix(num_channels: int) -> str:
-    """Word how to get images with the channels that a model takes."""
-    modes = {1: "L", 3: "RGB"}
-    if num_channels in modes:
-        mode = modes[num_channels]
+    """Describe how to get images with the channels that a model takes."""
+    if (mode := {1: "L", 3: "RGB"}.get(num_channels)) is not None:
         return f"dataset: {{mode: {mode}}} reads every image with {num_channels} channels."
     return f"give images with {num_channels} channels, or a model made for these."
 
@@ -206,16 +198,16 @@ def resolve_preprocessing(
     who: str,
     default: Preprocessing | None = None,
 ) -> Preprocessing:
-    """Choose what the recipe says, else what the model's source says, else the default.
+    """Return the preprocessing that the recipe gives, else that of the model's source, else the default.
 
-    `who` names the model as the recipe does ("teachers.resnet"). Raises RecipeError when none of
-    the three is there: a trained network under a guessed normalisation is quietly a worse one.
+    `who` names the model as the recipe does ("teachers.resnet"). Raises RecipeError without any of the three: a trained
+    network under a guessed normalisation is quietly a worse one.
     """
     chosen = given or built.preprocessing or default
     if chosen is None:
         raise RecipeError(
             f"{who} does not know how its pixels were normalised in training.\n"
-            f"  Fix: say so beside its model, as in {who}.preprocessing: {{mean: [0.485, 0.456,"
+            f"  Fix: give it beside its model, as in {who}.preprocessing: {{mean: [0.485, 0.456,"
             " 0.406], std: [0.229, 0.224, 0.225]}, of pixels in 0..1;"
             " or pass lc.Classifier(module, lc.Preprocessing(mean=…, std=…)) in place of a module."
         )

@@ -3,10 +3,10 @@
 import os
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,12 +24,6 @@ _MODULES_PER_TENSOR, _SLACK_MODULES = 32, 512
 
 class TooLarge(Exception):
     """A description builds more than its weights hold; no ValueError, which builders of models catch."""
-
-
-class Buildable(Protocol):
-    """What a stored model is built by."""
-
-    def build(self, num_classes: int | None, in_channels: int) -> tuple[nn.Module, object]: ...
 
 
 class Held(NamedTuple):
@@ -54,7 +48,7 @@ def held_in(weights: Path) -> Held:
     return Held(len(shapes), sum(shape.numel() for shape in shapes))
 
 
-def require_buildable(model: Buildable, num_classes: int, in_channels: int, held: Held) -> None:
+def require_buildable(build: Callable[[], object], held: Held) -> None:
     """Build a network without values; raise TooLarge as soon as it exceeds what its weights hold.
 
     Constructors that compute with values are run on the CPU, within the same bounds.
@@ -62,7 +56,7 @@ def require_buildable(model: Buildable, num_classes: int, in_channels: int, held
     for device in ("meta", "cpu"):
         try:
             with own_randomness(torch.device("cpu"), 0), torch.device(device), _at_most(held):
-                model.build(num_classes, in_channels)
+                build()
         except TooLarge:
             raise
         except (RuntimeError, ValueError, TypeError, OverflowError, ArithmeticError, LookupError):

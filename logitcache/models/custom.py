@@ -12,9 +12,9 @@ from logitcache.models.base import BuiltModel
 
 
 class Custom(Component):
-    """What `factory` ("pkg.mod:fn") returns: an nn.Module, float [B, C, H, W] to logits [B, K].
+    """The nn.Module that `factory` ("pkg.mod:fn") returns: float [B, C, H, W] to logits [B, K].
 
-    The number of classes and of channels are the factory's own business: give them as arguments.
+    Numbers of classes and of channels are passed as arguments if the factory needs them.
     """
 
     kind: Literal["custom"] = "custom"
@@ -35,5 +35,5 @@ class Custom(Component):
         return (f"the function '{self.factory}'",)
 
     def architecture(self) -> "Custom":
-        """Return itself: what the factory loads is its own business."""
+        """Return itself."""
         return self

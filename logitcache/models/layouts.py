@@ -53,7 +53,7 @@ def known_layouts(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout]
         with torch.no_grad():
             own = {tap: tuple(value.shape[1:]) for tap, value in tapped(inputs)[1].items()}
             if any(layout == "auto" and len(own[tap]) > 1 for tap, layout in asked):
-                larger = tapped.reached(functional.interpolate(inputs, scale_factor=2.0))
+                larger = tapped.shapes_until_error(functional.interpolate(inputs, scale_factor=2.0))
     finally:
         tapped.remove()
     known, is_square = _known_channels(network), inputs.shape[2] == inputs.shape[3]

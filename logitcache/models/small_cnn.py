@@ -9,7 +9,7 @@ from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel
 
 MOST_WIDTH, MOST_DEPTH = 1024, 64
-"""What a file may name; a user may name more."""
+"""The largest that a file may name; a user may name more."""
 
 
 def _convolution(num_in: int, num_out: int, stride: int = 1) -> nn.Conv2d:

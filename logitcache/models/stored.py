@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -9,8 +10,8 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 from torch import nn
 
 from logitcache.config.recipe import Component, Count
-from logitcache.config.trust import VARIABLE, Trust, is_granted, remember
-from logitcache.errors import RecipeError, RefusedError
+from logitcache.config.trust import Trust, remember, require_grant
+from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
 from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
@@ -68,27 +69,24 @@ def save_model(directory: Path, module: nn.Module, stored: StoredModel) -> None:
 
 def read_stored(path: Path) -> StoredModel:
     """Read `model.json`. Raises RecipeError."""
-    return _parsed(_content(path), path)
+    return _read(path)[0]
 
 
-def _content(path: Path) -> bytes:
+def _read(path: Path) -> tuple[StoredModel, str]:
+    """Read a description, and its digest."""
     try:
-        return read_bounded(path, _MAX_BYTES)
+        content = read_bounded(path, _MAX_BYTES)
+        return StoredModel.model_validate_json(content), hashlib.sha256(content).hexdigest()
     except FileNotFoundError as error:
         raise RecipeError(
             f"{path.parent} is not a run: it has no {path.name}.\n"
             "  Fix: give the directory that train-student or train-teacher wrote."
         ) from error
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _parsed(content: bytes, path: Path) -> StoredModel:
-    try:
-        return StoredModel.model_validate_json(content)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'all of it'}: {e['msg']}" for e in error.errors()[:3]]
         raise _unreadable(path, "; ".join(lines)) from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, reason: object) -> RecipeError:
@@ -98,13 +96,13 @@ def _unreadable(path: Path, reason: object) -> RecipeError:
 def load_model(directory: Path, factory: str | None = None, trust: Collection[str] = ()) -> BuiltModel:
     """Build a run's network with its final weights. Raises RecipeError.
 
-    `factory` is the user's own name of what builds a custom model: the stored one is never called. `trust` has the
-    digests of descriptions that may name more than the allow-list.
+    `factory` is the user's own name of the function that builds a custom model: the stored one is never called. `trust`
+    has the digests of descriptions that may name more than the allow-list.
     """
     return _load(directory / "model.json", directory / "weights.safetensors", factory, trust)
 
 
-def _load(description: Path, weights: Path, factory: str | None, trust: Collection[str]) -> BuiltModel:
+def _load(description: Path, weights: Path, factory: str | None = None, trust: Collection[str] = ()) -> BuiltModel:
     stored, source, held = _described(description, weights, factory, trust)
     try:
         module = source.build(stored.num_classes, stored.in_channels).module
@@ -128,16 +126,16 @@ def load_into(directory: Path, module: nn.Module) -> BuiltModel:
 def _described(
     description: Path, weights: Path, factory: str | None, trust: Collection[str]
 ) -> tuple[StoredModel, Architecture, Held]:
-    """Read what a run describes and how much its weights hold; raise unless the one may be built and fits the other."""
-    content = _content(description)
-    stored = _parsed(content, description)
+    """Read a run's description and how much its weights hold; raise unless the one may be built and fits the other."""
+    stored, digest = _read(description)
     source = _trusted(stored.model, description, factory).architecture()
     held = _held_in(weights)
     if isinstance(source, Custom):
         return stored, source, held  # the user's own code
-    _require_grant(source, description, hashlib.sha256(content).hexdigest(), trust)
+    beside = f"beside the path in a recipe: trust: {digest}"
+    require_grant(source.risks(), digest, trust, str(description), beside)
     try:
-        require_buildable(source, stored.num_classes, stored.in_channels, held)
+        require_buildable(partial(source.build, stored.num_classes, stored.in_channels), held)
     except TooLarge as error:
         raise _unreadable(description, f"it describes another network than {weights.name} holds: {error}") from error
     return stored, source, held
@@ -156,58 +154,45 @@ def _held_in(weights: Path) -> Held:
         raise _unreadable(weights, error) from error
 
 
-def _require_grant(source: Architecture, description: Path, digest: str, trust: Collection[str]) -> None:
-    """Raise RefusedError for a model beyond the allow-list that the user neither trained nor vouches for."""
-    risks = source.risks()
-    if risks and not is_granted(digest, trust):
-        raise RefusedError(
-            f"{description} names {', '.join(risks)}, which is built only if you vouch for it: this user did not train "
-            f"that model.\n  Fix: if you know where it comes from, set {VARIABLE}={digest}\n"
-            f"  or, beside the path in a recipe: trust: {digest}\n  or, of evaluate: --trust {digest}"
-        )
-
-
 def _trusted(model: Architecture | None, description: Path, factory: str | None) -> Architecture:
-    """Put the user's factory in the place of a stored one."""
-    if model is None:
-        if factory is None:
-            raise RecipeError(
-                f"{description} is of a module that was passed to train, and names no model.\n"
-                "  Fix: load_student(run, model=module); or, beside the path in a recipe, factory: pkg.mod:function"
-            )
-        return Custom(factory=factory)
-    if not isinstance(model, Custom):
+    """Replace a stored factory by the user's own."""
+    if model is not None and not isinstance(model, Custom):
         if factory is not None:
             raise RecipeError(f"{description} is of kind {model.kind}, which needs no `factory`.\n  Fix: leave it out.")
         return model
-    if factory is None:
+    if factory is not None:
+        return Custom(factory=factory) if model is None else model.model_copy(update={"factory": factory})
+    if model is None:
         raise RecipeError(
-            f"{description} names the factory '{model.factory}', and what a file names is never"
-            " called.\n"
-            f"  Fix: if you trust it, add to your recipe beside the path: factory: {model.factory}"
+            f"{description} is of a module that was passed to train, and names no model.\n"
+            "  Fix: load_student(run, model=module); or, beside the path in a recipe, factory: pkg.mod:function"
         )
-    return model.model_copy(update={"factory": factory})
+    raise RecipeError(
+        f"{description} names the factory '{model.factory}', and a factory that a file names is never called.\n"
+        f"  Fix: if you trust it, add to your recipe beside the path: factory: {model.factory}"
+    )
 
 
-def _check_counts(stored: StoredModel, where: Path, num_classes: int | None, in_channels: int) -> None:
+def _require_counts(description: Path, num_classes: int | None, in_channels: int) -> None:
+    """Raise RecipeError if a stored model predicts other classes or takes other channels."""
+    stored = read_stored(description)
     if num_classes not in (None, stored.num_classes):
         raise RecipeError(
-            f"the model in {where} predicts {stored.num_classes} classes, {num_classes} are asked"
-            " for.\n"
+            f"the model in {description.parent} predicts {stored.num_classes} classes, {num_classes} are asked for.\n"
             "  Fix: give a model that was trained on these classes."
         )
     if in_channels != stored.in_channels:
         raise RecipeError(
-            f"the model in {where} takes {stored.in_channels} channels, the images have"
-            f" {in_channels}.\n  Fix: {channels_fix(stored.in_channels)}"
+            f"the model in {description.parent} takes {stored.in_channels} channels, the images have {in_channels}.\n"
+            f"  Fix: {channels_fix(stored.in_channels)}"
         )
 
 
 class Run(Component):
     """A run directory of ours: its final weights, its normalisation.
 
-    A run of a custom model needs `factory` again: one that is stored in a file is never called. `trust` has the digest
-    of a `model.json` that may name more than the allow-list.
+    A run of a custom model needs `factory` again: a stored one is never called. `trust` has the digest of a
+    `model.json` that may name more than the allow-list.
     """
 
     kind: Literal["run"] = "run"
@@ -217,13 +202,13 @@ class Run(Component):
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the run's network with its final weights."""
-        stored = read_stored(self._directory / "model.json")
-        _check_counts(stored, self._directory, num_classes, in_channels)
-        return load_model(self._directory, self.factory, self.trust)
+        _require_counts(self._files[0], num_classes, in_channels)
+        return _load(*self._files, self.factory, self.trust)
 
     @property
-    def _directory(self) -> Path:
-        return Path(self.path).expanduser()
+    def _files(self) -> tuple[Path, Path]:
+        directory = Path(self.path).expanduser()
+        return directory / "model.json", directory / "weights.safetensors"
 
     def risks(self) -> tuple[str, ...]:
         """Name the folder, and the function that builds the model if there is one."""
@@ -232,8 +217,7 @@ class Run(Component):
 
     def architecture(self) -> Architecture:
         """Return the entry that the run was built from."""
-        files = self._directory / "model.json", self._directory / "weights.safetensors"
-        return _described(*files, self.factory, self.trust)[1]
+        return _described(*self._files, self.factory, self.trust)[1]
 
 
 class Bundled(Component):
@@ -244,10 +228,12 @@ class Bundled(Component):
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the shipped teacher."""
-        directory = bundled_directory(self.name)
-        stored = read_stored(directory / "teacher.json")
-        _check_counts(stored, directory, num_classes, in_channels)
-        return _load(directory / "teacher.json", directory / "teacher.safetensors", None, ())
+        _require_counts(self._description, num_classes, in_channels)
+        return _load(self._description, self._description.with_suffix(".safetensors"))
+
+    @property
+    def _description(self) -> Path:
+        return bundled_directory(self.name) / "teacher.json"
 
     def risks(self) -> tuple[str, ...]:
         """Name nothing: it reads the package's own files."""
@@ -255,17 +241,15 @@ class Bundled(Component):
 
     def architecture(self) -> Architecture:
         """Return the entry that the shipped teacher was built from."""
-        description = bundled_directory(self.name) / "teacher.json"
-        return _trusted(read_stored(description).model, description, None)
+        return _trusted(read_stored(self._description).model, self._description, None)
 
 
 class Checkpoint(Component):
     """The user's own weights in the architecture `model`: safetensors or a weights-only file.
 
-    `key` is where in the file the weights are, when it holds several; `prefix` is dropped from
-    the names that have it, and other names are left out. `num_classes` is what they predict, when
-    that is not what the images' labels say. The preprocessing is the user's to give: a file of
-    weights does not hold it.
+    `key` selects the weights in a file that holds several; `prefix` is dropped from the names that have it, and other
+    names are left out. `num_classes` is the number of outputs if the images' labels have another. The user gives the
+    preprocessing: a file of weights does not hold it.
     """
 
     kind: Literal["checkpoint"] = "checkpoint"

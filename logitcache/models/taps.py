@@ -1,25 +1,24 @@
-"""Taps: what modules inside a network put out, or take in, while it answers."""
+"""Taps: outputs or inputs of modules inside a network, caught during a forward pass."""
 
 import contextlib
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from logitcache.errors import RecipeError
 from logitcache.reductions import Layout, channels_in_place
 
 INPUT = ":input"
-"""Ends the name of a tap that takes what a module takes in, as in `fc:input`."""
+"""Suffix of a tap of a module's input, as in `fc:input`."""
 
 SHOWN = 40
 
 
 class Tapped(nn.Module):
-    """A network that also returns what it had at its taps: its output, and tensors by tap.
+    """Return a network's output, and the tensors at its taps.
 
     A tap is a module's path, as `named_modules` gives it, for its output; with `:input` after it, for its first input.
     Raises RecipeError for a path that does not exist, and for a tap that does not fire exactly once in a pass, whose
@@ -34,7 +33,7 @@ class Tapped(nn.Module):
         who: str,
         layouts: Mapping[str, Layout] | None = None,
     ) -> None:
-        """Tap `network`, a part of `module`, which is what is called; `who` names it in errors.
+        """Tap `network`, a part of `module`, which is called; `who` names it in errors.
 
         Tensors of taps with decided `layouts` are returned as maps [B, C, H, W] or tokens [B, N, D].
         """
@@ -52,8 +51,8 @@ class Tapped(nn.Module):
         caught, self._caught = self._caught, {}
         return output, {tap: self._only(tap, found) for tap, found in caught.items()}
 
-    def reached(self, *inputs: Tensor) -> dict[str, tuple[int, ...]]:
-        """Run the module as far as it takes the inputs, and return the shapes, without the batch, that taps held."""
+    def shapes_until_error(self, *inputs: Tensor) -> dict[str, tuple[int, ...]]:
+        """Run the module until it fails on the inputs, if it does; return the shapes, without the batch, at taps."""
         self._caught = {tap: [] for tap in self._taps}
         with contextlib.suppress(Exception):  # a network that takes other sizes may raise anything
             self.module(*inputs)
@@ -66,32 +65,17 @@ class Tapped(nn.Module):
         for hook in self._hooks:
             hook.remove()
 
-    def _hook(self, network: nn.Module, tap: str) -> RemovableHandle:
+    def _hook(self, network: nn.Module, tap: str) -> Any:
         path = tap.removesuffix(INPUT)
         module = dict(network.named_modules()).get(path) if path else None
         if module is None:
             raise RecipeError(f"{self._who} has no module {path!r}.\n  {_suggestion(network, path)}")
-        hook: RemovableHandle = (
-            module.register_forward_pre_hook(self._catch_input(tap))
-            if tap.endswith(INPUT)
-            else module.register_forward_hook(self._catch_output(tap))
-        )
-        return hook
-
-    def _catch_output(self, tap: str) -> Callable[[nn.Module, Any, Any], None]:
-        def catch(module: nn.Module, inputs: Any, output: Any) -> None:
-            self._catch(tap, output)
-
-        return catch
-
-    def _catch_input(self, tap: str) -> Callable[[nn.Module, Any], None]:
-        def catch(module: nn.Module, inputs: Any) -> None:
-            self._catch(tap, inputs[0] if inputs else None)
-
-        return catch
+        if tap.endswith(INPUT):
+            return module.register_forward_pre_hook(lambda _, inputs: self._catch(tap, inputs[0] if inputs else None))
+        return module.register_forward_hook(lambda _, __, output: self._catch(tap, output))
 
     def _catch(self, tap: str, value: Any) -> None:
-        if tap in self._caught:  # else somebody runs the network by itself
+        if tap in self._caught:  # not if the network is run by itself
             version = value._version if isinstance(value, Tensor) and not torch.compiler.is_compiling() else 0
             self._caught[tap].append((value, version))
 

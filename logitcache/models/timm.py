@@ -10,8 +10,7 @@ from torch import nn
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
 from logitcache.models.base import BuiltModel, Preprocessing, risky_options
-from logitcache.models.torchvision import another_count
-from logitcache.models.weights import did_you_mean
+from logitcache.models.torchvision import another_count, require_known
 
 # timm looks these up itself, outside its list of names.
 _OUTSIDE = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -46,34 +45,23 @@ class Timm(Component):
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the network; one with weights brings its own normalisation and size."""
         timm = _timm()
-        self._check_name(timm)
-        if self.pretrained and not self.new_head:
-            self._check_classes(timm, num_classes)
+        if not self.name.startswith(_OUTSIDE):
+            require_known(self.name, {*timm.list_models(), *timm.list_pretrained()}, "timm", "model")
+        if self.pretrained and not self.new_head:  # timm would put in a random layer unasked
+            config = timm.get_pretrained_cfg(self.name)
+            if num_classes is not None and config is not None and config.num_classes != num_classes:
+                raise another_count(f"timm's {self.name}", config.num_classes, num_classes)
         module = self._network(timm, num_classes, in_channels)
         return BuiltModel(module, self._preprocessing(timm, module, in_channels))
 
     def risks(self) -> tuple[str, ...]:
-        """Name a model outside timm's own list, and options that are not known to be rates or switches."""
+        """Name a model outside timm's own list, and options that are no known rates or switches."""
         outside = () if _LISTED.fullmatch(self.name) else (f"the model '{self.name}'",)
         return outside + risky_options(self.options, _PLAIN_OPTIONS)
 
     def architecture(self) -> Self:
         """Return the same network with random weights."""
         return self.model_copy(update={"pretrained": False, "new_head": False})
-
-    def _check_name(self, timm: ModuleType) -> None:
-        if self.name.startswith(_OUTSIDE):
-            return
-        known = {*timm.list_models(), *timm.list_pretrained()}
-        if self.name not in known:
-            near = did_you_mean(self.name, known)
-            raise RecipeError(f"timm has no model '{self.name}'.\n  Fix: {near}")
-
-    def _check_classes(self, timm: ModuleType, num_classes: int | None) -> None:
-        """Refuse another number of classes, for which timm would put in a random layer unasked."""
-        config = timm.get_pretrained_cfg(self.name)
-        if num_classes is not None and config is not None and config.num_classes != num_classes:
-            raise another_count(f"timm's {self.name}", config.num_classes, num_classes)
 
     def _network(self, timm: ModuleType, num_classes: int | None, in_channels: int) -> nn.Module:
         counts = {} if num_classes is None else {"num_classes": num_classes}
@@ -94,12 +82,12 @@ class Timm(Component):
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
             raise RecipeError(
                 f"timm's {self.name} cannot be built: {error}.\n"
-                "  Fix: mend its `options`; pretrained: false starts from random weights."
+                "  Fix: correct its `options`; pretrained: false starts from random weights."
             ) from error
         return module
 
     def _preprocessing(self, timm: ModuleType, module: nn.Module, in_channels: int) -> Preprocessing | None:
-        """Return the weights' normalisation, which says nothing of images with other channels."""
+        """Return the weights' normalisation; None for images with other channels, which it does not fit."""
         config: dict[str, Any] = timm.data.resolve_model_data_config(module)
         if not self.pretrained or len(config["mean"]) != in_channels:
             return None

@@ -1,5 +1,6 @@
 """Models of torchvision, by name."""
 
+from collections.abc import Collection
 from typing import Literal, Self
 
 import torch
@@ -41,9 +42,7 @@ class Torchvision(Component):
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the network, with the weights' own normalisation and size when it has weights."""
-        if self.name not in zoo.list_models(module=zoo):
-            near = did_you_mean(self.name, zoo.list_models(module=zoo))
-            raise RecipeError(f"torchvision has no classifier '{self.name}'.\n  Fix: {near}")
+        require_known(self.name, zoo.list_models(module=zoo), "torchvision", "classifier")
         if in_channels != 3:
             raise RecipeError(
                 f"torchvision's {self.name} takes 3 channels, the images have {in_channels}.\n  Fix: {channels_fix(3)}"
@@ -53,7 +52,7 @@ class Torchvision(Component):
         return self._pretrained(_find_weights(self.name, self.weights), num_classes)
 
     def risks(self) -> tuple[str, ...]:
-        """Name options that are not known to be small numbers or switches."""
+        """Name options that are no known rates or switches."""
         return risky_options(self.options, _PLAIN_OPTIONS)
 
     def architecture(self) -> Self:
@@ -76,7 +75,7 @@ class Torchvision(Component):
             ) from error
         except (TypeError, ValueError, RuntimeError) as error:
             raise RecipeError(
-                f"torchvision's {self.name} cannot be built: {error}.\n  Fix: mend its `options`."
+                f"torchvision's {self.name} cannot be built: {error}.\n  Fix: correct its `options`."
             ) from error
         return module
 
@@ -105,8 +104,14 @@ def _replace_head(module: nn.Module, fresh: nn.Module) -> None:
         module.set_submodule(layer, fresh.get_submodule(layer))
 
 
+def require_known(name: str, known: Collection[str], library: str, what: str) -> None:
+    """Raise RecipeError for a name that a library does not have, with the nearest ones."""
+    if name not in known:
+        raise RecipeError(f"{library} has no {what} '{name}'.\n  Fix: {did_you_mean(name, known)}")
+
+
 def another_count(who: str, own_classes: int, wanted: int) -> RecipeError:
-    """Word the refusal of a pretrained classifier for another number of classes."""
+    """Describe a pretrained classifier that is asked for another number of classes."""
     return RecipeError(
         f"{who} is pretrained for {own_classes} classes, {wanted} are asked for.\n"
         f"  Fix: a `checkpoint` trained on these {wanted} classes; or, to fine-tune,"
@@ -119,6 +124,6 @@ def _find_weights(name: str, weights: str) -> WeightsEnum:
     if weights not in enum.__members__:
         raise RecipeError(
             f"torchvision's {name} has no weights '{weights}'.\n"
-            f"  Fix: say one of {', '.join(enum.__members__)}, or null for random weights."
+            f"  Fix: use one of {', '.join(enum.__members__)}, or null for random weights."
         )
     return enum[weights]

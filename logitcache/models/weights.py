@@ -70,14 +70,16 @@ def save_weights(path: Path, module: nn.Module) -> None:
 def read_state(path: Path, key: str | None = None, prefix: str | None = None) -> State:
     """Read named tensors from a safetensors or weights-only file, running nothing that it holds.
 
-    `key` ("ema.model") is where in the file they are; without it the one group of tensors is
-    taken. `prefix` keeps the names that begin with it, and drops it. Raises RecipeError with what
-    the file holds.
+    `key` ("ema.model") selects a group of tensors; without it the file has to hold one. `prefix` keeps the names that
+    begin with it, and drops it. Raises RecipeError with the content of the file.
     """
     if not path.is_file():
         raise RecipeError(f"there is no weights file {path}.\n  Fix: correct the path in the recipe.")
-    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
-    state = _select(content, key, path)
+    try:
+        state = _select(load_file(path) if path.suffix == ".safetensors" else _load_torch(path), key, path)
+    except SafetensorError as error:
+        fix = "Fix: copy or download it again."
+        raise RecipeError(f"{path} cannot be read as safetensors: {error}.\n  {fix}") from error
     if prefix is None:
         return state
     chosen = {n.removeprefix(prefix): value for n, value in state.items() if n.startswith(prefix)}
@@ -87,15 +89,6 @@ def read_state(path: Path, key: str | None = None, prefix: str | None = None) ->
             "  Fix: correct `prefix`, or leave it out."
         )
     return chosen
-
-
-def _load_safetensors(path: Path) -> State:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise RecipeError(
-            f"{path} cannot be read as safetensors: {error}.\n  Fix: copy or download it again."
-        ) from error
 
 
 def _load_torch(path: Path) -> object:
@@ -119,7 +112,7 @@ def _load_torch(path: Path) -> object:
 
 
 def load_plain(path: Path) -> object:
-    """Read what torch.save wrote of tensors and plain values, to the CPU; runs nothing that the file holds.
+    """Read tensors and plain values that torch.save wrote, to the CPU; runs nothing that the file holds.
 
     Raises CodeInFile if it holds anything else, ValueError with a reason if it is damaged.
     """
@@ -141,7 +134,7 @@ def _is_state(value: object) -> bool:
 
 
 def _select(content: Any, key: str | None, path: Path) -> State:
-    """Find the named tensors in what a file holds; the choice between several is the user's."""
+    """Find the named tensors in the content of a file; the user chooses between several."""
     if key is not None:
         for part in key.split("."):
             content = content.get(part) if isinstance(content, Mapping) else None
@@ -160,7 +153,7 @@ def _select(content: Any, key: str | None, path: Path) -> State:
         )
     raise RecipeError(
         f"{path} holds no named tensors, but {_listed(groups) or type(content).__name__}.\n"
-        "  Fix: say with `key` where the weights are, dots between the levels."
+        "  Fix: select the weights with `key`, dots between the levels."
     )
 
 
@@ -207,16 +200,19 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], source: str) ->
             )
         module.load_state_dict({name: state[name] for name in pairs}, strict=False)
         return
-    lines = [f"{source} does not fit the model."]
-    lines += [f"  Missing in the file ({len(missing)}): {_listed(missing)}."] if missing else []
-    lines += [f"  Not in the model ({len(surplus)}): {_listed(surplus)}."] if surplus else []
-    lines += [f"  Another shape ({len(shapes)}): {_listed(shapes)}."] if shapes else []
-    lines += [f"  Another kind of number ({len(kinds)}): {_listed(kinds)}."] if kinds else []
-    raise RecipeError("\n".join([*lines, f"  Fix: {_mismatch_fix(missing or own, surplus, kinds)}"]))
+    wrong = {
+        "Missing in the file": missing,
+        "Not in the model": surplus,
+        "Another shape": shapes,
+        "Another kind of number": kinds,
+    }
+    lines = [f"  {what} ({len(names)}): {_listed(names)}.\n" for what, names in wrong.items() if names]
+    fix = _mismatch_fix(missing or own, surplus, kinds)
+    raise RecipeError(f"{source} does not fit the model.\n{''.join(lines)}  Fix: {fix}")
 
 
 def _kind(tensor: Tensor) -> str:
-    """Name what a tensor holds, as far as a conversion would change or lose it."""
+    """Name the kind of number that a tensor holds: a conversion between kinds would change or lose values."""
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         return "no plain tensor"
     if tensor.is_complex():
@@ -242,7 +238,7 @@ def _without_ties(own: State, names: Iterable[str], state: Mapping[str, Tensor])
 
 
 def _mismatch_fix(names: Iterable[str], surplus: Iterable[str], kinds: Collection[str]) -> str:
-    """Guess from the names alone what went wrong: those to find, and those that were found instead."""
+    """Guess the fix from the names alone: those to find, and those that were found instead."""
     wanted, prefixes = {_plain(name) for name in names}, Counter[str]()
     for name in surplus:
         parts = name.split(".")
@@ -263,6 +259,6 @@ def _listed(names: Iterable[object]) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Word a correction from the nearest known names."""
+    """Suggest the nearest known names."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else "no known name is near it."
