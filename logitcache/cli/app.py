@@ -40,8 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
-    # Whatever a library or the user's own code prints must not spoil the one document.
+    # A library, or the user's own code, must not print into the one document.
     aside = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+    resume = ""
     try:
         with aside, console.warnings_as_lines():
             answer = app(arguments or ["--help"], prog_name="logitcache", standalone_mode=False)
@@ -50,49 +51,50 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         console.finish()
         code, message = _explain(error, debug="--debug" in arguments)
-        _print_errors([message])
+        answer = Answer({}, "", (message,), type(error).__name__, code)
         if isinstance(error, Stopped):
-            console.write(f"Resume: {_resume_line(arguments)}\n", err=True)
-        if as_json:
-            _print_json({"error": _error_entry(type(error).__name__, message, code)})
-        return code
-    # Typer gives a number for --help and --version.
-    return _print(answer, as_json) if isinstance(answer, Answer) else int(answer or 0)
-
-
-def _print(answer: Answer, as_json: bool) -> int:
-    if not answer.is_shown:
-        return answer.exit_code
-    if as_json:
-        document = answer.document
-        if answer.errors:
-            error = _error_entry(answer.error_type, "\n".join(answer.errors), answer.exit_code)
-            document = {**document, "error": error}
-        _print_json(document)
-    else:
-        console.write(_text(answer))
-    _print_errors(answer.errors)
+            flag = ["--resume"] if arguments[0].startswith("train-") and "--resume" not in arguments else []
+            resume = f"Resume: {shlex.join(['logitcache', *arguments, *flag])}\n"
+    if not isinstance(answer, Answer):
+        return int(answer or 0)  # of --help and --version
+    if answer.is_shown:
+        _print(answer, as_json)
+        console.write(resume, err=True)
     return answer.exit_code
 
 
-def _text(answer: Answer) -> str:
-    if answer.text is not None:
-        return answer.text
-    from logitcache.runtime.tables import as_text
+def _print(answer: Answer, as_json: bool) -> None:
+    document, text = answer.document, answer.text
+    if as_json:
+        if answer.errors:
+            error = {"type": answer.error_type, "message": "\n".join(answer.errors), "exit_code": answer.exit_code}
+            document = {**document, "error": error}
+        text = f"{json.dumps(_plain(document), indent=2, allow_nan=False)}\n"
+    elif text is None:
+        from logitcache.runtime.tables import as_text
 
-    return as_text(answer.document)
+        text = as_text(document)
+    console.write(text)
+    for message in answer.errors:
+        console.write(f"Error: {message}\n", err=True)
 
 
 def _explain(error: Exception, debug: bool) -> tuple[int, str]:
     """Choose the exit code and the message; a bug leaves its traceback in a file."""
+    trace = console.visible("".join(traceback.format_exception(error)))
     if debug:
-        console.write(_traceback(error), err=True)
+        console.write(trace, err=True)
     if isinstance(error, LogitCacheError):
         return error.exit_code, str(error)
     if isinstance(error, UsageError):
-        return EXIT_USAGE, _usage_message(error)
-    if isinstance(error, OSError) and (fix := _fix_of(error)) is not None:
-        return EXIT_USAGE, f"{error.filename or 'the file system'}: {error.strerror}\n  Fix: {fix}"
+        usage: Any = error  # Typer's base class, which it does not export
+        command = "logitcache" if usage.ctx is None else usage.ctx.command_path
+        return EXIT_USAGE, f"{usage.format_message()}\n  Fix: see `{command} --help`"
+    if isinstance(error, OSError):
+        from logitcache.store.files import fix_of
+
+        if (fix := fix_of(error)) is not None:
+            return EXIT_USAGE, f"{error.filename or 'the file system'}: {error.strerror}\n  Fix: {fix}"
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if debug:
         return EXIT_BUG, f"this is a bug in logitcache or in your own code: {summary}"
@@ -100,51 +102,15 @@ def _explain(error: Exception, debug: bool) -> tuple[int, str]:
         with tempfile.NamedTemporaryFile(
             "w", prefix="logitcache-", suffix=".txt", delete=False, encoding="utf-8"
         ) as file:
-            file.write(_traceback(error))
+            file.write(trace)
     except OSError:  # a full disk may have been the cause
-        console.write(_traceback(error), err=True)
+        console.write(trace, err=True)
         return EXIT_BUG, f"this is a bug: {summary}"
     return EXIT_BUG, f"this is a bug: {summary} (traceback in {file.name}; --debug shows it)"
 
 
-def _fix_of(error: OSError) -> str | None:
-    """Return what to do about an answer of the machine, which is no bug: a full, read-only or forbidden place."""
-    from logitcache.store.files import fix_of
-
-    return fix_of(error)
-
-
-def _traceback(error: Exception) -> str:
-    return console.visible("".join(traceback.format_exception(error)))
-
-
-def _resume_line(arguments: list[str]) -> str:
-    """Return the command line that continues where this one stopped."""
-    flag = ["--resume"] if arguments[0].startswith("train-") and "--resume" not in arguments else []
-    return shlex.join(["logitcache", *arguments, *flag])
-
-
-def _usage_message(error: Any) -> str:
-    """Write what Typer says, with the help to look into: that of the command, where one was named."""
-    command = "logitcache" if error.ctx is None else error.ctx.command_path
-    return f"{error.format_message()}\n  Fix: see `{command} --help`"
-
-
-def _print_errors(messages: Sequence[str]) -> None:
-    for message in messages:
-        console.write(f"Error: {message}\n", err=True)
-
-
-def _error_entry(kind: str, message: str, code: int) -> dict[str, Any]:
-    return {"type": kind, "message": message, "exit_code": code}
-
-
-def _print_json(document: Any) -> None:
-    console.write(f"{json.dumps(_plain(document), indent=2, allow_nan=False)}\n")
-
-
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold: NaN, which it has not, becomes null; numpy's numbers and tensors plain ones."""
+    """Convert to plain JSON values: NaN becomes null, numpy's numbers and tensors plain numbers."""
     match value:
         case str():
             return value

@@ -1,4 +1,4 @@
-"""The commands that look at a cache, and look after it."""
+"""The commands that read, check and repair a cache."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ def summary(
 
 
 def inspect(cache: CachePath) -> Answer:
-    """Show what a cache is, what made it and how large it is."""
+    """Describe a cache: what made it, how complete and how large it is."""
     from logitcache.report.inspect import inspect_cache
 
     return Answer(inspect_cache(cache))
@@ -37,10 +37,10 @@ def verify(
     trust: Trust,
     repair: Annotated[
         Path | None,
-        Option("--repair", metavar="RECIPE", help="Write what is damaged again, by the recipe that made the cache."),
+        Option("--repair", metavar="RECIPE", help="Write damaged shards again, by the recipe that made the cache."),
     ] = None,
 ) -> Answer:
-    """Read a whole cache again. --set dataset.root=DIR says where its images are now."""
+    """Read a whole cache again. --set dataset.root=DIR gives the folder of its images."""
     from logitcache.errors import CacheError
     from logitcache.report import verify_and_repair as verbs
 
@@ -52,12 +52,12 @@ def verify(
 
 def gc(
     cache: CachePath,
-    dry_run: Annotated[bool, Option("--dry-run", help="Remove nothing, only say what would be.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Remove nothing, only list it.")] = False,
     growth: Annotated[
         bool, Option("--growth", help="Give up unfinished views and teachers that were being added, too.")
     ] = False,
 ) -> Answer:
-    """Remove what killed writers left behind. Nothing that is committed, and not while a run writes to the cache."""
+    """Remove files that killed writers left. Nothing that is committed, and not while a run writes to the cache."""
     from logitcache.cache.write.gc import collect
 
     found = collect(cache, dry_run=dry_run, growth=growth)

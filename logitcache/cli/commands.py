@@ -1,9 +1,10 @@
 """All commands by name, in the order of the help.
 
-Each parses its arguments, calls one verb and returns the answer. Verbs are imported inside the functions: `--help` must
-not wait for torch.
+Each parses its arguments, calls one function of the library and returns the result. The library is imported inside the
+functions: `--help` must not wait for torch.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ app = Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run a teacher once, then train any number of students on the pixels it saw.",
 )
-recipe_app = Typer(rich_markup_mode=None, help="Look after recipes.")
+recipe_app = Typer(rich_markup_mode=None, help="Check recipes.")
 app.add_typer(recipe_app, name="recipe")
 
 
@@ -43,12 +44,12 @@ def _program(
 
 
 def demo(
-    out: Annotated[Path, Option("--out", metavar="DIR", help="Where the cache and the students go.")] = Path(
+    out: Annotated[Path, Option("--out", metavar="DIR", help="Folder of the cache and the students.")] = Path(
         "logitcache-demo"
     ),
     quick: Annotated[bool, Option("--quick", help="A few seconds; the numbers mean little.")] = False,
 ) -> Answer:
-    """Tell the whole story on bundled images, in about a minute."""
+    """Run both stages on bundled images, in about a minute."""
     from logitcache.report.demo import run_demo
 
     return Answer(asdict(run_demo(out, quick=quick)))
@@ -58,7 +59,7 @@ def recipe_check(
     recipes: Annotated[list[Path], Argument(metavar="RECIPE", help="YAML files of any kind.")],
     overrides: Overrides,
 ) -> Answer:
-    """Say whether recipes are valid. Names every mistake in them; reads no images."""
+    """Check whether recipes are valid. Names every mistake in them; reads no images."""
     from logitcache.errors import RecipeError
     from logitcache.report.recipe_check import check_recipes
 
@@ -78,16 +79,20 @@ def env() -> Answer:
     return Answer(environment())
 
 
-add_command(app, "demo", demo)
-add_command(app, "plan", stage_one.plan)
-add_command(app, "precompute", stage_one.precompute)
-add_command(app, "derive", stage_one.derive)
-add_command(app, "train-student", stage_two.train_student)
-add_command(app, "train-teacher", stage_two.train_teacher)
-add_command(app, "evaluate", stage_two.evaluate)
-add_command(app, "summary", caches.summary)
-add_command(app, "inspect", caches.inspect)
-add_command(app, "verify", caches.verify)
-add_command(app, "gc", caches.gc)
-add_command(app, "env", env)
+_COMMANDS: dict[str, Callable[..., Answer]] = {
+    "demo": demo,
+    "plan": stage_one.plan,
+    "precompute": stage_one.precompute,
+    "derive": stage_one.derive,
+    "train-student": stage_two.train_student,
+    "train-teacher": stage_two.train_teacher,
+    "evaluate": stage_two.evaluate,
+    "summary": caches.summary,
+    "inspect": caches.inspect,
+    "verify": caches.verify,
+    "gc": caches.gc,
+    "env": env,
+}
+for _name, _function in _COMMANDS.items():
+    add_command(app, _name, _function)
 add_command(recipe_app, "check", recipe_check)

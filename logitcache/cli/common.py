@@ -1,4 +1,4 @@
-"""What commands share: their answer, their output options, and the arguments that several take."""
+"""What commands share: the result, the output options, and arguments of several commands."""
 
 import inspect
 import signal
@@ -19,9 +19,9 @@ from logitcache.runtime import console
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found; `text` is for human eyes, by default a table of the document.
+    """The result of a command; `text` is what people read, by default a table of the document.
 
-    Of several processes that found it together, one shows it.
+    Of several processes with one result, one shows it.
     """
 
     document: Mapping[str, Any]
@@ -51,7 +51,7 @@ Trust = Annotated[
         default_factory=list,
         show_default=False,
         metavar="DIGEST",
-        help="Vouch for a cache whose images or teachers are at URLs or paths that only it names; repeatable.",
+        help="Trust a cache whose images or teachers are at URLs or paths that only it names; repeatable.",
     ),
 ]
 
@@ -79,7 +79,7 @@ Workers = Annotated[
 ]
 
 _Quiet = Annotated[bool, Option("-q", "--quiet", help="Show no progress.")]
-_Verbose = Annotated[bool, Option("-v", "--verbose", help="Show more about what happens.")]
+_Verbose = Annotated[bool, Option("-v", "--verbose", help="Show more messages.")]
 # `main` reads these two itself, since they matter when the rest cannot be parsed.
 _Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout.")]
 _Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]

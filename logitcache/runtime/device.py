@@ -1,4 +1,4 @@
-"""Devices: the one module that knows which there are and how to feed them."""
+"""Devices: choose one, feed it, time it, and seed its generators."""
 
 import os
 from collections.abc import Iterator
@@ -14,31 +14,26 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into a device that is there.
+    """Turn "auto", "cpu", "cuda", "cuda:1" or "mps" into an available device.
 
     "auto" takes the first CUDA device, else MPS, else the CPU. Of several processes that torchrun started on a machine
-    each has its own CUDA device. Raises RecipeError when the device is unknown or absent.
+    each has its own CUDA device. Raises RecipeError if the device is unknown or absent.
     """
     if name == "auto":
-        return _best_device()
+        if torch.cuda.is_available():
+            return _own_cuda_device("auto", None)
+        return torch.device("mps" if torch.backends.mps.is_available() and _num_local() == 1 else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise RecipeError(f"device '{name}' is unknown.\n  Fix: say auto, cpu, cuda, cuda:N or mps.") from error
+        raise RecipeError(f"device '{name}' is unknown.\n  Fix: use auto, cpu, cuda, cuda:N or mps.") from error
     if device.type == "cuda":
         return _own_cuda_device(name, device.index)
-    elif device.type == "mps":
-        if not torch.backends.mps.is_available():
-            raise RecipeError(f"device '{name}' is not available here.\n  Fix: device: auto.")
-    elif device != torch.device("cpu"):
-        raise RecipeError(f"device '{name}' is not supported.\n  Fix: say auto, cpu, cuda or mps.")
+    if device.type != "mps" and device != torch.device("cpu"):
+        raise RecipeError(f"device '{name}' is not supported.\n  Fix: use auto, cpu, cuda or mps.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RecipeError(f"device '{name}' is not available here.\n  Fix: device: auto.")
     return device
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return _own_cuda_device("auto", None)
-    return torch.device("mps" if torch.backends.mps.is_available() and _num_local() == 1 else "cpu")
 
 
 def _num_local() -> int:
@@ -47,36 +42,31 @@ def _num_local() -> int:
 
 
 def _own_cuda_device(name: str, index: int | None) -> torch.device:
-    if _num_local() == 1:
-        _require_cuda(name, index or 0)
-        return torch.device("cuda") if index is None else torch.device("cuda", index)
-    if index is not None:
+    if _num_local() > 1:
+        if index is not None:
+            raise RecipeError(
+                f"device '{name}' is one for {_num_local()} processes.\n  Fix: device: cuda gives each its own."
+            )
+        index = int(os.environ["LOCAL_RANK"])
+        name = f"cuda:{index}"
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (index or 0) >= num_devices:
         raise RecipeError(
-            f"device '{name}' is one for {_num_local()} processes.\n  Fix: device: cuda gives each its own."
+            f"device '{name}' is not available: this machine shows {num_devices} CUDA devices.\n"
+            "  Fix: device: auto takes the best one."
         )
-    place = int(os.environ["LOCAL_RANK"])
-    _require_cuda(f"cuda:{place}", place)
-    return torch.device("cuda", place)
+    return torch.device("cuda") if index is None else torch.device("cuda", index)
 
 
 def distributed_backend() -> str:
-    """Name what carries tensors between processes: NCCL those on CUDA devices, gloo those on the CPU."""
+    """Name the backends of torch.distributed: NCCL for tensors on CUDA devices, gloo for those on the CPU."""
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
 def make_current(device: torch.device) -> None:
-    """Let what names no device, page-locking among it, work with this one."""
+    """Make a CUDA device the default one, which page-locking uses."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-
-
-def _require_cuda(name: str, index: int) -> None:
-    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if index >= num_devices:
-        raise RecipeError(
-            f"device '{name}' is not available: this machine shows {num_devices} CUDA devices.\n"
-            "  Fix: device: auto takes what there is."
-        )
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
@@ -123,7 +113,7 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
-    """Take back what `random_states` gave; the state of a device of another type is left out."""
+    """Restore states of `random_states`; the state of a device of another type is left out."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

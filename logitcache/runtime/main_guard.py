@@ -1,4 +1,4 @@
-"""Scripts that worker processes would run a second time."""
+"""Refuse scripts that worker processes would run a second time."""
 
 import ast
 import sys
@@ -20,8 +20,8 @@ def require_main_guard(what: str) -> None:
         return
     raise RecipeError(
         f"{path}:{frame.f_lineno} starts processes ({what}), and each of them would run the script again.\n"
-        f"  Fix: put what {Path(path).name} runs below `if __name__ == '__main__':`, or take no worker processes "
-        "(num_workers 0)"
+        f"  Fix: put the code that {Path(path).name} runs below `if __name__ == '__main__':`, or take no worker "
+        "processes (num_workers 0)"
     )
 
 
@@ -34,11 +34,10 @@ def _frame_of(namespace: dict[str, object]) -> FrameType | None:
 
 
 def _is_guarded(path: Path, line: int) -> bool:
-    """Say whether a line comes in or after an `if` of the top level that asks for the module's name."""
+    """Return whether a line lies in or after a top-level `if` that tests `__name__`."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return True
-    asks = (node for node in tree.body if isinstance(node, ast.If) and node.lineno <= line)
-    names = (name for node in asks for name in ast.walk(node.test) if isinstance(name, ast.Name))
-    return any(name.id == "__name__" for name in names)
+    tests = (node.test for node in tree.body if isinstance(node, ast.If) and node.lineno <= line)
+    return any(isinstance(name, ast.Name) and name.id == "__name__" for test in tests for name in ast.walk(test))

@@ -1,4 +1,4 @@
-"""Results for human eyes: tables on a terminal, aligned text in a pipe."""
+"""Results as text: tables on a terminal, aligned columns in a pipe."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,8 +16,8 @@ LONGEST_TABLE = 40
 
 
 def as_text(document: Mapping[str, Any]) -> str:
-    """Write a result for stdout: scalars as aligned lines, lists of mappings as tables, entries as recipes do."""
-    # Without styles: what prints the text shows escape sequences instead of sending them.
+    """Format a result: scalars as aligned lines, lists of mappings as tables, entries of recipes as YAML."""
+    # Without styles: escape sequences would be shown, not sent.
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, color_system=None)
     with console.capture() as capture:
         _print(console, document)
@@ -25,35 +25,33 @@ def as_text(document: Mapping[str, Any]) -> str:
 
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:
-    scalars = dict(_scalars(document))
+    scalars = _scalars(document)
     width = max(map(len, scalars), default=0)
     for name, value in scalars.items():
         console.print(f"{name:<{width}}  {value}")
-    for name, rows in _tables(document):
-        console.print()
-        _print_table(console, name, rows)
+    for name, value in _leaves(document):
+        if _is_table(value):
+            console.print()
+            _print_table(console, visible(name, keep=""), [_scalars(row) for row in value])
 
 
-def _scalars(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in document.items():
-        name = visible(f"{prefix}{key}", keep="")
-        if isinstance(value, Mapping) and not _is_entry(value):
-            yield from _scalars(value, f"{name}.")
-        elif not _is_table(value):
-            # On one line, whatever it holds: a value cannot pass for another, or for an error.
-            yield name, visible(_format(str(key), value), keep="")
-
-
-def _tables(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[dict[str, str]]]]:
+def _leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by dotted name; entries of a recipe are values."""
     for key, value in document.items():
         if isinstance(value, Mapping) and not _is_entry(value):
-            yield from _tables(value, f"{prefix}{key}.")
-        elif _is_table(value):
-            yield visible(f"{prefix}{key}", keep=""), [dict(_scalars(row)) for row in value]
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _scalars(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return all values but tables, each on one line: none can pass for another, or for an error."""
+    leaves = ((name, value) for name, value in _leaves(document) if not _is_table(value))
+    return {visible(name, keep=""): visible(_format(name, value), keep="") for name, value in leaves}
 
 
 def _is_entry(value: Any) -> bool:
-    """Say whether a value is an entry of a recipe, which names its kind."""
+    """Return whether a value is an entry of a recipe, which names its kind."""
     return isinstance(value, Mapping) and "kind" in value
 
 
@@ -80,7 +78,7 @@ def _print_table(console: Console, title: str, rows: list[dict[str, str]]) -> No
 
 
 def _format(name: str, value: Any) -> str:
-    """Write a number with its unit where the name tells it, a list with commas."""
+    """Format a number with the unit in its name, a list with commas."""
     match value:
         case None:
             return MISSING
@@ -101,7 +99,7 @@ def _format(name: str, value: Any) -> str:
 
 
 def format_bytes(count: int) -> str:
-    """Write 12.3 MB: decimal units, three digits."""
+    """Format as 12.3 MB: decimal units, three digits."""
     size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 999.5:

@@ -37,7 +37,7 @@ def test_a_script_without_a_guard_is_refused_with_the_line(name: str, tmp_path: 
     found = run(tmp_path, UNGUARDED[name])
     assert found.stdout == "runs\n"
     assert f"RecipeError: {tmp_path}/script.py:" in found.stderr
-    assert "Fix: put what script.py runs below `if __name__ == '__main__':`" in found.stderr
+    assert "Fix: put the code that script.py runs below `if __name__ == '__main__':`" in found.stderr
 
 
 @pytest.mark.parametrize("name", GUARDED)
