@@ -13,7 +13,8 @@ from read import manifest_of
 
 from logitcache.cache.format.layout import Layout, choose_shard_rows, layout_of
 from logitcache.cache.format.manifest import Manifest
-from logitcache.planning.costs import Crew, Pace, StoreCost, skeleton_sizes, store_cost, wall_seconds
+from logitcache.planning.costs import Requests, StoreCost, fill_seconds, num_lists, skeleton_sizes, store_cost
+from logitcache.store.remote.client import PART
 
 DATE = "22 November 2026"
 USD_GPU_HOUR, USD_GB_MONTH, USD_1000_PUTS, USD_1000_GETS = 2.5, 0.023, 0.005, 0.0004
@@ -110,6 +111,61 @@ def case_of(scenario: Scenario, form: str, shard_rows: int | None = None) -> Cas
 def every_case() -> tuple[Case, ...]:
     """Return every scenario in every encoding."""
     return tuple(case_of(scenario, form) for scenario in SCENARIOS for form in FORMS)
+
+
+class Pace(NamedTuple):
+    """Seconds that one row-view (an image in one view) takes in each stage, by itself.
+
+    render: reading and augmenting, in one process. answer: all teachers. keep: encoding their answers on the device and
+    copying them to their shard. write: compressing and hashing the shard's bytes, in one thread.
+    """
+
+    render: float
+    answer: float
+    keep: float
+    write: float
+
+
+class Crew(NamedTuple):
+    """Who works: `processes`, each with a device; of each the processes that render, its cores, torch's threads.
+
+    `threads` are those that a teacher keeps busy: 1 on a GPU, which a process waits for.
+    """
+
+    num_workers: int
+    cores: int
+    threads: int = 1
+    processes: int = 1
+
+
+def loop_seconds(pace: Pace, crew: Crew) -> float:
+    """Return the seconds by row-view of one process's loop of stage one, without writing.
+
+    The slowest stage governs; where there are too few cores, they add up:
+    max(answer + keep, render / workers, (render + threads · answer + keep) / cores).
+    """
+    main = pace.answer + pace.keep
+    if crew.num_workers == 0:
+        return main + pace.render
+    busy = pace.render + crew.threads * pace.answer + pace.keep
+    return max(main, pace.render / crew.num_workers, busy / crew.cores)
+
+
+def wall_seconds(rows: int, shards: int, pace: Pace, crew: Crew) -> float:
+    """Return the seconds from the first batch to the last commit, from the stages' own pace."""
+    busy = pace.render + crew.threads * pace.answer + pace.keep + pace.write
+    return fill_seconds(rows, shards, loop_seconds(pace, crew), pace.write, busy, crew.cores, crew.processes)
+
+
+def requests_of_opening(store: StoreCost, layout: Layout) -> Requests:
+    """Return the requests of a machine that opens a cache for the first time: all but the shards."""
+    return Requests(0, store.skeleton + store.records, num_lists(layout))
+
+
+def requests_of_a_view(store: StoreCost, layout: Layout) -> Requests:
+    """Return the requests of a student for one view of all targets, each shard in parts of 8 MiB, none twice."""
+    parts = sum(array.files * max(1, math.ceil(array.bytes / array.files / PART)) for array in store.arrays)
+    return Requests(0, math.ceil(parts / layout.num_views), 0)
 
 
 def pace_of(case: Case) -> Pace:

@@ -16,13 +16,7 @@ import scale_model as model
 from _harness import parser_of
 from scale_model import SCENARIOS, Case, case_of, every_case, seconds_on
 
-from logitcache.planning.costs import (
-    device_hours,
-    memory_of,
-    requests_of_a_view,
-    requests_of_opening,
-    requests_of_writing,
-)
+from logitcache.planning.costs import memory_of, requests_of_writing
 from logitcache.report.inspect import LOOKED_AT
 from logitcache.store.remote.client import REQUESTS
 
@@ -43,7 +37,7 @@ def stored() -> Table:
             "`shard_rows`": f"{case.manifest.shard_rows:,}",
             "shards": f"{case.layout.num_shards:,}",
             "files": f"{case.store.files:,}",
-            "in one folder": f"{case.store.largest_folder:,}",
+            "in one folder": f"{max(array.files for array in case.store.arrays):,}",
         }
         for case in every_case()
     ]
@@ -57,7 +51,7 @@ def timed() -> Table:
 
 def _timed(case: Case, gpus: int) -> dict[str, str]:
     seconds = seconds_on(case, gpus)
-    hours = device_hours(seconds, gpus)
+    hours = gpus * seconds / 3600
     return {
         "cache": case.scenario.name,
         "GPUs": f"{gpus:,}",
@@ -75,8 +69,11 @@ def requested() -> Table:
     """Requests and money of object storage."""
     rows = []
     for case in every_case():
-        writing, opening = requests_of_writing(case.store, case.layout), requests_of_opening(case.store, case.layout)
-        view = requests_of_a_view(case.store, case.layout)
+        writing, opening = (
+            requests_of_writing(case.store, case.layout),
+            model.requests_of_opening(case.store, case.layout),
+        )
+        view = model.requests_of_a_view(case.store, case.layout)
         gets = opening.gets + case.scenario.views * view.gets
         rows.append(
             {

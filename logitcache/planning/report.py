@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.cache.format.manifest_diff import is_more
 from logitcache.errors import RecipeError
 from logitcache.planning.costs import (
-    Crew,
     StoreCost,
     break_even,
-    device_hours,
     fill_seconds,
     memory_of,
     requests_of_writing,
@@ -178,16 +175,15 @@ def _time(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]:
         "seconds": seconds,
         "time": {**time, "starting_seconds": found.start, "filling_seconds": filling},
         "row_views_per_second": rates,
-        "device_hours": device_hours(seconds, workers),
+        "device_hours": workers * seconds / 3600,
         "break_even_students": break_even(workers * (before + found.start + whole), rows, found.answer),
     }
 
 
 def _filling(draft: Draft, found: Probe, rows: int, shards: int, workers: int) -> float:
     cores = max(1, len(os.sched_getaffinity(0)) // workers)
-    crew = Crew(draft.recipe.num_workers, cores, torch.get_num_threads(), workers)
     write = found.write + found.write_shard * shards / rows
-    return fill_seconds(rows, shards, found.loop, write, found.cores, crew)
+    return fill_seconds(rows, shards, found.loop, write, found.cores, cores, workers)
 
 
 def _memory(draft: Draft, found: Probe | None, whole: StoreCost) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import zarr
 from logitcache.cache.cache import open_cache
 from logitcache.cache.format.layout import layout_of
 from logitcache.logits import log_probs
-from logitcache.planning.costs import requests_of_a_view
+from logitcache.planning.costs import skeleton_sizes, store_cost
 from logitcache.views.keys import ViewKey
+from tests.cache.made import COUNT, DENSE16, made
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "scale.md").read_text()
@@ -70,7 +71,35 @@ def test_larger_shards_take_fewer_files_of_the_same_bytes(scripts: dict[str, Mod
     small = model.case_of(large.scenario, large.form, 65_536)
     assert large.store.files * 15 < small.store.files
     assert large.store.bytes == pytest.approx(small.store.bytes, rel=0.01)
-    assert requests_of_a_view(large.store, large.layout).gets < requests_of_a_view(small.store, small.layout).gets / 10
+    of_a_view = model.requests_of_a_view
+    assert of_a_view(large.store, large.layout).gets < of_a_view(small.store, small.layout).gets / 10
+
+
+def test_reading_requests_are_counted_by_file(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
+    model, cache = scripts["scale_model"], made(tmp_path / "c", DENSE16, COUNT)
+    layout, arrays = cache.layout, len(cache.layout.arrays)
+    cost = store_cost(layout, {"t.logits.errors": 500.0}, skeleton_sizes(cache.manifest))
+    assert model.requests_of_opening(cost, layout).gets == cost.files - arrays * layout.num_shards
+    assert model.requests_of_a_view(cost, layout).gets == arrays * layout.shards_per_view
+
+
+def test_the_slowest_stage_governs_and_few_cores_add_up(scripts: dict[str, ModuleType]) -> None:
+    model = scripts["scale_model"]
+    Pace, Crew, loop_seconds, wall_seconds = model.Pace, model.Crew, model.loop_seconds, model.wall_seconds
+    pace = Pace(render=8.0, answer=3.0, keep=1.0, write=0.5)
+    assert loop_seconds(pace, Crew(num_workers=0, cores=8)) == 12.0
+    assert loop_seconds(pace, Crew(num_workers=1, cores=8)) == 8.0
+    assert loop_seconds(pace, Crew(num_workers=4, cores=8)) == 4.0
+    assert loop_seconds(pace, Crew(num_workers=4, cores=2)) == 6.0
+    assert loop_seconds(pace, Crew(num_workers=4, cores=2, threads=2)) == 7.5
+    assert wall_seconds(1000, 10, pace, Crew(4, cores=2)) == pytest.approx(1000 * 12.5 / 2)
+
+
+def test_processes_share_the_rows(scripts: dict[str, ModuleType]) -> None:
+    Pace, Crew, wall_seconds = (getattr(scripts["scale_model"], name) for name in ("Pace", "Crew", "wall_seconds"))
+    pace = Pace(render=1.0, answer=2.0, keep=0.0, write=0.0)
+    assert wall_seconds(800, 8, pace, Crew(2, cores=8, processes=4)) == 200 * 2.0
+    assert wall_seconds(800, 8, pace, Crew(2, cores=8, processes=8)) == 100 * 2.0
 
 
 def test_a_simulated_cache_is_a_cache(simulated: Path) -> None:

@@ -12,20 +12,13 @@ from logitcache.cache.format.row_errors import NUM_STATISTICS
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.writer import THREADS
 from logitcache.planning.costs import (
-    Crew,
-    Pace,
     break_even,
-    device_hours,
     fill_seconds,
-    loop_seconds,
     memory_of,
-    requests_of_a_view,
-    requests_of_opening,
     requests_of_writing,
     shard_sizes,
     skeleton_sizes,
     store_cost,
-    wall_seconds,
 )
 from tests.cache.made import COUNT, DENSE16, TOP2, UINT8, made, shard_files
 
@@ -72,11 +65,9 @@ def test_requests_are_counted_by_file(tmp_path: Path) -> None:
     cache = made(tmp_path / "c", DENSE16, COUNT)
     manifest, layout = open_snapshot(tmp_path / "c").manifest, cache.layout
     cost = store_cost(layout, ERRORS, skeleton_sizes(manifest))
-    writing, opening = requests_of_writing(cost, layout), requests_of_opening(cost, layout)
+    writing = requests_of_writing(cost, layout)
     arrays, shards = len(layout.arrays), layout.num_shards
     assert writing.puts == cost.files == arrays * shards + shards + len(skeleton_sizes(manifest))
-    assert opening.gets == cost.files - arrays * shards
-    assert requests_of_a_view(cost, layout).gets == arrays * layout.shards_per_view
 
 
 def simulated(rows: int, shards: int, loop: float, write: float) -> float:
@@ -96,25 +87,8 @@ def simulated(rows: int, shards: int, loop: float, write: float) -> float:
 @pytest.mark.parametrize("shards", [1, 2, 7, 100])
 @pytest.mark.parametrize("write", [0.0, 0.3, 1.0, 1.9, 2.1, 5.0])
 def test_writing_behind_takes_what_a_simulation_takes(shards: int, write: float) -> None:
-    predicted = fill_seconds(1000, shards, 1.0, write, 0.0, Crew(num_workers=2, cores=16))
+    predicted = fill_seconds(1000, shards, 1.0, write, 0.0, num_cores=16)
     assert predicted == pytest.approx(simulated(1000, shards, 1.0, write), rel=0.15 if 1 < shards < 100 else 0.02)
-
-
-def test_the_slowest_stage_governs_and_few_cores_add_up() -> None:
-    pace = Pace(render=8.0, answer=3.0, keep=1.0, write=0.5)
-    assert loop_seconds(pace, Crew(num_workers=0, cores=8)) == 12.0
-    assert loop_seconds(pace, Crew(num_workers=1, cores=8)) == 8.0
-    assert loop_seconds(pace, Crew(num_workers=4, cores=8)) == 4.0
-    assert loop_seconds(pace, Crew(num_workers=4, cores=2)) == 6.0
-    assert loop_seconds(pace, Crew(num_workers=4, cores=2, threads=2)) == 7.5
-    assert wall_seconds(1000, 10, pace, Crew(4, cores=2)) == pytest.approx(1000 * 12.5 / 2)
-
-
-def test_processes_share_the_rows() -> None:
-    pace = Pace(render=1.0, answer=2.0, keep=0.0, write=0.0)
-    assert wall_seconds(800, 8, pace, Crew(2, cores=8, processes=4)) == 200 * 2.0
-    assert wall_seconds(800, 8, pace, Crew(2, cores=8, processes=8)) == 100 * 2.0
-    assert device_hours(wall_seconds(800, 8, pace, Crew(2, cores=8, processes=4)), 4) == 4 * 400 / 3600
 
 
 @pytest.mark.parametrize(("seconds", "answer"), [(100.0, 1.0), (99.0, 1.0), (350.0, 1.0), (10.0, 0.01)])
