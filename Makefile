@@ -8,12 +8,13 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-integrations lint format bench clean
+.PHONY: help demo test test-integrations docs lint format bench clean
 
 help:
 	@echo "make demo    few labels, many unlabelled images: a student from the cache against one on labels"
 	@echo "make test    ruff, mypy and pytest (ARGS='-k replay' goes to pytest)"
 	@echo "make test-integrations  other libraries' loops, in $(INTEGRATIONS)"
+	@echo "make docs    the documentation site, in site/"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make bench   the scripts in benchmarks/, but losses.py"
@@ -45,6 +46,9 @@ $(INTEGRATIONS)/.installed: pyproject.toml
 test-integrations: $(INTEGRATIONS)/.installed
 	@$(INTEGRATIONS)/bin/python -m pytest --quiet -m integration tests/integrations $(ARGS)
 
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix --quiet .
 	@$(PY) -m ruff format --quiet .
@@ -54,5 +58,5 @@ bench: $(INSTALLED)
 	@set -e; for script in $(filter-out benchmarks/_%.py $(addprefix benchmarks/,losses.py compare_checkouts.py scale_model.py fault_kills.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
 
 clean:
-	rm -rf $(VENV) $(INTEGRATIONS) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(INTEGRATIONS) site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -type d -name __pycache__ -not -path './.git/*' -exec rm -rf {} +

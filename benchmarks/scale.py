@@ -6,7 +6,7 @@
 row-views, and 10^6 without --quick. Bytes, files and CPU time against those that the model predicts by a probe at 10^4
 row-views, and CPU time by row-view against that of 10^4. Time is that of all cores from the first batch of the loop to
 the end; each size counts by its fastest round, as what others do on the machine only adds to it. Exits 1 when a goal is
-missed. docs/scale.md says what follows for large caches, scale_metadata.py simulates them.
+missed. docs/explanation/scale.md says what follows for large caches, scale_metadata.py simulates them.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What three large caches cost: the tables of docs/scale.md.
+"""What three large caches cost: the tables of docs/explanation/scale.md.
 
     python benchmarks/scale_tables.py [--json]
 

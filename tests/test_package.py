@@ -61,7 +61,7 @@ def test_all_extras_are_in_all() -> None:
     extras = PROJECT["optional-dependencies"]
     (every,) = extras["all"]
     named = set(every.removeprefix("logitcache[").removesuffix("]").split(","))
-    assert named == set(extras) - {"all", "dev"}
+    assert named == set(extras) - {"all", "dev", "docs"}
 
 
 MODULES = {
@@ -97,6 +97,8 @@ MODULES = {
 """What a requirement is imported as; those of the core by the package, others by tests and benchmarks too."""
 
 TOOLS = {
+    "mkdocs-material": ("mkdocs.yml", r"name: material"),
+    "mkdocstrings": ("mkdocs.yml", r"- mkdocstrings:"),
     "mypy": ("Makefile", r"-m mypy"),
     "pytest-xdist": ("Makefile", r"--numprocesses"),
     "ruff": ("Makefile", r"-m ruff"),

@@ -1,4 +1,4 @@
-"""docs/scale.md, the commands that print its figures, and the caches that they simulate."""
+"""docs/explanation/scale.md, the commands that print its figures, and the caches that they simulate."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ from logitcache.views.keys import ViewKey
 from tests.cache.made import COUNT, DENSE16, made
 
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "docs" / "scale.md").read_text()
+TEXT = (ROOT / "docs" / "explanation" / "scale.md").read_text()
 IMAGES, VIEWS = 1500, 2
 NAMES = ("scale", "scale_limits", "scale_metadata", "scale_model", "scale_tables")
 

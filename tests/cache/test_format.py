@@ -1,4 +1,4 @@
-"""A cache is read by docs/format.md with zarr alone: what is said there is so, and it is enough.
+"""A cache is read by docs/reference/format.md with zarr alone: what is said there is so, and it is enough.
 
 Nothing of this project reads here. What zarr finds is compared with views that are made here with numpy, and with the
 teacher's answers to them.
@@ -27,7 +27,7 @@ PARTS = {
     "transform": [".wide", ".byte", ".pair", ".triple", ".quint", ".top_byte", ".top_pair", ".mean", ".exponent"],
 }
 Array = np.ndarray[Any, Any]
-PAGE = " ".join((Path(__file__).parents[2] / "docs" / "format.md").read_text().split())
+PAGE = " ".join((Path(__file__).parents[2] / "docs" / "reference" / "format.md").read_text().split())
 
 
 @pytest.fixture(scope="module", params=ENCODINGS)

@@ -1,4 +1,4 @@
-"""docs/recipes.md lists every key and kind that a recipe can have."""
+"""docs/reference/recipes.md lists every key and kind that a recipe can have."""
 
 import re
 import typing
@@ -9,7 +9,7 @@ import pytest
 from logitcache.config.recipe import Component
 from logitcache.report.recipe_check import RECIPES
 
-TEXT = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "reference" / "recipes.md").read_text()
 UNFENCED = re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)
 NAMED = set(re.findall(r"[A-Za-z_0-9]+", " ".join(re.findall(r"`([^`]+)`", UNFENCED))))
 

@@ -26,7 +26,7 @@ from tests.docs.world import PHOTOS, UNTRAINED, here, make_world, shrunk
 from tests.student.small import student
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FASHION = ROOT / "pipelines/fashion_mnist/precompute.yaml"
 EXCERPTS: dict[str, dict[str, Any]] = {
     "dataset": {"cache": "c.zarr", "teachers": {"t": {"model": UNTRAINED}}},
@@ -37,10 +37,11 @@ EXCERPTS: dict[str, dict[str, Any]] = {
     },
     "ensembles": {"cache": "caches/ensemble.zarr", "out": "run", "epochs": 1, "model": {"kind": "small_cnn"}},
 }
-"""What the rest of a recipe may be of which docs/recipes.md shows a part, by the first key of that part."""
+"""What the rest of a recipe may be of which docs/reference/recipes.md shows a part, by the first key of that part."""
 MODEL = {"kind": "torchvision", "name": "resnet18", "weights": None}
 NOT_RUN = {
     " make ": "runs this suite, and the demo, which tests/cli/test_end_to_end.py runs",
+    " demo ": "takes a minute; tests/cli/test_end_to_end.py runs it",
     " pip install ": "takes a network",
     " --workers ": "starts processes, as tests/stage_one/test_local_cluster.py does",
     " --scheduler ": "takes a scheduler, as tests/stage_one/test_cluster.py starts one",
@@ -68,6 +69,15 @@ def test_every_example_is_in_a_language_that_is_tried() -> None:
         for name in re.findall(r"^```(\S*)\n.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     }
     assert languages == {"bash", "python", "text", "yaml"}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_every_link_leads_to_a_file(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (page.parent / target).exists(), target
+    for file in re.findall(r"`((?:tests|benchmarks|logitcache)/[\w/]+\.py|pipelines/\S+?yaml)", text):
+        assert (ROOT / file).exists() or "my_" in file, file
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +179,7 @@ def test_commands_exist_with_their_options(name: str, text: str) -> None:
 
 
 def test_the_first_example_of_derive_runs_as_written(world: Path) -> None:
-    (text,) = [block.values[1] for block in blocks("yaml") if block.values[0] == "derive.md 0"]
+    (text,) = [block.values[1] for block in blocks("yaml") if block.values[0] == "derive-a-cache.md 0"]
     derive(load_recipe(yaml.safe_load(text), DeriveRecipe))
     assert verified(Path("caches/imagenet-small.zarr")) == ()
     made = open_cache("caches/imagenet-small.zarr").manifest.teachers

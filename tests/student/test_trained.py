@@ -144,7 +144,7 @@ def test_best_needs_something_to_measure(cache: Path, tmp_path: Path) -> None:
 def test_the_example_of_the_docs_runs(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = (Path(__file__).parents[2] / "docs" / "runs.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "use-a-trained-student.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run, tmp_path / "runs" / "student")
