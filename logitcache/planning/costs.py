@@ -1,7 +1,8 @@
 """Arithmetic of costs: bytes, files, requests, memory and time of a cache. Nothing is measured or read here.
 
 Files and the bytes of hot arrays are exact: they follow from the layout, as the store does. The compressed bytes of
-packed arrays and the seconds of a row-view are arguments: `plan` measures them by a probe, docs/explanation/scale.md assumes them.
+packed arrays and the seconds of a row-view are arguments: `plan` measures them by a probe,
+docs/explanation/scale.md assumes them.
 """
 
 import math
