@@ -1,11 +1,11 @@
-"""Errors a user can meet, and the exit code the command line gives each.
+"""Errors of the library, and the exit code of the command line for each.
 
 ValueError
 └── LogitCacheError              any of these; `except ValueError` still works
     ├── RecipeError          2   a recipe, an option or their combination is wrong
     │   └── RecipeErrors         several of them at once
     ├── DataError            2   an image or a label cannot be read
-    │   └── RefusedError         a file names what only a user may have opened, or what is never opened
+    │   └── RefusedError         a file names what only a user may open, or nobody
     ├── MissingExtraError    2   an optional dependency is not installed
     ├── CacheError           3   a cache is damaged, incomplete, busy or not a cache
     ├── RemoteError          3   storage at a URL does not answer, or refuses
@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 
 class LogitCacheError(ValueError):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and fix."""
 
     exit_code = 2
 
@@ -42,11 +42,11 @@ class DataError(LogitCacheError):
 
 
 class RefusedError(DataError):
-    """A file names what is opened only if a user vouches for it (a URL, a path), or never (a device, a FIFO)."""
+    """A file names a URL or a path that is opened only if the user vouches for it, or a device, which never is."""
 
 
 class RowError(DataError):
-    """A row of a batch that cannot be kept: which, and `why`."""
+    """A row of a batch that cannot be stored, and `why`."""
 
     def __init__(self, row: int, why: str) -> None:
         super().__init__(f"row {row} of a batch: {why}")
@@ -54,7 +54,7 @@ class RowError(DataError):
 
 
 class TargetErrorWarning(UserWarning):
-    """What a cache keeps of logits differs from what the teacher answered by more than a bound."""
+    """Stored logits differ from the teacher's by more than a bound."""
 
 
 class MissingExtraError(LogitCacheError, ImportError):
@@ -87,7 +87,7 @@ class ReplayMismatchError(MismatchError):
 
 
 class Stopped(LogitCacheError):
-    """A signal asked for a stop; what was finished is kept and the same command continues."""
+    """A signal requested a stop; finished work is kept and the same command continues."""
 
     exit_code = 75
 
@@ -100,7 +100,7 @@ class Stopped(LogitCacheError):
 class KilledWorkerError(Stopped):
     """The system killed a process that this one had started, most often for want of memory.
 
-    What was finished is kept and the same command continues, as after a stop; an error of the code has another class.
+    Finished work is kept and the same command continues, as after a stop; an error of the code has another class.
     """
 
     def __init__(self, message: str) -> None:

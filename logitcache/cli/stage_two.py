@@ -1,4 +1,4 @@
-"""Stage two: the commands that train, and the one that measures what was trained."""
+"""The commands of stage two: train and evaluate."""
 
 from dataclasses import asdict
 from enum import StrEnum
@@ -20,7 +20,7 @@ Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpo
 
 
 class Verify(StrEnum):
-    """How exactly the pixels rendered here must be those that the teacher saw."""
+    """How exactly rendered pixels must equal those that the teacher saw."""
 
     STRICT = "strict"
     NUMERIC = "numeric"
@@ -36,14 +36,12 @@ def train_student(
     teachers_from: TeachersFrom = None,
     verify: Annotated[
         Verify | None,
-        Option("--verify", help="How exactly the pixels must be those that the teacher saw."),
+        Option("--verify", help="How exactly rendered pixels must equal those that the teacher saw."),
     ] = None,
 ) -> Answer:
     """Train a student from a cache, with no teacher in the loop."""
     if teachers_from is not None and not online:
-        raise BadParameter(
-            "names teachers to put in the loop, and there are none without --online", param_hint="--teachers-from"
-        )
+        raise BadParameter("has no effect: no teachers are in the loop without --online", param_hint="--teachers-from")
     from logitcache.report.recipe_check import load_own
     from logitcache.student.ranks import joined
     from logitcache.student.training import train
@@ -78,12 +76,12 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
 
 
 def _granted(trust: list[str]) -> list[str]:
-    """Return the change to a recipe that an option states."""
+    """Return the override of a recipe for --trust."""
     return [f"trust=[{', '.join(trust)}]"] if trust else []
 
 
 def _trained(result: "RunResult", is_shown: bool) -> Answer:
-    """Leave out of the text what such images are not measured by."""
+    """Leave measures out of the text that such images have not."""
     from logitcache.runtime.tables import as_text
 
     document = asdict(result)
@@ -117,13 +115,13 @@ def evaluate(
 ) -> Answer:
     """Measure a trained model again.
 
-    On its own images, or with --set validation.… on others. The options from --batch-size to --warm-up say how to time,
-    and need --latency.
+    On its own images, or with --set validation.… on others. The options from --batch-size to --warm-up need
+    --latency.
     """
     options = {"--batch-size": batch_size, "--threads": threads, "--repeats": repeats, "--warm-up": warm_up}
     unused = [option for option, value in options.items() if value and not latency]
     if unused:
-        raise BadParameter("says how to time, and nothing is timed without --latency", param_hint=unused)
+        raise BadParameter("has no effect: nothing is timed without --latency", param_hint=unused)
     from logitcache.report.beside_teachers import evaluate_beside_teachers
     from logitcache.runtime.tables import as_text
     from logitcache.student.evaluation.cost import LatencyPlan

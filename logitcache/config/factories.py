@@ -1,6 +1,6 @@
-"""Factories: the user's own objects, named in the user's own recipe as "pkg.mod:name".
+"""Import the user's own objects, named in the user's own recipe as "pkg.mod:name".
 
-A manifest never leads here: opening a cache runs no code.
+No name of a manifest is ever imported: opening a cache runs no code.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from logitcache.errors import LogitCacheError, RecipeError
 
 
 def import_object(name: str) -> object:
-    """Return what "pkg.mod:name" names; modules in the working directory are found.
+    """Import the object "pkg.mod:name"; modules in the working directory are found.
 
     Raises RecipeError for a malformed name, a module that fails to import or a missing attribute.
     """
@@ -32,7 +32,7 @@ def import_object(name: str) -> object:
 
 
 def call_factory(name: str, arguments: Mapping[str, object]) -> object:
-    """Return what the function "pkg.mod:name" makes of the arguments.
+    """Call the function "pkg.mod:name" with the arguments.
 
     Raises RecipeError, with the function's own error as its cause.
     """

@@ -1,4 +1,4 @@
-"""Pydantic's errors as mistakes in a recipe: which key, what is wrong, what was meant."""
+"""Turn pydantic's errors into mistakes of a recipe: the key, the fault, and the likely fix."""
 
 import json
 import re
@@ -38,7 +38,7 @@ _NOT_A_MAPPING = ("dict_type", "model_type", "model_attributes_type")
 def validate(
     data: Any, model: type[R], stand_ins: Mapping[str, object] | None = None
 ) -> tuple[R | None, list[tuple[Keys, str]]]:
-    """Validate plain data; returns the object that it is without its mistakes, and every mistake with its key.
+    """Validate plain data; returns the object without the wrong entries, and every mistake with its key.
 
     Of more than a hundred mistakes the others are counted. A misspelt kind is read as the nearest one, so that it hides
     no other mistake. Any other wrong entry is left out, or replaced if `stand_ins` has one of its name: the object is
@@ -54,13 +54,13 @@ def validate(
         if len(found) > len(errors):
             more = len(found) - len(errors)
             return None, [*problems, *_merged(errors), ((), f"and {more} more mistakes. Fix: these first")]
-        data, mended = json.loads(json.dumps(data)), False
+        data, corrected = json.loads(json.dumps(data)), False
         for error in errors:
             if error.type == "union_tag_invalid" and error.meant is not None:
                 problems.append((error.keys, error.text()))
                 _at(data, error.keys[:-1])[error.keys[-1]] = error.meant
-                mended = True
-        if not mended:
+                corrected = True
+        if not corrected:
             merged = _merged(errors)
             return _without(data, model, [keys for keys, _ in merged], stand_ins or {}), problems + merged
 
@@ -129,7 +129,7 @@ class _Error:
         self.meant = nearest(word, self.names) if isinstance(word, str) else None
 
     def text(self, *others: "_Error") -> str:
-        """Say what is wrong, and what may have been meant."""
+        """Describe the mistake and the likely fix."""
         if self.type in _MISSING:
             return f"key '{dotted(self.keys)}' is missing{self._fix()}"
         wrong = " or ".join(dict.fromkeys(error._wrong() for error in (self, *others)))
@@ -156,7 +156,7 @@ class _Error:
 
 
 def _fix_of_scalar(error_type: str, value: Any) -> str:
-    """Propose the value that was probably meant by one of another type."""
+    """Propose the likely value of the right type."""
     match error_type, value:
         case "bool_type", str() if value.lower() in _BOOLEANS:
             return f"; did you mean {_BOOLEANS[value.lower()]}?"
@@ -174,7 +174,7 @@ def _fix_of_scalar(error_type: str, value: Any) -> str:
 
 
 def _merged(errors: list[_Error]) -> list[tuple[Keys, str]]:
-    """Say each mistake once: not for every member of a union, nor as misspelt and as missing."""
+    """Report each mistake once: not for every member of a union, nor as misspelt and as missing."""
     meant = {(*e.keys[:-1], e.meant) for e in errors if e.type == "extra_forbidden"}
     by_keys: dict[Keys, list[_Error]] = {}
     for error in errors:
@@ -190,7 +190,7 @@ def _merged(errors: list[_Error]) -> list[tuple[Keys, str]]:
 
 
 def _valid_names(error_type: str, context: Mapping[str, Any], types: list[Any]) -> list[str]:
-    """List the names that would be right where a name is wrong."""
+    """List the valid names in the place of a wrong one."""
     models = list(filter(_is_model, types))
     if error_type == "extra_forbidden":
         return [name for t in models for name in t.model_fields]

@@ -21,7 +21,7 @@ from logitcache.errors import RecipeError, listed
 
 
 def _lenient_float(value: object) -> object:
-    """Read '3e-4' in quotes as a number; anything else is left for the validation to judge."""
+    """Read '3e-4' in quotes as a number; leave anything else to the validation."""
     if isinstance(value, str):
         try:
             return float(value)
@@ -49,7 +49,7 @@ class Component(BaseModel):
 class Extended(Component):
     """A component to which fields were added after its first release.
 
-    Added fields that hold their default are left out of the stored form: digests of what was stored before stay.
+    Added fields that hold their default are left out of the stored form: digests of older files stay the same.
     """
 
     added: ClassVar[frozenset[str]]
@@ -113,7 +113,7 @@ def read_recipe(source: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 def require_effect(recipe: Component, epochs: float = math.inf) -> None:
     """Raise RecipeError listing every part of a recipe that has no effect, by its key.
 
-    For what is new: a cache or a run that was begun with such a part goes on as it is.
+    For new caches and runs only: one that was begun with such a part continues.
     """
     lines = list(_idle(recipe, epochs, ()))
     if lines:
@@ -143,7 +143,7 @@ def _read(source: str | Path | Mapping[str, Any]) -> Source:
     try:
         return Source(to_jsonable_python(dict(source), by_alias=True))
     except PydanticSerializationError as error:
-        raise RecipeError(f"the recipe holds what YAML cannot: {error}; use plain values") from None
+        raise RecipeError(f"the recipe holds a value that YAML has not: {error}; use plain values") from None
 
 
 def _worded(mistakes: Iterable[Mistake]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Trust: which manifests a user vouches for, so that they may name paths, URLs and options beyond the allow-list.
+"""Trust: manifests that a user vouches for may name paths, URLs and options beyond the allow-list.
 
-Every data set and every model says by `risks()` what it would open or build beyond what any manifest may name. What a
-user's own recipe names needs no grant. What a file names is opened if it has no risks, or if its digest is granted: by
-`trust:` in the recipe, by --trust, by the environment variable, or because this user wrote that very manifest.
+`risks()` of a data set or a model lists what it would open or build beyond the allow-list of manifests. An entry of
+the user's own recipe needs no grant. An entry of a file is opened if it has no risks, or if the digest of the file is
+granted: by `trust:` in the recipe, by --trust, by the environment variable, or because this user wrote that file.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def require_grant(risks: Sequence[str], digest: str, trust: Collection[str], wha
     if risks and not is_granted(digest, trust):
         raise RefusedError(
             f"{what} names {', '.join(risks)}, which is opened only if you vouch for it: you did not name it, and this "
-            f"user did not write that manifest.\n  Fix: if you know where it comes from, add to your recipe:\n"
+            f"user did not write that file.\n  Fix: if you know where it comes from, add to your recipe:\n"
             f"    trust: {digest}\n  or to the command: --trust {digest}\n  or set {VARIABLE}={digest}"
             + (f"\n  Or {instead}" if instead else "")
         )
@@ -60,7 +60,7 @@ def is_granted(digest: str, trust: Collection[str] = ()) -> bool:
 
 
 def remember(digest: str) -> None:
-    """Note that this user wrote a manifest; without a cache directory that is safe nothing is noted."""
+    """Record that this user wrote a manifest, if there is a safe cache directory."""
     folder = _folder()
     if folder is not None:
         with contextlib.suppress(OSError):
@@ -70,7 +70,7 @@ def remember(digest: str) -> None:
 
 
 def inherit(before: str, after: str) -> None:
-    """Note a manifest that this user wrote in the place of one that is granted: a cache that has grown."""
+    """Grant the manifest of a cache that has grown, if the one before was granted."""
     if before != after and is_granted(before):
         remember(after)
 

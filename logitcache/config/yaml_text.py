@@ -1,4 +1,4 @@
-"""YAML and `--set` to plain data, and back, with the place where each value was written."""
+"""Parse YAML and `--set` to plain data with the line of each value, and write YAML."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ Keys = tuple[str | int, ...]
 
 
 class Place(NamedTuple):
-    """Where a value was written; `line` sorts, `prefix` opens the message."""
+    """The place of a value; `line` sorts, `prefix` begins the message."""
 
     line: int
     prefix: str
@@ -38,7 +38,7 @@ class FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore
 
 
 class Dumper(yaml.SafeDumper):
-    """Quote what either YAML 1.1 or YAML 1.2 takes for something else than text."""
+    """Quote text that either YAML 1.1 or YAML 1.2 parses as another type."""
 
     def ignore_aliases(self, data: object) -> bool:
         """Write a value again where it occurs again."""
@@ -65,7 +65,7 @@ _QUOTE = "quote text that holds ': ' or ' #', or begins with one of &*!%@`[]{}"
 
 
 class Source:
-    """A recipe as plain data, the place of each of its values, and the mistakes met so far."""
+    """A recipe as plain data, the place of each of its values, and the mistakes found so far."""
 
     def __init__(self, data: Any = None) -> None:
         self.data = data
@@ -88,7 +88,7 @@ class Source:
         return self._places[keys]
 
     def override(self, text: str, default: Callable[[Keys], Any]) -> None:
-        """Apply one `a.b=value`; what is absent on the way starts from `default(keys)`."""
+        """Apply one `a.b=value`; an absent entry on the way starts from `default(keys)`."""
         place = Place(_AFTER_THE_FILE, f"--set {text}: ")
         key, equals, value = text.partition("=")
         parts = key.strip().split(".")
@@ -196,7 +196,7 @@ def show(value: Any) -> str:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """Find the name that was probably meant, whatever its case."""
+    """Find the most similar name, in any case of letters."""
     by_lower = {name.lower(): name for name in names}
     # One wrong letter of two or three leaves little alike.
     cutoff = 0.5 if len(word) < 4 else 0.6
@@ -221,7 +221,7 @@ def _read_text(path: Path) -> str:
 
 
 def _hint(path: Path) -> str:
-    """Say which file may have been meant by a path where there is none."""
+    """Guess the file that a wrong path means."""
     bare = Path(str(path).strip("'\""))
     if bare != path:
         return f"the quotes are taken as part of its name: write {bare}"

@@ -92,11 +92,11 @@ class Classifier(nn.Module):
         return self.checked(self.module(self.normalize(pixels)))
 
     def checked(self, output: object) -> Tensor:
-        """Return the logits [B, K] of the classes in what the network returned; raises as the two below."""
+        """Return the logits [B, K] of the classes in the network's output; raises as the two below."""
         return self.of_classes(self.outputs(output), 1)
 
     def outputs(self, output: object) -> Tensor:
-        """Return the logits [B, N] of all outputs in what the network returned.
+        """Return the logits [B, N] of all classes in the network's output.
 
         These are a tensor; the entry `logits` of a dictionary or object, as of Hugging Face; or the only entry of a
         dictionary, tuple or list. Raises RecipeError for anything else.
@@ -187,7 +187,7 @@ def risky_options(options: Mapping[str, JsonValue], plain: Collection[str]) -> t
 
 
 def default_preprocessing(in_channels: int) -> Preprocessing:
-    """Return mean 0.5 and std 0.5 per channel: a student learns under what it is given."""
+    """Return mean 0.5 and std 0.5 per channel: a student learns under any normalisation."""
     return Preprocessing(mean=(0.5,) * in_channels, std=(0.5,) * in_channels)
 
 

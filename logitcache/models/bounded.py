@@ -1,4 +1,4 @@
-"""A network that a file describes is built only if it is no larger than the weights beside it."""
+"""Build a network that a file describes only if it is no larger than the weights beside it."""
 
 import os
 import struct
@@ -23,11 +23,11 @@ _MODULES_PER_TENSOR, _SLACK_MODULES = 32, 512
 
 
 class TooLarge(Exception):
-    """A description builds more than its weights hold; no ValueError, which builders of models catch."""
+    """A description builds more than its weights; no ValueError, which builders of models catch."""
 
 
 class Held(NamedTuple):
-    """How many tensors a file of weights holds, of how many values in all."""
+    """The number of tensors in a file of weights, and of all their values."""
 
     num_tensors: int
     num_values: int
@@ -66,31 +66,25 @@ def require_buildable(build: Callable[[], object], held: Held) -> None:
 
 @contextmanager
 def _at_most(held: Held) -> Iterator[None]:
-    """Raise TooLarge if the modules that this thread makes meanwhile exceed what a file holds."""
+    """Raise TooLarge if the modules that this thread makes in the block exceed the contents of a file."""
     values = _TIMES * held.num_values + _SLACK_VALUES
     modules = _MODULES_PER_TENSOR * held.num_tensors + _SLACK_MODULES
     thread = threading.get_ident()
 
-    def count_values(module: nn.Module, name: str, value: Tensor | None) -> None:
-        nonlocal values
-        if value is not None and threading.get_ident() == thread:
-            values -= value.numel()
-            _require(values, f"{name} {list(value.shape)}")
-
-    def count_modules(module: nn.Module, name: str, child: nn.Module | None) -> None:
-        nonlocal modules
-        if threading.get_ident() == thread:
-            modules -= 1
-            _require(modules, f"one more {type(child).__name__}")
-
-    def _require(left: int, what: str) -> None:
-        if left < 0:
+    def count(module: nn.Module, name: str, value: Tensor | nn.Module | None) -> None:
+        nonlocal values, modules
+        if threading.get_ident() != thread:
+            return
+        values -= value.numel() if isinstance(value, Tensor) else 0
+        modules -= isinstance(value, nn.Module)
+        if min(values, modules) < 0:
+            what = f"{name} {list(value.shape)}" if isinstance(value, Tensor) else f"one more {type(value).__name__}"
             raise TooLarge(f"with {what} it exceeds the {held.num_values} values in {held.num_tensors} tensors")
 
     handles = [
-        registration.register_module_parameter_registration_hook(count_values),
-        registration.register_module_buffer_registration_hook(count_values),
-        registration.register_module_module_registration_hook(count_modules),
+        registration.register_module_parameter_registration_hook(count),
+        registration.register_module_buffer_registration_hook(count),
+        registration.register_module_module_registration_hook(count),
     ]
     try:
         yield

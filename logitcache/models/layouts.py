@@ -1,4 +1,4 @@
-"""Which axis of a tap numbers the channels: decided by what changes with the size of the image, or by the network."""
+"""Find the axis of the channels in a tapped tensor: the others change with the size of the image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,26 +15,26 @@ Shape = tuple[int, ...]
 
 
 class TapLayout(NamedTuple):
-    """A tap, and the layout that the user gives for it."""
+    """A tap and the layout that the recipe gives for it."""
 
     tap: str
     layout: Layout = "auto"
 
 
 def layouts_of(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout], who: str) -> list[Layout]:
-    """Return the layout of each tap as `known_layouts` does; raise RecipeError for maps of which none is known."""
+    """Return the layout of each tap as `known_layouts` does; raise RecipeError for maps whose layout is unknown."""
     found = known_layouts(network, inputs, asked, who)
     for (tap, _), (shape, layout) in zip(asked, found, strict=True):
         if layout is None:
             raise RecipeError(
-                f"{who}: the tap {tap!r} holds {list(shape)} for each image, and nothing says which axis numbers the "
-                "channels. Fix: layout: channels_first for [C, H, W], layout: channels_last for [H, W, C]"
+                f"{who}: the tap {tap!r} holds {list(shape)} for each image, and the axis of the channels is not "
+                "known. Fix: layout: channels_first for [C, H, W], layout: channels_last for [H, W, C]"
             )
     return [layout for _, layout in found if layout is not None]
 
 
 class KnownLayout(NamedTuple):
-    """The shape of what a tap holds of an image, as the network has it, and its layout; None if nothing decides it."""
+    """The shape of a tapped tensor without the batch, and its layout; None if it is not known."""
 
     shape: Shape
     layout: Layout | None
@@ -43,7 +43,7 @@ class KnownLayout(NamedTuple):
 def known_layouts(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout], who: str) -> list[KnownLayout]:
     """Return the layout of each tap: `auto` for maps [C, H, W], tokens [N, D] and vectors, which need no change.
 
-    inputs: what the network takes, float [B, C, h, w]. `auto` is decided by which axes change when the image is twice
+    inputs: float [B, C, h, w] for the network. `auto` is decided by which axes change when the image is twice
     as large; for a network of one size by `feature_info`, as of timm, or by which two axes of a square image's maps are
     equal. `who` names the network in errors. Raises RecipeError for a layout that a tap cannot have.
     """

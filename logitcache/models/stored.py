@@ -267,7 +267,7 @@ class Checkpoint(Component):
         return BuiltModel(module, None)
 
     def risks(self) -> tuple[str, ...]:
-        """Name the file, and what the architecture names."""
+        """Name the file, and the risks of the architecture."""
         return (f"the checkpoint '{self.path}'", *self.model.risks())
 
     def architecture(self) -> Architecture:

@@ -45,7 +45,7 @@ class Tapped(nn.Module):
         self._hooks = [self._hook(network, tap) for tap in self._taps]
 
     def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """Run the module; returns what it returns, and the tensors at the taps, which keep their gradients."""
+        """Run the module; returns its output, and the tensors at the taps with their gradients."""
         self._caught = {tap: [] for tap in self._taps}
         output = self.module(*inputs)
         caught, self._caught = self._caught, {}
@@ -91,7 +91,7 @@ class Tapped(nn.Module):
             )
         if not torch.compiler.is_compiling() and value._version != version:
             raise RecipeError(
-                f"{self._who}: what the tap {tap!r} holds is changed in place afterwards, as by ReLU(inplace=True). "
+                f"{self._who}: the tensor at the tap {tap!r} is changed in place afterwards, as by ReLU(inplace=True). "
                 "Fix: tap the module that changes it"
             )
         return channels_in_place(value, self._layouts.get(tap, "auto"))

@@ -33,10 +33,12 @@ class CodeInFile(ValueError):
 
 def weights_digest(module: nn.Module) -> str:
     """Hash every parameter and buffer: hexadecimal sha256 of names, dtypes, shapes and bytes."""
+    assert sys.byteorder == "little"
     digest = hashlib.sha256()
     for name, tensor in sorted(_state(module).items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(_raw(tensor))
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -49,12 +51,6 @@ def _state(module: nn.Module) -> State:
                 "  Fix: keep it out of the state, as a plain attribute that the constructor sets."
             )
     return dict(state)
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    assert sys.byteorder == "little"
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def save_weights(path: Path, module: nn.Module) -> None:

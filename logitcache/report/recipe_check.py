@@ -1,4 +1,4 @@
-"""Which kind of recipe a file is, and whether it is valid."""
+"""Check recipes of any kind, and find the command that a recipe is for."""
 
 import math
 import shlex
@@ -40,7 +40,7 @@ Check = Callable[[], object]
 
 @dataclass(frozen=True)
 class CheckedRecipe:
-    """One file: the command it is for, what is wrong with it, None when nothing is, and what is to be known of it."""
+    """One file: its command, its error or None, and warnings."""
 
     path: str
     command: str | None
@@ -64,7 +64,7 @@ def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
         recipe, mistakes = load_sound(path, RECIPES[command], overrides)
     except LogitCacheError as error:
         return CheckedRecipe(str(path), command, str(error))
-    # What is wrong with names in caches is reported beside entries that are wrong by themselves.
+    # Wrong names in caches are reported beside entries that are wrong by themselves.
     mistakes += [] if recipe is None else dict.fromkeys(str(error) for error in _problems(recipe, stated))
     if mistakes or recipe is None:
         return CheckedRecipe(str(path), command, listed(mistakes))
@@ -72,14 +72,14 @@ def _check(path: str | Path, overrides: Sequence[str]) -> CheckedRecipe:
 
 
 def _warnings(recipe: Component) -> tuple[str, ...]:
-    """Return what is to be known of a sound recipe: targets of an existing cache that are far from the teacher's."""
+    """Return warnings of a valid recipe: targets of an existing cache that are far from the teacher's."""
     if not isinstance(recipe, StudentRecipe) or not locate(recipe.cache).path.exists():
         return ()
     return tuple(doubts(recipe, Cache(Snapshot.read(locate(recipe.cache)))))
 
 
 def _problems(recipe: Component, stated: Collection[str]) -> list[LogitCacheError]:
-    """List what is wrong with a recipe that is sound by itself: options without effect, and names in caches.
+    """List the mistakes of a recipe that is valid by itself: options without effect, and names in caches.
 
     `stated` are the keys of the file: of these an entry that is wrong is left out, and not missing.
     """
@@ -154,7 +154,7 @@ _CHECKS: dict[type[Component], Callable[[Any, Collection[str]], Iterator[Check]]
 
 
 def command_of(path: str | Path) -> str:
-    """Tell which command a recipe is for: the one whose keys it has, with the fewest mistakes. Raises RecipeError."""
+    """Find the command whose keys a recipe has, with the fewest mistakes. Raises RecipeError."""
     data = read_recipe(path)
     command = min(RECIPES, key=lambda command: _misfit(data, RECIPES[command]))
     if not data.keys() & RECIPES[command].model_fields.keys():
@@ -166,7 +166,7 @@ def command_of(path: str | Path) -> str:
 
 
 def load_own(path: str | Path, model: type[R], overrides: Sequence[str] = ()) -> R:
-    """Load a recipe as `load_recipe` does; of one that is meant for another command, say just that."""
+    """Load a recipe as `load_recipe` does; raise only that if the recipe is another command's."""
     try:
         return load_recipe(path, model, overrides)
     except RecipeError:
@@ -178,7 +178,7 @@ def _require_own(path: str | Path, model: type[R]) -> None:
     """Raise RecipeError for a file that is another command's recipe, and has fewer mistakes as that."""
     try:
         data, command = read_recipe(path), command_of(path)
-    except RecipeError:  # what is no recipe of any kind has been told
+    except RecipeError:  # a recipe of no kind, which has been reported
         return
     meant, (own,) = RECIPES[command], [name for name, kind in RECIPES.items() if kind is model]
     foreign = ", ".join(key for key in data if key not in model.model_fields)

@@ -66,7 +66,7 @@ def test_what_a_network_lists_of_its_modules_decides() -> None:
 @pytest.mark.parametrize(("channels", "shape"), [(8, (16, 16)), (5, (14, 16))])
 def test_what_nothing_decides_is_refused_and_its_fix_works(channels: int, shape: tuple[int, int]) -> None:
     net = network(channels, True, 16)
-    with pytest.raises(RecipeError, match="nothing says which axis numbers the channels") as caught:
+    with pytest.raises(RecipeError, match="the axis of the channels is not known") as caught:
         decided(net, shape)
     assert "layout: channels_last for [H, W, C]" in str(caught.value)
     assert decided(net, shape, layout="channels_last") == "channels_last"

@@ -68,7 +68,7 @@ def test_what_nothing_decides_is_refused_and_its_fix_works(
 ) -> None:
     side = shapes(featured, tmp_path / "run", monkeypatch)["turn"][1]
     model = {"arguments": {"channels": side, "side": side, "one_size": True}}
-    with pytest.raises(RecipeError, match=r"the model: the tap 'turn'.*nothing says which axis"):
+    with pytest.raises(RecipeError, match=r"the model: the tap 'turn'.*the axis of the channels is not known"):
         shapes(featured, tmp_path / "run", monkeypatch, model=model)
     given = shapes(featured, tmp_path / "run", monkeypatch, model=model, tap_layouts={"turn": "channels_last"})
     assert given["turn"] == (side, side, side)
