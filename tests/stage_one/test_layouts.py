@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from logitcache.cache.cache import open_cache
 from logitcache.errors import MismatchError
 from logitcache.teacher.online import live_targets
+from logitcache.teacher.teacher import Teacher
 from logitcache.views.keys import ViewKey
-from tests.cache.made import run
+from tests.cache.made import contents, flip, run, shard_files
+from tests.fixes import applied, entries, fix_of
 from tests.teacher.nets import FEATURES, Net, images, keeping
 
 KINDS = ("maps", "small", "pooled", "attention", "cam", "bytes", "projected")
@@ -57,3 +59,50 @@ def test_another_layout_does_not_continue_a_cache(tmp_path: Path) -> None:
     make(tmp_path / "c", Net(), layout="channels_first")
     with pytest.raises(MismatchError, match=r'features\.maps: the cache has .*"layout": "channels_last"'):
         make(tmp_path / "c", Net(), layout="channels_last")
+
+
+def as_before(path: Path, net: nn.Module, monkeypatch: pytest.MonkeyPatch, num_views: int, **recipe: Any) -> None:
+    """Fill a cache as releases did that knew no layouts, and read every tap as [C, H, W] or [N, D]."""
+    with monkeypatch.context() as before:
+        before.setattr(Teacher, "decide_layouts", lambda self, pixels: None)
+        run(path, images(20), net, views=VIEW | {"num_views": num_views}, **recipe)
+
+
+def turned_tokens() -> nn.Module:
+    """Return a network whose tap holds tokens [D, N]."""
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.Flatten(2), nn.Identity(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 5)
+    )
+
+
+OLD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "maps": (Last, {name: FEATURES[name] for name in ("maps", "pooled", "tokens")}, "channels_first"),
+    "tokens": (turned_tokens, {"maps": FEATURES["tokens"] | {"tap": "2"}}, "tokens"),
+}
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_a_cache_of_before_layouts_grows_and_is_repaired_by_the_fix_that_its_error_names(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build, features, layout = OLD[case]
+    net = build()
+    recipe: dict[str, Any] = {"teachers": {"t": keeping(None, features)}, "shard_rows": 512}
+    as_before(tmp_path / "c", net, monkeypatch, 1, **recipe)
+    before = contents(tmp_path / "c")
+    more = {"views": VIEW | {"num_views": 2}}
+    with pytest.raises(MismatchError, match="made by another recipe") as refused:
+        run(tmp_path / "c", images(20), net, **recipe, **more)
+    found = dict(entries(fix_of(refused.value)))
+    assert set(found["teachers.t.features"]) == features.keys() - {"tokens"}
+    assert all(entry == {"layout": layout} for entry in found["teachers.t.features"].values())
+    fixed = applied(recipe, *found.items())
+    damaged = shard_files(tmp_path / "c", "t.maps")[0]
+    flip(damaged, 5)
+    assert run(tmp_path / "c", images(20), net, **fixed, views=VIEW).shards_written == 1
+    assert contents(tmp_path / "c").items() >= before.items()
+    assert run(tmp_path / "c", images(20), net, **fixed, **more).shards_written == 1
+    as_before(tmp_path / "whole", net, monkeypatch, 2, **recipe)
+    for name in features:
+        grown, whole = (open_cache(tmp_path / made).rows([ViewKey(1, 3)])["t"] for made in ("c", "whole"))
+        assert torch.equal(grown.features[name], whole.features[name])

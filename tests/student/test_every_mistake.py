@@ -3,7 +3,9 @@
 import functools
 import operator
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +15,8 @@ from logitcache.errors import LogitCacheError, RecipeError, RecipeErrors, caught
 from logitcache.report.recipe_check import check_recipes
 from logitcache.runtime import console
 from logitcache.student.training import train
-from tests.student.small import LINEAR, student, teacher
+from tests.fixes import applied, entries, fix_of, listed
+from tests.student.small import LINEAR, fill, network, student, teacher
 
 FORM = {"epochs": "many", "bogus": 1, "optimizer": {"kind": "adam", "lr": 0.1}}
 OFF = {"kind": "kl_divergence", "teacher": "first", "weight": 0}
@@ -185,3 +188,80 @@ def test_errors_are_gathered_flat() -> None:
     with pytest.raises(RecipeError) as alone:
         raise_all([one])
     assert alone.value is one
+
+
+KL = {"kind": "kl_divergence", "teacher": "first"}
+HINT = {"kind": "hint", "teacher": "first", "feature": "maps", "student": "0"}
+OF_HEAD = {"kind": "srrl", "teacher": "first", "feature": "maps", "student": "0"}
+Fix = Callable[[str, dict[str, Any]], dict[str, Any]]
+
+
+def _in_loss(entry: Callable[[str], dict[str, Any]]) -> Fix:
+    return lambda error, recipe: recipe | {"losses": [recipe["losses"][0] | entry(error)]}
+
+
+NAMES: dict[str, tuple[dict[str, Any], str, Fix]] = {
+    "another teacher": (
+        {"losses": [KL | {"teacher": "third"}]},
+        "one of these",
+        _in_loss(lambda error: {"teacher": listed(error)[0]}),
+    ),
+    "no teacher": (
+        {"losses": [KL | {"teacher": None}]},
+        "set `teacher`",
+        _in_loss(lambda error: {re.search(r"Fix: set `(\w+)`", error)[1]: listed(error)[0]}),  # type: ignore[index]
+    ),
+    "members of an ensemble": (
+        {"losses": [KL | {"teacher": "e"}], "ensembles": {"e": {"kind": "mean", "teachers": ["first", "x"]}}},
+        "name these",
+        lambda error, recipe: applied(recipe, ("ensembles.e.teachers", listed(error))),
+    ),
+    "live teachers": (
+        {"losses": [KL], "teachers": {"frist": {"model": {"kind": "small_cnn"}}}},
+        "name these",
+        lambda error, recipe: recipe | {"teachers": {listed(error)[0]: recipe["teachers"]["frist"]}},
+    ),
+    "too many views": (
+        {"losses": [KL], "num_views": 9},
+        "at most these",
+        lambda error, recipe: recipe | {"num_views": int(re.search(r"has (\d+) views", error)[1])},  # type: ignore[index]
+    ),
+    "a loss of weight 0": (
+        {"losses": [KL, OFF]},
+        "leave the loss out",
+        lambda error, recipe: recipe | {"losses": [recipe["losses"][0]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_the_fix_of_a_name_makes_the_recipe_sound(case: str, two_teachers: Path, tmp_path: Path) -> None:
+    changes, text, fix = NAMES[case]
+    recipe = {"cache": str(two_teachers), "out": str(tmp_path / "run"), "model": {"kind": "small_cnn"}, "epochs": 2}
+    error = _checked(tmp_path, recipe | changes)
+    assert text in fix_of(error)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(fix(error, recipe | changes)))
+    (checked,) = check_recipes([file])
+    assert checked.error is None
+
+
+@pytest.mark.parametrize("loss", [HINT, OF_HEAD])
+def test_the_lines_for_a_precompute_recipe_give_a_loss_what_it_needs(loss: dict[str, Any], tmp_path: Path) -> None:
+    """As often as `recipe check` asks for more."""
+    teachers: dict[str, Any] = {"first": {}}
+    cache, run = tmp_path / "c", {"out": str(tmp_path / "run"), "model": {"kind": "small_cnn"}, "epochs": 2}
+    for number in range(4):
+        entry = {"logits": {"kind": "dense"}, "features": {}} | teachers["first"]
+        fill(cache / str(number), {"first": network()}, entry["logits"], features=entry["features"])
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump(run | {"cache": str(cache / str(number)), "losses": [loss]}))
+        (checked,) = check_recipes([file])
+        if checked.error is None:
+            break
+        for line in checked.error.splitlines()[1:]:
+            found = entries(fix_of(line).replace("…", '"0"'))
+            loss = loss | {key: value for key, value in found if "." not in key}
+            teachers = applied({"teachers": teachers}, *(entry for entry in found if "." in entry[0]))["teachers"]
+    assert checked.error is None
+    assert number > 0

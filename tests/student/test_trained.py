@@ -18,7 +18,8 @@ from logitcache.errors import DataError, RecipeError
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
 from logitcache.views.datasets import Bundled, open_dataset
-from tests.student.small import LINEAR, TEST_IMAGES, UNLABELLED, metrics, student, teacher
+from tests.fixes import called, fix_of
+from tests.student.small import LINEAR, TEST_IMAGES, UNLABELLED, linear, metrics, student, teacher
 
 SMALLER = [{"kind": "resize", "size": 24}, {"kind": "center_crop", "size": 20}]
 
@@ -82,8 +83,7 @@ def test_a_run_of_an_earlier_release_loads_and_says_what_it_lacks(run: Path, tmp
     assert evaluate(old).epoch is None
     with pytest.raises(RecipeError, match="did not record") as refused:
         _ = model.preprocess
-    fix = str(refused.value).partition("Fix: ")[2].partition(", with the size")[0].replace("224", "28")
-    fixed = eval(fix, {"load_student": lc.load_student, "run": old})
+    fixed = called(fix_of(refused.value).replace("224", "28"), load_student=lc.load_student, run=old)
     assert fixed.preprocess(_pil(0)).shape == (1, 28, 28)
 
 
@@ -112,6 +112,18 @@ def test_a_model_of_code_needs_its_factory(cache: Path, tmp_path: Path) -> None:
         lc.load_student(tmp_path / "run")
     model = lc.load_student(tmp_path / "run", factory=LINEAR["factory"])
     assert model(torch.zeros(2, 1, 28, 28, dtype=torch.uint8)).shape == (2, 10)
+
+
+def test_a_run_of_a_module_loads_into_a_module_as_its_error_advises(cache: Path, tmp_path: Path) -> None:
+    train(student(tmp_path / "run", cache, model=None, epochs=1), model=linear())
+    with pytest.raises(RecipeError, match="was passed to train, and names no model") as refused:
+        lc.load_student(tmp_path / "run")
+    with torch.random.fork_rng():
+        fixed = called(fix_of(refused.value), load_student=lc.load_student, run=tmp_path / "run", module=linear())
+    beside = lc.load_student(tmp_path / "run", factory=LINEAR["factory"])  # the other way that the error names
+    pixels = torch.stack([open_dataset(Bundled.model_validate(TEST_IMAGES)).read(index) for index in range(9)])
+    assert fixed(pixels).std() > 0
+    assert torch.equal(fixed(pixels), beside(pixels))
 
 
 def test_the_best_epoch_is_kept_where_the_recipe_says_so(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +22,7 @@ from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher, build_teacher
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE32, Pixels, recipe, run, teacher
+from tests.fixes import applied, called, entries, fix_of, keywords
 from tests.teacher.nets import CLASSES, FEATURES, SIDE, Net
 
 IMAGES = Pixels(40, side=SIDE)
@@ -159,8 +159,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "two entries": (lambda: Odd(lambda net, x: {"a": x, "b": x}, last=True), r"a dict of \{a: \[32, 5\], b: \[32, 5"),
     "a tuple of two": (lambda: Odd(lambda net, x: (x, x), last=True), r"a tuple of \{\[32, 5\], \[32, 5\]\}, not log"),
     "a Hugging Face body": (
-        lambda: Odd(lambda net, x: ModelOutput(last_hidden_state=x[:, None], pooler_output=x)),
-        "must be Tensor|not logits",
+        lambda: Odd(lambda net, x: ModelOutput(last_hidden_state=x[:, None], pooler_output=x), last=True),
+        r"a ModelOutput of \{last_hidden_state: \[32, 1, 5\], pooler_output: \[32, 5\]\}, not logits",
     ),
     "no head": (lambda: Headless(nn.Identity()), "has no head: the 8 numbers"),
     "an empty head": (lambda: Headless(nn.Sequential()), "has no head: the 8 numbers"),
@@ -223,6 +223,88 @@ def test_a_teacher_whose_answers_cannot_be_kept_is_refused(kind: str, precision:
     assert "Fix: " in str(caught.value)
 
 
+class Wrapped(nn.Module):
+    """What the fix of a network that returns more than logits names: a module that returns these alone."""
+
+    def __init__(self, net: nn.Module, logits_in: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.net, self.logits_in = net, logits_in
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.logits_in(self.net(images))
+
+
+def with_statistics(fix: str) -> nn.Module:
+    """Return the network that normalised by the batch, with the option that its fix names, and statistics."""
+    net = Batch(**keywords(fix))
+    net.train()(pixels_of().float())
+    return net
+
+
+def exported_by(fix: str) -> nn.Module:
+    found = called(fix.replace("…", "net, images"), torch=torch, net=Plain().eval(), images=(torch.rand(4, 3, 8, 8),))
+    return found.module()  # type: ignore[no-any-return]
+
+
+def attending(fix: str) -> nn.Module:
+    net = Odd(lambda net, x: 9 * net.attention(*[9 * x[:, None]] * 3)[0][:, 0])
+    net.attention = nn.MultiheadAttention(8, 2, batch_first=keywords(fix)["batch_first"])
+    return net
+
+
+def normalised_by(fix: str) -> nn.Module:
+    mean, variance = torch.zeros(8), torch.ones(8)
+    training = keywords(fix)["training"]
+    return Odd(lambda net, x: functional.batch_norm(x, mean, variance, training=training))
+
+
+FIXED: dict[str, tuple[str, Callable[[str], nn.Module]]] = {
+    "dropout left on": (
+        "F.dropout(",
+        lambda fix: Odd(lambda net, x: called(fix, F=functional, x=x, p=0.2, self=net)),
+    ),
+    "a dropout in training mode": ("let eval() reach every module", lambda fix: Odd(lambda net, x: net.drop(x))),
+    "noise": (
+        "nothing drawn in evaluation mode",
+        lambda fix: Odd(lambda net, x: x + 0.3 * torch.rand_like(x) if net.training else x),
+    ),
+    "batch statistics": ("track_running_stats=True, with weights that hold the statistics", with_statistics),
+    "normalisation in training mode": ("let eval() reach every module", lambda fix: Odd()),
+    "a mean over the batch": ("F.batch_norm with running statistics and training=False", normalised_by),
+    "attention over the batch": ("attention with batch_first=True", attending),
+    "a counter": ("no counters", lambda fix: Odd(last=True)),
+    "exported for one batch size": ("torch.export.export(", exported_by),
+    "one image loses its axis": (
+        "wrap it in a module",
+        lambda fix: Wrapped(REFUSED["one image loses its axis"][0](), lambda x: x.reshape(-1, CLASSES)),
+    ),
+    "two entries": ("wrap it in a module", lambda fix: Wrapped(REFUSED["two entries"][0](), lambda x: x["b"])),
+    "a tuple of two": ("wrap it in a module", lambda fix: Wrapped(REFUSED["a tuple of two"][0](), lambda x: x[0])),
+    "a Hugging Face body": (
+        "wrap it in a module",
+        lambda fix: Wrapped(REFUSED["a Hugging Face body"][0](), lambda x: x["pooler_output"]),
+    ),
+    "maps": ("wrap it in a module", lambda fix: Wrapped(REFUSED["maps"][0](), lambda x: x.mean(dim=(2, 3)))),
+}
+
+
+def test_every_refusal_has_a_fix_that_is_carried_out() -> None:
+    """Heads that are missing have a test of their own, below."""
+    assert {kind for kind in REFUSED if "head" not in kind} == FIXED.keys()
+
+
+@pytest.mark.parametrize("kind", FIXED)
+def test_what_a_refusal_advises_is_accepted(kind: str) -> None:
+    text, build = FIXED[kind]
+    pixels, labels = pixels_of(), torch.full((32,), -1)
+    with around(REFUSED[kind][0]()) as built, pytest.raises(RecipeError) as caught:
+        examples_of([built], pixels, labels)
+    fix = fix_of(caught.value)
+    assert text in fix
+    with around(build(fix)) as built:
+        assert examples_of([built], pixels, labels)["t"].logits.shape[0] == 32
+
+
 def test_nothing_is_written_of_a_teacher_that_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=STATISTICS):
         kept(tmp_path / "c", Batch(track_running_stats=False))
@@ -265,8 +347,8 @@ def test_the_line_that_a_headless_teacher_is_shown_keeps_its_features(build: Any
     net = build()
     with pytest.raises(RecipeError) as caught:
         kept(tmp_path / "c", net)
-    line = yaml.safe_load(str(caught.value).split("Fix: teachers.")[1])["t"]
-    run(tmp_path / "c", IMAGES, net, teachers={"t": teacher() | line}, views=VIEW)
+    fixed = applied({"teachers": {"t": teacher()}}, *entries(fix_of(caught.value)))
+    run(tmp_path / "c", IMAGES, net, **fixed, views=VIEW)
     assert open_cache(tmp_path / "c").features("t")["embedding"].kind == "pooled"
 
 

@@ -1,14 +1,18 @@
 """How two manifests differ: whether a recipe continues a cache, adds to it, or would be another cache."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from logitcache.cache.format.manifest import LOGITS, Manifest, TeacherEntry
 from logitcache.config.recipe import Component
 from logitcache.errors import MismatchError
+from logitcache.reductions import Layout
 
 Outputs = tuple[int, ...] | None
+
+_AS_READ: Mapping[Layout, Layout] = {"channels_last": "channels_first", "channels_first": "tokens"}
+"""How releases without layouts read a tap of maps [H, W, C], and one of tokens [D, N]: without a change."""
 
 
 def extends(wanted: Manifest, recorded: Manifest) -> bool:
@@ -30,9 +34,22 @@ def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
         raise MismatchError(
             f"{where} was made by another recipe:\n  "
             + "\n  ".join([*lines, *lacks, *(_adds(recorded, wanted) if lacks else [])])
-            + "\n  Fix: change the recipe back to continue this cache (it may add views, teachers and features), "
-            "or give the new one another `cache:` path"
+            + f"\n  Fix: {_fix_of_layouts(recorded, wanted)}change the recipe back to continue this cache (it may add "
+            "views, teachers and features), or give the new one another `cache:` path"
         )
+
+
+def _fix_of_layouts(recorded: Manifest, wanted: Manifest) -> str:
+    """Word the entries that continue a cache of a release that read every tap as [C, H, W] or [N, D]."""
+    entries = []
+    for name in recorded.teachers.keys() & wanted.teachers.keys():
+        old, new = recorded.teachers[name].features, wanted.teachers[name].features
+        common = old.keys() & new.keys()
+        kept = {n: _AS_READ[new[n].layout] for n in sorted(common) if old[n].layout == "auto" != new[n].layout}
+        if kept:
+            listed = ", ".join(f"{feature}: {{layout: {layout}}}" for feature, layout in kept.items())
+            entries.append(f"teachers.{name}.features: {{{listed}}}")
+    return f"{'; '.join(sorted(entries))}; these read a tap as releases without layouts did. Else " if entries else ""
 
 
 def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
