@@ -1,11 +1,11 @@
-"""Logits and the forms in which they may be kept: each becomes a distribution at a temperature, where it is needed."""
+"""Logits and the forms in which they are stored: each gives its distribution at a temperature, on its device."""
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,39 @@ from torch import Tensor
 from logitcache.errors import RecipeError
 from logitcache.runtime.device import to_device
 
+T = TypeVar("T")
+
+
+class BatchValue:
+    """A frozen dataclass of tensors [B, ...], also in mappings, tuples and other such values, all of one batch."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move to a device without waiting for the copies."""
+        where = torch.device(device)
+        return _mapped(self, lambda tensor: to_device(tensor, where))
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Take some rows of the batch."""
+        return _mapped(self, lambda tensor: tensor[rows])
+
+
+def _mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:
+    """Apply a function to each tensor in a value; what holds none stays as it is."""
+    changed: object = value
+    if isinstance(value, Tensor):
+        changed = change(value)
+    elif isinstance(value, BatchValue):
+        names = [field.name for field in fields(cast(Any, value)) if field.init]
+        changed = replace(cast(Any, value), **{name: _mapped(getattr(value, name), change) for name in names})
+    elif isinstance(value, Mapping):
+        changed = {name: _mapped(item, change) for name, item in value.items()}
+    elif isinstance(value, tuple):
+        changed = tuple(_mapped(item, change) for item in value)
+    return cast(T, changed)
+
 
 class EncodedLogits(Protocol):
-    """A distribution over classes kept in fewer numbers than classes; a batch's `Targets` are one too."""
+    """A distribution over classes stored in fewer numbers than classes; a batch's `Targets` are one too."""
 
     @property
     def num_classes(self) -> int:
@@ -31,12 +61,6 @@ class EncodedLogits(Protocol):
 
     def log_probs(self, temperature: float | Tensor) -> Tensor:
         """Return log softmax(z / temperature), float32 [B, C], of one temperature or one for each row [B]."""
-
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copy."""
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
 
 
 Logits = Tensor | EncodedLogits
@@ -82,7 +106,7 @@ def top1(logits: Logits) -> Tensor:
     return (logits if isinstance(logits, Tensor) else logits.log_probs(1.0)).argmax(dim=1)
 
 
-class _Distribution(ABC):
+class _Distribution(BatchValue, ABC):
     """A form that keeps no logits: log-probabilities stand for them, which are logits of the same distribution."""
 
     keeps_logits: ClassVar[bool] = False
@@ -140,22 +164,9 @@ class TopKLogits(_Distribution):
             return None
         return int(((classes < 0) | (classes >= self.num_classes)).any(axis=1).argmax())
 
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copy."""
-        return replace(
-            self,
-            log_p=to_device(self.log_p, device),
-            index=to_device(self.index, device),
-            tail=to_device(self.tail, device),
-        )
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-        return replace(self, log_p=self.log_p[rows], index=self.index[rows], tail=self.tail[rows])
-
 
 @dataclass(frozen=True)
-class CompactLogits:
+class CompactLogits(BatchValue):
     """Every logit, kept in the arrays of an encoding until it is asked for.
 
     rows: arrays [B, ...] by name; decode: turns them into logits, float32 [B, num_classes], on the device where they
@@ -176,14 +187,6 @@ class CompactLogits:
         """Return log softmax(z / temperature), float32 [B, C]."""
         return log_probs(self.logits, temperature)
 
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copies."""
-        return replace(self, rows={name: to_device(values, device) for name, values in self.rows.items()})
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-        return replace(self, rows={name: values[rows] for name, values in self.rows.items()})
-
 
 @dataclass(frozen=True)
 class NoLogits:
@@ -200,14 +203,6 @@ class NoLogits:
     def log_probs(self, temperature: float | Tensor) -> Tensor:
         """Raise RecipeError: there are none."""
         raise RecipeError("of this teacher only features are kept. Fix: a loss of features, or a teacher with logits")
-
-    def to(self, device: torch.device) -> Self:
-        """Return itself."""
-        return self
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Return itself."""
-        return self
 
 
 NO_LOGITS = NoLogits()
@@ -236,19 +231,6 @@ class LinearLogits(_Distribution):
         own = share.log() + log_probs(self.own, temperature)
         return torch.logaddexp(own, torch.log1p(-share) + log_probs(self.partner, temperature))
 
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copies."""
-        return replace(
-            self,
-            own=moved(self.own, device),
-            partner=moved(self.partner, device),
-            share=to_device(self.share, device),
-        )
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-        return replace(self, own=self.own[rows], partner=self.partner[rows], share=self.share[rows])
-
 
 @dataclass(frozen=True)
 class EnsembleLogits(_Distribution):
@@ -265,17 +247,3 @@ class EnsembleLogits(_Distribution):
         """Return the log of the mean of the members' softmax(z / temperature), float32 [B, C]."""
         found = torch.stack([log_probs(member, temperature) for member in self.members], dim=1)
         return torch.logsumexp(self.weights.log()[:, :, None] + found, dim=1)
-
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copies."""
-        members = tuple(moved(member, device) for member in self.members)
-        return replace(self, members=members, weights=to_device(self.weights, device))
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-        return replace(self, members=tuple(member[rows] for member in self.members), weights=self.weights[rows])
-
-
-def moved(logits: Logits, device: torch.device) -> Logits:
-    """Move logits or their encoded form to a device without waiting for the copies."""
-    return to_device(logits, device) if isinstance(logits, Tensor) else logits.to(device)

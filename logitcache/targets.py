@@ -1,19 +1,16 @@
 """`Targets`: a teacher's answers for a batch, read from a cache or computed by the live teacher."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Self
 
-import torch
 from torch import Tensor
 
-from logitcache.logits import Logits, at_least_float32, log_probs, moved
-from logitcache.runtime.device import to_device
+from logitcache.logits import BatchValue, Logits, at_least_float32, log_probs
 
 
 @dataclass(frozen=True)
-class CompactFeature:
+class CompactFeature(BatchValue):
     """A feature, kept in the arrays of an encoding until it is asked for.
 
     rows: arrays [B, ...] by name; decode: turns them into features, float32 [B, *shape], on the device where they are.
@@ -28,14 +25,6 @@ class CompactFeature:
         """The feature, float32 [B, *shape]."""
         return self.decode(self.rows)
 
-    def to(self, device: torch.device) -> Self:
-        """Move to a device without waiting for the copies."""
-        return replace(self, rows={name: to_device(values, device) for name, values in self.rows.items()})
-
-    def __getitem__(self, rows: slice) -> Self:
-        """Take some rows of the batch."""
-        return replace(self, rows={name: values[rows] for name, values in self.rows.items()})
-
 
 FeatureValues = Tensor | CompactFeature
 
@@ -43,10 +32,6 @@ FeatureValues = Tensor | CompactFeature
 def feature_values(feature: FeatureValues) -> Tensor:
     """Return a feature [B, *shape], at least in float32."""
     return at_least_float32(feature if isinstance(feature, Tensor) else feature.values)
-
-
-def _feature_moved(feature: FeatureValues, device: torch.device) -> FeatureValues:
-    return to_device(feature, device) if isinstance(feature, Tensor) else feature.to(device)
 
 
 class _Features(Mapping[str, Tensor]):
@@ -67,7 +52,7 @@ class _Features(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class Targets:
+class Targets(BatchValue):
     """One teacher's answers for a batch: tensors, whatever the form in which they are kept.
 
     compact, compact_features: the kept forms, which are small to move and to cut; each is decoded once, when its tensor
@@ -113,35 +98,17 @@ class Targets:
         """Features [B, ...] by name, float tensors."""
         return _Features(self.compact_features)
 
-    def to(self, device: torch.device | str) -> "Targets":
-        """Move to a device without waiting for the copies: the compact forms, which are decoded there."""
-        where = torch.device(device)
-        features = {name: _feature_moved(value, where) for name, value in self.compact_features.items()}
-        return Targets(moved(self.compact, where), features)
-
-    def __getitem__(self, rows: slice) -> "Targets":
-        """Take some rows of the batch."""
-        return Targets(self.compact[rows], {name: value[rows] for name, value in self.compact_features.items()})
-
 
 @dataclass(frozen=True)
-class MixedLabels:
+class MixedLabels(BatchValue):
     """What mixing made of labels: the partners' labels, like the own ones, and the weight of these, float32 [B]."""
 
     partners: Tensor
     share: Tensor
 
-    def to(self, device: torch.device) -> "MixedLabels":
-        """Move to a device without waiting for the copies."""
-        return MixedLabels(to_device(self.partners, device), to_device(self.share, device))
-
-    def __getitem__(self, rows: slice) -> "MixedLabels":
-        """Take some rows of the batch."""
-        return MixedLabels(self.partners[rows], self.share[rows])
-
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(BatchValue):
     """Images uint8 [B, C, H, W], labels int64 [B] (-1: unlabelled), keys int64 [B, 2], and targets by teacher.
 
     Labels of any number of classes an image are int8 [B, C]: 1 for a class that is there, 0 for one that is not, -1
@@ -164,20 +131,3 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.images)
-
-    def to(self, device: torch.device | str) -> "Batch":
-        """Move to a device without waiting for the copies."""
-        where = torch.device(device)
-        return Batch(
-            to_device(self.images, where),
-            to_device(self.labels, where),
-            to_device(self.keys, where),
-            {name: targets.to(where) for name, targets in self.teachers.items()},
-            None if self.mixed is None else self.mixed.to(where),
-        )
-
-    def __getitem__(self, rows: slice) -> "Batch":
-        """Take some rows of the batch."""
-        teachers = {name: targets[rows] for name, targets in self.teachers.items()}
-        mixed = None if self.mixed is None else self.mixed[rows]
-        return Batch(self.images[rows], self.labels[rows], self.keys[rows], teachers, mixed)

@@ -18,7 +18,7 @@ from logitcache.store.files import write_atomically
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Context, StepSums
 from logitcache.student.optim.batch_norm import synchronize
-from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import Progress
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.student.whole_batch import WholeBatch

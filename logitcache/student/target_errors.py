@@ -57,7 +57,7 @@ def _doubt(loss: Loss, name: str, entry: TeacherEntry) -> str | None:
 def _temperatures(loss: Loss) -> tuple[float, float]:
     """Return the lowest and the highest temperature of a loss at any time; 1 for a loss without one."""
     temperature = getattr(loss, "temperature", None)
-    return (temperature.lowest, temperature.highest) if isinstance(temperature, TemperatureBase) else (1.0, 1.0)
+    return temperature.bounds if isinstance(temperature, TemperatureBase) else (1.0, 1.0)
 
 
 def _around(recorded: list[RowErrors], lowest: float, highest: float) -> list[RowErrors]:

@@ -22,7 +22,7 @@ from logitcache.student.learner import Learner
 from logitcache.student.lesson import Given, LiveTargets, Source, as_given, open_source
 from logitcache.student.nonfinite import require_finite_targets
 from logitcache.student.optim.batch_norm import require_possible
-from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import Progress
 from logitcache.student.ranks import Ranks, joined
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import (

@@ -30,7 +30,7 @@ from logitcache.student.build_model import (
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Terms
 from logitcache.student.lesson import Lesson
-from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import Progress
 from logitcache.student.ranks import ALONE
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch, MixedLabels, Targets

@@ -6,6 +6,7 @@ one weight and one box, since their words are those of the smaller index.
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from decimal import Context, Decimal, localcontext
 from typing import Annotated, Literal, NamedTuple
@@ -158,13 +159,13 @@ def _tabulated(given: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
 Thresholds = Annotated[tuple[int, ...], AfterValidator(_tabulated), Field(validate_default=True)]
 
 
-class MixUp(Component):
-    """Blend the two images by a weight drawn from Beta(alpha, alpha), rounded to 256ths; taken with probability `p`.
+class MixingBase(Component, ABC):
+    """A way to mix a pair, by a weight drawn from Beta(alpha, alpha); taken with probability `p`.
 
     `thresholds` tabulates the distribution; it is part of the stored form, so that no replay computes it.
     """
 
-    kind: Literal["mixup"] = "mixup"
+    kind: str
     alpha: Annotated[Positive, Field(le=_MAX_ALPHA)] = 1.0
     p: Fraction = 1.0
     thresholds: Thresholds = ()
@@ -172,6 +173,16 @@ class MixUp(Component):
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is ever mixed."""
         return NEVER_APPLIED if self.p == 0 else None
+
+    @abstractmethod
+    def draw(self, words: Words, size: tuple[int, int], version: PlanVersion) -> tuple[Ints, Ints, Ints]:
+        """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""
+
+
+class MixUp(MixingBase):
+    """Blend the two images by the weight, rounded to 256ths."""
+
+    kind: Literal["mixup"] = "mixup"
 
     def draw(self, words: Words, size: tuple[int, int], version: PlanVersion) -> tuple[Ints, Ints, Ints]:
         """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""
@@ -179,21 +190,14 @@ class MixUp(Component):
         return own, np.full_like(own, LEVELS), np.zeros((len(own), 4), dtype=np.int64)
 
 
-class CutMix(Component):
-    """Replace a box by the partner's; its area is 1 - λ of the image before clipping, λ drawn from Beta(alpha, alpha).
+class CutMix(MixingBase):
+    """Replace a box by the partner's; its area is 1 - λ of the image before clipping, λ the weight.
 
-    Taken with probability `p`; `thresholds` as for MixUp. Sides are rounded to pixels. By plan version 1 λ was rounded
-    to 256ths first, so that no box was smaller than a 256th of the image, and sides to even numbers below.
+    Sides are rounded to pixels. By plan version 1 λ was rounded to 256ths first, so that no box was smaller than a
+    256th of the image, and sides to even numbers below.
     """
 
     kind: Literal["cutmix"] = "cutmix"
-    alpha: Annotated[Positive, Field(le=_MAX_ALPHA)] = 1.0
-    p: Fraction = 1.0
-    thresholds: Thresholds = ()
-
-    def idle(self, epochs: float) -> str | None:
-        """Return why nothing is ever mixed."""
-        return NEVER_APPLIED if self.p == 0 else None
 
     def draw(self, words: Words, size: tuple[int, int], version: PlanVersion) -> tuple[Ints, Ints, Ints]:
         """Return `own`, `total` and `boxes` for words [B, 3] and images of (height, width)."""

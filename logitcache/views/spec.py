@@ -13,7 +13,8 @@ from torch import Tensor
 
 from logitcache.config.recipe import Component
 from logitcache.errors import DataError, RecipeError
-from logitcache.views.augmentations import Augmentation, Ints
+from logitcache.views.augmentations import Augmentation
+from logitcache.views.augmentations.base import Ints
 from logitcache.views.datasets.base import ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan

@@ -10,7 +10,7 @@ from logitcache.models import Classifier, Preprocessing
 from logitcache.reductions import FeatureShape
 from logitcache.student.learner import Learner
 from logitcache.student.losses.base import HeldTeacher, Site
-from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import Progress
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.targets import Batch, Targets
 

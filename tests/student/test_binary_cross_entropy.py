@@ -11,7 +11,7 @@ from torch import Tensor
 from logitcache.errors import RecipeError
 from logitcache.student.losses import BinaryCrossEntropy, binary_cross_entropy
 from logitcache.student.losses.base import Context, Site
-from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import Progress
 from logitcache.targets import Batch, MixedLabels, Targets
 
 ROWS, CLASSES = 9, 5

@@ -25,10 +25,8 @@ from logitcache.student.losses import (
     Loss,
     Similarity,
 )
-from logitcache.student.losses.base import Context, HeldTeacher, Site
-from logitcache.student.losses.feature_base import FeatureLoss
-from logitcache.student.optim.progress import Progress
-from logitcache.student.optim.schedules import constant
+from logitcache.student.losses.base import Context, FeatureLoss, HeldTeacher, Site
+from logitcache.student.optim.schedules import Progress, constant
 from logitcache.targets import Batch, Targets
 
 NUM_IMAGES, CLASSES, ROWS = 40, 5, 6

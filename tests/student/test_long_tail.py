@@ -14,7 +14,7 @@ from logitcache.student.learner import Learner
 from logitcache.student.lesson import open_source
 from logitcache.student.losses import CrossEntropy
 from logitcache.student.losses.base import Context, Site
-from logitcache.student.optim.progress import Progress
+from logitcache.student.optim.schedules import Progress
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.training import train
 from logitcache.targets import Batch, MixedLabels, Targets

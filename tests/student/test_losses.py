@@ -34,9 +34,8 @@ from logitcache.student.losses import (
     standardize,
     wsld,
 )
-from logitcache.student.losses.base import Context
-from logitcache.student.losses.feature_base import FeatureLoss
-from logitcache.student.optim.progress import Progress
+from logitcache.student.losses.base import Context, FeatureLoss
+from logitcache.student.optim.schedules import Progress
 from logitcache.targets import Batch, MixedLabels, Targets
 
 CLASSES = 7

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from logitcache.student.losses import Loss
-from logitcache.student.losses.feature_base import FeatureLoss
+from logitcache.student.losses.base import FeatureLoss
 from logitcache.student.training import RunResult, train
 from logitcache.teacher.online import live_targets
 from tests.student.featured import FEATURES, LOSSES, ON_FEATURES, fill_featured

@@ -21,8 +21,7 @@ from logitcache.student.learner import Learner
 from logitcache.student.losses import DIST, DKD, NKD, WSLD, KLDivergence, Loss, MultiLabelKL, dkd, kl_divergence
 from logitcache.student.losses.base import Context, LossBase, Site
 from logitcache.student.losses.temperatures import Dynamic, Temperature
-from logitcache.student.optim.progress import Progress
-from logitcache.student.optim.schedules import Cosine, Exponential, Linear, Schedule, WarmUp, Weight, constant
+from logitcache.student.optim.schedules import Cosine, Exponential, Linear, Progress, Schedule, WarmUp, Weight, constant
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.targets import Batch, MixedLabels, Targets
@@ -50,7 +49,7 @@ FORMULAS: list[tuple[Schedule, Any]] = [
 def test_a_schedule_is_its_formula_at_every_step(schedule: Schedule, expected: Any) -> None:
     found = [schedule.at(Progress(step, STEPS, EPOCHS)) for step in range(len(TIMES))]
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-15)
-    assert min(found) >= schedule.lowest
+    assert min(found) >= schedule.bounds[0]
     assert all(isinstance(value, float) for value in found)
 
 

@@ -1,78 +1,46 @@
-"""Losses: pure functions for anyone's loop, and their recipe entries.
+# ruff: noqa: I001  # one import a loss
+"""Losses: pure functions for any training loop, and their recipe entries.
 
-A new loss is a function and a component in a file of its own, added to the union on the last line. A component says
-what it `needs` of labels and logits, which `features` of a teacher and which `taps` of the student it looks at, what it
-trains beside the student (`adapter`), and whether it is a mean over rows (`by_row`): the parts of a batch then sum to
-the whole.
+A new loss is a function and a component in a file of its own; import both here and add the component to the union.
+`LossBase` documents what a component declares.
 """
 
 from typing import Annotated
 
 from pydantic import Field
 
-from logitcache.student.losses.attention_transfer import AttentionTransfer, attention_transfer
-from logitcache.student.losses.binary_cross_entropy import BinaryCrossEntropy, binary_cross_entropy
-from logitcache.student.losses.cka import CKA, cka
-from logitcache.student.losses.crd import CRD, ContrastiveMemory, crd
-from logitcache.student.losses.cross_entropy import CrossEntropy, cross_entropy
-from logitcache.student.losses.dist import DIST, dist
-from logitcache.student.losses.dkd import DKD, dkd
-from logitcache.student.losses.grad_cam import GradCAM, grad_cam
-from logitcache.student.losses.hint import Hint, hint
-from logitcache.student.losses.kl_divergence import KLDivergence, kl_divergence, standardize
-from logitcache.student.losses.mean_squared_error import MeanSquaredError, mean_squared_error
-from logitcache.student.losses.multi_label_kl import MultiLabelKL, multi_label_kl
-from logitcache.student.losses.nkd import NKD, nkd
-from logitcache.student.losses.pkt import PKT, pkt
-from logitcache.student.losses.rkd import RKD, rkd
-from logitcache.student.losses.similarity import Similarity, similarity
-from logitcache.student.losses.srrl import SRRL, softmax_regression
-from logitcache.student.losses.vid import VID, vid
-from logitcache.student.losses.wsld import WSLD, wsld
-
-__all__ = [
-    "CKA",
-    "CRD",
-    "DIST",
-    "DKD",
-    "NKD",
-    "PKT",
-    "RKD",
-    "SRRL",
-    "VID",
-    "WSLD",
-    "AttentionTransfer",
-    "BinaryCrossEntropy",
-    "ContrastiveMemory",
-    "CrossEntropy",
-    "GradCAM",
-    "Hint",
-    "KLDivergence",
-    "Loss",
-    "MeanSquaredError",
-    "MultiLabelKL",
-    "Similarity",
-    "attention_transfer",
-    "binary_cross_entropy",
-    "cka",
-    "crd",
-    "cross_entropy",
-    "dist",
-    "dkd",
-    "grad_cam",
-    "hint",
-    "kl_divergence",
-    "mean_squared_error",
-    "multi_label_kl",
-    "nkd",
-    "pkt",
-    "rkd",
-    "similarity",
-    "softmax_regression",
-    "standardize",
-    "vid",
-    "wsld",
-]
+from logitcache.student.losses.attention_transfer import (
+    AttentionTransfer as AttentionTransfer,
+    attention_transfer as attention_transfer,
+)
+from logitcache.student.losses.binary_cross_entropy import (
+    BinaryCrossEntropy as BinaryCrossEntropy,
+    binary_cross_entropy as binary_cross_entropy,
+)
+from logitcache.student.losses.cka import CKA as CKA, cka as cka
+from logitcache.student.losses.crd import CRD as CRD, ContrastiveMemory as ContrastiveMemory, crd as crd
+from logitcache.student.losses.cross_entropy import CrossEntropy as CrossEntropy, cross_entropy as cross_entropy
+from logitcache.student.losses.dist import DIST as DIST, dist as dist
+from logitcache.student.losses.dkd import DKD as DKD, dkd as dkd
+from logitcache.student.losses.grad_cam import GradCAM as GradCAM, grad_cam as grad_cam
+from logitcache.student.losses.hint import Hint as Hint, hint as hint
+from logitcache.student.losses.kl_divergence import (
+    KLDivergence as KLDivergence,
+    kl_divergence as kl_divergence,
+    standardize as standardize,
+)
+from logitcache.student.losses.mean_squared_error import (
+    MeanSquaredError as MeanSquaredError,
+    mean_squared_error as mean_squared_error,
+)
+from logitcache.student.losses.multi_label_kl import MultiLabelKL as MultiLabelKL, multi_label_kl as multi_label_kl
+from logitcache.student.losses.nkd import NKD as NKD, nkd as nkd
+from logitcache.student.losses.pkt import PKT as PKT, pkt as pkt
+from logitcache.student.losses.rkd import RKD as RKD, rkd as rkd
+from logitcache.student.losses.similarity import Similarity as Similarity, similarity as similarity
+from logitcache.student.losses.srrl import SRRL as SRRL, softmax_regression as softmax_regression
+from logitcache.student.losses.vid import VID as VID, vid as vid
+from logitcache.student.losses.wsld import WSLD as WSLD, wsld as wsld
 
 Loss = Annotated[
     KLDivergence

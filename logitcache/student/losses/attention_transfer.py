@@ -4,13 +4,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
 from logitcache.reductions import FeatureKind, as_maps, attention, resized
 from logitcache.student.adapters import PlaceMap, unit
-from logitcache.student.losses.base import Context, Need, Site
-from logitcache.student.losses.feature_base import FeatureLoss
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import Context, FeatureLoss, Site
 from logitcache.targets import Batch, Targets
 
 
@@ -28,14 +25,9 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 class AttentionTransfer(FeatureLoss):
     """Squared difference of normalised attention; one entry for each pair of layers, published with weight 1000."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("attention", "maps")
 
     kind: Literal["attention_transfer"] = "attention_transfer"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
 
     def adapter(self, site: Site) -> nn.Module:
         """Build what brings the teacher's feature, as it is kept, to attention; nothing of it is trained."""

@@ -1,33 +1,36 @@
-"""What every loss shares."""
+"""What losses share: the class that the training loop calls, what it is given, and sums over rows."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from functools import wraps
+from typing import ClassVar, Concatenate, Literal, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
-from logitcache.config.recipe import Component
+from logitcache.config.recipe import Component, Name
 from logitcache.errors import RecipeError
+from logitcache.logits import at_least_float32
 from logitcache.reductions import FeatureKind, FeatureShape
-from logitcache.student.optim.progress import Progress
-from logitcache.student.optim.schedules import Schedule, TemperatureBase
-from logitcache.targets import Batch, Targets
+from logitcache.student.optim.schedules import Progress, Schedule, TemperatureBase, Weight, constant
+from logitcache.targets import Batch, MixedLabels, Targets
+
+P = ParamSpec("P")
 
 UNLABELLED = -1
 FIX_OF_ONE_CLASS = "Fix: multi_label_kl on the teacher's logits, or binary_cross_entropy on labels [B, C] of 0 and 1"
 
 Need = Literal["labels", "single labels", "multi labels", "logits", "dense logits", "head"]
-"""What a loss asks for: one class an image, perhaps mixed; one that is not mixed; labels of any number of classes an
-image; the teacher's distribution; its raw logits; its last linear layer."""
+"""What a loss needs: one class an image, mixed or not; one class of an image that is not mixed; any number of classes
+an image; the teacher's distribution; its raw logits; its last linear layer."""
 
 
 @dataclass(frozen=True)
 class HeldTeacher:
-    """What a cache holds of a teacher: its features' shapes, and W [C, D] and b [C] of its last linear layer, if kept.
+    """What a cache stores of a teacher: its features' shapes, and W [C, D] and b [C] of its last linear layer, if any.
 
-    Without classes it answers with features alone.
+    A teacher without classes has only features.
     """
 
     num_classes: int | None
@@ -37,9 +40,9 @@ class HeldTeacher:
 
 @dataclass(frozen=True)
 class Site:
-    """Where a loss is put to work: shapes at the student's taps, without the batch, the teachers, how many images.
+    """What a loss builds its adapter for: the shapes at the student's taps, without the batch, and the teachers.
 
-    class_counts: labelled images of each class, int64 [C]; None where that is not known.
+    class_counts: labelled images of each class, int64 [C]; None if not known.
     """
 
     taps: Mapping[str, tuple[int, ...]]
@@ -47,67 +50,83 @@ class Site:
     num_images: int
     class_counts: Tensor | None = None
 
+    def teacher(self, name: str | None) -> HeldTeacher:
+        """Return the named teacher, or the only one."""
+        return self.teachers[name or next(iter(self.teachers))]
+
 
 class StepSums(nn.Module):
-    """An adapter with sums over the rows of a step, in buffers that `sums` names: several processes add theirs up."""
+    """An adapter with sums over the rows of a step, in the buffers that `sums` names; ranks add theirs up."""
 
     sums: ClassVar[tuple[str, ...]] = ()
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a loss is given beside outputs and batch: the module that it built for itself, and where training stands."""
+    """What a loss gets beside outputs and batch: its own adapter, and the progress of training."""
 
     adapter: nn.Module
     progress: Progress
 
 
 class LossBase(Component, ABC):
-    """What the training loop asks of a loss, beside its fields.
+    """A loss: an entry of `losses` that the training loop calls with outputs and batch.
 
-    `by_row` says whether the loss is a mean over rows, so that the parts of a batch sum to the whole; `min_rows` from
-    how many rows on it says anything, as fewer leave it nothing to compare; `differentiates` whether it takes gradients
-    of its own through the student, which a compiled one does not give; `remembers_rows` whether its adapter keeps
-    something of every row that it saw, which is more than one of several processes sees; `exclusive` whether it takes
-    an image to be of one class alone, as a softmax does, which needs two classes or more; `terms` the fields that weigh
-    what it is a sum of.
+    A subclass sets the class variables that differ from these defaults:
+
+    variable        default   meaning
+    asks            nothing   what the loss needs of labels and logits, beside what its temperature needs
+    by_row          True      a mean over rows: the parts of a batch sum to the whole
+    min_rows        1         fewer rows leave nothing to compare
+    exclusive       False     takes an image to be of one class, as a softmax does, which needs two classes or more
+    differentiates  False     takes gradients through the student inside the loss, which a compiled student hides
+    remembers_rows  False     the adapter stores something of every row, and one of several processes sees only a part
+    terms           none      the fields that weigh the terms of a sum
+    kinds           pooled,   of a FeatureLoss: the kinds of the teacher's feature that it takes
+                    maps
     """
 
+    asks: ClassVar[frozenset[Need]] = frozenset()
     by_row: ClassVar[bool] = True
     min_rows: ClassVar[int] = 1
+    exclusive: ClassVar[bool] = False
     differentiates: ClassVar[bool] = False
     remembers_rows: ClassVar[bool] = False
-    exclusive: ClassVar[bool] = False
     terms: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch, a scalar, at least float32.
 
-        `outputs` are the student's: logits [B, C], and features by tap as its modules gave them.
+        `outputs` are the student's: logits [B, C], and features by tap as its modules return them.
         """
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the loss needs of its data."""
+        return self.asks.union(*(value.needs for _, value in self if isinstance(value, TemperatureBase)))
 
     def idle(self, epochs: float) -> str | None:
         """Return why the loss trains nothing."""
-        weights = {name: value for name, value in self if isinstance(value, Schedule) and value.highest == 0}
-        if "weight" in weights or (self.terms and weights.keys() >= set(self.terms)):
+        weights = {name for name, value in self if isinstance(value, Schedule) and value.bounds[1] == 0}
+        if "weight" in weights or (self.terms and weights.issuperset(self.terms)):
             zero = ["weight"] if "weight" in weights else self.terms
             return f"has {' and '.join(zero)} 0 at all times and trains nothing. Fix: raise it, or leave the loss out"
         return None
 
     def in_effect(self, context: Context) -> dict[str, float]:
-        """Return the weights and temperatures of a step, by field; those that each row has of its own are left out."""
+        """Return the weights and temperatures of a step, by field; temperatures by row are left out."""
         found = {name: value.in_effect(context) for name, value in self if isinstance(value, TemperatureBase)}
         return {name: value for name, value in found.items() if value is not None}
 
     @property
     def taps(self) -> tuple[str, ...]:
-        """The student's taps that the loss looks at."""
+        """The student's taps that the loss reads."""
         return ()
 
     @property
     def features(self) -> Mapping[str, tuple[FeatureKind, ...]]:
-        """The teacher's features that the loss looks at, and the kinds of each that will do."""
+        """The teacher's features that the loss reads, and the kinds of each that it takes."""
         return {}
 
     def adapter(self, site: Site) -> nn.Module:
@@ -115,8 +134,50 @@ class LossBase(Component, ABC):
         return nn.Identity()
 
     def rows(self, batch: Batch) -> Tensor:
-        """Count the rows that the loss is a mean over."""
-        return every_row(batch)
+        """Count the rows that the loss is a mean over, on the device of the batch."""
+        return torch.full((), len(batch), device=batch.labels.device)
+
+
+class FeatureLoss(LossBase, ABC):
+    """A loss that compares a tap of the student with a feature of a teacher."""
+
+    kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
+
+    kind: str
+    student: str
+    feature: Name
+    teacher: Name | None = None
+    weight: Weight = constant(1.0)
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The student's tap."""
+        return (self.student,)
+
+    @property
+    def features(self) -> Mapping[str, tuple[FeatureKind, ...]]:
+        """The teacher's feature, and the kinds of it that the loss takes."""
+        return {self.feature: self.kinds}
+
+    def compared(self, outputs: Targets, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the student's features and the teacher's, at least float32."""
+        teacher = targets_of(batch.teachers, self.teacher).features[self.feature]
+        return at_least_float32(outputs.features[self.student]), at_least_float32(teacher)
+
+    def shapes(self, site: Site) -> tuple[tuple[int, ...], FeatureShape]:
+        """Return the shape at the student's tap, without the batch, and the teacher's feature."""
+        return site.taps[self.student], site.teacher(self.teacher).features[self.feature]
+
+
+def full_precision(function: Callable[Concatenate[Tensor, P], Tensor]) -> Callable[Concatenate[Tensor, P], Tensor]:
+    """Compute a function of tensors in their own precision, also under autocast."""
+
+    @wraps(function)
+    def computed(first: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return computed
 
 
 def targets_of(teachers: Mapping[str, Targets], name: str | None) -> Targets:
@@ -136,15 +197,15 @@ def require_classes(logits: Tensor) -> None:
         raise RecipeError(f"a softmax over {logits.shape[1]} class is constant and trains nothing. {FIX_OF_ONE_CLASS}")
 
 
-def every_row(batch: Batch) -> Tensor:
-    """Count the rows of a batch, on its device: the `rows` of a loss that is a mean over all of them."""
-    return torch.full((), len(batch), device=batch.labels.device)
+def known(labels: Tensor, mixed: MixedLabels | None = None) -> Tensor:
+    """Return which labels, of the image and of its partner if mixed, are known; bool, in the shape of `labels`."""
+    own = labels != UNLABELLED
+    return own if mixed is None else own & (mixed.partners != UNLABELLED)
 
 
-def mean_of_labelled(rows: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of values [B] over the rows that have a label, 0 where none has."""
-    known = labels != UNLABELLED
-    return rows.where(known, 0).sum() / known.sum().clamp(min=1).to(rows.dtype)
+def mean_over(values: Tensor, counted: Tensor) -> Tensor:
+    """Return the mean of the values that count, a mask of their shape; 0 if none does."""
+    return values.where(counted, 0).sum() / counted.sum().clamp(min=1).to(values.dtype)
 
 
 def split_by_label(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

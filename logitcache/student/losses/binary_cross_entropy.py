@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from logitcache.config.recipe import Positive
 from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
-from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site
+from logitcache.student.losses.base import Context, LossBase, Need, Site, known, mean_over
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, MixedLabels, Targets
 
@@ -31,14 +31,7 @@ def binary_cross_entropy(
         wanted = share * wanted + (1 - share) * mixed.partners.to(scores.dtype)
     weight = torch.as_tensor(positive_weight, dtype=scores.dtype, device=scores.device)
     terms = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none", pos_weight=weight)
-    counted = _counted(labels, mixed)
-    return terms.where(counted, 0).sum() / counted.sum().clamp(min=1).to(terms.dtype)
-
-
-def _counted(labels: Tensor, mixed: MixedLabels | None) -> Tensor:
-    """Return which labels are known of all that a row is made of, bool [B, C]."""
-    known = labels != UNLABELLED
-    return known if mixed is None else known & (mixed.partners != UNLABELLED)
+    return mean_over(terms, known(labels, mixed))
 
 
 class PositiveWeights(nn.Module):
@@ -58,7 +51,7 @@ class BinaryCrossEntropy(LossBase):
     `positive_weight`, one for all classes or one for each, makes up for classes that few images are of.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"multi labels"})
+    asks: ClassVar[frozenset[Need]] = frozenset({"multi labels"})
     teacher: ClassVar[str | None] = None
 
     kind: Literal["binary_cross_entropy"] = "binary_cross_entropy"
@@ -86,4 +79,4 @@ class BinaryCrossEntropy(LossBase):
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the labels that the loss is a mean over."""
-        return _counted(batch.labels, batch.mixed).sum()
+        return known(batch.labels, batch.mixed).sum()

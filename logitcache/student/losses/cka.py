@@ -5,13 +5,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
-from logitcache.reductions import FeatureKind, pooled
+from logitcache.reductions import pooled
 from logitcache.student.adapters import unit
-from logitcache.student.losses.base import Context, Need
-from logitcache.student.losses.feature_base import FeatureLoss, full_precision
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import Context, FeatureLoss, full_precision
 from logitcache.targets import Batch, Targets
 
 
@@ -39,14 +36,8 @@ class CKA(FeatureLoss):
 
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 3  # two rows, centred, are one vector and its negative
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
 
     kind: Literal["cka"] = "cka"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

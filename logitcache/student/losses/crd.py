@@ -7,13 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.config.recipe import Count, Fraction, Name, Positive
+from logitcache.config.recipe import Count, Fraction, Positive
 from logitcache.logits import at_least_float32
-from logitcache.reductions import FeatureKind, pooled
+from logitcache.reductions import pooled
 from logitcache.student.adapters import Projection, num_pooled, unit
-from logitcache.student.losses.base import Context, Need, Site
-from logitcache.student.losses.feature_base import FeatureLoss, full_precision
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import Context, FeatureLoss, Site, full_precision
 from logitcache.targets import Batch, Targets
 
 
@@ -104,14 +102,8 @@ class CRD(FeatureLoss):
     """
 
     remembers_rows: ClassVar[bool] = True
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
 
     kind: Literal["crd"] = "crd"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
     num_negatives: Count = 16384
     temperature: Positive = 0.07
     momentum: Fraction = 0.5

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from logitcache.config.recipe import Float, Fraction
 from logitcache.logits import at_least_float32
-from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site, require_classes
+from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site, known, mean_over, require_classes
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, MixedLabels, Targets
 
@@ -27,18 +27,11 @@ def cross_entropy(
     if mixed is not None:
         share = mixed.share.to(scores.dtype)
         rows = share * rows + (1 - share) * _rows(scores, mixed.partners, label_smoothing)
-    counted = _counted(labels, mixed)
-    return rows.where(counted, 0).sum() / counted.sum().clamp(min=1).to(rows.dtype)
+    return mean_over(rows, known(labels, mixed))
 
 
 def _rows(scores: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
     return F.cross_entropy(scores, labels, ignore_index=UNLABELLED, reduction="none", label_smoothing=label_smoothing)
-
-
-def _counted(labels: Tensor, mixed: MixedLabels | None) -> Tensor:
-    """Return which rows have every label that they are made of, bool [B]."""
-    known = labels != UNLABELLED
-    return known if mixed is None else known & (mixed.partners != UNLABELLED)
 
 
 class LogPriors(nn.Module):
@@ -68,7 +61,7 @@ class CrossEntropy(LossBase):
     measured and kept are the logits as they are, which then err on every class alike. Published with τ = 1.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"labels"})
+    asks: ClassVar[frozenset[Need]] = frozenset({"labels"})
     exclusive: ClassVar[bool] = True
     teacher: ClassVar[str | None] = None
 
@@ -91,4 +84,4 @@ class CrossEntropy(LossBase):
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""
-        return _counted(batch.labels, batch.mixed).sum()
+        return known(batch.labels, batch.mixed).sum()

@@ -56,6 +56,7 @@ def _directions(log_values: Tensor) -> Tensor:
 class DIST(TemperedLoss):
     """Correlations in place of divergences; published with weight 2 beside cross-entropy."""
 
+    asks: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 3  # within a class, two numbers correlate by 1 or -1
     exclusive: ClassVar[bool] = True
@@ -67,11 +68,6 @@ class DIST(TemperedLoss):
     temperature: Temperature = constant(1.0)
     weight: Weight = constant(1.0)
     teacher: Name | None = None
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What the loss asks of its data."""
-        return frozenset({"dense logits", *self.temperature.needs})
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

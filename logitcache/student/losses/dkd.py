@@ -6,7 +6,7 @@ from torch import Tensor
 
 from logitcache.config.recipe import Name
 from logitcache.logits import Logits, log_probs
-from logitcache.student.losses.base import Context, cross, mean_of_labelled, require_classes, split_by_label
+from logitcache.student.losses.base import Context, cross, known, mean_over, require_classes, split_by_label
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -31,7 +31,7 @@ def dkd(
     own_t, rest_t, others_t = split_by_label(log_probs(teacher, temperature), labels)
     against_rest = own_t.exp() * (own_t - own_s) + rest_t.exp() * (rest_t - rest_s)
     among_others = cross(others_t.exp(), others_t - others_s)
-    return temperature**2 * mean_of_labelled(alpha * against_rest + beta * among_others, labels)
+    return temperature**2 * mean_over(alpha * against_rest + beta * among_others, known(labels))
 
 
 class DKD(SingleLabelLoss):

@@ -8,13 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from logitcache import reductions
-from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32, top1
 from logitcache.reductions import FeatureKind, resized
 from logitcache.student.adapters import PlaceMap, as_places, unit
-from logitcache.student.losses.base import UNLABELLED, Context, Need, Site, targets_of
-from logitcache.student.losses.feature_base import FeatureLoss
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import UNLABELLED, Context, FeatureLoss, Need, Site, targets_of
 from logitcache.targets import Batch, Targets
 from logitcache.views.datasets.images.labels import single_labels
 
@@ -39,14 +36,10 @@ class GradCAM(FeatureLoss):
     """Squared difference of normalised Grad-CAM maps, of the label or else of the class that the teacher finds."""
 
     differentiates: ClassVar[bool] = True
-    needs: ClassVar[frozenset[Need]] = frozenset({"logits"})
+    asks: ClassVar[frozenset[Need]] = frozenset({"logits"})
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("grad_cam",)
 
     kind: Literal["grad_cam"] = "grad_cam"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
 
     def adapter(self, site: Site) -> nn.Module:
         """Build what brings the teacher's map, as it is kept, to places; nothing of it is trained."""

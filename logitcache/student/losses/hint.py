@@ -5,13 +5,10 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
 from logitcache.reductions import FeatureKind
 from logitcache.student.adapters import Projection, matched, num_channels
-from logitcache.student.losses.base import Context, Need, Site
-from logitcache.student.losses.feature_base import FeatureLoss
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import Context, FeatureLoss, Site
 from logitcache.targets import Batch, Targets
 
 
@@ -29,14 +26,9 @@ class Hint(FeatureLoss):
     The regressor is there even where the channels agree: those of two networks mean different things.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("maps", "pooled")
 
     kind: Literal["hint"] = "hint"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
 
     def adapter(self, site: Site) -> nn.Module:
         """Build the regressor."""

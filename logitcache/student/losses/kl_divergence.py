@@ -54,8 +54,8 @@ class KLDivergence(TemperedLoss):
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the loss asks of its data."""
-        return frozenset({"dense logits" if self.standardize else "logits", *self.temperature.needs})
+        """What the loss needs of its data."""
+        return super().needs | {"dense logits" if self.standardize else "logits"}
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

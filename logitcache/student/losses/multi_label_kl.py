@@ -1,6 +1,6 @@
 """Soft targets for images with any number of labels: each class is a binary question of its own."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,15 +29,12 @@ def multi_label_kl(student: Tensor, teacher: Logits, temperature: float | Tensor
 class MultiLabelKL(TemperedLoss):
     """Binary KL divergence of every class, for teachers of several labels an image."""
 
+    asks: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
+
     kind: Literal["multi_label_kl"] = "multi_label_kl"
     temperature: Temperature = constant(1.0)
     weight: Weight = constant(1.0)
     teacher: Name | None = None
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What the loss asks of its data."""
-        return frozenset({"dense logits", *self.temperature.needs})
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitcache.config.recipe import Name
 from logitcache.logits import Logits, log_probs
-from logitcache.student.losses.base import Context, cross, mean_of_labelled, require_classes, split_by_label
+from logitcache.student.losses.base import Context, cross, known, mean_over, require_classes, split_by_label
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -30,7 +30,7 @@ def nkd(
     _, _, others_s = split_by_label(log_probs(student, temperature), labels)
     _, _, others_t = split_by_label(log_probs(teacher, temperature), labels)
     rows = -own_t.exp() * own_s - gamma * temperature**2 * cross(others_t.exp(), others_s)
-    return mean_of_labelled(rows, labels)
+    return mean_over(rows, known(labels))
 
 
 class NKD(SingleLabelLoss):

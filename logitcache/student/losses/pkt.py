@@ -6,13 +6,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
-from logitcache.reductions import FeatureKind, pooled
+from logitcache.reductions import pooled
 from logitcache.student.adapters import unit
-from logitcache.student.losses.base import Context, Need
-from logitcache.student.losses.feature_base import FeatureLoss, full_precision
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import Context, FeatureLoss, full_precision
 from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-7
@@ -41,14 +38,8 @@ class PKT(FeatureLoss):
 
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 2
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
 
     kind: Literal["pkt"] = "pkt"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

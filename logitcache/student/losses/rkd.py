@@ -6,12 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
-from logitcache.reductions import FeatureKind, pooled
+from logitcache.reductions import pooled
 from logitcache.student.adapters import unit
-from logitcache.student.losses.base import Context, Need
-from logitcache.student.losses.feature_base import FeatureLoss, full_precision
+from logitcache.student.losses.base import Context, FeatureLoss, full_precision
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
 
@@ -46,15 +44,9 @@ class RKD(FeatureLoss):
 
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 3  # distances are over their mean: of one pair all are alike
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
     terms: ClassVar[tuple[str, ...]] = ("distance", "angle")
 
     kind: Literal["rkd"] = "rkd"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
     distance: Weight = constant(25.0)
     angle: Weight = constant(50.0)
 

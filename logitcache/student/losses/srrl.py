@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.config.recipe import Name
 from logitcache.errors import RecipeError
 from logitcache.logits import Logits, at_least_float32, dense_logits
-from logitcache.reductions import FeatureKind, pooled
+from logitcache.reductions import pooled
 from logitcache.student.adapters import Projection, num_pooled
-from logitcache.student.losses.base import Context, Need, Site, targets_of
-from logitcache.student.losses.feature_base import FeatureLoss, full_precision, held_by
+from logitcache.student.losses.base import Context, FeatureLoss, Need, Site, full_precision, targets_of
 from logitcache.student.losses.hint import hint
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -56,20 +54,15 @@ class SRRL(FeatureLoss):
     batch normalisation and ReLU in it. With `logit_weight: 0` only the features are compared, and no head is needed.
     """
 
-    kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
     terms: ClassVar[tuple[str, ...]] = ("feature_weight", "logit_weight")
 
     kind: Literal["srrl"] = "srrl"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
     feature_weight: Weight = constant(1.0)
     logit_weight: Weight = constant(1.0)
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the loss asks of its data."""
+        """What the loss needs of its data."""
         return frozenset({"head", "dense logits"} if self._takes_head else ())
 
     @property
@@ -79,7 +72,7 @@ class SRRL(FeatureLoss):
     def adapter(self, site: Site) -> nn.Module:
         """Build the projection, beside the teacher's last layer; raises RecipeError where that takes other features."""
         student, kept = self.shapes(site)
-        head = held_by(site, self.teacher).head if self._takes_head else None
+        head = site.teacher(self.teacher).head if self._takes_head else None
         num_in, num_out = num_pooled(student), num_pooled(kept.shape)
         if head is not None and head[0].shape[1] != num_out:
             raise RecipeError(

@@ -73,14 +73,9 @@ class Dynamic(TemperatureBase):
         return f"has min equal to max. Fix: the number {self.min:g}" if self.min == self.max else None
 
     @property
-    def lowest(self) -> float:
-        """The smallest value at any time."""
-        return self.min
-
-    @property
-    def highest(self) -> float:
-        """The largest value at any time."""
-        return self.max
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return self.min, self.max
 
     def memory(self) -> nn.Module:
         """Build what is remembered from step to step."""
@@ -132,14 +127,9 @@ class ByConfidence(TemperatureBase):
         return f"has low equal to high. Fix: the number {self.low:g}" if self.low == self.high else None
 
     @property
-    def lowest(self) -> float:
-        """The smallest value at any time."""
-        return min(self.low, self.high)
-
-    @property
-    def highest(self) -> float:
-        """The largest value at any time."""
-        return max(self.low, self.high)
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return min(self.low, self.high), max(self.low, self.high)
 
     @torch.no_grad()
     def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> Tensor:
@@ -174,7 +164,7 @@ class TemperedLoss(LossBase, ABC):
 class SingleLabelLoss(TemperedLoss, ABC):
     """A loss on logits that is a mean over the rows with a label, of one class each."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
+    asks: ClassVar[frozenset[Need]] = frozenset({"single labels", "logits"})
     exclusive: ClassVar[bool] = True
 
     def rows(self, batch: Batch) -> Tensor:
@@ -183,7 +173,7 @@ class SingleLabelLoss(TemperedLoss, ABC):
 
 
 def _always_positive(temperature: TemperatureBase) -> TemperatureBase:
-    if temperature.lowest <= 0:
+    if temperature.bounds[0] <= 0:
         raise ValueError("must be greater than 0 at all times")
     return temperature
 

@@ -7,13 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.config.recipe import Name
 from logitcache.logits import at_least_float32
 from logitcache.reductions import FeatureKind
 from logitcache.student.adapters import matched, num_channels, perceptron
-from logitcache.student.losses.base import Context, Need, Site
-from logitcache.student.losses.feature_base import FeatureLoss
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import Context, FeatureLoss, Site
 from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-5
@@ -43,14 +40,9 @@ class Variational(nn.Module):
 class VID(FeatureLoss):
     """Likelihood of the teacher's features under a Gaussian around what a small network makes of the student's."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("maps", "pooled")
 
     kind: Literal["vid"] = "vid"
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
 
     def adapter(self, site: Site) -> nn.Module:
         """Build the regressor, with variances of 5."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitcache.config.recipe import Name
 from logitcache.logits import Logits, log_probs
-from logitcache.student.losses.base import Context, cross, mean_of_labelled, require_classes
+from logitcache.student.losses.base import Context, cross, known, mean_over, require_classes
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -30,7 +30,7 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | 
     ce_t = -log_probs(teacher).gather(1, place)[:, 0]
     weight = -(-ce_s / (ce_t + EPSILON)).expm1()
     soft = -cross(log_probs(teacher, temperature).exp(), log_probs(student, temperature))
-    return temperature**2 * mean_of_labelled(weight * soft, labels)
+    return temperature**2 * mean_over(weight * soft, known(labels))
 
 
 class WSLD(SingleLabelLoss):

@@ -1,7 +1,8 @@
-"""Numbers of a recipe that may change in the course of a run, as pure functions of where training stands."""
+"""Schedules: numbers of a recipe that change in the course of a run, as pure functions of its progress."""
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Protocol
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, model_serializer
@@ -9,15 +10,33 @@ from torch import Tensor, nn
 
 from logitcache.config.recipe import Component, Float, Positive
 from logitcache.logits import Logits
-from logitcache.student.optim.progress import Progress
 from logitcache.targets import Batch
 
 NonNegative = Annotated[Float, Field(ge=0.0)]
 Rate = Annotated[Float, Field(gt=0.0, le=1.0)]
 
 
+@dataclass(frozen=True)
+class Progress:
+    """A step of training, counted from 0 over all epochs, in a run of so many epochs of so many steps."""
+
+    step: int
+    steps_per_epoch: int
+    num_epochs: int
+
+    @property
+    def epoch(self) -> float:
+        """Epochs done, with their fraction."""
+        return self.step / max(1, self.steps_per_epoch)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1)."""
+        return self.epoch / self.num_epochs
+
+
 class Moment(Protocol):
-    """Where training stands, and the module in which a temperature keeps what it remembers."""
+    """The progress of training, and the module that holds what a temperature remembers."""
 
     @property
     def adapter(self) -> nn.Module: ...
@@ -26,19 +45,14 @@ class Moment(Protocol):
 
 
 class TemperatureBase(Component, ABC):
-    """How much logits are softened: for the whole batch, or row by row."""
+    """A temperature that softens logits: of the whole batch, or row by row."""
 
     needs: ClassVar[frozenset[Literal["labels"]]] = frozenset()
 
     @property
     @abstractmethod
-    def lowest(self) -> float:
-        """The smallest value at any time; a bound where it is only approached."""
-
-    @property
-    @abstractmethod
-    def highest(self) -> float:
-        """The largest value at any time."""
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value at any time; a limit that is only approached counts."""
 
     @abstractmethod
     def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> float | Tensor:
@@ -57,7 +71,7 @@ class TemperatureBase(Component, ABC):
 
 
 class Schedule(TemperatureBase):
-    """A number that depends on the epoch alone, with its fraction: a run that continues needs no state for it."""
+    """A number that depends on the epoch and its fraction alone: a resumed run needs no state for it."""
 
     @abstractmethod
     def at(self, progress: Progress) -> float:
@@ -73,20 +87,15 @@ class Schedule(TemperatureBase):
 
 
 class Constant(Schedule):
-    """What a plain number means, and its stored form is that number."""
+    """A plain number, which is also its stored form."""
 
     kind: Literal["constant"] = "constant"
     value: Float
 
     @property
-    def lowest(self) -> float:
-        """The smallest value at any time."""
-        return self.value
-
-    @property
-    def highest(self) -> float:
-        """The largest value at any time."""
-        return self.value
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return self.value, self.value
 
     def at(self, progress: Progress) -> float:
         """Return the value."""
@@ -97,27 +106,30 @@ class Constant(Schedule):
         return self.value
 
 
-class Linear(Schedule):
-    """From `start` to `stop` in equal steps over `epochs`, by default those of the run; `stop` from then on."""
+class _Between(Schedule, ABC):
+    """From `start` to `stop` over `epochs`, by default those of the run; `stop` from then on."""
 
-    kind: Literal["linear"] = "linear"
+    kind: str
     start: Float
     stop: Float
     epochs: Positive | None = None
 
     @property
-    def lowest(self) -> float:
-        """The smallest value at any time."""
-        return min(self.start, self.stop)
-
-    @property
-    def highest(self) -> float:
-        """The largest value at any time."""
-        return max(self.start, self.stop)
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return min(self.start, self.stop), max(self.start, self.stop)
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing changes, or why `stop` is never reached."""
-        return _no_way(self.start, self.stop, self.epochs, epochs)
+        if self.start == self.stop:
+            return f"starts where it stops. Fix: the number {self.start:g}"
+        return None if self.epochs is None else beyond("goes on", "epochs", self.epochs, epochs)
+
+
+class Linear(_Between):
+    """From `start` to `stop` in equal steps over `epochs`, by default those of the run; `stop` from then on."""
+
+    kind: Literal["linear"] = "linear"
 
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
@@ -125,27 +137,10 @@ class Linear(Schedule):
         return (1 - done) * self.start + done * self.stop
 
 
-class Cosine(Schedule):
+class Cosine(_Between):
     """From `start` to `stop` along half a cosine over `epochs`, by default those of the run; `stop` from then on."""
 
     kind: Literal["cosine"] = "cosine"
-    start: Float
-    stop: Float
-    epochs: Positive | None = None
-
-    @property
-    def lowest(self) -> float:
-        """The smallest value at any time."""
-        return min(self.start, self.stop)
-
-    @property
-    def highest(self) -> float:
-        """The largest value at any time."""
-        return max(self.start, self.stop)
-
-    def idle(self, epochs: float) -> str | None:
-        """Return why nothing changes, or why `stop` is never reached."""
-        return _no_way(self.start, self.stop, self.epochs, epochs)
 
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
@@ -162,24 +157,19 @@ class Exponential(Schedule):
     floor: NonNegative = 0.0
 
     @property
-    def lowest(self) -> float:
-        """The smallest value at any time, which without a floor is above 0 for ever."""
-        return self.floor or math.ulp(0.0)
-
-    @property
-    def highest(self) -> float:
-        """The largest value at any time."""
-        return max(self.start, self.floor)
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value; without a floor the lowest is above 0 for ever."""
+        return self.floor or math.ulp(0.0), max(self.start, self.floor)
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing changes."""
         if self.decay == 1 or self.floor >= self.start:
-            return f"never falls. Fix: a smaller decay or floor, or the number {self.highest:g}"
+            return f"never falls. Fix: a smaller decay or floor, or the number {self.bounds[1]:g}"
         return None
 
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
-        return max(self.lowest, self.start * math.pow(self.decay, progress.epoch))
+        return max(self.bounds[0], self.start * math.pow(self.decay, progress.epoch))
 
 
 class WarmUp(Schedule):
@@ -190,14 +180,9 @@ class WarmUp(Schedule):
     epochs: Positive
 
     @property
-    def lowest(self) -> float:
-        """The smallest value at any time."""
-        return min(0.0, self.value)
-
-    @property
-    def highest(self) -> float:
-        """The largest value at any time."""
-        return max(0.0, self.value)
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value."""
+        return min(0.0, self.value), max(0.0, self.value)
 
     def idle(self, epochs: float) -> str | None:
         """Return why the value is never reached."""
@@ -211,13 +196,6 @@ class WarmUp(Schedule):
 def _share(progress: Progress, epochs: float | None) -> float:
     """Return the share of so many epochs that is done, at most 1."""
     return min(1.0, progress.epoch / (epochs or progress.num_epochs))
-
-
-def _no_way(start: float, stop: float, given: float | None, epochs: float) -> str | None:
-    """Return what is wrong with a way from `start` to `stop` in so many epochs; None if it ends within the run."""
-    if start == stop:
-        return f"starts where it stops. Fix: the number {start:g}"
-    return None if given is None else beyond("goes on", "epochs", given, epochs)
 
 
 def beyond(verb: str, key: str, given: float, epochs: float) -> str | None:
@@ -246,7 +224,7 @@ def as_schedule(value: object) -> object:
 
 
 def _never_negative(schedule: Schedule) -> Schedule:
-    if schedule.lowest < 0:
+    if schedule.bounds[0] < 0:
         raise ValueError("must be 0 or more at all times")
     return schedule
 

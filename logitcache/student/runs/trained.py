@@ -15,8 +15,10 @@ from logitcache.errors import DataError, RecipeError
 from logitcache.models import Classifier, load_into, load_model, resolve_preprocessing
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
-from logitcache.views.augmentations import Augmentation, CenterCrop, Resize
+from logitcache.views.augmentations import Augmentation
+from logitcache.views.augmentations.crops import CenterCrop
 from logitcache.views.augmentations.foreign import locks
+from logitcache.views.augmentations.resize import Resize
 from logitcache.views.datasets.images.pixels import Mode, from_pil, from_value
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import ViewSpec

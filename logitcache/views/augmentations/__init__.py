@@ -1,10 +1,12 @@
-"""Augmentations: integer parameters planned from keys, applied to uint8 pixels; each kind is listed below."""
+"""Augmentations: integer parameters planned from keys, applied to uint8 pixels.
+
+A new augmentation is a component in a file of its own; import it here and add it to the union.
+"""
 
 from typing import Annotated
 
 from pydantic import Field
 
-from logitcache.views.augmentations.base import Ints
 from logitcache.views.augmentations.blur import GaussianBlur
 from logitcache.views.augmentations.color import ColorJitter, RandomGrayscale
 from logitcache.views.augmentations.crops import CenterCrop, RandomCrop, RandomResizedCrop
@@ -13,24 +15,6 @@ from logitcache.views.augmentations.flip import HorizontalFlip
 from logitcache.views.augmentations.foreign import Custom, Torchvision
 from logitcache.views.augmentations.policies import RandAugment, TrivialAugmentWide
 from logitcache.views.augmentations.resize import Resize
-
-__all__ = [
-    "Augmentation",
-    "CenterCrop",
-    "ColorJitter",
-    "Custom",
-    "GaussianBlur",
-    "HorizontalFlip",
-    "Ints",
-    "RandAugment",
-    "RandomCrop",
-    "RandomErasing",
-    "RandomGrayscale",
-    "RandomResizedCrop",
-    "Resize",
-    "Torchvision",
-    "TrivialAugmentWide",
-]
 
 Augmentation = Annotated[
     Resize

@@ -1,19 +1,22 @@
-"""What augmentations share.
+"""What augmentations share: the class, types of fields, and changes of single images of a batch.
 
-Each has two verbs. `plan` draws the parameters of a batch, int64 [B, P], from the words of the keys and the images'
-sizes [B, 2] (height, width), and tells the sizes that result. `apply` gives images of one size, uint8 [B, C, H, W],
-their parameters. Semantics are those of the torchvision v2 transform of the same name. Plans use integers and exact
-float64 arithmetic only, no exp, log or pow: their bytes differ between numpy releases.
+An augmentation plans, then applies. Semantics are those of the torchvision v2 transform of the same name. Plans use
+integers and exact float64 arithmetic only, no exp, log or pow, whose bytes differ between numpy releases.
 """
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
+from torch import Tensor
 
-from logitcache.config.recipe import Float
+from logitcache.config.recipe import NEVER_APPLIED, Component, Float
+from logitcache.errors import DataError
+from logitcache.views.keys import Draws
 
 Ints = NDArray[np.int64]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -23,6 +26,33 @@ Size = Side | tuple[Side, Side]
 Fill = Annotated[int, Field(ge=0, le=255)]
 
 NUM_KNOTS = 65
+
+
+class AugmentationBase(Component, ABC):
+    """An entry of `augmentations`: integer parameters planned from keys, applied to uint8 pixels.
+
+    A subclass names its parameters in the class variable `columns`; by default it has none.
+    """
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name the parameters of an image, [P]."""
+        return ()
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why the augmentation is never applied."""
+        return NEVER_APPLIED if dict(self).get("p") == 0 else None
+
+    @abstractmethod
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw the parameters, int64 [B, P], of images of `sizes` [B, 2] (height, width); also return the new sizes.
+
+        `ordinal` counts the augmentations of this kind before this one.
+        """
+
+    @abstractmethod
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Change images of one size, uint8 [B, C, H, W], by their parameters."""
 
 
 def pair(size: Size) -> tuple[int, int]:
@@ -78,3 +108,32 @@ def look_up(table: tuple[float, ...], where: NDArray[np.float64]) -> NDArray[np.
     knot = place.astype(np.int64)
     ratios: NDArray[np.float64] = knots[knot] + (knots[knot + 1] - knots[knot]) * (place - knot)
     return ratios
+
+
+def replace_rows(images: Tensor, rows: Iterable[int], change: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """Copy `images` [B, C, H, W] with `change(row, image)` in place of each of `rows`; without rows, copy nothing."""
+    changed = {row: change(row, images[row]) for row in rows}
+    if not changed:
+        return images
+    result = images.clone()
+    for row, image in changed.items():
+        result[row] = image
+    return result
+
+
+def require_colors(kind: str, images: Tensor) -> None:
+    """Raise DataError unless the images have one channel or three, all that torchvision's color kernels take."""
+    if images.shape[1] not in (1, 3):
+        raise DataError(
+            f"{kind} takes images of 1 channel (grey) or 3 (RGB), these have {images.shape[1]}. "
+            f"Fix: read them as RGB or L, or leave {kind} out of views.augmentations"
+        )
+
+
+def require_values(field: str, values: tuple[int, ...], images: Tensor) -> None:
+    """Raise DataError unless there is one value, or one for each channel."""
+    if len(values) not in (1, images.shape[1]):
+        raise DataError(
+            f"{field} has {len(values)} values {list(values)}, the images have {images.shape[1]} channels. "
+            "Fix: give one number, or a list of one for each channel"
+        )

@@ -1,16 +1,15 @@
 """Blurring."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.config.recipe import NEVER_APPLIED, Component, Float, Fraction
+from logitcache.config.recipe import Float, Fraction
 from logitcache.errors import DataError
-from logitcache.views.augmentations.base import Ints, Ordered, Size, pair
-from logitcache.views.augmentations.rows import replace_rows
+from logitcache.views.augmentations.base import AugmentationBase, Ints, Ordered, Size, pair, replace_rows
 from logitcache.views.keys import Draws, bernoulli, uniform
 
 STEPS = 65536
@@ -19,11 +18,13 @@ STEPS = 65536
 Sigma = Annotated[Float, Field(ge=1 / STEPS, le=65536.0)]
 
 
-class GaussianBlur(Component):
+class GaussianBlur(AugmentationBase):
     """Blur with probability `p` by a Gaussian whose standard deviation is uniform in `sigma`, in pixels.
 
     `kernel_size` is odd; a pair is width and height, in torchvision's order. Borders are mirrored.
     """
+
+    columns: ClassVar[tuple[str, ...]] = ("applied", "sigma")
 
     kind: Literal["gaussian_blur"] = "gaussian_blur"
     kernel_size: Size
@@ -34,7 +35,7 @@ class GaussianBlur(Component):
         """Return why nothing is ever blurred."""
         if pair(self.kernel_size) == (1, 1):
             return "has a kernel of one pixel, which blurs nothing. Fix: kernel_size: 3 or more, or leave it out"
-        return NEVER_APPLIED if self.p == 0 else None
+        return super().idle(epochs)
 
     @field_validator("kernel_size")
     @classmethod
@@ -42,11 +43,6 @@ class GaussianBlur(Component):
         if any(side % 2 == 0 for side in pair(size)):
             raise ValueError("a kernel has a centre: its size is odd")
         return size
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("applied", "sigma")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit and the standard deviation, in multiples of 1 / STEPS."""

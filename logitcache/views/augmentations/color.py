@@ -2,18 +2,16 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.config.recipe import NEVER_APPLIED, Component, Float, Fraction
-from logitcache.views.augmentations.base import Ints
-from logitcache.views.augmentations.rows import replace_rows, require_colors
+from logitcache.config.recipe import Float, Fraction
+from logitcache.views.augmentations.base import AugmentationBase, Ints, replace_rows, require_colors
 from logitcache.views.keys import Draws, below, bernoulli, uniform
 
 Factors = Float | tuple[Float, Float]
@@ -55,12 +53,17 @@ ADJUSTMENTS: tuple[Callable[[Tensor, float], Tensor], ...] = (
 )
 
 
-class ColorJitter(Component):
+class ColorJitter(AugmentationBase):
     """Change brightness, contrast, saturation and hue in random order, with probability `p`.
 
     Each is a number x, for factors in [max(0, 1 - x), 1 + x] (hue: [-x, x]), or [lowest, highest]. One that is left
     out, or whose only factor is the neutral one, is not applied.
     """
+
+    columns: ClassVar[tuple[str, ...]] = (
+        *("applied", "first", "second", "third", "fourth"),
+        *("brightness", "contrast", "saturation", "hue"),
+    )
 
     kind: Literal["color_jitter"] = "color_jitter"
     brightness: Factors | None = None
@@ -84,31 +87,25 @@ class ColorJitter(Component):
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is ever changed."""
-        if not self._changed().any():
+        if not any(self._changed()):
             return "changes nothing. Fix: give it brightness, contrast, saturation or hue, or leave it out"
-        return NEVER_APPLIED if self.p == 0 else None
+        return super().idle(epochs)
 
-    def _changed(self) -> NDArray[np.bool_]:
+    def _changed(self) -> list[bool]:
         """Return which of brightness, contrast, saturation and hue have a factor that is not neutral, [4]."""
-        changed: NDArray[np.bool_] = (self.limits() != np.array(NEUTRAL)[:, None]).any(axis=1)
-        return changed
+        return [limits != (neutral, neutral) for limits, neutral in zip(self.limits(), NEUTRAL, strict=True)]
 
-    def limits(self) -> NDArray[np.float64]:
-        """Return the lowest and highest factor of brightness, contrast, saturation and hue, [4, 2]."""
-        of_ones = [limits_of(factors, 1.0) for factors in (self.brightness, self.contrast, self.saturation)]
-        return np.array([*of_ones, limits_of(self.hue, 0.0)])
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("applied", "first", "second", "third", "fourth", "brightness", "contrast", "saturation", "hue")
+    def limits(self) -> list[tuple[float, float]]:
+        """Return the lowest and highest factor of brightness, contrast, saturation and hue, [4]."""
+        factors = (self.brightness, self.contrast, self.saturation, self.hue)
+        return list(map(limits_of, factors, NEUTRAL))
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw whether to apply, the order of the four, and their factors in multiples of 1 / STEPS."""
         words = draws.words("jitter", ordinal, 6)
         chosen = bernoulli(words[:, :1], self.p).astype(np.int64)
         order = ORDERS[below(words[:, 1], len(ORDERS))]
-        low, high = self.limits().T
+        low, high = np.array(self.limits()).T
         factors = np.rint((low + (high - low) * uniform(words[:, 2:])) * STEPS).astype(np.int64)
         return np.concatenate([chosen, order, factors], axis=1), sizes
 
@@ -127,20 +124,13 @@ class ColorJitter(Component):
         return replace_rows(images, np.flatnonzero(params[:, 0]).tolist(), adjust)
 
 
-class RandomGrayscale(Component):
+class RandomGrayscale(AugmentationBase):
     """Turn an image to grey with probability `p`; it keeps its number of channels."""
+
+    columns: ClassVar[tuple[str, ...]] = ("applied",)
 
     kind: Literal["random_grayscale"] = "random_grayscale"
     p: Fraction = 0.1
-
-    def idle(self, epochs: float) -> str | None:
-        """Return why nothing is ever grey."""
-        return NEVER_APPLIED if self.p == 0 else None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("applied",)
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit."""

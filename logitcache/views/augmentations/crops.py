@@ -1,16 +1,17 @@
 """Crops: of the centre, anywhere, and of a random area and aspect ratio."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.config.recipe import Component, Float, Positive
+from logitcache.config.recipe import Float, Positive
 from logitcache.errors import DataError
 from logitcache.views.augmentations.base import (
+    AugmentationBase,
     Fill,
     Interpolation,
     Ints,
@@ -22,23 +23,18 @@ from logitcache.views.augmentations.base import (
     pair,
     sizes_of,
 )
-from logitcache.views.augmentations.resize import Kernel, require_weights, resized
+from logitcache.views.augmentations.resize import Kernel, resized
 from logitcache.views.keys import Draws, below, uniform
 
 NUM_TRIES = 10
 Share = Annotated[Float, Field(gt=0.0, le=1.0)]
 
 
-class CenterCrop(Component):
+class CenterCrop(AugmentationBase):
     """Crop the centre; an image that is too small is padded with black."""
 
     kind: Literal["center_crop"] = "center_crop"
     size: Size
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ()
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw nothing."""
@@ -50,8 +46,10 @@ class CenterCrop(Component):
         return cropped
 
 
-class RandomCrop(Component):
+class RandomCrop(AugmentationBase):
     """Pad every side, then crop a window of `size` anywhere."""
+
+    columns: ClassVar[tuple[str, ...]] = ("top", "left")
 
     kind: Literal["random_crop"] = "random_crop"
     size: Size
@@ -66,11 +64,6 @@ class RandomCrop(Component):
         if self.padding_mode != "constant" and self.fill != 0:
             return f"pads by {self.padding_mode}, which takes no fill. Fix: leave it out, or padding_mode: constant"
         return None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("top", "left")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top and left, in the padded image."""
@@ -106,30 +99,22 @@ class RandomCrop(Component):
         return torch.from_numpy(windows[np.arange(len(images)), :, params[:, 0], params[:, 1]])
 
 
-class RandomResizedCrop(Component):
+class RandomResizedCrop(AugmentationBase):
     """Crop a random area and aspect ratio, then resize to `size`; `kernel` as in Resize.
 
     `ratio_knots` tabulates exp over the range of log aspect ratios, linear in between (relative error below 2e-5 for
     the default range); it is part of the stored form, so that no replay computes exp.
     """
 
+    columns: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width")
+
     kind: Literal["random_resized_crop"] = "random_resized_crop"
     size: Size
     scale: Annotated[tuple[Share, Share], Ordered] = (0.08, 1.0)
     ratio: Annotated[tuple[Positive, Positive], Ordered] = (0.75, 1.3333333333333333)
     interpolation: Interpolation = "bilinear"
-    kernel: Kernel = Field(default="torchvision", validate_default=True)
+    kernel: Kernel = "torchvision"
     ratio_knots: RatioKnots = ()
-
-    @field_validator("kernel")
-    @classmethod
-    def _kernel_has_weights(cls, kernel: Kernel, info: ValidationInfo) -> Kernel:
-        return require_weights(kernel, info)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("top", "left", "height", "width")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top, left, height and width: the first of ten tries that fits, else the largest central crop."""

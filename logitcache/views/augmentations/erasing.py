@@ -1,6 +1,6 @@
 """Erasing a random rectangle."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -8,15 +8,22 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction, Positive
-from logitcache.views.augmentations.base import Fill, Ints, Ordered, RatioKnots, look_up
-from logitcache.views.augmentations.rows import require_values
+from logitcache.config.recipe import Fraction, Positive
+from logitcache.views.augmentations.base import (
+    AugmentationBase,
+    Fill,
+    Ints,
+    Ordered,
+    RatioKnots,
+    look_up,
+    require_values,
+)
 from logitcache.views.keys import Draws, below, bernoulli, philox, uniform
 
 NUM_TRIES = 10
 
 
-class RandomErasing(Component):
+class RandomErasing(AugmentationBase):
     """Fill, with probability `p`, a rectangle of random area, aspect ratio and place.
 
     `value` is a level, a list of one for each channel, or "noise": uniform bytes drawn from the key. `scale` is the
@@ -24,6 +31,8 @@ class RandomErasing(Component):
     width), linear in between (relative error below 2e-4 for the default range); it is part of the stored form, so that
     no replay computes exp.
     """
+
+    columns: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width", "noise_0", "noise_1")
 
     kind: Literal["random_erasing"] = "random_erasing"
     p: Fraction = 0.5
@@ -36,12 +45,7 @@ class RandomErasing(Component):
         """Return why nothing is ever erased."""
         if self.scale[1] == 0:
             return "has scale up to 0 and erases nothing. Fix: raise scale, or leave it out"
-        return NEVER_APPLIED if self.p == 0 else None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("top", "left", "height", "width", "noise_0", "noise_1")
+        return super().idle(epochs)
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top, left, height and width, all 0 where nothing is erased, and two words that key the noise.

@@ -1,29 +1,22 @@
 """Mirroring."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from torch import Tensor
 
-from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction
-from logitcache.views.augmentations.base import Ints
+from logitcache.config.recipe import Fraction
+from logitcache.views.augmentations.base import AugmentationBase, Ints
 from logitcache.views.keys import Draws, bernoulli
 
 
-class HorizontalFlip(Component):
+class HorizontalFlip(AugmentationBase):
     """Mirror left and right with probability `p`."""
+
+    columns: ClassVar[tuple[str, ...]] = ("flipped",)
 
     kind: Literal["horizontal_flip"] = "horizontal_flip"
     p: Fraction = 0.5
-
-    def idle(self, epochs: float) -> str | None:
-        """Return why nothing is ever mirrored."""
-        return NEVER_APPLIED if self.p == 0 else None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("flipped",)
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit."""

@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 from logitcache.config.factories import call_factory
 from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError
-from logitcache.views.augmentations.base import Ints, Size, pair, sizes_of
+from logitcache.views.augmentations.base import AugmentationBase, Ints, Size, pair, sizes_of
 from logitcache.views.datasets.images.random_state import untouched
 from logitcache.views.keys import Draws
 
@@ -84,11 +84,13 @@ def _checked(what: str, image: object, wanted: tuple[int, ...]) -> Tensor:
     return image.as_subclass(Tensor)
 
 
-class Torchvision(Component):
+class Torchvision(AugmentationBase):
     """Any transform of torchvision.transforms.v2, by the name of its class.
 
     `size` is what it makes of an image where it does not keep the size. `torchvision_version` is filled in.
     """
+
+    columns: ClassVar[tuple[str, ...]] = SEEDS
 
     kind: Literal["torchvision"] = "torchvision"
     name: str
@@ -105,11 +107,6 @@ class Torchvision(Component):
     def _transform(self) -> Transform:
         return _torchvision_transform(self.name, json.dumps(self.options, sort_keys=True))
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return SEEDS
-
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw seeds."""
         return _plan(draws, "transform", ordinal, sizes, self.size)
@@ -119,22 +116,19 @@ class Torchvision(Component):
         return _apply(f"torchvision's {self.name}", self._transform(), images, params, self.size)
 
 
-class Custom(Component):
+class Custom(AugmentationBase):
     """What the function "pkg.mod:name" returns: a callable from a uint8 tensor [C, H, W] to another.
 
     `size` and `torchvision_version` as for `torchvision`.
     """
+
+    columns: ClassVar[tuple[str, ...]] = SEEDS
 
     kind: Literal["custom"] = "custom"
     factory: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
     arguments: dict[str, JsonValue] = Field(default_factory=dict)
     size: Size | None = None
     torchvision_version: str = Field(default_factory=lambda: version("torchvision"))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return SEEDS
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw seeds."""

@@ -7,7 +7,7 @@ RandAugment after Cubuk et al. 2020 (arXiv:1909.13719), TrivialAugment after Mü
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,10 +16,15 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.config.recipe import Component
-from logitcache.views.augmentations.base import Fill, Ints
+from logitcache.views.augmentations.base import (
+    AugmentationBase,
+    Fill,
+    Ints,
+    replace_rows,
+    require_colors,
+    require_values,
+)
 from logitcache.views.augmentations.color import adjust_contrast
-from logitcache.views.augmentations.rows import replace_rows, require_colors, require_values
 from logitcache.views.keys import Draws, below
 
 Bins = Annotated[int, Field(ge=2, le=65536)]
@@ -109,42 +114,36 @@ def magnitude_of(name: str, bounds: Range, num_bins: int, number: int) -> float:
     return float(torch.linspace(start, stop, num_bins, dtype=torch.float32)[number])
 
 
-class Policy(NamedTuple):
-    """What applies a plan of [number of the operation, bin, sign] for every step."""
+def apply_policy(
+    policy: "RandAugment | TrivialAugmentWide",
+    range_of: Callable[[str, int, int], Range],
+    images: Tensor,
+    params: Ints,
+) -> Tensor:
+    """Apply the steps of each row in order, [number of the operation, bin, sign] each.
 
-    kind: str
-    range_of: Callable[[str, int, int], Range]
-    num_bins: int
-    warp: Warp
+    Rows of identities alone are not copied.
+    """
+    require_colors(policy.kind, images)
+    levels = (policy.fill,) if isinstance(policy.fill, int) else policy.fill
+    if levels is not None:
+        require_values(f"{policy.kind}.fill", levels, images)
+    warp = Warp(InterpolationMode(policy.interpolation), None if levels is None else list(map(float, levels)))
+    height, width = images.shape[2:]
+    steps = params.reshape(len(images), -1, 3)
 
-    def apply(self, images: Tensor, params: Ints) -> Tensor:
-        """Apply the operations of each row in order; rows of identities alone are not copied."""
-        require_colors(self.kind, images)
-        if self.warp.fill:
-            require_values(f"{self.kind}.fill", tuple(int(level) for level in self.warp.fill), images)
-        steps = params.reshape(len(images), -1, 3)
-        rows = np.flatnonzero((steps[:, :, 0] != NAMES.index("identity")).any(axis=1))
+    def change(row: int, image: Tensor) -> Tensor:
+        for number, bin_number, sign in steps[row].tolist():
+            name = NAMES[number]
+            magnitude = magnitude_of(name, range_of(name, height, width), policy.num_magnitude_bins, bin_number)
+            image = OPERATIONS[name](image, magnitude if name in UNSIGNED else sign * magnitude, warp)
+        return image
 
-        def change(row: int, image: Tensor) -> Tensor:
-            for number, bin_number, sign in steps[row].tolist():
-                image = self._operate(image, NAMES[number], bin_number, sign)
-            return image
-
-        return replace_rows(images, rows.tolist(), change)
-
-    def _operate(self, image: Tensor, name: str, bin_number: int, sign: int) -> Tensor:
-        height, width = image.shape[1:]
-        magnitude = magnitude_of(name, self.range_of(name, height, width), self.num_bins, bin_number)
-        return OPERATIONS[name](image, magnitude if name in UNSIGNED else sign * magnitude, self.warp)
-
-
-def warp_of(interpolation: str, fill: PolicyFill) -> Warp:
-    """Take the options of a policy as torchvision's kernels want them."""
-    levels = (fill,) if isinstance(fill, int) else fill
-    return Warp(InterpolationMode(interpolation), None if levels is None else [float(level) for level in levels])
+    rows = np.flatnonzero((steps[:, :, 0] != NAMES.index("identity")).any(axis=1))
+    return replace_rows(images, rows.tolist(), change)
 
 
-class RandAugment(Component):
+class RandAugment(AugmentationBase):
     """Apply `num_ops` operations of random kind, each at bin `magnitude` of `num_magnitude_bins`, of random sign."""
 
     kind: Literal["rand_augment"] = "rand_augment"
@@ -177,22 +176,18 @@ class RandAugment(Component):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Apply the operations."""
-        warp = warp_of(self.interpolation, self.fill)
-        return Policy(self.kind, narrow_range, self.num_magnitude_bins, warp).apply(images, params)
+        return apply_policy(self, narrow_range, images, params)
 
 
-class TrivialAugmentWide(Component):
+class TrivialAugmentWide(AugmentationBase):
     """Apply one operation of random kind, at a random bin of `num_magnitude_bins`, of random sign."""
+
+    columns: ClassVar[tuple[str, ...]] = ("operation", "bin", "sign")
 
     kind: Literal["trivial_augment_wide"] = "trivial_augment_wide"
     num_magnitude_bins: Bins = 31
     interpolation: Literal["nearest", "bilinear"] = "nearest"
     fill: PolicyFill = None
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("operation", "bin", "sign")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw number, bin and sign of the operation."""
@@ -202,5 +197,4 @@ class TrivialAugmentWide(Component):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Apply the operation."""
-        warp = warp_of(self.interpolation, self.fill)
-        return Policy(self.kind, wide_range, self.num_magnitude_bins, warp).apply(images, params)
+        return apply_policy(self, wide_range, images, params)

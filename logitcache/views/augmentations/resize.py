@@ -1,19 +1,28 @@
 """Resizing, with antialiasing."""
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.config.recipe import Component
-from logitcache.views.augmentations.base import Interpolation, Ints, Size, sizes_of
+from logitcache.views.augmentations.base import AugmentationBase, Interpolation, Ints, Size, sizes_of
 from logitcache.views.augmentations.resampling import resample
 from logitcache.views.keys import Draws
 
-Kernel = Literal["torchvision", "exact"]
+
+def _with_weights(kernel: str, info: ValidationInfo) -> str:
+    """Raise ValueError for an exact kernel with `nearest`."""
+    if kernel == "exact" and info.data.get("interpolation") == "nearest":
+        raise ValueError("exact is for bilinear and bicubic; nearest copies pixels: leave kernel out")
+    return kernel
+
+
+Kernel = Annotated[Literal["torchvision", "exact"], AfterValidator(_with_weights), Field(validate_default=True)]
+"""Of a component with `interpolation` before it. torchvision is fast, and its pixels may differ by one level between
+CPUs; exact gives the same bytes on every machine."""
 
 
 def resized(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: Interpolation, kernel: Kernel) -> Tensor:
@@ -31,34 +40,19 @@ def resized(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: I
     )
 
 
-def require_weights(kernel: Kernel, info: ValidationInfo) -> Kernel:
-    """Raise ValueError for an exact kernel with `nearest`."""
-    if kernel == "exact" and info.data.get("interpolation") == "nearest":
-        raise ValueError("exact is for bilinear and bicubic; nearest copies pixels: leave kernel out")
-    return kernel
-
-
-class Resize(Component):
+class Resize(AugmentationBase):
     """Resize: an integer is the length of the shorter side, a pair is height and width.
 
     `kernel`: torchvision is fast, and its pixels may differ by one level between CPUs; exact gives the same bytes on
     every machine.
     """
 
+    columns: ClassVar[tuple[str, ...]] = ("height", "width")
+
     kind: Literal["resize"] = "resize"
     size: Size
     interpolation: Interpolation = "bilinear"
-    kernel: Kernel = Field(default="torchvision", validate_default=True)
-
-    @field_validator("kernel")
-    @classmethod
-    def _kernel_has_weights(cls, kernel: Kernel, info: ValidationInfo) -> Kernel:
-        return require_weights(kernel, info)
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Name the parameters."""
-        return ("height", "width")
+    kernel: Kernel = "torchvision"
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Compute the new height and width."""
