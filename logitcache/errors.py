@@ -15,8 +15,9 @@ ValueError
         └── KilledWorkerError  75  the system killed a process that this one had started; the same command continues
 """
 
+import difflib
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 
 class LogitCacheError(ValueError):
@@ -133,3 +134,10 @@ def listed(mistakes: Sequence[str]) -> str:
     if len(mistakes) == 1:
         return mistakes[0]
     return "\n  ".join([f"{len(mistakes)} mistakes:", *(text.replace("\n", "\n  ") for text in mistakes)])
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " Did you mean 'X'?" with the nearest known name, in any case; "" if none is near."""
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" Did you mean '{by_lower[near[0]]}'?" if near else ""

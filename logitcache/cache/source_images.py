@@ -7,17 +7,13 @@ from logitcache.cache.format.metadata import read_digests
 from logitcache.config.trust import require_grant
 from logitcache.errors import DataError, MismatchError, RecipeError, RefusedError
 from logitcache.store.base import Store
-from logitcache.views.datasets import (
-    Custom,
-    Dataset,
-    ImageFolder,
-    Torchvision,
-    WebDataset,
-    explain_difference,
-    fingerprint,
-    open_dataset,
-)
-from logitcache.views.datasets.base import ImageDataset
+from logitcache.views.datasets import Dataset, open_dataset
+from logitcache.views.datasets.base import ImageDataset, fingerprint
+from logitcache.views.datasets.custom import Custom
+from logitcache.views.datasets.fingerprint_diff import explain_difference
+from logitcache.views.datasets.image_folder import ImageFolder
+from logitcache.views.datasets.torchvision import Torchvision
+from logitcache.views.datasets.webdataset import WebDataset
 
 _INSTEAD = "say where its images are: `dataset:` in the recipe, --set dataset=…, or cache.loader(dataset=…)"
 

@@ -3,13 +3,12 @@
 No name of a manifest is ever imported: opening a cache runs no code.
 """
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Mapping
 
-from logitcache.errors import LogitCacheError, RecipeError
+from logitcache.errors import LogitCacheError, RecipeError, did_you_mean
 
 
 def import_object(name: str) -> object:
@@ -25,8 +24,7 @@ def import_object(name: str) -> object:
         try:
             found = getattr(found, part)
         except AttributeError as cause:
-            close = difflib.get_close_matches(part, dir(found), n=1)
-            hint = f" Did you mean '{close[0]}'?" if close else ""
+            hint = did_you_mean(part, dir(found))
             raise RecipeError(f"'{name}': '{module_name}' has no '{part}'.{hint}") from cause
     return found
 

@@ -23,8 +23,7 @@ from logitcache.teacher.answers import answers_of
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher
 from logitcache.views import canaries
-from logitcache.views.datasets import Fingerprint
-from logitcache.views.datasets.base import ImageDataset, is_multi_label, names_digest
+from logitcache.views.datasets.base import Fingerprint, ImageDataset, is_multi_label, names_digest
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 

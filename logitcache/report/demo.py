@@ -19,7 +19,7 @@ from logitcache.store.files import write_atomically
 from logitcache.student.evaluation.validation import Validator
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
-from logitcache.views.datasets import Bundled
+from logitcache.views.datasets.bundled import Bundled
 from logitcache.views.spec import Views, ViewSpec
 
 NUM_IMAGES = 5000

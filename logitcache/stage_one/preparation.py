@@ -38,8 +38,7 @@ from logitcache.teacher.fitting import Tables, fit, mended_tables, table_files
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher, TeacherSource
 from logitcache.views import canaries
-from logitcache.views.datasets import fingerprint
-from logitcache.views.datasets.base import ImageDataset, warn_of_orientation
+from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 

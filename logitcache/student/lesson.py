@@ -28,8 +28,8 @@ from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.target_errors import doubts
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.targets import Targets
-from logitcache.views.datasets import fingerprint, open_dataset
-from logitcache.views.datasets.base import Labels, is_multi_label, warn_of_orientation
+from logitcache.views.datasets import open_dataset
+from logitcache.views.datasets.base import Labels, fingerprint, is_multi_label, warn_of_orientation
 from logitcache.views.datasets.images.labels import class_counts
 from logitcache.views.epochs import EpochLoader, no_targets
 from logitcache.views.keys import ViewKey

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.errors import DataError
-from logitcache.views.datasets import pixel_digest
+from logitcache.views.datasets.base import pixel_digest
 
 
 @dataclass

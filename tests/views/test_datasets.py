@@ -17,14 +17,9 @@ from torch.utils.data import TensorDataset
 
 from logitcache.errors import DataError, RecipeError
 from logitcache.store import file_stamps
-from logitcache.views.datasets import (
-    Dataset,
-    as_image_dataset,
-    explain_difference,
-    fingerprint,
-    pixel_digest,
-)
-from logitcache.views.datasets.base import read_images
+from logitcache.views.datasets import Dataset, as_image_dataset
+from logitcache.views.datasets.base import fingerprint, pixel_digest, read_images
+from logitcache.views.datasets.fingerprint_diff import explain_difference
 from tests.views.archives import samples, tarred, written
 
 ADAPTER: TypeAdapter[Dataset] = TypeAdapter(Dataset)

@@ -16,7 +16,9 @@ from logitcache.cache.source_images import _opened
 from logitcache.errors import DataError
 from logitcache.runtime.console import configure
 from logitcache.store import file_stamps
-from logitcache.views.datasets import ImageFolder, explain_difference, fingerprint
+from logitcache.views.datasets import ImageFolder
+from logitcache.views.datasets.base import fingerprint
+from logitcache.views.datasets.fingerprint_diff import explain_difference
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 10, 4), dtype=np.uint8)
 RGB = Image.fromarray(PIXELS[..., :3])

@@ -12,8 +12,8 @@ from pydantic import TypeAdapter
 from logitcache.cli import main
 from logitcache.config.recipe import dump_recipe
 from logitcache.student.training import train
-from logitcache.views.datasets import Dataset, fingerprint, open_dataset
-from logitcache.views.datasets.base import ImageDataset, warn_of_orientation
+from logitcache.views.datasets import Dataset, open_dataset
+from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation
 from tests.cache.made import Linear, recipe, run
 from tests.student.small import teacher as trained
 from tests.views.archives import tarred, written

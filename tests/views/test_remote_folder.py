@@ -14,7 +14,8 @@ from logitcache.cache.cache import open_cache
 from logitcache.errors import DataError, RecipeError, RemoteError
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.store.remote import client
-from logitcache.views.datasets import ImageFolder, fingerprint
+from logitcache.views.datasets import ImageFolder
+from logitcache.views.datasets.base import fingerprint
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, ViewSpec

@@ -12,7 +12,8 @@ import torch
 import torchvision.datasets
 
 from logitcache.errors import DataError
-from logitcache.views.datasets import Torchvision, fingerprint
+from logitcache.views.datasets import Torchvision
+from logitcache.views.datasets.base import fingerprint
 from tests.views.test_datasets import write_mnist
 
 GENERATOR = np.random.default_rng(0)

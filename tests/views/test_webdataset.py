@@ -28,11 +28,12 @@ from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.store import file_stamps
 from logitcache.store.remote import client, protocols
 from logitcache.store.turns import turn
-from logitcache.views.datasets import ImageFolder, WebDataset, fingerprint, webdataset
+from logitcache.views.datasets import ImageFolder, WebDataset, webdataset
 from logitcache.views.datasets.archives import samples as found_samples
 from logitcache.views.datasets.archives import shard_files
 from logitcache.views.datasets.archives.braces import expanded
 from logitcache.views.datasets.archives.shard_index import index_of
+from logitcache.views.datasets.base import fingerprint
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, ViewSpec

@@ -14,8 +14,8 @@ from logitcache.errors import CacheError
 from logitcache.models import Preprocessing
 from logitcache.runtime.device import Precision
 from logitcache.views.canaries import NUM_CANARIES, Canary
-from logitcache.views.datasets import Dataset, Fingerprint
-from logitcache.views.datasets.base import names_digest
+from logitcache.views.datasets import Dataset
+from logitcache.views.datasets.base import Fingerprint, names_digest
 from logitcache.views.spec import ViewSpec
 
 FORMAT_VERSION = 1

@@ -29,9 +29,9 @@ from logitcache.student.runs.trained import read_evaluation
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.foreign import locks
-from logitcache.views.datasets import Custom as CustomImages
 from logitcache.views.datasets import Dataset, open_dataset
 from logitcache.views.datasets.base import Labels
+from logitcache.views.datasets.custom import Custom as CustomImages
 from logitcache.views.datasets.images.labels import class_counts
 
 MODEL_FACTORY = "model.factory="

@@ -25,8 +25,8 @@ from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import TrainingRecipe, Validation
 from logitcache.targets import Batch
 from logitcache.views.augmentations import Augmentation
-from logitcache.views.datasets import fingerprint, open_dataset
-from logitcache.views.datasets.base import is_multi_label
+from logitcache.views.datasets import open_dataset
+from logitcache.views.datasets.base import fingerprint, is_multi_label
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
 from logitcache.views.order import share_of

@@ -4,7 +4,6 @@ The generators are seeded for each image from its key and put back afterwards. W
 own affair and may change with any release: these augmentations are locked to the torchvision they were first used with.
 """
 
-import difflib
 import functools
 import json
 import random
@@ -20,7 +19,7 @@ from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
 from logitcache.config.factories import call_factory
 from logitcache.config.recipe import Component
-from logitcache.errors import RecipeError
+from logitcache.errors import RecipeError, did_you_mean
 from logitcache.views.augmentations.base import AugmentationBase, Ints, Size, pair, sizes_of
 from logitcache.views.datasets.images.random_state import untouched
 from logitcache.views.keys import Draws
@@ -154,9 +153,7 @@ def _torchvision_transform(name: str, options: str) -> Transform:
     made = getattr(v2, name, None)
     if not (isinstance(made, type) and issubclass(made, v2.Transform)):
         known = [each for each in dir(v2) if isinstance(getattr(v2, each), type)]
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise RecipeError(f"torchvision.transforms.v2 has no transform '{name}'.{hint}")
+        raise RecipeError(f"torchvision.transforms.v2 has no transform '{name}'.{did_you_mean(name, known)}")
     try:
         transform: Transform = made(**_with_enums(json.loads(options)))
     except (TypeError, ValueError) as cause:

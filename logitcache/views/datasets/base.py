@@ -2,15 +2,16 @@
 
 import hashlib
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Protocol, Self, runtime_checkable
+from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from logitcache.config.recipe import Component, Count
+from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import DataError
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -83,6 +84,20 @@ def warn_of_orientation(dataset: ImageDataset) -> None:
             "Fix: `orientation: apply` in `dataset:`",
             stacklevel=3,
         )
+
+
+class DatasetBase(Extended, ABC):
+    """An entry of `dataset`: how to open images."""
+
+    added: ClassVar[frozenset[str]] = frozenset()
+
+    def risks(self) -> tuple[str, ...]:
+        """Name what only a user may have opened: a manifest may name the rest of an entry."""
+        return ()
+
+    @abstractmethod
+    def open(self) -> ImageDataset:
+        """Open the images; raises DataError if they are missing or unusable."""
 
 
 class Fingerprint(Component):

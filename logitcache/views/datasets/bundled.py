@@ -9,10 +9,9 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from logitcache.config.recipe import Component
 from logitcache.errors import DataError
 from logitcache.models import bundled_directory
-from logitcache.views.datasets.base import as_digests, pixel_digest
+from logitcache.views.datasets.base import DatasetBase, as_digests, pixel_digest
 from logitcache.views.datasets.images.ids import PackedIds
 
 _CLASS_NAMES = (
@@ -30,7 +29,7 @@ _CLASS_NAMES = (
 _NUM_IMAGES = {"train": 5000, "test": 2000}
 
 
-class Bundled(Component):
+class Bundled(DatasetBase):
     """5,000 training or 2,000 test images of Fashion-MNIST, grey, 28 × 28, ten classes.
 
     With `num_images` the first num_images / 10 of each class, in order.
@@ -46,10 +45,6 @@ class Bundled(Component):
         if self.num_images is not None and self.num_images > held:
             raise ValueError(f"num_images is {self.num_images}, split '{self.split}' has {held}")
         return self
-
-    def risks(self) -> tuple[str, ...]:
-        """Name nothing: it reads the package's own files."""
-        return ()
 
     def open(self) -> "BundledImages":
         """Load the images; raises DataError when the package's data are not there."""

@@ -7,9 +7,8 @@ from typing import Literal, cast
 from pydantic import Field, JsonValue
 
 from logitcache.config.factories import call_factory
-from logitcache.config.recipe import Component
 from logitcache.errors import DataError
-from logitcache.views.datasets.base import ImageDataset
+from logitcache.views.datasets.base import DatasetBase, ImageDataset
 from logitcache.views.datasets.images.ids import NumberedIds, PackedIds
 from logitcache.views.datasets.images.pixels import from_value
 from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
@@ -17,7 +16,7 @@ from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
 _OFFERED = ("ids", "labels", "num_classes", "class_names", "read", "sizes", "digests")
 
 
-class Custom(Component):
+class Custom(DatasetBase):
     """What the function "pkg.mod:name" returns: a map-style data set, or an ImageDataset."""
 
     kind: Literal["custom"] = "custom"

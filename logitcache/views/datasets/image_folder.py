@@ -13,14 +13,14 @@ import PIL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.config.recipe import Extended
 from logitcache.errors import DataError, RefusedError
 from logitcache.store.files import SHA256, Measure, remembered
 from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import open_regular
+from logitcache.views.datasets.base import DatasetBase
 from logitcache.views.datasets.images.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds, PathsBelow
-from logitcache.views.datasets.images.image_files import Orientation, decode, head_of, is_image, sizes_of, turned
+from logitcache.views.datasets.images.image_files import ImageFiles, Orientation, head_of, is_image
 from logitcache.views.datasets.images.pixels import Mode
 from logitcache.views.datasets.images.remote_folder import RemoteImages, open_folder
 
@@ -30,7 +30,7 @@ _OTHERS_PER_IMAGE, _MOST_OTHERS = 10, 50_000
 _LARGEST = 1 << 30  # bytes of an image file: Pillow refuses one of so many pixels
 
 
-class ImageFolder(Extended):
+class ImageFolder(DatasetBase):
     """Images of a folder, on this machine or at a URL that can be listed (s3://bucket/train).
 
     JPEG, PNG, WebP, BMP, TIFF, PPM, GIF. `labelled`: the folders directly below `root` are the classes, in order of
@@ -70,35 +70,28 @@ class ImageFolder(Extended):
         return FolderImages(root, self.mode, _by_class(walk, self.labelled), self.orientation)
 
 
-class FolderImages:
+class FolderImages(ImageFiles):
     """Image files in order; an id is the path below the root, with forward slashes."""
 
     def __init__(self, root: Path, mode: Mode, listing: Listing, orientation: Orientation) -> None:
         self.ids, self.labels, self.class_names = listing
         self.num_classes = len(self.class_names) if self.class_names else None
         self._paths = PathsBelow(str(root), self.ids)
-        self._mode, self._orientation = mode, orientation
+        super().__init__(mode, orientation)
 
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
         path = self._paths[index]
         with _there(path), open_regular(path) as file:
-            return decode(file, self._mode, path, self._orientation)
-
-    def sizes(self) -> NDArray[np.int64]:
-        """Return the heights and widths of all images [n, 2], from the heads of those files that changed."""
-        return sizes_of(self._heads(), self._orientation)
-
-    def turned(self) -> NDArray[np.int64]:
-        """Return which images have an EXIF orientation that is ignored."""
-        return turned(self._heads(), self._orientation)
+            return self.decoded(file, path)
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]; only those that changed are read again."""
         found = remembered(self._paths, _SHA256, what="image", width=8)
         return found.view("<u8").astype(np.uint64, copy=False)[:, 0]
 
-    def _heads(self) -> NDArray[np.int64]:
+    def heads(self) -> NDArray[np.int64]:
+        """Return the heads of all files [n, 3]; only those that changed are read again."""
         found = remembered(self._paths, _HEADS, what="image", width=24)
         return found.view("<i8").astype(np.int64, copy=False)
 

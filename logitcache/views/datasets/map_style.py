@@ -12,7 +12,7 @@ from logitcache.runtime.console import track
 from logitcache.views.datasets.base import Labels, as_digests, pixel_digest
 from logitcache.views.datasets.images.labels import LabelTable, as_label, num_classes_of
 from logitcache.views.datasets.images.random_state import elsewhere, position, torch_untouched, untouched
-from logitcache.views.datasets.images.scan_memory import Scan, ScanMemory
+from logitcache.views.datasets.scan_memory import Scan, ScanMemory
 
 
 class MapStyle(Protocol):

@@ -1,7 +1,6 @@
 """Torchvision: any image classification set of torchvision.datasets, by the name of its class."""
 
 import contextlib
-import difflib
 import functools
 import inspect
 import sys
@@ -14,22 +13,22 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import Component
-from logitcache.errors import DataError, LogitCacheError, RecipeError
+from logitcache.errors import DataError, LogitCacheError, RecipeError, did_you_mean
 from logitcache.store import file_stamps
+from logitcache.views.datasets.base import DatasetBase
 from logitcache.views.datasets.custom import class_names
 from logitcache.views.datasets.images import torchvision_files
 from logitcache.views.datasets.images.ids import NumberedIds
 from logitcache.views.datasets.images.pixels import Mode, from_pil
-from logitcache.views.datasets.images.scan_memory import ScanMemory
 from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
+from logitcache.views.datasets.scan_memory import ScanMemory
 
 Scalar = str | int | float | bool | None
 _OURS = {"self", "root", "download", "transform", "target_transform", "transforms", "loader"}
 _TRAIN = {"train": True, "test": False}
 
 
-class Torchvision(Component):
+class Torchvision(DatasetBase):
     """A class of torchvision.datasets, for instance FashionMNIST.
 
     `split` goes to the class's `train` (train or test) or `split`, whichever it has; `options` are
@@ -104,10 +103,8 @@ class Torchvision(Component):
         known = parameters - _OURS - (taken if self.split is not None else set())
         for name in self.options:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean '{close[0]}'?" if close else ""
                 listed = ", ".join(sorted(known)) or "none"
-                raise RecipeError(f"{self.name} has no option '{name}' (it has: {listed}).{hint}")
+                raise RecipeError(f"{self.name} has no option '{name}' (it has: {listed}).{did_you_mean(name, known)}")
         return dict(self.options)
 
     def _identity(self) -> str:
@@ -128,10 +125,7 @@ def _class_named(name: str) -> type:
         if inspect.isclass(getattr(torchvision.datasets, each)) and each != "VisionDataset"
     ]
     if name not in known:
-        lower = {each.lower(): each for each in known}
-        close = difflib.get_close_matches(name.lower(), lower, n=1)
-        hint = f" Did you mean '{lower[close[0]]}'?" if close else ""
-        raise RecipeError(f"torchvision.datasets has no '{name}'.{hint}")
+        raise RecipeError(f"torchvision.datasets has no '{name}'.{did_you_mean(name, known)}")
     return cast(type, getattr(torchvision.datasets, name))
 
 

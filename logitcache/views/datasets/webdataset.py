@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from pydantic import field_validator
 from torch import Tensor
 
-from logitcache.config.recipe import Count, Extended
+from logitcache.config.recipe import Count
 from logitcache.errors import DataError, RemoteError
 from logitcache.store.remote.client import is_remote
 from logitcache.views.datasets.archives.braces import MOST_NAMES, expanded
 from logitcache.views.datasets.archives.samples import Samples, samples_of
 from logitcache.views.datasets.archives.shard_files import RemoteShard, shard_at
 from logitcache.views.datasets.archives.shard_index import differ
-from logitcache.views.datasets.base import first_word
-from logitcache.views.datasets.images.image_files import Orientation, decode, sizes_of, turned
+from logitcache.views.datasets.base import DatasetBase, first_word
+from logitcache.views.datasets.images.image_files import ImageFiles, Orientation
 from logitcache.views.datasets.images.labels import num_classes_of
 from logitcache.views.datasets.images.pixels import Mode
 
@@ -27,7 +27,7 @@ _GAP = 1 << 16  # bytes between two images that are cheaper to read than to ask 
 _SPAN = 1 << 21  # bytes that one request reads of several images
 
 
-class WebDataset(Extended):
+class WebDataset(DatasetBase):
     """Tar archives of samples, at paths or URLs: "s3://bucket/train-{000..146}.tar", or a list of them.
 
     Members that share their path up to the first dot of the file's name are a sample, and that path is its id: an
@@ -89,7 +89,7 @@ class _Span(NamedTuple):
     samples: list[int]
 
 
-class ShardImages:
+class ShardImages(ImageFiles):
     """The images of samples in order: shard by shard, and in each as they were written."""
 
     class_names = None
@@ -98,7 +98,7 @@ class ShardImages:
         self.ids, self.labels = samples.ids, samples.labels
         self.num_classes = num_classes_of(self.labels, num_classes, self.ids, "the shards")
         self._samples = samples
-        self._mode, self._orientation = mode, orientation
+        super().__init__(mode, orientation)
         # Where any is remote, pieces of all of them may be read at the same time.
         self._first = next((one for one in samples.shards if isinstance(one, RemoteShard)), samples.shards[0])
 
@@ -116,17 +116,12 @@ class ShardImages:
                 content = data[start - span.start : start - span.start + size]
                 if first_word(hashlib.sha256(content).digest()) != self._samples.places.digests[index]:
                     raise self._changed(span.shard, index)
-                shown = self._shown(span.shard, index)
-                found[index] = decode(io.BytesIO(content), self._mode, shown, self._orientation)
+                found[index] = self.decoded(io.BytesIO(content), self._shown(span.shard, index))
         return [found[index] for index in indices]
 
-    def sizes(self) -> NDArray[np.int64]:
-        """Return the heights and widths of all images [n, 2]."""
-        return sizes_of(self._samples.places.heads.astype(np.int64), self._orientation)
-
-    def turned(self) -> NDArray[np.int64]:
-        """Return which images have an EXIF orientation that is ignored."""
-        return turned(self._samples.places.heads.astype(np.int64), self._orientation)
+    def heads(self) -> NDArray[np.int64]:
+        """Return the heads of all images [n, 3]."""
+        return self._samples.places.heads.astype(np.int64)
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""

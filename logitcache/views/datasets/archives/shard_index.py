@@ -7,20 +7,21 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 
 from logitcache.errors import DataError, LogitCacheError
-from logitcache.store.files import keep, kept, user_cache_directory
+from logitcache.store.files import memory_of
 from logitcache.store.remote.client import Entry
 from logitcache.store.turns import turn
 from logitcache.views.datasets.archives.shard_files import Shard
 from logitcache.views.datasets.archives.tar_members import Member, members
 from logitcache.views.datasets.base import first_word
 from logitcache.views.datasets.images.image_files import head_of, is_read, known, some
+from logitcache.views.datasets.scan_memory import recall, remember
 
 LABEL = ".cls"
 SAMPLES = np.dtype(
@@ -36,8 +37,6 @@ SAMPLES = np.dtype(
     ]
 )
 """Where an image lies in its archive, what it is, and the lengths of its name and of its label's text (-1: none)."""
-
-_HEAD = 32 + 8  # the digest of the archive's state, and how many samples there are
 
 _reading = threading.BoundedSemaphore(4)  # archives read through at a time: each holds some of its parts in memory
 
@@ -71,7 +70,8 @@ def index_of(shard: Shard, given_up: threading.Event) -> tuple[Entry, ShardIndex
     Raises DataError naming the archive and the member for what is missing, broken or ambiguous, and CancelledError
     once the event is set.
     """
-    before, path = _entry(shard), _path(shard)
+    before = _entry(shard)
+    path = memory_of(str(shard), f"shard-heads-pillow-{PIL.__version__}.npz")
     if not before.tag:
         return _found(shard, before, None, given_up)
     recalled = _recalled(path, before)
@@ -84,8 +84,8 @@ def index_of(shard: Shard, given_up: threading.Event) -> tuple[Entry, ShardIndex
 
 
 def _recalled(path: Path | None, entry: Entry) -> ShardIndex | None:
-    stored = kept(path)
-    return _unpacked(stored) if stored is not None and stored[:32] == _digest(entry) else None
+    arrays = recall(path, _digest(entry))
+    return None if arrays is None else _unpacked(**arrays)
 
 
 def _found(shard: Shard, before: Entry, path: Path | None, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
@@ -96,7 +96,7 @@ def _found(shard: Shard, before: Entry, path: Path | None, given_up: threading.E
     if differ(before, after):
         raise DataError(f"shard '{shard}' changed while it was read.\n  Fix: run again once it is written.")
     if before == after:
-        keep(path, _digest(before) + _packed(index))
+        remember(path, _digest(before), _packed(index))
     return after, index
 
 
@@ -202,26 +202,16 @@ def _unreadable(shard: Shard, cause: Exception) -> DataError:
     return DataError(f"shard '{shard}' cannot be read: {reason}.\n  Fix: {fix}")
 
 
-def _path(shard: Shard) -> Path | None:
-    directory = user_cache_directory()
-    name = hashlib.sha256(os.fsencode(str(shard))).hexdigest()[:32]
-    return directory / f"{name}.shard-heads-pillow-{PIL.__version__}" if directory else None
-
-
-def _packed(index: ShardIndex) -> bytes:
+def _packed(index: ShardIndex) -> dict[str, NDArray[Any]]:
     texts = [os.fsencode(name) for name in index.names] + [label or b"" for label in index.labels]
-    return len(index.names).to_bytes(8, "little") + index.samples.tobytes() + b"".join(texts)
+    return {"samples": index.samples, "texts": np.frombuffer(b"".join(texts), np.uint8)}
 
 
-def _unpacked(stored: bytes) -> ShardIndex:
-    """Read what `_packed` gave, behind the digest of a state."""
-    count = int.from_bytes(stored[32:_HEAD], "little")
-    samples = np.frombuffer(stored, SAMPLES, count, _HEAD)
-    texts = stored[_HEAD + samples.nbytes :]
+def _unpacked(samples: NDArray[np.void], texts: NDArray[np.uint8]) -> ShardIndex:
     lengths = np.concatenate([samples["name"], np.maximum(samples["label"], 0)])
-    stops = np.cumsum(lengths).tolist()
-    pieces = [texts[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
-    names, labels = pieces[:count], pieces[count:]
+    stops, text = np.cumsum(lengths).tolist(), texts.tobytes()
+    pieces = [text[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
+    names, labels = pieces[: len(samples)], pieces[len(samples) :]
     there = (samples["label"] >= 0).tolist()
     return ShardIndex(
         samples,

@@ -1,4 +1,4 @@
-"""Image files: which are read, and how their bytes become pixels.
+"""Image files: which are read, how their bytes become pixels, and what their heads say.
 
 Pixels are those of torchvision's ImageFolder, with these differences: 16-bit grey is scaled and not clipped, and GIF is
 read (its first frame). The EXIF orientation is ignored, as there, or applied; Pillow itself applies that of TIFF.
@@ -6,6 +6,7 @@ read (its first frame). The EXIF orientation is ignored, as there, or applied; P
 
 import contextlib
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO, Literal, NamedTuple
 
@@ -69,16 +70,31 @@ def head_of(file: BinaryIO, name: str) -> Head:
         return Head(image.height, image.width, _orientation(image))
 
 
-def sizes_of(heads: NDArray[np.int64], orientation: Orientation) -> NDArray[np.int64]:
-    """Return height and width of images, [n, 2], as `decode` gives them, by their heads [n, 3]."""
-    if orientation == "ignore":
-        return heads[:, :2]
-    return np.where(heads[:, 2:] >= _SWAPPED, heads[:, 1::-1], heads[:, :2])
+class ImageFiles(ABC):
+    """A data set whose images are files: sizes and orientations come from their heads."""
 
+    def __init__(self, mode: Mode, orientation: Orientation) -> None:
+        self._mode, self._orientation = mode, orientation
 
-def turned(heads: NDArray[np.int64], orientation: Orientation) -> NDArray[np.int64]:
-    """Return which images have an orientation that is ignored, by their heads [n, 3]."""
-    return np.flatnonzero(heads[:, 2] > _UPRIGHT) if orientation == "ignore" else np.empty(0, np.int64)
+    @abstractmethod
+    def heads(self) -> NDArray[np.int64]:
+        """Return the head of every file, [n, 3]."""
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return height and width of all images, [n, 2], as `read` gives them."""
+        heads = self.heads()
+        if self._orientation == "ignore":
+            return heads[:, :2]
+        return np.where(heads[:, 2:] >= _SWAPPED, heads[:, 1::-1], heads[:, :2])
+
+    def turned(self) -> NDArray[np.int64]:
+        """Return which images have an EXIF orientation that is ignored."""
+        ignored = self._orientation == "ignore"
+        return np.flatnonzero(self.heads()[:, 2] > _UPRIGHT) if ignored else np.empty(0, np.int64)
+
+    def decoded(self, file: BinaryIO, name: str) -> Tensor:
+        """Decode a file to uint8 [C, H, W]; raises DataError naming one that cannot be decoded."""
+        return decode(file, self._mode, name, self._orientation)
 
 
 def _orientation(image: Image.Image) -> int:

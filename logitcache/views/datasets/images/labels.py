@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.errors import DataError
+from logitcache.errors import DataError, did_you_mean
 from logitcache.views.datasets.base import UNLABELLED, Labels, is_multi_label
 
 SHOWN = 20
@@ -132,8 +131,7 @@ def class_index(key: str, names: Sequence[str], count: int) -> int:
         return names.index(key)
     if key.isdecimal() and int(key) < count:
         return int(key)
-    near = get_close_matches(key, names, n=1)
-    raise ValueError(f"the images have no class {key!r}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    raise ValueError(f"the images have no class {key!r}.{did_you_mean(key, names)}")
 
 
 def listed_classes(names: Sequence[str], count: int) -> str:

@@ -3,20 +3,31 @@
 import contextlib
 import hashlib
 import io
+import itertools
+import struct
+import threading
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.errors import DataError, RecipeError, RemoteError
+from logitcache.runtime.console import track
+from logitcache.store import file_stamps
+from logitcache.store.files import keep, kept, memory_of
 from logitcache.store.remote.client import Entry, Remote
+from logitcache.store.turns import turn
 from logitcache.views.datasets.base import first_word
 from logitcache.views.datasets.images.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds
-from logitcache.views.datasets.images.image_files import Orientation, decode, head_of, is_image, sizes_of, turned
+from logitcache.views.datasets.images.image_files import ImageFiles, Orientation, head_of, is_image
 from logitcache.views.datasets.images.pixels import Mode
-from logitcache.views.datasets.images.remote_memory import Found, RemoteMemory
+
+_BLOCK = 1024  # files whose results are awaited together
+_MEASURED = struct.Struct("<Q3q")  # digest, height, width, orientation: as long as the digests of a stamp index
 
 
 def open_folder(remote: Remote, mode: Mode, labelled: bool | None, orientation: Orientation) -> "RemoteImages":
@@ -49,7 +60,7 @@ def _below(root: str, keys: Mapping[str, Entry]) -> tuple[list[str], set[str]]:
     return images, {key.partition("/")[0] for key in seen if "/" in key}
 
 
-class RemoteImages:
+class RemoteImages(ImageFiles):
     """Image files at a URL in order; an id is the path below the root."""
 
     def __init__(
@@ -57,11 +68,11 @@ class RemoteImages:
     ) -> None:
         self.ids, self.labels, self.class_names = listing
         self.num_classes = len(self.class_names) if self.class_names else None
+        super().__init__(mode, orientation)
         self._remote = remote
-        self._mode, self._orientation = mode, orientation
         self._lengths = np.array([entries[name].size for name in self.ids], np.int64)
         self._tags: list[str] | None = [entries[name].tag for name in self.ids]
-        self._found: Found | None = None
+        self._measured: NDArray[np.int64] | None = None
 
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming a file that is not what was listed, or cannot be decoded."""
@@ -70,38 +81,56 @@ class RemoteImages:
     def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
         """Return several images, fetched at the same time."""
         contents = zip(indices, self._remote.each(self._content, indices), strict=True)
-        return [decode(io.BytesIO(data), self._mode, self._shown(at), self._orientation) for at, data in contents]
+        return [self.decoded(io.BytesIO(data), self._shown(index)) for index, data in contents]
 
-    def sizes(self) -> NDArray[np.int64]:
-        """Return the heights and widths of all images [n, 2]."""
-        return sizes_of(self._scan().heads, self._orientation)
-
-    def turned(self) -> NDArray[np.int64]:
-        """Return which images have an EXIF orientation that is ignored."""
-        return turned(self._scan().heads, self._orientation)
+    def heads(self) -> NDArray[np.int64]:
+        """Return the heads of all files [n, 3]."""
+        return self._scan()[:, 1:]
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]."""
-        return self._scan().digests
+        return self._scan()[:, 0].view(np.uint64)
 
-    def _scan(self) -> Found:
-        """Read every file once that is not remembered, for digests and sizes both."""
-        if self._found is None:
+    def _scan(self) -> NDArray[np.int64]:
+        """Return digest, height, width and orientation of every file, [n, 4]; read are those without a known tag."""
+        if self._measured is None:
             assert self._tags is not None
-            entries = list(map(Entry, self._lengths.tolist(), self._tags))
-            self._found = RemoteMemory(self._remote, self.ids).found(entries, self._measure)
+            stamps = map(file_stamps.stamp_of_tag, self._lengths.tolist(), self._tags)
+            names = (f"{self._remote}/{name}" for name in self.ids)
+            rows = file_stamps.as_rows(map(file_stamps.packed_row, names, stamps))
+            path = memory_of(self._remote.url, f"remote-heads-pillow-{PIL.__version__}")
+            if not _recalled(path, rows).all():
+                with turn(path, threading.Event()):
+                    self._scan_rest(path, rows)
+            self._measured = np.ascontiguousarray(rows["digest"]).view("<i8").astype(np.int64)
             self._tags = None  # they are large and of no more use
-        return self._found
+        return self._measured
 
-    def _measure(self, index: int) -> tuple[int, ...]:
-        """Return digest, height, width and orientation of a file."""
+    def _scan_rest(self, path: Path | None, rows: file_stamps.Rows) -> None:
+        """Fill in the rows that no other process has remembered by now; an interrupted pass is remembered too."""
+        known = _recalled(path, rows)
+        todo = np.flatnonzero(~known).tolist()
+        measured: list[bytes] = []
+        try:
+            blocks = (todo[start : start + _BLOCK] for start in range(0, len(todo), _BLOCK))
+            found = itertools.chain.from_iterable(self._remote.each(self._measure, block) for block in blocks)
+            measured.extend(track(found, f"reading {self._remote}", len(todo)))
+        finally:
+            done = todo[: len(measured)]
+            rows["digest"][done] = np.frombuffer(b"".join(measured), np.uint8).reshape(-1, _MEASURED.size)
+            known[done] = True
+            if done:
+                keep(path, file_stamps.StampIndex(kept(path) or b"").merged(rows[known]))
+
+    def _measure(self, index: int) -> bytes:
         data = self._stored(index)
-        return first_word(hashlib.sha256(data).digest()), *head_of(io.BytesIO(data), self._shown(index))
+        digest = first_word(hashlib.sha256(data).digest())
+        return _MEASURED.pack(digest, *head_of(io.BytesIO(data), self._shown(index)))
 
     def _content(self, index: int) -> bytes:
         """Fetch a file; of one whose digest is known every byte is compared."""
         data = self._stored(index)
-        if self._found and first_word(hashlib.sha256(data).digest()) != self._found.digests[index]:
+        if self._measured is not None and first_word(hashlib.sha256(data).digest()) != self.digests()[index]:
             raise self._changed(index, "other bytes")
         return data
 
@@ -129,3 +158,8 @@ class RemoteImages:
 
     def _shown(self, index: int) -> str:
         return f"{self._remote}/{self.ids[index]}"
+
+
+def _recalled(path: Path | None, rows: file_stamps.Rows) -> NDArray[np.bool_]:
+    """Fill in the remembered digests and heads; returns of which rows they were remembered."""
+    return file_stamps.StampIndex(kept(path) or b"").fill(rows)
