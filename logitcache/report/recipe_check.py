@@ -18,13 +18,14 @@ from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.source import Source as Derived
 from logitcache.stage_one.inputs import require_teachers
 from logitcache.stage_one.precompute import PrecomputeRecipe
+from logitcache.student.compatibility import inexact_targets
 from logitcache.student.evaluation.class_map import mapped_labels
 from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, require_live
-from logitcache.student.target_errors import doubts
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_fit, require_taps
 from logitcache.teacher.classes import outputs_of
-from logitcache.views.datasets import ImageDataset, open_dataset
+from logitcache.views.datasets import open_dataset
+from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.spec import Views
 
 RECIPES: dict[str, type[Component]] = {
@@ -75,7 +76,8 @@ def _warnings(recipe: Component) -> tuple[str, ...]:
     """Return warnings of a valid recipe: targets of an existing cache that are far from the teacher's."""
     if not isinstance(recipe, StudentRecipe) or not locate(recipe.cache).path.exists():
         return ()
-    return tuple(doubts(recipe, Cache(Snapshot.read(locate(recipe.cache)))))
+    cache = Cache(Snapshot.read(locate(recipe.cache)))
+    return tuple(inexact_targets(recipe.losses, recipe.ensembles, cache))
 
 
 def _problems(recipe: Component, stated: Collection[str]) -> list[LogitCacheError]:

@@ -1,34 +1,38 @@
-"""Which losses a cache can serve: what each needs, and what the cache holds."""
+"""Which losses a cache serves: what each needs, what the cache stores, and how exact its targets are."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from logitcache.cache.cache import Cache
 from logitcache.cache.encodings.head import PENULTIMATE
-from logitcache.cache.format.manifest import LOGITS, StoredLogits
+from logitcache.cache.format.manifest import LOGITS, TeacherEntry
+from logitcache.cache.format.row_errors import BOUND
 from logitcache.errors import RecipeError
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import FIX_OF_ONE_CLASS, HeldTeacher, Need
+from logitcache.student.optim.schedules import TemperatureBase
 from logitcache.views.datasets.base import Labels, is_multi_label
 
 FROM_LABELS: frozenset[Need] = frozenset({"labels", "single labels", "multi labels"})
 ONE_CLASS: frozenset[Need] = frozenset({"labels", "single labels"})
 FROM_LOGITS: frozenset[Need] = frozenset({"logits", "dense logits"})
+BEYOND = BOUND / 100
+"""The bound at a temperature outside the recorded ones, where the error may be larger than at the nearest of them."""
 
 
 def asks_teacher(loss: Loss) -> bool:
-    """Say whether a loss needs anything of a teacher."""
+    """Return whether a loss needs anything of a teacher."""
     return bool(loss.needs - FROM_LABELS or loss.features)
 
 
 def shares_classes(loss: Loss) -> bool:
-    """Say whether a loss compares the student's logits with the teacher's, so that both are of the same classes."""
+    """Return whether a loss compares the student's logits with the teacher's, so that both are of the same classes."""
     return bool(loss.needs & FROM_LOGITS) and "head" not in loss.needs
 
 
 def held_teachers(cache: Cache) -> dict[str, HeldTeacher]:
-    """Return what a cache holds of each teacher."""
+    """Return what a cache stores of each teacher."""
     return {
         name: HeldTeacher(
             entry.num_classes if entry.logits is not None else None, cache.features(name), cache.head(name)
@@ -53,9 +57,9 @@ def asked_targets(
 
 
 def require_served(losses: Sequence[Loss], cache: Cache, ensembles: Collection[str] = ()) -> None:
-    """Raise RecipeError listing every loss that asks for what the cache does not hold, with what would add it.
+    """Raise RecipeError listing every loss that needs what the cache does not store, with what would add it.
 
-    `ensembles` of the cache's teachers, by name, may be asked too.
+    `ensembles`: names of ensembles of the cache's teachers, which losses may name too.
     """
     held = held_teachers(cache)
     lines = [
@@ -124,6 +128,7 @@ def require_classes(losses: Sequence[Loss], num_classes: int, where: str = "") -
 
 
 def _unlabelled(loss: Loss, cache: Cache) -> Iterator[str]:
+    """Yield why the labels of a cache's images do not serve a loss."""
     if loss.needs & FROM_LABELS and not (cache.labels >= 0).any():
         yield "needs labels, the cache's images have none. Fix: leave this loss out"
         return
@@ -136,116 +141,132 @@ def _unlabelled(loss: Loss, cache: Cache) -> Iterator[str]:
 
 
 def _unanswered(loss: Loss, cache: Cache, held: Mapping[str, HeldTeacher], ensembles: Collection[str]) -> Iterator[str]:
-    """Yield why the teacher's answers, as they are kept, do not serve a loss."""
-    teachers = cache.manifest.teachers
-    name = loss.teacher or next(iter(teachers))
+    """Yield why the teacher's answers, as they are stored, do not serve a loss."""
+    name = loss.teacher or next(iter(held))
     if not asks_teacher(loss):
         return
     if loss.teacher in ensembles:
-        yield from _more_than_a_distribution(loss)
-    elif loss.teacher is None and len(teachers) + len(ensembles) > 1:
-        yield f"names no teacher, the cache has {sorted([*teachers, *ensembles])}. Fix: set `teacher`"
-    elif name not in teachers:
-        yield f"names teacher {name!r}, the cache has {sorted(teachers)}. Fix: one of these"
+        # An ensemble has no logits and no features of its own.
+        features = [f"feature {feature!r}" for feature in loss.features]
+        for need in (*sorted(loss.needs - FROM_LABELS - {"logits"}), *features):
+            yield (
+                f"needs {need}, the ensemble {name!r} is a mean of probabilities. Fix: another loss (kl_divergence "
+                "takes any), or set `teacher` to one of its members"
+            )
+    elif loss.teacher is None and len(held) + len(ensembles) > 1:
+        yield f"names no teacher, the cache has {sorted([*held, *ensembles])}. Fix: set `teacher`"
+    elif name not in held:
+        yield f"names teacher {name!r}, the cache has {sorted(held)}. Fix: one of these"
     else:
         yield from unkept_features(loss, name, held[name])
-        answers = _Answers(name, teachers[name].stored_logits, cache.manifest.views.targets == "linear")
+        answers = _Answers(name, cache.manifest.teachers[name], cache.manifest.views.targets == "linear")
         # A head that is missing brings logits of every kind once it is added.
         brought = FROM_LOGITS if "head" in loss.needs and held[name].head is None else frozenset()
         for need in [*["features"] * bool(loss.features), *sorted(loss.needs - brought)]:
-            if (reason := _CHECKS.get(need, _nothing)(answers)) is not None:
+            if need in _CHECKS and (reason := _CHECKS[need](answers)) is not None:
                 yield f"needs {need}, the cache {reason}"
 
 
-@dataclass(frozen=True)
-class _Answers:
-    """How a cache keeps the answers of a teacher."""
+class _Answers(NamedTuple):
+    """The answers of a teacher in a cache; `linear`: those to two images are mixed."""
 
     teacher: str
-    logits: StoredLogits | None
+    entry: TeacherEntry
     linear: bool
 
 
-def _nothing(answers: _Answers) -> str | None:
-    return None
-
-
-def _without_features(answers: _Answers) -> str | None:
+def _check_features(answers: _Answers) -> str | None:
     mixed = "mixes the answers to two images (targets: linear), and features are not mixed. Fix: kl_divergence"
     return mixed if answers.linear else None
 
 
-def _without_logits(answers: _Answers) -> str | None:
+def _check_logits(answers: _Answers) -> str | None:
     name = answers.teacher
     alone = f"keeps features of {name!r} alone. Fix: add teachers.{name}.logits to it"
-    return alone if answers.logits is None else None
+    return alone if answers.entry.logits is None else None
 
 
-def _without_dense_logits(answers: _Answers) -> str | None:
+def _check_dense_logits(answers: _Answers) -> str | None:
+    stored = answers.entry.stored_logits
     if answers.linear:
         return "mixes probabilities (targets: linear). Fix: kl_divergence"
-    if answers.logits is None or "dense logits" in answers.logits.form.gives:
-        return _without_logits(answers)
+    if stored is None or "dense logits" in stored.form.gives:
+        return _check_logits(answers)
     return (
-        f"keeps {answers.logits.form.kind} logits of {answers.teacher!r}. Fix: another loss (kl_divergence takes any), "
+        f"keeps {stored.form.kind} logits of {answers.teacher!r}. Fix: another loss (kl_divergence takes any), "
         f"or precompute with teachers.{answers.teacher}.logits: {{kind: dense}}"
     )
 
 
 _CHECKS: dict[str, Callable[[_Answers], str | None]] = {
-    "features": _without_features,
-    "logits": _without_logits,
-    "dense logits": _without_dense_logits,
+    "features": _check_features,
+    "logits": _check_logits,
+    "dense logits": _check_dense_logits,
 }
-"""Why a cache lacks what a loss needs of a teacher's answers; the labels and the head are checked by themselves."""
-
-
-def _more_than_a_distribution(loss: Loss) -> Iterator[str]:
-    """Yield what a loss asks of an ensemble, which has no logits and no features of its own."""
-    features = [f"feature {name!r}" for name in loss.features]
-    for need in (*sorted(loss.needs - FROM_LABELS - {"logits"}), *features):
-        yield (
-            f"needs {need}, the ensemble {loss.teacher!r} is a mean of probabilities. Fix: another loss (kl_divergence "
-            "takes any), or set `teacher` to one of its members"
-        )
+"""What the cache lacks, by what a loss needs of a teacher's answers; labels and heads have checks of their own."""
 
 
 def unkept_features(loss: Loss, name: str, held: HeldTeacher) -> Iterator[str]:
-    """Yield which of the features that a loss asks of a teacher are not held, with the line that adds them."""
+    """Yield which features, or which last linear layer, a loss needs that are not stored of a teacher, with the fix."""
     line = f"teachers.{name}.features.{{}}: {{{{kind: {{}}, tap: …}}}}; the same command then adds it"
+    last, takes_head = f"the last linear layer of {name!r}", "head" in loss.needs
+    missing = [last] if takes_head and held.head is None else []
     for feature, kinds in loss.features.items():
         kept = held.features.get(feature)
-        if kept is None and _comes_with_head(feature, kinds):
-            continue  # it is asked for below
-        if kept is None:
+        if kept is None and feature == PENULTIMATE and "pooled" in kinds:  # stored with the head
+            missing.append(f"{PENULTIMATE!r}, what {last} takes in")
+        elif kept is None:
             fix = f"add to the precompute recipe: {line.format(feature, kinds[0])}"
             there = sorted(held.features) or "none"
             yield f"needs feature {feature!r} of {name!r}, the cache keeps {there}. Fix: {fix}"
         elif kept.kind not in kinds:
             fix = f"keep another beside it: {line.format(f'{feature}_{kinds[0]}', kinds[0])}"
             yield f"needs {' or '.join(kinds)}, feature {feature!r} of {name!r} is kept as {kept.kind}. Fix: {fix}"
-    yield from _unkept_head(loss, name, held)
-
-
-def _comes_with_head(feature: str, kinds: Collection[str]) -> bool:
-    return feature == PENULTIMATE and "pooled" in kinds
-
-
-def _unkept_head(loss: Loss, name: str, held: HeldTeacher) -> Iterator[str]:
-    """Yield what a loss asks of a teacher's last linear layer and is not held: the layer, or what it takes in."""
-    its_input = any(
-        feature not in held.features and _comes_with_head(feature, kinds) for feature, kinds in loss.features.items()
-    )
-    layer = "head" in loss.needs and held.head is None
-    if layer or its_input:
-        last = f"the last linear layer of {name!r}"
-        what = last if layer else f"{PENULTIMATE!r}, what {last} takes in"
+    if missing:
         yield (
-            f"needs {what}; the cache does not keep it. "
+            f"needs {missing[0]}; the cache does not keep it. "
             f"Fix: precompute with teachers.{name}.logits: {{kind: head}}, which keeps it"
         )
-    if "head" in loss.needs and PENULTIMATE not in loss.features:
+    if takes_head and PENULTIMATE not in loss.features:
         yield (
-            f"needs what the last linear layer of {name!r} takes in, which is kept as {PENULTIMATE!r}, not as "
+            f"needs what {last} takes in, which is kept as {PENULTIMATE!r}, not as "
             f"{', '.join(map(repr, loss.features))}. Fix: set `feature: {PENULTIMATE}`"
         )
+
+
+def inexact_targets(losses: Sequence[Loss], ensembles: Mapping[str, Ensemble], cache: Cache) -> Iterator[str]:
+    """Yield which losses have targets with errors above the bound, by what the cache records, each with the fix."""
+    held = held_teachers(cache)
+    for number, loss in enumerate(losses):
+        for name in asked_targets([loss], ensembles, held) if shares_classes(loss) else ():
+            if reason := _inexact(loss, name, cache.manifest.teachers[name]):
+                yield f"losses.{number} ({loss.kind}): {reason}"
+
+
+def _inexact(loss: Loss, name: str, entry: TeacherEntry) -> str | None:
+    """Describe the errors of a teacher's logits at the temperatures of a loss, 1 if it has none; None if within."""
+    recorded = [one for one in entry.errors_of(LOGITS) if one.temperature is not None]
+    if not recorded:
+        return None
+    temperature = getattr(loss, "temperature", None)
+    lowest, highest = temperature.bounds if isinstance(temperature, TemperatureBase) else (1.0, 1.0)
+    temperatures = [one.temperature or 0.0 for one in recorded]  # ascending
+    start = max((n for n, at in enumerate(temperatures) if at <= lowest), default=0)
+    stop = min((n for n, at in enumerate(temperatures) if at >= highest), default=len(recorded) - 1)
+    worst = max(recorded[start : stop + 1], key=lambda one: one.scaled)
+    bound, what = BOUND, f"the bound is {BOUND:g}"
+    if not temperatures[0] <= lowest <= highest <= temperatures[-1]:
+        span = f"{lowest:.3g}" if lowest == highest else f"{lowest:.3g} to {highest:.3g}"
+        bound = BEYOND
+        what = f"no errors are recorded at T = {span}, only from {temperatures[0]:g} to {temperatures[-1]:g}"
+    if worst.scaled <= bound:
+        return None
+    assert entry.stored_logits is not None
+    fix = f"teachers.{name}.logits: {{kind: dense, dtype: float32}}, which loses nothing"
+    if lowest == highest:  # the smallest encoding that stays below the bound, on further images too
+        fix += f", or {{kind: auto, max_kl: {BOUND / 2 / highest**2:.2g}, temperature: {highest:g}}}"
+    return (
+        f"the {entry.stored_logits.form.kind} logits of {name!r} differ from the teacher's by a mean KL divergence of "
+        f"{worst.mean:.2g} nats at T = {worst.temperature:g}, {worst.scaled:.2g} times T²; {what}. "
+        f"Fix: precompute with {fix}"
+    )

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from logitcache.student.compatibility import (
     FROM_LABELS,
     asked_targets,
     held_teachers,
+    inexact_targets,
     require_classes,
     require_labels,
     require_rows,
@@ -25,7 +26,6 @@ from logitcache.student.ensembles import Ensemble, classes_of
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import HeldTeacher
 from logitcache.student.ranks import ALONE, Ranks
-from logitcache.student.target_errors import doubts
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.targets import Targets
 from logitcache.views.datasets import open_dataset
@@ -77,7 +77,7 @@ class Lesson:
 
 
 @dataclass(frozen=True)
-class Source:
+class TrainingData:
     """Batches, what they ask of a model, and what identifies them; `live` teachers answer in place of the `cache`."""
 
     loader: EpochLoader
@@ -87,27 +87,30 @@ class Source:
     num_live: int = 0
     ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
     cache: str | None = None
-    class_names: tuple[str, ...] | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the model's classes, if those of the images are the same."""
+        names = self.loader.views.dataset.class_names
+        return names if names is not None and len(names) == self.lesson.num_classes else None
 
 
-def open_source(
+def open_training_data(
     recipe: StudentRecipe | TeacherRecipe,
     live: LiveTargets | None,
     begun: Mapping[str, Any] | None = None,
     ranks: Ranks = ALONE,
     dataset: object | None = None,
-) -> Source:
+) -> TrainingData:
     """Open what a recipe learns from, or a data set in place of its entry.
 
-    Raises if images, cache and losses do not belong together.
-    `begun` is the identity of the source that the run began with: a cache may have grown since. Of several `ranks` each
-    takes its part of every batch.
+    Raises if images, cache and losses do not belong together. `begun` is the identity of the data that the run began
+    with: a cache may have grown since. Of several `ranks` each reads its part of every batch.
     """
-    part = {"rank": ranks.rank, "world_size": ranks.size}
     images = recipe.dataset if dataset is None else dataset
     if isinstance(recipe, StudentRecipe):
-        return _from_cache(recipe, images, live, begun or {}, part)
-    return _from_labels(recipe, images, begun or {}, part)
+        return _open_cache(recipe, images, live, begun or {}, ranks)
+    return _open_labels(recipe, images, begun or {}, ranks)
 
 
 def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Replay = "planned") -> Views:
@@ -122,55 +125,43 @@ def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Repl
     )
 
 
-def _from_cache(
-    recipe: StudentRecipe,
-    images: object | None,
-    live: LiveTargets | None,
-    begun: Mapping[str, Any],
-    part: Mapping[str, int],
-) -> Source:
-    cache = _as_begun(open_uncompared(recipe.cache), begun)
+def _open_cache(
+    recipe: StudentRecipe, images: object | None, live: LiveTargets | None, begun: Mapping[str, Any], ranks: Ranks
+) -> TrainingData:
+    cache = open_uncompared(recipe.cache)
+    targets = cache.manifest.targets
     if not begun:
         require_live(recipe, cache)
+    elif begun.get("teachers", list(targets)) != list(targets) and targets.keys() >= {*begun["teachers"]}:
+        cache = cache.only({name: targets[name] for name in begun["teachers"]})  # without those that came later
     teachers, lesson = list(cache.manifest.teachers), lesson_of(recipe, cache)
-    # Nothing else is compared with its records, or read.
+    # Nothing else is compared with its records, or read. Another cache may have fewer views: the identity differs then.
     asked = asked_targets(recipe.losses, recipe.ensembles, lesson.teachers)
-    cache = cache.only(asked, _num_views(cache, recipe, begun))
+    cache = cache.only(asked, min(begun.get("num_views", recipe.num_views or cache.num_views), cache.num_views))
     if live is not None and cache.manifest.views.targets == "linear":
         raise RecipeError(
             f"{recipe.cache} mixes the answers to two images (targets: linear), which no live teacher gives. "
             "Fix: leave out --online"
         )
-    views = views_of(cache, images, recipe, recipe.replay)
     loader = _loader(
         recipe,
-        views,
+        views_of(cache, images, recipe, recipe.replay),
+        ranks,
         targets_of=cache.rows if live is None else no_targets,
         checksums_of=cache.checksums_of(recipe.verify),
         shuffle_block=cache.shuffle_block,
-        **part,
     )
-    names = list(cache.manifest.teachers)
     identity = {
         "cache": cache.manifest.content_digest(),
         "num_views": cache.num_views,
         "teachers": teachers,
         "online": live is not None,
     }
-    if live is None:
-        if part["rank"] == 0:
-            for doubt in doubts(recipe, cache):
-                warnings.warn(doubt, TargetErrorWarning, stacklevel=2)
-        source = Source(loader, lesson, identity, ensembles=recipe.ensembles, cache=recipe.cache)
-    else:
-        source = Source(loader, lesson, identity, _only(live, names), len(names), recipe.ensembles)
-    return replace(source, class_names=_names(views, lesson))
-
-
-def _names(views: Views, lesson: Lesson) -> tuple[str, ...] | None:
-    """Return the names of the model's classes, if those of the images are the same."""
-    names = views.dataset.class_names
-    return names if names is not None and len(names) == lesson.num_classes else None
+    if live is not None:
+        return TrainingData(loader, lesson, identity, live, len(cache.manifest.teachers), recipe.ensembles)
+    for reason in inexact_targets(recipe.losses, recipe.ensembles, cache) if ranks.is_first else ():
+        warnings.warn(reason, TargetErrorWarning, stacklevel=2)
+    return TrainingData(loader, lesson, identity, ensembles=recipe.ensembles, cache=recipe.cache)
 
 
 def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
@@ -199,15 +190,6 @@ def _classes_of(recipe: StudentRecipe, cache: Cache, held: Mapping[str, HeldTeac
     return classes_of(recipe.ensembles, classes, labelled)
 
 
-def _as_begun(cache: Cache, begun: Mapping[str, Any]) -> Cache:
-    """Return a cache with the teachers that it had when the run began; as it is where it is another."""
-    targets = cache.manifest.targets
-    names = begun.get("teachers", list(targets))
-    if names == list(targets) or not set(names) <= targets.keys():
-        return cache
-    return cache.only({name: targets[name] for name in names})
-
-
 def require_live(recipe: StudentRecipe, cache: Cache) -> None:
     """Raise RecipeError for live teachers that the cache does not have."""
     known = sorted(cache.manifest.teachers)
@@ -222,31 +204,16 @@ def _require_views(recipe: StudentRecipe, cache: Cache) -> None:
         )
 
 
-def _num_views(cache: Cache, recipe: StudentRecipe, begun: Mapping[str, Any]) -> int:
-    """Return how many views a run takes: those that there were when it began, or begins."""
-    views: int = begun.get("num_views", recipe.num_views or cache.num_views)
-    return min(views, cache.num_views)  # of another cache with fewer, the identity differs
-
-
-def _only(live: LiveTargets, names: Sequence[str]) -> LiveTargets:
-    def answers(images: Tensor, labels: Tensor) -> Mapping[str, Targets]:
-        found = live(images, labels)
-        return {name: found[name] for name in names}
-
-    return answers
-
-
-def _from_labels(recipe: TeacherRecipe, images: object, begun: Mapping[str, Any], part: Mapping[str, int]) -> Source:
+def _open_labels(recipe: TeacherRecipe, images: object, begun: Mapping[str, Any], ranks: Ranks) -> TrainingData:
     dataset, spec = open_dataset(images), recipe.views()
     warn_of_orientation(dataset)
     if begun:  # runs of the first plan do not record it
         spec = spec.model_copy(update={"plan_version": begun.get("plan_version", 1)})
     views = Views(dataset, spec)
     lesson = lesson_of_images(recipe, views)
-    loader = _loader(recipe, views, **part)
     identity: dict[str, Any] = {"dataset": fingerprint(dataset).model_dump(mode="json")}
     identity |= {"plan_version": spec.plan_version} if spec.plan_version > 1 else {}
-    return Source(loader, lesson, identity, class_names=_names(views, lesson))
+    return TrainingData(_loader(recipe, views, ranks), lesson, identity)
 
 
 def lesson_of_images(recipe: TeacherRecipe, views: Views) -> Lesson:
@@ -264,7 +231,7 @@ def lesson_of_images(recipe: TeacherRecipe, views: Views) -> Lesson:
     return Lesson(dataset.num_classes, shape, len(dataset.ids), counts, first, bool(recipe.mixing))
 
 
-def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any) -> EpochLoader:
+def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, ranks: Ranks, **options: Any) -> EpochLoader:
     return EpochLoader(
         views,
         batch_size=recipe.batch_size,
@@ -274,6 +241,8 @@ def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, **options: Any)
         views_per_image=recipe.views_per_image,
         sampling=recipe.sampling,
         start_method=recipe.start_method,
+        rank=ranks.rank,
+        world_size=ranks.size,
         **options,
     )
 
@@ -286,14 +255,13 @@ def _num_classes(losses: Sequence[Loss], classes: Mapping[str, int], labelled: i
     first = next(iter(classes), None)
     asked = [loss.teacher or first for loss in losses if shares_classes(loss)]
     counts = {name: classes[name] for name in asked if name is not None}
-    if not counts:
-        found = labelled if any(loss.needs & FROM_LABELS for loss in losses) else classes.get(first or "", labelled)
-        if found is None:
-            raise RecipeError("nothing says how many classes the model has. Fix: a loss on labels, or on logits")
-        return found
     if len(set(counts.values())) > 1:
         raise MismatchError(
             f"one student cannot learn from teachers of different numbers of classes: {counts}. "
             "Fix: losses whose teachers predict the same classes"
         )
-    return next(iter(counts.values()))
+    of_labels = any(loss.needs & FROM_LABELS for loss in losses)
+    found = next(iter(counts.values()), labelled if of_labels else classes.get(first or "", labelled))
+    if found is None:
+        raise RecipeError("nothing says how many classes the model has. Fix: a loss on labels, or on logits")
+    return found

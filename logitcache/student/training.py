@@ -19,7 +19,7 @@ from logitcache.student.build_model import build_adapters, build_classifier, dec
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.evaluation.validation import Validator, open_validator
 from logitcache.student.learner import Learner
-from logitcache.student.lesson import Given, LiveTargets, Source, as_given, open_source
+from logitcache.student.lesson import Given, LiveTargets, TrainingData, as_given, open_training_data
 from logitcache.student.nonfinite import require_finite_targets
 from logitcache.student.optim.batch_norm import require_possible
 from logitcache.student.optim.schedules import Progress
@@ -78,7 +78,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, given: Given, ra
     if not run.begun:
         require_effect(recipe, recipe.epochs)
     before = run.require_recipe(recipe)
-    source = open_source(recipe, given.live, run.learns_from(), ranks, given.dataset)
+    source = open_training_data(recipe, given.live, run.learns_from(), ranks, given.dataset)
     validator = open_validator(recipe, source.lesson.num_classes)
     require_measurable(recipe, validator)
     identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
@@ -152,7 +152,9 @@ def _fix_of_layouts(layouts: Mapping[str, Layout]) -> str:
     return f"tap_layouts: {{{', '.join(f'{tap}: channels_first' for tap in turned)}}}, " if turned else ""
 
 
-def _train_epoch(recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory, stop: StopFlag) -> None:
+def _train_epoch(
+    recipe: TrainingRecipe, source: TrainingData, learner: Learner, run: RunDirectory, stop: StopFlag
+) -> None:
     """Run an epoch, from where the learner is in it: the loop of stage two."""
     started = time.perf_counter() - learner.seconds
     learner.trained.train()
@@ -186,7 +188,7 @@ def _train_epoch(recipe: TrainingRecipe, source: Source, learner: Learner, run: 
     learner.seconds = time.perf_counter() - started
 
 
-def _on_device(batch: Batch, learner: Learner, source: Source) -> Batch:
+def _on_device(batch: Batch, learner: Learner, source: TrainingData) -> Batch:
     batch = batch.to(learner.device)
     batch = batch if source.live is None else replace(batch, teachers=source.live(batch.images, batch.labels))
     return with_ensembles(batch, source.ensembles)
@@ -202,7 +204,9 @@ def _rows(recipe: TrainingRecipe, batch: Batch) -> Tensor:
     return torch.stack([loss.rows(batch) for loss in recipe.losses])
 
 
-def _keep_place(recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory, stop: StopFlag) -> None:
+def _keep_place(
+    recipe: TrainingRecipe, source: TrainingData, learner: Learner, run: RunDirectory, stop: StopFlag
+) -> None:
     if stop or (recipe.checkpoint_steps is not None and learner.step % recipe.checkpoint_steps == 0):
         _save(source, learner, run)
     if stop:
@@ -212,12 +216,12 @@ def _keep_place(recipe: TrainingRecipe, source: Source, learner: Learner, run: R
         )
 
 
-def _save(source: Source, learner: Learner, run: RunDirectory) -> None:
+def _save(source: TrainingData, learner: Learner, run: RunDirectory) -> None:
     _require_finite(source, learner, run)
     run.save_checkpoint(learner.state())
 
 
-def _require_finite(source: Source, learner: Learner, run: RunDirectory) -> None:
+def _require_finite(source: TrainingData, learner: Learner, run: RunDirectory) -> None:
     """Raise LogitCacheError where training has diverged: a checkpoint of that would be of no use."""
     if not learner.finite():
         if source.cache is not None:
@@ -231,7 +235,7 @@ def _require_finite(source: Source, learner: Learner, run: RunDirectory) -> None
 
 def _measure(
     recipe: TrainingRecipe,
-    source: Source,
+    source: TrainingData,
     learner: Learner,
     run: RunDirectory,
     validator: Validator | None,
@@ -249,7 +253,7 @@ def _measure(
 
 
 def _finish_epoch(
-    recipe: TrainingRecipe, source: Source, learner: Learner, run: RunDirectory, measured: dict[str, float]
+    recipe: TrainingRecipe, source: TrainingData, learner: Learner, run: RunDirectory, measured: dict[str, float]
 ) -> None:
     """Record the epoch and go to the next."""
     _require_finite(source, learner, run)
@@ -281,7 +285,7 @@ def _line(row: dict[str, Any], epochs: int) -> str:
 
 def _finish_run(
     recipe: TrainingRecipe,
-    source: Source,
+    source: TrainingData,
     learner: Learner,
     run: RunDirectory,
     augmentations: tuple[Augmentation, ...],

@@ -135,7 +135,7 @@ def test_the_parameters_of_adapters_learn_and_do_not_count_as_the_students(featu
 def _learner(entry: Any) -> Learner:
     """A learner as training would build it."""
     torch.manual_seed(entry.seed)
-    source = lesson.open_source(entry, None)
+    source = lesson.open_training_data(entry, None)
     classifier = build_model.build_classifier(entry, source.lesson, None)
     return Learner(entry, classifier, torch.device("cpu"), build_model.build_adapters(entry, source.lesson, classifier))
 
@@ -239,7 +239,7 @@ def test_an_adapter_that_is_no_longer_finite_is_seen(featured: Path, tmp_path: P
 
 def test_looking_for_shapes_moves_nothing(featured: Path, tmp_path: Path) -> None:
     entry = student(tmp_path / "run", featured, losses=[LOSSES[3]])
-    source = lesson.open_source(entry, None)
+    source = lesson.open_training_data(entry, None)
     classifier = build_model.build_classifier(entry, source.lesson, None)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     generator = torch.get_rng_state()

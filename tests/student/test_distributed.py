@@ -20,7 +20,7 @@ from logitcache.config.recipe import dump_recipe
 from logitcache.errors import DataError, RecipeError
 from logitcache.runtime.device import resolve_device
 from logitcache.student.evaluation.validation import Validator
-from logitcache.student.lesson import open_source
+from logitcache.student.lesson import open_training_data
 from logitcache.student.ranks import Ranks
 from logitcache.student.training import train
 from tests.student.featured import ON_FEATURES, fill_featured
@@ -145,7 +145,7 @@ def test_ranks_part_every_batch_without_overlap(changes: Any, cache: Path, tmp_p
     epochs = []
     for size in (1, 2, 3):
         ranks = [
-            open_source(student(tmp_path / "any", cache, **changes), None, ranks=Ranks(rank, size)).loader
+            open_training_data(student(tmp_path / "any", cache, **changes), None, ranks=Ranks(rank, size)).loader
             for rank in range(size)
         ]
         batches = [zip(*(loader.keys(epoch) for loader in ranks), strict=True) for epoch in range(2)]

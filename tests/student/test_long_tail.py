@@ -11,7 +11,7 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.student.learner import Learner
-from logitcache.student.lesson import open_source
+from logitcache.student.lesson import open_training_data
 from logitcache.student.losses import CrossEntropy
 from logitcache.student.losses.base import Context, Site
 from logitcache.student.optim.schedules import Progress
@@ -125,7 +125,7 @@ def test_the_priors_of_a_run_are_those_of_its_images(tmp_path: Path, monkeypatch
 def test_a_student_draws_every_class_alike_and_resumes_where_it_was(tmp_path: Path) -> None:
     cache = fill(tmp_path / "cache", images=LONG_TAILED, num_workers=0)
     changes: dict[str, Any] = {"sampling": BALANCED, "model": LINEAR, "epochs": 4, "dataset": LONG_TAILED}
-    source = open_source(student(tmp_path / "any", cache, **changes), None)
+    source = open_training_data(student(tmp_path / "any", cache, **changes), None)
     drawn = np.concatenate([batch.labels.numpy() for epoch in range(4) for batch in source.loader.epoch(epoch)])
     assert len(drawn) == 4 * 110
     assert np.bincount(drawn, minlength=10).min() > 20, "of the smallest class there are two images"

@@ -50,7 +50,7 @@ def shapes(featured: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes
         model={"kind": "custom", "factory": "tests.student.test_tap_layouts:turned", **changes.pop("model", {})},
         **changes,
     )
-    source = lesson.open_source(entry, None)
+    source = lesson.open_training_data(entry, None)
     classifier = build_model.build_classifier(entry, source.lesson, None)
     monkeypatch.setattr(build_model, "_adapter", lambda number, loss, site: found.append(site) or nn.Identity())
     build_model.build_adapters(entry, source.lesson, classifier)
