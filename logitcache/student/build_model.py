@@ -11,7 +11,6 @@ from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
 from logitcache.reductions import Layout
 from logitcache.student.lesson import Lesson
-from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Site
 from logitcache.student.training_recipes import TrainingRecipe
 
@@ -42,19 +41,17 @@ def build_classifier(
     return classifier
 
 
-def decide_layouts(recipe: TrainingRecipe, lesson: Lesson, classifier: Classifier) -> dict[str, Layout]:
-    """Decide where the taps of the losses put their channels; raises RecipeError if nothing says."""
-    return decided_layouts(classifier, taps_of(recipe), recipe.tap_layouts, black(lesson))
-
-
-def decided_layouts(
-    classifier: Classifier, taps: Sequence[str], given: Mapping[str, Layout], images: Tensor
+def decide_layouts(
+    recipe: TrainingRecipe, classifier: Classifier, images: Tensor, taps: Sequence[str] | None = None
 ) -> dict[str, Layout]:
-    """Decide where taps put their channels, by images uint8 [B, C, H, W] and what the user gives; see `layouts_of`."""
-    named = tuple(dict.fromkeys(taps))
+    """Decide where taps, by default those of the losses, put their channels, on images uint8 [B, C, H, W].
+
+    Raises RecipeError as `layouts_of`.
+    """
+    named = tuple(dict.fromkeys(recipe.taps if taps is None else taps))
     if not named:
         return {}
-    asked = [TapLayout(tap, given.get(tap, "auto")) for tap in named]
+    asked = [TapLayout(tap, recipe.tap_layouts.get(tap, "auto")) for tap in named]
     inputs = classifier.eval().normalize(images)
     return dict(zip(named, layouts_of(classifier.module, inputs, asked, "the model"), strict=True))
 
@@ -66,22 +63,17 @@ def build_adapters(
 
     `layouts` of the taps are those of `decide_layouts`.
     """
-    decided = decide_layouts(recipe, lesson, classifier) if layouts is None else layouts
-    shapes = _shapes_at(classifier, taps_of(recipe), lesson, decided)
-    site = Site(shapes, lesson.teachers, lesson.num_images, lesson.class_counts)
-    return nn.ModuleList(_adapter(number, loss, site) for number, loss in enumerate(recipe.losses))
-
-
-def taps_of(recipe: TrainingRecipe) -> list[str]:
-    """Return the student's taps that the losses look at."""
-    return [tap for loss in recipe.losses for tap in loss.taps]
-
-
-def _adapter(number: int, loss: Loss, site: Site) -> nn.Module:
-    try:
-        return loss.adapter(site)
-    except RecipeError as cause:
-        raise RecipeError(f"losses.{number} ({loss.kind}): {cause}") from cause
+    decided = decide_layouts(recipe, classifier, black(lesson)) if layouts is None else layouts
+    site = Site(
+        _shapes_at(classifier, recipe.taps, lesson, decided), lesson.teachers, lesson.num_images, lesson.class_counts
+    )
+    adapters = nn.ModuleList()
+    for number, loss in enumerate(recipe.losses):
+        try:
+            adapters.append(loss.adapter(site))
+        except RecipeError as cause:
+            raise RecipeError(f"losses.{number} ({loss.kind}): {cause}") from cause
+    return adapters
 
 
 @torch.no_grad()

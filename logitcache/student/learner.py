@@ -1,12 +1,10 @@
-"""All that training changes: weights, their average, the optimiser, the scaler and the place in the data."""
+"""The state of training: weights, their average, the optimiser, the scaler and the position in the data."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -14,7 +12,6 @@ from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
 from logitcache.reductions import Layout
 from logitcache.runtime.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
-from logitcache.store.files import write_atomically
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Context, StepSums
 from logitcache.student.optim.batch_norm import synchronize
@@ -35,7 +32,7 @@ class Terms(nn.Module):
         super().__init__()
         self.model, self.adapters = model, adapters
         self._losses, self._precision, self._device = recipe.losses, recipe.precision, device
-        self._has_taps = any(loss.taps for loss in recipe.losses)
+        self._has_taps = bool(recipe.taps)
         self._differentiates = any(loss.differentiates for loss in recipe.losses)
         self._whole = WholeBatch(recipe.losses, ranks)
 
@@ -82,9 +79,8 @@ class Learner:
         self.scaler = grad_scaler(device, recipe.precision)
         self._averaging = recipe.ema
         self.ema = recipe.ema.start(self.model) if recipe.ema is not None else None
-        taps = [tap for loss in recipe.losses for tap in loss.taps]
         # After the copy for the average, or that would have the hooks too.
-        tapped = Tapped(self.model, self.model.module, taps, "the model", layouts) if taps else self.model
+        tapped = Tapped(self.model, self.model.module, recipe.taps, "the model", layouts) if recipe.taps else self.model
         # Kernels must depend on a batch's size alone, not on the sizes before it: a resumed run starts anywhere.
         forward = torch.compile(tapped, dynamic=False) if recipe.compile else tapped
         assert isinstance(forward, nn.Module)
@@ -92,24 +88,21 @@ class Learner:
         kept = [module for module in self.adapters.modules() if isinstance(module, StepSums)]
         self._step_sums = [module.get_buffer(name) for module in kept for name in module.sums]
         self.step = self.epoch = self.batch = 0
-        self.sums = torch.zeros(2, len(recipe.losses), dtype=torch.float64, device=_sums_device(device))
+        self.sums = torch.zeros(2, len(recipe.losses), dtype=torch.float64)
+        self.sums = self.sums if device.type == "mps" else self.sums.to(device)  # MPS has no float64
         self.seconds = 0.0
         if not ranks.is_first:
             seed_generators(device, ranks.own_seed(recipe.seed))
 
     @property
-    def measured(self) -> nn.Module:
-        """The model to measure and to keep: the average where there is one."""
-        return self.ema.module if self.ema is not None else self.model
+    def measured(self) -> Classifier:
+        """The model to measure and to keep: the average if there is one."""
+        return cast(Classifier, self.model if self.ema is None else self.ema.module)
 
     def share_statistics(self) -> None:
         """Give all ranks the first one's statistics of normalisation: all then measure the model that is kept."""
         for buffer in self.measured.buffers():
             self.ranks.take_firsts(buffer)
-
-    def accumulating(self, is_last: bool) -> AbstractContextManager[None]:
-        """Add up gradients, and in the last backward pass of a step exchange them with the other ranks."""
-        return self.ranks.exchanging(self.terms, is_last)
 
     def add(self, terms: Tensor, rows: Tensor) -> None:
         """Add loss terms [L], each a mean over its number of rows [L], to the sums of the epoch."""
@@ -127,8 +120,7 @@ class Learner:
     def means(self) -> list[float]:
         """Return each loss term's mean over the rows of the epoch so far."""
         totals, rows = self.ranks.add_up(self.sums.clone())
-        means: list[float] = (totals / rows.clamp(min=1)).tolist()
-        return means
+        return cast(list[float], (totals / rows.clamp(min=1)).tolist())
 
     def in_effect(self, losses: Sequence[Loss], progress: Progress) -> dict[str, float]:
         """Return the weights and temperatures of a step, as `weight_0_kl_divergence`."""
@@ -148,12 +140,6 @@ class Learner:
         """Go to the start of the next epoch."""
         self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
-
-    def save_adapters(self, path: Path) -> None:
-        """Write what the losses trained beside the model, by the number of the loss, where there is any."""
-        trained = {name: parameter.detach().cpu() for name, parameter in self.adapters.named_parameters()}
-        if trained:
-            write_atomically(path, save(trained))
 
     def state(self) -> dict[str, Any]:
         """Return everything as tensors and plain numbers."""
@@ -189,8 +175,3 @@ class Learner:
         # One more rank than there were begins with draws of its own.
         for own in kept[self.ranks.rank : self.ranks.rank + 1]:
             set_random_states(self.device, own["random"])
-
-
-def _sums_device(device: torch.device) -> torch.device:
-    # MPS has no float64.
-    return torch.device("cpu") if device.type == "mps" else device

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.config.recipe import require_effect
-from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
-from logitcache.models import Classifier
+from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.reductions import Layout
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import own_randomness, resolve_device, synchronize
 from logitcache.runtime.stopping import StopFlag, stop_flag
-from logitcache.student.build_model import build_adapters, build_classifier, decide_layouts
+from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.evaluation.validation import Validator, open_validator
 from logitcache.student.learner import Learner
@@ -43,7 +42,9 @@ from logitcache.views.augmentations import Augmentation
 __all__ = ["RunResult", "train"]
 
 SHOWN = ("top1", "top5", "mean_ap", "f1_macro", "agreement")
-"""What is told of an epoch, as far as it was measured."""
+"""Metrics printed per epoch, if measured."""
+BEST = ("top1", "mean_ap")
+"""Metrics of which a run reports the best epoch."""
 
 
 def train(
@@ -78,35 +79,35 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, given: Given, ra
     if not run.begun:
         require_effect(recipe, recipe.epochs)
     before = run.require_recipe(recipe)
-    source = open_training_data(recipe, given.live, run.learns_from(), ranks, given.dataset)
-    validator = open_validator(recipe, source.lesson.num_classes)
+    data = open_training_data(recipe, given.live, run.learns_from(), ranks, given.dataset)
+    validator = open_validator(recipe, data.lesson.num_classes)
     require_measurable(recipe, validator)
-    identity = source.identity | ({} if validator is None else {"validation": validator.identity()})
+    identity = data.identity | ({} if validator is None else {"validation": validator.identity()})
     run.require_identity(identity)
     if (finished := run.finished(RunResult)) is not None and finished.epochs >= recipe.epochs:
         logger.info(f"{run.path} is finished, there is nothing to do")
         return finished
     with own_randomness(device, recipe.seed):
         sample = None if validator is None else validator.sample()
-        classifier = build_classifier(recipe, source.lesson, sample, given.model)
-        layouts = decide_layouts(recipe, source.lesson, classifier)
-        adapters = build_adapters(recipe, source.lesson, classifier, layouts)
-        require_trainable(recipe, source.lesson, classifier, device, layouts, ranks.size)
+        classifier = build_classifier(recipe, data.lesson, sample, given.model)
+        layouts = decide_layouts(recipe, classifier, black(data.lesson))
+        adapters = build_adapters(recipe, data.lesson, classifier, layouts)
+        require_trainable(recipe, data.lesson, classifier, device, layouts, ranks.size)
         learner = Learner(recipe, classifier, device, adapters, ranks, layouts)
         with run.held(), stop_flag() as stop:
             if resume and not run.begun:
                 logger.info(f"there is no run in {run.path} to resume: a new one starts")
-            _take_up(learner, run, len(source.loader), recipe.epochs)
+            _take_up(learner, run, len(data.loader), recipe.epochs)
             if before is not None:
-                extend(recipe, run, before, learner.step, len(source.loader))
+                extend(recipe, run, before, learner.step, len(data.loader))
             run.open(recipe, identity)
             while learner.epoch < recipe.epochs:
-                _train_epoch(recipe, source, learner, run, stop)
-                measured = _measure(recipe, source, learner, run, validator, stop)
-                _finish_epoch(recipe, source, learner, run, measured)
-    height, width = (source.lesson.image_shape if sample is None else sample.shape)[-2:]
+                _train_epoch(recipe, data, learner, run, stop)
+                measured = _measure(recipe, data, learner, run, validator, stop)
+                _finish_epoch(recipe, data, learner, run, measured)
+    height, width = (data.lesson.image_shape if sample is None else sample.shape)[-2:]
     augmentations = evaluated_as(() if validator is None else validator.augmentations, (height, width))
-    return _finish_run(recipe, source, learner, run, augmentations)
+    return _finish_run(recipe, data, learner, run, augmentations)
 
 
 def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -> None:
@@ -123,9 +124,9 @@ def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -
 
 def _take_up(learner: Learner, run: RunDirectory, num_batches: int, epochs: int) -> None:
     """Continue from the checkpoint, if there is one, which lies within epochs of so many batches."""
-    own = learner.state() if run.begun else {}
-    saved = run.load_checkpoint(most_bytes(own))
-    if saved is not None:
+    if run.begun:
+        own = learner.state()
+        saved = run.load_checkpoint(most_bytes(own))
         with run.reading(run.checkpoint):
             require_alike(saved, own)
             require_place(saved.get("place", (0, 0, 0)), num_batches, epochs)
@@ -138,11 +139,6 @@ def _take_up(learner: Learner, run: RunDirectory, num_batches: int, epochs: int)
             ) from cause
         with run.reading(run.checkpoint):
             require_shapes(learner.optimizer)
-    elif run.begun:
-        raise CacheError(
-            f"{run.checkpoint} is missing: a run cannot go on without it. Fix: put back a copy of it, or train again "
-            "into another `out:`"
-        )
     run.rewind(learner.epoch)
 
 
@@ -153,23 +149,25 @@ def _fix_of_layouts(layouts: Mapping[str, Layout]) -> str:
 
 
 def _train_epoch(
-    recipe: TrainingRecipe, source: TrainingData, learner: Learner, run: RunDirectory, stop: StopFlag
+    recipe: TrainingRecipe, data: TrainingData, learner: Learner, run: RunDirectory, stop: StopFlag
 ) -> None:
     """Run an epoch, from where the learner is in it: the loop of stage two."""
     started = time.perf_counter() - learner.seconds
     learner.trained.train()
-    batches = source.loader.epoch(learner.epoch, learner.batch)
+    batches = data.loader.epoch(learner.epoch, learner.batch)
     name = f"epoch {learner.epoch + 1}/{recipe.epochs}"
-    for batch in track(batches, name, len(source.loader), "batches", learner.batch):
-        batch = _on_device(batch, learner, source)
-        progress = Progress(learner.step, len(source.loader), recipe.epochs)
-        factor = recipe.schedule.factor(learner.step, len(source.loader), recipe.epochs)
+    for batch in track(batches, name, len(data.loader), "batches", learner.batch):
+        batch = batch.to(learner.device)
+        batch = batch if data.live is None else replace(batch, teachers=data.live(batch.images, batch.labels))
+        batch = with_ensembles(batch, data.ensembles)
+        progress = Progress(learner.step, len(data.loader), recipe.epochs)
+        factor = recipe.schedule.factor(learner.step, len(data.loader), recipe.epochs)
         for group in learner.optimizer.param_groups:
             group["lr"] = recipe.optimizer.lr * factor
         rows = learner.ranks.mean_rows(_rows(recipe, batch))
         micros = _split(batch, recipe.micro_batches)
         for micro in micros:
-            with learner.accumulating(micro is micros[-1]):
+            with learner.ranks.exchanging(learner.terms, micro is micros[-1]):
                 terms: Tensor = learner.terms(micro, progress)
                 micro_rows = _rows(recipe, micro)
                 loss_of_batch = (terms * (micro_rows / rows)).sum()
@@ -183,15 +181,9 @@ def _train_epoch(
         learner.optimizer.zero_grad(set_to_none=True)
         learner.end_step()
         learner.seconds = time.perf_counter() - started
-        _keep_place(recipe, source, learner, run, learner.ranks.agreed(stop))
+        _keep_place(recipe, data, learner, run, learner.ranks.agreed(stop))
     synchronize(learner.device)
     learner.seconds = time.perf_counter() - started
-
-
-def _on_device(batch: Batch, learner: Learner, source: TrainingData) -> Batch:
-    batch = batch.to(learner.device)
-    batch = batch if source.live is None else replace(batch, teachers=source.live(batch.images, batch.labels))
-    return with_ensembles(batch, source.ensembles)
 
 
 def _split(batch: Batch, count: int) -> list[Batch]:
@@ -205,10 +197,10 @@ def _rows(recipe: TrainingRecipe, batch: Batch) -> Tensor:
 
 
 def _keep_place(
-    recipe: TrainingRecipe, source: TrainingData, learner: Learner, run: RunDirectory, stop: StopFlag
+    recipe: TrainingRecipe, data: TrainingData, learner: Learner, run: RunDirectory, stop: StopFlag
 ) -> None:
     if stop or (recipe.checkpoint_steps is not None and learner.step % recipe.checkpoint_steps == 0):
-        _save(source, learner, run)
+        _save(data, learner, run)
     if stop:
         raise stop.stopped(
             f"stopped in epoch {learner.epoch + 1} after step {learner.step}; the state is in {run.checkpoint}. "
@@ -216,16 +208,16 @@ def _keep_place(
         )
 
 
-def _save(source: TrainingData, learner: Learner, run: RunDirectory) -> None:
-    _require_finite(source, learner, run)
+def _save(data: TrainingData, learner: Learner, run: RunDirectory) -> None:
+    _require_finite(data, learner, run)
     run.save_checkpoint(learner.state())
 
 
-def _require_finite(source: TrainingData, learner: Learner, run: RunDirectory) -> None:
+def _require_finite(data: TrainingData, learner: Learner, run: RunDirectory) -> None:
     """Raise LogitCacheError where training has diverged: a checkpoint of that would be of no use."""
     if not learner.finite():
-        if source.cache is not None:
-            require_finite_targets(source.loader, learner.epoch, learner.batch, source.cache)
+        if data.cache is not None:
+            require_finite_targets(data.loader, learner.epoch, learner.batch, data.cache)
         raise LogitCacheError(
             f"epoch {learner.epoch + 1}, step {learner.step}: the loss or the weights are no longer finite (loss "
             f"{sum(learner.means())}); the last checkpoint in {run.path} is from before. Fix: train again into another "
@@ -235,7 +227,7 @@ def _require_finite(source: TrainingData, learner: Learner, run: RunDirectory) -
 
 def _measure(
     recipe: TrainingRecipe,
-    source: TrainingData,
+    data: TrainingData,
     learner: Learner,
     run: RunDirectory,
     validator: Validator | None,
@@ -246,17 +238,17 @@ def _measure(
     every = recipe.validation.every if recipe.validation is not None else 1
     if validator is None or not (last or (learner.epoch + 1) % every == 0):
         return {}
-    _save(source, learner, run)
+    _save(data, learner, run)
     learner.share_statistics()
     tally = validator.tally(learner.measured, learner.device, recipe.precision, learner.ranks, stop)
     return {f"val_{name}": value for name, value in asdict(tally.measures()).items() if value is not None}
 
 
 def _finish_epoch(
-    recipe: TrainingRecipe, source: TrainingData, learner: Learner, run: RunDirectory, measured: dict[str, float]
+    recipe: TrainingRecipe, data: TrainingData, learner: Learner, run: RunDirectory, measured: dict[str, float]
 ) -> None:
     """Record the epoch and go to the next."""
-    _require_finite(source, learner, run)
+    _require_finite(data, learner, run)
     means = learner.means()
     row: dict[str, Any] = {
         "epoch": learner.epoch,
@@ -265,55 +257,46 @@ def _finish_epoch(
         "loss": sum(means),
     }
     row |= {f"loss_{n}_{loss.kind}": mean for n, (loss, mean) in enumerate(zip(recipe.losses, means, strict=True))}
-    row |= learner.in_effect(recipe.losses, Progress(learner.step - 1, len(source.loader), recipe.epochs))
-    speed = source.loader.images_per_epoch / max(learner.seconds, 1e-9)
+    row |= learner.in_effect(recipe.losses, Progress(learner.step - 1, len(data.loader), recipe.epochs))
+    speed = data.loader.images_per_epoch / max(learner.seconds, 1e-9)
     row |= {"seconds": round(learner.seconds, 3), "images_per_second": round(speed, 1)}
     row |= measured
     if recipe.keep == "best" and measured:
         keep_if_best(learner, run, row)
     learner.end_epoch()
     run.record(row)
-    _save(source, learner, run)
-    logger.info(_line(row, recipe.epochs))
-
-
-def _line(row: dict[str, Any], epochs: int) -> str:
-    parts = [f"epoch {row['epoch'] + 1}/{epochs}", f"loss {row['loss']:.4f}"]
-    parts += [f"{name} {100 * row[f'val_{name}']:.2f} %" for name in SHOWN if f"val_{name}" in row]
-    return "  ".join([*parts, f"{row['seconds']:.1f} s"])
+    _save(data, learner, run)
+    shown = [f"epoch {row['epoch'] + 1}/{recipe.epochs}", f"loss {row['loss']:.4f}"]
+    shown += [f"{name} {100 * row[f'val_{name}']:.2f} %" for name in SHOWN if f"val_{name}" in row]
+    logger.info("  ".join([*shown, f"{row['seconds']:.1f} s"]))
 
 
 def _finish_run(
     recipe: TrainingRecipe,
-    source: TrainingData,
+    data: TrainingData,
     learner: Learner,
     run: RunDirectory,
     augmentations: tuple[Augmentation, ...],
 ) -> RunResult:
-    classifier = learner.measured
-    assert isinstance(classifier, Classifier)
-    rows, images = run.rows, recipe.epochs * source.loader.images_per_epoch
+    rows, images = run.rows, recipe.epochs * data.loader.images_per_epoch
     last, kept = rows[-1], rows[best_epoch(rows) if recipe.keep == "best" else -1]
-    evaluation = Evaluation(augmentations=augmentations, class_names=source.class_names, epoch=kept["epoch"] + 1)
-    learner.ranks.by_first(lambda: save_kept(recipe, run, learner, source.lesson.num_classes, evaluation))
+    evaluation = Evaluation(augmentations=augmentations, class_names=data.class_names, epoch=kept["epoch"] + 1)
+    learner.ranks.by_first(lambda: save_kept(recipe, run, learner, data.lesson.num_classes, evaluation))
     measured = {name: kept.get(f"val_{name}") for name in (*SHOWN, "f1_micro")}
+    of_epochs = {name: [row[f"val_{name}"] for row in rows if f"val_{name}" in row] for name in BEST}
+    best = {f"best_{name}": max(values, default=None) for name, values in of_epochs.items()}
     result = RunResult(
         out=str(run.path),
         epochs=recipe.epochs,
         steps=learner.step,
         images=images,
-        seconds=round(sum(row["seconds"] for row in run.rows), 3),
-        num_parameters=sum(p.numel() for p in classifier.parameters()),
+        seconds=round(sum(row["seconds"] for row in rows), 3),
+        num_parameters=sum(p.numel() for p in learner.measured.parameters()),
         loss=last["loss"],
-        best_top1=_best(run, "val_top1"),
-        best_mean_ap=_best(run, "val_mean_ap"),
-        teacher_passes=images * source.num_live,
+        **best,
+        teacher_passes=images * data.num_live,
         **measured,
     )
     run.finish(asdict(result))
     learner.ranks.by_first(lambda: run.best.unlink(missing_ok=True))
     return result
-
-
-def _best(run: RunDirectory, name: str) -> float | None:
-    return max((row[name] for row in run.rows if name in row), default=None)

@@ -126,6 +126,16 @@ class TrainingRecipe(Component):
     start_method: StartMethod = "forkserver"
     device: str = "auto"
 
+    @property
+    def taps(self) -> list[str]:
+        """The student's taps that the losses read."""
+        return [tap for loss in self.losses for tap in loss.taps]
+
+    @property
+    def measured_taps(self) -> tuple[str, ...]:
+        """The student's taps to compare with the teachers' features."""
+        return () if self.validation is None else self.validation.taps
+
     def require_entries(self, given: Collection[str] = ()) -> None:
         """Raise RecipeError listing the entries that are missing, and in whose place no object is `given`."""
         missing = [key for key in self.needed if getattr(self, key) is None and key not in given]
@@ -139,7 +149,7 @@ class TrainingRecipe(Component):
     def _without_effect(self) -> Iterator[str]:
         if self.micro_batches > self.batch_size:
             yield f"has micro_batches {self.micro_batches} of {self.batch_size} images. Fix: at most {self.batch_size}"
-        taps = {tap for loss in self.losses for tap in loss.taps} | set(self.validation.taps if self.validation else ())
+        taps = {*self.taps, *self.measured_taps}
         if unused := sorted(self.tap_layouts.keys() - taps):
             yield f"has tap_layouts of {unused}, the taps are {sorted(taps)}. Fix: leave them out, or tap them"
 
@@ -151,42 +161,34 @@ class TrainingRecipe(Component):
         return out
 
     @model_validator(mode="after")
-    def _best_is_measured(self) -> Self:
-        if self.keep == "best" and self.validation is None:
-            raise ValueError("keep: best keeps the weights that measure best, and nothing is measured: add validation")
+    def _is_possible(self) -> Self:
+        for reason in self._impossible():
+            raise ValueError(reason)
         return self
 
-    @model_validator(mode="after")
-    def _parts_sum_to_the_whole(self) -> Self:
+    def _impossible(self) -> Iterator[str]:
+        """Yield why entries exclude one another."""
+        if self.keep == "best" and self.validation is None:
+            yield "keep: best keeps the weights that measure best, and nothing is measured: add validation"
         coupled = [loss.kind for loss in self.losses if not loss.by_row]
         if coupled and self.micro_batches > 1:
-            raise ValueError(f"{coupled} compare the rows of a whole batch with one another: leave out micro_batches")
-        largest = max(loss.min_rows for loss in self.losses)
-        if self.batch_size < largest:
-            few = [loss.kind for loss in self.losses if self.batch_size < loss.min_rows]
-            raise ValueError(f"{few} compare the rows of a batch with one another: make batch_size {largest} or more")
-        return self
-
-    @model_validator(mode="after")
-    def _gradients_within_are_there(self) -> Self:
+            yield f"{coupled} compare the rows of a whole batch with one another: leave out micro_batches"
+        if few := [loss.kind for loss in self.losses if self.batch_size < loss.min_rows]:
+            largest = max(loss.min_rows for loss in self.losses)
+            yield f"{few} compare the rows of a batch with one another: make batch_size {largest} or more"
         within = [loss.kind for loss in self.losses if loss.differentiates]
         if within and self.compile:
-            raise ValueError(f"{within} take gradients inside the model, which a compiled one hides: leave out compile")
+            yield f"{within} take gradients inside the model, which a compiled one hides: leave out compile"
         if within and self.sync_batch_norm:
-            raise ValueError(
+            yield (
                 f"{within} take gradients inside the model, and torch.nn.SyncBatchNorm has none of these: leave out "
                 "sync_batch_norm"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _every_image_equally_often(self) -> Self:
         if self.epochs % self.views_per_image:
-            raise ValueError(
+            yield (
                 f"{self.epochs} epochs with views_per_image {self.views_per_image} use some images more often than "
                 f"others: make epochs a multiple of {self.views_per_image}"
             )
-        return self
 
 
 class StudentRecipe(TrainingRecipe):
@@ -225,13 +227,12 @@ class TeacherRecipe(TrainingRecipe):
     mixing: Mixings = ()
     losses: Annotated[tuple[LabelLoss, ...], Field(min_length=1)] = (CrossEntropy(),)
 
-    @model_validator(mode="after")
-    def _views_are_possible(self) -> Self:
+    def _impossible(self) -> Iterator[str]:
+        yield from super()._impossible()
         if self.mixing and self.views_per_image > 1:
-            raise ValueError(MIXED_VIEWS_PER_IMAGE)
+            yield MIXED_VIEWS_PER_IMAGE
         if self.mixing and self.sampling.by_class:
-            raise ValueError(MIXED_SAMPLING)
-        return self
+            yield MIXED_SAMPLING
 
     def views(self) -> ViewSpec:
         """Return the views of all epochs."""

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,14 +19,7 @@ from logitcache.models.taps import Tapped
 from logitcache.reductions import Layout
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness
-from logitcache.student.build_model import (
-    black,
-    build_adapters,
-    build_classifier,
-    decide_layouts,
-    decided_layouts,
-    taps_of,
-)
+from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Terms
 from logitcache.student.lesson import Lesson
@@ -50,12 +43,8 @@ def smallest_batch(recipe: TrainingRecipe, lesson: Lesson, num_processes: int = 
     # Layers that normalise by the batch of all processes see all of it.
     ranks = 1 if recipe.sync_batch_norm else num_processes
     parts = [len(share_of(range(size), rank, ranks, unit)) for size in batches for rank in range(ranks)]
-    return min(_last_micro(part, recipe.micro_batches) for part in parts if part)
-
-
-def _last_micro(rows: int, count: int) -> int:
-    size = -(-rows // count)
-    return rows % size or size
+    micros = ((part, -(-part // recipe.micro_batches)) for part in parts if part)
+    return min(part % size or size for part, size in micros)
 
 
 def require_trainable(
@@ -84,30 +73,29 @@ def require_fit(recipe: TrainingRecipe, lesson: Lesson) -> None:
     """
     assert recipe.model is not None, "require_entries looked for it"
     architecture, cpu = recipe.model.architecture(), torch.device("cpu")
-    taps = () if recipe.validation is None else recipe.validation.taps
     with own_randomness(cpu, recipe.seed):
         if architecture != recipe.model and recipe.preprocessing is None:
             network = architecture.build(lesson.num_classes, lesson.image_shape[0]).module
-            Tapped(network, network, [*taps_of(recipe), *taps], who="the model")
+            Tapped(network, network, [*recipe.taps, *recipe.measured_taps], who="the model")
             logger.info(
                 "the model's weights are not loaded here: at the size that they ask for, training tries it first"
             )
             return
         bare = recipe.model_copy(update={"model": architecture, "precision": "float32"})
         classifier = build_classifier(bare, lesson, None)
-        _try_step(bare, lesson, classifier, cpu, decide_layouts(bare, lesson, classifier))
-        decided_layouts(classifier, taps, recipe.tap_layouts, black(lesson))
+        _try_step(bare, lesson, classifier, cpu, decide_layouts(bare, classifier, black(lesson)))
+        decide_layouts(bare, classifier, black(lesson), bare.measured_taps)
 
 
 def require_taps(recipe: StudentRecipe, cache: Cache) -> None:
     """Raise RecipeError listing the taps that the student does not have, whatever else is wrong."""
     counts = [entry.num_classes for entry in cache.manifest.teachers.values() if entry.num_classes is not None]
     num_classes, channels = (*counts, cache.manifest.fingerprint.num_classes)[0], cache.manifest.image_shape[0]
-    taps = () if recipe.validation is None else recipe.validation.taps
     assert recipe.model is not None, "require_entries looked for it"
     with own_randomness(torch.device("cpu"), recipe.seed):
         network = recipe.model.architecture().build(num_classes, channels).module
-    raise_all(caught(*(partial(Tapped, network, network, [tap], "the model") for tap in [*taps_of(recipe), *taps])))
+    taps = [*recipe.taps, *recipe.measured_taps]
+    raise_all(caught(*(partial(Tapped, network, network, [tap], "the model") for tap in taps)))
 
 
 def _try_step(
@@ -121,16 +109,32 @@ def _try_step(
     """Run forward and backward in training mode on the smallest batch, on noise in the shapes of pixels and targets."""
     rows = smallest_batch(recipe, lesson, num_processes)
     first = min(rows, max(2, _least(recipe), _PIXELS // math.prod(lesson.image_shape[1:])))
-    trial = _Trial.of(recipe, lesson, model, device, layouts)
-    failure = trial.failure(first)
+    few = replace(lesson, num_images=min(lesson.num_images, _REMEMBERED))
+    adapters = build_adapters(recipe, few, model, layouts).to(device)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)
+    attempt = partial(_attempt, lesson, model.to(device), device, layouts)
+    failure = attempt(recipe, adapters, first)
     if failure is not None and first < rows:
-        failure = trial.failure(rows)
+        failure = attempt(recipe, adapters, rows)
     if failure is None:
         return
-    if rows == 1 and trial.failure(2) is None:
+    if rows == 1 and attempt(recipe, adapters, 2) is None:
         raise RecipeError(_too_few(recipe, lesson, num_processes, failure)) from failure
-    if not isinstance(failure, _NotFinite):  # at any number of rows, training reports that it diverges
-        raise trial.located(rows, failure) from failure
+    if isinstance(failure, _NotFinite):  # at any number of rows, training reports that it diverges
+        return
+    # The part that raises: the model alone, or the first loss that does.
+    where, cause = "", attempt(recipe, None, rows)
+    for number, (loss, adapter) in enumerate(zip(recipe.losses, adapters, strict=True)):
+        if cause is None:
+            where = f" with losses.{number} ({loss.kind})"
+            cause = attempt(recipe.model_copy(update={"losses": (loss,)}), nn.ModuleList([adapter]), rows)
+    if cause is None:
+        where, cause = "", failure
+    images = f"{rows} image{'s' * (rows > 1)} uint8 {list(lesson.image_shape)}"
+    text = f"the model fails in training mode{where}, on {images}: {cause}"
+    fix = "" if "Fix: " in text else ". Fix: a model that trains on such images, or another loss"
+    raise RecipeError(text + fix) from failure
 
 
 def _least(recipe: TrainingRecipe) -> int:
@@ -141,79 +145,37 @@ class _NotFinite(ArithmeticError):
     """A loss or a gradient that is inf or nan."""
 
 
-@dataclass(frozen=True)
-class _Trial:
-    """Copies of what is trained, which a step may change."""
-
-    recipe: TrainingRecipe
-    lesson: Lesson
-    model: Classifier
-    adapters: nn.ModuleList
-    device: torch.device
-    layouts: Mapping[str, Layout]
-
-    @classmethod
-    def of(
-        cls,
-        recipe: TrainingRecipe,
-        lesson: Lesson,
-        model: Classifier,
-        device: torch.device,
-        layouts: Mapping[str, Layout],
-    ) -> "_Trial":
-        few = replace(lesson, num_images=min(lesson.num_images, _REMEMBERED))
-        adapters = build_adapters(recipe, few, model, layouts)
-        if recipe.channels_last:
-            model.to(memory_format=torch.channels_last)
-        return cls(recipe, lesson, model.to(device), adapters.to(device), device, layouts)
-
-    def failure(self, rows: int) -> Exception | None:
-        """Run a step of so many rows; return what it raised."""
-        return self._attempt(self.recipe, self.adapters, rows)
-
-    def located(self, rows: int, failure: Exception) -> RecipeError:
-        """Word a failure with the part of the step that raises it: the model, or the first loss that does."""
-        where, cause = "", failure
-        if (alone := self._attempt(self.recipe, None, rows)) is not None:
-            cause = alone
-        else:
-            for number, (loss, adapter) in enumerate(zip(self.recipe.losses, self.adapters, strict=True)):
-                only = self.recipe.model_copy(update={"losses": (loss,)})
-                if (found := self._attempt(only, nn.ModuleList([adapter]), rows)) is not None:
-                    where, cause = f" with losses.{number} ({loss.kind})", found
-                    break
-        images = f"{rows} image{'s' * (rows > 1)} uint8 {list(self.lesson.image_shape)}"
-        text = f"the model fails in training mode{where}, on {images}: {cause}"
-        fix = "" if "Fix: " in text else ". Fix: a model that trains on such images, or another loss"
-        return RecipeError(text + fix)
-
-    def _attempt(self, recipe: TrainingRecipe, adapters: nn.ModuleList | None, rows: int) -> Exception | None:
-        """Run a step of a recipe's losses; without `adapters`, the model's forward pass alone."""
-        taps = [] if adapters is None else taps_of(recipe)
-        tapped = Tapped(self.model, self.model.module, taps, "the model", self.layouts) if taps else self.model
-        batch = _noise(recipe, self.lesson, rows).to(self.device)
-        try:
-            self.model.train()
-            if adapters is None:
-                tapped(batch.images)
-                return None
-            terms = Terms(recipe, tapped, adapters, self.device, ALONE).train()
-            loss: Tensor = terms(batch, Progress(0, 1, recipe.epochs)).sum()
-            terms.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            _require_finite(loss, terms)
-        except Exception as error:  # the model's own code may raise anything
-            return error
-        finally:
-            if isinstance(tapped, Tapped):
-                tapped.remove()
-        return None
-
-
-def _require_finite(loss: Tensor, terms: nn.Module) -> None:
-    gradients = [parameter.grad for parameter in terms.parameters() if parameter.grad is not None]
-    if not all(bool(values.detach().isfinite().all()) for values in (loss, *gradients)):
-        raise _NotFinite("the loss or its gradient is not finite")
+def _attempt(
+    lesson: Lesson,
+    model: Classifier,
+    device: torch.device,
+    layouts: Mapping[str, Layout],
+    recipe: TrainingRecipe,
+    adapters: nn.ModuleList | None,
+    rows: int,
+) -> Exception | None:
+    """Run a step of a recipe's losses and return what it raises; without `adapters`, the model's forward pass alone."""
+    taps = [] if adapters is None else recipe.taps
+    tapped = Tapped(model, model.module, taps, "the model", layouts) if taps else model
+    batch = _noise(recipe, lesson, rows).to(device)
+    try:
+        model.train()
+        if adapters is None:
+            tapped(batch.images)
+            return None
+        terms = Terms(recipe, tapped, adapters, device, ALONE).train()
+        loss: Tensor = terms(batch, Progress(0, 1, recipe.epochs)).sum()
+        terms.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [parameter.grad for parameter in terms.parameters() if parameter.grad is not None]
+        if not all(bool(values.detach().isfinite().all()) for values in (loss, *gradients)):
+            raise _NotFinite("the loss or its gradient is not finite")
+    except Exception as error:  # the model's own code may raise anything
+        return error
+    finally:
+        if isinstance(tapped, Tapped):
+            tapped.remove()
+    return None
 
 
 def _noise(recipe: TrainingRecipe, lesson: Lesson, rows: int) -> Batch:

@@ -1,6 +1,5 @@
 """How alike student and teacher represent the images: linear CKA of the student's taps and the teachers' features."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 
@@ -12,11 +11,11 @@ from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
-from logitcache.reductions import Layout, pooled
-from logitcache.runtime.device import Precision, autocast
-from logitcache.student.build_model import decided_layouts
+from logitcache.reductions import pooled
+from logitcache.runtime.device import autocast
+from logitcache.student.build_model import decide_layouts
 from logitcache.student.evaluation.validation import Validator
-from logitcache.targets import Targets
+from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.views.keys import ViewKey
 
 KINDS = ("pooled", "maps")
@@ -69,41 +68,30 @@ class LinearCKA:
 
 
 def compare_taps(
-    classifier: Classifier,
-    taps: Sequence[str],
-    validator: Validator,
-    device: torch.device,
-    precision: Precision = "float32",
-    tap_layouts: Mapping[str, Layout] | None = None,
+    recipe: TrainingRecipe, classifier: Classifier, validator: Validator, device: torch.device
 ) -> tuple[TapSimilarity, ...]:
-    """Compare every tap with every pooled feature, or feature map, that the images' cache keeps.
+    """Compare the recipe's taps with every pooled feature, or feature map, that the images' cache stores.
 
     Raises RecipeError for a tap that is not there, and as `layouts_of`.
     """
-    kept = comparable_features(validator)
+    taps, kept = tuple(dict.fromkeys([*recipe.measured_taps, *recipe.taps])), comparable_features(validator)
     if not taps or kept is None:
         return ()
     features = [(teacher, feature) for teacher in kept.manifest.teachers for feature in kept.features(teacher)]
     found = {(tap, *names): LinearCKA() for tap in taps for names in features}
-    layouts = decided_layouts(classifier, taps, tap_layouts or {}, validator.sample()[:1].to(device))
+    layouts = decide_layouts(recipe, classifier, validator.sample()[:1].to(device), taps)
     tapped = Tapped(classifier.eval(), classifier.module, taps, "the student", layouts)
     try:
         with torch.no_grad():
             for batch in validator.batches(device, "compare features"):
-                with autocast(device, precision):
+                with autocast(device, recipe.precision):
                     _, caught = tapped(batch.images)
-                _add(found, caught, kept.rows(list(starmap(ViewKey, batch.keys.tolist()))))
+                teachers = kept.rows(list(starmap(ViewKey, batch.keys.tolist())))
+                for (tap, teacher, feature), similarity in found.items():
+                    similarity.add(pooled(caught[tap]), pooled(at_least_float32(teachers[teacher].features[feature])))
     finally:
         tapped.remove()
     return tuple(TapSimilarity(*names, similarity.value()) for names, similarity in found.items())
-
-
-def _add(
-    found: dict[tuple[str, str, str], LinearCKA], caught: dict[str, Tensor], teachers: Mapping[str, Targets]
-) -> None:
-    for (tap, teacher, feature), similarity in found.items():
-        values = at_least_float32(teachers[teacher].features[feature])
-        similarity.add(pooled(caught[tap]), pooled(values))
 
 
 def require_features(validator: Validator) -> None:

@@ -27,8 +27,7 @@ from logitcache.student.evaluation.validation import AnyMeasures, Validator, ope
 from logitcache.student.runs.run_directory import MAX_RECIPE_BYTES
 from logitcache.student.runs.trained import read_evaluation
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
-from logitcache.views.augmentations import Augmentation
-from logitcache.views.augmentations.foreign import locks
+from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.datasets import Dataset, open_dataset
 from logitcache.views.datasets.base import Labels
 from logitcache.views.datasets.custom import Custom as CustomImages
@@ -93,7 +92,7 @@ def evaluate(
     learnt_from = _learnt_from(run, recipe, num_classes, overrides)
     tally = validator.tally(classifier, device, recipe.precision)
     measures, per_class = tally.measures(), tally.per_class(validator.class_names, learnt_from.class_counts)
-    image = validator.sample()[0].to(device)
+    own, teacher, image = measures.quality, measures.teacher_quality, validator.sample()[0].to(device)
     beside = dict.fromkeys(learnt_from.teachers) | dict(teachers or {})
     assert recipe.validation is not None, "or there would be no images"
     student, groups = Contender(classifier, recipe.precision), recipe.validation.groups
@@ -102,11 +101,11 @@ def evaluate(
         images=validator.num_images,
         images_left_out=validator.num_left_out,
         measures=measures,
-        retention=_retention(measures),
+        retention=None if own is None or not teacher else own / teacher,
         groups=tally.groups(learnt_from.class_counts, groups.head, groups.tail),
         costs=costs(classifier, beside, image),
         latencies=() if latency is None else latencies(student, beside, image, latency),
-        cka=compare_taps(classifier, _taps(recipe), validator, device, recipe.precision, recipe.tap_layouts),
+        cka=compare_taps(recipe, classifier, validator, device),
         per_class=per_class,
         epoch=None if (recorded := read_evaluation(run)) is None else recorded.epoch,
     )
@@ -145,7 +144,11 @@ def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
     validation, recorded = recipe.validation, read_evaluation(run)
     stated = validation is None or validation.cache is not None or "augmentations" in validation.model_fields_set
     if validation is not None and not stated and recorded is not None:
-        _require_named(recorded.augmentations, run)
+        for factory in factories_of(recorded.augmentations):
+            raise RecipeError(
+                f"{run} was evaluated through the factory '{factory}', and what a file names is never called.\n"
+                "  Fix: name the augmentations too: --set validation.augmentations=[…]"
+            )
         changed = validation.model_copy(update={"augmentations": recorded.augmentations})
         recipe = recipe.model_copy(update={"validation": changed})
     validator = open_validator(recipe, num_classes)
@@ -153,30 +156,9 @@ def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
         raise RecipeError(
             f"{run} names no images to measure on. Fix: --set validation.dataset=… or --set validation.cache=…"
         )
-    if recipe.validation is not None and recipe.validation.taps:
+    if recipe.measured_taps:
         require_features(validator)
     return validator
-
-
-def _require_named(augmentations: Sequence[Augmentation], run: Path) -> None:
-    """Raise RecipeError if a run's file names a factory to call."""
-    factories = [lock.factory for lock in locks(augmentations) if lock.factory is not None]
-    if factories:
-        raise RecipeError(
-            f"{run} was evaluated through the factory '{factories[0]}', and what a file names is never called.\n"
-            "  Fix: name the augmentations too: --set validation.augmentations=[…]"
-        )
-
-
-def _taps(recipe: TrainingRecipe) -> tuple[str, ...]:
-    """Return the modules to compare: those that are named for it, and those that the losses looked at."""
-    named = () if recipe.validation is None else recipe.validation.taps
-    return tuple(dict.fromkeys([*named, *(tap for loss in recipe.losses for tap in loss.taps)]))
-
-
-def _retention(measures: AnyMeasures) -> float | None:
-    own, teacher = measures.quality, measures.teacher_quality
-    return own / teacher if own is not None and teacher else None
 
 
 def _learnt_from(
@@ -278,8 +260,7 @@ def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]
     images = recipe.validation.dataset
     named = {"validation.dataset.factory": images.factory} if isinstance(images, CustomImages) else {}
     for number, augmentation in enumerate(recipe.validation.augmentations):
-        for lock in locks([augmentation]):
-            named |= {} if lock.factory is None else {f"validation.augmentations.{number}.factory": lock.factory}
+        named |= {f"validation.augmentations.{number}.factory": name for name in factories_of([augmentation])}
     for key, factory in named.items():
         if not is_stated(key, overrides):
             raise RecipeError(

@@ -29,8 +29,8 @@ from logitcache.store.files import remove_leftovers, write_atomically
 from logitcache.store.safe_files import read_bounded, require_bounded
 from logitcache.student.ranks import ALONE, Ranks
 
-# What may change between a run and its continuation: how fast and where, never what is computed. Places are free
-# since the identity of what lies there is compared.
+# A continuation may change how fast and where a run computes, never what. Places are free: the identity of what lies
+# there is compared.
 _FREE = (
     *("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers"),
     *("validation.groups", "validation.taps"),
@@ -84,14 +84,14 @@ class RunDirectory:
         self._lock: int | None = None
 
     @property
+    def _begun(self) -> bool:
+        return self.checkpoint.exists() or self._result.exists()
+
+    @property
     @_by_first
     def begun(self) -> bool:
         """Whether there is something to continue."""
         return self._begun
-
-    @property
-    def _begun(self) -> bool:
-        return self.checkpoint.exists() or self._result.exists()
 
     @property
     @_by_first
@@ -159,17 +159,18 @@ class RunDirectory:
     @_by_first
     def learns_from(self) -> dict[str, Any]:
         """Return the identity of what a run that has begun learns from; nothing of one that has not."""
-        return self._learns_from()
+        return self._sessions().learns_from
 
-    def _learns_from(self) -> dict[str, Any]:
-        return dict(self._parsed(self._environment, TypeAdapter(_Environment)).learns_from) if self._begun else {}
+    def _sessions(self) -> _Environment:
+        empty = _Environment(versions=[], learns_from={})
+        return self._parsed(self._environment, TypeAdapter(_Environment)) if self._begun else empty
 
     @_by_first
     def require_identity(self, identity: dict[str, Any]) -> None:
         """Raise MismatchError unless a run that has begun learns from the same data and is measured on the same."""
         if not self._begun:
             return
-        old, new = dict(_flat(self._learns_from())), dict(_flat(identity))
+        old, new = dict(_flat(self._sessions().learns_from)), dict(_flat(identity))
         changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
         if changed:
             raise MismatchError(
@@ -180,9 +181,8 @@ class RunDirectory:
     @_by_first
     def open(self, recipe: Component, identity: dict[str, Any]) -> None:
         """Fill the directory and say in it what the run is; a continuation adds its versions where they changed."""
-        sessions = self._parsed(self._environment, TypeAdapter(_Environment)).versions if self._begun else []
-        if versions() not in sessions[-1:]:
-            sessions.append(versions())
+        sessions = self._sessions().versions
+        sessions += [versions()] * (versions() not in sessions[-1:])
         remove_leftovers(self.path)
         text = dump_recipe(recipe).encode()
         write_atomically(self._recipe, text)
@@ -197,8 +197,8 @@ class RunDirectory:
             lines = read_bounded(self._metrics, _MAX_JSON_BYTES).splitlines() if self._metrics.exists() else []
             rows: list[dict[str, Any]] = [_ROW.validate_json(line, strict=True) for line in lines]
             self._rows = [row for row in rows if row["epoch"] < epoch]
-        if [row["epoch"] for row in self._rows] != list(range(epoch)):
-            raise self._damaged(self._metrics, "it lacks epochs that the checkpoint has")
+            if [row["epoch"] for row in self._rows] != list(range(epoch)):
+                raise ValueError("it lacks epochs that the checkpoint has")
 
     @_by_first
     def record(self, row: dict[str, Any]) -> None:
@@ -219,13 +219,16 @@ class RunDirectory:
         write_atomically(self.checkpoint, buffer.getbuffer())
 
     @_by_first
-    def load_checkpoint(self, most_bytes: int) -> dict[str, Any] | None:
-        """Read the state to the CPU, running nothing that the file holds; None if there is none yet.
+    def load_checkpoint(self, most_bytes: int) -> dict[str, Any]:
+        """Read the state to the CPU, running nothing that the file holds.
 
-        Raises CacheError for a damaged file, and for one of more than `most_bytes`.
+        Raises CacheError for a file that is missing, damaged, or of more than `most_bytes`.
         """
         if not self.checkpoint.exists():
-            return None
+            raise CacheError(
+                f"{self.checkpoint} is missing: a run cannot go on without it. Fix: put back a copy of it, or train "
+                "again into another `out:`"
+            )
         with self.reading(self.checkpoint):
             size = require_bounded(self.checkpoint, most_bytes)
             with zipfile.ZipFile(self.checkpoint) as archive:
@@ -258,22 +261,14 @@ class RunDirectory:
         try:
             yield
         except _DAMAGE as error:
-            raise self._damaged(path, error) from error
-
-    def _damaged(self, path: Path, cause: object) -> CacheError:
-        """Return the error for a file of the run that is not as it was written."""
-        return CacheError(
-            f"{path} is damaged: {_reason(cause)}. Fix: put back a copy of it, or train again: remove {self.path}, or "
-            "give another `out:`"
-        )
-
-
-def _reason(cause: object) -> str:
-    """Word an error in a line."""
-    if isinstance(cause, ValidationError):
-        first = cause.errors()[0]
-        return ": ".join([*([str(first["loc"][-1])] if first["loc"] else []), first["msg"]])
-    return str(cause).partition("\n")[0]
+            reason = str(error).partition("\n")[0]
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                reason = ": ".join([*map(str, first["loc"][-1:]), first["msg"]])
+            raise CacheError(
+                f"{path} is damaged: {reason}. Fix: put back a copy of it, or train again: remove {self.path}, or give "
+                "another `out:`"
+            ) from error
 
 
 def _require_stored(archive: zipfile.ZipFile, size: int) -> None:

@@ -1,10 +1,12 @@
 """What a run ends with: what it measured, and the weights of the last epoch or of the one that measured best."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from safetensors.torch import save
 
 from logitcache.errors import RecipeError
-from logitcache.models import Classifier, StoredModel, load_weights, read_state, save_model, save_weights
+from logitcache.models import StoredModel, load_weights, read_state, save_model, save_weights
 from logitcache.runtime.console import logger
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded, require_bounded
@@ -50,9 +52,7 @@ def require_measurable(recipe: TrainingRecipe, validator: Validator | None) -> N
 def keep_if_best(learner: Learner, run: RunDirectory, row: dict[str, Any]) -> None:
     """Write the weights apart if no epoch before measured as well."""
     if best_epoch([*run.rows, row]) == row["epoch"]:
-        classifier = learner.measured
-        assert isinstance(classifier, Classifier)
-        learner.ranks.by_first(lambda: save_weights(run.best, classifier.module))
+        learner.ranks.by_first(lambda: save_weights(run.best, learner.measured.module))
 
 
 def extend(recipe: TrainingRecipe, run: RunDirectory, before: int, step: int, steps: int) -> None:
@@ -79,15 +79,13 @@ def _restore_best(run: RunDirectory) -> None:
 
 
 def _quality(row: dict[str, Any]) -> float | None:
-    found: float | None = row.get("val_top1", row.get("val_mean_ap"))
-    return found
+    return cast(float | None, row.get("val_top1", row.get("val_mean_ap")))
 
 
 def best_epoch(rows: list[dict[str, Any]]) -> int:
     """Return the first epoch of those that measured best."""
     measured = [row for row in rows if _quality(row) is not None]
-    best: int = max(measured, key=lambda row: (_quality(row), -row["epoch"]))["epoch"]
-    return best
+    return int(max(measured, key=lambda row: (_quality(row), -row["epoch"]))["epoch"])
 
 
 def save_kept(
@@ -95,7 +93,6 @@ def save_kept(
 ) -> None:
     """Write the weights that the recipe keeps, and what it takes to use them."""
     classifier = learner.measured
-    assert isinstance(classifier, Classifier)
     save_evaluation(run.path, evaluation)
     if recipe.keep == "best":
         with run.reading(run.best):
@@ -108,4 +105,6 @@ def save_kept(
         in_channels=len(classifier.preprocessing.mean),
     )
     save_model(run.path, classifier.module, stored)
-    learner.save_adapters(run.path / "adapters.safetensors")
+    # What the losses trained beside the model, by the number of the loss.
+    if adapters := {name: parameter.detach().cpu() for name, parameter in learner.adapters.named_parameters()}:
+        write_atomically(run.path / "adapters.safetensors", save(adapters))

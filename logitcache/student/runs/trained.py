@@ -3,10 +3,9 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import numpy as np
-from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
@@ -17,9 +16,9 @@ from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.crops import CenterCrop
-from logitcache.views.augmentations.foreign import locks
+from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.augmentations.resize import Resize
-from logitcache.views.datasets.images.pixels import Mode, from_pil, from_value
+from logitcache.views.datasets.images.pixels import Mode, from_value
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import ViewSpec
 
@@ -53,8 +52,7 @@ class Transform:
         Raises DataError for anything else.
         """
         try:
-            is_pil = isinstance(image, Image.Image)
-            pixels = from_pil(image, _MODES.get(self.num_channels)) if is_pil else from_value(image)  # type: ignore[arg-type]
+            pixels = from_value(image, _MODES.get(self.num_channels))
         except ValueError as error:
             raise DataError(f"the image cannot be read: {error}") from error
         spec = ViewSpec(augmentations=self.augmentations)
@@ -83,8 +81,7 @@ class Student(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Normalise and predict."""
-        logits: Tensor = self.classifier(pixels)
-        return logits
+        return cast(Tensor, self.classifier(pixels))
 
     @property
     def preprocess(self) -> Transform:
@@ -115,7 +112,8 @@ def load_student(
     `trust` has the digests of runs that may name models beyond the allow-list. Raises RecipeError.
     """
     run = Path(run).expanduser()
-    built = load_model(run, factory, trust) if model is None else load_into(run, _network(model))
+    network = model.module if isinstance(model, Classifier) else model
+    built = load_model(run, factory, trust) if network is None else load_into(run, network)
     preprocessing = resolve_preprocessing(built, None, who=str(run))
     recorded = read_evaluation(run)
     chosen = None if recorded is None else recorded.augmentations
@@ -124,24 +122,14 @@ def load_student(
             chosen = _AUGMENTATIONS.validate_python(list(augmentations))
         except ValidationError as error:
             raise RecipeError(f"augmentations: {error.errors()[0]['msg']}. Fix: list recipe entries") from error
-    else:
-        _require_stated(chosen or (), factories, run)
+    elif unstated := [name for name in factories_of(chosen or ()) if name not in factories]:
+        raise RecipeError(
+            f"{run / _FILE} names the factory '{unstated[0]}', and what a file names is never called.\n"
+            f'  Fix: if you trust it, load_student(run, factories=["{unstated[0]}"])'
+        )
     transform = None if chosen is None else Transform(chosen, len(preprocessing.mean))
     names, epoch = (None, None) if recorded is None else (recorded.class_names, recorded.epoch)
     return Student(Classifier(built.module, preprocessing), transform, names, epoch, str(run)).eval()
-
-
-def _network(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, Classifier) else model
-
-
-def _require_stated(augmentations: Sequence[Augmentation], factories: Collection[str], run: Path) -> None:
-    for lock in locks(augmentations):
-        if lock.factory is not None and lock.factory not in factories:
-            raise RecipeError(
-                f"{run / _FILE} names the factory '{lock.factory}', and what a file names is never called.\n"
-                f'  Fix: if you trust it, load_student(run, factories=["{lock.factory}"])'
-            )
 
 
 def save_evaluation(run: Path, evaluation: Evaluation) -> None:
@@ -156,12 +144,12 @@ def read_evaluation(run: Path) -> Evaluation | None:
         return Evaluation.model_validate_json(read_bounded(path, _MAX_BYTES))
     except FileNotFoundError:
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
-        raise RecipeError(f"{path} cannot be read: {reason}.\n  Fix: train again, or copy the run again.") from error
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}.\n  Fix: train again, or copy the run again.") from error
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+        raise RecipeError(f"{path} cannot be read: {reason}.\n  Fix: train again, or copy the run again.") from error
 
 
 def evaluated_as(augmentations: tuple[Augmentation, ...], size: tuple[int, int]) -> tuple[Augmentation, ...]:

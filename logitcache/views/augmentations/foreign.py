@@ -7,7 +7,7 @@ own affair and may change with any release: these augmentations are locked to th
 import functools
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
@@ -148,6 +148,11 @@ def locks(augmentations: Sequence[Component]) -> Iterator[Lock]:
             yield Lock(f"'{augmentation.factory}'", augmentation.torchvision_version, augmentation.factory)
 
 
+def factories_of(augmentations: Sequence[Component]) -> list[str]:
+    """Return the user's functions that augmentations call."""
+    return [lock.factory for lock in locks(augmentations) if lock.factory is not None]
+
+
 @functools.cache
 def _torchvision_transform(name: str, options: str) -> Transform:
     made = getattr(v2, name, None)
@@ -155,17 +160,14 @@ def _torchvision_transform(name: str, options: str) -> Transform:
         known = [each for each in dir(v2) if isinstance(getattr(v2, each), type)]
         raise RecipeError(f"torchvision.transforms.v2 has no transform '{name}'.{did_you_mean(name, known)}")
     try:
-        transform: Transform = made(**_with_enums(json.loads(options)))
+        given = json.loads(options).items()
+        texts = {
+            name: _ENUMS[name](value) if name in _ENUMS and isinstance(value, str) else value for name, value in given
+        }
+        transform: Transform = made(**texts)
     except (TypeError, ValueError) as cause:
         raise RecipeError(f"torchvision's {name} does not take these options: {cause}") from cause
     return transform
-
-
-def _with_enums(options: Mapping[str, Any]) -> dict[str, object]:
-    return {
-        name: _ENUMS[name](value) if name in _ENUMS and isinstance(value, str) else value
-        for name, value in options.items()
-    }
 
 
 @functools.cache

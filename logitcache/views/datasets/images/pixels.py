@@ -31,13 +31,13 @@ def from_pil(image: Image.Image, mode: Mode | None) -> Tensor:
     return _channels_first(np.array(image if image.mode == mode else image.convert(mode)))
 
 
-def from_value(value: object) -> Tensor:
-    """Return uint8 [C, H, W] of a PIL image, a uint8 tensor or a uint8 array.
+def from_value(value: object, mode: Mode | None = None) -> Tensor:
+    """Return uint8 [C, H, W] of a PIL image, in a mode as `from_pil`, of a uint8 tensor or a uint8 array.
 
     Tensors are [C, H, W] or [H, W], arrays [H, W, C] or [H, W]. Raises ValueError for others.
     """
     if isinstance(value, Image.Image):
-        return from_pil(value, None)
+        return from_pil(value, mode)
     if isinstance(value, Tensor):
         return _from_tensor(value)
     if isinstance(value, np.ndarray):
