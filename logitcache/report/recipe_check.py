@@ -19,7 +19,7 @@ from logitcache.stage_one.derive.source import Source as Derived
 from logitcache.stage_one.inputs import require_teachers
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.compatibility import inexact_targets
-from logitcache.student.evaluation.class_map import mapped_labels
+from logitcache.student.evaluation.validation import mapped_labels
 from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, require_live
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_fit, require_taps

@@ -1,5 +1,6 @@
 """What a model costs: parameters, bytes, operations and time."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -72,19 +73,13 @@ class Latency:
 def costs(student: nn.Module, teachers: Mapping[str, Contender | None], image: Tensor) -> tuple[Cost, ...]:
     """Weigh the student, then its teachers; `image` is uint8 [C, H, W], on the device of the student."""
     own = _weigh(student, image)
-    rows = [_row(STUDENT, own, (None, None, None))]
+    rows = [Cost(STUDENT, *own, None, None, None)]
     for name, teacher in teachers.items():
         found = (None, None, None) if teacher is None else _weigh(teacher.model, image)
-        rows.append(_row(name, found, tuple(map(_ratio, found, own))))
+        pairs = zip(found, own, strict=True)
+        ratios = [None if count is None or not students else count / students for count, students in pairs]
+        rows.append(Cost(name, *found, *ratios))
     return tuple(rows)
-
-
-def _row(name: str, found: tuple[int | None, ...], ratios: tuple[float | None, ...]) -> Cost:
-    return Cost(name, *found, *ratios)
-
-
-def _ratio(count: int | None, students: int | None) -> float | None:
-    return count / students if count is not None and students else None
 
 
 def _weigh(model: nn.Module, image: Tensor) -> tuple[int, int, int]:
@@ -130,25 +125,18 @@ def latencies(
 
     `image`: uint8 [C, H, W], of which batches are made. Neither the copy to the device nor torch.compile is part of it.
     """
-    rows = []
-    for threads in plan.threads or (torch.get_num_threads(),):
-        for batch_size in plan.batch_sizes:
-            pixels = image.expand(batch_size, *image.shape).contiguous()
-            with _threads(threads):
-                own = _median_seconds(student, pixels, plan)
-                rows.append(_timed(STUDENT, student, pixels, threads, own, None))
-                for name, teacher in teachers.items():
-                    if teacher is not None:
-                        seconds = _median_seconds(teacher, pixels, plan)
-                        rows.append(_timed(name, teacher, pixels, threads, seconds, seconds / own))
+    rows, device = [], str(image.device)
+    contenders = [(name, teacher) for name, teacher in teachers.items() if teacher is not None]
+    for threads, count in itertools.product(plan.threads or (torch.get_num_threads(),), plan.batch_sizes):
+        pixels = image.expand(count, *image.shape).contiguous()
+        with _threads(threads):
+            own = _median_seconds(student, pixels, plan)
+            rows.append(Latency(STUDENT, count, threads, device, student.precision, own, count / own, None))
+            for name, teacher in contenders:
+                taken = _median_seconds(teacher, pixels, plan)
+                speeds = count / taken, taken / own
+                rows.append(Latency(name, count, threads, device, teacher.precision, taken, *speeds))
     return tuple(rows)
-
-
-def _timed(
-    name: str, contender: Contender, pixels: Tensor, threads: int, seconds: float, speed_up: float | None
-) -> Latency:
-    device, count = str(pixels.device), len(pixels)
-    return Latency(name, count, threads, device, contender.precision, seconds, count / seconds, speed_up)
 
 
 @torch.inference_mode()

@@ -137,8 +137,11 @@ class MultiLabelTally:
 
     def groups(self, training: NDArray[np.int64] | None, head: int, tail: int) -> tuple[GroupPrecision, ...] | None:
         """Return the figures of classes by their `training` images [C]; None where these are not known."""
-        groups = by_training_images(self.per_class(None, training), head, tail)
-        return None if groups is None else tuple(_group(*group) for group in groups)
+        groups = []
+        for name, training_images, members in by_training_images(self.per_class(None, training), head, tail):
+            found = [item.average_precision for item in members if item.average_precision is not None]
+            groups.append(GroupPrecision(name, training_images, len(found), _mean(np.array(found))))
+        return tuple(groups) or None
 
     @functools.cached_property
     def logits(self) -> Numbers:
@@ -210,8 +213,3 @@ def _mean(values: Numbers) -> float | None:
 
 def _number(value: np.float64) -> float | None:
     return None if np.isnan(value) else float(value)
-
-
-def _group(name: str, training_images: str, members: list[ClassPrecision]) -> GroupPrecision:
-    found = np.array([np.nan if item.average_precision is None else item.average_precision for item in members])
-    return GroupPrecision(name, training_images, int((~np.isnan(found)).sum()), _mean(found))

@@ -161,28 +161,26 @@ class Counted(Protocol):
 C = TypeVar("C", bound=Counted)
 
 
-def by_training_images(classes: Sequence[C], head: int, tail: int) -> tuple[tuple[str, str, list[C]], ...] | None:
+def by_training_images(classes: Sequence[C], head: int, tail: int) -> list[tuple[str, str, list[C]]]:
     """Group classes of more than `head` training images, of fewer than `tail`, and those between: name, which, members.
 
     As in Liu et al., "Large-scale long-tailed recognition in an open world" (CVPR 2019), which calls them many-shot (>
-    100), few-shot (< 20) and medium-shot. None where the training images are not known.
+    100), few-shot (< 20) and medium-shot. No groups if the training images are not known.
     """
     counted = [(item, item.training_images) for item in classes if item.training_images is not None]
     if len(counted) < len(classes):
-        return None
-    return (
+        return []
+    return [
         ("head", f"> {head}", [item for item, count in counted if count > head]),
         ("medium", f"{tail} to {head}", [item for item, count in counted if tail <= count <= head]),
         ("tail", f"< {tail}", [item for item, count in counted if count < tail]),
-    )
+    ]
 
 
 def group_accuracies(classes: Sequence[ClassAccuracy], head: int, tail: int) -> tuple[GroupAccuracy, ...] | None:
     """Return the accuracy of classes by their training images; None where these are not known."""
-    groups = by_training_images(classes, head, tail)
-    return None if groups is None else tuple(_group(*group) for group in groups)
-
-
-def _group(name: str, training_images: str, members: list[ClassAccuracy]) -> GroupAccuracy:
-    found = [item.top1 for item in members if item.top1 is not None]
-    return GroupAccuracy(name, training_images, len(found), float(np.mean(found)) if found else None)
+    groups = []
+    for name, training_images, members in by_training_images(classes, head, tail):
+        found = [item.top1 for item in members if item.top1 is not None]
+        groups.append(GroupAccuracy(name, training_images, len(found), float(np.mean(found)) if found else None))
+    return tuple(groups) or None

@@ -2,7 +2,8 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,21 +13,21 @@ from torch import Tensor, nn
 
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.cache.format.manifest import LOGITS
-from logitcache.errors import MismatchError
+from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import Precision, autocast
 from logitcache.runtime.stopping import StopFlag
 from logitcache.student.compatibility import require_labels
-from logitcache.student.evaluation.class_map import mapped_labels
 from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
 from logitcache.student.evaluation.single_label import Measures, Tally
 from logitcache.student.lesson import views_of
 from logitcache.student.ranks import ALONE, Ranks
-from logitcache.student.training_recipes import TrainingRecipe, Validation
+from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.targets import Batch
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.datasets import open_dataset
-from logitcache.views.datasets.base import fingerprint, is_multi_label
+from logitcache.views.datasets.base import UNLABELLED, ImageDataset, fingerprint, is_multi_label
+from logitcache.views.datasets.images.labels import class_index, listed_classes
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
 from logitcache.views.order import share_of
@@ -103,13 +104,9 @@ class Validator:
         keys = [self._keys(start, size) for start in range(0, self.num_images, size)]
         own = share_of(keys, ranks.rank, ranks.size)
         for batch in track(self._loader.batches(own), what, len(own), "batches"):
-            yield self._relabelled(batch).to(device)
-
-    def _relabelled(self, batch: Batch) -> Batch:
-        if self._labels is None:
-            return batch
-        labels = torch.from_numpy(self._labels[batch.keys[:, 1].numpy()])
-        return Batch(batch.images, labels, batch.keys, batch.teachers, batch.mixed)
+            if self._labels is not None:
+                batch = replace(batch, labels=torch.from_numpy(self._labels[batch.keys[:, 1].numpy()]))
+            yield batch.to(device)
 
     def measure(self, model: nn.Module, device: torch.device, precision: Precision = "float32") -> AnyMeasures:
         """Return the figures of what `tally` counts in this process."""
@@ -165,7 +162,8 @@ def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None
                 "images as they are"
             )
     require_labels(recipe.losses, views.dataset.labels, "validation: ")
-    labels = _labels(validation, views, num_classes)
+    class_map = validation.class_map
+    labels = None if class_map is None else mapped_labels(views.dataset, class_map, num_classes)
     found = {"the images": views.dataset.num_classes if labels is None else num_classes}
     if cache is not None:
         found |= {f"teacher {name!r}": entry.num_classes for name, entry in cache.manifest.teachers.items()}
@@ -183,8 +181,39 @@ def only_logits(cache: Cache) -> Cache:
     return cache.only({name: [LOGITS] for name, entry in cache.manifest.teachers.items() if entry.logits is not None})
 
 
-def _labels(validation: Validation, views: Views, num_classes: int) -> NDArray[np.int64] | None:
-    """Return the images' labels in the model's classes, where they are of other classes."""
-    if validation.class_map is None:
-        return None
-    return mapped_labels(views.dataset, validation.class_map, num_classes)
+def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_classes: int) -> NDArray[np.int64]:
+    """Return the labels of a data set in the model's classes, [N]; -1 for images of classes that are not mapped.
+
+    A key is the name of one of the data set's classes or, where none has that name, its index. Raises RecipeError for
+    classes that are not there, on either side.
+    """
+    if is_multi_label(dataset.labels):
+        raise RecipeError(
+            "validation.class_map: the images are of any number of classes each, which are not mapped. "
+            "Fix: leave it out, and validate on the model's classes"
+        )
+    wrong = {key: label for key, label in class_map.items() if not 0 <= label < num_classes}
+    if wrong:
+        raise RecipeError(
+            f"validation.class_map: {wrong} are no classes of the model, which has {num_classes}. "
+            f"Fix: 0 to {num_classes - 1}"
+        )
+    names, count = dataset.class_names or (), dataset.num_classes or 0
+    # One more for images without a label, whose index -1 finds it.
+    table = np.full(count + 1, UNLABELLED, np.int64)
+    raise_all(caught(*(functools.partial(_index, key, names, count) for key in class_map)))
+    for key, label in class_map.items():
+        table[_index(key, names, count)] = label
+    labels: NDArray[np.int64] = table[dataset.labels]
+    if (labels == UNLABELLED).all():
+        raise RecipeError("validation.class_map: no image is of a class that is mapped. Fix: map others")
+    return labels
+
+
+def _index(key: str, names: tuple[str, ...], count: int) -> int:
+    try:
+        return class_index(key, names, count)
+    except ValueError as error:
+        raise RecipeError(
+            f"validation.class_map: {error} Fix: a name or an index of their {listed_classes(names, count)}"
+        ) from None
