@@ -72,7 +72,7 @@ class CanaryReport:
 
 
 class Origin(NamedTuple):
-    """What a message says of the canaries: whose they are, and the versions that made them and that are here."""
+    """The cache that recorded the canaries, and the versions there and here."""
 
     name: str
     recorded: Mapping[str, str]
@@ -124,19 +124,20 @@ def _take(views: Views, key: ViewKey) -> tuple[Canary, Tensor]:
     sizes = np.array([raw.shape[1:]], dtype=np.int64)
     drawn = views.spec.rows([key], sizes, len(views.dataset.ids)) if views.recorded is None else views.recorded([key])
     pixels = views[key]
-    digests = {
-        "raw": pixel_digest(raw.numpy()),
-        "plan": pixel_digest(drawn[0] if drawn.size else sizes[0]),
-        "augmented": pixel_digest(pixels.numpy()),
-    }
-    return Canary(view=key.view, index=key.index, **digests), pixels
+    plan = pixel_digest(drawn[0] if drawn.size else sizes[0])
+    raw_digest, augmented = pixel_digest(raw.numpy()), pixel_digest(pixels.numpy())
+    return Canary(view=key.view, index=key.index, raw=raw_digest, plan=plan, augmented=augmented), pixels
 
 
 def compare(views: Views, recorded: Sequence[Canary], recorded_pixels: Tensor) -> CanaryReport:
     """Render the recorded canaries again and count what is equal."""
     now = [_take(views, ViewKey(canary.view, canary.index)) for canary in recorded]
     pairs = [(record, canary) for (record, _), canary in zip(now, recorded, strict=True)]
-    differences = [_difference(pixels, then) for (_, pixels), then in zip(now, recorded_pixels, strict=True)]
+    # Images of different shapes could not be further apart.
+    differences = [
+        (pixels.int() - then.int()).abs() if pixels.shape == then.shape else torch.tensor([255])
+        for (_, pixels), then in zip(now, recorded_pixels, strict=True)
+    ]
     return CanaryReport(
         num_canaries=len(recorded),
         raw_equal=sum(a.raw == b.raw for a, b in pairs),
@@ -147,40 +148,24 @@ def compare(views: Views, recorded: Sequence[Canary], recorded_pixels: Tensor) -
     )
 
 
-def _difference(pixels: Tensor, recorded: Tensor) -> Tensor:
-    """Return how far pixels are apart in levels; images of different shapes could not be further."""
-    if pixels.shape != recorded.shape:
-        return torch.tensor([255])
-    return (pixels.int() - recorded.int()).abs()
-
-
 def judge(report: CanaryReport, level: Level, origin: Origin, limits: DriftLimits = DEFAULT_LIMITS) -> str | None:
     """Return a warning for a drift that `level` accepts, None where all is equal; else raise ReplayMismatchError."""
     if report.equal or level == "off":
         return None
-    accepted = level == "numeric" and report.is_drift(limits)
+    accepted, total = level == "numeric" and report.is_drift(limits), report.num_canaries
     verdict, fix = _diagnosis(report, limits, origin.has_parameters)
-    message = "\n  ".join(
-        [
-            f"augmented images differ from those the teacher saw ({origin.name})",
-            _counts(report),
-            f"-> {verdict}",
-            _versions(origin),
-            "Accepted, as verify is numeric." if accepted else f"Fix: {fix}",
-        ]
+    message = (
+        f"augmented images differ from those the teacher saw ({origin.name})\n"
+        f"  raw images {report.raw_equal}/{total} equal | plans {report.plans_equal}/{total} equal | "
+        f"augmented {report.augmented_equal}/{total} equal: "
+        f"mean |d| {report.mean_difference:.2f}, max {report.max_difference}\n"
+        f"  -> {verdict}\n"
+        f"  {_versions(origin)}\n"
+        f"  {'Accepted, as verify is numeric.' if accepted else f'Fix: {fix}'}"
     )
     if accepted:
         return message
     raise ReplayMismatchError(message)
-
-
-def _counts(report: CanaryReport) -> str:
-    total = report.num_canaries
-    return (
-        f"raw images {report.raw_equal}/{total} equal | plans {report.plans_equal}/{total} equal | "
-        f"augmented {report.augmented_equal}/{total} equal: "
-        f"mean |d| {report.mean_difference:.2f}, max {report.max_difference}"
-    )
 
 
 def _versions(origin: Origin) -> str:

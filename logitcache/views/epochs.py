@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, distributed
+from torch import distributed
 from torch.utils.data import Sampler
 
 from logitcache.errors import RecipeError
@@ -82,18 +82,19 @@ class EpochLoader:
         sampling.require_possible(views.dataset, bool(views.spec.mixing))
         self._targets_of, self._checksums_of = targets_of, checksums_of
         self._block, self._given = shuffle_block, (rank, world_size)
+        self._num_images = len(views.dataset.ids)
         self.current_epoch, self._was_read = 0, False
         self._images = ViewLoader(views, num_workers, start_method)
         if len(self) == 0:
             raise RecipeError(
-                f"drop_last leaves no batch: {len(views.dataset.ids)} images are fewer than batch_size {batch_size}. "
+                f"drop_last leaves no batch: {self._num_images} images are fewer than batch_size {batch_size}. "
                 "Fix: a smaller batch_size, or drop_last: false"
             )
-        self._require_shared_decodes()
+        self._require_whole_units()
         self._require_shares(*self._share)
 
-    def _require_shared_decodes(self) -> None:
-        """Raise RecipeError for several views per image where they cannot share a decode."""
+    def _require_whole_units(self) -> None:
+        """Raise RecipeError if the views of an image cannot share a decode, or batches would cut them apart."""
         shared, spec = self.views_per_image, self.views.spec
         if not 1 <= shared <= spec.num_views:
             raise RecipeError(
@@ -110,7 +111,7 @@ class EpochLoader:
             )
 
     def _require_shares(self, rank: int, world_size: int) -> None:
-        """Raise RecipeError where a process would be left without its part of a batch."""
+        """Raise RecipeError if a process would have no part of a batch."""
         if not 0 <= rank < world_size:
             raise RecipeError(f"rank {rank} is not one of {world_size} processes, which count from 0")
         smallest = self.batch_size if self.drop_last else (self.images_per_epoch - 1) % self.batch_size + 1
@@ -135,14 +136,12 @@ class EpochLoader:
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
-        count = len(self.views.dataset.ids)
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        return -(-self.images_per_epoch // self.batch_size)
 
     @property
     def images_per_epoch(self) -> int:
         """Images in an epoch, without those of a last batch that is dropped."""
-        count = len(self.views.dataset.ids)
-        return count - count % self.batch_size if self.drop_last else count
+        return self._num_images - self._num_images % self.batch_size * self.drop_last
 
     def keys(self, epoch: int, start: int = 0) -> Iterator[list[ViewKey]]:
         """Yield the keys of each batch of an epoch from batch `start` on; those of this process."""
@@ -150,16 +149,16 @@ class EpochLoader:
         self._require_shares(rank, world_size)
         unit = 2 if self.views.spec.mixing else 1
         order = self._sampling.order(self.views.dataset, self.seed, epoch // self.views_per_image, self._block, unit)
-        count, several = len(self.views.dataset.ids), max(1, _DRAWN // self.batch_size) * self.batch_size
-        for first in range(start * self.batch_size, len(self) * self.batch_size, several):
-            drawn = self._drawn(epoch, order, first, min(first + several, len(self) * self.batch_size, count))
+        several = max(1, _DRAWN // self.batch_size) * self.batch_size
+        for first in range(start * self.batch_size, self.images_per_epoch, several):
+            drawn = self._drawn(epoch, order, first, min(first + several, self.images_per_epoch))
             keys = list(map(ViewKey, *(numbers.tolist() for numbers in drawn)))
             for batch in range(0, len(keys), self.batch_size):
                 yield list(share_of(keys[batch : batch + self.batch_size], rank, world_size, self._unit))
 
     def _drawn(self, epoch: int, order: tuple[Drawn, Drawn], start: int, stop: int) -> tuple[Ints, Ints]:
         """Return views and images of a slice of an epoch."""
-        count, shared, num_views = len(self.views.dataset.ids), self.views_per_image, self.views.spec.num_views
+        count, shared, num_views = self._num_images, self.views_per_image, self.views.spec.num_views
         group, part = divmod(epoch, shared)
         slots = np.arange(part * count + start, part * count + stop)
         place = slots // shared
@@ -206,7 +205,7 @@ class EpochLoader:
 
     def _checked(self, keys: list[ViewKey]) -> list[ViewKey]:
         """Raise IndexError for a key that names no view, before anything is rendered."""
-        views, images = self.views.spec.num_views, len(self.views.dataset.ids)
+        views, images = self.views.spec.num_views, self._num_images
         if not keys:
             raise IndexError("a batch of no keys")
         for view, index in keys:
@@ -222,12 +221,9 @@ class EpochLoader:
         for images, keys in zip(self._images.render(ahead), wanted, strict=True):
             if self._checksums_of is not None:
                 require_rows(images, keys, self._checksums_of(keys), self.views.dataset.ids)
-            labels = torch.from_numpy(self.views.dataset.labels[np.array([key[1] for key in keys])])
-            yield Batch(images, labels, torch.tensor(keys), self._targets_of(keys), self._mixed_labels(keys, images))
-
-    def _mixed_labels(self, keys: list[ViewKey], images: Tensor) -> MixedLabels | None:
-        mixture = self.views.mixture(keys, images)
-        if mixture is None:
-            return None
-        labels = self.views.dataset.labels[mixture.partners]
-        return MixedLabels(torch.from_numpy(labels), torch.from_numpy(mixture.share).float())
+            labels, mixture, mixed = self.views.dataset.labels, self.views.mixture(keys, images), None
+            if mixture is not None:
+                partners = torch.from_numpy(labels[mixture.partners])
+                mixed = MixedLabels(partners, torch.from_numpy(mixture.share).float())
+            own = torch.from_numpy(labels[np.array([key[1] for key in keys])])
+            yield Batch(images, own, torch.tensor(keys), self._targets_of(keys), mixed)

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
 
 from logitcache.errors import KilledWorkerError, LogitCacheError
 from logitcache.runtime.main_guard import require_main_guard
 from logitcache.runtime.stopping import ignore_signals
 from logitcache.views.keys import ViewKey
-from logitcache.views.shared_arrays import Handover
+from logitcache.views.shared_arrays import SharedArrays
 from logitcache.views.spec import Views
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
@@ -34,36 +34,8 @@ _ENDING = 5.0
 """Seconds that a worker may take to end after its connections are closed."""
 
 
-class _Guarded:
-    """Views whose errors are values: an exception would lose its type and gain a worker's traceback on its way."""
-
-    def __init__(self, views: Views) -> None:
-        self.views = views
-        self._handover = Handover(views)
-
-    def __reduce__(self) -> tuple[Callable[..., "_Guarded"], tuple[object, ...]]:
-        """Share what is large in the views with the other workers."""
-        return _Guarded, (self._handover,)
-
-    def __getitems__(self, keys: list[ViewKey]) -> Tensor | LogitCacheError:
-        try:
-            return self.views.__getitems__(keys)
-        except LogitCacheError as error:
-            return error
-
-
-class _Batches:
-    """The batch sampler of persistent workers: what the main process asks for next."""
-
-    def __init__(self) -> None:
-        self.batches: Iterable[list[ViewKey]] = ()
-
-    def __iter__(self) -> Iterator[list[ViewKey]]:
-        return iter(self.batches)
-
-
 class _Copied(NamedTuple):
-    """A batch that is sent through a pipe, as shared memory did not take it, and why not."""
+    """A batch that is sent through a pipe, as shared memory refused it, and why."""
 
     images: NDArray[np.uint8]
     why: str
@@ -72,21 +44,45 @@ class _Copied(NamedTuple):
 Rendered = Tensor | _Copied | LogitCacheError
 
 
-def _same(rendered: Rendered) -> Rendered:
-    return rendered
+class _Renderer:
+    """Views whose errors are values: an exception would lose its type and gain a worker's traceback on its way."""
 
+    def __init__(self, views: Views) -> None:
+        self.views = views
+        self._shared = SharedArrays(views)
 
-def _shared(rendered: Rendered) -> Rendered:
-    """Move a batch to shared memory, in the worker; if that is refused, return it to be sent through a pipe.
+    def __reduce__(self) -> tuple[Callable[..., "_Renderer"], tuple[object, ...]]:
+        """Share the large arrays of the views with the other workers."""
+        return _Renderer, (self._shared,)
 
-    Left to torch, this is done in a thread of the worker, where an error would drop the batch: it would be awaited for
-    ever.
-    """
-    if isinstance(rendered, Tensor):
+    def __getitems__(self, keys: list[ViewKey]) -> Rendered:
+        """Render a batch; a worker moves it to shared memory.
+
+        Left to torch, a thread of the worker does that, where an error drops the batch, which is awaited for ever.
+        """
         try:
-            rendered.share_memory_()  # type: ignore[no-untyped-call]
-        except RuntimeError as refused:
-            return _Copied(rendered.numpy(), str(refused))
+            images = self.views.__getitems__(keys)
+        except LogitCacheError as error:
+            return error
+        if get_worker_info() is not None:
+            try:
+                images.share_memory_()  # type: ignore[no-untyped-call]
+            except RuntimeError as refused:
+                return _Copied(images.numpy(), str(refused))
+        return images
+
+
+class _Batches:
+    """The batch sampler of persistent workers: the keys that the main process asks for next."""
+
+    def __init__(self) -> None:
+        self.batches: Iterable[list[ViewKey]] = ()
+
+    def __iter__(self) -> Iterator[list[ViewKey]]:
+        return iter(self.batches)
+
+
+def _as_it_is(rendered: Rendered) -> Rendered:
     return rendered
 
 
@@ -103,8 +99,8 @@ def _recording(start_method: StartMethod, workers: list[BaseProcess]) -> BaseCon
     return context
 
 
-def _start_worker(ending: Connection, worker: int) -> None:
-    """Leave signals to the main process, and end with it or at its word.
+def _start_worker(end: Connection, worker: int) -> None:
+    """Leave signals to the main process; end with it, or if it sends a message.
 
     torch alone leaves workers behind: those of a forkserver when the main process is killed, and any when a loader is
     garbage in a cycle, as one in the traceback of an error is; they would then be waited for at exit, forever.
@@ -113,20 +109,20 @@ def _start_worker(ending: Connection, worker: int) -> None:
     # What the user's code prints must not mix with the result on standard output.
     sys.stdout = sys.stderr
     os.dup2(2, 1)
-    threading.Thread(target=_await_end, args=(ending,), daemon=True).start()
+    threading.Thread(target=_await_end, args=(end,), daemon=True).start()
 
 
-def _await_end(ending: Connection) -> None:
+def _await_end(end: Connection) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel, ending])
+    wait([parent.sentinel, end])
     os._exit(0)
 
 
-def _end_workers(ending: Connection | None, owner: int) -> None:
-    """Tell every worker, as none takes the message; a fork of the process has a copy of the loader, but no say."""
-    if ending is not None and os.getpid() == owner:
-        ending.send_bytes(b"end")
+def _end_workers(end: Connection | None, owner: int) -> None:
+    """End every worker by a message that none receives; the copy of a loader in a forked process ends none."""
+    if end is not None and os.getpid() == owner:
+        end.send_bytes(b"end")
 
 
 class ViewLoader:
@@ -136,7 +132,7 @@ class ViewLoader:
         self, views: Views, num_workers: int = 0, start_method: StartMethod = "forkserver", prefetch: int = 2
     ) -> None:
         options: dict[str, Any] = {}
-        told = None
+        end = None
         self._workers: list[BaseProcess] = []
         if num_workers:
             if start_method != "fork":
@@ -144,12 +140,12 @@ class ViewLoader:
             context = _recording(start_method, self._workers)
             if start_method == "forkserver":
                 context.set_forkserver_preload([__name__])  # torch is imported once, not once a worker
-            heard, told = context.Pipe(duplex=False)
+            end_of_workers, end = context.Pipe(duplex=False)
             options = {
                 "multiprocessing_context": context,
                 "prefetch_factor": prefetch,
                 "persistent_workers": True,
-                "worker_init_fn": functools.partial(_start_worker, heard),
+                "worker_init_fn": functools.partial(_start_worker, end_of_workers),
             }
         self._images = _outliving_workers([], [], 0)
         self._sampler, self._has_copied = _Batches(), False
@@ -157,15 +153,14 @@ class ViewLoader:
             # How many workers pay is for the user to say: many of them wait for disks.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             self._loader: DataLoader[Rendered] | None = DataLoader(
-                _Guarded(views),  # type: ignore[arg-type]  # only `__getitems__` is used
+                _Renderer(views),  # type: ignore[arg-type]  # only `__getitems__` is used
                 batch_sampler=self._sampler,  # of any length
-                # Of a rendered batch, not of a list of samples.
-                collate_fn=_shared if num_workers else _same,  # type: ignore[arg-type]
+                collate_fn=_as_it_is,  # type: ignore[arg-type]  # a rendered batch, not a list of samples
                 num_workers=num_workers,
                 generator=torch.Generator(),  # or torch would draw the workers' seeds from the global one
                 **options,
             )
-        self._end = weakref.finalize(self, _end_workers, told, os.getpid())
+        self._end = weakref.finalize(self, _end_workers, end, os.getpid())
         self._end.atexit = False  # it might be too late
         _open.add(self)
 
@@ -181,21 +176,23 @@ class ViewLoader:
         for rendered in images:
             if isinstance(rendered, LogitCacheError):
                 raise rendered
-            yield self._received(rendered) if isinstance(rendered, _Copied) else rendered
+            if isinstance(rendered, _Copied):
+                self._warn_of_copy(rendered.why)
+                rendered = torch.from_numpy(rendered.images)
+            yield rendered
         if images is not self._images:
             raise RuntimeError("another epoch was started from the same loader; one loader serves one at a time")
 
-    def _received(self, copied: _Copied) -> Tensor:
-        """Return a batch that came through a pipe; the first one warns."""
+    def _warn_of_copy(self, why: str) -> None:
+        """Warn of the first batch that came through a pipe."""
         if not self._has_copied:
             self._has_copied = True
             warnings.warn(
-                f"shared memory refuses rendered images, which come through a pipe, more slowly: {copied.why}. "
+                f"shared memory refuses rendered images, which come through a pipe, more slowly: {why}. "
                 "Fix: a larger /dev/shm (a container's: docker run --shm-size 2g), a smaller batch_size or fewer "
                 "num_workers",
-                stacklevel=2,
+                stacklevel=3,
             )
-        return torch.from_numpy(copied.images)
 
     def close(self) -> None:
         """End the workers; nothing can be rendered afterwards."""
@@ -228,7 +225,11 @@ def _outliving_workers(
         if ended is not None:
             raise _lost(ended) from error
         if sum(worker.pid is not None for worker in workers) < num_workers and isinstance(error, OSError):
-            raise _not_started(error) from error
+            raise LogitCacheError(
+                f"the processes that render views cannot start: {error.strerror or error}.\n"
+                "  Fix: num_workers: 0 renders without them; else a larger /dev/shm, which holds their semaphores, or "
+                "a higher limit of processes"
+            ) from error
         raise
 
 
@@ -264,12 +265,4 @@ def _lost(exit_code: int) -> LogitCacheError:
         f"a process that renders views ended with exit code {exit_code}; what it printed is above.\n"
         "  Fix: a script of your own needs `if __name__ == '__main__':` around what it runs; a data set of your own "
         "must not end the process"
-    )
-
-
-def _not_started(cause: OSError) -> LogitCacheError:
-    return LogitCacheError(
-        f"the processes that render views cannot start: {cause.strerror or cause}.\n"
-        "  Fix: num_workers: 0 renders without them; else a larger /dev/shm, which holds their semaphores, or a higher "
-        "limit of processes"
     )

@@ -101,8 +101,7 @@ class Mixture(NamedTuple):
     @property
     def share(self) -> NDArray[np.float64]:
         """The weight of the own label, [B]."""
-        weight: NDArray[np.float64] = self.own / self.total
-        return weight
+        return np.asarray(self.own / self.total, np.float64)
 
     def rows(self) -> Ints:
         """Return one row of integers per image, [B, 7]."""
@@ -251,12 +250,9 @@ def draw_mixture(
     start = 0.0
     for mixing in mixings:
         stop = start + mixing.p
-        drawn = _in_range(words[:, 0], start, stop) & (partners != indices)
+        first, last = np.uint64(int(start * 2**32)), np.uint64(int(stop * 2**32))
+        drawn = (words[:, 0] >= first) & (words[:, 0] < last) & (partners != indices)
         for column, values in zip((own, total, boxes), mixing.draw(words[:, 1:], size, version), strict=True):
             column[drawn] = values[drawn]
         start = stop
     return Mixture(np.where(own < total, partners, indices), own, total, boxes)
-
-
-def _in_range(words: Words, start: float, stop: float) -> NDArray[np.bool_]:
-    return (words >= np.uint64(int(start * 2**32))) & (words < np.uint64(int(stop * 2**32)))

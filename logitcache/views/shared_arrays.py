@@ -1,4 +1,4 @@
-"""Handover: what worker processes are sent; large arrays not as a copy for each, but in one file that all map."""
+"""Shared arrays: worker processes map the large arrays of a value from one file, in place of a copy each."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ _LARGE = 1 << 20  # bytes of an array that is shared
 _ALIGNED = 64  # bytes that arrays begin at multiples of
 
 
-class Handover:
+class SharedArrays:
     """A value for processes that are being started on this machine.
 
     NumPy arrays of a MiB or more, wherever in it they are, share their memory among these processes until one of them
@@ -65,7 +65,8 @@ def _written(buffers: Sequence[memoryview]) -> IO[bytes]:
             file = unless_written.enter_context(tempfile.TemporaryFile(buffering=0))
             for buffer, start in zip(buffers, starts, strict=True):
                 file.seek(start)
-                _write(file, buffer)
+                while buffer:
+                    buffer = buffer[file.write(buffer) :]  # the system takes 2 GiB at a time
             unless_written.pop_all()
         return file
     except OSError as cause:
@@ -74,11 +75,6 @@ def _written(buffers: Sequence[memoryview]) -> IO[bytes]:
             f"be written below '{tempfile.gettempdir()}': {cause.strerror or cause}.\n"
             f"  Fix: {fix_of(cause) or 'remove the cause'}; or set TMPDIR to another folder, or num_workers: 0"
         ) from cause
-
-
-def _write(file: IO[bytes], buffer: memoryview) -> None:
-    while buffer:
-        buffer = buffer[file.write(buffer) :]  # the system takes 2 GiB at a time
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

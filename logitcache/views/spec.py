@@ -133,23 +133,17 @@ class ViewSpec(Component):
 
         Returns rows and their views [G, C, H, W], for each group of images that were augmented together.
         """
-        groups = _rows_together(images)
-        return [(rows, self._augment(images, plans, rows)) for rows in groups]
-
-    def _augment(self, images: list[Tensor], plans: list[Ints], rows: list[int]) -> Tensor:
-        batch = images[rows[0]][None] if len(rows) == 1 else torch.stack([images[row] for row in rows])
-        whole = len(rows) == len(images)
-        for augmentation, params in zip(self.augmentations, plans, strict=True):
-            batch = augmentation.apply(batch, params if whole else params[rows])
-        return batch
-
-
-def _rows_together(images: list[Tensor]) -> list[list[int]]:
-    """Group small images by shape; large ones go alone, as copying them together would cost more than it saves."""
-    groups: dict[torch.Size | int, list[int]] = {}
-    for row, image in enumerate(images):
-        groups.setdefault(image.shape if image.numel() <= _SMALL else row, []).append(row)
-    return list(groups.values())
+        # Small images by shape; large ones alone, as copying them together would cost more than it saves.
+        groups: dict[torch.Size | int, list[int]] = {}
+        for row, image in enumerate(images):
+            groups.setdefault(image.shape if image.numel() <= _SMALL else row, []).append(row)
+        rendered = []
+        for rows in groups.values():
+            batch = images[rows[0]][None] if len(rows) == 1 else torch.stack([images[row] for row in rows])
+            for augmentation, params in zip(self.augmentations, plans, strict=True):
+                batch = augmentation.apply(batch, params if len(rows) == len(images) else params[rows])
+            rendered.append((rows, batch))
+        return rendered
 
 
 class Views:
@@ -243,9 +237,10 @@ class Views:
         for key, image in zip(keys, rendered, strict=True):
             if image.shape != rendered[0].shape:
                 first, other = self.dataset.ids[keys[0][1]], self.dataset.ids[key[1]]
+                alike = "give every image the same channels; the data sets that read files have `mode` for it"
                 raise DataError(
                     f"views must have one shape: {first!r} gives {tuple(rendered[0].shape)}, {other!r} gives "
-                    f"{tuple(image.shape)}. Fix: {_fix_of_shapes(rendered[0], image)}"
+                    f"{tuple(image.shape)}. Fix: {FIX_OF_SIZES if len(rendered[0]) == len(image) else alike}"
                 )
         return torch.stack(rendered)
 
@@ -275,9 +270,3 @@ def _sizes_of_views(views: Views, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
         half = len(keys) // 2  # to the image that is to blame
         _sizes_of_views(views, keys[:half], sizes[:half])
         return _sizes_of_views(views, keys[half:], sizes[half:])
-
-
-def _fix_of_shapes(one: Tensor, other: Tensor) -> str:
-    if len(one) != len(other):
-        return "give every image the same channels; the data sets that read files have `mode` for it"
-    return FIX_OF_SIZES

@@ -14,7 +14,7 @@ import pytest
 from logitcache.errors import CacheError, DataError, LogitCacheError
 from logitcache.store import file_stamps, files
 from logitcache.store.files import file_digests, remove_leftovers, write_atomically
-from logitcache.views.shared_arrays import Handover
+from logitcache.views.shared_arrays import SharedArrays
 
 
 @pytest.fixture(autouse=True)
@@ -237,7 +237,7 @@ def test_a_limit_of_file_sizes_is_not_taken_for_a_full_disk(tmp_path: Path, smal
 
 def test_a_limit_of_file_sizes_is_named_for_what_worker_processes_share(small_files: int) -> None:
     with pytest.raises(LogitCacheError, match=r"worker processes share(.|\n)*Fix: .*ulimit -f"):
-        pickle.dumps(Handover(np.zeros(2 * small_files, np.uint8)))
+        pickle.dumps(SharedArrays(np.zeros(2 * small_files, np.uint8)))
 
 
 def test_write_into_a_missing_folder_is_a_clear_error(tmp_path: Path) -> None:

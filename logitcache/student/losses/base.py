@@ -13,7 +13,8 @@ from logitcache.config.recipe import Component, Name
 from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
 from logitcache.reductions import FeatureKind, FeatureShape
-from logitcache.student.optim.schedules import Progress, Schedule, TemperatureBase, Weight, constant
+from logitcache.student.optim.schedules import Context as Context
+from logitcache.student.optim.schedules import Schedule, TemperatureBase, Weight, constant
 from logitcache.targets import Batch, MixedLabels, Targets
 
 P = ParamSpec("P")
@@ -59,14 +60,6 @@ class StepSums(nn.Module):
     """An adapter with sums over the rows of a step, in the buffers that `sums` names; ranks add theirs up."""
 
     sums: ClassVar[tuple[str, ...]] = ()
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a loss gets beside outputs and batch: its own adapter, and the progress of training."""
-
-    adapter: nn.Module
-    progress: Progress
 
 
 class LossBase(Component, ABC):

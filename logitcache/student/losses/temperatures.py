@@ -16,7 +16,6 @@ from logitcache.student.optim.schedules import (
     Cosine,
     Exponential,
     Linear,
-    Moment,
     NonNegative,
     TemperatureBase,
     WarmUp,
@@ -81,21 +80,21 @@ class Dynamic(TemperatureBase):
         """Build what is remembered from step to step."""
         return Thermostat(self.start)
 
-    def in_effect(self, moment: Moment) -> float:
+    def in_effect(self, context: Context) -> float:
         """Return the temperature of the last step."""
-        assert isinstance(moment.adapter, Thermostat)
-        return float(moment.adapter.temperature)
+        assert isinstance(context.adapter, Thermostat)
+        return float(context.adapter.temperature)
 
     @torch.no_grad()
-    def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> Tensor:
+    def now(self, student: Tensor, teacher: Logits, batch: Batch, context: Context) -> Tensor:
         """Return the temperature of the step, a scalar; in training, note how far the student lags."""
-        memory = moment.adapter
+        memory = context.adapter
         assert isinstance(memory, Thermostat)
         if memory.training:
             rows = CrossEntropy().rows(batch)
             behind = cross_entropy(student, batch.labels, mixed=batch.mixed)
             behind = behind - cross_entropy(log_probs(teacher), batch.labels, mixed=batch.mixed)
-            self._note(memory, behind * rows, rows, moment.progress.step)
+            self._note(memory, behind * rows, rows, context.progress.step)
         # A backward pass may still need the value when the next step changes the buffer.
         return memory.temperature.clone()
 
@@ -132,7 +131,7 @@ class ByConfidence(TemperatureBase):
         return min(self.low, self.high), max(self.low, self.high)
 
     @torch.no_grad()
-    def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> Tensor:
+    def now(self, student: Tensor, teacher: Logits, batch: Batch, context: Context) -> Tensor:
         """Return the temperature of each row, [B]."""
         return self.low + (self.high - self.low) * log_probs(teacher).amax(dim=1).exp()
 

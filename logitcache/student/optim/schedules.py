@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, model_serializer
 from torch import Tensor, nn
@@ -35,13 +35,12 @@ class Progress:
         return self.epoch / self.num_epochs
 
 
-class Moment(Protocol):
-    """The progress of training, and the module that holds what a temperature remembers."""
+@dataclass(frozen=True)
+class Context:
+    """What a loss gets beside outputs and batch: its own adapter, and the progress of training."""
 
-    @property
-    def adapter(self) -> nn.Module: ...
-    @property
-    def progress(self) -> Progress: ...
+    adapter: nn.Module
+    progress: Progress
 
 
 class TemperatureBase(Component, ABC):
@@ -55,13 +54,13 @@ class TemperatureBase(Component, ABC):
         """The lowest and the highest value at any time; a limit that is only approached counts."""
 
     @abstractmethod
-    def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> float | Tensor:
+    def now(self, student: Tensor, teacher: Logits, batch: Batch, context: Context) -> float | Tensor:
         """Return the temperature of a batch: a number, a scalar, or one for each row, float32 [B].
 
         `student`: logits [B, C]; `teacher`: logits [B, C] or an encoded form.
         """
 
-    def in_effect(self, moment: Moment) -> float | None:
+    def in_effect(self, context: Context) -> float | None:
         """Return the value of a step, for the metrics; None if each row has its own."""
         return None
 
@@ -77,13 +76,13 @@ class Schedule(TemperatureBase):
     def at(self, progress: Progress) -> float:
         """Return the value at a step."""
 
-    def now(self, student: Tensor, teacher: Logits, batch: Batch, moment: Moment) -> float | Tensor:
+    def now(self, student: Tensor, teacher: Logits, batch: Batch, context: Context) -> float | Tensor:
         """Return the value at the step, whatever the batch."""
-        return self.at(moment.progress)
+        return self.at(context.progress)
 
-    def in_effect(self, moment: Moment) -> float:
+    def in_effect(self, context: Context) -> float:
         """Return the value at the step."""
-        return self.at(moment.progress)
+        return self.at(context.progress)
 
 
 class Constant(Schedule):

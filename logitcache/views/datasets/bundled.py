@@ -15,16 +15,8 @@ from logitcache.views.datasets.base import DatasetBase, as_digests, pixel_digest
 from logitcache.views.datasets.images.ids import PackedIds
 
 _CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 _NUM_IMAGES = {"train": 5000, "test": 2000}
 
@@ -50,7 +42,9 @@ class Bundled(DatasetBase):
         """Load the images; raises DataError when the package's data are not there."""
         with np.load(_find(f"{self.split}.npz")) as stored:
             images, labels, index = stored["images"], stored["labels"], stored["index"]
-        rows = _balanced(labels, self.num_images or len(labels))
+        share = (self.num_images or len(labels)) // len(_CLASS_NAMES)
+        first = [np.flatnonzero(labels == label)[:share] for label in range(len(_CLASS_NAMES))]
+        rows = np.sort(np.concatenate(first))
         return BundledImages(self.split, images[rows], labels[rows], index[rows])
 
 
@@ -82,13 +76,6 @@ class BundledImages:
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""
         return as_digests(pixel_digest(self.read(index)) for index in range(len(self.ids)))
-
-
-def _balanced(labels: NDArray[np.uint8], num_images: int) -> NDArray[np.int64]:
-    """Return the rows of the first num_images / 10 images of each class, in order."""
-    share = num_images // len(_CLASS_NAMES)
-    first = [np.flatnonzero(labels == label)[:share] for label in range(len(_CLASS_NAMES))]
-    return np.sort(np.concatenate(first))
 
 
 def _find(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Differences: why a data set is not the one that a fingerprint was taken of."""
+"""Fingerprint differences: how a data set differs from the one of a recorded fingerprint."""
 
 import unicodedata
 from collections import Counter
@@ -10,6 +10,16 @@ from numpy.typing import NDArray
 from logitcache.views.datasets.base import Fingerprint, ImageDataset, fingerprint, names_digest
 
 _SHOWN = 3
+_WORDS = {
+    "num_images": "number of images",
+    "num_classes": "number of classes",
+    "class_names": "names of the classes",
+    "ids": "ids and their order",
+    "labels": "labels",
+    "sizes": "sizes of the images",
+    "content": "content of the images",
+}
+"""How a message names the fields of a fingerprint."""
 _FORMS: tuple[Literal["NFC"], Literal["NFD"]] = ("NFC", "NFD")
 _FIX_OF_FORM = (
     "rename files and folders to {form}, as `convmv -f utf8 -t utf8 --{option} -r --notest DIR` does, or copy the "
@@ -23,16 +33,14 @@ def explain_difference(
     recorded_digests: NDArray[np.uint64] | None,
     dataset: ImageDataset,
 ) -> str:
-    """Say in lines what differs, with the values of both sides, and the fix; "" if nothing does.
+    """List what differs, with the values of both sides, and the fix; "" if nothing does.
 
     With the recorded digests [n] the images that changed, came or went are named.
     """
     here = fingerprint(dataset)
-    lines = [
-        f"  {name}: recorded {_value(then)}, here {_value(now)}"
-        for name, then, now in _fields(recorded, here)
-        if then != now
-    ]
+    values = {words: (getattr(recorded, name), getattr(here, name)) for name, words in _WORDS.items()}
+    differing = {words: pair for words, pair in values.items() if pair[0] != pair[1]}
+    lines = [f"  {words}: recorded {_value(then)}, here {_value(now)}" for words, (then, now) in differing.items()]
     if not lines:
         return ""
     if recorded_digests is not None and len(recorded_digests) != recorded.num_images:
@@ -47,18 +55,6 @@ def explain_difference(
 
 def _explained(lines: list[str], detail: list[str], fix: str) -> str:
     return "\n".join([*lines, *(f"  -> {line}" for line in detail), f"  Fix: {fix}"])
-
-
-def _fields(then: Fingerprint, now: Fingerprint) -> list[tuple[str, object, object]]:
-    return [
-        ("number of images", then.num_images, now.num_images),
-        ("number of classes", then.num_classes, now.num_classes),
-        ("names of the classes", then.class_names, now.class_names),
-        ("ids and their order", then.ids, now.ids),
-        ("labels", then.labels, now.labels),
-        ("sizes of the images", then.sizes, now.sizes),
-        ("content of the images", then.content, now.content),
-    ]
 
 
 def _value(value: object) -> str:
@@ -106,11 +102,8 @@ def _other_form(
     names = [dataset.ids[place] for place in order.tolist()]
     if names_digest(names) == then.ids:  # the names are the same, in another order
         return None
-    return next((form for form in _FORMS if names_digest(_normalized(names, form)) == then.ids), None)
-
-
-def _normalized(names: list[str], form: Literal["NFC", "NFD"]) -> list[str]:
-    return [unicodedata.normalize(form, name) for name in names]
+    digests = {form: names_digest([unicodedata.normalize(form, name) for name in names]) for form in _FORMS}
+    return next((form for form in _FORMS if digests[form] == then.ids), None)
 
 
 def _places(these: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np.int64]:

@@ -106,11 +106,6 @@ def _there(path: str) -> Iterator[None]:
         raise DataError(f"image '{path}' cannot be read: {cause.strerror or cause}.\n  Fix: {fix}") from cause
 
 
-def _head(file: BinaryIO) -> bytes:
-    """Read the head of an image file: height, width and orientation, 24 bytes."""
-    return struct.pack("<3q", *head_of(file, file.name))
-
-
 def _sha256(file: BinaryIO) -> bytes:
     """Hash an image file; refuse one that would take minutes."""
     if os.fstat(file.fileno()).st_size > _LARGEST:
@@ -119,7 +114,11 @@ def _sha256(file: BinaryIO) -> bytes:
 
 
 _SHA256 = SHA256._replace(of=_sha256)
-_HEADS = Measure(f"pillow-{PIL.__version__}-heads", "reading the sizes of", _head)
+_HEADS = Measure(
+    f"pillow-{PIL.__version__}-heads",
+    "reading the sizes of",
+    lambda file: struct.pack("<3q", *head_of(file, file.name)),
+)
 
 
 class _Walk:

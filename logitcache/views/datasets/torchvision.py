@@ -64,13 +64,15 @@ class Torchvision(DatasetBase):
         else:
             files, source = None, cast(MapStyle, _built(made, arguments, self.download))
         what = f"torchvision's {self.name}"
+        stored = self.model_dump_json(exclude={"root", "download"})
+        identity = f"{stored} {torchvision.__version__} {PIL.__version__}"
         return MapImages(
             source,
             what,
             NumberedIds(f"{self.split}/" if self.split else "", num_items(source, what)),
             functools.partial(_decoded, mode=self.mode),
             class_names=class_names(source),
-            memory=ScanMemory(Path(root), self._identity(), opened_ns, files) if root else None,
+            memory=ScanMemory(Path(root), identity, opened_ns, files) if root else None,
         )
 
     def _arguments(self, parameters: set[str]) -> dict[str, object]:
@@ -106,10 +108,6 @@ class Torchvision(DatasetBase):
                 listed = ", ".join(sorted(known)) or "none"
                 raise RecipeError(f"{self.name} has no option '{name}' (it has: {listed}).{did_you_mean(name, known)}")
         return dict(self.options)
-
-    def _identity(self) -> str:
-        versions = f"{torchvision.__version__} {PIL.__version__}"
-        return f"{self.model_dump_json(exclude={'root', 'download'})} {versions}"
 
 
 def _decoded(image: object, mode: Mode) -> Tensor:

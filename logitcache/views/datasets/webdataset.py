@@ -157,13 +157,10 @@ def _spans(samples: Samples, indices: Sequence[int]) -> list[_Span]:
     shards = samples.shard_of(np.array(indices)).tolist()
     spans: list[_Span] = []
     for shard, (start, size), index in sorted(zip(shards, samples.places.pieces(indices), indices, strict=True)):
-        if spans and shard == spans[-1].shard and _is_close(spans[-1], start, size):
-            spans[-1].samples.append(index)
+        last = spans[-1] if spans and shard == spans[-1].shard else None
+        if last and start <= last.stop + _GAP and start + size - last.start <= _SPAN:
+            last.samples.append(index)
             spans[-1] = spans[-1]._replace(stop=max(spans[-1].stop, start + size))
         else:
             spans.append(_Span(shard, start, start + size, [index]))
     return spans
-
-
-def _is_close(span: _Span, start: int, size: int) -> bool:
-    return start <= span.stop + _GAP and start + size - span.start <= _SPAN

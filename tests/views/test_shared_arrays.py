@@ -1,4 +1,4 @@
-"""Handover: workers share the memory of large arrays, and are otherwise sent what pickle sends."""
+"""Shared arrays: workers share the memory of large arrays, and are otherwise sent what pickle sends."""
 
 import contextlib
 import gc
@@ -14,7 +14,7 @@ import torch
 from logitcache.errors import LogitCacheError
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
-from logitcache.views.shared_arrays import Handover
+from logitcache.views.shared_arrays import SharedArrays
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 
@@ -77,7 +77,7 @@ def test_what_arrives_is_what_was_sent_by_any_number_of_processes():
     context = multiprocessing.get_context("forkserver")
     large = np.random.default_rng(0).integers(0, 9, WORDS)
     for value in ({"a": [1, "two"]}, [large, {"again": large, "odd": np.ones((1 << 20) + 1, np.int8)}, torch.ones(3)]):
-        handover, queue = Handover(value), context.Queue()
+        handover, queue = SharedArrays(value), context.Queue()
         for _ in range(2):
             process = context.Process(target=send, args=(queue, handover))
             process.start()
