@@ -167,10 +167,10 @@ class TopKLogits(_Distribution):
 
 @dataclass(frozen=True)
 class CompactLogits(BatchValue):
-    """Every logit, kept in the arrays of an encoding until it is asked for.
+    """Every logit, in the arrays of an encoding, decoded when it is first read.
 
-    rows: arrays [B, ...] by name; decode: turns them into logits, float32 [B, num_classes], on the device where they
-    are. Decoded once, by whoever asks first.
+    rows: arrays [B, ...] by name; decode: turns them into logits, float32 [B, num_classes], on their
+    device.
     """
 
     rows: Mapping[str, Tensor]

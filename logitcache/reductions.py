@@ -1,4 +1,4 @@
-"""What may be kept of a tap, and compared: the same reductions of a teacher's and of a student's features.
+"""Reductions of features: the same for what is stored of a teacher and for what a student is compared by.
 
 Features are maps [B, C, H, W], tokens [B, N, D] or vectors [B, D].
 """

@@ -1,4 +1,4 @@
-"""`Targets`: a teacher's answers for a batch, read from a cache or computed by the live teacher."""
+"""Targets: the teachers' answers for a batch, read from a cache or computed by live teachers."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ from logitcache.logits import BatchValue, Logits, at_least_float32, log_probs
 
 @dataclass(frozen=True)
 class CompactFeature(BatchValue):
-    """A feature, kept in the arrays of an encoding until it is asked for.
+    """A feature, in the arrays of an encoding, decoded when it is first read.
 
-    rows: arrays [B, ...] by name; decode: turns them into features, float32 [B, *shape], on the device where they are.
+    rows: arrays [B, ...] by name; decode: turns them into features, float32 [B, *shape], on their device.
     """
 
     rows: Mapping[str, Tensor]
@@ -101,7 +101,7 @@ class Targets(BatchValue):
 
 @dataclass(frozen=True)
 class MixedLabels(BatchValue):
-    """What mixing made of labels: the partners' labels, like the own ones, and the weight of these, float32 [B]."""
+    """Labels of mixed images: the partners' labels, like the own ones, and the weight of the own ones, float32 [B]."""
 
     partners: Tensor
     share: Tensor
@@ -112,7 +112,7 @@ class Batch(BatchValue):
     """Images uint8 [B, C, H, W], labels int64 [B] (-1: unlabelled), keys int64 [B, 2], and targets by teacher.
 
     Labels of any number of classes an image are int8 [B, C]: 1 for a class that is there, 0 for one that is not, -1
-    where that is unknown. Where images are mixed with partners, `mixed` says what that makes of the labels.
+    if unknown. If images are mixed with partners, `mixed` has the partners' labels and the weights.
     """
 
     images: Tensor

@@ -1,4 +1,4 @@
-"""Between a student's features and a teacher's: what brings both to the same places, and learnt maps of channels."""
+"""Adapters of features: bring a student's and a teacher's to the same places, and map channels."""
 
 import itertools
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ def num_pooled(shape: Shape) -> int:
 
 
 class Projection(nn.Linear):
-    """A linear map of the last axis, a 1 × 1 convolution of maps; float32 whatever autocast says."""
+    """A linear map of the last axis, a 1 × 1 convolution of maps; float32 also under autocast."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Map [..., C] to [..., D]."""

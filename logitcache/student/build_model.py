@@ -1,4 +1,4 @@
-"""The model to train, proved to fit what it learns from before the first step."""
+"""Build the model to train and its adapters, and check that they fit what it learns from."""
 
 from collections.abc import Mapping, Sequence
 

@@ -21,7 +21,7 @@ Members = Annotated[tuple[Name, ...], Field(min_length=2)]
 
 
 class EnsembleBase(Component, ABC):
-    """What makes one of `teachers`, by default of all that have logits: whose answers count how much, row by row."""
+    """How several `teachers`, by default all that have logits, become one: the weight of each, row by row."""
 
     needs_labels: ClassVar[bool] = False
 
@@ -100,7 +100,7 @@ Ensemble = Annotated[Mean | ByConfidence | ByEntropy, Field(discriminator="kind"
 
 
 def with_ensembles(batch: Batch, ensembles: Mapping[str, Ensemble]) -> Batch:
-    """Add to a batch what each ensemble says, under the ensemble's name."""
+    """Add each ensemble's targets to a batch, under the ensemble's name."""
     added = {name: _answer(ensemble, batch) for name, ensemble in ensembles.items()}
     return replace(batch, teachers={**batch.teachers, **added})
 

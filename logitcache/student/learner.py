@@ -132,7 +132,7 @@ class Learner:
         }
 
     def finite(self) -> bool:
-        """Say whether every loss of the epoch so far and every weight is a number."""
+        """Return whether every loss of the epoch so far and every weight is finite."""
         values = [self.sums, *(parameter.detach() for parameter in self.trained.parameters())]
         return self.ranks.every(all(bool(value.isfinite().all()) for value in values))
 

@@ -1,4 +1,4 @@
-"""The processes that train together, as torchrun starts them: what they share out, add up and agree on."""
+"""Ranks: the processes that train together, as torchrun starts them."""
 
 import itertools
 import os
@@ -31,7 +31,7 @@ _meetings = itertools.count()
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process, `rank` of `size`; alone by default, and every method is then the plain thing.
+    """This process, `rank` of `size`; alone by default, and no method then exchanges anything.
 
     The methods that exchange anything are for all ranks together, in the same order.
     """
@@ -41,7 +41,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes and tells."""
+        """Whether this process writes files and messages."""
         return self.rank == 0
 
     def use(self, device: torch.device) -> None:
@@ -60,7 +60,7 @@ class Ranks:
         """Return a module whose gradients are the mean over ranks after a backward pass."""
         if self.size == 1:
             return module
-        # Where nothing is unused, DDP would say on stderr at every start that it looked in vain.
+        # If nothing is unused, DDP warns on stderr at every start.
         module.register_parameter("unused", nn.Parameter(next(module.parameters()).new_zeros(1)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # older releases have no other name
@@ -93,7 +93,7 @@ class Ranks:
             values.copy_(sent)
 
     def every(self, holds: bool) -> bool:
-        """Say whether something holds on every rank."""
+        """Return whether something holds on every rank."""
         flag = torch.tensor(int(not holds))
         return self.add_up(flag).item() == 0
 
@@ -117,7 +117,7 @@ class Ranks:
         return values
 
     def rows_of_all(self, rows: Tensor, counts: list[int]) -> Tensor:
-        """Return the rows [B, ...] of all ranks, in their order; `counts` says how many each has."""
+        """Return the rows [B, ...] of all ranks, in their order; `counts`: how many each has."""
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in counts]
@@ -197,7 +197,7 @@ def _meet() -> tuple[Store, int, int]:
 
 @contextmanager
 def _shown_by_first(rank: int) -> Iterator[None]:
-    """Let the first rank alone show progress and warnings while the block runs: the others have the same to say."""
+    """Let only the first rank show progress and warnings in a block: those of the others are the same."""
     with warnings.catch_warnings(), nullcontext() if rank == 0 else silenced():
         # Compiled models meet the first; the user can do nothing about it.
         warnings.filterwarnings("ignore", "" if rank else "Grad strides do not match bucket view strides")
@@ -216,7 +216,7 @@ def _exit_code(error: Exception) -> int:
 
 
 def _explained(error: Exception, rank: int, size: int) -> Exception:
-    """Say what a broken connection means; leave every other error as it is."""
+    """Explain a broken connection; leave every other error as it is."""
     broken = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
     if not broken:
         return error

@@ -45,9 +45,9 @@ class ClassGroups(Component):
 class Validation(Component):
     """Untouched images to measure on: a data set, or a cache of it whose teacher the student is compared with.
 
-    `class_map` says which of the model's classes a class of the images is, by its name or index, where they have
-    others. Of images of any number of classes, answers are yes where their probability is above `threshold`. `groups`
-    and `taps`, modules to compare with the teachers' features, are for `evaluate` alone.
+    `class_map` maps classes of the images, by name or index, to those of the model, if they differ. Of images of any
+    number of classes, answers are yes where their probability is above `threshold`. `groups` and `taps`, modules to
+    compare with the teachers' features, are for `evaluate` alone.
     """
 
     dataset: Dataset | None = None
@@ -70,7 +70,7 @@ class Validation(Component):
 
 
 class LiveTeacher(Component):
-    """A teacher of the cache, for --online, where the cache alone cannot say how to build it."""
+    """A teacher of the cache, for --online, if the cache does not record how to build it."""
 
     model: Model
     preprocessing: Preprocessing | None = None
@@ -82,11 +82,11 @@ class TrainingRecipe(Component):
     `model` may be left out if the module itself is passed.
     `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. An epoch is as many images
     as there are; with `views_per_image` k it is k views of every k-th image, so that one decode serves k views.
-    `keep` says of which epoch the weights are that the run ends with: the last, or the one that measured best.
+    `keep`: the run ends with the weights of the last epoch, or of the one that measured best.
     `sampling` may draw images by class instead, as many. `sync_batch_norm` normalises by the whole batch where several
     processes share it, each on a CUDA device.
-    `tap_layouts` says, by tap, where a module of the student puts its channels; by default that is decided.
-    `verify` says how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits` what counts
+    `tap_layouts`: by tap, where a module of the student puts its channels; by default that is decided.
+    `verify`: how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits`: what counts
     as the drift of other kernels; `factories` are the functions of the user's own code that a cache's views may call,
     `trust` the digests of caches that may name data sets and teachers beyond the allow-list.
     """
@@ -192,10 +192,10 @@ class TrainingRecipe(Component):
 
 
 class StudentRecipe(TrainingRecipe):
-    """A student that learns from a cache; `dataset` says where its images lie now, when they have moved.
+    """A student that learns from a cache; `dataset` names its images if they have moved.
 
-    `num_views` takes only the first views of the cache; by default those that it has when the run begins. `replay` says
-    whether the parameters of augmentations are drawn again or, where the cache has recorded them, read. `ensembles` are
+    `num_views` takes only the first views of the cache; by default those that it has when the run begins. `replay`:
+    the parameters of augmentations are drawn again or, if the cache has recorded them, read. `ensembles` are
     teachers made of the cache's, for losses to name.
     """
 

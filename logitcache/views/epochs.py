@@ -55,7 +55,7 @@ class EpochLoader:
     serves k views: an epoch takes k views of every k-th image, and each k epochs together take k views of every image.
     Partners that are mixed with one another come together. Of several processes, `rank` of `world_size` takes its part
     of every batch of `batch_size`; by default those of torch.distributed, if it is initialised when an epoch starts.
-    With `checksums_of`, every image that is rendered is compared. `sampling` says which images an epoch takes: by
+    With `checksums_of`, every image that is rendered is compared. `sampling` chooses the images of an epoch: by
     default every one once.
     """
 

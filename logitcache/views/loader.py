@@ -150,7 +150,7 @@ class ViewLoader:
         self._images = _outliving_workers([], [], 0)
         self._sampler, self._has_copied = _Batches(), False
         with warnings.catch_warnings():
-            # How many workers pay is for the user to say: many of them wait for disks.
+            # The user decides how many workers pay: many of them wait for disks.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             self._loader: DataLoader[Rendered] | None = DataLoader(
                 _Renderer(views),  # type: ignore[arg-type]  # only `__getitems__` is used
@@ -219,7 +219,7 @@ def _outliving_workers(
         yield from _started(loader)
     except (RuntimeError, OSError, EOFError) as error:
         # Pixels are fetched from the worker that announced them, and its connections end a little before it does;
-        # torch itself says that a worker has ended, and where an error of the data set comes from.
+        # torch's own errors name an ended worker, or the data set's error.
         is_certain = isinstance(error, RuntimeError) or "in DataLoader worker process" in str(error)
         ended = _ended(workers, 0.0 if is_certain else _ENDING)
         if ended is not None:

@@ -22,7 +22,7 @@ class SharedArrays:
     """A value for processes that are being started on this machine.
 
     NumPy arrays of a MiB or more, wherever in it they are, share their memory among these processes until one of them
-    is written to; whoever writes then has a copy of what it wrote on. Tensors are shared as torch does.
+    is written to; a process that writes gets a copy of the pages that it writes to. Tensors are shared as torch does.
     """
 
     def __init__(self, value: object) -> None:

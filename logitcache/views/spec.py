@@ -1,4 +1,4 @@
-"""`ViewSpec` says which pixels; `Views` renders them from a data set."""
+"""`ViewSpec` describes views; `Views` renders them from a data set."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ class ViewSpec(Component):
     """A number of deterministically augmented copies of every image.
 
     The pixels of a view are a pure function of the other fields, the key and the number of images; `num_views` only
-    says how many of the endless row of views there are.
+    counts the views that are used.
 
     Where there is `mixing`, each image is mixed with a partner from the same `pairing_window` consecutive images (by
     default from all), another in each view. With `targets: linear` the teacher answers the images before they are

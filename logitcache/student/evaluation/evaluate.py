@@ -79,8 +79,8 @@ def evaluate(
 ) -> EvaluationResult:
     """Measure a finished run on its recipe's validation images, or on others by `overrides` (validation.cache=…).
 
-    What the run's files name as a factory is not called: the user says it again. `teachers`, where they are at hand,
-    are weighed and timed beside the student.
+    A factory that the run's files name is not called unless the user states it again. `teachers` that are at hand are
+    weighed and timed beside the student.
     """
     run = Path(run)
     recipe = read_run(run, overrides)
@@ -188,14 +188,14 @@ def _learnt_from(
 
 
 def _counts(labels: Labels, labelled: int | None, num_classes: int) -> NDArray[np.int64] | None:
-    """Count images by class, where their classes are those of the model."""
+    """Count images by class, if their classes are those of the model."""
     return class_counts(labels, num_classes) if labelled == num_classes else None
 
 
 def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | TeacherRecipe:
     """Read a run's recipe, but for its model, which `model.json` tells; `overrides` change it.
 
-    No factory is left in it that a file names: what the user does not say again is refused or taken out.
+    No factory that a file names is left in it: what the user does not state again is refused or removed.
     """
     path = run / "recipe.yaml"
     digest = _digest(path)

@@ -1,4 +1,4 @@
-"""What is measured of answers to images of any number of classes: a yes or no to each."""
+"""Figures for images of any number of classes: a yes or no to each."""
 
 import functools
 import math
@@ -73,7 +73,7 @@ class GroupPrecision:
 
 @dataclass(frozen=True)
 class _Answers:
-    """Of some rows logits, labels and, where there is a teacher, its log-odds, each [B, C]; and the sum of KL."""
+    """Logits, labels and, if there is a teacher, its log-odds of some rows, each [B, C]; and the sum of KL."""
 
     logits: Numbers
     labels: NDArray[np.int8]
@@ -90,7 +90,7 @@ class MultiLabelTally:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, teachers: Mapping[str, Targets], threshold: float = THRESHOLD) -> Self:
-        """Take a batch: logits [B, C], labels [B, C], 1, 0 or -1 for what is unknown, and what the teachers say."""
+        """Take a batch: logits [B, C], labels [B, C], 1, 0 or -1 for what is unknown, and the teachers' targets."""
         z = logits.to("cpu", torch.float64)
         taught, kl = None, 0.0
         if teachers and all(targets.keeps_logits for targets in teachers.values()):

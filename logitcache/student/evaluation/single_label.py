@@ -1,4 +1,4 @@
-"""What is measured of answers: counts that add up over batches, and the figures made of them."""
+"""Figures for images of one class: counts that add up over batches, and what is computed from them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,7 +80,7 @@ class Tally:
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, teachers: Mapping[str, Targets]) -> Self:
-        """Count a batch: logits [B, C], labels int64 [B], -1 for none, and what the teachers say of it."""
+        """Count a batch: logits [B, C], labels int64 [B], -1 for none, and the teachers' targets."""
         found = _of_rows(logits, labels, teachers).to("cpu", torch.float64).numpy()
         label, top1, top5, confidence, taught, agreement, kl, teacher_top1 = found
         known = label >= 0
@@ -152,7 +152,7 @@ def _summed(places: NDArray[np.int64], columns: list[Counts], count: int) -> Cou
 
 
 class Counted(Protocol):
-    """What is measured of a class, and the images that it was trained on, where that is known."""
+    """The figures of a class, and its number of training images, if known."""
 
     @property
     def training_images(self) -> int | None: ...

@@ -1,4 +1,4 @@
-"""Run a model over untouched images, beside the teacher where a cache has its answers."""
+"""Run a model over validation images, and compare it with the teacher if a cache has its answers."""
 
 import functools
 import operator
@@ -41,9 +41,9 @@ AnyMeasures = Measures | MultiLabelMeasures
 class Validator:
     """Images to measure on, in order, with the teacher's answers where they are known.
 
-    `labels` [N], where they are given, take the place of the images' own: of a data set of other classes, in those of
-    the model. Images whose label is -1 there are left out. `threshold` is the probability above which answers to images
-    of any number of classes are yes.
+    `labels` [N], if given, replace the images' own: those of a data set of other classes, in the model's classes.
+    Images whose label is -1 there are left out. `threshold` is the probability above which answers to images of any
+    number of classes are yes.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Validator:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the model's classes, where the images have them."""
+        """Names of the model's classes, if the images have them."""
         return self._views.dataset.class_names if self._labels is None else None
 
     @property
@@ -85,7 +85,7 @@ class Validator:
         return self._views.spec.augmentations
 
     def identity(self) -> dict[str, Any]:
-        """Say which images and whose answers these are; reads the images that are not remembered."""
+        """Return what identifies the images and the answers; reads the images that are not remembered."""
         if self.cache is not None:
             manifest = self.cache.manifest
             return {"cache": manifest.restricted(1, manifest.targets).content_digest()}
@@ -184,7 +184,7 @@ def only_logits(cache: Cache) -> Cache:
 def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_classes: int) -> NDArray[np.int64]:
     """Return the labels of a data set in the model's classes, [N]; -1 for images of classes that are not mapped.
 
-    A key is the name of one of the data set's classes or, where none has that name, its index. Raises RecipeError for
+    A key is the name of one of the data set's classes or, if none has that name, its index. Raises RecipeError for
     classes that are not there, on either side.
     """
     if is_multi_label(dataset.labels):

@@ -1,4 +1,4 @@
-"""Binary cross-entropy against labels of any number of classes an image, where they are known."""
+"""Binary cross-entropy against the known labels of any number of classes an image."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -35,7 +35,7 @@ def binary_cross_entropy(
 
 
 class PositiveWeights(nn.Module):
-    """By how much more a class counts where it is there, [1] or [C]."""
+    """By how much more a class counts in images of it, [1] or [C]."""
 
     weights: Tensor
 

@@ -1,4 +1,4 @@
-"""Cross-entropy against labels, where there are labels."""
+"""Cross-entropy against labels."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -76,7 +76,7 @@ class CrossEntropy(LossBase):
         return cross_entropy(context.adapter(outputs.logits), batch.labels, self.label_smoothing, batch.mixed)
 
     def adapter(self, site: Site) -> nn.Module:
-        """Build what adjusts the logits, where they are."""
+        """Build what adjusts the logits, on their device."""
         if not self.logit_adjustment:
             return nn.Identity()
         assert site.class_counts is not None, "the loss needs labels"

@@ -22,7 +22,7 @@ from logitcache.targets import Batch, Targets
 def softmax_regression(student: Tensor, weight: Tensor, bias: Tensor, logits: Logits) -> Tensor:
     """Return the mean of (W f_s + b - z_t)² over rows and classes, a scalar, at least float32.
 
-    What the teacher's last layer says to the student's features, against what it said to the teacher's. `student`:
+    The logits of the teacher's last layer on the student's features, against those on the teacher's. `student`:
     vectors [B, D] of a projection that is trained with the student; `weight`: [C, D]; `bias`: [C]; `logits`: [B, C]
     or a batch's targets. Raises RecipeError if these keep no logits.
     """

@@ -180,7 +180,7 @@ class RunDirectory:
 
     @_by_first
     def open(self, recipe: Component, identity: dict[str, Any]) -> None:
-        """Fill the directory and say in it what the run is; a continuation adds its versions where they changed."""
+        """Write the recipe and the environment; a continuation adds its versions if they changed."""
         sessions = self._sessions().versions
         sessions += [versions()] * (versions() not in sessions[-1:])
         remove_leftovers(self.path)

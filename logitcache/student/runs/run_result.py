@@ -1,4 +1,4 @@
-"""What a run ends with: what it measured, and the weights of the last epoch or of the one that measured best."""
+"""The result of a run: its figures, and the weights of the last epoch or of the one that measured best."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -44,7 +44,7 @@ class RunResult:
 
 
 def require_measurable(recipe: TrainingRecipe, validator: Validator | None) -> None:
-    """Raise RecipeError if the best epoch is to be kept and no image says which that is."""
+    """Raise RecipeError if the best epoch is to be kept and there is no labelled image to measure."""
     if recipe.keep == "best" and (validator is None or not validator.is_labelled):
         raise RecipeError("keep: best needs labelled images to measure on. Fix: keep: last, or other validation images")
 

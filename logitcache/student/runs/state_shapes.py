@@ -1,4 +1,4 @@
-"""A state from a file, compared with a learner's own before anything of it is loaded."""
+"""Compare the types and shapes of a checkpoint with the learner's before anything is loaded."""
 
 import math
 from collections.abc import Mapping, Sequence

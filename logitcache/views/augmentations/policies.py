@@ -33,7 +33,7 @@ PolicyFill = Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | None
 
 
 def overlap(shift: int, length: int) -> tuple[int, int, int]:
-    """Return where the part of a line that stays inside begins, where it begins once shifted, and its length."""
+    """Return the start of the part of a line that stays inside, its start once shifted, and its length."""
     return max(-shift, 0), max(shift, 0), max(length - abs(shift), 0)
 
 

@@ -1,4 +1,4 @@
-"""Data sets: what every kind offers, and the fingerprint that tells two of them apart."""
+"""Data sets: what every kind offers, and the fingerprint that identifies one."""
 
 import hashlib
 import warnings
@@ -103,7 +103,7 @@ class DatasetBase(Extended, ABC):
 class Fingerprint(Component):
     """What two data sets must share to be the same: names, order, classes, labels, sizes and every byte.
 
-    `multi_label` says that labels are multi-hot.
+    `multi_label`: labels are multi-hot.
     """
 
     num_images: Count
@@ -153,7 +153,7 @@ def fingerprint(dataset: ImageDataset) -> Fingerprint:
 
 
 def is_multi_label(labels: Labels) -> bool:
-    """Say whether images are of any number of classes each."""
+    """Return whether labels are multi-hot: any number of classes an image."""
     return labels.ndim == 2
 
 

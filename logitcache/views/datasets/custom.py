@@ -69,7 +69,7 @@ def class_names(source: object) -> tuple[str, ...] | None:
 
 
 def _offers(value: object, attribute: str) -> bool:
-    """Say whether an attribute is there, without computing it."""
+    """Return whether an attribute exists, without computing it."""
     missing = object()
     return inspect.getattr_static(value, attribute, missing) is not missing
 

@@ -37,7 +37,7 @@ class ImageFolder(DatasetBase):
     their names. With `labelled: false` every image below `root` is taken, without a label. By default class folders are
     classes if there are any; images right in `root`, without such folders beside them, then have no labels. `decoder`:
     what turns files into pixels, at full resolution; it is part of the stored form because decoders differ.
-    `orientation`: whether images are turned as the EXIF orientation of cameras says.
+    `orientation`: whether images are turned by the EXIF orientation of cameras.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"orientation"})

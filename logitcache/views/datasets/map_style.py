@@ -56,7 +56,7 @@ class MapImages:
 
     @property
     def num_classes(self) -> int | None:
-        """What the object says, else one more than the largest label; of multi-hot labels their length."""
+        """The object's own number, else one more than the largest label; of multi-hot labels their length."""
         stated = self._num_classes or (len(self._class_names) if self._class_names else None)
         return num_classes_of(self.labels, stated, self.ids, self._name)
 

@@ -32,7 +32,7 @@ class Torchvision(DatasetBase):
     """A class of torchvision.datasets, for instance FashionMNIST.
 
     `split` goes to the class's `train` (train or test) or `split`, whichever it has; `options` are
-    its other arguments. Nothing is downloaded unless `download` says so.
+    its other arguments. Nothing is downloaded without `download`.
     """
 
     kind: Literal["torchvision"] = "torchvision"

@@ -31,10 +31,10 @@ class WebDataset(DatasetBase):
     """Tar archives of samples, at paths or URLs: "s3://bucket/train-{000..146}.tar", or a list of them.
 
     Members that share their path up to the first dot of the file's name are a sample, and that path is its id: an
-    image, told by its extension, and a label, `cls`: the index of a class, or a list of 1, 0 and -1 (unknown) for each.
+    image, by its extension, and a label, `cls`: the index of a class, or a list of 1, 0 and -1 (unknown) for each.
     With `labelled: false` labels are left alone; with `labelled: true` there must be some; by default there may be.
-    `num_classes`: by default one more than the largest label. `orientation`: whether images are turned as the EXIF
-    orientation of cameras says.
+    `num_classes`: by default one more than the largest label. `orientation`: whether images are turned by the EXIF
+    orientation of cameras.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"orientation"})
@@ -137,7 +137,7 @@ class ShardImages(ImageFiles):
                 "  Fix: put it back; shards must not change during a run."
             ) from cause
         except RemoteError as error:
-            with contextlib.suppress(RemoteError):  # what went wrong first says more
+            with contextlib.suppress(RemoteError):  # the first error explains more
                 if differ(shard.entry(), self._samples.states[span.shard]):
                     raise self._changed(span.shard, span.samples[0]) from error
             raise

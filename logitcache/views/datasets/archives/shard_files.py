@@ -61,7 +61,7 @@ class RemoteShard:
         return str(self._remote)
 
     def entry(self) -> Entry:
-        """Return the size, and what changes with the content, where the storage has that."""
+        """Return the size, and what changes with the content, if the storage has that."""
         return self._remote.entry()
 
     @contextlib.contextmanager

@@ -105,7 +105,7 @@ def _digest(entry: Entry) -> bytes:
 
 
 def differ(one: Entry, other: Entry) -> bool:
-    """Whether two states are of different contents, as far as they tell."""
+    """Return whether two states are surely of different contents."""
     return one.size != other.size or (one.tag != other.tag and bool(one.tag and other.tag))
 
 

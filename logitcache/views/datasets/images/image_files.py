@@ -1,4 +1,4 @@
-"""Image files: which are read, how their bytes become pixels, and what their heads say.
+"""Image files: which are read, how their bytes become pixels, and what their heads hold.
 
 Pixels are those of torchvision's ImageFolder, with these differences: 16-bit grey is scaled and not clipped, and GIF is
 read (its first frame). The EXIF orientation is ignored, as there, or applied; Pillow itself applies that of TIFF.
@@ -50,7 +50,7 @@ Image.init()  # formats can be named only once every plugin is there
 
 
 class Head(NamedTuple):
-    """What the head of a file says: height and width of what is stored, and the EXIF orientation, 1 without any."""
+    """The head of a file: height and width of what is stored, and the EXIF orientation, 1 without any."""
 
     height: int
     width: int
@@ -104,18 +104,18 @@ def _orientation(image: Image.Image) -> int:
         return _UPRIGHT
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
-    except Exception:  # broken EXIF makes Pillow raise anything, and says nothing of the pixels
+    except Exception:  # broken EXIF makes Pillow raise anything; the pixels may be sound
         return _UPRIGHT
     return found if found in _TURNS else _UPRIGHT
 
 
 def is_image(path: str) -> bool:
-    """Say whether a file's name is that of an image; raises DataError for a type of image that is not read."""
+    """Return whether a file's name is that of an image; raises DataError for a type of image that is not read."""
     return is_read(os.path.splitext(path)[1], path)
 
 
 def is_read(extension: str, path: str) -> bool:
-    """Say whether an extension is that of an image; raises DataError for a type of image that is not read."""
+    """Return whether an extension is that of an image; raises DataError for a type of image that is not read."""
     if extension.lower() in _OTHER_IMAGES:
         raise DataError(
             f"'{path}' is an image of a type that is not read.\n  Fix: convert it ({known()}), or move it away."

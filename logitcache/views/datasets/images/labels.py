@@ -1,4 +1,4 @@
-"""Labels: one class an image, or a yes or no to every class; what is made and asked of them."""
+"""Labels: one class an image, or a yes or no to every class."""
 
 import json
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _SHAPES = "a label is one whole number, -1 or None; or, of any number of classes
 
 
 def as_label(label: object) -> Labels:
-    """Return what an item says of its classes, int64 [] or int8 [C]; -1 for what is unknown.
+    """Return the label of an item, int64 [] or int8 [C]; -1 for what is unknown.
 
     Raises ValueError for what is neither a whole number nor a vector of 1, 0 and -1 for two classes or more.
     """

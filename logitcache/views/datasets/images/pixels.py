@@ -18,8 +18,8 @@ _MOST_CHANNELS = 4
 def from_pil(image: Image.Image, mode: Mode | None) -> Tensor:
     """Return uint8 [C, H, W]: C is 1 for mode L and 3 for RGB; without a mode, as the image is.
 
-    Pillow converts, as in torchvision; but 16-bit grey loses its low byte, where Pillow would clip
-    it. Raises ValueError for floating-point images and for integers above 16 bits.
+    Pillow converts, as in torchvision; but 16-bit grey loses its low byte; Pillow would clip it. Raises ValueError for
+    floating-point images and for integers above 16 bits.
     """
     mode = mode or ("L" if image.mode in _GREY else "RGB")
     if image.mode == "F":

@@ -22,7 +22,7 @@ def untouched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def torch_untouched() -> Iterator[None]:
-    """Restore torch's generators: microseconds, where numpy's takes a hundred of them."""
+    """Restore torch's generators, in a hundredth of the time that numpy's takes."""
     host = torch.default_generator.get_state()
     # torch.manual_seed reaches the generators of every device, even where only a CPU draw follows.
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

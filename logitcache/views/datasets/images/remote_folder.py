@@ -144,7 +144,7 @@ class RemoteImages(ImageFiles):
                 "  Fix: put it back; the folder must not change during a run."
             ) from cause
         except RemoteError as error:
-            with contextlib.suppress(RemoteError):  # what went wrong first says more
+            with contextlib.suppress(RemoteError):  # the first error explains more
                 now = self._remote.entry(name).size
                 if now != length:
                     raise self._changed(index, f"{now} bytes where {length} were listed") from error
