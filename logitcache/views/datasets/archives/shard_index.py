@@ -2,9 +2,8 @@
 
 import hashlib
 import io
-import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,33 +19,40 @@ from logitcache.store.turns import turn
 from logitcache.views.datasets.archives.shard_files import Shard
 from logitcache.views.datasets.archives.tar_members import Member, members
 from logitcache.views.datasets.base import first_word
+from logitcache.views.datasets.images.ids import PackedIds, narrowed
 from logitcache.views.datasets.images.image_files import head_of, is_read, known, some
 from logitcache.views.datasets.scan_memory import recall, remember
 
 LABEL = ".cls"
-SAMPLES = np.dtype(
-    [
-        ("start", "<i8"),
-        ("size", "<i8"),
-        ("digest", "<u8"),
-        ("height", "<i8"),
-        ("width", "<i8"),
-        ("orientation", "<i8"),
-        ("name", "<i8"),
-        ("label", "<i8"),
-    ]
-)
-"""Where an image lies in its archive, what it is, and the lengths of its name and of its label's text (-1: none)."""
+Unsigned = NDArray[np.unsignedinteger[Any]]
 
 _reading = threading.BoundedSemaphore(4)  # archives read through at a time: each holds some of its parts in memory
 
 
-class ShardIndex(NamedTuple):
-    """The images of an archive: rows of SAMPLES [n], the names of their members, and the texts of their labels."""
+class Places(NamedTuple):
+    """The first byte and the length of each image in its archive, [n], its digest [n], its head [n, 3].
 
-    samples: NDArray[np.void]
-    names: list[str]
+    Numbers have the narrowest type that holds them.
+    """
+
+    starts: Unsigned
+    lengths: Unsigned
+    digests: Unsigned
+    heads: Unsigned
+
+    def pieces(self, indices: Sequence[int]) -> list[tuple[int, int]]:
+        """Return the first byte and the length of each image."""
+        rows = list(indices)
+        return list(zip(self.starts[rows].tolist(), self.lengths[rows].tolist(), strict=True))
+
+
+class ShardIndex(NamedTuple):
+    """The images of an archive: `labels` are the different label texts, None first, `label_of` [n] points to them."""
+
+    ids: PackedIds
+    places: Places
     labels: list[bytes | None]
+    label_of: Unsigned
 
 
 class _Sample:
@@ -84,8 +90,13 @@ def index_of(shard: Shard, given_up: threading.Event) -> tuple[Entry, ShardIndex
 
 
 def _recalled(path: Path | None, entry: Entry) -> ShardIndex | None:
-    arrays = recall(path, _digest(entry))
-    return None if arrays is None else _unpacked(**arrays)
+    found = recall(path, _digest(entry))
+    if found is None:
+        return None
+    places = Places(*(found[name] for name in Places._fields))
+    texts = PackedIds.of_arrays(found["label_text"], found["label_ends"])
+    labels = [None, *(text.encode(errors="surrogateescape") for text in texts)]
+    return ShardIndex(PackedIds.of_arrays(found["id_text"], found["id_ends"]), places, labels, found["label_of"])
 
 
 def _found(shard: Shard, before: Entry, path: Path | None, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
@@ -96,7 +107,10 @@ def _found(shard: Shard, before: Entry, path: Path | None, given_up: threading.E
     if differ(before, after):
         raise DataError(f"shard '{shard}' changed while it was read.\n  Fix: run again once it is written.")
     if before == after:
-        remember(path, _digest(before), _packed(index))
+        texts = PackedIds(text.decode(errors="surrogateescape") for text in index.labels if text is not None)
+        arrays = {"id_text": index.ids.text, "id_ends": index.ids.ends, "label_of": index.label_of}
+        arrays |= {"label_text": texts.text, "label_ends": texts.ends} | index.places._asdict()
+        remember(path, _digest(before), arrays)
     return after, index
 
 
@@ -130,17 +144,19 @@ def _complete(shard: Shard, samples: Mapping[str, _Sample]) -> ShardIndex:
     """Put samples together; raises DataError where there is none, or one without an image."""
     if not samples:
         raise DataError(f"shard '{shard}' holds no samples.\n  Fix: put images into it ({known()}), or leave it out.")
-    rows, names = [], []
+    places = []
     for key, sample in samples.items():
         if sample.image is None:
             raise DataError(
                 f"sample '{key}' of shard '{shard}' has no image, but {some(sample.members)}: what shares a name up to "
                 f"the first dot is a sample.\n  Fix: give it one ({known()}), or take it out."
             )
-        name, place = sample.image
-        names.append(name)
-        rows.append((*place, len(os.fsencode(name)), -1 if sample.label is None else len(sample.label)))
-    return ShardIndex(np.array(rows, SAMPLES), names, [sample.label for sample in samples.values()])
+        places.append(sample.image[1])
+    starts, lengths, digests, *heads = map(np.array, zip(*places, strict=True))
+    texts: dict[bytes | None, int] = {None: 0}
+    label_of = np.array([texts.setdefault(sample.label, len(texts)) for sample in samples.values()])
+    columns = Places(narrowed(starts), narrowed(lengths), digests.astype(np.uint64), narrowed(np.stack(heads, axis=1)))
+    return ShardIndex(PackedIds(samples), columns, list(texts), narrowed(label_of))
 
 
 def _plain(name: str) -> str:
@@ -200,21 +216,3 @@ def _unreadable(shard: Shard, cause: Exception) -> DataError:
         reason = cause.strerror or "it is not there"
         fix = "correct shards, or put it back and make it readable."
     return DataError(f"shard '{shard}' cannot be read: {reason}.\n  Fix: {fix}")
-
-
-def _packed(index: ShardIndex) -> dict[str, NDArray[Any]]:
-    texts = [os.fsencode(name) for name in index.names] + [label or b"" for label in index.labels]
-    return {"samples": index.samples, "texts": np.frombuffer(b"".join(texts), np.uint8)}
-
-
-def _unpacked(samples: NDArray[np.void], texts: NDArray[np.uint8]) -> ShardIndex:
-    lengths = np.concatenate([samples["name"], np.maximum(samples["label"], 0)])
-    stops, text = np.cumsum(lengths).tolist(), texts.tobytes()
-    pieces = [text[start:stop] for start, stop in zip([0, *stops], stops, strict=False)]
-    names, labels = pieces[: len(samples)], pieces[len(samples) :]
-    there = (samples["label"] >= 0).tolist()
-    return ShardIndex(
-        samples,
-        [os.fsdecode(name) for name in names],
-        [label if has else None for label, has in zip(labels, there, strict=True)],
-    )

@@ -4,7 +4,7 @@ import operator
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,24 +59,30 @@ class PackedIds(_Names):
         for name in names:
             text += name.encode(errors="surrogateescape")
             ends.append(len(text))
-        self._text = np.frombuffer(text, np.uint8).copy()  # without what the buffer could still grow by
-        self._ends = narrowed(np.frombuffer(ends, np.int64))
+        self.text: NDArray[np.uint8] = np.frombuffer(
+            text, np.uint8
+        ).copy()  # without what the buffer could still grow by
+        self.ends: NDArray[np.integer[Any]] = narrowed(np.frombuffer(ends, np.int64))
 
     @classmethod
-    def joined(cls, parts: Sequence["PackedIds"]) -> "PackedIds":
+    def of_arrays(cls, text: NDArray[np.uint8], ends: NDArray[np.integer[Any]]) -> Self:
+        """Take the bytes of all names, and where each ends."""
+        packed = cls()
+        packed.text, packed.ends = text, ends
+        return packed
+
+    @classmethod
+    def joined(cls, parts: Sequence["PackedIds"]) -> Self:
         """Return the names of all parts, one part after another."""
-        starts = np.cumsum([0, *(len(part._text) for part in parts)])
-        whole, total = cls(), int(starts[-1])
-        whole._text = np.concatenate([whole._text, *(part._text for part in parts)])
-        whole._ends = np.empty(sum(map(len, parts)), np.min_scalar_type(total))
-        place = 0
+        starts = np.cumsum([0, *(len(part.text) for part in parts)])
+        ends, place = np.empty(sum(map(len, parts)), np.min_scalar_type(int(starts[-1]))), 0
         for start, part in zip(starts.tolist(), parts, strict=False):
-            np.add(part._ends, start, out=whole._ends[place : place + len(part)], dtype=np.int64, casting="unsafe")
+            np.add(part.ends, start, out=ends[place : place + len(part)], dtype=np.int64, casting="unsafe")
             place += len(part)
-        return whole
+        return cls.of_arrays(np.concatenate([np.empty(0, np.uint8), *(part.text for part in parts)]), ends)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.ends)
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), _BLOCK):
@@ -85,9 +91,9 @@ class PackedIds(_Names):
     def _several(self, places: range) -> list[str]:
         if places.step != 1 or not places:
             return [self[place] for place in places]
-        stops = self._ends[places.start : places.stop].tolist()
-        first = int(self._ends[places.start - 1]) if places.start else 0
-        text = self._text[first : stops[-1]].tobytes()
+        stops = self.ends[places.start : places.stop].tolist()
+        first = int(self.ends[places.start - 1]) if places.start else 0
+        text = self.text[first : stops[-1]].tobytes()
         pairs = zip([first, *stops], stops, strict=False)
         return [text[start - first : stop - first].decode(errors="surrogateescape") for start, stop in pairs]
 
