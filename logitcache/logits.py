@@ -22,25 +22,25 @@ class BatchValue:
     def to(self, device: torch.device | str) -> Self:
         """Move to a device without waiting for the copies."""
         where = torch.device(device)
-        return _mapped(self, lambda tensor: to_device(tensor, where))
+        return mapped(self, lambda tensor: to_device(tensor, where))
 
     def __getitem__(self, rows: slice) -> Self:
         """Take some rows of the batch."""
-        return _mapped(self, lambda tensor: tensor[rows])
+        return mapped(self, lambda tensor: tensor[rows])
 
 
-def _mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:
+def mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:
     """Apply a function to each tensor in a value; what holds none stays as it is."""
     changed: object = value
     if isinstance(value, Tensor):
         changed = change(value)
     elif isinstance(value, BatchValue):
         names = [field.name for field in fields(cast(Any, value)) if field.init]
-        changed = replace(cast(Any, value), **{name: _mapped(getattr(value, name), change) for name in names})
+        changed = replace(cast(Any, value), **{name: mapped(getattr(value, name), change) for name in names})
     elif isinstance(value, Mapping):
-        changed = {name: _mapped(item, change) for name, item in value.items()}
+        changed = {name: mapped(item, change) for name, item in value.items()}
     elif isinstance(value, tuple):
-        changed = tuple(_mapped(item, change) for item in value)
+        changed = tuple(mapped(item, change) for item in value)
     return cast(T, changed)
 
 

@@ -4,7 +4,7 @@ import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -159,13 +159,18 @@ def joined() -> Iterator[Ranks]:
         yield ALONE
         return
     store, rank, size = _meet()
-    with _shown_by_first(rank):
+    # The other ranks' progress and warnings are the same as the first one's.
+    with warnings.catch_warnings(), nullcontext() if rank == 0 else silenced():
+        # Compiled models meet the named warning; the user can do nothing about it.
+        warnings.filterwarnings("ignore", "" if rank else "Grad strides do not match bucket view strides")
         try:
             yield Ranks(rank, size)
             Ranks(rank, size).every(True)  # a rank that leaves early would cut off one that still listens
         except Exception as error:
-            shown = _explained(error, rank, size)
-            if not _first_to_fail(store):
+            shown, others_failed = _explained(error, rank, size), False
+            with suppress(dist.DistError):  # the store ends with the process that kept it
+                others_failed = store.add("failed", 1) > 1
+            if others_failed:
                 raise SystemExit(_exit_code(shown)) from error
             if shown is error:
                 raise
@@ -187,28 +192,12 @@ def _meet() -> tuple[Store, int, int]:
         store = PrefixStore(f"logitcache/{next(_meetings)}", store)
         dist.init_process_group(distributed_backend(), store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
     except dist.DistError as cause:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        place, first_line = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(cause).partition("\n")[0]
         raise RecipeError(
-            f"rank {os.environ['RANK']} cannot meet the others at {place}: {_first_line(cause)}. "
+            f"rank {os.environ['RANK']} cannot meet the others at {place}: {first_line}. "
             "Fix: the address of the first machine, and a port of it that is open to the others"
         ) from cause
     return store, rank, size
-
-
-@contextmanager
-def _shown_by_first(rank: int) -> Iterator[None]:
-    """Let only the first rank show progress and warnings in a block: those of the others are the same."""
-    with warnings.catch_warnings(), nullcontext() if rank == 0 else silenced():
-        # Compiled models meet the first; the user can do nothing about it.
-        warnings.filterwarnings("ignore", "" if rank else "Grad strides do not match bucket view strides")
-        yield
-
-
-def _first_to_fail(store: Store) -> bool:
-    try:
-        return store.add("failed", 1) == 1
-    except dist.DistError:  # it ended with the process that kept it
-        return True
 
 
 def _exit_code(error: Exception) -> int:
@@ -218,13 +207,9 @@ def _exit_code(error: Exception) -> int:
 def _explained(error: Exception, rank: int, size: int) -> Exception:
     """Explain a broken connection; leave every other error as it is."""
     broken = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
-    if not broken:
-        return error
-    return LogitCacheError(
+    first_line = str(error).partition("\n")[0]
+    lost = (
         f"rank {rank} lost another of the {size} processes that train together, which was killed or cut off: "
-        f"{_first_line(error)}. Fix: start all of them again with --resume"
+        f"{first_line}. Fix: start all of them again with --resume"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return LogitCacheError(lost) if broken else error

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitcache.logits import NO_LOGITS, at_least_float32, dense_logits
+from logitcache.logits import NO_LOGITS, at_least_float32, dense_logits, mapped
 from logitcache.student.losses import Loss
 from logitcache.student.ranks import Ranks
-from logitcache.targets import Batch, MixedLabels, Targets
+from logitcache.targets import Batch, Targets
 
 Rows = Callable[[Tensor], Tensor]
 
@@ -51,8 +51,8 @@ class WholeBatch:
         student = Targets(every_row(at_least_float32(outputs.logits)), features)
         teachers = {name: self._taught(name, targets, every_row) for name, targets in batch.teachers.items()}
         images = batch.images.new_empty(sum(counts), 0)
-        mixed = None if batch.mixed is None else _mixed(batch.mixed, every_row)
-        return student, Batch(images, every_row(batch.labels), every_row(batch.keys), teachers, mixed)
+        labels, keys = every_row(batch.labels), every_row(batch.keys)
+        return student, Batch(images, labels, keys, teachers, mapped(batch.mixed, every_row))
 
     def _taught(self, name: str, targets: Targets, every_row: Rows) -> Targets:
         """Return what the losses ask of one teacher: other logits may have no dense form."""
@@ -63,7 +63,3 @@ class WholeBatch:
             every_row(dense_logits(targets)) if dense else NO_LOGITS,
             {feature: every_row(at_least_float32(targets.features[feature])) for feature in features},
         )
-
-
-def _mixed(mixed: MixedLabels, every_row: Rows) -> MixedLabels:
-    return MixedLabels(every_row(mixed.partners), every_row(mixed.share))

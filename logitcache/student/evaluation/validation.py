@@ -24,7 +24,6 @@ from logitcache.student.lesson import views_of
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.targets import Batch
-from logitcache.views.augmentations import Augmentation
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, fingerprint, is_multi_label
 from logitcache.views.datasets.images.labels import class_index, listed_classes
@@ -56,8 +55,10 @@ class Validator:
         threshold: float = THRESHOLD,
     ) -> None:
         targets_of: TargetsOf = no_targets if cache is None else cache.rows
-        self.cache = cache
+        self.cache, self.augmentations = cache, views.spec.augmentations
         self._views, self._labels = views, labels
+        self.is_labelled = bool(((views.dataset.labels if labels is None else labels) >= 0).any())
+        self.class_names = views.dataset.class_names if labels is None else None
         several = functools.partial(MultiLabelTally.of, threshold=threshold)
         self._tally: Callable[..., AnyTally] = several if is_multi_label(views.dataset.labels) else Tally.of
         self._loader = EpochLoader(
@@ -67,22 +68,6 @@ class Validator:
         self._indices = range(count) if labels is None else np.flatnonzero(labels >= 0).tolist()
         self.num_images = len(self._indices)
         self.num_left_out = count - self.num_images
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the model's classes, if the images have them."""
-        return self._views.dataset.class_names if self._labels is None else None
-
-    @property
-    def is_labelled(self) -> bool:
-        """Whether any image has a label."""
-        labels = self._views.dataset.labels if self._labels is None else self._labels
-        return bool((labels >= 0).any())
-
-    @property
-    def augmentations(self) -> tuple[Augmentation, ...]:
-        """What is done to the images."""
-        return self._views.spec.augmentations
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the images and the answers; reads the images that are not remembered."""

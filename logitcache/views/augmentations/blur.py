@@ -46,23 +46,19 @@ class GaussianBlur(AugmentationBase):
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit and the standard deviation, in multiples of 1 / STEPS."""
-        self._require_mirrored(draws, sizes)
-        words = draws.words("blur", ordinal, 2)
-        low, high = self.sigma
-        sigmas = np.rint((low + (high - low) * uniform(words[:, 1])) * STEPS).astype(np.int64)
-        return np.stack([bernoulli(words[:, 0], self.p).astype(np.int64), sigmas], axis=1), sizes
-
-    def _require_mirrored(self, draws: Draws, sizes: Ints) -> None:
-        """Raise DataError for an image with fewer pixels than a reflection would repeat."""
         width, height = pair(self.kernel_size)
         missing = (np.array([height, width]) // 2 + 1 - sizes).max(axis=1, initial=0)
-        if (missing > 0).any():
+        if (missing > 0).any():  # a reflection would repeat more pixels than there are
             row = int(np.argmax(missing))
             raise DataError(
                 f"gaussian_blur cannot mirror the borders of image {int(draws.indices[row])} of size "
                 f"{tuple(sizes[row].tolist())} for a kernel of height {height} and width {width}. "
                 "Fix: a smaller kernel_size, or resize first"
             )
+        words = draws.words("blur", ordinal, 2)
+        low, high = self.sigma
+        sigmas = np.rint((low + (high - low) * uniform(words[:, 1])) * STEPS).astype(np.int64)
+        return np.stack([bernoulli(words[:, 0], self.p).astype(np.int64), sigmas], axis=1), sizes
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Blur the chosen images."""

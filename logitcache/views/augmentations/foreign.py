@@ -48,27 +48,21 @@ def _plan(draws: Draws, stream: str, ordinal: int, sizes: Ints, size: Size | Non
 
 def _apply(what: str, transform: Transform, images: Tensor, seeds: Ints, size: Size | None) -> Tensor:
     wanted = (images.shape[1], *(images.shape[2:] if size is None else pair(size)))
+    results = []
     with untouched():
-        return torch.stack(
-            [
-                _checked(what, _called(what, transform, image, row), wanted)
-                for image, row in zip(images, seeds.tolist(), strict=True)
-            ]
-        )
-
-
-def _called(what: str, transform: Transform, image: Tensor, seeds: Sequence[int]) -> object:
-    torch.default_generator.manual_seed(seeds[0])
-    np.random.seed(seeds[1])
-    random.seed(seeds[2])
-    try:
-        # A copy: it may write into its argument.
-        return transform(image.clone(memory_format=torch.contiguous_format))
-    except (Exception, SystemExit) as cause:  # the user's code may raise anything; it stays as the cause
-        raise RecipeError(
-            f"{what} failed on an image of shape {tuple(image.shape)}: {type(cause).__name__}: {cause}. Fix: let it "
-            "take every image, or put what it needs, such as a resize, before it"
-        ) from cause
+        for image, (of_torch, of_numpy, of_python) in zip(images, seeds.tolist(), strict=True):
+            torch.default_generator.manual_seed(of_torch)
+            np.random.seed(of_numpy)
+            random.seed(of_python)
+            try:
+                # A copy: it may write into its argument.
+                results.append(transform(image.clone(memory_format=torch.contiguous_format)))
+            except (Exception, SystemExit) as cause:  # the user's code may raise anything; it stays as the cause
+                raise RecipeError(
+                    f"{what} failed on an image of shape {tuple(image.shape)}: {type(cause).__name__}: {cause}. Fix: "
+                    "let it take every image, or put what it needs, such as a resize, before it"
+                ) from cause
+    return torch.stack([_checked(what, result, wanted) for result in results])
 
 
 def _checked(what: str, image: object, wanted: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -148,7 +148,7 @@ def fingerprint(dataset: ImageDataset) -> Fingerprint:
         ids=names_digest(dataset.ids),
         labels=_numbers_digest(labels, label_dtype(labels.ndim)),
         sizes=_numbers_digest(dataset.sizes(), np.dtype("<i8")),
-        content=content_digest(dataset.digests()),
+        content=hashlib.sha256(np.ascontiguousarray(dataset.digests(), "<u8").data).hexdigest(),
     )
 
 
@@ -162,26 +162,16 @@ def label_dtype(ndim: int) -> np.dtype[np.int64 | np.int8]:
     return np.dtype("<i8") if ndim == 1 else np.dtype(np.int8)
 
 
-def content_digest(digests: NDArray[np.uint64]) -> str:
-    """Return the sha256 of the digests of all images, in order."""
-    return hashlib.sha256(np.ascontiguousarray(digests, "<u8").data).hexdigest()
-
-
 def pixel_digest(image: Tensor) -> int:
     """Return the first 8 bytes of the sha256 of an image's shape (int64) and pixels."""
     shape = np.array(image.shape, "<i8").tobytes()
     # In the order of the axes, however they lie in memory.
-    return first_word(hashlib.sha256(shape + image.numpy().tobytes("C")).digest())
+    return digest_of(shape + image.numpy().tobytes("C"))
 
 
-def first_word(digest: bytes) -> int:
-    """Return the first 8 bytes of a digest as a number."""
-    return int.from_bytes(digest[:8], "little")
-
-
-def as_digests(words: Iterable[int]) -> NDArray[np.uint64]:
-    """Return digests [n] as an array."""
-    return np.fromiter(words, np.uint64)
+def digest_of(content: bytes) -> int:
+    """Return the first 8 bytes of the sha256 of an image's content as a number."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
 def _numbers_digest(numbers: Labels, dtype: np.dtype[Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logitcache.errors import DataError
 from logitcache.models import bundled_directory
-from logitcache.views.datasets.base import DatasetBase, as_digests, pixel_digest
+from logitcache.views.datasets.base import DatasetBase, pixel_digest
 from logitcache.views.datasets.images.ids import PackedIds
 
 _CLASS_NAMES = (
@@ -75,7 +75,7 @@ class BundledImages:
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""
-        return as_digests(pixel_digest(self.read(index)) for index in range(len(self.ids)))
+        return np.fromiter((pixel_digest(self.read(index)) for index in range(len(self.ids))), np.uint64)
 
 
 def _find(name: str) -> Path:

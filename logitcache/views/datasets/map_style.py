@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logitcache.errors import DataError, LogitCacheError
 from logitcache.runtime.console import track
-from logitcache.views.datasets.base import Labels, as_digests, pixel_digest
+from logitcache.views.datasets.base import Labels, pixel_digest
 from logitcache.views.datasets.images.labels import LabelTable, as_label, num_classes_of
 from logitcache.views.datasets.images.random_state import elsewhere, position, torch_untouched, untouched
 from logitcache.views.datasets.scan_memory import Scan, ScanMemory
@@ -104,7 +104,7 @@ class MapImages:
 
         places = track(range(num_images), f"reading {self._name}", num_images)
         with untouched():
-            digests = as_digests(digest(index) for index in places)
+            digests = np.fromiter(map(digest, places), np.uint64)
         return Scan(labels.values, sizes, digests)
 
     def _item(self, index: int) -> tuple[Tensor, Labels]:

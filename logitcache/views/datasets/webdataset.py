@@ -1,7 +1,6 @@
 """WebDataset: samples in tar archives, on this machine or at URLs."""
 
 import contextlib
-import hashlib
 import io
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple
@@ -18,7 +17,7 @@ from logitcache.views.datasets.archives.braces import MOST_NAMES, expanded
 from logitcache.views.datasets.archives.samples import Samples, samples_of
 from logitcache.views.datasets.archives.shard_files import RemoteShard, shard_at
 from logitcache.views.datasets.archives.shard_index import differ
-from logitcache.views.datasets.base import DatasetBase, first_word
+from logitcache.views.datasets.base import DatasetBase, digest_of
 from logitcache.views.datasets.images.image_files import ImageFiles, Orientation
 from logitcache.views.datasets.images.labels import num_classes_of
 from logitcache.views.datasets.images.pixels import Mode
@@ -114,7 +113,7 @@ class ShardImages(ImageFiles):
             for index in span.samples:
                 [(start, size)] = self._samples.places.pieces([index])
                 content = data[start - span.start : start - span.start + size]
-                if first_word(hashlib.sha256(content).digest()) != self._samples.places.digests[index]:
+                if digest_of(content) != self._samples.places.digests[index]:
                     raise self._changed(span.shard, index)
                 found[index] = self.decoded(io.BytesIO(content), self._shown(span.shard, index))
         return [found[index] for index in indices]

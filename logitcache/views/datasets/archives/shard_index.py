@@ -18,7 +18,7 @@ from logitcache.store.remote.client import Entry
 from logitcache.store.turns import turn
 from logitcache.views.datasets.archives.shard_files import Shard
 from logitcache.views.datasets.archives.tar_members import Member, members
-from logitcache.views.datasets.base import first_word
+from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.ids import PackedIds, narrowed
 from logitcache.views.datasets.images.image_files import head_of, is_read, known, some
 from logitcache.views.datasets.scan_memory import recall, remember
@@ -186,7 +186,7 @@ def _add(sample: _Sample, name: str, member: Member, shard: Shard) -> None:
     else:
         if sample.image is not None:
             raise _ambiguous(shard, key_of(name), "images", [sample.image[0], name])
-        digest = first_word(hashlib.sha256(member.data).digest())
+        digest = digest_of(member.data)
         head = head_of(io.BytesIO(member.data), _shown(name, shard))
         sample.image = name, (member.start, len(member.data), digest, *head)
 

@@ -1,7 +1,6 @@
 """Remote folder: the images of a folder at a URL, with the ids, order and fingerprint of the same folder on a disk."""
 
 import contextlib
-import hashlib
 import io
 import itertools
 import struct
@@ -20,7 +19,7 @@ from logitcache.store import file_stamps
 from logitcache.store.files import keep, kept, memory_of
 from logitcache.store.remote.client import Entry, Remote
 from logitcache.store.turns import turn
-from logitcache.views.datasets.base import first_word
+from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds
 from logitcache.views.datasets.images.image_files import ImageFiles, Orientation, head_of, is_image
@@ -124,13 +123,13 @@ class RemoteImages(ImageFiles):
 
     def _measure(self, index: int) -> bytes:
         data = self._stored(index)
-        digest = first_word(hashlib.sha256(data).digest())
+        digest = digest_of(data)
         return _MEASURED.pack(digest, *head_of(io.BytesIO(data), self._shown(index)))
 
     def _content(self, index: int) -> bytes:
         """Fetch a file; of one whose digest is known every byte is compared."""
         data = self._stored(index)
-        if self._measured is not None and first_word(hashlib.sha256(data).digest()) != self.digests()[index]:
+        if self._measured is not None and digest_of(data) != self.digests()[index]:
             raise self._changed(index, "other bytes")
         return data
 
