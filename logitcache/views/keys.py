@@ -109,22 +109,16 @@ class Draws(NamedTuple):
         key = (self.seed & 0xFFFFFFFF, self.seed >> 32)
         num_blocks = -(-count // 4)
         if len(self.views) * num_blocks <= _FEW:
-            return self._few_words(counter_low, num_blocks, key)[:, :count]
+            few = [
+                _philox_of_one(low, index & 0xFFFFFFFF, index >> 32, view, key)
+                for view, index in zip(self.views.tolist(), self.indices.tolist(), strict=True)
+                for low in range(counter_low, counter_low + num_blocks)
+            ]
+            return np.array(few, dtype=np.uint64).reshape(len(self.views), 4 * num_blocks)[:, :count]
         blocks = np.arange(counter_low, counter_low + num_blocks, dtype=np.uint64)
         indices = self.indices[:, None]
         words = philox((blocks, indices & _LOW, indices >> _SHIFT, self.views[:, None]), key)
         return np.stack(words, axis=2).reshape(len(self.views), -1)[:, :count]
-
-    def _few_words(self, counter_low: int, num_blocks: int, key: tuple[int, int]) -> Words:
-        words = [
-            [
-                word
-                for low in range(counter_low, counter_low + num_blocks)
-                for word in _philox_of_one(low, index & 0xFFFFFFFF, index >> 32, view, key)
-            ]
-            for view, index in zip(self.views.tolist(), self.indices.tolist(), strict=True)
-        ]
-        return np.array(words, dtype=np.uint64).reshape(len(words), 4 * num_blocks)
 
 
 def below(words: Words, limits: NDArray[np.int64] | int) -> NDArray[np.int64]:

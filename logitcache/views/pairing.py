@@ -29,33 +29,32 @@ class Pairing(NamedTuple):
     def partners(self, views: Ints, indices: Ints) -> Ints:
         """Return the partner of each image [B] in its view; an image that stays alone is its own."""
         starts, counts = self._windows(indices)
-        places = _walk(indices - starts, counts, self._keys(views, starts), forwards=False)
-        beside = places ^ 1
-        beside = np.where(beside < counts, beside, places)
-        return starts + _walk(beside, counts, self._keys(views, starts), forwards=True)
+        places = self.places(views, indices) - starts
+        beside = np.where(places ^ 1 < counts, places ^ 1, places)
+        return self.images(views, starts + beside)
 
     def images(self, views: Ints, places: Ints) -> Ints:
         """Return the images [B] in the given places of their views: E itself."""
-        starts, counts = self._windows(places)
-        return starts + _walk(places - starts, counts, self._keys(views, starts), forwards=True)
+        return self._permuted(views, places, forwards=True)
 
     def places(self, views: Ints, indices: Ints) -> Ints:
         """Return the places [B] of the given images in their views: the inverse of E."""
-        starts, counts = self._windows(indices)
-        return starts + _walk(indices - starts, counts, self._keys(views, starts), forwards=False)
+        return self._permuted(views, indices, forwards=False)
 
     def _windows(self, indices: Ints) -> tuple[Ints, Ints]:
         """Return the first image and the number of images of each one's window."""
         starts = indices - indices % self.window
         return starts, np.minimum(self.window, self.num_images - starts)
 
-    def _keys(self, views: Ints, starts: Ints) -> Words:
-        """Return the rounds' keys, [NUM_ROUNDS, B]: those of a view and a window, however many images ask."""
+    def _permuted(self, views: Ints, numbers: Ints, *, forwards: bool) -> Ints:
+        """Apply E or its inverse, whose keys are those of a view and a window, however many images ask."""
+        starts, counts = self._windows(numbers)
         named = np.stack([views, starts], axis=1)
         if (named == named[0]).all():
             named = named[:1]
         draws = Draws(self.seed, named[:, 0].astype(np.uint64), named[:, 1].astype(np.uint64))
-        return draws.words("pair", 0, NUM_ROUNDS).T
+        keys = draws.words("pair", 0, NUM_ROUNDS).T
+        return starts + _walk(numbers - starts, counts, keys, forwards=forwards)
 
 
 def _walk(places: Ints, counts: Ints, keys: Words, *, forwards: bool) -> Ints:

@@ -3,6 +3,7 @@
 Each kind is a frozen component, added to the union on the last line.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from decimal import Context, Decimal, localcontext
 from typing import Annotated, ClassVar, Literal
@@ -139,11 +140,8 @@ def _limits(shares: list[Decimal]) -> Words:
     In decimal arithmetic, which is the same on every machine.
     """
     with localcontext(_DIGITS):
-        total, reached, limits = sum(shares, Decimal(0)), Decimal(0), []
-        for share in shares[:-1]:
-            reached += share
-            limits.append(int(reached / total * 2**32))
-    return np.array(limits, dtype=np.uint64)
+        *sums, total = itertools.accumulate(shares, initial=Decimal(0))
+        return np.array([int(reached / total * 2**32) for reached in sums[1:]], dtype=np.uint64)
 
 
 Sampling = Annotated[EveryImage | ClassBalanced | EffectiveNumber, Field(discriminator="kind")]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from logitcache.config.recipe import NEVER_APPLIED, Component, Float
 from logitcache.errors import DataError
-from logitcache.views.keys import Draws
+from logitcache.views.keys import Draws, Words, uniform
 
 Ints = NDArray[np.int64]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
@@ -99,6 +99,12 @@ def _tabulated(given: tuple[float, ...], info: ValidationInfo) -> tuple[float, .
 
 RatioKnots = Annotated[tuple[Float, ...], AfterValidator(_tabulated), Field(validate_default=True)]
 """The table of a component's `ratio`, a part of its stored form."""
+
+
+def drawn_sides(words: Words, area: NDArray[np.float64], knots: tuple[float, ...]) -> tuple[Ints, Ints]:
+    """Draw aspect ratios from a table by words; return √(area · ratio) and √(area / ratio), rounded."""
+    ratios = look_up(knots, uniform(words))
+    return np.rint(np.sqrt(area * ratios)).astype(np.int64), np.rint(np.sqrt(area / ratios)).astype(np.int64)
 
 
 def look_up(table: tuple[float, ...], where: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -18,7 +18,7 @@ from logitcache.views.augmentations.base import (
     Ordered,
     RatioKnots,
     Size,
-    look_up,
+    drawn_sides,
     no_params,
     pair,
     sizes_of,
@@ -121,17 +121,14 @@ class RandomResizedCrop(AugmentationBase):
         words = draws.words("resized_crop", ordinal, 2 * NUM_TRIES + 2)
         height, width = sizes[:, :1], sizes[:, 1:]
         area = (height * width) * (self.scale[0] + (self.scale[1] - self.scale[0]) * uniform(words[:, :NUM_TRIES]))
-        aspect = look_up(self.ratio_knots, uniform(words[:, NUM_TRIES : 2 * NUM_TRIES]))
-        widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-        heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        widths, heights = drawn_sides(words[:, NUM_TRIES : 2 * NUM_TRIES], area, self.ratio_knots)
         fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
         rows, first = np.arange(len(sizes)), fits.argmax(axis=1)
         boxes = np.stack([heights[rows, first], widths[rows, first]], axis=1)
         corners = below(words[:, 2 * NUM_TRIES :], sizes - boxes + 1)
         none = ~fits.any(axis=1)
-        if none.any():
-            boxes[none] = self._central(sizes[none])
-            corners[none] = (sizes[none] - boxes[none]) // 2
+        boxes[none] = self._central(sizes[none])
+        corners[none] = (sizes[none] - boxes[none]) // 2
         return np.concatenate([corners, boxes], axis=1), sizes_of(len(sizes), pair(self.size))
 
     def _central(self, sizes: Ints) -> Ints:

@@ -15,7 +15,7 @@ from logitcache.views.augmentations.base import (
     Ints,
     Ordered,
     RatioKnots,
-    look_up,
+    drawn_sides,
     require_values,
 )
 from logitcache.views.keys import Draws, below, bernoulli, philox, uniform
@@ -55,9 +55,7 @@ class RandomErasing(AugmentationBase):
         words = draws.words("erase", ordinal, 2 * NUM_TRIES + 5)
         low, high = self.scale
         area = sizes.prod(axis=1, keepdims=True) * (low + (high - low) * uniform(words[:, :NUM_TRIES]))
-        aspect = look_up(self.ratio_knots, uniform(words[:, NUM_TRIES : 2 * NUM_TRIES]))
-        heights = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-        widths = np.rint(np.sqrt(area / aspect)).astype(np.int64)
+        heights, widths = drawn_sides(words[:, NUM_TRIES : 2 * NUM_TRIES], area, self.ratio_knots)
         fits = (heights < sizes[:, :1]) & (widths < sizes[:, 1:])
         first = fits.argmax(axis=1)[:, None]
         boxes = np.concatenate([np.take_along_axis(side, first, axis=1) for side in (heights, widths)], axis=1)
@@ -69,7 +67,9 @@ class RandomErasing(AugmentationBase):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Fill the rectangles."""
-        constant = torch.tensor(self._constant(images), dtype=torch.uint8)[:, None, None]
+        levels = self.value if isinstance(self.value, tuple) else (self.value if isinstance(self.value, int) else 0,)
+        require_values("random_erasing.value", levels, images)
+        constant = torch.tensor(levels, dtype=torch.uint8)[:, None, None]
         rows = np.flatnonzero(params[:, 2:4].all(axis=1)).tolist()
         if not rows:
             return images
@@ -79,12 +79,6 @@ class RandomErasing(AugmentationBase):
             box = result[row, :, top : top + height, left : left + width]
             box[:] = _noise((key[0], key[1]), tuple(box.shape)) if self.value == "noise" else constant
         return result
-
-    def _constant(self, images: Tensor) -> tuple[int, ...]:
-        if isinstance(self.value, tuple):
-            require_values("random_erasing.value", self.value, images)
-            return self.value
-        return (self.value,) if isinstance(self.value, int) else (0,)
 
 
 def _noise(key: tuple[int, int], shape: tuple[int, ...]) -> Tensor:

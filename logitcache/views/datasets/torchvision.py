@@ -76,7 +76,8 @@ class Torchvision(DatasetBase):
         )
 
     def _arguments(self, parameters: set[str]) -> dict[str, object]:
-        arguments: dict[str, object] = {}
+        """Return the arguments of the class; raises RecipeError for what it does not take."""
+        arguments: dict[str, object] = dict(self.options)
         if "root" in parameters:
             if self.root is None:
                 raise RecipeError(f"{self.name} reads files. Set root to the folder that holds them.")
@@ -87,27 +88,19 @@ class Torchvision(DatasetBase):
                     f"torchvision does not download {self.name}. Fetch it by hand and leave out download."
                 )
             arguments["download"] = True
-        return arguments | self._split(parameters) | self._checked_options(parameters)
-
-    def _split(self, parameters: set[str]) -> dict[str, object]:
-        if self.split is None:
-            return {}
-        if "train" in parameters:
-            if self.split not in _TRAIN:
+        named = next((name for name in ("train", "split") if name in parameters), "")
+        known = parameters - _OURS - ({named} if self.split is not None else set())
+        if self.split is not None:
+            if not named:
+                raise RecipeError(f"{self.name} is not divided into splits. Leave out split.")
+            if named == "train" and self.split not in _TRAIN:
                 raise RecipeError(f"{self.name} has no split '{self.split}': set train or test.")
-            return {"train": _TRAIN[self.split]}
-        if "split" in parameters:
-            return {"split": self.split}
-        raise RecipeError(f"{self.name} is not divided into splits. Leave out split.")
-
-    def _checked_options(self, parameters: set[str]) -> dict[str, object]:
-        taken = {"train"} if "train" in parameters else {"split"}
-        known = parameters - _OURS - (taken if self.split is not None else set())
+            arguments[named] = _TRAIN[self.split] if named == "train" else self.split
         for name in self.options:
             if name not in known:
                 listed = ", ".join(sorted(known)) or "none"
                 raise RecipeError(f"{self.name} has no option '{name}' (it has: {listed}).{did_you_mean(name, known)}")
-        return dict(self.options)
+        return arguments
 
 
 def _decoded(image: object, mode: Mode) -> Tensor:

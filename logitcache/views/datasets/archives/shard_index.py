@@ -152,10 +152,15 @@ def _complete(shard: Shard, samples: Mapping[str, _Sample]) -> ShardIndex:
                 f"the first dot is a sample.\n  Fix: give it one ({known()}), or take it out."
             )
         places.append(sample.image[1])
-    starts, lengths, digests, *heads = map(np.array, zip(*places, strict=True))
+    starts, lengths, digests, *heads = zip(*places, strict=True)
+    columns = Places(
+        narrowed(np.array(starts)),
+        narrowed(np.array(lengths)),
+        np.array(digests, np.uint64),
+        narrowed(np.array(heads).T),
+    )
     texts: dict[bytes | None, int] = {None: 0}
     label_of = np.array([texts.setdefault(sample.label, len(texts)) for sample in samples.values()])
-    columns = Places(narrowed(starts), narrowed(lengths), digests.astype(np.uint64), narrowed(np.stack(heads, axis=1)))
     return ShardIndex(PackedIds(samples), columns, list(texts), narrowed(label_of))
 
 
