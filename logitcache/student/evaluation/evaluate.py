@@ -29,9 +29,8 @@ from logitcache.student.runs.trained import read_evaluation
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.datasets import Dataset, open_dataset
-from logitcache.views.datasets.base import Labels
 from logitcache.views.datasets.custom import Custom as CustomImages
-from logitcache.views.datasets.images.labels import class_counts
+from logitcache.views.datasets.images.labels import class_counts as count_classes
 
 MODEL_FACTORY = "model.factory="
 _SHARE_OF_MEMORY = 16  # a batch of images takes this part at most: features take more
@@ -62,14 +61,6 @@ class EvaluationResult:
     epoch: int | None = None
 
 
-@dataclass(frozen=True)
-class _LearntFrom:
-    """What is still known of what a run learnt from: its teachers, and the training images of each class [C]."""
-
-    teachers: tuple[str, ...] = ()
-    class_counts: NDArray[np.int64] | None = None
-
-
 def evaluate(
     run: Path,
     overrides: Sequence[str] = (),
@@ -89,11 +80,11 @@ def evaluate(
     num_classes = read_stored(run / "model.json").num_classes
     validator = _images(run, recipe, num_classes)
     _require_memory(run, classifier, recipe, validator, device.type)
-    learnt_from = _learnt_from(run, recipe, num_classes, overrides)
+    trained_by, class_counts = _learnt_from(run, recipe, num_classes, overrides)
     tally = validator.tally(classifier, device, recipe.precision)
-    measures, per_class = tally.measures(), tally.per_class(validator.class_names, learnt_from.class_counts)
+    measures, per_class = tally.measures(), tally.per_class(validator.class_names, class_counts)
     own, teacher, image = measures.quality, measures.teacher_quality, validator.sample()[0].to(device)
-    beside = dict.fromkeys(learnt_from.teachers) | dict(teachers or {})
+    beside = dict.fromkeys(trained_by) | dict(teachers or {})
     assert recipe.validation is not None, "or there would be no images"
     student, groups = Contender(classifier, recipe.precision), recipe.validation.groups
     return EvaluationResult(
@@ -102,7 +93,7 @@ def evaluate(
         images_left_out=validator.num_left_out,
         measures=measures,
         retention=None if own is None or not teacher else own / teacher,
-        groups=tally.groups(learnt_from.class_counts, groups.head, groups.tail),
+        groups=tally.groups(class_counts, groups.head, groups.tail),
         costs=costs(classifier, beside, image),
         latencies=() if latency is None else latencies(student, beside, image, latency),
         cka=compare_taps(recipe, classifier, validator, device),
@@ -163,33 +154,30 @@ def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
 
 def _learnt_from(
     run: Path, recipe: StudentRecipe | TeacherRecipe, num_classes: int, overrides: Sequence[str]
-) -> _LearntFrom:
-    """Look for what the run learnt from, which may be gone by now."""
+) -> tuple[tuple[str, ...], NDArray[np.int64] | None]:
+    """Return the teachers of a run, and its training images of each class [C], if the model's; both may be gone."""
     try:
         if isinstance(recipe, StudentRecipe):
             require_known_source(run, recipe, overrides)
             cache = Cache(open_snapshot(recipe.cache))  # no answer of it is read
-            counts = _counts(cache.labels, cache.manifest.fingerprint.num_classes, num_classes)
-            return _LearntFrom(tuple(cache.manifest.teachers), counts)
-        if isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
+            teachers, labels = tuple(cache.manifest.teachers), cache.labels
+            labelled = cache.manifest.fingerprint.num_classes
+        elif isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
             logger.info(
                 f"training images are not counted: --set dataset.factory={recipe.dataset.factory} lets them be opened"
             )
-            return _LearntFrom()
-        if recipe.dataset is None:
+            return (), None
+        elif recipe.dataset is None:
             logger.info("training images are not counted: they were passed to train as an object. Fix: --set dataset=…")
-            return _LearntFrom()
-        require_known_source(run, recipe, overrides)
-        images = open_dataset(recipe.dataset)
-        return _LearntFrom((), _counts(images.labels, images.num_classes, num_classes))
+            return (), None
+        else:
+            require_known_source(run, recipe, overrides)
+            images = open_dataset(recipe.dataset)
+            teachers, labels, labelled = (), images.labels, images.num_classes
     except (CacheError, DataError, RemoteError) as error:
         logger.info(f"training images are not counted, and teachers not weighed: {error}")
-        return _LearntFrom()
-
-
-def _counts(labels: Labels, labelled: int | None, num_classes: int) -> NDArray[np.int64] | None:
-    """Count images by class, if their classes are those of the model."""
-    return class_counts(labels, num_classes) if labelled == num_classes else None
+        return (), None
+    return teachers, count_classes(labels, num_classes) if labelled == num_classes else None
 
 
 def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | TeacherRecipe:
@@ -209,7 +197,16 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | Teache
     # What a run's file allows, the user has not allowed.
     unsaid = [key for key in ("factories", "trust") if not is_stated(key, others)]
     recipe = recipe.model_copy(update=dict.fromkeys(unsaid, ()))
-    require_grant(_risks(recipe, others), digest, recipe.trust, str(path), "--set validation.…: name other images")
+    measured_on = recipe.validation
+    places = (
+        {}
+        if measured_on is None
+        else {
+            "validation.dataset": measured_on.dataset,
+            "validation.cache": measured_on.cache,
+        }
+    )
+    require_grant(_risks(places, others), digest, recipe.trust, str(path), "--set validation.…: name other images")
     return recipe
 
 
@@ -225,32 +222,19 @@ def _digest(path: Path) -> str:
         raise RecipeError(f"{path} cannot be read: {error}. Fix: copy the run again") from error
 
 
-def _risks(recipe: TrainingRecipe, overrides: Sequence[str]) -> tuple[str, ...]:
-    """Name what a run's file, and not the user, would have opened to measure on beyond the allow-list."""
-    validation = recipe.validation
-    if validation is None:
-        return ()
-    images = _beyond("validation.dataset", validation.dataset, overrides)
-    return (*images, *_at_url("validation.cache", validation.cache, overrides))
-
-
-def _beyond(key: str, images: Dataset | None, overrides: Sequence[str]) -> tuple[str, ...]:
-    stated = images is None or isinstance(images, CustomImages) or is_stated(key, overrides)  # code is refused apart
-    return () if stated or images is None else images.risks()
-
-
-def _at_url(key: str, cache: str | None, overrides: Sequence[str]) -> tuple[str, ...]:
-    return (f"the cache '{cache}'",) if cache and is_remote(cache) and not is_stated(key, overrides) else ()
+def _risks(places: Mapping[str, Dataset | str | None], overrides: Sequence[str]) -> tuple[str, ...]:
+    """Name the data sets and caches beyond the allow-list, by key, that a run's file names, and not the user."""
+    named = [place for key, place in places.items() if place is not None and not is_stated(key, overrides)]
+    caches = [f"the cache '{place}'" for place in named if isinstance(place, str) and is_remote(place)]
+    images = [place for place in named if not isinstance(place, str | CustomImages)]  # code is refused apart
+    return (*(risk for place in images for risk in place.risks()), *caches)
 
 
 def require_known_source(run: Path, recipe: StudentRecipe | TeacherRecipe, overrides: Sequence[str]) -> None:
     """Raise RefusedError if a run's file, and not the user, names a place beyond the allow-list to have learnt from."""
-    if isinstance(recipe, StudentRecipe):
-        risks = _at_url("cache", recipe.cache, overrides)
-    else:
-        risks = _beyond("dataset", recipe.dataset, overrides)
+    places = {"cache": recipe.cache} if isinstance(recipe, StudentRecipe) else {"dataset": recipe.dataset}
     path = run / "recipe.yaml"
-    require_grant(risks, _digest(path), recipe.trust, str(path))
+    require_grant(_risks(places, overrides), _digest(path), recipe.trust, str(path))
 
 
 def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]) -> None:
