@@ -1,7 +1,6 @@
 """Which losses a cache serves: what each needs, what the cache stores, and how exact its targets are."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from logitcache.cache.cache import Cache
 from logitcache.cache.encodings.head import PENULTIMATE
@@ -159,46 +158,37 @@ def _unanswered(loss: Loss, cache: Cache, held: Mapping[str, HeldTeacher], ensem
         yield f"names teacher {name!r}, the cache has {sorted(held)}. Fix: one of these"
     else:
         yield from unkept_features(loss, name, held[name])
-        answers = _Answers(name, cache.manifest.teachers[name], cache.manifest.views.targets == "linear")
+        answers = name, cache.manifest.teachers[name], cache.manifest.views.targets == "linear"
         # A head that is missing brings logits of every kind once it is added.
         brought = FROM_LOGITS if "head" in loss.needs and held[name].head is None else frozenset()
         for need in [*["features"] * bool(loss.features), *sorted(loss.needs - brought)]:
-            if need in _CHECKS and (reason := _CHECKS[need](answers)) is not None:
+            if need in _CHECKS and (reason := _CHECKS[need](*answers)) is not None:
                 yield f"needs {need}, the cache {reason}"
 
 
-class _Answers(NamedTuple):
-    """The answers of a teacher in a cache; `linear`: those to two images are mixed."""
-
-    teacher: str
-    entry: TeacherEntry
-    linear: bool
-
-
-def _check_features(answers: _Answers) -> str | None:
+def _check_features(teacher: str, entry: TeacherEntry, linear: bool) -> str | None:
     mixed = "mixes the answers to two images (targets: linear), and features are not mixed. Fix: kl_divergence"
-    return mixed if answers.linear else None
+    return mixed if linear else None
 
 
-def _check_logits(answers: _Answers) -> str | None:
-    name = answers.teacher
-    alone = f"keeps features of {name!r} alone. Fix: add teachers.{name}.logits to it"
-    return alone if answers.entry.logits is None else None
+def _check_logits(teacher: str, entry: TeacherEntry, linear: bool) -> str | None:
+    alone = f"keeps features of {teacher!r} alone. Fix: add teachers.{teacher}.logits to it"
+    return alone if entry.logits is None else None
 
 
-def _check_dense_logits(answers: _Answers) -> str | None:
-    stored = answers.entry.stored_logits
-    if answers.linear:
+def _check_dense_logits(teacher: str, entry: TeacherEntry, linear: bool) -> str | None:
+    stored = entry.stored_logits
+    if linear:
         return "mixes probabilities (targets: linear). Fix: kl_divergence"
     if stored is None or "dense logits" in stored.form.gives:
-        return _check_logits(answers)
+        return _check_logits(teacher, entry, linear)
     return (
-        f"keeps {stored.form.kind} logits of {answers.teacher!r}. Fix: another loss (kl_divergence takes any), "
-        f"or precompute with teachers.{answers.teacher}.logits: {{kind: dense}}"
+        f"keeps {stored.form.kind} logits of {teacher!r}. Fix: another loss (kl_divergence takes any), "
+        f"or precompute with teachers.{teacher}.logits: {{kind: dense}}"
     )
 
 
-_CHECKS: dict[str, Callable[[_Answers], str | None]] = {
+_CHECKS: dict[str, Callable[[str, TeacherEntry, bool], str | None]] = {
     "features": _check_features,
     "logits": _check_logits,
     "dense logits": _check_dense_logits,

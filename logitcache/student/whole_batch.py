@@ -1,7 +1,7 @@
 """All rows of a batch on every rank, for losses that compare rows with one another."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,10 +43,8 @@ class WholeBatch:
         counts = self._ranks.gathered(len(batch))
 
         def every_row(rows: Tensor) -> Tensor:
-            found: Tensor = _EveryRow.apply(rows, self._ranks, counts)
-            return found
+            return cast(Tensor, _EveryRow.apply(rows, self._ranks, counts))
 
-        assert isinstance(outputs.logits, Tensor)
         features = {tap: every_row(at_least_float32(outputs.features[tap])) for tap in self._taps}
         student = Targets(every_row(at_least_float32(outputs.logits)), features)
         teachers = {name: self._taught(name, targets, every_row) for name, targets in batch.teachers.items()}

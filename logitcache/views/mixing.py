@@ -68,8 +68,7 @@ def _drawn_areas(alpha: float, words: Words) -> NDArray[np.float64]:
     values = words.astype(np.float64)
     above = np.searchsorted(limits, values, side="right")
     share = (values - limits[above - 1]) / (limits[above] - limits[above - 1])
-    drawn: NDArray[np.float64] = areas[above - 1] + (areas[above] - areas[above - 1]) * share
-    return drawn
+    return np.asarray(areas[above - 1] + (areas[above] - areas[above - 1]) * share, np.float64)
 
 
 def _incomplete_beta(x: Decimal, alpha: Decimal) -> Decimal:
@@ -212,8 +211,7 @@ class CutMix(MixingBase):
         if version == 1:
             halves = 0.5 * np.sqrt((LEVELS - _weights(self.thresholds, words)) / LEVELS)
             return 2 * (halves[:, None] * limits).astype(np.int64)
-        sides: Ints = np.rint(np.sqrt(_drawn_areas(self.alpha, words))[:, None] * limits).astype(np.int64)
-        return sides
+        return np.asarray(np.rint(np.sqrt(_drawn_areas(self.alpha, words))[:, None] * limits), np.int64)
 
 
 def _weights(thresholds: Sequence[int], words: Words) -> Ints:

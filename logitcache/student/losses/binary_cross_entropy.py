@@ -60,7 +60,6 @@ class BinaryCrossEntropy(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        assert isinstance(outputs.logits, Tensor)
         assert isinstance(context.adapter, PositiveWeights)
         return binary_cross_entropy(outputs.logits, batch.labels, context.adapter.weights, batch.mixed)
 

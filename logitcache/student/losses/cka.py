@@ -41,5 +41,4 @@ class CKA(FeatureLoss):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        student, teacher = self.compared(outputs, batch)
-        return cka(pooled(student), pooled(teacher))
+        return cka(*map(pooled, self.compared(outputs, batch)))

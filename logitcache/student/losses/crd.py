@@ -1,7 +1,7 @@
 """Contrastive distillation: Tian, Krishnan and Isola, "Contrastive representation distillation" (ICLR 2020)."""
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,5 @@ class CRD(FeatureLoss):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch, and remember its embeddings."""
-        student, teacher = self.compared(outputs, batch)
-        loss: Tensor = context.adapter(pooled(student), pooled(teacher), batch.keys[:, 1].long())
-        return loss
+        vectors = map(pooled, self.compared(outputs, batch))
+        return cast(Tensor, context.adapter(*vectors, batch.keys[:, 1].long()))

@@ -72,7 +72,6 @@ class CrossEntropy(LossBase):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        assert isinstance(outputs.logits, Tensor)
         return cross_entropy(context.adapter(outputs.logits), batch.labels, self.label_smoothing, batch.mixed)
 
     def adapter(self, site: Site) -> nn.Module:

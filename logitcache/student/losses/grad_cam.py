@@ -48,10 +48,6 @@ class GradCAM(FeatureLoss):
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         _, teacher = self.compared(outputs, batch)
-        found = top1(targets_of(batch.teachers, self.teacher))
         labels = single_labels(batch.labels)
-        classes = torch.where(labels == UNLABELLED, found, labels)
-        student = outputs.features[self.student]
-        assert isinstance(outputs.logits, Tensor)
-        assert isinstance(student, Tensor)
-        return grad_cam(outputs.logits, student, context.adapter(teacher), classes)
+        classes = torch.where(labels == UNLABELLED, top1(targets_of(batch.teachers, self.teacher)), labels)
+        return grad_cam(outputs.logits, outputs.features[self.student], context.adapter(teacher), classes)

@@ -43,5 +43,4 @@ class PKT(FeatureLoss):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        student, teacher = self.compared(outputs, batch)
-        return pkt(pooled(student), pooled(teacher))
+        return pkt(*map(pooled, self.compared(outputs, batch)))

@@ -52,6 +52,6 @@ class RKD(FeatureLoss):
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
-        student, teacher = self.compared(outputs, batch)
         distance, angle = (weight.at(context.progress) for weight in (self.distance, self.angle))
-        return rkd(pooled(student), pooled(teacher), distance, angle)
+        student, teacher = map(pooled, self.compared(outputs, batch))
+        return rkd(student, teacher, distance, angle)

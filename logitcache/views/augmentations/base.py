@@ -112,8 +112,7 @@ def look_up(table: tuple[float, ...], where: NDArray[np.float64]) -> NDArray[np.
     knots = np.array(table)
     place = where * (NUM_KNOTS - 1)
     knot = place.astype(np.int64)
-    ratios: NDArray[np.float64] = knots[knot] + (knots[knot + 1] - knots[knot]) * (place - knot)
-    return ratios
+    return np.asarray(knots[knot] + (knots[knot + 1] - knots[knot]) * (place - knot), np.float64)
 
 
 def replace_rows(images: Tensor, rows: Iterable[int], change: Callable[[int, Tensor], Tensor]) -> Tensor:

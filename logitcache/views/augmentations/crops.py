@@ -1,6 +1,6 @@
 """Crops: of the centre, anywhere, and of a random area and aspect ratio."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -42,8 +42,7 @@ class CenterCrop(AugmentationBase):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop the centre."""
-        cropped: Tensor = F.center_crop(images, list(pair(self.size)))
-        return cropped
+        return cast(Tensor, F.center_crop(images, list(pair(self.size))))
 
 
 class RandomCrop(AugmentationBase):

@@ -7,7 +7,7 @@ RandAugment after Cubuk et al. 2020 (arXiv:1909.13719), TrivialAugment after Mü
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ class Warp(NamedTuple):
     def shear(self, image: Tensor, x: float, y: float) -> Tensor:
         """Shear by slopes, about the top left corner."""
         degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
-        sheared: Tensor = F.affine_image(image, 0.0, [0, 0], 1.0, degrees, self.interpolation, self.fill, [0, 0])
-        return sheared
+        return cast(Tensor, F.affine_image(image, 0.0, [0, 0], 1.0, degrees, self.interpolation, self.fill, [0, 0]))
 
     def translate(self, image: Tensor, x: float, y: float) -> Tensor:
         """Move by whole pixels, rounded towards zero: a copy, with nothing to interpolate."""
@@ -62,8 +61,7 @@ class Warp(NamedTuple):
 
     def rotate(self, image: Tensor, degrees: float) -> Tensor:
         """Turn about the centre."""
-        turned: Tensor = F.rotate_image(image, degrees, self.interpolation, fill=self.fill)
-        return turned
+        return cast(Tensor, F.rotate_image(image, degrees, self.interpolation, fill=self.fill))
 
 
 Operation = Callable[[Tensor, float, Warp], Tensor]

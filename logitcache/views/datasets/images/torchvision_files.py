@@ -63,16 +63,13 @@ def read_stored(name: str, root: Path, train: bool) -> StoredImages:
     except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError, EOFError, IndexError) as cause:
         if isinstance(cause, DataError):
             raise
+        reason = str(cause) or type(cause).__name__
+        if isinstance(cause, OSError) and cause.filename:
+            reason = f"{cause.filename}: {cause.strerror}"
         raise DataError(
-            f"{name} cannot be opened in '{root}': {_reason(cause)}.\n"
+            f"{name} cannot be opened in '{root}': {reason}.\n"
             "  Fix: correct root, or set download: true where torchvision can fetch it."
         ) from cause
-
-
-def _reason(cause: Exception) -> str:
-    if isinstance(cause, OSError):
-        return f"{cause.filename}: {cause.strerror}" if cause.filename else str(cause)
-    return str(cause) or type(cause).__name__
 
 
 def _bytes(path: Path) -> bytes:
