@@ -20,7 +20,8 @@ from logitcache.runtime.tables import as_text
 from logitcache.stage_one.derive.derive import DeriveRecipe, derive
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.teacher.teacher import TeacherSource
-from logitcache.views.datasets import Custom, Dataset
+from logitcache.views.datasets import Dataset
+from logitcache.views.datasets.custom import Custom
 
 
 class _Located(Component):
