@@ -1,7 +1,6 @@
 """Stage two: train a student from a cache, or any model on labels. One loop serves both."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from logitcache.config.recipe import require_effect
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
-from logitcache.reductions import Layout
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import own_randomness, resolve_device, synchronize
 from logitcache.runtime.stopping import StopFlag, stop_flag
@@ -133,19 +131,16 @@ def _take_up(learner: Learner, run: RunDirectory, num_batches: int, epochs: int)
         try:
             learner.load(saved)
         except Exception as cause:  # what a module does with a foreign state is its own business
+            # Earlier releases read every tap as channels first.
+            turned = [f"{tap}: channels_first" for tap, layout in learner.layouts.items() if layout == "channels_last"]
+            entry = f"tap_layouts: {{{', '.join(turned)}}}, " if turned else ""
             raise MismatchError(
                 f"{run.checkpoint} is of another model or release: {cause}. "
-                f"Fix: {_fix_of_layouts(learner.layouts)}the code that began this run, or another `out:`"
+                f"Fix: {entry}the code that began this run, or another `out:`"
             ) from cause
         with run.reading(run.checkpoint):
             require_shapes(learner.optimizer)
     run.rewind(learner.epoch)
-
-
-def _fix_of_layouts(layouts: Mapping[str, Layout]) -> str:
-    """Word the entry for a run of a release that read every tap as channels first; nothing if no tap is otherwise."""
-    turned = [tap for tap, layout in layouts.items() if layout == "channels_last"]
-    return f"tap_layouts: {{{', '.join(f'{tap}: channels_first' for tap in turned)}}}, " if turned else ""
 
 
 def _train_epoch(
