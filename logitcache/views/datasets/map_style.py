@@ -1,5 +1,6 @@
 """Map style: any object with `__len__` and `__getitem__`, as torch's own data sets are."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -39,20 +40,15 @@ class MapImages:
         memory: ScanMemory | None = None,
     ) -> None:
         self.ids = ids
-        self._source = source
-        self._name = name
-        self._decode = decode
-        self._class_names = class_names
-        self._num_classes = num_classes
-        self._memory = memory
-        self._scan: Scan | None = None
+        self._source, self._name, self._decode, self._memory = source, name, decode, memory
+        self._class_names, self._num_classes = class_names, num_classes
         self._draws = False
         self._draws = self._check_repeatable()
 
     @property
     def labels(self) -> Labels:
         """Class indices [n], -1 where there is no label; or multi-hot rows [n, C]."""
-        return self.scan().labels
+        return self.scan.labels
 
     @property
     def num_classes(self) -> int | None:
@@ -72,23 +68,17 @@ class MapImages:
 
     def sizes(self) -> NDArray[np.int64]:
         """Return the heights and widths of all images [n, 2]."""
-        return self.scan().sizes
+        return self.scan.sizes
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""
-        return self.scan().digests
+        return self.scan.digests
 
+    @functools.cached_property
     def scan(self) -> Scan:
-        """Read every image once; the result is kept."""
-        if self._scan is None:
-            self._scan = self._memory.recall(len(self.ids)) if self._memory else None
-        if self._scan is None:
-            self._scan = self._read_all()
-            if self._memory:
-                self._memory.remember(self._scan)
-        return self._scan
-
-    def _read_all(self) -> Scan:
+        """Labels, sizes and digests; every image is read once, unless a scan is remembered."""
+        if self._memory and (remembered := self._memory.recall(len(self.ids))) is not None:
+            return remembered
         num_images = len(self.ids)
         labels = LabelTable(num_images)
         sizes = np.empty((num_images, 2), np.int64)
@@ -105,7 +95,10 @@ class MapImages:
         places = track(range(num_images), f"reading {self._name}", num_images)
         with untouched():
             digests = np.fromiter(map(digest, places), np.uint64)
-        return Scan(labels.values, sizes, digests)
+        found = Scan(labels.values, sizes, digests)
+        if self._memory:
+            self._memory.remember(found)
+        return found
 
     def _item(self, index: int) -> tuple[Tensor, Labels]:
         image, label = self._image(index)
