@@ -38,13 +38,15 @@ def beta_thresholds(alpha: float) -> tuple[int, ...]:
     The regularised incomplete beta function by its power series at 0 (DLMF 8.17.7 and 8.17.22), mirrored about one
     half; in decimal arithmetic, which is the same on every machine. [256], ascending.
     """
-    with localcontext(_DIGITS):
-        lower = [
-            _incomplete_beta(Decimal(2 * level + 1) / (2 * LEVELS), Decimal(alpha)) for level in range(LEVELS // 2)
-        ]
-        half = 2 * _incomplete_beta(Decimal(1) / 2, Decimal(alpha))
-        first = [int(value / half * 2**32) for value in lower]
+    first = _words_below(alpha, [Decimal(2 * level + 1) / (2 * LEVELS) for level in range(LEVELS // 2)])
     return (*first, *(2**32 - value for value in reversed(first)))
+
+
+def _words_below(alpha: float, values: Sequence[Decimal]) -> list[int]:
+    """Return below which word, of 2³², a Beta(alpha, alpha) draw is smaller than each value, at most one half."""
+    with localcontext(_DIGITS):
+        half = 2 * _incomplete_beta(Decimal(1) / 2, Decimal(alpha))
+        return [int(_incomplete_beta(value, Decimal(alpha)) / half * 2**32) for value in values]
 
 
 @functools.cache
@@ -54,9 +56,7 @@ def _areas(alpha: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     The middles between 256ths and, below the first, powers of two: for alpha < 1 much of the mass is there.
     """
     powers = [Decimal(1) / 2**exponent for exponent in range(SMALLEST_AREA, 9, -1)]
-    with localcontext(_DIGITS):
-        half = 2 * _incomplete_beta(Decimal(1) / 2, Decimal(alpha))
-        small = [int(_incomplete_beta(power, Decimal(alpha)) / half * 2**32) for power in powers]
+    small = _words_below(alpha, powers)
     middles = [(2 * level + 1) / (2 * LEVELS) for level in range(LEVELS)]
     areas = np.array([0.0, *map(float, powers), *middles, 1.0])
     return areas, np.array([0.0, *small, *beta_thresholds(alpha), 2.0**32])

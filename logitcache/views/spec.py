@@ -78,15 +78,11 @@ class ViewSpec(Component):
         """Return who is mixed with whom among so many images; None where nothing is mixed."""
         return Pairing(self.seed, num_images, self.pairing_window or num_images) if self.mixing else None
 
-    def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> list[Ints]:
-        """Draw each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2]."""
-        return self._plan(keys, sizes)[0]
+    def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> tuple[list[Ints], Ints]:
+        """Draw each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2].
 
-    def sizes(self, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
-        """Return the sizes [B, 2] of views of images of `sizes` [B, 2]; DataError names an image that is too small."""
-        return self._plan(keys, sizes)[1]
-
-    def _plan(self, keys: Sequence[ViewKey], sizes: Ints) -> tuple[list[Ints], Ints]:
+        Also returns the sizes of the views [B, 2]. DataError names an image that is too small.
+        """
         draws = Draws.of(self.seed, keys)
         seen: Counter[str] = Counter()
         plans = []
@@ -116,7 +112,7 @@ class ViewSpec(Component):
 
     def rows(self, keys: Sequence[ViewKey], sizes: Ints, num_images: int) -> Ints:
         """Draw all integers of views of images of `sizes` [B, 2] among `num_images`, named by `columns`: [B, P]."""
-        plans, rendered = self._plan(keys, sizes)
+        plans, rendered = self.plan(keys, sizes)
         height, width = rendered[0].tolist()
         mixture = self.mixture(keys, num_images, (height, width))
         parts = [np.empty((len(keys), 0), dtype=np.int64), *plans]
@@ -181,12 +177,6 @@ class Views:
             return self.spec.split(self.recorded(keys))[1]
         return self.spec.mixture(keys, len(self.dataset.ids), (images.shape[2], images.shape[3]))
 
-    def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> list[Ints]:
-        """Return each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2]."""
-        if self.recorded is not None:
-            return self.spec.split(self.recorded(keys))[0]
-        return self.spec.plan(keys, sizes)
-
     def answered(self) -> "Views":
         """Return the views that the teacher answers."""
         return Views(self.dataset, self.spec.answered())
@@ -211,7 +201,8 @@ class Views:
         indices = list({key[1] for key in keys})
         decoded = dict(zip(indices, read_images(self.dataset, indices), strict=True))
         images = [decoded[key[1]] for key in keys]
-        plans = self.plan(keys, np.array([image.shape for image in images], dtype=np.int64)[:, 1:])
+        sizes = np.array([image.shape for image in images], dtype=np.int64)[:, 1:]
+        plans = self.spec.split(self.recorded(keys))[0] if self.recorded else self.spec.plan(keys, sizes)[0]
         try:
             groups = self.spec.render(images, plans)
         except RecipeError as error:
@@ -263,7 +254,7 @@ def require_one_size(views: Views) -> None:
 
 def _sizes_of_views(views: Views, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
     try:
-        return views.spec.sizes(keys, sizes)
+        return views.spec.plan(keys, sizes)[1]
     except DataError as error:
         if len(keys) == 1:
             raise DataError(f"{views.dataset.ids[keys[0].index]!r}: {error}") from error

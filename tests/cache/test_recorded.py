@@ -85,7 +85,7 @@ def test_parameters_are_those_that_were_planned(sound: Path) -> None:
     assert found is not None
     assert opened.manifest.parameters == spec.columns()
     assert found.dtype == np.int64
-    planned = np.concatenate(spec.plan(KEYS, np.full((len(KEYS), 2), 4)), axis=1)
+    planned = np.concatenate(spec.plan(KEYS, np.full((len(KEYS), 2), 4))[0], axis=1)
     assert np.array_equal(found, planned)
     assert len(np.unique(found, axis=0)) > 10
     with xarray.open_zarr(sound) as stored:

@@ -81,9 +81,9 @@ def test_the_plan_of_a_batch_is_that_of_each_image_alone_in_any_order(data, size
     )
     keys = keys_of(len(sizes), view)
     order = data.draw(st.permutations(range(len(sizes))))
-    together = spec.plan(keys, np.array(sizes))
-    alone = [spec.plan([key], np.array([size])) for key, size in zip(keys, sizes, strict=True)]
-    permuted = spec.plan([keys[row] for row in order], np.array(sizes)[order])
+    together, _ = spec.plan(keys, np.array(sizes))
+    alone = [spec.plan([key], np.array([size]))[0] for key, size in zip(keys, sizes, strict=True)]
+    permuted, _ = spec.plan([keys[row] for row in order], np.array(sizes)[order])
     for step, params in enumerate(together):
         assert params.dtype == np.int64
         assert np.array_equal(params, np.concatenate([one[step] for one in alone]))
@@ -143,7 +143,7 @@ def test_repeated_and_mixed_augmentations_draw_independently():
         HorizontalFlip(),
         HorizontalFlip(),
     )
-    plans = ViewSpec(augmentations=augmentations).plan(keys_of(4000), np.full((4000, 2), 16))
+    plans, _ = ViewSpec(augmentations=augmentations).plan(keys_of(4000), np.full((4000, 2), 16))
     for number, one in enumerate(plans):
         for other in plans[:number]:
             for a in one.T:

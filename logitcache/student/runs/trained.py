@@ -56,7 +56,7 @@ class Transform:
         except ValueError as error:
             raise DataError(f"the image cannot be read: {error}") from error
         spec = ViewSpec(augmentations=self.augmentations)
-        plans = spec.plan([ViewKey(0, 0)], np.array([pixels.shape[1:]], dtype=np.int64))
+        plans, _ = spec.plan([ViewKey(0, 0)], np.array([pixels.shape[1:]], dtype=np.int64))
         return spec.render([pixels], plans)[0][1][0].contiguous()
 
 
