@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from logitcache.errors import RecipeError, ReplayMismatchError
-from logitcache.views.augmentations.foreign import locks
+from logitcache.views.augmentations.foreign import factories_of, foreign_transforms
 from logitcache.views.canaries import Level
 from logitcache.views.spec import ViewSpec
 
 
 def require_trusted(spec: ViewSpec, factories: Sequence[str], where: str) -> None:
     """Raise RecipeError for a function of the views that the user has not named: a cache never names code to run."""
-    named = dict.fromkeys(lock.factory for lock in locks(spec.augmentations) if lock.factory is not None)
+    named = dict.fromkeys(factories_of(spec.augmentations))
     trusted = set(factories)  # of a text, its letters
     unknown = [factory for factory in named if factory not in trusted]
     if unknown:
@@ -31,9 +31,9 @@ def require_releases(spec: ViewSpec, verify: Level, where: str) -> None:
     """
     here = version("torchvision")
     lines = [
-        f"{lock.what}: torchvision {lock.torchvision}, here {here}"
-        for lock in locks(spec.augmentations)
-        if lock.torchvision != here
+        f"{used.what}: torchvision {used.torchvision}, here {here}"
+        for used in foreign_transforms(spec.augmentations)
+        if used.torchvision != here
     ]
     if not lines or verify == "off":
         return

@@ -16,7 +16,7 @@ from logitcache.teacher.classes import outputs_of
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher, TeacherSource, build_teacher
 from logitcache.views import canaries
-from logitcache.views.augmentations.foreign import locks
+from logitcache.views.augmentations.foreign import foreign_transforms
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.spec import Views
@@ -41,10 +41,10 @@ def open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDatase
     given = recipe.dataset if dataset is None else dataset
     if given is None:
         raise RecipeError("the recipe names no data set. Fix: give `dataset:`, or pass the data set itself")
-    for lock in locks(recipe.views.augmentations):
-        if lock.torchvision != version("torchvision"):
+    for used in foreign_transforms(recipe.views.augmentations):
+        if used.torchvision != version("torchvision"):
             raise RecipeError(
-                f"{lock.what} names torchvision {lock.torchvision}, here is {version('torchvision')}. Fix: leave out "
+                f"{used.what} names torchvision {used.torchvision}, here is {version('torchvision')}. Fix: leave out "
                 "torchvision_version, which is filled in"
             )
     opened = open_dataset(given)

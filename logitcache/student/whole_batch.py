@@ -11,11 +11,11 @@ from logitcache.student.losses import Loss
 from logitcache.student.ranks import Ranks
 from logitcache.targets import Batch, Targets
 
-Rows = Callable[[Tensor], Tensor]
+EveryRow = Callable[[Tensor], Tensor]
 
 
 class _EveryRow(torch.autograd.Function):
-    """Rows of all ranks, in their order; the gradient of a row is the sum of what all ranks have for it."""
+    """EveryRow of all ranks, in their order; the gradient of a row is the sum of what all ranks have for it."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: list[int]) -> Tensor:
@@ -52,7 +52,7 @@ class WholeBatch:
         labels, keys = every_row(batch.labels), every_row(batch.keys)
         return student, Batch(images, labels, keys, teachers, mapped(batch.mixed, every_row))
 
-    def _taught(self, name: str, targets: Targets, every_row: Rows) -> Targets:
+    def _taught(self, name: str, targets: Targets, every_row: EveryRow) -> Targets:
         """Return what the losses ask of one teacher: other logits may have no dense form."""
         asking = [loss for loss in self._asking if loss.teacher in (None, name)]
         features = sorted({feature for loss in asking for feature in loss.features})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitcache.config.recipe import Component, Float
 from logitcache.errors import RecipeError, ReplayMismatchError
-from logitcache.views.augmentations.foreign import locks
+from logitcache.views.augmentations.foreign import foreign_transforms
 from logitcache.views.keys import Draws, ViewKey, below
 from logitcache.views.spec import Views
 
@@ -111,7 +111,7 @@ def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]
     taken = [_take(views, key) for key in keys]
     pixels = views.stack([pixels for _, pixels in taken], keys)
     if not torch.equal(views.__getitems__(keys[::-1]), pixels.flip(0)):
-        names = [lock.what for lock in locks(views.spec.augmentations)]
+        names = [used.what for used in foreign_transforms(views.spec.augmentations)]
         raise RecipeError(
             f"views come out different when they are rendered again. Fix: what draws in {', '.join(names)} must do so "
             "from the global generators of torch, numpy or Python, and keep nothing from one image to the next"

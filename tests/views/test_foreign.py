@@ -10,7 +10,7 @@ import torch
 from torchvision.transforms import AutoAugmentPolicy, v2
 
 from logitcache.errors import RecipeError
-from logitcache.views.augmentations.foreign import Custom, Torchvision, locks
+from logitcache.views.augmentations.foreign import Custom, Torchvision, foreign_transforms
 from logitcache.views.canaries import take
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
@@ -152,7 +152,7 @@ def test_the_release_of_torchvision_is_part_of_the_stored_form():
     stored["augmentations"][0]["torchvision_version"] = "0.1"
     spec = ViewSpec.model_validate_json(json.dumps(stored))
     assert spec.digest() != spec_of(ELASTIC, SHAKE).digest()
-    first, second = locks(spec.augmentations)
+    first, second = foreign_transforms(spec.augmentations)
     assert (first.torchvision, first.factory) == ("0.1", None)
     assert second.factory == "tests.views.shaking:Shake"
-    assert list(locks(ViewSpec().augmentations)) == []
+    assert list(foreign_transforms(ViewSpec().augmentations)) == []

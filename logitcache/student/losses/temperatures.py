@@ -37,10 +37,8 @@ class Thermostat(StepSums):
     def __init__(self, start: float) -> None:
         """Begin at a temperature, before the first step."""
         super().__init__()
-        self.register_buffer("temperature", torch.tensor(start))
-        self.register_buffer("gap", torch.tensor(0.0))
-        self.register_buffer("rows", torch.tensor(0.0))
-        self.register_buffer("step", torch.tensor(-1))
+        for name, value in {"temperature": start, "gap": 0.0, "rows": 0.0, "step": -1}.items():
+            self.register_buffer(name, torch.tensor(value))
 
 
 class Dynamic(TemperatureBase):

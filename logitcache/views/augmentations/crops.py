@@ -67,15 +67,15 @@ class RandomCrop(AugmentationBase):
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top and left, in the padded image."""
         size = np.array(pair(self.size))
-        room = sizes + 2 * self.padding - size + 1
-        if (room < 1).any():
-            row = int(np.argmin(room.min(axis=1)))
+        corners = sizes + 2 * self.padding - size + 1
+        if (corners < 1).any():
+            row = int(np.argmin(corners.min(axis=1)))
             raise DataError(
                 f"random_crop to {pair(self.size)} does not fit image {int(draws.indices[row])} of size "
                 f"{tuple(sizes[row].tolist())} with padding {self.padding}. Fix: resize first, or raise the padding"
             )
         self._require_mirrored(draws, sizes)
-        return below(draws.words("crop", ordinal, 2), room), sizes_of(len(sizes), pair(self.size))
+        return below(draws.words("crop", ordinal, 2), corners), sizes_of(len(sizes), pair(self.size))
 
     def _require_mirrored(self, draws: Draws, sizes: Ints) -> None:
         """Raise DataError for an image with fewer pixels than a reflection would repeat."""

@@ -32,8 +32,8 @@ _ENUMS: dict[str, Callable[[Any], object]] = {"interpolation": InterpolationMode
 SEEDS = ("torch_seed", "numpy_seed", "python_seed")
 
 
-class Lock(NamedTuple):
-    """What an augmentation depends on besides its fields: a release of torchvision, and perhaps the user's function."""
+class ForeignTransform(NamedTuple):
+    """The transform of an augmentation: its name in messages, the release of torchvision, the user's function if any."""
 
     what: str
     torchvision: str
@@ -133,18 +133,18 @@ class Custom(AugmentationBase):
         return _apply(f"'{self.factory}'", transform, images, params, self.size)
 
 
-def locks(augmentations: Sequence[Component]) -> Iterator[Lock]:
-    """Yield what the augmentations that come from elsewhere depend on."""
+def foreign_transforms(augmentations: Sequence[Component]) -> Iterator[ForeignTransform]:
+    """Yield the transforms of torchvision and of the user among augmentations."""
     for augmentation in augmentations:
         if isinstance(augmentation, Torchvision):
-            yield Lock(f"torchvision's {augmentation.name}", augmentation.torchvision_version, None)
+            yield ForeignTransform(f"torchvision's {augmentation.name}", augmentation.torchvision_version, None)
         elif isinstance(augmentation, Custom):
-            yield Lock(f"'{augmentation.factory}'", augmentation.torchvision_version, augmentation.factory)
+            yield ForeignTransform(f"'{augmentation.factory}'", augmentation.torchvision_version, augmentation.factory)
 
 
 def factories_of(augmentations: Sequence[Component]) -> list[str]:
     """Return the user's functions that augmentations call."""
-    return [lock.factory for lock in locks(augmentations) if lock.factory is not None]
+    return [one.factory for one in foreign_transforms(augmentations) if one.factory is not None]
 
 
 @functools.cache
