@@ -33,7 +33,7 @@ SEEDS = ("torch_seed", "numpy_seed", "python_seed")
 
 
 class ForeignTransform(NamedTuple):
-    """The transform of an augmentation: its name in messages, the release of torchvision, the user's function if any."""
+    """The transform of an augmentation: its name in messages, the release of torchvision, the user's function."""
 
     what: str
     torchvision: str
