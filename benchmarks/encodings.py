@@ -27,16 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models import resnet18
 
-from logitcache.cache.encodings import Coder, Dense, TopK
+from logitcache.cache.encodings.base import LogitsCodec
 from logitcache.cache.encodings.basis import fit_basis
+from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.fitted_transform import FittedTransform
 from logitcache.cache.encodings.measure import ErrorMeter, chunk_bytes, stored
 from logitcache.cache.encodings.packed_top_k import PackedTopK
+from logitcache.cache.encodings.top_k import TopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
+from logitcache.cache.format.arrays import Order
 from logitcache.logits import log_probs
 from logitcache.runtime.console import configure
-from logitcache.store.arrays import Order
 
 NUM_VIEWS, NUM_FOLDS = 4, 5
 TEMPERATURES = (1.0, 2.0, 4.0)
@@ -81,7 +83,7 @@ def made(num_images: int = 250, num_classes: int = 400) -> Tensor:
     return (hidden.exp() * scale).flatten(0, 1) @ torch.randn(96, num_classes, generator=generator) / 8
 
 
-def candidates(folds: list[Fold], quick: bool) -> Iterator[tuple[str, dict[str, Any], list[Coder], bool]]:
+def candidates(folds: list[Fold], quick: bool) -> Iterator[tuple[str, dict[str, Any], list[LogitsCodec], bool]]:
     """Yield family, fields, the encoding as each fold fits it, and whether it is stored compressed."""
     num_classes, count = folds[0].judged.shape[1], len(folds)
     yield "dense float16", {}, [Dense()] * count, False
@@ -100,7 +102,7 @@ def candidates(folds: list[Fold], quick: bool) -> Iterator[tuple[str, dict[str, 
 
 
 def judge(
-    family: str, fields: dict[str, Any], encodings: list[Coder], compressed: bool, folds: list[Fold]
+    family: str, fields: dict[str, Any], encodings: list[LogitsCodec], compressed: bool, folds: list[Fold]
 ) -> dict[str, Any]:
     """Measure one encoding on the rows that each fold did not fit it to."""
     meter, parts = ErrorMeter(TEMPERATURES), {}

@@ -31,15 +31,18 @@ from _harness import Row, Work, alternate, parser_of, run_benchmark, seconds
 from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache, open_cache
-from logitcache.cache.format.layout import Layout, choose_shard_rows, layout_of
+from logitcache.cache.format.arrays import ArrayLayout
+from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import ERROR_TEMPERATURES, Manifest
-from logitcache.cache.format.metadata import Samples, metadata_files
+from logitcache.cache.format.metadata import metadata_files
+from logitcache.cache.format.samples import Samples
+from logitcache.cache.format.shard_rows import choose_shard_rows
 from logitcache.cache.read.row_sources import PackedRows, num_kept
 from logitcache.cache.read.shared_memory import SharedShards
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.writer import CacheWriter
-from logitcache.store.arrays import ArrayLayout, seal
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
+from logitcache.store.shards import seal
 from logitcache.views.canaries import pixel_digest
 from logitcache.views.keys import ViewKey
 

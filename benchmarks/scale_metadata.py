@@ -33,18 +33,21 @@ from scale_model import LABELS_BYTES, SKELETON_BYTES
 
 from logitcache.cache.cache import Cache
 from logitcache.cache.encodings.packed_top_k import PackedTopK
-from logitcache.cache.format.layout import Layout, choose_shard_rows, layout_of
+from logitcache.cache.format.arrays import ArrayLayout
+from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import metadata_files, read_labels, skeleton_problems
-from logitcache.cache.snapshot import open_snapshot, read_manifest
+from logitcache.cache.format.metadata import metadata_files, read_manifest, skeleton_problems
+from logitcache.cache.format.samples import read_labels
+from logitcache.cache.format.shard_rows import choose_shard_rows
+from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
 from logitcache.cache.write.error_summary import finish_growth
 from logitcache.cache.write.growth import begin_growth, forget_growth
 from logitcache.cache.write.writer import ShardEncoder
 from logitcache.planning.costs import StoreCost, skeleton_sizes, store_cost
 from logitcache.runtime.console import configure
-from logitcache.store.arrays import ArrayLayout, Shard, seal
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
+from logitcache.store.shards import Shard, seal
 
 NUM_CLASSES = 1000
 QUICK, FULL = ((1_281_167, 79),), ((1_281_167, 79), (14_197_122, 90), (1_000_000_000, 4))

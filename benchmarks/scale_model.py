@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from read import manifest_of
 
-from logitcache.cache.format.layout import Layout, choose_shard_rows, layout_of
+from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.format.shard_rows import choose_shard_rows
 from logitcache.planning.costs import Requests, StoreCost, fill_seconds, num_lists, skeleton_sizes, store_cost
 from logitcache.store.remote.client import PART
 

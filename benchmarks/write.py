@@ -29,7 +29,7 @@ from logitcache.cache.write.writer import CacheWriter
 from logitcache.config.recipe import load_recipe
 from logitcache.models import Classifier, Preprocessing
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 from logitcache.views.spec import Views, ViewSpec

@@ -11,16 +11,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.foreign_code import require_releases, require_trusted
 from logitcache.cache.format.layout import CHECKSUMS, PARAMETERS, Layout
-from logitcache.cache.format.metadata import read_canaries, read_labels
+from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.format.samples import read_canaries, read_labels
 from logitcache.cache.read.gather import StoredRows
-from logitcache.cache.read.row_sources import shuffle_block
-from logitcache.cache.read.target_codecs import Coders
-from logitcache.cache.read.view_records import RecordedRows, require_planned, require_replayable
+from logitcache.cache.read.row_sources import RecordedRows, shuffle_block
+from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.reopening import remembered_records, require_sound_skeleton
-from logitcache.cache.snapshot import Snapshot, locate, read_manifest
-from logitcache.cache.source_images import open_images, require_same_images
+from logitcache.cache.replay import (
+    open_images,
+    require_planned,
+    require_releases,
+    require_replayable,
+    require_same_images,
+    require_trusted,
+)
+from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cache.verify import require_committed
 from logitcache.errors import RecipeError
 from logitcache.logits import LinearLogits
@@ -53,7 +59,7 @@ class Cache:
         self.layout: Layout = snapshot.layout
         self.shards = snapshot.shards
         self._stored = StoredRows(snapshot)
-        self._coders = Coders(snapshot.store, self.manifest, self.layout)
+        self._coders = TargetCodecs(snapshot.store, self.manifest, self.layout)
 
     @property
     def num_views(self) -> int:
@@ -76,7 +82,7 @@ class Cache:
 
     @cached_property
     def labels(self) -> Labels:
-        """Labels as stage one saw them, int64 [N] or, multi-hot, int8 [N, C]; -1 where there is none."""
+        """Labels as stage one saw them, int64 [N] or, multi-hot, int8 [N, C]; -1 if there is none."""
         return read_labels(self.snapshot.store, self.manifest)
 
     @cached_property
@@ -106,7 +112,7 @@ class Cache:
         }
 
     def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
-        """Return weight [C, D] and bias [C] of a teacher's last layer, where its logits are kept as what goes in."""
+        """Return weight [C, D] and bias [C] of a teacher's last layer, if its logits are stored as its input."""
         return self._coders.head(teacher)
 
     def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
@@ -140,16 +146,16 @@ class Cache:
         return as_dask(self.snapshot)
 
     def row_checksums(self, keys: Sequence[ViewKey]) -> NDArray[np.uint32] | None:
-        """Gather the checksums [B] of the pixels that the teachers saw; None where none are recorded."""
+        """Gather the checksums [B] of the pixels that the teachers saw; None if none are recorded."""
         self._stored.places(keys)
         return self._recorded[CHECKSUMS](keys) if self.manifest.row_checksums else None
 
     def checksums_of(self, verify: canaries.Level) -> ChecksumsOf | None:
-        """Return what to compare every image with; None where none is recorded, or where pixels may differ."""
+        """Return the checksums to compare every image with; None if none are recorded, or if pixels may differ."""
         return self._recorded[CHECKSUMS] if self.manifest.row_checksums and verify == "strict" else None
 
     def parameters(self, keys: Sequence[ViewKey]) -> NDArray[np.int64] | None:
-        """Gather what the augmentations drew, [B, P], as the manifest names it; None where it is not recorded."""
+        """Gather what the augmentations drew, [B, P], as the manifest names it; None if it is not recorded."""
         self._stored.places(keys)
         if not self.manifest.parameters:
             return None if self.manifest.parameters is None else np.empty((len(keys), 0), np.int64)
@@ -257,7 +263,7 @@ class Cache:
 
     @property
     def shuffle_block(self) -> int | None:
-        """Rows to shuffle among where a packed view has more shards than are kept decoded; None for all."""
+        """Rows to shuffle among if a packed view has more shards than are kept decoded; None for all."""
         return shuffle_block(self.layout)
 
 

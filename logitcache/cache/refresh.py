@@ -1,22 +1,17 @@
 """Bring a mirror up to date with the storage: the metadata, tables and commit records, all but the shards."""
 
 import hashlib
-import math
 from collections.abc import Mapping
 
-from logitcache.cache.format.label_file import label_file
 from logitcache.cache.format.layout import Layout, layout_of, require_possible
 from logitcache.cache.format.manifest import Manifest, parse_manifest
-from logitcache.cache.format.metadata import CANARIES, DIGESTS, GROWING, ROOT, skeleton_arrays, skeleton_problems
+from logitcache.cache.format.metadata import GROWING, ROOT, skeleton_limits, skeleton_problems
 from logitcache.cache.write.growth import read_growth
 from logitcache.cache.write.unreadable_images import FILE as UNREADABLE
 from logitcache.errors import CacheError
-from logitcache.store.arrays import RECORD, RECORD_BYTES
 from logitcache.store.mirror import Mirror
 from logitcache.store.safe_files import MAX_METADATA_BYTES, parse_json
-
-MAX_ARRAY_BYTES = 1 << 20
-"""Most bytes of an array's metadata."""
+from logitcache.store.shards import RECORD, RECORD_BYTES
 
 MAX_PAGE_BYTES = 1 << 18
 """Most bytes that a server may send for a commit record: a page that reports an error is a damaged record."""
@@ -31,7 +26,7 @@ def refresh(mirror: Mirror, fresh: bool) -> None:
     `fresh` reads that from the storage even if the mirror seems to have it. Raises RemoteError if the storage does not
     answer.
     """
-    with mirror.creating():
+    with mirror.locked():
         try:
             root = mirror.remote.read(ROOT, most=MAX_METADATA_BYTES)
         except FileNotFoundError:
@@ -42,12 +37,12 @@ def refresh(mirror: Mirror, fresh: bool) -> None:
             is_same = not fresh and _here(mirror, ROOT) == root
             _update(mirror, dict.fromkeys((GROWING, UNREADABLE), MAX_METADATA_BYTES), fresh, False)
             goal = _goal(mirror, manifest)
-            _update(mirror, _skeleton(goal), fresh, is_same)
+            _update(mirror, {key: most for key, most in skeleton_limits(goal).items() if key != ROOT}, fresh, is_same)
             _update_records(mirror, layout_of(goal), fresh, is_same)
         mirror.keep(ROOT, root)
         if manifest is not None:
             # What a disk here has lost or changed is in the storage.
-            most = {**_skeleton(manifest), ROOT: MAX_METADATA_BYTES}
+            most = skeleton_limits(manifest)
             _update(mirror, {key: most[key] for key, _ in skeleton_problems(mirror, manifest)}, True, False)
 
 
@@ -66,15 +61,6 @@ def _goal(mirror: Mirror, manifest: Manifest) -> Manifest:
         return read_growth(mirror, manifest)
     except CacheError:
         return manifest
-
-
-def _skeleton(manifest: Manifest) -> dict[str, int]:
-    """Return the files of a skeleton but its root, with the bytes that each may have."""
-    arrays = {f"{options['name']}/{ROOT}": MAX_ARRAY_BYTES for options in skeleton_arrays(manifest)}
-    tables = {table.file: table.num_bytes for table in layout_of(manifest).tables}
-    labels, pixels = label_file(manifest.fingerprint), math.prod(manifest.image_shape)
-    samples = {DIGESTS: 8 * manifest.num_images, CANARIES: len(manifest.canaries) * pixels}
-    return {**arrays, **tables, labels.key: labels.num_bytes, **samples}
 
 
 def _update(mirror: Mirror, most: Mapping[str, int], fresh: bool, is_same: bool) -> None:
@@ -105,7 +91,7 @@ def _is_known(mirror: Mirror, key: str, here: bytes, fresh: bool, is_same: bool)
 
 
 def _has_tag(data: bytes, tag: str) -> bool:
-    """Whether a tag is the MD5 of some bytes, as those of S3 are where no key of the user's own encrypts."""
+    """Whether a tag is the MD5 of some bytes, as those of S3 are unless a key of the user's own encrypts."""
     return tag.strip('"') == hashlib.md5(data, usedforsecurity=False).hexdigest()
 
 

@@ -11,17 +11,18 @@ from importlib.metadata import version
 import numpy as np
 import zarr
 
+from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.commits import Records, read_records
 from logitcache.cache.format.derivation import fix_of_damage
 from logitcache.cache.format.layout import layout_of
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import ROOT, skeleton_keys, skeleton_problems
+from logitcache.cache.format.metadata import ROOT, skeleton_limits, skeleton_problems
 from logitcache.errors import CacheError
-from logitcache.store import file_stamps
-from logitcache.store.arrays import RECORD_BYTES, ArrayGroup
+from logitcache.store import digest_index
 from logitcache.store.base import Store
 from logitcache.store.files import keep, kept, memory_of
 from logitcache.store.safe_files import open_folder
+from logitcache.store.shards import RECORD_BYTES
 
 SHOWN = 5
 
@@ -33,8 +34,8 @@ def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
     """Raise CacheError naming the damaged files of a cache's skeleton; known to be sound, they are not read."""
 
     def state() -> bytes | None:
-        paths = [store.path / key for key in skeleton_keys(manifest)]
-        return file_stamps.state(paths, manifest.digest(), zarr.__version__, version("logitcache"))
+        paths = [store.path / key for key in skeleton_limits(manifest)]
+        return digest_index.state(paths, manifest.digest(), zarr.__version__, version("logitcache"))
 
     memory, before = memory_of(str(store.path.absolute()), "skeleton"), state()
     if before is not None and kept(memory) == before:
@@ -64,7 +65,7 @@ def _records(store: Store, manifest: Manifest, group: ArrayGroup) -> Records:
 
     def state() -> bytes | None:
         paths = [store.path / group.commits, store.path / group.commits / ROOT]
-        return file_stamps.state(paths, manifest.digest(), version("logitcache"), _names(store, group))
+        return digest_index.state(paths, manifest.digest(), version("logitcache"), _names(store, group))
 
     memory, before = memory_of(str(store.path.absolute() / group.commits), "records"), state()
     payload = kept(memory) if before is not None else None

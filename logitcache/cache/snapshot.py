@@ -11,20 +11,21 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.format.commits import Records, are_records, read_records
 from logitcache.cache.format.derivation import fix_of_damage
-from logitcache.cache.format.layout import Layout, layout_of, require_possible
-from logitcache.cache.format.manifest import Manifest, parse_manifest
-from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.layout import Layout, layout_of
+from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.format.metadata import read_manifest
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.cache.refresh import refresh
 from logitcache.cache.write.growth import read_growth
 from logitcache.errors import CacheError
-from logitcache.store.arrays import ArrayGroup, ArrayLayout, Shard, StoredShard
-from logitcache.store.base import LocalStore, Store
+from logitcache.store.base import Store
+from logitcache.store.local import LocalStore
 from logitcache.store.mirror import mirror_of
 from logitcache.store.remote.client import is_remote
-from logitcache.store.safe_files import parse_json
+from logitcache.store.shards import Shard, StoredShard
 
 
 @dataclass(frozen=True)
@@ -149,23 +150,3 @@ def locate(location: str | Path, *, fresh: bool = False) -> Store:
     mirror = mirror_of(os.fspath(location))
     refresh(mirror, fresh)
     return mirror
-
-
-def read_manifest(store: Store) -> Manifest:
-    """Read and check the manifest of a cache."""
-    where = f"{store}/{ROOT}"
-    try:
-        stored = parse_json(store.read(ROOT))
-        attributes = stored["attributes"] if stored["node_type"] == "group" else {}
-    except FileNotFoundError as error:
-        found = f"is no cache (it has no {ROOT})" if store.path.exists() else "does not exist"
-        raise CacheError(f"{store} {found}. Fix: check the path, or make it with `logitcache precompute`") from error
-    except CacheError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"{where} is damaged: {type(error).__name__}: {error}. Fix: restore it, or remove {store} and make it again"
-        ) from error
-    manifest = parse_manifest(attributes, str(store))
-    require_possible(manifest, str(store))
-    return manifest

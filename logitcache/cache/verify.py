@@ -5,15 +5,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.cache.format.metadata import skeleton_problems
-from logitcache.cache.read.decode_shard import read_rows
-from logitcache.cache.read.target_codecs import Coders, Rows
+from logitcache.cache.read.target_codecs import Rows, TargetCodecs
 from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError
 from logitcache.runtime.console import track
-from logitcache.store.arrays import ArrayGroup, Shard, StoredShard
+from logitcache.store.shards import Shard, StoredShard
 
 SHOWN = 5
 LISTED = 1000
@@ -48,7 +48,7 @@ def damaged(snapshot: Snapshot, *, fresh: bool = False) -> list[Damage]:
     committed = snapshot.committed()
     for group in snapshot.layout.groups:
         for shard, text in snapshot.damaged_records(group).items():
-            found.append(Damage(shard, group, f"view {shard.view} rows {shard.start}..{shard.stop}: {text}"))
+            found.append(Damage(shard, group, f"{shard}: {text}"))
         for shard in sorted(committed[group.name]):
             readable += [(part, group) for part in snapshot.parts(group, shard)]
     wrong = snapshot.store.wrong([part for part, _ in readable], fresh=fresh)
@@ -66,37 +66,31 @@ def require_intact(snapshot: Snapshot, groups: Sequence[ArrayGroup], shards: Seq
         store.ensure(row_shards(snapshot, groups, shards))
         return
     parts = [part for shard in shards for group in groups for part in snapshot.parts(group, shard)]
-    lines = [text for text in store.wrong(parts, fresh=False) if text is not None]
+    _require_none(snapshot, [text for text in store.wrong(parts, fresh=False) if text is not None])
+
+
+def _require_none(snapshot: Snapshot, lines: Sequence[str]) -> None:
     if lines:
-        raise _damage(snapshot, lines)
-
-
-def _damage(snapshot: Snapshot, lines: Sequence[str]) -> CacheError:
-    more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    shown = "\n  ".join(lines[:SHOWN])
-    return CacheError(f"{snapshot.store} is damaged:\n  {shown}{more}\n  {snapshot.fix}")
+        more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        shown = "\n  ".join(lines[:SHOWN])
+        raise CacheError(f"{snapshot.store} is damaged:\n  {shown}{more}\n  {snapshot.fix}")
 
 
 def row_shards(snapshot: Snapshot, groups: Sequence[ArrayGroup], shards: Sequence[Shard]) -> list[StoredShard]:
     """Return the parts of shards that hold rows, with their records."""
-    every = (snapshot.parts(group, shard) for shard in shards for group in groups)
-    return [part for parts in every for part in parts if not part.array.per_shard]
+    arrays = [snapshot.array(array) for group in groups for array in group.rows]
+    return [array.part(shard) for shard in shards for array in arrays]
 
 
 def require_committed(snapshot: Snapshot) -> None:
     """Raise CacheError unless every shard is committed, by a record that can be read."""
-    layout, store = snapshot.layout, snapshot.store
-    lines = [
-        f"view {shard.view} rows {shard.start}..{shard.stop}: {text}"
-        for group in layout.groups
-        for shard, text in sorted(snapshot.damaged_records(group).items())
-    ]
-    if lines:
-        raise _damage(snapshot, lines)
+    damaged = [snapshot.damaged_records(group) for group in snapshot.layout.groups]
+    _require_none(snapshot, [f"{shard}: {text}" for texts in damaged for shard, text in sorted(texts.items())])
     if not snapshot.complete:
-        total = layout.num_shards
+        total = snapshot.layout.num_shards
         raise CacheError(
-            f"{store} is incomplete: {total - len(snapshot.shards)} of {total} shards are not committed. {snapshot.fix}"
+            f"{snapshot.store} is incomplete: {total - len(snapshot.shards)} of {total} shards are not committed. "
+            f"{snapshot.fix}"
         )
 
 
@@ -113,39 +107,39 @@ def verify_cache(snapshot: Snapshot) -> Verification:
 
 
 def _not_decoded(snapshot: Snapshot, damaged: Collection[tuple[str, Shard]]) -> list[str]:
-    """Decode packed shards and rows that name classes; say what is wrong with those that match their records."""
+    """Decode packed shards and rows that name classes; return what is wrong with those that match their records."""
     problems, committed = [], snapshot.committed()
     for group in snapshot.layout.groups:
-        coders = _coders_of_classes(snapshot, group)
-        arrays = [array for array in group.arrays if array.storage == "packed" or coders]
+        codecs = _codecs_of_classes(snapshot, group)
+        arrays = [array for array in group.arrays if array.storage == "packed" or codecs]
         shards = [shard for shard in sorted(committed[group.name]) if (group.name, shard) not in damaged]
         for shard in track(shards, f"decoding {group.name}", len(shards), "shards") if arrays else ():
             try:
-                rows = {array.name: read_rows(snapshot.array(array), shard, keep=False) for array in arrays}
-                if coders is not None:
-                    _require_classes(coders, rows, shard)
+                rows = {array.name: snapshot.array(array).rows(shard, keep=False) for array in arrays}
+                if codecs is not None:
+                    _require_classes(codecs, rows, shard)
             except CacheError as error:
                 problems.append(str(error))
     return problems
 
 
-def _require_classes(coders: Coders, rows: Rows, shard: Shard) -> None:
-    """Decode rows, and raise CacheError for a class that does not exist."""
+def _require_classes(codecs: TargetCodecs, rows: Rows, shard: Shard) -> None:
+    """Decode rows, some at a time; raise CacheError for a class that does not exist."""
     for start in range(0, shard.stop - shard.start, ROWS):
-        coders.targets({name: values[start : start + ROWS] for name, values in rows.items()}, lambda row: shard)
+        codecs.targets({name: values[start : start + ROWS] for name, values in rows.items()}, lambda row: shard)
 
 
-def _coders_of_classes(snapshot: Snapshot, group: ArrayGroup) -> Coders | None:
+def _codecs_of_classes(snapshot: Snapshot, group: ArrayGroup) -> TargetCodecs | None:
     """Return what decodes the logits of a group alone if its rows name classes; else None."""
     stored = snapshot.manifest.teachers[group.teacher].stored_logits if group.target == LOGITS else None
     if stored is None or "dense logits" in stored.form.gives:
         return None
     manifest = snapshot.manifest.restricted(snapshot.layout.num_views, {group.teacher: [LOGITS]})
-    return Coders(snapshot.store, manifest, layout_of(manifest))
+    return TargetCodecs(snapshot.store, manifest, layout_of(manifest))
 
 
 def _not_committed(layout: Layout, present: set[Shard]) -> list[str]:
     missing = (shard for shard in layout.shards() if shard not in present)
-    lines = [f"view {s.view} rows {s.start}..{s.stop}: not committed" for s in itertools.islice(missing, LISTED)]
+    lines = [f"{shard}: not committed" for shard in itertools.islice(missing, LISTED)]
     more = layout.num_shards - len(present) - len(lines)
     return [*lines, f"and {more} more are not committed"] if more else lines

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.write.writer import Rows, ShardEncoder
-from logitcache.store.arrays import ArrayLayout, Shard
+from logitcache.store.shards import Shard
 
 REPEATS = 5
 """How often a shard is encoded to time it, within a second."""

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from logitcache.cache.format.label_file import label_file
+from logitcache.cache.format.arrays import ArrayLayout, Storage
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import CANARIES, DIGESTS, metadata_files
+from logitcache.cache.format.metadata import metadata_files
+from logitcache.cache.format.samples import CANARIES, DIGESTS, label_file
 from logitcache.cache.write.writer import THREADS
-from logitcache.store.arrays import RECORD_BYTES, ArrayLayout, Shard, Storage
+from logitcache.store.shards import RECORD_BYTES, Shard
 
 LISTED = 1000
 """Keys in one answer of an object store."""

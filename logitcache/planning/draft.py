@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from logitcache.cache.format.commits import Records
-from logitcache.cache.format.layout import Layout, fit_to_pages
+from logitcache.cache.format.layout import Layout
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.manifest_diff import is_more
-from logitcache.cache.read.target_codecs import Coders
+from logitcache.cache.format.shard_rows import fit_to_pages
+from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.reopening import require_sound_skeleton
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cache.verify import damaged
@@ -24,8 +25,8 @@ from logitcache.runtime.console import logger
 from logitcache.runtime.device import resolve_device, to_device
 from logitcache.stage_one.inputs import as_given, as_recorded, build_teachers, open_images
 from logitcache.stage_one.preparation import Plan, begin, standing
-from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.teacher.answers import PASSES, answers_of
 from logitcache.teacher.calibration import rows_to_answer
 from logitcache.teacher.fitting import Tables, fit
@@ -113,7 +114,7 @@ def _draft(
     missing = {group.name: set(layout.shards()) for group in layout.groups} if is_new else _missing(snapshot)
     lacking: set[Shard] = set().union(*missing.values())
     pending = [shard for shard in layout.shards() if shard in lacking]
-    plan = Plan(snapshot, Coders(store, goal, layout, tables), pending)
+    plan = Plan(snapshot, TargetCodecs(store, goal, layout, tables), pending)
     passes += sum(_passes(teacher, layout, missing, num_canaries) for teacher in teachers)
     return Draft(recipe, views, teachers, plan, missing, recorded, used, wanted, opening, preparing, passes)
 

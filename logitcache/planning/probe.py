@@ -18,7 +18,7 @@ from logitcache.runtime.device import synchronize
 from logitcache.stage_one.keeper import Keeper
 from logitcache.stage_one.precompute import batches_of
 from logitcache.stage_one.share import WHOLE, Share
-from logitcache.store.arrays import Shard
+from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.cache.format.manifest_diff import is_more
 from logitcache.errors import RecipeError
@@ -27,7 +28,6 @@ from logitcache.planning.taps_table import taps_of
 from logitcache.planning.upper_bounds import most_bytes, sketched
 from logitcache.runtime.tables import as_text, format_bytes
 from logitcache.stage_one.share import WHOLE, Share
-from logitcache.store.arrays import ArrayGroup, ArrayLayout
 from logitcache.store.remote.client import is_remote
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 

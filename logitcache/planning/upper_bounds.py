@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from logitcache.cache.encodings import FeatureForm
-from logitcache.cache.format.layout import choose_shard_rows, fit_to_pages
+from logitcache.cache.encodings.features import FeatureForm
+from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry, recordable
-from logitcache.cache.read.target_codecs import Coders
+from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
+from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cache.write.claims import target_of
 from logitcache.planning.draft import Draft
@@ -17,8 +18,8 @@ from logitcache.runtime.device import resolve_device, to_device
 from logitcache.runtime.versions import versions
 from logitcache.stage_one.inputs import as_given, as_recorded, build_teachers, open_images
 from logitcache.stage_one.preparation import Plan, entries_of
-from logitcache.store.arrays import ArrayLayout, Shard
 from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.teacher.answers import answers_of
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher
@@ -79,7 +80,7 @@ def _sketch(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], sto
     missing = {name: every - committed for name, committed in snapshot.committed().items()}
     lacking: set[Shard] = set().union(*missing.values())
     pending = [shard for shard in snapshot.layout.shards() if shard in lacking]
-    plan = Plan(snapshot, Coders(store, goal, snapshot.layout), pending)
+    plan = Plan(snapshot, TargetCodecs(store, goal, snapshot.layout), pending)
     recorded = None if cache is None else cache.manifest
     return Draft(recipe, views, teachers, plan, missing, recorded, 0, 0, 0.0, 0.0, 0)
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.snapshot import locate, read_manifest
+from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.snapshot import locate
 from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError
 from logitcache.models import Checkpoint, Classifier

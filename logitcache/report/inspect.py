@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from logitcache.cache.cache import Cache
+from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.manifest import LOGITS, TeacherEntry
 from logitcache.cache.format.manifest_diff import is_more
 from logitcache.cache.reopening import require_sound_skeleton
 from logitcache.cache.snapshot import Snapshot, open_snapshot
 from logitcache.cache.write.error_summary import errors_of
 from logitcache.logits import top1
-from logitcache.store.arrays import ArrayGroup, Shard
+from logitcache.store.shards import Shard
 from logitcache.student.evaluation.multi_label import MultiLabelTally
 from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label
@@ -126,7 +127,7 @@ def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) 
     arrays = dict.fromkeys((array.name for array in every), 0)
     for group, shard in itertools.product(groups, done):
         for part in cache.snapshot.parts(group, shard):
-            arrays[part.array.name] += part.size
+            arrays[part.array] += part.size
     rows = sum(shard.stop - shard.start for shard in done)
     return {"array_bytes": arrays, "bytes_per_row": round(sum(arrays.values()) / rows, 1) if rows else None}
 

@@ -32,7 +32,7 @@ from logitcache.report.multi_label_summary import (
     measure_multi_label,
 )
 from logitcache.stage_one.cluster.gather_values import HERE, Cluster, gathered
-from logitcache.store.arrays import Shard
+from logitcache.store.shards import Shard
 from logitcache.student.evaluation.validation import only_logits
 from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label

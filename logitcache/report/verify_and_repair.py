@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.cache.cache import Cache
-from logitcache.cache.foreign_code import require_trusted
 from logitcache.cache.format.derivation import is_derived
 from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.replay import require_trusted
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
 from logitcache.config.recipe import Component, load_recipe

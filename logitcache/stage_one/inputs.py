@@ -6,8 +6,7 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
-from logitcache.cache.format.metadata import ROOT
-from logitcache.cache.snapshot import read_manifest
+from logitcache.cache.format.metadata import ROOT, read_manifest
 from logitcache.config.recipe import Component, require_effect
 from logitcache.errors import RecipeError
 from logitcache.store.base import Store

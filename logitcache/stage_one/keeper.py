@@ -9,12 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.layout import CHECKSUMS
 from logitcache.cache.format.row_errors import count_errors
 from logitcache.cache.write.writer import Rows
 from logitcache.runtime.device import to_device
 from logitcache.stage_one.preparation import Plan
-from logitcache.store.arrays import ArrayGroup, Shard
+from logitcache.store.shards import Shard
 from logitcache.teacher.encoding import Encoded, encode
 from logitcache.teacher.teacher import Teacher, require_answers, require_fits
 from logitcache.views.checksums import require_rows, row_checksums

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, nn
 
-from logitcache.cache.encodings import Dense
+from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.format.manifest import LOGITS, Manifest
+from logitcache.cache.format.metadata import read_manifest
 from logitcache.cache.format.row_errors import BOUND
-from logitcache.cache.snapshot import locate, read_manifest
+from logitcache.cache.snapshot import locate
 from logitcache.cache.write.claims import preparing, writing
 from logitcache.cache.write.unreadable_images import note_unreadable
 from logitcache.cache.write.writer import CacheWriter, Rows, empty_rows
@@ -27,8 +28,8 @@ from logitcache.stage_one.inputs import as_given, as_recorded, build_teachers, o
 from logitcache.stage_one.keeper import Keeper
 from logitcache.stage_one.preparation import Plan, finish, prepare
 from logitcache.stage_one.share import WHOLE, Left, Part, Share
-from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher
 from logitcache.views.keys import ViewKey

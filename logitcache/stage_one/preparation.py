@@ -10,27 +10,29 @@ from torch import Tensor
 
 from logitcache.cache.cache import Cache
 from logitcache.cache.format.derivation import require_not_derived
-from logitcache.cache.format.layout import CHECKSUMS, Layout, choose_shard_rows, fit_to_pages, layout_of
+from logitcache.cache.format.layout import CHECKSUMS, Layout, layout_of
 from logitcache.cache.format.manifest import Manifest, TeacherEntry, recordable
 from logitcache.cache.format.manifest_diff import extends, is_more, require_growth
-from logitcache.cache.format.metadata import Samples, mend_skeleton
-from logitcache.cache.read.target_codecs import Coders
-from logitcache.cache.read.view_records import RecordedRows
-from logitcache.cache.snapshot import Snapshot, read_manifest
-from logitcache.cache.source_images import require_same_images
+from logitcache.cache.format.metadata import read_manifest, repair_skeleton
+from logitcache.cache.format.samples import Samples
+from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
+from logitcache.cache.read.row_sources import RecordedRows
+from logitcache.cache.read.target_codecs import TargetCodecs
+from logitcache.cache.replay import require_same_images
+from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import damaged
 from logitcache.cache.write.claims import alone, preparing
 from logitcache.cache.write.create import create_skeleton
 from logitcache.cache.write.error_summary import finish_growth, note_errors
 from logitcache.cache.write.growth import begin_growth, forget_growth, grown, read_growth
-from logitcache.cache.write.unreadable_images import forget_unreadable, with_mended_images
+from logitcache.cache.write.unreadable_images import forget_unreadable, with_repaired_images
 from logitcache.config.trust import inherit, remember
 from logitcache.models import weights_digest
 from logitcache.runtime.console import logger
 from logitcache.runtime.versions import versions
-from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
 from logitcache.store.files import remove_leftovers
+from logitcache.store.shards import Shard
 from logitcache.targets import Targets
 from logitcache.teacher.answers import examples_of
 from logitcache.teacher.classes import other_classes
@@ -48,7 +50,7 @@ class Plan:
     """The cache as it is to be, what encodes it, the shards with something to do, and checksums that are there."""
 
     snapshot: Snapshot
-    coders: Coders
+    coders: TargetCodecs
     pending: list[Shard]
     num_recorded: int = 0
     checksums: RecordedRows | None = None
@@ -56,7 +58,7 @@ class Plan:
     @classmethod
     def of(cls, snapshot: Snapshot, pending: list[Shard], recorded: Snapshot | None = None) -> "Plan":
         """Return a plan to fill a cache; `recorded` is what is there already of one that grows."""
-        coders = Coders(snapshot.store, snapshot.manifest, snapshot.layout)
+        coders = TargetCodecs(snapshot.store, snapshot.manifest, snapshot.layout)
         if recorded is None:
             return cls(snapshot, coders, pending)
         arrays = {array.suffix: array for array in recorded.layout.views_arrays}
@@ -138,7 +140,7 @@ def standing(store: Store, recipe: PrecomputeRecipe, views: Views, teachers: lis
     wanted = wanted.model_copy(update={"views": recipe.views})
     begun = snapshot.growing()
     held: set[Shard] = set().union(*begun.committed().values())
-    manifest = with_mended_images(store, recorded, wanted, samples.digests, held)
+    manifest = with_repaired_images(store, recorded, wanted, samples.digests, held)
     cache = Cache(begun.of(manifest))
     cache.require_dataset(views.dataset)
     goal = _goal(cache.snapshot, wanted)
@@ -156,7 +158,7 @@ def _continue(store: Store, recipe: PrecomputeRecipe, views: Views, teachers: li
         goal,
         lambda entries, count, rows: fit(recipe, views, teachers, entries, examples, count, recorded_rows=rows)[1],
     )
-    for key in mend_skeleton(store, recorded, manifest, samples, tables):
+    for key in repair_skeleton(store, recorded, manifest, samples, tables):
         logger.info(f"writing again: {store}/{key}")
     inherit(recorded.digest(), manifest.digest())
     forget_unreadable(store)

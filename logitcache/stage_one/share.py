@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from logitcache.cache.snapshot import Snapshot, read_manifest
+from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.claims import Claim
 from logitcache.errors import RecipeError
 from logitcache.runtime.console import logger
-from logitcache.store.arrays import Shard
+from logitcache.store.shards import Shard
 
 PAUSE = 1.0
 """Seconds between two looks at the shards that are waited for."""

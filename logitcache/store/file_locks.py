@@ -1,62 +1,58 @@
-"""Files that several processes of a machine make once: whoever comes first writes, the others wait and find them.
+"""Locks between the processes of a machine: files that one process makes and others wait for, and take turns over.
 
-A file is written beside its place, under a lock that ends with its process, and renamed when it is whole.
+All are flocks: they end with the process.
 """
 
 import fcntl
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PART = ".part"
-"""How the name ends of what is being written."""
+"""Suffix of the name of a file while it is written."""
+
+_POLL_SECONDS = 0.1
 
 
 class Part:
-    """What a file is written to, while it is locked."""
+    """A file that is written beside its place, under a lock, and renamed when it is whole."""
 
     def __init__(self, file: Path, descriptor: int) -> None:
         self._file, self._descriptor = file, descriptor
 
     def finish(self, data: bytes | memoryview) -> None:
-        """Write the bytes of the file, which then is there."""
+        """Write the bytes of the file and put it in place."""
         os.ftruncate(self._descriptor, 0)
         left = memoryview(data).cast("B")
         while left:
             left = left[os.write(self._descriptor, left) :]
-        _path(self._file).rename(self._file)
-
-    def close(self) -> None:
-        """Let others go on; what was not finished is removed."""
-        with suppress(OSError):
-            _remove_if_at(self._descriptor, _path(self._file))
-        os.close(self._descriptor)
+        _part_of(self._file).rename(self._file)
 
 
 @contextmanager
 def locked_part(file: Path) -> Iterator[Part]:
-    """Open what a file is written to, once nobody else has it; whoever waited should look for the file first."""
+    """Open the part of a file once no other process has it; after a wait look first whether the file is there."""
+    part = _part_of(file)
     while True:
-        part = os.open(_path(file), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         try:
-            fcntl.flock(part, fcntl.LOCK_EX)
-        except BaseException:
-            os.close(part)
-            raise
-        # Another may have renamed or removed it before it was locked here: then look again.
-        if is_at(part, _path(file)):
-            break
-        os.close(part)
-    opened = Part(file, part)
-    try:
-        yield opened
-    finally:
-        opened.close()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            # Another process may have renamed or removed it before it was locked here: then open it again.
+            if is_at(descriptor, part):
+                try:
+                    yield Part(file, descriptor)
+                finally:
+                    with suppress(OSError):
+                        _remove_if_at(descriptor, part)  # not finished
+                return
+        finally:
+            os.close(descriptor)
 
 
 def remove_abandoned(part: Path) -> None:
-    """Remove a file that no living process is writing."""
+    """Remove a part that no living process is writing."""
     descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,12 +63,12 @@ def remove_abandoned(part: Path) -> None:
         os.close(descriptor)
 
 
-def _path(file: Path) -> Path:
+def _part_of(file: Path) -> Path:
     return file.with_name(file.name + PART)
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether what is open is still what lies at a path."""
+    """Whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.lstat(path))
     except FileNotFoundError:
@@ -82,3 +78,39 @@ def is_at(descriptor: int, path: Path) -> bool:
 def _remove_if_at(descriptor: int, path: Path) -> None:
     if is_at(descriptor, path):
         path.unlink()
+
+
+@contextmanager
+def turn(kept_at: Path | None, given_up: threading.Event) -> Iterator[None]:
+    """Wait for another process that is about to keep something at a path, or until `given_up` is set.
+
+    It only saves work: if nothing is kept, or the file system has no locks, no process waits.
+    """
+    lock = _open_turn(kept_at)
+    try:
+        while lock is not None and not _has_taken(lock) and not given_up.wait(_POLL_SECONDS):
+            pass
+        yield
+    finally:
+        if lock is not None:
+            Path(f"{kept_at}.turn").unlink(missing_ok=True)  # processes that wait have it open
+            os.close(lock)
+
+
+def _open_turn(kept_at: Path | None) -> int | None:
+    if kept_at is not None:
+        with suppress(OSError):
+            kept_at.parent.mkdir(parents=True, exist_ok=True)
+            return os.open(f"{kept_at}.turn", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return None
+
+
+def _has_taken(lock: int) -> bool:
+    """Take a lock if it is free; True, too, if the file system has none."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

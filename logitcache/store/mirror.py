@@ -1,4 +1,4 @@
-"""Caches at URLs, and mirrors of them on this machine. The storage is the truth: what is written goes there first."""
+"""`Mirror`: files at a URL, and a folder of this machine that mirrors them. The storage is written first."""
 
 import contextlib
 import fcntl
@@ -8,55 +8,55 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from logitcache.errors import CacheError, RemoteError
 from logitcache.runtime.console import track
-from logitcache.store.arrays import COMMITS, RECORD, StoredShard, recorded_bytes
 from logitcache.store.base import Store
-from logitcache.store.compared_shards import ComparedShards, sound_digest, wrong_digest, wrong_size
-from logitcache.store.fetch import fetched
+from logitcache.store.bounded_folder import BoundedFolder
+from logitcache.store.download import Prefetcher, download
 from logitcache.store.file_locks import locked_part
-from logitcache.store.files import fix_of
-from logitcache.store.mirror_folder import FOLDER, TRIES, USED, Room, is_shard, room
-from logitcache.store.prefetch import Ahead
+from logitcache.store.local import LocalStore
+from logitcache.store.mirrors_folder import SIZE, USED, mirrored_shards, mirrors_folder, writable
 from logitcache.store.remote.client import REQUESTS, Entry, Remote
 from logitcache.store.remote.digests import object_digests
 from logitcache.store.remote.transfer import too_long
-from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, parts_of, read_below, regular_size
+from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, parts_of, regular_size
+from logitcache.store.shards import COMMITS, RECORD, StoredShard, is_shard, recorded_bytes
 
 URL, LOCK = "url", "lock"
-"""Files beside a mirror: where the cache is, and what is locked while the mirror is compared with that."""
+"""Files beside a mirror: its URL, and one to lock while it is refreshed."""
 
-_ODD = re.compile(r"[^A-Za-z0-9._-]")
-
-FRESH = 5.0
-"""Seconds for which a file that the storage does not have is not looked for again."""
+FRESH_SECONDS = 5.0
+"""A file that the storage does not have is not requested again within this time."""
 
 IN_FLIGHT = 256 << 20
-"""Bytes of shards that are downloaded at a time, at most."""
+"""Most bytes of shards that are downloaded at a time."""
+
+TRIES = 3
+"""Downloads of a shard that other processes keep evicting before it is read."""
 
 T = TypeVar("T")
 
 
 class Mirror(Store):
-    """A cache at a URL, and the folder of this machine in which what was needed of it is read."""
+    """Files at a URL, and the folder in which those that were needed are read."""
 
     is_local = False
+    limit: int
 
-    def __init__(self, remote: Remote, path: Path, room: Room) -> None:
-        self.remote, self._path, self._room = remote, path, room
-        self._shards = ComparedShards(path, str(remote))
+    def __init__(self, remote: Remote, path: Path, folder: BoundedFolder) -> None:
+        self.remote, self.path, self.limit, self._folder = remote, path, folder.limit, folder
+        self._local = LocalStore(path, str(remote))
         self._absent: dict[str, float] = {}
         self._begin()
 
     def _begin(self) -> None:
         # A fork has neither the threads of its parent nor what they held.
-        self._process = os.getpid()
-        self._room = Room(self._room.folder, self._room.limit)
-        self._ahead = Ahead(self._download_used)
+        self._process, self._prefetcher = os.getpid(), Prefetcher(self._download)
+        self._folder = BoundedFolder(self._folder.path, self.limit, mirrored_shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return mirror_of, (self.remote.url,)
@@ -64,68 +64,52 @@ class Mirror(Store):
     def __str__(self) -> str:
         return str(self.remote)
 
-    @property
-    def path(self) -> Path:
-        """The folder of this machine."""
-        return self._path
-
-    @property
-    def limit(self) -> int:
-        """Bytes of shards that the mirrors on this machine may hold."""
-        return self._room.limit
-
     @contextlib.contextmanager
-    def creating(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Hold the lock of the mirror, which ends with the process."""
-        with _explained(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self._path.parent / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        with writable(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.path.parent / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
         finally:
             os.close(lock)
 
-    def create(self, files: Mapping[str, bytes], root: str) -> None:
-        """Write the first files of a cache, the root last; raise CacheError where there is anything else."""
-        if not self._created(files, root) and self.remote.read(root) != files[root]:
-            raise CacheError(
-                f"another run has created {self} meanwhile, with other contents. Fix: run the same command "
-                "again, which continues that cache or says how they differ"
-            )
-
-    def _created(self, files: Mapping[str, bytes], root: str) -> bool:
-        """Write the files unless the root is there."""
-        listed = self.remote.list().keys()
-        if root in listed:
-            return False
-        self._require_vacant(listed - files.keys())
-        first = [key for key in files if key != root]
-        for _ in self.remote.each(lambda key: self.remote.write(key, files[key]), first):
-            pass
-        try:
-            self.remote.write(root, files[root], new=True)
-        except FileExistsError:  # made since it was listed
-            return False
-        return True
+    @contextlib.contextmanager
+    def creating(self, files: Mapping[str, bytes], root: str) -> Iterator[None]:
+        """Write the first files to the storage, the root last and only if there is none; then hold the lock."""
+        with self.locked():
+            listed = self.remote.list().keys()
+            if root not in listed:
+                self._require_none(listed - files.keys())
+                first = [key for key in files if key != root]
+                list(self.remote.each(lambda key: self.remote.write(key, files[key]), first))
+                with contextlib.suppress(FileExistsError):  # created since it was listed
+                    self.remote.write(root, files[root], new=True)
+            if self.remote.read(root) != files[root]:
+                raise CacheError(
+                    f"another run has created {self} meanwhile, with other contents. Fix: run the same command "
+                    "again, which continues that cache or says how they differ"
+                )
+            yield
 
     def require_vacant(self) -> None:
-        """Raise CacheError where there are objects, and RemoteError where nothing can be."""
-        self._require_vacant(self.remote.list().keys())
+        """Raise CacheError if there are objects, and RemoteError or RecipeError if nothing can be written."""
+        self._require_none(self.remote.list().keys())
 
-    def _require_vacant(self, others: Collection[str]) -> None:
-        if others:
+    def _require_none(self, others: Iterable[str]) -> None:
+        if names := sorted(others):
             raise CacheError(
-                f"{self} holds {len(others)} objects that are of no cache, such as {min(others)}: nothing is "
+                f"{self} holds {len(names)} objects that are of no cache, such as {names[0]}: nothing is "
                 "overwritten. Fix: name another URL, or remove them"
             )
 
     def read(self, key: str, most: int = MAX_METADATA_BYTES) -> bytes:
         """Read a file, which is downloaded unless it is here."""
         with contextlib.suppress(FileNotFoundError):
-            return read_below(self._path, key, most)
-        parts_of(self._path, key)
-        if time.monotonic() - self._absent.get(key, -FRESH) < FRESH:
+            return self._local.read(key, most)
+        if time.monotonic() - self._absent.get(key, -FRESH_SECONDS) < FRESH_SECONDS:
             raise FileNotFoundError(f"{self}/{key}")
         try:
             data = self.stored(key, most)
@@ -145,7 +129,7 @@ class Mirror(Store):
             raise CacheError(f"{self}/{key} has more than {most} bytes. Fix: restore it") from error
 
     def exists(self, key: str) -> bool:
-        """Whether a file is there; a new one is downloaded."""
+        """Whether there is a file; a new one is downloaded."""
         try:
             self.read(key)
         except FileNotFoundError:
@@ -154,19 +138,19 @@ class Mirror(Store):
 
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Write a file to the storage, then to the mirror; a shard only if it fits there."""
-        parts_of(self._path, key)
+        parts_of(self.path, key)
         self.remote.write(key, data)
         if not is_shard(key):
             self.keep(key, data)
         elif len(data) <= self.limit:
-            with self._room.made(len(data)):
+            with self._folder.reserved(len(data)):
                 self.keep(key, data)
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove files from the storage, then from the mirror."""
         keys = list(keys)
         for key in keys:
-            parts_of(self._path, key)
+            parts_of(self.path, key)
         self.remote.remove(keys)
         for key in keys:
             self.drop(key)
@@ -179,150 +163,123 @@ class Mirror(Store):
         """Add up the sizes of all objects; those of a web server, which lists none, by the commit records."""
         if self.remote.is_listable:
             return sum(self.sizes().values())
-        files = [file for file in self._path.rglob("*") if file.is_file()]
-        others = [file for file in files if not is_shard(file.relative_to(self._path).as_posix())]
+        files = [file for file in self.path.rglob("*") if file.is_file()]
+        others = [file for file in files if not is_shard(file.relative_to(self.path).as_posix())]
         records = [file for file in others if file.parent.name.endswith(COMMITS) and RECORD.fullmatch(file.name)]
         return sum(file.stat().st_size for file in others) + sum(recorded_bytes(file.read_bytes()) for file in records)
 
-    def wrong(self, parts: Sequence[StoredShard], *, fresh: bool) -> list[str | None]:
-        """Compare the sizes in a listing; digests of what was read before and has the same tag; `fresh` reads all.
+    def wrong(self, shards: Sequence[StoredShard], *, fresh: bool) -> list[str | None]:
+        """Compare listed sizes, and digests that are remembered by the tags of objects; `fresh` reads all.
 
-        A web server lists nothing: its shards differ only if they are read.
+        A web server lists nothing: its shards are only compared when they are read.
         """
-        found: list[str | None] = [None] * len(parts)
+        found: list[str | None] = [None] * len(shards)
         listed: dict[str, Entry] = {}
         if self.remote.is_listable:
-            folders = list(dict.fromkeys(part.array.name for part in parts))
-            for entries in self.remote.each(self.remote.list, folders):
+            for entries in self.remote.each(self.remote.list, list(dict.fromkeys(shard.array for shard in shards))):
                 listed |= entries
-            sizes = [listed[part.key].size if part.key in listed else None for part in parts]
-            found = [wrong_size(part, size, str(self)) for part, size in zip(parts, sizes, strict=True)]
-        readable = [part for part, text in zip(parts, found, strict=True) if text is None]
-        digests = iter(object_digests(self.remote, readable, listed, fresh=fresh))
-        for number, text in enumerate(found):
-            digest = next(digests) if text is None else None
-            found[number] = text if digest is None else wrong_digest(parts[number], digest, str(self))
+            sizes = [listed[shard.key].size if shard.key in listed else None for shard in shards]
+            found = [shard.wrong_size(size, str(self)) for shard, size in zip(shards, sizes, strict=True)]
+        sound = [number for number, text in enumerate(found) if text is None]
+        digests = object_digests(self.remote, [shards[number] for number in sound], listed, fresh=fresh)
+        for number, digest in zip(sound, digests, strict=True):
+            found[number] = None if digest is None else shards[number].wrong_digest(digest, str(self))
         return found
 
-    def ensure(self, parts: Sequence[StoredShard]) -> None:
-        """Download shards that are not here, whole and equal to their records; raise CacheError if they differ."""
+    def ensure(self, shards: Sequence[StoredShard], ahead: Sequence[StoredShard] = ()) -> None:
+        """Download shards that are not here, several at a time; those `ahead` if they and as many others fit."""
         if self._process != os.getpid():
             self._begin()
-        missing = self._without_sound([part for part in parts if not self._shards.matches(part)])
-        at_once = _at_once(missing)
+        missing = [shard for shard in shards if not self._local.knows(shard)]
+        there = [shard for shard in missing if regular_size(self.path / shard.key) == shard.size]
+        with contextlib.suppress(CacheError):  # removed by another process meanwhile
+            self._local.wrong(there, fresh=False)  # an earlier run may have downloaded them
+        missing = [shard for shard in missing if not self._local.knows(shard)]
+        at_once = max(1, min(REQUESTS, IN_FLIGHT // max([1, *(shard.size for shard in missing)])))
         done = self.remote.each(self._download, missing, at_once)
         for _ in track(done, f"reading {self.remote.name}", len(missing), "shards") if len(missing) > 1 else done:
             pass
-        self._use({part.shard.view for part in parts})
+        self._touch(shards)
+        if 2 * sum(shard.size for shard in ahead) <= self.limit:
+            self._prefetcher.start(shard for shard in ahead if not self._local.knows(shard))
 
-    def prefetch(self, parts: Sequence[StoredShard]) -> None:
-        """Download shards in threads, if they and as many others fit."""
-        if self._process != os.getpid():
-            self._begin()
-        if 2 * sum(part.size for part in parts) > self.limit:
-            return
-        self._ahead.ask(part for part in parts if not self._shards.matches(part))
-
-    def open(self, part: StoredShard) -> int:
+    def open(self, shard: StoredShard) -> int:
         """Open the file of a shard, downloaded if it is not here."""
-        return self._here(part, self._shards.open)
+        return self._here(shard, self._local.open)
 
-    def read_shard(self, part: StoredShard, *, keep: bool = True) -> bytes:
+    def read_shard(self, shard: StoredShard, *, keep: bool = True) -> bytes:
         """Read a shard, downloaded if it is not here; without `keep` from the storage alone."""
-        return self._here(part, self._shards.read) if keep else fetched(self.remote, part)
+        return self._here(shard, self._local.read_shard) if keep else download(self.remote, shard)
 
-    def _here(self, part: StoredShard, reading: Callable[[StoredShard], T]) -> T:
-        """Read a shard that is here, whatever other processes remove to make room for theirs."""
+    def _here(self, shard: StoredShard, read: Callable[[StoredShard], T]) -> T:
+        """Read a shard from the mirror, in which other processes may evict or change it meanwhile."""
         for _ in range(TRIES - 1):
-            self.ensure([part])
-            with contextlib.suppress(FileNotFoundError):
-                return reading(part)
-        self.ensure([part])
-        return reading(part)
+            self.ensure([shard])
+            with contextlib.suppress(FileNotFoundError, CacheError):
+                return read(shard)
+        self.ensure([shard])
+        return read(shard)
 
     def keep(self, key: str, data: bytes | memoryview) -> None:
-        """Let the mirror have a file, which is changed only where it differs: processes hold locks on some."""
-        file = inside(self._path, key)
+        """Write a file to the mirror, unless it has these bytes: processes hold locks on some files."""
+        file = inside(self.path, key)
         self._absent.pop(key, None)
-        with _explained(file):
+        with writable(file):
             if regular_size(file) == len(data) and file.read_bytes() == data:
                 return
             file.parent.mkdir(parents=True, exist_ok=True)
-            with locked_part(file) as written:
-                written.finish(data)
+            with locked_part(file) as part:
+                part.finish(data)
 
     def drop(self, key: str) -> None:
-        """Let the mirror lack a file that the storage does not have."""
+        """Remove a file that the storage does not have from the mirror."""
         self._absent[key] = time.monotonic()
         self.forget(key)
 
     def forget(self, key: str) -> None:
-        """Let the mirror lack a file, which is read from the storage when it is needed."""
-        file = inside(self._path, key)
-        with _explained(file):
+        """Remove a file from the mirror; it is read from the storage when it is needed."""
+        file = inside(self.path, key)
+        with writable(file):
             file.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove the mirror: the storage has no cache."""
-        shutil.rmtree(self._path, ignore_errors=True)
+        """Remove the mirror of a storage that has no cache."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
-    def _download_used(self, part: StoredShard) -> None:
-        self._download(part)
-        self._use({part.shard.view})
-
-    def _without_sound(self, parts: list[StoredShard]) -> list[StoredShard]:
-        """Leave out what an earlier run has downloaded, and what is still as it was."""
-        there = [part for part in parts if regular_size(self._path / part.key) == part.size]
-        with contextlib.suppress(CacheError):  # removed by another process meanwhile
-            self._shards.wrong(there, fresh=False)
-        return [part for part in parts if not self._shards.matches(part)]
-
-    def _download(self, part: StoredShard) -> None:
+    def _download(self, shard: StoredShard) -> None:
         """Read a shard from the storage, unless another process does, or has."""
-        file = inside(self._path, part.key)
-        with contextlib.ExitStack() as held:
-            held.enter_context(_explained(file))
+        if shard.size > self.limit:
+            raise CacheError(
+                f"a shard of {shard.size} bytes does not fit into the local copy, of {self.limit} bytes. "
+                f"Fix: {SIZE}={shard.size} or more"
+            )
+        file = inside(self.path, shard.key)
+        with writable(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            written = held.enter_context(locked_part(file))
-            if regular_size(file) != part.size or not part.is_of(sound_digest(io.BytesIO(file.read_bytes()), part)):
-                data = fetched(self.remote, part)
-                with self._room.made(len(data)):
-                    written.finish(data)
-            self._shards.written(part)
+            with locked_part(file) as part:
+                here = regular_size(file) == shard.size
+                if not here or not shard.matches(shard.sound_digest(io.BytesIO(file.read_bytes()))):
+                    data = download(self.remote, shard)
+                    with self._folder.reserved(len(data)):
+                        part.finish(data)
+                self._local.trust(shard)
+        self._touch([shard])
 
-    def _use(self, views: set[int]) -> None:
-        """Remember that views are in use."""
+    def _touch(self, shards: Sequence[StoredShard]) -> None:
+        """Note that the views of shards are in use."""
         with contextlib.suppress(OSError):
-            (self._path.parent / USED).mkdir(exist_ok=True)
-            for view in views:
-                (self._path.parent / USED / str(view)).touch()
-
-
-def _at_once(parts: Sequence[StoredShard]) -> int:
-    largest = max((part.size for part in parts), default=1)
-    return max(1, min(REQUESTS, IN_FLIGHT // max(1, largest)))
-
-
-@contextlib.contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    """Turn an error of the file system into a CacheError that names the mirror."""
-    try:
-        yield
-    except OSError as error:
-        raise CacheError(
-            f"the local copy {file} cannot be written: {error.strerror}. Fix: {fix_of(error) or 'remove the cause'}; "
-            f"or a smaller {FOLDER}_SIZE, or {FOLDER}=another folder"
-        ) from error
+            (self.path.parent / USED).mkdir(exist_ok=True)
+            for view in {shard.shard.view for shard in shards}:
+                (self.path.parent / USED / str(view)).touch()
 
 
 def mirror_of(url: str) -> Mirror:
-    """Return the mirror of a cache at a URL; nothing is downloaded yet."""
-    remote, here = Remote(url), room()
-    name = _ODD.sub("_", remote.name).lstrip(".") or "cache"
-    folder = here.folder / f"{name}-{hashlib.sha256(remote.url.encode()).hexdigest()[:16]}"
-    path = folder / name
-    with _explained(path):
-        if not (folder / URL).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / URL).write_text(remote.url)
-    return Mirror(remote, path, here)
+    """Return the mirror of a URL; nothing is downloaded yet."""
+    remote, folder = Remote(url), mirrors_folder()
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", remote.name).lstrip(".") or "cache"
+    parent = folder.path / f"{name}-{hashlib.sha256(remote.url.encode()).hexdigest()[:16]}"
+    with writable(parent / name):
+        if not (parent / URL).is_file():
+            parent.mkdir(parents=True, exist_ok=True)
+            (parent / URL).write_text(remote.url)
+    return Mirror(remote, parent / name, folder)

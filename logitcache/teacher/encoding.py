@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.encodings.measure import divergences
+from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.manifest import LOGITS, TeacherEntry
-from logitcache.cache.read.target_codecs import Coders
+from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.errors import DataError, RowError
-from logitcache.store.arrays import ArrayGroup
 from logitcache.targets import FeatureValues, Targets, feature_values
 
 
@@ -22,7 +22,11 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    coders: Coders, entry: TeacherEntry, groups: Sequence[ArrayGroup], answers: Targets, name_of: Callable[[int], str]
+    coders: TargetCodecs,
+    entry: TeacherEntry,
+    groups: Sequence[ArrayGroup],
+    answers: Targets,
+    name_of: Callable[[int], str],
 ) -> dict[str, Encoded]:
     """Encode a batch's answers on the device they are on, by target: those of `groups`, and what these need.
 

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 from pydantic import JsonValue, ValidationError
 from torch import Tensor, nn
 
-from logitcache.cache.encodings import Dense
+from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.format.derivation import network_of
 from logitcache.cache.format.manifest import TeacherEntry
-from logitcache.cache.snapshot import locate, read_manifest
+from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.snapshot import locate
 from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Model, Preprocessing, weights_digest

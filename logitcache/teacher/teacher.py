@@ -7,7 +7,9 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from logitcache.cache.encodings import Dense, Encoding, Feature
+from logitcache.cache.encodings import Encoding
+from logitcache.cache.encodings.dense import Dense
+from logitcache.cache.encodings.features import Feature
 from logitcache.cache.format.manifest import LOGITS, FeatureName, Output, TeacherEntry
 from logitcache.config.recipe import Component
 from logitcache.errors import DataError, RecipeError

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.commits import Records
 from logitcache.cache.format.manifest import _digest
 from logitcache.cache.read.stored_array import StoredArray
@@ -21,8 +22,8 @@ from logitcache.cache.write.writer import commit_record
 from logitcache.config.recipe import load_recipe
 from logitcache.logits import CompactLogits
 from logitcache.stage_one.precompute import PrecomputeRecipe, PrecomputeResult, precompute
-from logitcache.store.arrays import ArrayLayout, Shard
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
+from logitcache.store.shards import Shard
 
 COUNT = 300
 """Images of the sound cache: six shards of at most 128 rows."""

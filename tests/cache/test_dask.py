@@ -92,8 +92,8 @@ def test_only_the_shards_that_are_computed_are_read(cache: Path, monkeypatch: py
     compare = shard_reader.require_intact
 
     def noted(root: Path, layout: Any, shards: Any) -> None:
-        read.extend(shard_reader)
-        compare(root, layout, shard_reader)
+        read.extend(shards)
+        compare(root, layout, shards)
 
     monkeypatch.setattr(shard_reader, "require_intact", noted)
     logits = open_cache(cache).as_dask()["t"]["logits"]

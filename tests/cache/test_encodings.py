@@ -11,8 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitcache.cache.encodings import Dense, Form, HeadForm, PackedTopK, TopK, TransformForm, UInt8
-from logitcache.cache.encodings.top_k import kept_and_tail
+from logitcache.cache.encodings import Form
+from logitcache.cache.encodings.dense import Dense
+from logitcache.cache.encodings.fitted_transform import TransformForm
+from logitcache.cache.encodings.head import HeadForm
+from logitcache.cache.encodings.packed_top_k import PackedTopK
+from logitcache.cache.encodings.top_k import TopK, kept_and_tail
+from logitcache.cache.encodings.uint8 import UInt8
 from logitcache.errors import RecipeError
 from logitcache.logits import TopKLogits, dense_logits, log_probs, top1
 from logitcache.teacher.teacher import first_not_finite

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from logitcache.cache.cache import open_cache
 from logitcache.cache.write.writer import commit_record
 from logitcache.errors import CacheError, LogitCacheError
-from logitcache.store.arrays import RECORD_BYTES
+from logitcache.store.shards import RECORD_BYTES
 from logitcache.views.keys import ViewKey
 from tests.cache.made import COUNT, Pixels, forge
 
@@ -201,7 +201,7 @@ def test_a_forged_shard_of_another_size_is_never_mapped(cache: Path) -> None:
     record = cache / "t.logits.commits/c.1.1.0.0"
     of_errors = record.read_bytes()[RECORD_BYTES:]
     record.write_bytes(commit_record(memoryview(data), "t.logits/c.1.1.0") + of_errors)
-    with pytest.raises(CacheError, match=r"c\.1\.1\.0\.0 is damaged: it says other sizes"):
+    with pytest.raises(CacheError, match=r"c\.1\.1\.0\.0 is damaged: it states other sizes"):
         open_cache(cache)
 
 

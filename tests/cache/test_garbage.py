@@ -13,7 +13,7 @@ from logitcache.cache.write.claims import preparing, writing
 from logitcache.cache.write.gc import collect
 from logitcache.cli.app import main
 from logitcache.errors import CacheError
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
 from tests.cache.made import FLIP_AND_CROP, Linear, Pixels, contents, precompute, recipe, run, stamps, teacher, verified
 from tests.stage_one.runs import NUM_IMAGES, Stopping, partial
 

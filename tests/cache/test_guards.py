@@ -15,8 +15,8 @@ from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.snapshot import Snapshot, locate, open_snapshot
 from logitcache.cli import main
 from logitcache.errors import CacheError
-from logitcache.store.base import LocalStore
-from logitcache.store.mirror_folder import FOLDER
+from logitcache.store.local import LocalStore
+from logitcache.store.mirrors_folder import FOLDER
 from logitcache.store.remote.client import Remote
 from logitcache.store.safe_files import inside, parse_json
 from logitcache.views.keys import ViewKey
@@ -116,7 +116,7 @@ def test_a_cache_that_is_replaced_under_a_reader_is_never_mixed_with_it(
     logits: dict[str, str], remote: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path / "mirrors"))
-    monkeypatch.setattr("logitcache.store.mirror.Ahead.ask", lambda self, parts: list(parts))
+    monkeypatch.setattr("logitcache.store.download.Prefetcher.start", lambda self, parts: list(parts))
     one, other = tmp_path / "one.zarr", tmp_path / "other.zarr"
     for path, seed in ((one, 0), (other, 1)):
         run(path, Pixels(300, seed=seed), teachers={"t": teacher(logits)}, shard_rows=128)

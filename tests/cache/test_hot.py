@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from logitcache.cache.write.hot_shard import hot_shard
-from logitcache.store.arrays import ArrayLayout, Shard
+from logitcache.cache.format.arrays import ArrayLayout
+from logitcache.cache.write.writer import hot_shard
+from logitcache.store.shards import Shard
 
 
 @settings(max_examples=15)

@@ -10,15 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
-from logitcache.cache.encodings import Dense, PackedTopK, TopK
+from logitcache.cache.encodings.dense import Dense
+from logitcache.cache.encodings.packed_top_k import PackedTopK
+from logitcache.cache.encodings.top_k import TopK
+from logitcache.cache.format.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout
 from logitcache.cache.format.commits import Records, read_records
-from logitcache.cache.format.layout import MOST_DECODED, SHARD_BYTES, Layout, choose_shard_rows, fit_to_pages
+from logitcache.cache.format.layout import MOST_DECODED, SHARD_BYTES, Layout
 from logitcache.cache.format.manifest import StoredLogits, TeacherEntry
+from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.write.writer import ShardEncoder
 from logitcache.errors import RecipeError
 from logitcache.models import Preprocessing
-from logitcache.store.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout, Shard
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
+from logitcache.store.shards import Shard
 
 ENCODINGS = [Dense(), Dense(dtype="float32"), Dense(storage="packed"), TopK(k=1), TopK(k=3, storage="packed")]
 

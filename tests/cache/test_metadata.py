@@ -108,6 +108,13 @@ def test_a_root_that_cannot_be_read_is_refused(text: str, cache: Path) -> None:
             verb(cache)
 
 
+def test_shards_that_do_not_fill_pages_are_refused(cache: Path) -> None:
+    forge(cache, lambda manifest: manifest.update(shard_rows=100))  # of 32 bytes each
+    for verb in (open_cache, verified, mend):
+        with pytest.raises(CacheError, match=r"shards of t\.logits do not fill whole pages"):
+            verb(cache)
+
+
 def test_another_format_version_is_refused(cache: Path) -> None:
     found = json.loads((cache / "zarr.json").read_bytes())
     found["attributes"]["logitcache"]["format_version"] = 2

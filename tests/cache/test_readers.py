@@ -19,17 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.read.mapped import MappedRows
 from logitcache.cache.read.row_sources import PackedRows
-from logitcache.cache.read.target_codecs import Coders
+from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
-from logitcache.cache.write.hot_shard import hot_shard
+from logitcache.cache.write.writer import hot_shard
 from logitcache.errors import CacheError, RecipeError
 from logitcache.models import Classifier, Preprocessing
 from logitcache.stage_one.precompute import precompute
-from logitcache.store.arrays import ArrayLayout
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 from tests.cache.made import (
@@ -68,7 +68,7 @@ def test_the_values_are_those_of_the_teacher(cache: Cache) -> None:
     views = Views(cache.views(Pixels(COUNT)).dataset, cache.manifest.views)
     keys = [ViewKey(view, index) for view in range(2) for index in (0, 5, 127, 128, 1023, 1024, COUNT - 1)]
     classifier = Classifier(Linear(), Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
-    coder = Coders(cache.snapshot.store, cache.manifest, cache.layout).logits["t.logits"]
+    coder = TargetCodecs(cache.snapshot.store, cache.manifest, cache.layout).logits["t.logits"]
     if coder.tables:
         pytest.skip("what is fitted is rounded by its neighbours in a batch; tests/cache/test_format.py decodes it")
     encoded = coder.encode(classifier(views.__getitems__(keys)).detach())
@@ -83,7 +83,7 @@ def stored_rows(cache: Cache, keys: list[ViewKey]) -> list[np.ndarray[Any, Any]]
     arrays = cache.layout.targets[0].rows
     found = zarr_values(cache)
     rows = {a.suffix: torch.from_numpy(np.stack([found[a.name][key] for key in keys])) for a in arrays}
-    coder = Coders(cache.snapshot.store, cache.manifest, cache.layout).logits["t.logits"]
+    coder = TargetCodecs(cache.snapshot.store, cache.manifest, cache.layout).logits["t.logits"]
     return list(raw(coder.decode(rows, 16)))
 
 

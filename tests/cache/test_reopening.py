@@ -9,9 +9,9 @@ import pytest
 
 from logitcache.cache import reopening
 from logitcache.cache.cache import open_cache
-from logitcache.cache.format.metadata import skeleton_keys
+from logitcache.cache.format.metadata import skeleton_limits
 from logitcache.errors import CacheError
-from logitcache.store import file_stamps
+from logitcache.store import digest_index
 from logitcache.store.files import user_cache_directory
 from tests.cache.made import COUNT, TRANSFORM, Pixels, flip, run, teacher, verified
 
@@ -29,8 +29,8 @@ def many(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an hour pass since the files were written."""
-    now = file_stamps.now_ns
-    monkeypatch.setattr(file_stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    now = digest_index.now_ns
+    monkeypatch.setattr(digest_index, "now_ns", lambda: now() + 3_600_000_000_000)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_a_cache_that_changed_just_now_is_read_again(
     cache: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written = max((cache / RECORDS).stat().st_mtime_ns, (cache / RECORDS).stat().st_ctime_ns)
-    monkeypatch.setattr(file_stamps, "now_ns", lambda: written + 1_900_000_000)
+    monkeypatch.setattr(digest_index, "now_ns", lambda: written + 1_900_000_000)
     for _ in range(2):
         open_cache(cache)
         assert sorted(read) == ["skeleton", "t.logits"]
@@ -111,10 +111,10 @@ def test_what_has_changed_is_read_again(
 def test_names_count_where_a_file_system_stamps_no_folders(cache: Path, later: None) -> None:
     folder = cache / RECORDS
     open_cache(cache)
-    memory, before = file_stamps.stamp, file_stamps.stamp(folder.lstat())
+    memory, before = digest_index.stamp, digest_index.stamp(folder.lstat())
     (cache / RECORD).unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(file_stamps, "stamp", lambda status: before if status.st_ino == before[3] else memory(status))
+        patch.setattr(digest_index, "stamp", lambda status: before if status.st_ino == before[3] else memory(status))
         with pytest.raises(CacheError, match="is incomplete: 1 of 6 shards are not committed"):
             open_cache(cache)
 
@@ -140,7 +140,7 @@ def test_a_changed_byte_of_any_file_of_the_skeleton_is_found_after_it_was_sound(
 ) -> None:
     cache = tmp_path / "c.zarr"
     run(cache, Pixels(COUNT), teachers={"t": teacher(TRANSFORM)}, shard_rows=128)
-    keys = skeleton_keys(open_cache(cache).manifest)
+    keys = skeleton_limits(open_cache(cache).manifest)
     assert {"zarr.json", "label/c/0", "digest/c/0", "canary/c/0/0/0/0", f"{RECORDS}/zarr.json"} < set(keys)
     assert any(key.endswith("/c/0/0") and key.startswith("t.logits.") for key in keys)  # a table
     for key in keys:

@@ -30,10 +30,10 @@ from logitcache.report.summary import summarize
 from logitcache.report.verify_and_repair import verify
 from logitcache.stage_one.precompute import precompute
 from logitcache.stage_one.share import Part
-from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
-from logitcache.store.mirror_folder import FOLDER, SIZE
+from logitcache.store.mirrors_folder import FOLDER, SIZE
 from logitcache.store.remote.client import Remote
+from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 from tests.cache.elsewhere import bytes_here, change, flipped, new_url, objects, shards_here, upload
 from tests.cache.made import (
@@ -217,7 +217,7 @@ def test_a_shard_that_is_damaged_in_storage_is_refused_before_its_rows_are_given
 
 def test_a_record_that_claims_absurd_sizes_is_refused(url: str) -> None:
     change(url, "t.logits.commits/c.0.1.0.0", lambda data: b"\xff" * 7 + data[7:])
-    with pytest.raises(CacheError, match=r"(?s)rows 128\.\.256: the commit record .* says other sizes"):
+    with pytest.raises(CacheError, match=r"(?s)rows 128\.\.256: the commit record .* states other sizes"):
         open_cache(url)
     snapshot = open_snapshot(url)
     with pytest.raises(CacheError, match=r"view 0 rows 128\.\.256: the commit record .* is damaged"):
@@ -291,7 +291,7 @@ def test_a_shard_is_brought_once_and_only_when_its_view_is_read(
         return read(self, key, start, stop)
 
     monkeypatch.setattr(Remote, "read_range", counted)
-    monkeypatch.setattr("logitcache.store.mirror.Ahead.ask", lambda self, parts: list(parts))
+    monkeypatch.setattr("logitcache.store.download.Prefetcher.start", lambda self, shards: list(shards))
     cache = open_cache(url)
     assert shards_here(copies) == []
     threads = [threading.Thread(target=cache.answers, args=[every_key(cache, 0)]) for _ in range(4)]

@@ -258,7 +258,7 @@ def test_the_form_and_the_tables_rebuild_it(fitted: FittedTransform) -> None:
 def test_a_form_of_more_numbers_than_classes_is_refused(fitted: FittedTransform, change: dict[str, int]) -> None:
     form = fitted.form.model_copy(update=change)
     with pytest.raises(RecipeError, match="classes"):
-        form.arrays(fitted.num_classes)
+        form.arrays(fitted.tables["basis"].shape[1])
 
 
 def test_it_beats_packed_top_k_at_equal_bytes(calibration: Tensor) -> None:

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numcodecs import zstd
 
-from logitcache.cache.read.decode_shard import Unpacker, _content_bytes
+from logitcache.cache.format.arrays import ArrayLayout, Order
+from logitcache.cache.read.decode_shard import _content_bytes
 from logitcache.errors import CacheError
-from logitcache.store.arrays import ArrayLayout, Order, Shard
+from logitcache.store.shards import Shard
 from tests.cache.made import stored_array
 
 COUNT, ROWS = 2500, 2048
@@ -35,7 +36,7 @@ def written(
 @pytest.mark.parametrize(("dtype", "shape"), [("<f2", (7,)), ("<f4", ()), ("|i1", (3, 2)), ("<i8", (5,))])
 def test_every_shard_is_what_was_written(dtype: str, shape: tuple[int, ...], order: Order, tmp_path: Path) -> None:
     layout, values = written(tmp_path, dtype, shape, order)
-    unpack = Unpacker(stored_array(tmp_path, layout))
+    unpack = stored_array(tmp_path, layout).rows
     for view in range(2):
         for shard in (Shard(view, 0, ROWS), Shard(view, ROWS, COUNT)):
             assert np.array_equal(unpack(shard), values[view, shard.start : shard.stop])
@@ -56,7 +57,7 @@ def test_another_chain_of_codecs_is_not_decoded(change: dict[str, Any], tmp_path
     layout, values = written(tmp_path, "<f2", (7,))
     zarr.create_array(zarr.storage.LocalStore(tmp_path), **layout.zarr_options() | change, overwrite=True)[...] = values
     with pytest.raises(CacheError, match="other codecs than those of this format"):
-        Unpacker(stored_array(tmp_path, layout))(Shard(1, ROWS, COUNT))
+        stored_array(tmp_path, layout).rows(Shard(1, ROWS, COUNT))
 
 
 SKIPPED = struct.pack("<II", 0x184D2A50, 4) + b"bomb"
@@ -106,7 +107,7 @@ def test_no_frame_takes_more_memory_than_the_rows_of_its_shard(
         index = np.array([[0, len(chunk)]] * (ROWS // layout.inner_rows), "<u8").tobytes()
         file.write_bytes(chunk + index + bytes(4))
         with pytest.raises(CacheError, match="cannot be decoded"):
-            pytest.fail(f"{name}: {Unpacker(stored_array(tmp_path, layout))(shard)}")
+            pytest.fail(f"{name}: {stored_array(tmp_path, layout).rows(shard)}")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 
@@ -122,7 +123,7 @@ def test_damage_is_an_error_or_changes_nothing(seed: int, tmp_path: Path) -> Non
         data[int(generator.integers(len(data) - 60 if seed % 2 else 0, len(data)))] ^= 16
     file.write_bytes(data)
     try:
-        found = Unpacker(stored_array(tmp_path, layout))(shard)
+        found = stored_array(tmp_path, layout).rows(shard)
     except CacheError as error:
         assert "cannot be decoded" in str(error)  # noqa: PT017
     else:
@@ -138,7 +139,7 @@ def test_a_chunk_of_another_size_is_an_error(tmp_path: Path) -> None:
         index = np.array([[0, len(chunk)]] * (ROWS // layout.inner_rows), "<u8").tobytes()
         file.write_bytes(chunk + index + data[-4:])
         with pytest.raises(CacheError, match="does not hold"):
-            Unpacker(stored_array(tmp_path, layout))(Shard(0, 0, ROWS))
+            stored_array(tmp_path, layout).rows(Shard(0, 0, ROWS))
 
 
 @given(st.integers(0, 70_000), st.integers(-5, 19))

@@ -12,16 +12,15 @@ import torch
 from torch import nn
 
 from logitcache.cache.cache import open_cache
-from logitcache.cache.format.label_file import labels_of
-from logitcache.cache.read.decode_shard import read_rows
+from logitcache.cache.format.arrays import ArrayLayout
+from logitcache.cache.format.samples import labels_of
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
 from logitcache.cache.write.writer import CacheWriter, ShardEncoder, commit_record
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.logits import TopKLogits
-from logitcache.store.arrays import ArrayLayout
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
 from logitcache.views.datasets.base import Fingerprint
 from logitcache.views.keys import ViewKey
 from tests.cache.elsewhere import new_url, upload
@@ -69,7 +68,7 @@ def spoil(path: Path, name: str, change: Callable[[np.ndarray[Any, Any]], object
     snapshot = open_snapshot(path)
     array = next(array for array in snapshot.layout.arrays if array.name == name)
     shard = snapshot.layout.shard(1, 0)
-    rows = np.array(read_rows(snapshot.array(array), shard))
+    rows = np.array(snapshot.array(array).rows(shard))
     change(rows)
     stored = ShardEncoder(array).encode(shard, rows)
     (path / array.file(shard)).write_bytes(stored)

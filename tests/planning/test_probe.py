@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from logitcache.cache.format.arrays import ArrayLayout, Order
 from logitcache.cache.write.writer import ShardEncoder
 from logitcache.planning import compression, probe
 from logitcache.planning.compression import Encoded, Sample, payload
 from logitcache.planning.draft import correction, drafted
 from logitcache.planning.probe import Mark, Measured
-from logitcache.store.arrays import ArrayLayout, Order, Shard
+from logitcache.store.shards import Shard
 from tests.cache.made import COUNT, PACKED_TOP2, Linear, Pixels, recipe, teacher
 
 ROWS = 8192

@@ -26,8 +26,8 @@ from logitcache.config.recipe import dump_recipe
 from logitcache.errors import Stopped
 from logitcache.stage_one import share
 from logitcache.stage_one.precompute import precompute
-from logitcache.store.arrays import Shard
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
+from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 from tests.cache.made import AGAIN, DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, teacher
 from tests.stage_one.apart import ended, forked, until

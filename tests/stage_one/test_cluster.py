@@ -24,7 +24,7 @@ from logitcache.stage_one.inputs import build_teachers, open_images
 from logitcache.stage_one.precompute import Done, PrecomputeRecipe, precompute
 from logitcache.stage_one.preparation import Plan, prepare
 from logitcache.stage_one.share import Share
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
 from logitcache.views.spec import Views
 from tests.cache.made import PACKED, Pixels, contents, recipe, teacher
 from tests.stage_one.apart import program

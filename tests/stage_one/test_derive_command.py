@@ -19,7 +19,7 @@ from logitcache.runtime.console import configure
 from logitcache.stage_one.derive import derive as module
 from logitcache.stage_one.derive.derive import derive
 from logitcache.stage_one.precompute import precompute
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
 from logitcache.teacher.online import live_targets
 from tests.cache.made import DENSE32, recipe, teacher
 from tests.stage_one.derived import CLASSES, derivation, source

@@ -12,7 +12,7 @@ import zarr
 from torch import nn
 
 from logitcache.cache.cache import open_cache
-from logitcache.cache.encodings import Dense
+from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.format.metadata import GROWING
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.gc import collect
@@ -21,7 +21,7 @@ from logitcache.report.inspect import inspect_cache
 from logitcache.report.verify_and_repair import verify
 from logitcache.runtime import console
 from logitcache.stage_one.precompute import PrecomputeResult, precompute
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
 from logitcache.views.keys import ViewKey
 from tests.cache.made import (
     AGAIN,

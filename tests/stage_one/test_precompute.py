@@ -16,7 +16,7 @@ from logitcache.models.small_cnn import small_cnn
 from logitcache.report.recipe_check import check_recipes
 from logitcache.runtime import console
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
 from logitcache.views.datasets import ImageFolder
 from logitcache.views.keys import ViewKey
 from tests.cache.made import (

@@ -18,7 +18,7 @@ from logitcache.errors import CacheError, RecipeError
 from logitcache.runtime import console
 from logitcache.stage_one.precompute import precompute
 from logitcache.stage_one.share import Part
-from logitcache.store.base import LocalStore
+from logitcache.store.local import LocalStore
 from tests.cache.made import Linear, Pixels, contents, recipe, run
 from tests.stage_one.apart import program, until
 from tests.stage_one.runs import NUM_IMAGES, whole

@@ -7,13 +7,15 @@ import pickle
 import resource
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from logitcache.errors import CacheError, DataError, LogitCacheError
-from logitcache.store import file_stamps, files
-from logitcache.store.files import file_digests, remove_leftovers, write_atomically
+from logitcache.store import digest_index
+from logitcache.store.digest_index import SHA256, remembered
+from logitcache.store.files import remove_leftovers, write_atomically
 from logitcache.views.shared_arrays import SharedArrays
 
 
@@ -27,21 +29,21 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an hour pass since the files were written."""
-    now = file_stamps.now_ns
-    monkeypatch.setattr(file_stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    now = digest_index.now_ns
+    monkeypatch.setattr(digest_index, "now_ns", lambda: now() + 3_600_000_000_000)
 
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collect the names of the files whose bytes are read."""
     names: list[str] = []
-    read = files._measured_rows
+    read = digest_index._measured_rows
 
     def spy(block, measure, what, error):
         names.extend(os.path.basename(name) for name in block)
         return read(block, measure, what, error)
 
-    monkeypatch.setattr(files, "_measured_rows", spy)
+    monkeypatch.setattr(digest_index, "_measured_rows", spy)
     return names
 
 
@@ -52,6 +54,10 @@ def three(tmp_path: Path) -> list[Path]:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes([number]) * (100 + number))
     return paths
+
+
+def file_digests(paths: list[Path], **options: Any) -> list[bytes]:
+    return [digest.tobytes() for digest in remembered(paths, SHA256, **options)]
 
 
 def sha256(paths: list[Path]) -> list[bytes]:
@@ -78,7 +84,7 @@ def test_second_run_reads_only_what_changed(three: list[Path], hashed: list[str]
 def test_what_is_asked_for_is_remembered_however_large_the_folder(
     three: list[Path], hashed: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_stamps, "_MOST_ROWS", 2)
+    monkeypatch.setattr(digest_index, "_MOST_ROWS", 2)
     file_digests(three, what="shard")
     three[1].write_bytes(b"other")
     for expected in (["b.bin"], []):
@@ -89,8 +95,8 @@ def test_what_is_asked_for_is_remembered_however_large_the_folder(
 
 @pytest.mark.usefixtures("later")
 def test_files_are_handled_some_at_a_time(tmp_path: Path, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name in ((files, "_SPAN"), (files, "_BLOCK"), (file_stamps, "_BLOCK")):
-        monkeypatch.setattr(module, name, 3)
+    for name in ("_SPAN", "_BLOCK", "_MERGED_ROWS"):
+        monkeypatch.setattr(digest_index, name, 3)
     paths = [tmp_path / f"{number}.bin" for number in range(20)]
     for number, path in enumerate(paths):
         path.write_bytes(bytes(number))
@@ -101,7 +107,7 @@ def test_files_are_handled_some_at_a_time(tmp_path: Path, hashed: list[str], mon
     assert file_digests(paths, what="shard") == sha256(paths)
     assert hashed == [f"{number}.bin" for number in (0, 5, *range(10, 20))]
     hashed.clear()
-    found = files.remembered(paths, files.SHA256, what="shard", width=5)
+    found = remembered(paths, SHA256, what="shard", width=5)
     assert [row.tobytes() for row in found] == [digest[:5] for digest in sha256(paths)]
     assert hashed == []
 

@@ -3,7 +3,8 @@
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
@@ -13,15 +14,14 @@ from logitcache.cache.format.metadata import ROOT
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
-from logitcache.store.arrays import StoredShard
 from logitcache.store.base import Store
 from logitcache.store.file_locks import PART
-from logitcache.store.mirror_folder import FOLDER
+from logitcache.store.mirrors_folder import FOLDER
+from logitcache.store.shards import StoredShard
 from tests.cache.elsewhere import change, flipped, new_url, upload
 from tests.cache.made import contents
-from tests.objects import Bucket, bucket, website
+from tests.objects import bucket, website
 
-KINDS = ("folder", "s3", "web", "memory")
 EVIL = ("../x", "/x", "a//b", "a/./b", "a/../../x", "", "a\0b", "a\\..\\b", "a/", "\ud800", "a/\x1b[2J")
 RECORD = "t.logits.commits/c.0.1.0.0"
 
@@ -30,7 +30,6 @@ RECORD = "t.logits.commits/c.0.1.0.0"
 class Place:
     """A sound cache somewhere: its location, and how its bytes are changed there past the store."""
 
-    kind: str
     location: str
     change: Callable[[str, Callable[[bytes], bytes]], None]
     remove: Callable[[str], None]
@@ -45,45 +44,60 @@ class Place:
         return [part for group in groups for shard in snapshot.shards for part in snapshot.parts(group, shard)]
 
 
-@pytest.fixture(scope="module")
-def served() -> Iterator[Bucket]:
-    with bucket(READ_SECONDS=20) as found:
-        yield found
-
-
-@pytest.fixture(params=KINDS)
-def place(
-    request: pytest.FixtureRequest, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Place]:
-    monkeypatch.setenv(FOLDER, str(tmp_path / "mirrors"))
-
-    def rewrite(key: str, edit: Callable[[bytes], bytes]) -> None:
+@contextmanager
+def in_folder(cache: Path) -> Iterator[Place]:
+    def change(key: str, edit: Callable[[bytes], bytes]) -> None:
         (cache / key).write_bytes(edit((cache / key).read_bytes()))
 
-    if request.param == "folder":
-        yield Place("folder", str(cache), rewrite, lambda key: (cache / key).unlink())
-    elif request.param == "web":
-        with website(cache.parent, READ_SECONDS=20) as front:
-            yield Place("web", f"{front.url}/{cache.name}", rewrite, lambda key: (cache / key).unlink())
-    elif request.param == "memory":
-        url = new_url()
-        upload(cache, url)
+    yield Place(str(cache), change, lambda key: (cache / key).unlink())
+
+
+@contextmanager
+def on_web_server(cache: Path) -> Iterator[Place]:
+    with website(cache.parent, READ_SECONDS=20) as front, in_folder(cache) as folder:
+        yield replace(folder, location=f"{front.url}/{cache.name}")
+
+
+@contextmanager
+def in_bucket(cache: Path) -> Iterator[Place]:
+    with bucket(READ_SECONDS=20) as served:
         yield Place(
-            "memory",
-            url,
-            lambda key, edit: change(url, key, edit),
-            lambda key: fsspec.filesystem("memory").rm(f"{url}/{key}"),
+            served.fill("c.zarr", contents(cache)),
+            lambda key, edit: served.put(f"c.zarr/{key}", edit(served.get(f"c.zarr/{key}"))),
+            lambda key: served.remove(f"c.zarr/{key}"),
         )
-    else:
-        served: Bucket = request.getfixturevalue("served")
-        below = f"{tmp_path.name}.zarr"
-        url = served.fill(below, contents(cache))
-        yield Place(
-            "s3",
-            url,
-            lambda key, edit: served.put(f"{below}/{key}", edit(served.get(f"{below}/{key}"))),
-            lambda key: served.remove(f"{below}/{key}"),
-        )
+
+
+@contextmanager
+def in_memory(cache: Path) -> Iterator[Place]:
+    url = new_url()
+    upload(cache, url)
+    yield Place(
+        url, lambda key, edit: change(url, key, edit), lambda key: fsspec.filesystem("memory").rm(f"{url}/{key}")
+    )
+
+
+STORES: dict[str, Callable[[Path], AbstractContextManager[Place]]] = {
+    "folder": in_folder,
+    "s3": in_bucket,
+    "web": on_web_server,
+    "memory": in_memory,
+}
+"""Every store, by name: a function that puts a copy of the sound cache there. A new store joins the tests by a line."""
+
+READ_ONLY = {"web"}
+
+
+@pytest.fixture(params=STORES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def place(kind: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setenv(FOLDER, str(tmp_path / "mirrors"))
+    with STORES[kind](cache) as found:
+        yield found
 
 
 def test_files_are_read_within_bounds(place: Place, sound: Path) -> None:
@@ -119,9 +133,9 @@ def test_keys_that_lead_out_are_refused(place: Place, tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
-def test_what_is_written_is_seen_by_others_and_removed_for_all(place: Place) -> None:
+def test_what_is_written_is_seen_by_others_and_removed_for_all(kind: str, place: Place) -> None:
     store = place.store()
-    if place.kind == "web":
+    if kind in READ_ONLY:
         for act in (lambda: store.write("digest/new", b"data"), lambda: store.remove([ROOT]), store.sizes):
             with pytest.raises(RecipeError, match="a web server only hands out what is named"):
                 act()
@@ -137,18 +151,18 @@ def test_what_is_written_is_seen_by_others_and_removed_for_all(place: Place) -> 
         assert "digest/new" not in seen.sizes()
 
 
-def test_sizes_are_those_of_all_files(place: Place, sound: Path) -> None:
+def test_sizes_are_those_of_all_files(kind: str, place: Place, sound: Path) -> None:
     store, expected = place.store(), {key: len(data) for key, data in contents(sound).items()}
-    if place.kind != "web":
+    if kind not in READ_ONLY:
         assert store.sizes() == expected
     assert store.stored_bytes() == sum(expected.values())
 
 
 def test_shards_are_those_of_their_records(place: Place, sound: Path) -> None:
     parts, store = place.parts(), place.store()
-    assert [part.array.name for part in parts] == ["t.logits", "t.logits.errors"] * 6
+    assert [part.array for part in parts] == ["t.logits", "t.logits.errors"] * 6
     assert store.wrong(parts, fresh=False) == store.wrong(parts, fresh=True) == [None] * len(parts)
-    store.prefetch(parts[:1])
+    store.ensure((), ahead=parts[:1])
     store.ensure(parts)
     for part in parts:
         expected = (sound / part.key).read_bytes()
@@ -176,7 +190,7 @@ def test_no_more_of_a_shard_is_read_than_its_record_says(place: Place, sound: Pa
     part = place.parts()[1]
     place.change(part.key, lambda data: data + b"more")
     store = place.store()
-    if place.kind == "folder":
+    if store.is_local:
         with pytest.raises(CacheError, match="its record"):
             store.read_shard(part)
     else:  # a mirror asks for just these bytes
@@ -193,7 +207,7 @@ def test_a_shard_that_is_gone_is_an_error(place: Place) -> None:
             act(parts[1])
 
 
-def test_a_store_is_pickled_as_its_location(place: Place) -> None:
+def test_a_store_is_pickled_as_its_location(kind: str, place: Place) -> None:
     parts, store = place.parts(), place.store()
     store.ensure(parts)
     data = pickle.dumps(store)
@@ -203,7 +217,7 @@ def test_a_store_is_pickled_as_its_location(place: Place) -> None:
     assert (str(again), again.path, again.is_local, again.limit) == (
         str(store),
         store.path.absolute(),
-        place.kind == "folder",
+        kind == "folder",
         store.limit,
     )
     assert again.read(ROOT) == store.read(ROOT)
@@ -212,15 +226,16 @@ def test_a_store_is_pickled_as_its_location(place: Place) -> None:
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "gc", "summary"])
 def test_evil_keys_in_a_bucket_write_nothing_outside(
-    command: str, served: Bucket, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, sound: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(FOLDER, str(tmp_path / "mirrors"))
-    below = f"evil-{command}.zarr"
-    url = served.fill(below, contents(sound))
+    below = "c.zarr"
     evil = ("evil/t.logits.commits/../../../../x/c.0.0.0.0", "t.logits.commits/../../c.0.0.0.0", "/x/c.0.0.0.0", "../x")
-    served.fill(below, dict.fromkeys(evil, b"x" * 40))
-    assert len(served.keys(f"{below}/")) == len(contents(sound)) + len(evil)
-    assert main([command, url]) in (0, 3)
+    with bucket(READ_SECONDS=20) as served:
+        url = served.fill(below, contents(sound))
+        served.fill(below, dict.fromkeys(evil, b"x" * 40))
+        assert len(served.keys(f"{below}/")) == len(contents(sound)) + len(evil)
+        assert main([command, url]) in (0, 3)
     [mirror] = (tmp_path / "mirrors").iterdir()
     assert [path.name for path in tmp_path.iterdir()] == ["mirrors"]
     # Prefetching goes on behind the command: what is being written has a name of its own until it is whole.

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor
 
-from logitcache.cache.encodings import TopK
+from logitcache.cache.encodings.top_k import TopK
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.logits import NO_LOGITS, EnsembleLogits, LinearLogits, Logits, dense_logits, log_probs, top1

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from logitcache.cache.encodings import TopK
+from logitcache.cache.encodings.top_k import TopK
 from logitcache.errors import RecipeError
 from logitcache.logits import TopKLogits
 from logitcache.student.losses import (

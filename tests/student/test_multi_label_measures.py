@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logitcache.cache.encodings import TopK
+from logitcache.cache.encodings.top_k import TopK
 from logitcache.logits import NO_LOGITS
 from logitcache.student.evaluation.multi_label import MultiLabelTally
 from logitcache.targets import Targets

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch.utils.data import TensorDataset
 
 from logitcache.errors import DataError, RecipeError
-from logitcache.store import file_stamps
+from logitcache.store import digest_index
 from logitcache.views.datasets import Dataset, as_image_dataset
 from logitcache.views.datasets.base import fingerprint, pixel_digest, read_images
 from logitcache.views.datasets.fingerprint_diff import explain_difference
@@ -230,8 +230,8 @@ def test_torchvision_mistakes_name_the_fix(fields, error, message) -> None:
 def test_torchvision_images_are_read_once_until_a_file_changes(
     recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now = file_stamps.now_ns
-    monkeypatch.setattr(file_stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    now = digest_index.now_ns
+    monkeypatch.setattr(digest_index, "now_ns", lambda: now() + 3_600_000_000_000)
     before = fingerprint(dataset_of(recipe))
     again = dataset_of(recipe)
     monkeypatch.setattr(again, "_read_all", None)

@@ -12,10 +12,10 @@ from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from logitcache.cache.source_images import _opened
+from logitcache.cache.replay import _opened
 from logitcache.errors import DataError
 from logitcache.runtime.console import configure
-from logitcache.store import file_stamps
+from logitcache.store import digest_index
 from logitcache.views.datasets import ImageFolder
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.datasets.fingerprint_diff import explain_difference
@@ -98,8 +98,8 @@ def test_sizes_are_those_of_the_decoded_images(tmp_path: Path) -> None:
 
 def test_sizes_are_read_from_heads_once_until_a_file_changes(pets: Path, tmp_path_factory, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
-    now = file_stamps.now_ns
-    monkeypatch.setattr(file_stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    now = digest_index.now_ns
+    monkeypatch.setattr(digest_index, "now_ns", lambda: now() + 3_600_000_000_000)
     path = pets / "dog" / "a.png"
     path.write_bytes(path.read_bytes()[:-20])
     before = opened(pets).sizes()

@@ -147,7 +147,7 @@ def test_labels_that_come_out_different_are_refused() -> None:
 def test_a_scan_is_remembered_with_labels_of_any_sort(
     labels: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("logitcache.store.file_stamps.settled", lambda stamp, opened_ns: True)
+    monkeypatch.setattr("logitcache.store.digest_index.settled", lambda stamp, opened_ns: True)
     (tmp_path / "file").touch()
     memory = ScanMemory(tmp_path, labels.tobytes().hex(), 0)
     assert memory.recall(4) is None

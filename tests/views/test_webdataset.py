@@ -25,9 +25,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from logitcache.cache.cache import open_cache
 from logitcache.errors import DataError, MismatchError, RemoteError
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.store import file_stamps
+from logitcache.store import digest_index
+from logitcache.store.file_locks import turn
 from logitcache.store.remote import client, protocols
-from logitcache.store.turns import turn
 from logitcache.views.datasets import ImageFolder, WebDataset, webdataset
 from logitcache.views.datasets.archives import samples as found_samples
 from logitcache.views.datasets.archives import shard_files
@@ -52,8 +52,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let an hour pass since each file was written, so that its stamp tells."""
-    now = file_stamps.now_ns
-    monkeypatch.setattr(file_stamps, "now_ns", lambda: now() + 3_600_000_000_000)
+    now = digest_index.now_ns
+    monkeypatch.setattr(digest_index, "now_ns", lambda: now() + 3_600_000_000_000)
 
 
 @pytest.fixture

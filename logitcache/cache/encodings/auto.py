@@ -1,21 +1,20 @@
 """The smallest encoding within an error budget, measured on rows that it was not fitted to."""
 
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from logitcache.cache.encodings.base import Coder, Sample
+from logitcache.cache.encodings.base import CalibrationSample, LogitsCodec, LogitsEncoding
 from logitcache.cache.encodings.basis import fit_basis
 from logitcache.cache.encodings.dense import Dense
-from logitcache.cache.encodings.features import Feature
 from logitcache.cache.encodings.fitted_transform import FittedTransform
 from logitcache.cache.encodings.measure import Errors, measure, stored_bytes
 from logitcache.cache.encodings.packed_top_k import PackedTopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
-from logitcache.config.recipe import Component, Positive
+from logitcache.config.recipe import Positive
 from logitcache.errors import RecipeError
 
 HELD_OUT = 4
@@ -32,7 +31,7 @@ class Choice(NamedTuple):
     errors: Errors
 
 
-class Auto(Component):
+class Auto(LogitsEncoding):
     """The smallest encoding whose mean KL(full ‖ decoded) at `temperature` is at most `max_kl` nats.
 
     Judged on a quarter of the calibration images, fitted on the others. Bytes are those of compressed chunks.
@@ -43,22 +42,16 @@ class Auto(Component):
     temperature: Positive = 1.0
     storage: Literal["packed"] = "packed"
 
-    measured: ClassVar[bool] = True
-
     @property
     def temperature_of_errors(self) -> float:
         """The temperature of the budget."""
         return self.temperature
 
-    def features(self, network: nn.Module) -> dict[str, Feature]:
-        """Return the features that are kept for it: none."""
-        return {}
-
     def largest(self, network: nn.Module, num_classes: int) -> Dense:
-        """Return the form that takes most of those that `fitted` may choose."""
+        """Return the largest form that `fitted` may choose."""
         return Dense(dtype="float32", storage="packed")
 
-    def fitted(self, sample: Sample) -> FittedTransform | PackedTopK | UInt8 | Dense:
+    def fitted(self, sample: CalibrationSample) -> FittedTransform | PackedTopK | UInt8 | Dense:
         """Choose by the rows of a sample, and fit to them."""
         return self.fit(sample.logits, sample.images, sample.num_rows)
 
@@ -121,7 +114,7 @@ class _Trial:
 
     def _judge(self, encoding: Transform | PackedTopK | UInt8 | Dense) -> Choice:
         tables, fitted = 0, encoding
-        ready: Coder
+        ready: LogitsCodec
         if isinstance(fitted, Transform):
             ready = fitted.with_basis(self._basis, self._calibration)
             tables = sum(table.nbytes for table in ready.tables.values())

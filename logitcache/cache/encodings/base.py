@@ -1,17 +1,27 @@
-"""What every encoding shares."""
+"""What an encoding of logits declares. A new one is a class in a file of its own, and a line of `Simple` in `__init__`.
+
+A simple encoding, which needs no fitting, subclasses `Plain`: the entry of a recipe is the form that the manifest
+stores, and both directions of the map. One that is fitted to a teacher has three classes: a `LogitsEncoding`, which
+the recipe asks for and `fitted` turns into a `Fitted` codec, whose `LogitsForm` and tables the cache stores; the first
+joins `Encoding`, the form joins `Form`. Fields are part of the format: they are never renamed or reordered, and later
+ones have defaults that leave the stored form as it was (`config.recipe.Extended`).
+"""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from logitcache.cache.format.arrays import Floats, Order
 from logitcache.config.recipe import Component
 from logitcache.logits import Logits
 from logitcache.models import Classifier
-from logitcache.store.arrays import Floats, Order
 from logitcache.targets import Targets
 
 
@@ -32,7 +42,7 @@ class RowArray(NamedTuple):
 
 
 Tables = Mapping[str, NDArray[Any]]
-"""What an encoding was fitted to, beside its rows, by name."""
+"""Arrays beside the rows that an encoding was fitted to or takes from the teacher, by name."""
 
 
 class TableShape(NamedTuple):
@@ -42,29 +52,29 @@ class TableShape(NamedTuple):
     dtype: str
 
 
-class Coder(Protocol):
-    """An encoding of logits that is ready: both directions of its map, and the form and tables that rebuild it."""
+class LogitsCodec(Protocol):
+    """Both directions of an encoding's map, ready to use, and the form and tables that rebuild it."""
 
     @property
-    def form(self) -> Component:
-        """What the manifest says of it."""
+    def form(self) -> "LogitsForm":
+        """The form that the manifest stores."""
 
     @property
     def tables(self) -> Tables:
-        """What lies beside the rows."""
+        """The tables that the cache stores beside the rows."""
 
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
         """List the arrays that a row of `num_classes` logits takes."""
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
-        """Encode logits [B, C]."""
+        """Encode logits [B, C] into arrays by suffix, of the dtypes and shapes that `arrays` lists."""
 
     def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
-        """Return the logits, or their encoded form."""
+        """Return the logits, or a compact form that becomes them on the device."""
 
 
-class Sample(Protocol):
-    """What an encoding may be fitted to: a teacher, and its answers to some views, drawn when they are asked for."""
+class CalibrationSample(Protocol):
+    """A teacher, and its answers to some views, which are computed when they are used."""
 
     @property
     def classifier(self) -> Classifier:
@@ -87,12 +97,65 @@ class Sample(Protocol):
         """Rows of the whole cache."""
 
 
-class Plain(Component):
-    """An encoding that needs no fitting: its entry in a recipe is all there is to it."""
+class LogitsEncoding(Component):
+    """An encoding as a recipe asks for it; its fields are `kind`, a Literal, and its options."""
 
     measured: ClassVar[bool] = True
-    temperature_of_errors: ClassVar[float] = 1.0
-    needs: ClassVar[Mapping[str, int]] = {}
+    """Whether the first release recorded the errors of its rows; of new encodings they are recorded unless exact."""
+
+    @property
+    def temperature_of_errors(self) -> float:
+        """A temperature at which the errors of its rows are recorded, beside those of all encodings."""
+        return 1.0
+
+    def features(self, network: nn.Module) -> dict[str, Any]:
+        """Return the features (`Feature` by name) that are stored for it: none."""
+        return {}
+
+    @abstractmethod
+    def largest(self, network: nn.Module, num_classes: int) -> "LogitsForm":
+        """Return the largest form that `fitted` may choose, for upper bounds of sizes."""
+
+    @abstractmethod
+    def fitted(self, sample: CalibrationSample) -> LogitsCodec:
+        """Fit to a sample."""
+
+
+class LogitsForm(Component):
+    """An encoding as a manifest stores it; its fields are `kind` and `storage` ("hot" or "packed"), and its options."""
+
+    gives: ClassVar[frozenset[str]]
+    """The needs of losses that it meets: "logits" if all classes get a log-probability, "dense logits" if logits."""
+
+    table_names: ClassVar[frozenset[str]] = frozenset()
+    """Every name that `table_shapes` may return."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether float32 logits are decoded as they were."""
+        return False
+
+    @property
+    def needs(self) -> Mapping[str, int]:
+        """The features that it is decoded from, and the width of their vectors."""
+        return {}
+
+    @abstractmethod
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row of `num_classes` logits takes; raise RecipeError for options that do not fit."""
+
+    def table_shapes(self, num_classes: int) -> dict[str, TableShape]:
+        """List the tables: none."""
+        return {}
+
+    @abstractmethod
+    def ready(self, tables: Tables) -> LogitsCodec:
+        """Rebuild the codec from its tables."""
+
+
+class Plain(LogitsEncoding, LogitsForm):
+    """An encoding that needs no fitting: it is its own form and codec."""
+
     tables: ClassVar[Tables] = {}
 
     @property
@@ -100,27 +163,41 @@ class Plain(Component):
         """Return itself."""
         return self
 
-    @property
-    def exact(self) -> bool:
-        """Whether float32 logits are decoded as they were."""
-        return False
-
-    def features(self, network: nn.Module) -> dict[str, Any]:
-        """Return the features that are kept for it: none."""
-        return {}
-
     def largest(self, network: nn.Module, num_classes: int) -> Self:
-        """Return the form that takes most of those that `fitted` may choose: itself."""
-        return self
-
-    def fitted(self, sample: Sample) -> Self:
         """Return itself."""
         return self
 
-    def table_shapes(self, num_classes: int) -> dict[str, TableShape]:
-        """List the tables: none."""
-        return {}
+    def fitted(self, sample: CalibrationSample) -> Self:
+        """Return itself."""
+        return self
 
     def ready(self, tables: Tables) -> Self:
         """Return itself."""
         return self
+
+    @abstractmethod
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
+        """Encode logits [B, C]."""
+
+    @abstractmethod
+    def decode(self, rows: dict[str, Tensor], num_classes: int) -> Logits:
+        """Return the logits, or a compact form that becomes them on the device."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A form with its tables, which are copied to each device once."""
+
+    form: Any
+    tables: Tables = field(repr=False)
+    _placed: dict[torch.device, dict[str, Tensor]] = field(init=False, default_factory=dict, repr=False)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return what decoding uses, on the CPU: the tables."""
+        return {name: torch.from_numpy(np.array(values)) for name, values in self.tables.items()}
+
+    def _on(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the same on a device."""
+        if device not in self._placed:
+            self._placed[device] = {name: values.to(device) for name, values in self._tensors().items()}
+        return self._placed[device]

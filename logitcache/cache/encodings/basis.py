@@ -32,7 +32,7 @@ class Basis(NamedTuple):
 def compand(logits: Tensor, bend: float) -> Tensor:
     """Return bend · asinh(z / bend): what is much smaller than `bend` stays, what is larger counts by its logarithm.
 
-    The few largest logits of a row would else take bits of every coefficient, and their errors are mended anyway.
+    The few largest logits of a row would else take bits of every coefficient, and their errors are corrected anyway.
     """
     return bend * torch.asinh(logits / bend)
 

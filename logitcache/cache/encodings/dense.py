@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from logitcache.cache.encodings.base import Plain, RowArray
+from logitcache.cache.format.arrays import Storage
 from logitcache.logits import CompactLogits, Logits
-from logitcache.store.arrays import Storage
 
 
 class Dense(Plain):

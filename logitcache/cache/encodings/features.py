@@ -1,20 +1,19 @@
 """Features: what is taken of a tap, and how it is kept."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from logitcache import reductions
-from logitcache.cache.encodings.base import RowArray, Tables, TableShape
+from logitcache.cache.encodings.base import Fitted, RowArray, TableShape
+from logitcache.cache.format.arrays import Storage
 from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import RecipeError
 from logitcache.reductions import FeatureKind, Layout, channels_in_place
-from logitcache.store.arrays import Storage
 from logitcache.targets import CompactFeature, FeatureValues
 
 LEVELS = 127
@@ -91,7 +90,7 @@ class Feature(Extended):
         return values.to(torch.float32, copy=True)
 
     def fitted(self, vectors: Callable[[], Tensor], shape: tuple[int, ...]) -> "FittedFeature":
-        """Fit to vectors of channels [M, C], which are only asked for where there is something to fit."""
+        """Fit to vectors of channels [M, C], which are only computed if there is something to fit."""
         form = FeatureForm(dtype=self.dtype, storage=self.storage, channels=self.channels)
         if self.channels is None:
             return FittedFeature(form, {}, self.kind, shape)
@@ -110,6 +109,8 @@ class Feature(Extended):
 
 class FeatureForm(Component):
     """How a feature is kept: its numbers, or their components in the basis that lies beside them."""
+
+    table_names: ClassVar[frozenset[str]] = frozenset({"centre", "basis"})
 
     dtype: Literal["float16", "float32", "int8"]
     storage: Storage
@@ -140,7 +141,7 @@ class FeatureForm(Component):
         return (RowArray("level", kept, "int8", dims), RowArray("scale", scales, "float32", dims[: len(scales)]))
 
     def table_shapes(self, shape: tuple[int, ...]) -> dict[str, TableShape]:
-        """List the tables: those of a basis, where there is one."""
+        """List the tables: those of a basis, if there is one."""
         if self.channels is None:
             return {}
         width = shape[self.axis(shape)]
@@ -148,19 +149,15 @@ class FeatureForm(Component):
 
 
 @dataclass(frozen=True, eq=False)
-class FittedFeature:
+class FittedFeature(Fitted):
     """Both directions between features [B, *shape] and their arrays.
 
-    tables: centre, float32 [C], and basis, float32 [K, C], orthonormal rows, where channels are projected.
+    tables: centre, float32 [C], and basis, float32 [K, C], orthonormal rows, if channels are projected.
     """
 
     form: FeatureForm
-    tables: Tables = field(repr=False)
     kind: FeatureKind
     shape: tuple[int, ...]
-    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-
-    gives: ClassVar[frozenset[str]] = frozenset()
 
     def encode(self, values: Tensor) -> dict[str, Tensor]:
         """Encode features, float32 [B, *shape]."""
@@ -186,21 +183,15 @@ class FittedFeature:
             kept = rows[""].float()
         if self.form.channels is None:
             return kept
-        centre, basis = self._on(kept.device)
+        placed = self._on(kept.device)
         axis = self.form.axis(self.shape) + 1
         with torch.autocast(kept.device.type, enabled=False):
-            return (kept.movedim(axis, -1) @ basis + centre).movedim(-1, axis)
+            return (kept.movedim(axis, -1) @ placed["basis"] + placed["centre"]).movedim(-1, axis)
 
     def _projected(self, values: Tensor) -> Tensor:
         if self.form.channels is None:
             return values.float()
-        centre, basis = self._on(values.device)
+        placed = self._on(values.device)
         axis = self.form.axis(self.shape) + 1
         with torch.autocast(values.device.type, enabled=False):
-            return ((values.float().movedim(axis, -1) - centre) @ basis.T).movedim(-1, axis)
-
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._placed:
-            centre, basis = (torch.from_numpy(np.array(self.tables[name])).to(device) for name in ("centre", "basis"))
-            self._placed[device] = centre, basis
-        return self._placed[device]
+            return ((values.float().movedim(axis, -1) - placed["centre"]) @ placed["basis"].T).movedim(-1, axis)

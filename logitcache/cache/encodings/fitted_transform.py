@@ -1,7 +1,7 @@
 """The stored form of a transform: its arrays, and both directions of its map."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.cache.encodings.base import RowArray, Tables, TableShape
+from logitcache.cache.encodings.base import Fitted, LogitsForm, RowArray, Tables, TableShape
 from logitcache.cache.encodings.basis import compand, expand
 from logitcache.cache.encodings.bits import pack_digits, unpack_digits
 from logitcache.cache.encodings.trellis import bits, half_steps, middle, quantise, recurrence, shrinkage
-from logitcache.config.recipe import Component, Positive
+from logitcache.config.recipe import Positive
 from logitcache.errors import RecipeError, RowError
 from logitcache.logits import CompactLogits, Logits
 
@@ -40,7 +40,7 @@ DEAD_ZONE = 0.05
 Number = Field(default=0, ge=0)
 
 
-class TransformForm(Component):
+class TransformForm(LogitsForm):
     """What, with its tables, rebuilds a fitted transform.
 
     Of the coefficients the first `wide` take two bytes, `bytes` one, and of the others two, three or five share one;
@@ -48,8 +48,7 @@ class TransformForm(Component):
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
-    exact: ClassVar[bool] = False
-    needs: ClassVar[Mapping[str, int]] = {}
+    table_names: ClassVar[frozenset[str]] = frozenset({"basis", "centre", "deviation", "correction_step"})
 
     kind: Literal["transform"] = "transform"
     storage: Literal["packed"] = "packed"
@@ -110,7 +109,7 @@ class TransformForm(Component):
 
 
 @dataclass(frozen=True, eq=False)
-class FittedTransform:
+class FittedTransform(Fitted):
     """A transform with its basis.
 
     tables: basis, int16 [K, C], in units of 2^-11; centre, int32 [C], in units of step · 2^-12; deviation, float32 [K],
@@ -119,17 +118,9 @@ class FittedTransform:
     """
 
     form: TransformForm
-    tables: Tables = field(repr=False)
-    _placed: dict[torch.device, dict[str, Tensor]] = field(default_factory=dict, repr=False)
-
-    @property
-    def num_classes(self) -> int:
-        """Classes of the logits it was fitted to."""
-        return int(self.tables["basis"].shape[1])
 
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
         """List the arrays that a row of `num_classes` logits takes."""
-        assert num_classes == self.num_classes
         return self.form.arrays(num_classes)
 
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
@@ -203,7 +194,7 @@ class FittedTransform:
     def _exponent(self, exact: Tensor, mean: Tensor, table: Mapping[str, Tensor]) -> Tensor:
         """Return by which power of two each row's steps are longer, so that it fits: int32 [B], 0 but for outliers.
 
-        A few of the coefficients that share a byte are cut, where they are so little beyond what it holds that this
+        A few of the coefficients that share a byte are cut, if they are so little beyond what it holds that this
         costs less than a tenth of the error of rounding.
         """
         form, size, limits = self.form, exact.abs() / 2, table["limits"]
@@ -237,21 +228,21 @@ class FittedTransform:
             table["inverse"] = torch.linalg.solve(products, basis).T.float().contiguous().to(device)
         return table["inverse"]
 
-    def _on(self, device: torch.device) -> dict[str, Tensor]:
-        """Return the tables on a device, in float32 but for the whole mean; copied there once."""
-        if device not in self._placed:
-            table = {name: torch.from_numpy(values.astype(np.float32)) for name, values in self.tables.items()}
-            table.setdefault("correction_step", torch.empty(0))
-            table["whole_centre"] = torch.from_numpy(self.tables["centre"].astype(np.int64))
-            table["column_norm"] = table["basis"].norm(dim=0).max()
-            table["bits"] = bits(table["deviation"], self.form.coupled)
-            table["middle"] = middle(table["deviation"], self.form.coupled)
-            table["shrinkage"] = shrinkage(table["deviation"], self.form.coupled)
-            table["recurrence"] = recurrence(self.form.coupled, self.form.num_coefficients)
-            limits = [torch.full((count,), float(size.limit)) for _, size, count in self.form.coefficient_parts]
-            table["limits"] = torch.cat(limits)
-            self._placed[device] = {name: values.to(device) for name, values in table.items()}
-        return self._placed[device]
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return the tables in float32, the centre as integers as well, and what follows from them."""
+        table = {name: torch.from_numpy(values.astype(np.float32)) for name, values in self.tables.items()}
+        table.setdefault("correction_step", torch.empty(0))
+        coupled, deviation = self.form.coupled, table["deviation"]
+        limits = [torch.full((count,), float(size.limit)) for _, size, count in self.form.coefficient_parts]
+        return table | {
+            "whole_centre": torch.from_numpy(self.tables["centre"].astype(np.int64)),
+            "column_norm": table["basis"].norm(dim=0).max(),
+            "bits": bits(deviation, coupled),
+            "middle": middle(deviation, coupled),
+            "shrinkage": shrinkage(deviation, coupled),
+            "recurrence": recurrence(coupled, self.form.num_coefficients),
+            "limits": torch.cat(limits),
+        }
 
 
 Part = tuple[str, Size, int]

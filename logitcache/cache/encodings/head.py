@@ -1,21 +1,28 @@
 """Logits as what the last linear layer takes in, with its weights: exact for any number of classes, at its width."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from logitcache.cache.encodings.base import RowArray, Sample, Tables, TableShape
+from logitcache.cache.encodings.base import (
+    CalibrationSample,
+    Fitted,
+    LogitsEncoding,
+    LogitsForm,
+    RowArray,
+    Tables,
+    TableShape,
+)
 from logitcache.cache.encodings.features import Feature
-from logitcache.config.recipe import Component, Count, Name
+from logitcache.cache.format.arrays import Storage
+from logitcache.config.recipe import Count, Name
 from logitcache.errors import RecipeError
 from logitcache.logits import CompactLogits, Logits
 from logitcache.models.taps import INPUT
-from logitcache.store.arrays import Storage
 
 PENULTIMATE = "penultimate"
 """The feature that a head's input is kept as."""
@@ -24,14 +31,11 @@ TOLERANCE = 0.02
 """Of the largest logit: bfloat16 has 8 bits."""
 
 
-class Head(Component):
+class Head(LogitsEncoding):
     """The head's input in place of its output: a feature named `penultimate`, which losses of features use as well.
 
     `module` is the path of the linear layer; by default the last one of the network.
     """
-
-    measured: ClassVar[bool] = True
-    temperature_of_errors: ClassVar[float] = 1.0
 
     kind: Literal["head"] = "head"
     module: str | None = None
@@ -39,7 +43,7 @@ class Head(Component):
     storage: Storage = "hot"
 
     def path(self, network: nn.Module) -> str:
-        """Return the path of the linear layer. Raises RecipeError where there is none."""
+        """Return the path of the linear layer. Raises RecipeError if there is none."""
         linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
         path = self.module if self.module is not None or not linear else linear[-1]
         if path is None or path not in linear:
@@ -62,8 +66,8 @@ class Head(Component):
         assert isinstance(layer, nn.Linear)
         return layer
 
-    def fitted(self, sample: Sample) -> "FittedHead":
-        """Take the weights. Raises RecipeError where the logits are not what the layer puts out."""
+    def fitted(self, sample: CalibrationSample) -> "FittedHead":
+        """Take the weights. Raises RecipeError if the logits are not the output of the layer."""
         network = sample.classifier.module
         path, layer = self.path(network), self._layer(network)
         own = {name: value for name, value in layer.named_parameters() if name in ("weight", "bias")}
@@ -84,11 +88,11 @@ class Head(Component):
         return head
 
 
-class HeadForm(Component):
+class HeadForm(LogitsForm):
     """A linear layer of some width, with a bias or without, on the feature `feature`."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
-    exact: ClassVar[bool] = False
+    table_names: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
 
     kind: Literal["head"] = "head"
     feature: Name = PENULTIMATE
@@ -116,12 +120,10 @@ class HeadForm(Component):
 
 
 @dataclass(frozen=True, eq=False)
-class FittedHead:
-    """A linear layer: tables weight, float32 [C, D], and bias, float32 [C], where it has one."""
+class FittedHead(Fitted):
+    """A linear layer: tables weight, float32 [C, D], and bias, float32 [C], if it has one."""
 
     form: HeadForm
-    tables: Tables = field(repr=False)
-    _placed: dict[torch.device, tuple[Tensor, Tensor | None]] = field(default_factory=dict, repr=False)
 
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
         """List the arrays that a row takes: none beside the feature."""
@@ -137,17 +139,9 @@ class FittedHead:
 
     def logits(self, inputs: Tensor) -> Tensor:
         """Return logits, float32 [B, C], for inputs [B, D]."""
-        weight, bias = self._on(inputs.device)
+        placed = self._on(inputs.device)
         with torch.autocast(inputs.device.type, enabled=False):
-            return functional.linear(inputs.float(), weight, bias)
+            return functional.linear(inputs.float(), placed["weight"], placed.get("bias"))
 
     def _decoded(self, rows: Mapping[str, Tensor]) -> Tensor:
         return self.logits(rows[self.form.feature])
-
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        if device not in self._placed:
-            weight, bias = (self.tables.get(name) for name in ("weight", "bias"))
-            assert weight is not None
-            placed = torch.from_numpy(np.array(weight)).to(device)
-            self._placed[device] = placed, None if bias is None else torch.from_numpy(np.array(bias)).to(device)
-        return self._placed[device]

@@ -9,9 +9,9 @@ from numcodecs import Zstd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.encodings.base import Coder
+from logitcache.cache.encodings.base import LogitsCodec
+from logitcache.cache.format.arrays import ZSTD_LEVELS, Order
 from logitcache.logits import Logits, log_probs
-from logitcache.store.arrays import ZSTD_LEVELS, Order
 
 QUANTILE = 0.999
 
@@ -64,13 +64,13 @@ def _excess(x: Tensor) -> Tensor:
     return x * x * total / 2
 
 
-def stored(fitted: Coder, logits: Tensor) -> dict[str, NDArray[Any]]:
+def stored(fitted: LogitsCodec, logits: Tensor) -> dict[str, NDArray[Any]]:
     """Return the arrays of logits [B, C] as they are stored."""
     encoded = fitted.encode(logits)
     return {row.suffix: encoded[row.suffix].cpu().numpy().astype(row.dtype) for row in fitted.arrays(logits.shape[1])}
 
 
-def measure(fitted: Coder, logits: Tensor, temperatures: Sequence[float], batch_size: int = 1024) -> list[Errors]:
+def measure(fitted: LogitsCodec, logits: Tensor, temperatures: Sequence[float], batch_size: int = 1024) -> list[Errors]:
     """Return the errors over logits [N, C], encoded, cast to the stored dtypes and decoded."""
     meter = ErrorMeter(temperatures)
     for batch in torch.split(logits, batch_size):
@@ -80,7 +80,7 @@ def measure(fitted: Coder, logits: Tensor, temperatures: Sequence[float], batch_
     return meter.errors()
 
 
-def stored_bytes(fitted: Coder, logits: Tensor, compressed: bool = True) -> float:
+def stored_bytes(fitted: LogitsCodec, logits: Tensor, compressed: bool = True) -> float:
     """Return the bytes per row that logits [N, C] take in one chunk of packed storage, or uncompressed.
 
     Compressed as packed arrays are; numbers that zstd makes longer count as it leaves them.

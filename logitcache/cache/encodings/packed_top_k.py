@@ -8,9 +8,9 @@ from torch import Tensor
 from logitcache.cache.encodings.base import Plain, RowArray
 from logitcache.cache.encodings.bits import pack_bits, unpack_bits
 from logitcache.cache.encodings.top_k import NUM_MOMENTS, TopK, kept_and_tail
+from logitcache.cache.format.arrays import Storage
 from logitcache.config.recipe import Count, Positive
 from logitcache.logits import Logits, TopKLogits
-from logitcache.store.arrays import Storage
 
 LARGEST_FALL = 255
 TIE = 2**-16

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.encodings.base import Plain, RowArray
+from logitcache.cache.format.arrays import Floats, Storage
 from logitcache.config.recipe import Count
 from logitcache.errors import RecipeError
 from logitcache.logits import Logits, TopKLogits
-from logitcache.store.arrays import Floats, Storage
 
 NUM_MOMENTS = 3
 _TAIL_WORDS = 2 * NUM_MOMENTS

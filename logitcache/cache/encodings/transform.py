@@ -1,19 +1,18 @@
-"""Logits as rounded coefficients in a basis fitted to the teacher, the largest mended (Karhunen-Loève)."""
+"""Logits as rounded coefficients in a basis fitted to the teacher, the largest corrected (Karhunen-Loève)."""
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from logitcache.cache.encodings.base import Sample
+from logitcache.cache.encodings.base import CalibrationSample, LogitsEncoding
 from logitcache.cache.encodings.basis import Basis, fit_basis
-from logitcache.cache.encodings.features import Feature
 from logitcache.cache.encodings.fitted_transform import BYTE, PAIR, FittedTransform, TransformForm
 from logitcache.cache.encodings.trellis import shrinkage
-from logitcache.config.recipe import Component, Positive
+from logitcache.config.recipe import Positive
 
 BASIS_SCALE = 2**11
 """A float that keeps 11 bits, as TF32 does, holds every entry of the integer basis."""
@@ -26,16 +25,13 @@ NEGLIGIBLE = 0.05
 TEMPERATURES = (1.5, 4.0)
 
 
-class Transform(Component):
-    """Coefficients in a basis fitted to calibration rows, rounded to `step`; the `corrections` largest logits mended.
+class Transform(LogitsEncoding):
+    """Coefficients in a basis fitted to calibration rows, rounded to `step`; the largest logits corrected.
 
     The smaller the step, the smaller the error and the more bytes: halving it takes about one bit more per coefficient
     and divides the divergence by four. The decoder corrects the largest logits of its own approximation, which integers
     make the same everywhere, so that no index is stored.
     """
-
-    measured: ClassVar[bool] = True
-    temperature_of_errors: ClassVar[float] = 1.0
 
     kind: Literal["transform"] = "transform"
     step: Positive = 0.8
@@ -49,10 +45,6 @@ class Transform(Component):
         """
         return self.with_basis(fit_basis(logits, images), logits)
 
-    def features(self, network: nn.Module) -> dict[str, Feature]:
-        """Return the features that are kept for it: none."""
-        return {}
-
     def largest(self, network: nn.Module, num_classes: int) -> TransformForm:
         """Return a form that takes most: no coefficient shares a byte or is dropped."""
         corrections = min(self.corrections, num_classes)
@@ -65,7 +57,7 @@ class Transform(Component):
             corrections=corrections,
         )
 
-    def fitted(self, sample: Sample) -> FittedTransform:
+    def fitted(self, sample: CalibrationSample) -> FittedTransform:
         """Fit to the rows of a sample."""
         return self.fit(sample.logits, sample.images)
 
@@ -90,7 +82,7 @@ class Transform(Component):
             correction_bytes=int((steps * PAIR.limit < HEADROOM * self.step / 3).sum()),
             corrections=len(steps),
         )
-        # The search of zstd goes astray where the first numbers of many bits make it think that all are.
+        # zstd searches badly if the first numbers have many bits, as it expects the same of all.
         order = torch.cat([torch.arange(wide), torch.arange(wide, long).flip(0), torch.arange(long, num)])
         deviation = deviation[order]
         vectors = (basis.vectors[order] * shrinkage(deviation, coupled)[:, None] * BASIS_SCALE).round()
@@ -113,7 +105,7 @@ def _leading(deviation: Tensor, limit: float) -> int:
 def _correction_steps(logits: Tensor, count: int, step: float, bend: float) -> Tensor:
     """Return the step of each rank's correction, [count], ascending, at most `step`.
 
-    An error e of a logit costs p(1 - p) e² / 2T² of divergence; where it is companded, 1 + (z / bend)² times as much.
+    An error e of a logit costs p(1 - p) e² / 2T² of divergence; if it is companded, 1 + (z / bend)² times as much.
     Steps make it cost as much at each rank as on average below: the sum over temperatures of those costs, times step²,
     is one number.
     """

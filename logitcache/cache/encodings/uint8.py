@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.encodings.base import Plain, RowArray
+from logitcache.cache.format.arrays import Storage
 from logitcache.logits import CompactLogits, Logits
-from logitcache.store.arrays import Storage
 
 LEVELS = 255
 

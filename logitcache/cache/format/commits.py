@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.format.layout import Layout
-from logitcache.store.arrays import RECORD, RECORD_BYTES, SIZE_BYTES, ArrayGroup, ArrayLayout, Shard, record_name
 from logitcache.store.base import Store
 from logitcache.store.safe_files import read_folder
+from logitcache.store.shards import RECORD, RECORD_BYTES, SIZE_BYTES, Shard, record_name
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def read_records(store: Store, layout: Layout, group: ArrayGroup, known: Records
     numbers = np.array([number for number, _ in whole], np.int64)
     values = np.frombuffer(b"".join([data for _, data in whole]), np.uint8).reshape(len(numbers), size)
     impossible = _impossible(layout, group, numbers, values)
-    damaged |= dict.fromkeys(numbers[impossible].tolist(), f"it says other sizes than {group.name} can have")
+    damaged |= dict.fromkeys(numbers[impossible].tolist(), f"it states other sizes than {group.name} can have")
     named = {
         number: f"the commit record {store}/{group.commits}/{record_name(*divmod(number, per_view))} is damaged: {why}"
         for number, why in damaged.items()
@@ -83,7 +84,7 @@ def are_records(layout: Layout, group: ArrayGroup, shard: Shard, data: bytes) ->
 def _impossible(
     layout: Layout, group: ArrayGroup, numbers: NDArray[np.int64], values: NDArray[np.uint8]
 ) -> NDArray[np.bool_]:
-    """Return which records [N] say sizes that no shard has; the last shard of a view may have fewer rows."""
+    """Return which records [N] state sizes that no shard has; the last shard of a view may have fewer rows."""
     records = values.reshape(len(values), len(group.arrays), RECORD_BYTES)
     sizes = np.ascontiguousarray(records[:, :, :SIZE_BYTES]).view("<u8")[:, :, 0]
     is_last = numbers % layout.shards_per_view == layout.shards_per_view - 1

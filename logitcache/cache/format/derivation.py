@@ -1,8 +1,7 @@
-"""Derived caches: whose answers they hold, as the manifest says it in place of a teacher's model."""
+"""Derived caches: the manifest names the teachers of the source in place of a teacher's model."""
 
 import hashlib
 import json
-from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, ValidationError
@@ -30,7 +29,7 @@ class Member(Component):
 class Derivation(Component):
     """How a teacher's answers were made from those in another cache, whose content digest is `source`.
 
-    `weight`s add up to 1. One member is the teacher itself; `average` says how several are made one.
+    `weight`s add up to 1. One member is the teacher itself; `average` names how several become one.
     """
 
     kind: Literal["derived"] = "derived"
@@ -49,7 +48,7 @@ class Derivation(Component):
 
 
 def derivation_of(entry: TeacherEntry) -> Derivation | None:
-    """Return how a teacher's answers were derived; None where the teacher gave them itself. Raises CacheError."""
+    """Return how a teacher's answers were derived; None if the teacher gave them itself. Raises CacheError."""
     if not (isinstance(entry.model, dict) and entry.model.get("kind") == "derived"):
         return None
     try:
@@ -61,7 +60,7 @@ def derivation_of(entry: TeacherEntry) -> Derivation | None:
 def network_of(name: str, entry: TeacherEntry) -> JsonValue:
     """Return the recorded entry of the network that answered, through re-encodings.
 
-    Raises MismatchError where none alone did: the answers are the mean of several.
+    Raises MismatchError if no network alone did: the answers are the mean of several.
     """
     derivation = derivation_of(entry)
     if derivation is None:
@@ -76,9 +75,8 @@ def network_of(name: str, entry: TeacherEntry) -> JsonValue:
 
 
 def require_not_derived(manifest: Manifest, where: str) -> None:
-    """Raise MismatchError for a cache that no teacher filled, which none may add to."""
-    derived = list(_derived(manifest))
-    if derived:
+    """Raise MismatchError for a cache that no teacher filled: precompute cannot add to it."""
+    if derived := _derived(manifest):
         raise MismatchError(
             f"{where} was derived from another cache ({', '.join(derived)}): a teacher's own answers are "
             "no part of it. Fix: let precompute add to the source, then derive again to another path; `logitcache "
@@ -88,25 +86,24 @@ def require_not_derived(manifest: Manifest, where: str) -> None:
 
 def is_derived(manifest: Manifest) -> bool:
     """Whether `logitcache derive` made a cache."""
-    return any(_derived(manifest))
+    return bool(_derived(manifest))
+
+
+def _derived(manifest: Manifest) -> list[str]:
+    """Name the derived teachers and their members."""
+    found = {name: derivation_of(entry) for name, entry in manifest.teachers.items()}
+    return [f"{name} of {' and '.join(one.members)}" for name, one in found.items() if one is not None]
 
 
 def fix_of_damage(manifest: Manifest) -> str:
-    """Return what writes the bytes that a cache lacks: the command that its manifest says has made it."""
+    """Return what writes the bytes that a cache lacks: the command that made it, according to its manifest."""
     try:
-        command = "derive" if is_derived(manifest) else "precompute"
-    except CacheError:  # it does not say how it was derived
-        return "Fix: run the command that made it again, which writes just what is missing or damaged"
-    return f"Fix: run the same `logitcache {command}` command again, which writes just what is missing or damaged"
+        command = f"the same `logitcache {'derive' if is_derived(manifest) else 'precompute'}` command"
+    except CacheError:  # the manifest does not state how it was derived
+        command = "the command that made it"
+    return f"Fix: run {command} again, which writes just what is missing or damaged"
 
 
 def fix_of_contents(fix: str) -> str:
     """Return what replaces a file that matches its record and holds nothing sound, by the fix of lost ones."""
     return f"Fix: remove it; {fix.removeprefix('Fix: ')}"
-
-
-def _derived(manifest: Manifest) -> Iterator[str]:
-    for name, entry in manifest.teachers.items():
-        derivation = derivation_of(entry)
-        if derivation is not None:
-            yield f"{name} of {' and '.join(derivation.members)}"

@@ -1,27 +1,22 @@
 """Layout: which arrays a manifest implies, how they are cut into shards and where their bytes lie."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from logitcache.cache.encodings.base import RowArray, TableShape
-from logitcache.cache.format.manifest import LOGITS, VIEWS, Manifest, StoredFeature, StoredLogits, TeacherEntry
+from logitcache.cache.format.arrays import FLAT_KEYS, PAGE, ArrayGroup, ArrayLayout, Storage, TableLayout
+from logitcache.cache.format.manifest import LOGITS, VIEWS, Manifest, TeacherEntry
 from logitcache.cache.format.row_errors import NUM_STATISTICS
 from logitcache.errors import CacheError, RecipeError
-from logitcache.runtime.console import logger
-from logitcache.store.arrays import FLAT_KEYS, PAGE, RECORD_BYTES, ArrayGroup, ArrayLayout, Shard, Storage, TableLayout
+from logitcache.store.shards import RECORD_BYTES, Shard
 
-S = TypeVar("S", StoredLogits, StoredFeature)
+SHARD_BYTES, MAX_BYTES = 32 << 20, 1 << 60
+"""Bytes of the rows of the largest array in a shard, about; bytes that no array has."""
 
-SHARD_BYTES = 32 << 20
-MAX_SHARD_ROWS, FEWEST_SHARDS, MOST_SHARD_ROWS = 65_536, 64, 1 << 20
-"""Rows of a shard, unless there are so many images that a view has at least so many larger ones; and then."""
-SHARDS_PER_VIEW, FEWEST_SHARD_ROWS = 16, 64
-"""A stop drops the shard in progress: a view has at least so many, of at least so many rows, which fill a batch."""
-MAX_BYTES = 1 << 60
 MOST_DECODED = 32 * SHARD_BYTES
 """Bytes of a packed shard, decoded: far above what is chosen, and no more than a machine has."""
 CHECKSUMS, PARAMETERS = "crc32", "parameters"
@@ -135,7 +130,7 @@ class Kept(NamedTuple):
 
 
 def kept_of(entry: TeacherEntry, target: str) -> Kept:
-    """Return what a target takes; raise RecipeError where an entry contradicts itself."""
+    """Return what a target takes; raise RecipeError if an entry contradicts itself."""
     if target == LOGITS:
         logits, stored, classes = entry.logits, entry.stored_logits, entry.num_classes
         if logits is None or stored is None or classes is None:
@@ -187,10 +182,10 @@ def _errors_array(manifest: Manifest, stem: str, position: int, axes: tuple[int,
 
 
 def _views_group(manifest: Manifest) -> ArrayGroup | None:
-    """Lay out what is recorded of every view; None where nothing is.
+    """Lay out the arrays that are recorded of every view; None if there are none.
 
     Packed: parameters of crop and flip take 7 bytes a row in place of 40, and shards of few bytes a row need not fill
-    whole pages. Whoever reads them keeps whole views decoded.
+    whole pages. Readers keep whole views decoded.
     """
     rows = []
     if manifest.row_checksums:
@@ -222,94 +217,25 @@ def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage, prefi
 def require_possible(manifest: Manifest, where: str) -> None:
     """Raise CacheError for a manifest that no precompute can have written, before anything relies on its sizes."""
     try:
-        layout = layout_of(manifest)
-        arrays = layout.arrays
-        hot = [array for array in arrays if array.storage == "hot"]
-        wrong = next((array for array in hot if array.shard_rows * array.row_bytes % PAGE), None)
-        reason = "" if wrong is None else f"shards of {wrong.name} do not fill whole pages"
+        reason = next(_impossible(manifest), None)
     except RecipeError as error:
         reason = str(error)
-    else:
-        sizes = [array.num_views * (array.num_images + array.shard_rows) * array.row_bytes for array in arrays]
-        sizes += [table.num_bytes for table in layout.tables]
-        pixels = math.prod((len(manifest.canaries), *manifest.image_shape))
-        if max(*sizes, pixels) > MAX_BYTES:
-            reason = f"{max(*sizes, pixels)} bytes are more than any disk holds"
-        else:
-            reason = _too_large(layout)
-    if reason:
+    if reason is not None:
         raise CacheError(f"{where}: the manifest is not valid: {reason}. Fix: remove it, and precompute again")
 
 
-def _too_large(layout: Layout) -> str:
+def _impossible(manifest: Manifest) -> Iterator[str]:
+    """Yield what no cache can have; raise RecipeError for an entry that contradicts itself."""
+    layout = layout_of(manifest)
+    for array in layout.arrays:
+        if array.storage == "hot" and array.shard_rows * array.row_bytes % PAGE:
+            yield f"shards of {array.name} do not fill whole pages"
+    sizes = [array.num_views * (array.num_images + array.shard_rows) * array.row_bytes for array in layout.arrays]
+    pixels = math.prod((len(manifest.canaries), *manifest.image_shape))
+    largest = max(0, *sizes, *(table.num_bytes for table in layout.tables), pixels)
+    if largest > MAX_BYTES:
+        yield f"{largest} bytes are more than any disk holds"
     for array in (array for group in layout.targets for array in group.arrays if array.storage == "packed"):
         size = min(array.shard_rows, array.num_images) * array.row_bytes
         if size > MOST_DECODED:
-            return f"a shard of {array.name} decodes to {size} bytes, {MOST_DECODED} at most"
-    return ""
-
-
-def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: int | None) -> int:
-    """Return the rows of a shard that are asked for, or choose them.
-
-    A power of two, pages full for every hot array, and the largest array near 32 MiB.
-
-    Shard files of a hot array map one after another into one address range only if each fills whole pages. From 8.4
-    million images on shards grow with their number, so that a view has 64 to 128 of them as far as 32 MiB allow: enough
-    to be computed by many at a time, and few enough for one folder to hold those of all views. Of fewer images than a
-    million a view has 16 to 31, as far as pages and `FEWEST_SHARD_ROWS` allow: what is in progress when a run stops is
-    lost.
-    """
-    if asked is not None:
-        return asked
-    kept = [kept_of(entry, target) for entry in entries for target in entry.targets]
-    sizes = [(one.storage, row.num_bytes) for one in kept for row in one.rows]
-    largest = max(size for _, size in sizes)
-    step = max((PAGE // math.gcd(PAGE, size) for storage, size in sizes if storage == "hot"), default=1)
-    rows = MAX_SHARD_ROWS
-    while rows < MOST_SHARD_ROWS and 2 * rows * FEWEST_SHARDS <= num_images:
-        rows *= 2
-    most = max(FEWEST_SHARD_ROWS, num_images // SHARDS_PER_VIEW)
-    while rows > step and (rows * largest > SHARD_BYTES or rows > most or rows // 2 >= num_images):
-        rows //= 2
-    return rows
-
-
-def fit_to_pages(entries: Mapping[str, TeacherEntry], shard_rows: int) -> dict[str, TeacherEntry]:
-    """Store packed each hot target that would not fill whole pages with shards of so many rows.
-
-    Raises RecipeError if a packed shard would take too much memory to decode.
-    """
-    fitted = {name: _fit_to_pages(name, entry, shard_rows) for name, entry in entries.items()}
-    for name, entry in fitted.items():
-        for target in entry.targets:
-            kept = kept_of(entry, target)
-            # A head keeps no row of its own.
-            most = MOST_DECODED // max((row.num_bytes for row in kept.rows), default=1)
-            if kept.storage == "packed" and shard_rows > most:
-                raise RecipeError(
-                    f"shard_rows: {shard_rows} rows of {name}.{target} take more than {MOST_DECODED} bytes to decode. "
-                    f"Fix: shard_rows: {most} at most"
-                )
-    return fitted
-
-
-def _fit_to_pages(name: str, entry: TeacherEntry, shard_rows: int) -> TeacherEntry:
-    wrong = [target for target in entry.targets if not _fills_pages(kept_of(entry, target), shard_rows)]
-    for target in wrong:
-        logger.info(
-            f"teachers.{name}: {target} is stored packed, as shards of {shard_rows} rows do not fill whole pages"
-        )
-    features = {
-        target: _packed(stored) if target in wrong else stored for target, stored in entry.stored_features.items()
-    }
-    logits = _packed(entry.stored_logits) if entry.stored_logits and LOGITS in wrong else entry.stored_logits
-    return entry.model_copy(update={"stored_features": features, "stored_logits": logits})
-
-
-def _fills_pages(kept: Kept, shard_rows: int) -> bool:
-    return kept.storage != "hot" or all(shard_rows * row.num_bytes % PAGE == 0 for row in kept.rows)
-
-
-def _packed(stored: S) -> S:
-    return stored.model_copy(update={"form": stored.form.model_copy(update={"storage": "packed"})})
+            yield f"a shard of {array.name} decodes to {size} bytes, {MOST_DECODED} at most"

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, JsonValue, ValidationError, model_validator
 
-from logitcache.cache.encodings import Encoding, Feature, FeatureForm, Form
+from logitcache.cache.encodings import Encoding, Form
+from logitcache.cache.encodings.features import Feature, FeatureForm
 from logitcache.cache.format.row_errors import RowErrors
 from logitcache.config.recipe import Count, Extended, Name, Positive
 from logitcache.errors import CacheError
@@ -30,7 +31,7 @@ VIEWS = "views"
 
 
 def _other_than(taken: str, names: str) -> AfterValidator:
-    """Refuse a name that is taken; `names` says for what."""
+    """Refuse a name that is taken, for what `names` describes."""
 
     def require_other(name: str) -> str:
         if name == taken:
@@ -171,7 +172,7 @@ class TeacherEntry(Extended):
 class Manifest(Extended):
     """The contract between the two stages, stored in the root attributes under `logitcache`.
 
-    `row_checksums` and `parameters` say what is recorded of every view besides the teachers' answers: the checksum of
+    `row_checksums` and `parameters` are recorded of every view besides the teachers' answers: the checksum of
     its pixels, and the named numbers that its augmentations drew; None where these are not recorded. `class_names` are
     those of the images' classes; None if they have none, or if these are not recorded.
     """

@@ -51,7 +51,7 @@ class _TargetReader:
     target: str
 
     def __call__(self, view: int, number: int) -> NDArray[np.float32]:
-        """Return what was answered to the rows of a shard, [1, rows, ...]; raise CacheError where it is damaged."""
+        """Return the answers to the rows of a shard, [1, rows, ...]; raise CacheError if it is damaged."""
         shard = self.shards.layout.shard(view, number)
         targets = self.shards.targets(shard, self.shards.rows(shard), slice(None))[self.teacher]
         found = targets.logits if self.target == LOGITS else targets.features[self.target]

@@ -9,23 +9,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.read.mapped import MappedRows
 from logitcache.cache.read.row_sources import PackedRows, RowSource, columns_of, num_kept
 from logitcache.cache.read.shared_memory import shared_shards
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import require_intact, row_shards
 from logitcache.errors import CacheError
-from logitcache.store.arrays import ArrayGroup, ArrayLayout, Shard, StoredShard
-from logitcache.store.mirror_folder import SIZE, TRIES
+from logitcache.store.mirrors_folder import SIZE
+from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 
 
 class StoredRows:
-    """Rows of all arrays by place. The shards of a view are compared before the first of its rows is given.
+    """Rows of all arrays by place. The shards of a view are compared with their records before its first row is read.
 
-    Of a cache elsewhere a view is brought by that, and the next view is brought while it is in use. As many views are
-    mapped as half of the room for local copies holds: what other runs push out of the copy is gone from the disk when
-    it is no longer mapped.
+    Of a remote cache that downloads the view, and prefetches the next one. As many of its views stay mapped as half of
+    the mirrors' folder holds: files that other runs evict take up the disk until they are unmapped.
     """
 
     def __init__(self, snapshot: Snapshot) -> None:
@@ -35,16 +35,22 @@ class StoredRows:
         self._compared: set[int] = set()
         self._prepared: dict[int, None] = {}  # in order
         self._is_prepared = False
-        # Rows are not gathered from what is being unmapped.
+        # Rows are not gathered from a view that is being unmapped.
         self._using: AbstractContextManager[object] = nullcontext() if self._store.is_local else threading.RLock()
 
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, NDArray[Any]]:
-        """Gather the rows of keys of the arrays of all targets by array name, [B, *row_shape] each."""
+        """Gather the rows of keys from the arrays of all targets by array name, [B, *row_shape] each."""
         with self._using:
-            return self.take(self.places(keys))
+            places = self.places(keys)
+            for source in self._sources.values():
+                source.expect(places)
+            rows = {}  # a comprehension takes a frame, which a batch of short rows feels
+            for name, source in self._sources.items():
+                rows[name] = source.take(places)
+            return rows
 
     def places(self, keys: Sequence[ViewKey]) -> NDArray[np.int64]:
-        """Return where the rows of keys lie in every array, [B]; raise for a key that the cache does not have."""
+        """Return the places of the rows of keys in every array, [B]; raise for a key that the cache does not have."""
         views, indices = columns_of(keys)
         shape = self._layout.num_views, self._layout.num_images
         try:
@@ -62,19 +68,10 @@ class StoredRows:
                 self._prepare(set(views.tolist()))
         return views * self._padded + indices
 
-    def take(self, places: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Gather the rows of the arrays of all targets by array name, [B, *row_shape] each."""
-        for source in self._sources.values():
-            source.expect(places)
-        rows = {}  # a comprehension takes a frame, which a batch of short rows feels
-        for name, source in self._sources.items():
-            rows[name] = source.take(places)
-        return rows
-
     def compare(self, views: set[int] | None = None) -> None:
         """Raise CacheError naming the damaged shards of some views, or of all, that were not compared before."""
         new = (self._shards.keys() if views is None else views) - self._compared
-        require_intact(self._snapshot, self._brought, self._of_views(sorted(new)))
+        require_intact(self._snapshot, self._downloaded, self._of_views(sorted(new)))
         self._compared |= new
 
     def _prepare(self, wanted: set[int]) -> None:
@@ -83,26 +80,20 @@ class StoredRows:
             return
         if not self._store.is_local:
             self._forget_others(wanted, len(views))
-        for attempt in range(1, TRIES + 1):
-            self.compare(views)
-            try:
-                for source in self._sources.values():
-                    for view in views:
-                        source.prepare(view)
-                break
-            except CacheError:
-                if self._store.is_local or attempt == TRIES:
-                    raise
-                self._compared -= views
+        self.compare(views)
+        for source in self._sources.values():
+            for view in views:
+                source.prepare(view)
         self._prepared |= dict.fromkeys(sorted(views))
         self._is_prepared = self._store.is_local and len(self._prepared) == self._layout.num_views
         if not self._store.is_local:
             first, count = max(wanted) + 1, self._layout.num_views
             following = dict.fromkeys(view % count for view in range(first, first + len(wanted)))
-            self._store.prefetch(self._parts(following.keys() - self._prepared.keys()))
+            shards = self._of_views(following.keys() - self._prepared.keys())
+            self._store.ensure((), ahead=row_shards(self._snapshot, self._downloaded, shards))
 
     def _forget_others(self, wanted: set[int], num_new: int) -> None:
-        """Let go of the views that were prepared first, until there is room for new ones."""
+        """Unmap the views that were prepared first, until there is room for new ones."""
         for view in [view for view in self._prepared if view not in wanted]:
             if len(self._prepared) + num_new <= self._num_mapped:
                 return
@@ -113,14 +104,14 @@ class StoredRows:
 
     @cached_property
     def _num_mapped(self) -> int:
-        """How many views are mapped at a time, of a cache elsewhere."""
-        return max(1, (self._store.limit or 0) // (2 * max(1, self._bytes(self._brought))))
+        """Views of a remote cache that are mapped at a time."""
+        return max(1, (self._store.limit or 0) // (2 * max(1, self._bytes(self._downloaded))))
 
     @cached_property
-    def _brought(self) -> Sequence[ArrayGroup]:
-        """What is brought of a view before it is read: all, or where the next has no room beside it, the hot arrays.
+    def _downloaded(self) -> Sequence[ArrayGroup]:
+        """What is downloaded of a view before it is read: all, or only hot arrays if two views exceed the limit.
 
-        Packed shards are then brought as they are read. Raises CacheError where there is no room for hot ones either.
+        Packed shards are then downloaded as they are read. Raises CacheError if there is no room for hot ones either.
         """
         limit, num_views = self._store.limit, min(2, self._layout.num_views)
         if limit is None or num_views * self._bytes(self._layout.groups) <= limit:
@@ -135,27 +126,23 @@ class StoredRows:
         return hot
 
     def _bytes(self, groups: Sequence[ArrayGroup]) -> int:
-        """Stored bytes of a view, by those of the first."""
-        first = next(iter(self._shards), None)
-        parts = () if first is None else row_shards(self._snapshot, groups, self._shards[first])
-        return sum(part.size for part in parts)
-
-    def _parts(self, views: Iterable[int]) -> list[StoredShard]:
-        return row_shards(self._snapshot, self._brought, self._of_views(views))
+        """Return the stored bytes of the first view, of which other views take about as many."""
+        shards = next(iter(self._shards.values()), [])
+        return sum(shard.size for shard in row_shards(self._snapshot, groups, shards))
 
     def _of_views(self, views: Iterable[int]) -> list[Shard]:
         return [shard for view in views for shard in self._shards.get(view, ())]
 
     @cached_property
     def _shards(self) -> dict[int, list[Shard]]:
-        """The shards of each view."""
+        """The committed shards of each view."""
         shards: dict[int, list[Shard]] = {}
         for shard in self._snapshot.shards:
             shards.setdefault(shard.view, []).append(shard)
         return shards
 
     def _require_committed(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
-        """Raise CacheError for a key of a shard that is not there: its addresses cannot be read."""
+        """Raise CacheError for a key of a shard that is not committed: its addresses cannot be read."""
         for view, index in zip(views.tolist(), indices.tolist(), strict=True):
             if self._layout.shard(view, index // self._layout.shard_rows) not in self._shards.get(view, ()):
                 raise CacheError(

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.format.arrays import PAGE, ArrayLayout
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.errors import CacheError
-from logitcache.store.arrays import PAGE, ArrayLayout, Shard
+from logitcache.store.shards import Shard
 
 HUGE_PAGE = 2 << 20
 MOST_ADDRESSES = 1 << 44
@@ -34,7 +35,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _ADVISED, _UNASKED = 64, 16
-"""Batches whose pages the disk is told of at once, where it is needed; and batches between asking whether it is."""
+"""Batches whose pages are advised at once if they are not in memory, and batches between two tests of that."""
 
 _WHO = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
 
@@ -111,9 +112,9 @@ class MappedRows:
                 self._mapped.remove(view)
 
     def expect(self, places: NDArray[np.int64]) -> None:
-        """Tell the disk of all the pages of a batch at once, where pages are not in memory.
+        """Advise the kernel of all pages of a batch at once, if pages are not in memory.
 
-        Advised pages count as no faults: every now and then a batch goes without, which tells.
+        Advised pages count as no faults: every now and then a batch goes without, to count them.
         """
         if self._left_to_advise:
             self._left_to_advise -= 1

@@ -5,21 +5,25 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.layout import Layout
-from logitcache.cache.read.decode_shard import Unpacker
 from logitcache.cache.read.shared_memory import SharedShards, name_of
 from logitcache.cache.read.stored_array import StoredArray
-from logitcache.store.arrays import ArrayLayout, Shard
+from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 
 PACKED_SHARDS = 8
 KEPT_BYTES = 1 << 30
-"""Each packed array keeps this many decoded shards at least, and more where they take less memory than this."""
+"""Each packed array keeps this many decoded shards at least, and more if they take less memory than this."""
+
+RECORDED_BYTES = 256 << 20
+"""Memory within which more than two views of a recorded array are kept decoded."""
 
 
 def columns_of(keys: Sequence[ViewKey]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -34,13 +38,13 @@ class RowSource(Protocol):
     """Rows of one array by place: `view * padded + index`, where every view is padded to whole shards."""
 
     def prepare(self, view: int) -> None:
-        """Make a view ready; before any of its rows is gathered."""
+        """Make a view ready, before any of its rows is gathered."""
 
     def forget(self, view: int) -> None:
-        """Let go of a view, none of whose rows is gathered until it is prepared again."""
+        """Release a view; none of its rows is gathered until it is prepared again."""
 
     def expect(self, places: NDArray[np.int64]) -> None:
-        """Hear which rows are asked for next, while those of other arrays are still to come."""
+        """Prefetch hint: rows that are gathered next, after those of other arrays."""
 
     def take(self, places: NDArray[np.int64]) -> NDArray[Any]:
         """Gather rows, [B, *row_shape]."""
@@ -52,7 +56,7 @@ def num_kept(layout: ArrayLayout) -> int:
 
 
 def shuffle_block(layout: Layout) -> int | None:
-    """Return among how many rows to shuffle where a packed view has more shards than are kept decoded; None for all.
+    """Return among how many rows to shuffle if a packed view has more shards than are kept decoded; None for all.
 
     It depends on the cache alone, not on a machine's memory: so does the order of an epoch.
     """
@@ -74,7 +78,6 @@ class PackedRows:
         self._stored, self._layout = stored, stored.layout
         self._num_kept, self._shared = num_kept, shared
         self._per_view, self._padded = self._layout.shards_per_view, self._layout.padded
-        self._unpack = Unpacker(stored)
         self._begin()
 
     def _begin(self) -> None:
@@ -86,7 +89,7 @@ class PackedRows:
         self._view = -1
 
     def prepare(self, view: int) -> None:
-        """Do nothing: shards are decoded as they are asked for."""
+        """Do nothing: shards are decoded as their rows are gathered."""
 
     def forget(self, view: int) -> None:
         """Do nothing: what is decoded is memory."""
@@ -109,7 +112,7 @@ class PackedRows:
         order = np.argsort(numbers, kind="stable")
         needed, starts = np.unique(numbers[order], return_index=True)
         bounds = [*starts.tolist(), len(order)]
-        # Those that come from elsewhere come together.
+        # Shards of a remote cache are downloaded together.
         missing = [self._numbered(number) for number in needed.tolist() if number not in self._decoded]
         if missing:
             self._stored.ensure(missing)
@@ -132,7 +135,7 @@ class PackedRows:
         for number in numbers:
             if view != self._view:
                 return
-            self._shard(number)  # what goes wrong is raised again where the rows are asked for
+            self._shard(number)  # errors are raised again when the rows are gathered
 
     def _shard(self, number: int) -> NDArray[Any]:
         with self._changing:
@@ -159,8 +162,33 @@ class PackedRows:
     def _load(self, number: int) -> NDArray[Any]:
         shard, layout = self._numbered(number), self._layout
         if self._shared is None:
-            return self._unpack(shard)
+            return self._stored.rows(shard)
         # Whatever has this name was decoded from bytes that matched this record.
-        name = name_of(layout.file(shard).encode(), self._unpack.metadata, self._stored.part(shard).record)
+        name = name_of(layout.file(shard).encode(), self._stored.metadata, self._stored.part(shard).record)
         shape = (shard.stop - shard.start, *layout.row_shape)
-        return self._shared.get(name, shape, layout.dtype, lambda: self._unpack(shard))
+        return self._shared.get(name, shape, layout.dtype, lambda: self._stored.rows(shard))
+
+
+class RecordedRows:
+    """One recorded array by key. It can be pickled: each process opens and decodes the array itself.
+
+    An epoch asks for one view in any order, or for a few, and at its end for the next: two views are kept decoded, more
+    if they take little.
+    """
+
+    def __init__(self, stored: StoredArray) -> None:
+        self._stored, self._layout = stored, stored.layout
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RecordedRows, (self._stored,)
+
+    def __call__(self, keys: Sequence[ViewKey]) -> NDArray[Any]:
+        """Gather the rows of keys that the cache has, [B, *row_shape]."""
+        views, indices = columns_of(keys)
+        return self._rows.take(views * self._layout.padded + indices)
+
+    @cached_property
+    def _rows(self) -> PackedRows:
+        array = self._layout
+        small = RECORDED_BYTES // (array.shard_rows * array.row_bytes)
+        return PackedRows(self._stored, num_kept=max(2 * array.shards_per_view, small))

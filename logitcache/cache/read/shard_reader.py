@@ -9,11 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.format.layout import Layout
-from logitcache.cache.read.decode_shard import read_rows
-from logitcache.cache.read.target_codecs import Coders, Rows
+from logitcache.cache.read.target_codecs import Rows, TargetCodecs
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import require_intact
-from logitcache.store.arrays import Shard
+from logitcache.store.shards import Shard
 from logitcache.targets import Targets
 
 
@@ -36,17 +35,15 @@ class ShardReader:
         return self.snapshot.layout if self.views else replace(self.snapshot.layout, views=None)
 
     @cached_property
-    def coders(self) -> Coders:
+    def coders(self) -> TargetCodecs:
         """What decodes them."""
-        return Coders(self.snapshot.store, self.snapshot.manifest, self.layout)
+        return TargetCodecs(self.snapshot.store, self.snapshot.manifest, self.layout)
 
     def rows(self, shard: Shard) -> dict[str, NDArray[Any]]:
-        """Return a shard's rows by array name, [rows, ...]; raise CacheError where they are not those committed."""
+        """Return a shard's rows by array name, [rows, ...]; raise CacheError if they are not those committed."""
         require_intact(self.snapshot, self.layout.groups, [shard])
         return {
-            array.name: read_rows(self.snapshot.array(array), shard)
-            for group in self.layout.groups
-            for array in group.rows
+            array.name: self.snapshot.array(array).rows(shard) for group in self.layout.groups for array in group.rows
         }
 
     def batches(self, shard: Shard, size: int) -> Iterator[tuple[int, dict[str, Targets]]]:

@@ -2,7 +2,7 @@
 
 They are files of a memory file system, in a folder that only the user may enter, named after the bytes that they were
 decoded from. A file appears whole or not at all, so that a process may be killed at any moment: the next one uses
-what is there, and removes the least recently used where they take more than the limit. The last process to end removes
+these files, and removes the least recently used if they take more than the limit. The last process to end removes
 all. A file that is removed stays readable where it is mapped.
 """
 
@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.store.bounded_folder import Held, make_room, quarter_of, told_size
-from logitcache.store.file_locks import PART, Part, locked_part, remove_abandoned
+from logitcache.store.bounded_folder import BoundedFolder, size_limit
+from logitcache.store.file_locks import locked_part
 
 VARIABLE = "LOGITCACHE_SHARED_MEMORY"
 """The environment variable that bounds them: a number of bytes, which may end in K, M or G; 0 shares nothing."""
@@ -39,80 +39,56 @@ class SharedShards:
     """Decoded shards by name, in a folder of at most `limit` bytes; removed ones that are still mapped come on top."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self._folder, self._limit = folder, limit
+        self._folder = BoundedFolder(folder, limit)
 
     def get(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], decode: Decode) -> NDArray[Any]:
-        """Return a shard, [rows, *row_shape], decoded here unless another process did; where there is room, shared."""
-        wanted = math.prod(shape) * dtype.itemsize
-        found = self._mapped(name, wanted) or self._made(name, wanted, decode)
+        """Return a shard, [rows, *row_shape], decoded here unless another process did, and shared if there is room."""
+        size = math.prod(shape) * dtype.itemsize
+        found = self._mapped(name, size) or self._made(name, size, decode)
         return np.frombuffer(found, dtype).reshape(shape)
 
-    def _mapped(self, name: str, wanted: int) -> mmap.mmap | None:
-        try:
-            descriptor = os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:
-            return None
-        try:
-            if os.fstat(descriptor).st_size != wanted:
-                return None
-            with suppress(OSError):
-                os.utime(descriptor)
-            return mmap.mmap(descriptor, wanted, access=mmap.ACCESS_READ)
-        except (OSError, ValueError):
-            return None
-        finally:
-            os.close(descriptor)
+    def _mapped(self, name: str, size: int) -> mmap.mmap | None:
+        with suppress(OSError, ValueError), open(self._folder.path / name, "rb", opener=_open_no_link) as file:
+            if os.fstat(file.fileno()).st_size == size:
+                with suppress(OSError):
+                    os.utime(file.fileno())
+                return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        return None
 
-    def _made(self, name: str, wanted: int, decode: Decode) -> mmap.mmap | memoryview:
-        """Decode a shard and keep it; whoever comes meanwhile waits, and finds it."""
-
-        def decoded() -> memoryview:
-            return np.ascontiguousarray(decode()).data
-
-        if wanted > self._limit:
-            return decoded()
+    def _made(self, name: str, size: int, decode: Decode) -> mmap.mmap | memoryview:
+        """Decode a shard and keep it; processes that need it meanwhile wait, and find it."""
         with ExitStack() as held:
-            try:
-                part = held.enter_context(locked_part(self._folder / name))
-            except OSError:
-                return decoded()
-            return self._mapped(name, wanted) or self._written(name, wanted, part, decoded())
+            part = None
+            if size <= self._folder.limit:
+                with suppress(OSError):
+                    part = held.enter_context(locked_part(self._folder.path / name))
+            if part is not None and (found := self._mapped(name, size)) is not None:
+                return found
+            rows = np.ascontiguousarray(decode()).data
+            if part is not None:
+                with suppress(OSError), self._folder.reserved(size):  # no memory for it here
+                    part.finish(rows)
+                    return self._mapped(name, size) or rows
+            return rows
 
-    def _written(self, name: str, wanted: int, part: Part, rows: memoryview) -> mmap.mmap | memoryview:
-        with suppress(OSError):  # no memory for it here
-            self._make_room(wanted)
-            part.finish(rows)
-            return self._mapped(name, wanted) or rows
-        return rows
 
-    def _make_room(self, wanted: int) -> None:
-        """Remove what killed processes left, then the least recently used, until `wanted` more bytes fit."""
-        held = []
-        for entry in os.scandir(self._folder):
-            with suppress(FileNotFoundError):
-                if entry.name.endswith(PART):
-                    remove_abandoned(Path(entry.path))
-                status = entry.stat(follow_symlinks=False)
-                held.append(Held(status.st_mtime, status.st_size, entry.path))
-        make_room(held, self._limit - sum(file.size for file in held), wanted)
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def shared_limit(memory: Path = MEMORY) -> int:
-    """Return how many bytes of decoded shards may be shared: a quarter of the memory file system, unless told.
+    """Return how many bytes of decoded shards may be shared: a quarter of the memory file system by default.
 
-    Raises RecipeError where the environment variable is no size.
+    Raises RecipeError if the environment variable is not a size.
     """
-    told = told_size(VARIABLE)
-    if told is not None:
-        return told
     try:
-        return quarter_of(memory)
+        return size_limit(memory, VARIABLE)
     except OSError:
         return 0
 
 
 def shared_shards(memory: Path = MEMORY) -> SharedShards | None:
-    """Return this user's shared shards; None where nothing may be shared."""
+    """Return this user's shared shards; None if nothing may be shared."""
     limit = shared_limit(memory)
     if limit == 0:
         return None
@@ -122,9 +98,8 @@ def shared_shards(memory: Path = MEMORY) -> SharedShards | None:
         status = folder.lstat()
     except OSError:
         return None
-    # Somebody else's folder of this name may hold anything.
-    safe = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
-    if not safe:
+    # Another user's folder of this name may hold anything.
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         return None
     _be_present(folder)
     return SharedShards(folder, limit)

@@ -9,22 +9,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.encodings import Coder, FittedFeature, Tables
+from logitcache.cache.encodings.base import LogitsCodec, Tables
+from logitcache.cache.encodings.features import FittedFeature
+from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.derivation import fix_of_contents, fix_of_damage
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.metadata import read_tables
 from logitcache.errors import CacheError
 from logitcache.logits import NO_LOGITS, Logits, TopKLogits
-from logitcache.store.arrays import ArrayGroup, Shard
 from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.targets import Targets
 
 Rows = Mapping[str, NDArray[Any]]
 """Rows by array name."""
 
 
-class Coders:
+class TargetCodecs:
     """The encodings of every target of a cache, by the name of its group.
 
     `tables`, by array name, are those that are not written yet.
@@ -50,9 +52,9 @@ class Coders:
         return found
 
     @cached_property
-    def logits(self) -> dict[str, Coder]:
+    def logits(self) -> dict[str, LogitsCodec]:
         """Those of logits."""
-        coders: dict[str, Coder] = {}
+        coders: dict[str, LogitsCodec] = {}
         for group in self._layout.targets:
             stored = self._manifest.teachers[group.teacher].stored_logits
             if group.target == LOGITS and stored is not None:

@@ -6,43 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import ROOT, Samples, metadata_files
+from logitcache.cache.format.metadata import ROOT, metadata_files
+from logitcache.cache.format.samples import Samples
 from logitcache.cache.write.claims import PREPARING, explained
 from logitcache.store.base import Store
+from logitcache.store.files import sync_directory
 
 
 def create_skeleton(
     target: Path, store: Store, manifest: Manifest, samples: Samples, tables: Mapping[str, bytes]
 ) -> None:
-    """Write metadata, tables (bytes by key) and what is known of the images into `target`, then rename it in place.
-
-    The file that carries the lock of whoever prepares is filled in place.
-    """
+    """Write metadata, tables (bytes by key) and samples into `target`, then rename it to the folder of the cache."""
     files, path = {**metadata_files(manifest), **samples.files(), **tables}, store.path
-    with explained(path), store.creating():
-        store.create(files, ROOT)
+    with explained(path), store.creating(files, ROOT):
         for leftover in [*target.iterdir(), *(target / PREPARING).parent.iterdir()]:
             if leftover not in (target / PREPARING, (target / PREPARING).parent):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         for key, data in files.items():
             (target / key).parent.mkdir(parents=True, exist_ok=True)
-            (target / key).write_bytes(data)
-        _sync_tree(target)
+            with open(target / key, "wb") as file:  # in place: one of them carries a lock
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for folder, _, _ in os.walk(target):
+            sync_directory(Path(folder))
         target.replace(path)
-        _sync(path.parent)
-
-
-def _sync_tree(root: Path) -> None:
-    """Flush every file and directory below `root` to the disk."""
-    for directory, _, names in os.walk(root):
-        for name in names:
-            _sync(Path(directory, name))
-        _sync(Path(directory))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync_directory(path.parent)

@@ -4,13 +4,13 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.metadata import ROOT, metadata_files
 from logitcache.cache.format.row_errors import NUM_STATISTICS, RowErrors, summary
-from logitcache.cache.read.decode_shard import Unpacker
 from logitcache.cache.snapshot import Snapshot
-from logitcache.store.arrays import ArrayGroup, Shard
 from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 
 
 def errors_of(snapshot: Snapshot, group: ArrayGroup, shards: Iterable[Shard]) -> tuple[RowErrors, ...]:
@@ -19,8 +19,7 @@ def errors_of(snapshot: Snapshot, group: ArrayGroup, shards: Iterable[Shard]) ->
         return ()
     stored, shards = snapshot.array(group.errors), list(shards)
     stored.ensure(shards)  # many small ones, several at a time
-    unpack = Unpacker(stored)
-    found = [unpack(shard)[0].reshape(-1, NUM_STATISTICS) for shard in shards]
+    found = [stored.rows(shard)[0].reshape(-1, NUM_STATISTICS) for shard in shards]
     if not found:
         return ()
     temperatures = snapshot.manifest.teachers[group.teacher].error_temperatures if group.target == LOGITS else None

@@ -1,25 +1,32 @@
-"""What killed writers left behind: found, and removed, without touching what is committed or in work."""
+"""Garbage collection: remove what killed writers left, and nothing that is committed or being written."""
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, get_args
 
+from logitcache.cache.encodings import Form
+from logitcache.cache.encodings.features import FeatureForm
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import GROWING, ROOT
-from logitcache.cache.snapshot import locate, read_manifest
+from logitcache.cache.format.metadata import GROWING, ROOT, read_manifest
+from logitcache.cache.snapshot import locate
 from logitcache.cache.write.claims import alone, preparing, try_creating
 from logitcache.cache.write.growth import read_growth
 from logitcache.errors import CacheError
-from logitcache.store.arrays import SHARD_NAME, ArrayGroup
 from logitcache.store.base import Store
 from logitcache.store.files import LEFTOVER
+from logitcache.store.shards import SHARD_NAME
 
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
-_TABLE = re.compile(rf"{_NAME}\.{_NAME}\.(basis|centre|deviation|correction_step|weight|bias)")
+_TABLE_NAMES = frozenset().union(*(form.table_names for form in (*get_args(get_args(Form)[0]), FeatureForm)))
+_TABLE = re.compile(rf"{_NAME}\.{_NAME}\.({'|'.join(sorted(_TABLE_NAMES))})")
+
+Found = Iterator[tuple[str, str]]
+"""Keys of files and folders that nothing needs, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False
     """Remove what killed writers left in a cache and beside it; returns what it was.
 
     `growth` gives up a growth that is not finished too: the views and teachers that the root does not describe.
-    `dry_run` only lists. Raises CacheError where a run of this machine writes to it, and where there is no cache
+    `dry_run` only lists. Raises CacheError if a run of this machine writes to it, and if there is no cache
     and no beginning of one.
     """
     store = locate(location)
@@ -48,69 +55,107 @@ def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False
             if not alone(store):
                 raise CacheError(f"{store} is being written by a run. Fix: wait for it, or stop it")
             files = store.sizes()
-            inside = [*_unneeded(store, files, manifest, growth)]
-            found += [Garbage(f"{store}/{key}", why, _bytes(files, key)) for key, why in inside]
-            for key in () if dry_run else (key for key, _ in inside):
-                _remove(store, files, key)
+            contents = _contents(store, files, manifest, growth)
+            for key, why in [unneeded for finder in FINDERS for unneeded in finder(contents)]:
+                below = _below(files, key)
+                found.append(Garbage(f"{store}/{key}", why, sum(files[file] for file in below)))
+                if not dry_run:
+                    store.remove(below)
+                    _remove_folder(store.path / key)
         if beside is not None and not dry_run:
-            _remove_tree(beside)
+            _remove_folder(beside)
     return found
 
 
-def _unneeded(store: Store, files: Mapping[str, int], manifest: Manifest, growth: bool) -> Iterator[tuple[str, str]]:
-    """Yield the keys of files and folders that nothing needs, with the reason."""
-    for key in files:
-        if key.endswith(LEFTOVER):
-            yield key, "a file that was only half written, or a claim"
-    whole = layout_of(manifest)
-    begun, goal = whole, None
+class _Contents(NamedTuple):
+    """What a cache holds: files and folders, and the layouts of what stays, and of all that was begun.
+
+    `note` is why the note of its growth is not needed; "" if it is.
+    """
+
+    files: Mapping[str, int]
+    folders: frozenset[str]
+    kept: Layout
+    begun: Layout
+    note: str
+
+
+def _contents(store: Store, files: Mapping[str, int], manifest: Manifest, growth: bool) -> _Contents:
     try:
         goal = read_growth(store, manifest)
-        begun = layout_of(goal)
+        note = "finished" if goal == manifest else ""
     except CacheError:
         if not growth:
             raise
-    kept = whole if growth else begun
-    names = {group.name for group in kept.groups}
-    for group in kept.groups:
-        yield from _chunks(files, kept, group)
-    folders = {key.partition("/")[0] for key in files if "/" in key}
-    folders |= {file.name for file in store.path.iterdir() if file.is_dir()}  # with nothing in them yet
-    for group in begun.groups:
-        # The records first: a shard without one is nothing.
+        goal, note = manifest, ""
+    begun, empty = layout_of(goal), {file.name for file in store.path.iterdir() if file.is_dir()}
+    return _Contents(
+        files,
+        frozenset({key.partition("/")[0] for key in files if "/" in key} | empty),
+        layout_of(manifest) if growth else begun,
+        begun,
+        note or ("given up" if growth else ""),
+    )
+
+
+def _partial_files(contents: _Contents) -> Found:
+    return ((key, "a file that was only half written, or a claim") for key in contents.files if key.endswith(LEFTOVER))
+
+
+def _stray_shards(contents: _Contents) -> Found:
+    """Find records of views that there are not, and shards without a record."""
+    layout = contents.kept
+    for group in layout.groups:
+        recorded = set()
+        for key, view, number in _numbered(contents.files, group.commits):
+            if view < layout.num_views and number < layout.shards_per_view:
+                recorded.add((view, number))
+            else:
+                yield key, "of views that the cache does not have"
+        for array in group.arrays:
+            for key, *place in _numbered(contents.files, array.name):
+                if tuple(place) not in recorded:
+                    yield key, "a shard that was never committed"
+
+
+def _abandoned_groups(contents: _Contents) -> Found:
+    """Find the arrays of a growth that is given up, the records first: a shard without one is nothing."""
+    kept = {group.name for group in contents.kept.groups}
+    for group in contents.begun.groups:
         parts = (group.commits, *(array.name for array in group.arrays), *(table.name for table in group.tables))
-        for name in parts if group.name not in names else ():
-            if name in folders:
+        for name in parts if group.name not in kept else ():
+            if name in contents.folders:
                 yield name, "of a growth that is given up"
-    known = {table.name for table in begun.tables}
-    for name in sorted(folders):
-        if _TABLE.fullmatch(name) and name not in known:
+
+
+def _stray_tables(contents: _Contents) -> Found:
+    known = {table.name for table in contents.begun.tables}
+    for name in sorted(contents.folders - known):
+        if _TABLE.fullmatch(name):
             yield name, "a table of a growth that never began"
-    if GROWING in files and (growth or goal == manifest):
-        # Last: until then it names the shards.
-        yield GROWING, "the note of a growth that is " + ("finished" if goal == manifest else "given up")
 
 
-def _chunks(files: Mapping[str, int], layout: Layout, group: ArrayGroup) -> Iterator[tuple[str, str]]:
-    """Yield records of views that there are not, and shards without a record."""
-    recorded = set()
-    for key, place in _numbered(files, group.commits):
-        if place[0] < layout.num_views and place[1] < layout.shards_per_view:
-            recorded.add(place)
-        else:
-            yield key, "of views that the cache does not have"
-    for array in group.arrays:
-        for key, place in _numbered(files, array.name):
-            if place not in recorded:
-                yield key, "a shard that was never committed"
+def _stale_note(contents: _Contents) -> Found:
+    if contents.note and GROWING in contents.files:
+        yield GROWING, f"the note of a growth that is {contents.note}"
 
 
-def _numbered(files: Mapping[str, int], folder: str) -> Iterator[tuple[str, tuple[int, int]]]:
+FINDERS: tuple[Callable[[_Contents], Found], ...] = (
+    _partial_files,
+    _stray_shards,
+    _abandoned_groups,
+    _stray_tables,
+    _stale_note,  # last: until then it names the shards
+)
+
+
+def _numbered(files: Mapping[str, int], folder: str) -> Iterator[tuple[str, int, int]]:
+    """Yield the files of an array with the view and the number in their names."""
     for key in sorted(files):
         parent, _, name = key.rpartition("/")
         match = SHARD_NAME.fullmatch(name) if parent == folder else None
         if match:
-            yield key, (int(match[1]), int(match[2]))
+            yield key, int(match[1]), int(match[2])
 
 
 def _below(files: Mapping[str, int], key: str) -> list[str]:
@@ -118,23 +163,14 @@ def _below(files: Mapping[str, int], key: str) -> list[str]:
     return [key] if key in files else [file for file in files if file.startswith(f"{key}/")]
 
 
-def _bytes(files: Mapping[str, int], key: str) -> int:
-    return sum(files[file] for file in _below(files, key))
-
-
 def _beside(path: Path) -> Garbage:
     size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
     return Garbage(str(path), "a cache that was never finished being created", size)
 
 
-def _remove(store: Store, files: Mapping[str, int], key: str) -> None:
-    store.remove(_below(files, key))
-    if (store.path / key).is_dir():
-        _remove_tree(store.path / key)
-
-
-def _remove_tree(path: Path) -> None:
+def _remove_folder(path: Path) -> None:
     try:
-        shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
     except OSError as error:
         raise CacheError(f"{path} cannot be removed: {error.strerror}. Fix: make its folder writable") from error

@@ -1,6 +1,6 @@
 """Growth: what a cache is to become, while its root still describes what it is.
 
-Further views and teachers are written beside what is there, which nobody reads yet. When all of it is committed, the
+Further views and teachers are written beside the cache; nobody reads them yet. When all of it is committed, the
 arrays' metadata and then, in one atomic step, the root describe the grown cache: readers see the old state or the new.
 """
 
@@ -39,7 +39,7 @@ class Growth(Component):
 def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
     """Return the manifest that `wanted` makes of a cache; `begun` has what earlier runs began to add.
 
-    What is new has no form yet. The canaries stay those that it began with: whoever adds to a cache proves by them that
+    New targets have no form yet. The canaries stay those of the first run: one that adds to a cache proves by them that
     it renders the same views. As the metadata is written anew, it names the zarr that does.
     """
     if not is_more(wanted, recorded):

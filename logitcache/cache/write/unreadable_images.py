@@ -8,14 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import read_digests
+from logitcache.cache.format.samples import read_digests
 from logitcache.errors import CacheError
-from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
 from logitcache.store.safe_files import parse_json
+from logitcache.store.shards import Shard
 
 FILE = "digest/unreadable"
-"""Not in the root, where readers of Zarr would wonder at it."""
+"""Not in the root, which readers of Zarr would not understand."""
 
 
 def note_unreadable(store: Store, rows: Iterable[int]) -> None:
@@ -31,10 +31,10 @@ def forget_unreadable(store: Store) -> None:
         store.remove([FILE])
 
 
-def with_mended_images(
+def with_repaired_images(
     store: Store, recorded: Manifest, wanted: Manifest, digests: NDArray[np.uint64], committed: Iterable[Shard]
 ) -> Manifest:
-    """Take over from `wanted` the content of images that stopped a run and were mended since.
+    """Take over from `wanted` the content of images that stopped a run and were repaired since.
 
     Only where nothing else changed and no shard that any teacher has committed holds an answer for them; else returns
     what is recorded.
@@ -52,7 +52,7 @@ def with_mended_images(
 
 
 def _answered(manifest: Manifest, committed: Iterable[Shard], changed: set[int]) -> bool:
-    """Say whether a committed shard holds an answer to one of the images, alone or mixed with another."""
+    """Whether a committed shard holds an answer to one of the images, alone or mixed with another."""
     rows = np.array(sorted(changed), dtype=np.int64)
     pairing = manifest.views.answered().pairing(manifest.num_images)
     for shard in committed:

@@ -4,21 +4,24 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
+from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.format.layout import Layout
-from logitcache.cache.write.hot_shard import hot_shard
 from logitcache.errors import RecipeError
-from logitcache.store.arrays import ArrayGroup, ArrayLayout, Shard, seal
 from logitcache.store.base import Store
+from logitcache.store.shards import Shard, seal
 
 THREADS = 2
+_ABSENT = 2**64 - 1
 
 Rows = dict[str, NDArray[Any]]
 """A shard's rows of every array, by array name."""
@@ -79,7 +82,7 @@ class CacheWriter:
     def _write_array(self, array: ArrayLayout, shard: Shard, rows: NDArray[Any]) -> bytes:
         if not array.is_finite(rows):
             raise RecipeError(
-                f"{array.name} view {shard.view} rows {shard.start}..{shard.stop} would hold NaN or infinity: an "
+                f"{array.name} {shard} would hold NaN or infinity: an "
                 "answer is beyond the numbers of its encoding. Fix: dtype: float32, or another kind"
             )
         stored = self._encoders[array.name].encode(shard, rows)
@@ -100,3 +103,28 @@ def empty_rows(groups: Sequence[ArrayGroup], shard: Shard) -> Rows:
 def _empty(array: ArrayLayout, rows: slice) -> NDArray[Any]:
     allocate = np.zeros if array.per_shard else np.empty
     return allocate((rows.stop - rows.start, *array.row_shape), array.dtype)
+
+
+def hot_shard(array: ArrayLayout, rows: NDArray[Any]) -> memoryview:
+    """Return the stored bytes of the shard that holds rows [n, *row_shape], as zarr-python writes it, by one copy.
+
+    Rows in order, the last chunk filled up, then one entry per inner chunk (offset and size, both uint64, all ones for
+    a chunk that is not there), then the crc32c of the entries, as the sharding codec of Zarr v3 has it with an index at
+    the end.
+    """
+    stored = np.empty(array.hot_bytes(len(rows)), np.uint8)
+    num_chunks = -(-len(rows) // array.inner_rows)
+    index = _index(array.shard_rows // array.inner_rows, num_chunks, array.inner_rows * array.row_bytes)
+    values = stored[: len(stored) - len(index)].view(array.dtype).reshape(-1, *array.row_shape)
+    values[: len(rows)] = rows
+    values[len(rows) :] = array.zarr_options()["fill_value"]
+    stored[len(stored) - len(index) :] = np.frombuffer(index, np.uint8)
+    return stored.data
+
+
+@lru_cache(maxsize=64)
+def _index(num_chunks: int, num_present: int, chunk_bytes: int) -> bytes:
+    entries = np.full((num_chunks, 2), _ABSENT, "<u8")
+    entries[:num_present, 0] = np.arange(num_present) * chunk_bytes
+    entries[:num_present, 1] = chunk_bytes
+    return entries.tobytes() + int(google_crc32c.value(entries.tobytes())).to_bytes(4, "little")

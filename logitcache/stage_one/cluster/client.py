@@ -34,8 +34,8 @@ from logitcache.stage_one.inputs import as_recorded, build_teachers, open_images
 from logitcache.stage_one.precompute import Done, PrecomputeResult, finished, passes_of, stopped_message
 from logitcache.stage_one.preparation import Plan, prepare
 from logitcache.stage_one.share import WHOLE, Part, Share
-from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.views.spec import Views, require_one_size
 

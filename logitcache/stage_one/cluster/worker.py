@@ -25,8 +25,8 @@ from logitcache.stage_one.inputs import build_teachers, open_images
 from logitcache.stage_one.precompute import Done, fill
 from logitcache.stage_one.preparation import Plan
 from logitcache.stage_one.share import WHOLE, Share
-from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher
 from logitcache.views.loader import ViewLoader

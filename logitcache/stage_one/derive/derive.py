@@ -26,9 +26,9 @@ from logitcache.stage_one.derive.source import Source, prepare_derived
 from logitcache.stage_one.precompute import Done, PrecomputeResult, finished, stopped_message
 from logitcache.stage_one.preparation import Plan
 from logitcache.stage_one.share import WHOLE, Part, Share
-from logitcache.store.arrays import Shard
 from logitcache.store.base import Store
 from logitcache.store.remote.client import is_remote
+from logitcache.store.shards import Shard
 
 __all__ = ["DeriveRecipe", "derive", "derive_on_cluster"]
 

@@ -13,16 +13,15 @@ from torch import Tensor
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.row_errors import count_errors
-from logitcache.cache.read.decode_shard import Unpacker
 from logitcache.cache.read.shard_reader import ShardReader
-from logitcache.cache.read.target_codecs import Coders
+from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.write.writer import Rows, empty_rows
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import EnsembleLogits, at_least_float32, dense_logits
 from logitcache.models import Classifier
 from logitcache.runtime.console import track
 from logitcache.stage_one.derive.derive_recipe import DerivedTeacher
-from logitcache.store.arrays import Shard
+from logitcache.store.shards import Shard
 from logitcache.targets import Targets
 from logitcache.teacher.calibration import calibration_keys, num_calibration_rows
 from logitcache.teacher.encoding import encode
@@ -115,7 +114,7 @@ class Deriver:
     source: ShardReader
     goal: Manifest
     layout: Layout
-    coders: Coders
+    coders: TargetCodecs
     origins: Mapping[str, Origin]
     device: torch.device
     _read: dict[Shard, dict[str, NDArray[Any]]] = field(default_factory=dict)
@@ -170,7 +169,7 @@ class Deriver:
                 errors = theirs[group.target].errors
                 if group.errors is not None and errors is not None:
                     # Shards are those of the source where anything is copied.
-                    rows[group.errors.name][:] = Unpacker(self.source.snapshot.array(errors))(part)
+                    rows[group.errors.name][:] = self.source.snapshot.array(errors).rows(part)
 
     def _encode(self, rows: Rows, answers: Mapping[str, Targets], shard: Shard, here: slice) -> None:
         """Encode a batch of answers for every teacher whose logits are kept anew."""

@@ -11,17 +11,12 @@ import zarr
 from numpy.typing import NDArray
 
 from logitcache.cache.format.derivation import Derivation, Member
-from logitcache.cache.format.layout import choose_shard_rows, fit_to_pages, layout_of
+from logitcache.cache.format.layout import layout_of
 from logitcache.cache.format.manifest import LOGITS, Manifest, StoredLogits, TeacherEntry
 from logitcache.cache.format.manifest_diff import short
-from logitcache.cache.format.metadata import (
-    Samples,
-    mend_skeleton,
-    read_canaries,
-    read_digests,
-    read_labels,
-    read_tables,
-)
+from logitcache.cache.format.metadata import read_tables, repair_skeleton
+from logitcache.cache.format.samples import Samples, read_canaries, read_digests, read_labels
+from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.claims import alone
@@ -256,7 +251,7 @@ def _continue(store: Store, recipe: DeriveRecipe, source: Source, wanted: Manife
         return found
 
     tables = mended_tables(store, recorded, fit_again)
-    for key in mend_skeleton(store, recorded, recorded, samples, tables):
+    for key in repair_skeleton(store, recorded, recorded, samples, tables):
         logger.info(f"writing again: {store}/{key}")
     if alone(store):
         remove_leftovers(store.path)

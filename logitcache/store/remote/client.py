@@ -1,6 +1,6 @@
 """Files elsewhere, named by URL: read and written through fsspec, tried again when that may help, some at a time.
 
-Credentials come from where the protocol's own tools look for them (for s3 the environment, profiles and roles of AWS),
+Credentials come from the places of the protocol's own tools (for s3 the environment, profiles and roles of AWS),
 and from nowhere else: a URL that carries any is refused, and no message shows them.
 """
 
@@ -61,7 +61,7 @@ class Remote:
     """A folder or a file at a URL. It can be pickled: each process connects by itself.
 
     Keys name what lies below it, with "/" between folders; the key "" is the URL itself. All methods may be called
-    from several threads. They raise RemoteError where the storage does not answer or refuses, FileNotFoundError where
+    from several threads. They raise RemoteError if the storage does not answer or refuses, FileNotFoundError if
     there is nothing; nothing is retried that would fail again.
     """
 
@@ -126,14 +126,14 @@ class Remote:
         return len(self.read(key)) if size is None else int(size)
 
     def entry(self, key: str = "") -> Entry:
-        """Return what a listing would tell of a file; RemoteError where the server does not say how long it is."""
+        """Return the entry that a listing would have of a file; raise RemoteError if the server states no size."""
         found = self._info(key)
         if found.get("size") is None:
             raise RemoteError(f"{self._shown(key)}: the server does not say how many bytes it has")
         return entry(found)
 
     def _info(self, key: str) -> Mapping[str, Any]:
-        """Ask what the storage tells of a file; a folder is none."""
+        """Request the metadata of a file; a folder is none."""
         found: Mapping[str, Any] = self._request("examine", lambda fs: fs.info(self._path(key)), key)
         if found.get("type") == "directory":
             raise FileNotFoundError(self._shown(key))
@@ -148,7 +148,7 @@ class Remote:
         return True
 
     def list(self, key: str = "") -> dict[str, Entry]:
-        """List all files below, at any depth, by key; nothing where there is nothing."""
+        """List all files below, at any depth, by key; none if there is nothing."""
         self._require_listable()
         below = f"{key}/" if key else ""
         try:
@@ -174,7 +174,7 @@ class Remote:
                 )
 
     def write(self, key: str, data: bytes | bytearray | memoryview, *, new: bool = False) -> None:
-        """Write a file whole or not at all; with `new` raise FileExistsError where there is one, if the storage can.
+        """Write a file whole or not at all; with `new` raise FileExistsError if there is one, and if the storage can.
 
         An attempt that seemed to fail may have written it: after FileExistsError compare what is there.
         """

@@ -1,4 +1,4 @@
-"""Digests of objects in storage, read in parts and remembered by the tags that the storage gives them."""
+"""Digests of shards in storage, read in parts and remembered by the tags that the storage gives them."""
 
 import hashlib
 import io
@@ -8,65 +8,53 @@ import numpy as np
 
 from logitcache.errors import RemoteError
 from logitcache.runtime.console import track
-from logitcache.store import file_stamps
-from logitcache.store.arrays import StoredShard
-from logitcache.store.compared_shards import sound_digest
+from logitcache.store.digest_index import NO_STAMP, StampIndex, as_rows, packed_row, stamp_of_tag
 from logitcache.store.files import keep, kept, memory_of
 from logitcache.store.remote.client import PART, Entry, Remote
+from logitcache.store.shards import StoredShard
 
 
 def object_digests(
-    remote: Remote, parts: Sequence[StoredShard], listed: Mapping[str, Entry], *, fresh: bool
+    remote: Remote, shards: Sequence[StoredShard], listed: Mapping[str, Entry], *, fresh: bool
 ) -> list[bytes | None]:
-    """Return the sha256 of shards' bytes in storage: what is remembered, None for others; `fresh` reads every byte.
-
-    What is not there has no bytes.
-    """
-    store = memory_of(remote.url, "objects")
-    index = file_stamps.StampIndex(kept(store) or b"")
-    rows = file_stamps.as_rows(_row(remote, part.key, listed.get(part.key)) for part in parts)
+    """Return the digests of shards in storage that are remembered, None for others; `fresh` reads every byte."""
+    memory = memory_of(remote.url, "objects")
+    index = StampIndex(kept(memory) or b"")
+    stamps = [stamp_of_tag(*listed[shard.key]) if shard.key in listed else NO_STAMP for shard in shards]
+    rows = as_rows(packed_row(f"{remote}/{shard.key}", stamp) for shard, stamp in zip(shards, stamps, strict=True))
     if not fresh:
         known = index.fill(rows)
         return [digest.tobytes() if here else None for digest, here in zip(rows["digest"], known, strict=True)]
-    read = remote.each(lambda part: _streamed(remote, part), parts)
-    digests = list(track(read, f"reading {remote.name}", len(parts), "shards"))
-    if parts:
+    read = remote.each(lambda shard: _digest(remote, shard), shards)
+    digests = list(track(read, f"reading {remote.name}", len(shards), "shards"))
+    if shards:
         rows["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-        keep(store, index.merged(rows))
+        keep(memory, index.merged(rows))
     return [*digests]
 
 
-def _streamed(remote: Remote, part: StoredShard) -> bytes:
-    """Hash the bytes of an object, part by part."""
+def _digest(remote: Remote, shard: StoredShard) -> bytes:
+    """Hash the bytes of an object, part by part; one that is missing, or shorter than its record, has no bytes."""
     try:
-        return sound_digest(io.BufferedReader(_Object(remote, part), PART), part)
+        return shard.sound_digest(io.BufferedReader(_Object(remote, shard), PART))
     except FileNotFoundError:
-        return _NOTHING
+        pass
     except RemoteError:
-        if remote.size(part.key) == part.size:
+        if remote.size(shard.key) == shard.size:
             raise
-        return _NOTHING  # shorter than its record says
+    return hashlib.sha256().digest()
 
 
 class _Object(io.RawIOBase):
     """The bytes of a shard's object, read by ranges."""
 
-    def __init__(self, remote: Remote, part: StoredShard) -> None:
-        self._remote, self._part, self._place = remote, part, 0
+    def __init__(self, remote: Remote, shard: StoredShard) -> None:
+        self._remote, self._shard, self._place = remote, shard, 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        start, self._place = self._place, min(self._place + len(buffer), self._part.size)
-        buffer[: self._place - start] = self._remote.read_range(self._part.key, start, self._place)
+        start, self._place = self._place, min(self._place + len(buffer), self._shard.size)
+        buffer[: self._place - start] = self._remote.read_range(self._shard.key, start, self._place)
         return self._place - start
-
-
-_NOTHING = hashlib.sha256().digest()
-
-
-def _row(remote: Remote, key: str, entry: Entry | None) -> bytes:
-    """Return an object's row of the index: its tag stands where files have their times."""
-    stamp = file_stamps.NO_STAMP if entry is None else file_stamps.stamp_of_tag(*entry)
-    return file_stamps.packed_row(f"{remote}/{key}", stamp)

@@ -1,4 +1,4 @@
-"""What storage tells of a failure: whether another attempt may help, and nothing that is secret."""
+"""Failures of requests: whether another attempt may help, and messages without anything that is secret."""
 
 import os
 import re
@@ -50,12 +50,12 @@ def require_place(parts: SplitResult) -> None:
 
 
 def status_of(error: BaseException | None) -> int | None:
-    """Return the HTTP status that an error or its cause tells of, if any."""
+    """Return the HTTP status of an error or its cause, if any."""
     return _answer(error)[0]
 
 
 def refusal(error: Exception, where: str, doing: str) -> RemoteError | None:
-    """Return what to tell of a request that would fail again; None of others, and where just a file is not there."""
+    """Return the error of a request that would fail again; None for others, and if just a file is missing."""
     refused = f"{where}: cannot {doing} it"
     for cause in _causes(error):
         if isinstance(cause, Refused):
@@ -86,13 +86,13 @@ def may_pass(error: Exception) -> bool:
 
 
 def plain(error: Exception) -> str:
-    """Return what an error says, without anything that is secret."""
+    """Return the text of an error without anything that is secret."""
     text = " ".join(str(error).split()) or type(error).__name__
     for name in _SECRETS:
         secret = os.environ.get(name)
         if secret:
             text = text.replace(secret, "…")
-    text = text.replace(" ssl:default", "")  # which aiohttp says of servers without it, too
+    text = text.replace(" ssl:default", "")  # which aiohttp adds for servers without it, too
     return _CREDENTIALS.sub("", _KEY_ID.sub("…", text))[:_LONGEST_MESSAGE]
 
 

@@ -64,10 +64,10 @@ class Web:
             if response.status in ABSENT:
                 raise FileNotFoundError(path)
             if response.status == 200 and response.headers.get("Content-Length") is not None:
-                return _told(response)
+                return _entry_of(response)
         async with await self._opened("GET", path, {}) as response:  # a server may know no HEAD
             _require_status(response, path)
-            return _told(response)
+            return _entry_of(response)
 
     async def _opened(self, method: str, path: str, headers: Mapping[str, str]) -> aiohttp.ClientResponse:
         """Request a URL, and follow redirects."""
@@ -111,7 +111,7 @@ def _require_status(response: aiohttp.ClientResponse, path: str) -> None:
         raise StatusError(response)
 
 
-def _told(response: aiohttp.ClientResponse) -> Mapping[str, Any]:
+def _entry_of(response: aiohttp.ClientResponse) -> Mapping[str, Any]:
     plain = response.headers.get("Content-Encoding", "identity") == "identity"
     size = response.headers.get("Content-Length") if plain else None
     tags = {name: response.headers[name] for name in _KEPT if name in response.headers}

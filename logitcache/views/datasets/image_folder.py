@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.errors import DataError, RefusedError
-from logitcache.store.files import SHA256, Measure, remembered
+from logitcache.store.digest_index import SHA256, Measure, remembered
 from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import open_regular
 from logitcache.views.datasets.base import DatasetBase

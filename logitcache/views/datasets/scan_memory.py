@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.store import file_stamps
+from logitcache.store import digest_index
 from logitcache.store.files import keep, kept, memory_of
 from logitcache.views.datasets.base import Labels
 
@@ -77,10 +77,10 @@ class ScanMemory:
         state = hashlib.sha256()
         for num_files, path in enumerate(self._paths(), 1):
             try:
-                stamp = file_stamps.stamp(os.stat(path))
+                stamp = digest_index.stamp(os.stat(path))
             except OSError:
-                stamp = file_stamps.NO_STAMP
-            if not file_stamps.settled(stamp, self.opened_ns) or num_files > _MOST_FILES:
+                stamp = digest_index.NO_STAMP
+            if not digest_index.settled(stamp, self.opened_ns) or num_files > _MOST_FILES:
                 return None
             state.update(os.fsencode(path) + repr(stamp).encode() + b"\n")
         return state.digest()

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from logitcache.errors import DataError, LogitCacheError, RecipeError, did_you_mean
-from logitcache.store import file_stamps
+from logitcache.store import digest_index
 from logitcache.views.datasets.base import DatasetBase
 from logitcache.views.datasets.custom import class_names
 from logitcache.views.datasets.images import torchvision_files
@@ -54,7 +54,7 @@ class Torchvision(DatasetBase):
         made = _class_named(self.name)
         arguments = self._arguments(_parameters(made))
         root = cast(str | None, arguments.get("root"))
-        opened_ns = file_stamps.now_ns()
+        opened_ns = digest_index.now_ns()
         train = bool(arguments.get("train", True))
         if root is not None and self.name in torchvision_files.NAMES:
             if self.download:

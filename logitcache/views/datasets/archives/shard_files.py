@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from logitcache.store import file_stamps
+from logitcache.store import digest_index
 from logitcache.store.remote.client import PART, Entry, Remote, is_remote
 from logitcache.store.safe_files import open_regular, require_regular
 from logitcache.views.datasets.archives.tar_members import Readable
@@ -32,8 +32,8 @@ class LocalShard:
         """Return the size, and what changes with the content; nothing of a file that changed just now."""
         status = os.stat(self._path)
         require_regular(self._path, status)
-        stamp = file_stamps.stamp(status)
-        return Entry(stamp[0], str(stamp) if file_stamps.settled(stamp, file_stamps.now_ns()) else "")
+        stamp = digest_index.stamp(status)
+        return Entry(stamp[0], str(stamp) if digest_index.settled(stamp, digest_index.now_ns()) else "")
 
     @contextlib.contextmanager
     def opened(self, size: int) -> Iterator[Readable]:

@@ -13,9 +13,9 @@ import PIL
 from numpy.typing import NDArray
 
 from logitcache.errors import DataError, LogitCacheError
+from logitcache.store.file_locks import turn
 from logitcache.store.files import memory_of
 from logitcache.store.remote.client import Entry
-from logitcache.store.turns import turn
 from logitcache.views.datasets.archives.shard_files import Shard
 from logitcache.views.datasets.archives.tar_members import Member, members
 from logitcache.views.datasets.base import digest_of

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from logitcache.errors import DataError, RecipeError, RemoteError
 from logitcache.runtime.console import track
-from logitcache.store import file_stamps
+from logitcache.store import digest_index
+from logitcache.store.file_locks import turn
 from logitcache.store.files import keep, kept, memory_of
 from logitcache.store.remote.client import Entry, Remote
-from logitcache.store.turns import turn
 from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds
@@ -94,9 +94,9 @@ class RemoteImages(ImageFiles):
         """Return digest, height, width and orientation of every file, [n, 4]; read are those without a known tag."""
         if self._measured is None:
             assert self._tags is not None
-            stamps = map(file_stamps.stamp_of_tag, self._lengths.tolist(), self._tags)
+            stamps = map(digest_index.stamp_of_tag, self._lengths.tolist(), self._tags)
             names = (f"{self._remote}/{name}" for name in self.ids)
-            rows = file_stamps.as_rows(map(file_stamps.packed_row, names, stamps))
+            rows = digest_index.as_rows(map(digest_index.packed_row, names, stamps))
             path = memory_of(self._remote.url, f"remote-heads-pillow-{PIL.__version__}")
             if not _recalled(path, rows).all():
                 with turn(path, threading.Event()):
@@ -105,7 +105,7 @@ class RemoteImages(ImageFiles):
             self._tags = None  # they are large and of no more use
         return self._measured
 
-    def _scan_rest(self, path: Path | None, rows: file_stamps.Rows) -> None:
+    def _scan_rest(self, path: Path | None, rows: digest_index.Rows) -> None:
         """Fill in the rows that no other process has remembered by now; an interrupted pass is remembered too."""
         known = _recalled(path, rows)
         todo = np.flatnonzero(~known).tolist()
@@ -119,7 +119,7 @@ class RemoteImages(ImageFiles):
             rows["digest"][done] = np.frombuffer(b"".join(measured), np.uint8).reshape(-1, _MEASURED.size)
             known[done] = True
             if done:
-                keep(path, file_stamps.StampIndex(kept(path) or b"").merged(rows[known]))
+                keep(path, digest_index.StampIndex(kept(path) or b"").merged(rows[known]))
 
     def _measure(self, index: int) -> bytes:
         data = self._stored(index)
@@ -159,6 +159,6 @@ class RemoteImages(ImageFiles):
         return f"{self._remote}/{self.ids[index]}"
 
 
-def _recalled(path: Path | None, rows: file_stamps.Rows) -> NDArray[np.bool_]:
+def _recalled(path: Path | None, rows: digest_index.Rows) -> NDArray[np.bool_]:
     """Fill in the remembered digests and heads; returns of which rows they were remembered."""
-    return file_stamps.StampIndex(kept(path) or b"").fill(rows)
+    return digest_index.StampIndex(kept(path) or b"").fill(rows)

@@ -1,8 +1,6 @@
-"""Arrays and shards: how rows are cut into shards, and where their bytes lie."""
+"""Arrays: how rows are cut into shards, and the keys of their bytes."""
 
-import hashlib
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from logitcache.store.shards import COMMITS, RECORD_BYTES, Shard, StoredShard, record_name
 
 Storage = Literal["hot", "packed"]
 """hot: uncompressed, read in place by random access. packed: compressed, read by whole shards."""
@@ -34,49 +34,10 @@ INNER_BYTES = 128 << 10
 MIN_PACKED_INNER_ROWS, MIN_COMPONENT_INNER_ROWS = 1024, 2048
 """Of zstd. What lies component by component is small numbers, which a thorough search for matches packs well."""
 
-SIZE_BYTES, RECORD_BYTES = 8, 40
-"""A commit record: the stored size of a shard's bytes (uint64, little endian), then their seal."""
-
-SHARD_NAME = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})(\.0)*")
-"""What the file of a shard is called: after its view and its number."""
-
-RECORD = re.compile(r"c\.(0|[1-9][0-9]{0,18})\.(0|[1-9][0-9]{0,18})\.0\.0")
-"""What the file of a commit record is called, as `record_name` does."""
-
-COMMITS = ".commits"
-"""How the names end of the arrays of commit records."""
-
 FLAT_KEYS = {"name": "default", "separator": "."}
 """Shards lie side by side in their array's folder."""
 
 INDEX_ENTRY_BYTES, INDEX_CHECKSUM_BYTES = 16, 4
-
-NOT_FINITE = "it holds NaN or infinity"
-"""What is wrong with a shard that no precompute writes."""
-
-
-def seal(digest: bytes, key: str) -> bytes:
-    """Return the sha256 of a shard's own sha256 and its key: moved elsewhere, even with its record, it does not fit."""
-    return hashlib.sha256(digest + key.encode()).digest()
-
-
-def recorded_bytes(records: bytes) -> int:
-    """Add up the stored sizes that records tell."""
-    starts = range(0, len(records), RECORD_BYTES)
-    return sum(int.from_bytes(records[start : start + SIZE_BYTES], "little") for start in starts)
-
-
-def record_name(view: int, number: int) -> str:
-    """Return what the file of the commit records of a view's shard is called."""
-    return f"c.{view}.{number}.0.0"
-
-
-class Shard(NamedTuple):
-    """The unit of work, of writing, of committing and of resuming: rows start..stop of a view."""
-
-    view: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -158,14 +119,19 @@ class ArrayLayout:
         """Return the key of the commit records of a shard in the store: its own, among those of its group's arrays."""
         return f"{self.group}{COMMITS}/{record_name(shard.view, self._place(shard))}"
 
-    def record_in(self, records: bytes) -> bytes:
-        """Return its own record among those of its group's arrays; what there is of it, where they are cut short."""
-        start = self.position * RECORD_BYTES
-        return records[start : start + RECORD_BYTES]
+    def stored(self, shard: Shard, records: bytes) -> StoredShard:
+        """Return a shard with its own record, among those of its group's arrays."""
+        start, rows = self.position * RECORD_BYTES, self.rows_of(shard)
+        float_bytes = (rows.stop - rows.start) * self.row_bytes if self.storage == "hot" else 0
+        record = records[start : start + RECORD_BYTES]
+        return StoredShard(self.file(shard), shard, record, self.row_bytes, float_bytes, self._are_finite)
+
+    def _are_finite(self, rows: bytes) -> bool:
+        return self.is_finite(np.frombuffer(rows, self.dtype).reshape(-1, *self.row_shape))
 
     def number_of(self, shard: Shard) -> int:
         """Return the number of a shard among those of all views."""
-        return shard.view * -(-self.num_images // self.shard_rows) + self._place(shard)
+        return shard.view * self.shards_per_view + self._place(shard)
 
     def _place(self, shard: Shard) -> int:
         return shard.start // (self.shard_rows * self.images_per_row)
@@ -203,33 +169,6 @@ def is_finite(values: NDArray[Any]) -> bool:
 
 _EXPONENTS = {16: 0x7C00, 32: 0x7F80_0000, 64: 0x7FF0 << 48}
 """The bits of the exponent of a float, all of which NaN and infinity have."""
-
-
-class StoredShard(NamedTuple):
-    """One array's bytes of one shard, and the record that commits them."""
-
-    array: ArrayLayout
-    shard: Shard
-    record: bytes
-
-    @property
-    def size(self) -> int:
-        """Stored bytes according to the record."""
-        return int.from_bytes(self.record[:SIZE_BYTES], "little")
-
-    @property
-    def key(self) -> str:
-        """Key of the bytes in the store."""
-        return self.array.file(self.shard)
-
-    @property
-    def name(self) -> str:
-        """Return what a message calls it."""
-        return f"{self.array.name} view {self.shard.view} rows {self.shard.start}..{self.shard.stop}"
-
-    def is_of(self, digest: bytes) -> bool:
-        """Whether the record commits bytes with this sha256."""
-        return seal(digest, self.key) == self.record[SIZE_BYTES:]
 
 
 @dataclass(frozen=True)
@@ -270,7 +209,7 @@ class ArrayGroup:
 
     @property
     def errors(self) -> ArrayLayout | None:
-        """The array of the errors of its rows, where these are recorded."""
+        """The array of the errors of its rows, if they are recorded."""
         return next((array for array in self.arrays if array.per_shard), None)
 
     @property

@@ -8,10 +8,13 @@ import pytest
 
 from logitcache.cache.snapshot import locate
 from logitcache.errors import CacheError, RecipeError
-from logitcache.store.base import LocalStore
+from logitcache.store.bounded_folder import BoundedFolder
 from logitcache.store.file_locks import PART, locked_part
-from logitcache.store.mirror import mirror_of
-from logitcache.store.mirror_folder import FOLDER, USED, Room, is_shard, room
+from logitcache.store.local import LocalStore
+from logitcache.store.mirror import Mirror, mirror_of
+from logitcache.store.mirrors_folder import FOLDER, USED, mirrored_shards, mirrors_folder
+from logitcache.store.remote.client import Remote
+from logitcache.store.shards import Shard, StoredShard, is_shard
 
 SIZE = 100
 
@@ -32,17 +35,21 @@ def use(folder: Path, cache: str, view: int, age: float) -> None:
     os.utime(file, (1e9 - age, 1e9 - age))
 
 
-def make(where: Room, wanted: int) -> None:
-    with where.made(wanted):
+def bounded(path: Path, limit: int) -> BoundedFolder:
+    return BoundedFolder(path, limit, mirrored_shards)
+
+
+def make(folder: BoundedFolder, size: int) -> None:
+    with folder.reserved(size):
         pass
 
 
 def test_the_least_recently_used_of_all_caches_go_first(tmp_path: Path) -> None:
     old, used, new = shard(tmp_path, "a", 0, 30), shard(tmp_path, "a", 1, 40), shard(tmp_path, "b", 0, 10)
     use(tmp_path, "a", 1, 5)
-    make(Room(tmp_path, 3 * SIZE), SIZE)
+    make(bounded(tmp_path, 3 * SIZE), SIZE)
     assert [file.exists() for file in (old, used, new)] == [False, True, True]
-    make(Room(tmp_path, 3 * SIZE), 2 * SIZE)
+    make(bounded(tmp_path, 3 * SIZE), 2 * SIZE)
     assert [file.exists() for file in (old, used, new)] == [False, True, False]
 
 
@@ -52,9 +59,9 @@ def test_nothing_goes_where_there_is_room_and_small_files_stay_in_any_case(tmp_p
     label = tmp_path / "a" / "c.zarr" / "label" / "c" / "0"
     label.parent.mkdir(parents=True)
     label.write_bytes(bytes(9 * SIZE))
-    make(Room(tmp_path, 4 * SIZE), SIZE)
+    make(bounded(tmp_path, 4 * SIZE), SIZE)
     assert all(file.exists() for file in shards)
-    make(Room(tmp_path, 4 * SIZE), 4 * SIZE)
+    make(bounded(tmp_path, 4 * SIZE), 4 * SIZE)
     assert not any(file.exists() for file in shards)
     assert record.exists()
     assert label.exists()
@@ -62,10 +69,10 @@ def test_nothing_goes_where_there_is_room_and_small_files_stay_in_any_case(tmp_p
 
 def test_what_is_promised_and_not_yet_written_counts(tmp_path: Path) -> None:
     first = shard(tmp_path, "a", 0, 9)
-    where = Room(tmp_path, 3 * SIZE)
-    with where.made(SIZE), where.made(SIZE):
+    folder = bounded(tmp_path, 3 * SIZE)
+    with folder.reserved(SIZE), folder.reserved(SIZE):
         assert first.exists()
-        with where.made(SIZE):
+        with folder.reserved(SIZE):
             assert not first.exists()
 
 
@@ -74,7 +81,7 @@ def test_what_killed_processes_were_writing_is_removed_and_what_living_ones_writ
     dead.rename(dead.with_name(dead.name + PART))
     alive.unlink()
     with locked_part(alive) as part:
-        make(Room(tmp_path, 3 * SIZE), 3 * SIZE)
+        make(bounded(tmp_path, 3 * SIZE), 3 * SIZE)
         part.finish(b"whole")
     assert os.listdir(alive.parent) == [alive.name]
     assert alive.read_bytes() == b"whole"
@@ -94,8 +101,9 @@ def test_a_part_that_is_not_finished_leaves_nothing_and_is_nobodys_afterwards(tm
 
 
 def test_a_shard_larger_than_all_the_room_is_refused(tmp_path: Path) -> None:
+    large = StoredShard("t.logits/c.0.0.0", Shard(0, 0, 1), (101).to_bytes(8, "little") + bytes(32), 1, 0, bool)
     with pytest.raises(CacheError, match=r"101 bytes does not fit .*LOGITCACHE_LOCAL_COPY_SIZE=101 or more"):
-        make(Room(tmp_path, 100), 101)
+        Mirror(Remote("memory://a/c.zarr"), tmp_path / "a" / "c.zarr", bounded(tmp_path, 100)).ensure([large])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,7 @@ def test_without_a_home_only_caches_at_urls_need_a_folder(tmp_path: Path, monkey
     with pytest.raises(RecipeError, match=f"no home directory .*Fix: {FOLDER}="):
         mirror_of("memory://a/c.zarr")
     monkeypatch.setenv(FOLDER, str(tmp_path / "copies"))
-    assert room().folder == tmp_path / "copies"
+    assert mirrors_folder().path == tmp_path / "copies"
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,160 @@
+"""`LocalStore`: files in a folder of this machine. Shards are compared with their records before they are read."""
+
+import io
+import os
+import stat
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from logitcache.errors import CacheError
+from logitcache.store.base import Store
+from logitcache.store.digest_index import SHA256, remembered
+from logitcache.store.files import write_atomically
+from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, open_below, read_below, regular_size
+from logitcache.store.shards import StoredShard
+
+
+class LocalStore(Store):
+    """Files in a folder, called `name` in messages about shards; it remembers which shards match their records.
+
+    The floats of hot arrays are checked while they are hashed: a remembered digest stands for both.
+    """
+
+    is_local = True
+    limit = None
+
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.path, self._name = path, name or str(path)
+        self._known: dict[str, int | None] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalStore, (self.path.absolute(),)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def creating(self, files: Mapping[str, bytes], root: str) -> AbstractContextManager[None]:
+        """Do nothing: a folder appears by its rename."""
+        return nullcontext()
+
+    def require_vacant(self) -> None:
+        """Do nothing: `preparing` checks the folder."""
+
+    def read(self, key: str, most: int = MAX_METADATA_BYTES) -> bytes:
+        """Read a file."""
+        return read_below(self.path, key, most)
+
+    def exists(self, key: str) -> bool:
+        """Whether there is a regular file."""
+        return regular_size(inside(self.path, key)) is not None
+
+    def write(self, key: str, data: bytes | memoryview) -> None:
+        """Write a file, whole or not at all."""
+        write_atomically(inside(self.path, key), data)
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Remove files."""
+        for file in (inside(self.path, key) for key in keys):
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise CacheError(
+                    f"{file} cannot be removed: {error.strerror}. Fix: make its folder writable"
+                ) from error
+
+    def sizes(self) -> dict[str, int]:
+        """List the sizes of all files, by key."""
+        found = [file for file in self.path.rglob("*") if file.is_symlink() or not file.is_dir()]
+        return {file.relative_to(self.path).as_posix(): file.lstat().st_size for file in found}
+
+    def stored_bytes(self) -> int:
+        """Add up the sizes of all files."""
+        return sum(regular_size(file) or 0 for file in self.path.rglob("*"))
+
+    def wrong(self, shards: Sequence[StoredShard], *, fresh: bool) -> list[str | None]:
+        """Compare sizes, and digests; files that have not changed since they were hashed are not read again."""
+        before = self._statuses(shards)
+        sizes = [status and status.st_size for status in before]
+        found = [shard.wrong_size(size, self._name) for shard, size in zip(shards, sizes, strict=True)]
+        sound = [number for number, text in enumerate(found) if text is None]
+        files = {os.path.abspath(self.path / shards[number].key): shards[number] for number in sound}
+        measure = SHA256._replace(of=lambda file: files[file.name].sound_digest(file))
+        digests = remembered([*files], measure, what="shard", fresh=fresh, error=CacheError)
+        after = self._statuses([shards[number] for number in sound])
+        for number, digest, status in zip(sound, digests, after, strict=True):
+            found[number] = shards[number].wrong_digest(digest.tobytes(), self._name)
+            if found[number] is None and _mark(shards[number], status) == _mark(shards[number], before[number]):
+                self._remember(shards[number], status)
+        return found
+
+    def ensure(self, shards: Sequence[StoredShard], ahead: Sequence[StoredShard] = ()) -> None:
+        """Do nothing: all files are here."""
+
+    def open(self, shard: StoredShard) -> int:
+        """Open the file of a shard; its bytes are hashed unless this very file is known to match."""
+        descriptor = open_below(self.path, shard.key)
+        try:
+            status = os.fstat(descriptor)
+            text = shard.wrong_size(status.st_size, self._name)
+            if text is None and self._known.get(shard.key) != _mark(shard, status):
+                with open(descriptor, "rb", closefd=False) as file:
+                    text = shard.wrong_digest(shard.sound_digest(file), self._name)
+                os.lseek(descriptor, 0, os.SEEK_SET)
+                if text is None and _mark(shard, os.fstat(descriptor)) == _mark(shard, status):
+                    self._remember(shard, status)
+            if text is not None:
+                raise CacheError(text)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def read_shard(self, shard: StoredShard, *, keep: bool = True) -> bytes:
+        """Read a shard."""
+        with open(open_below(self.path, shard.key), "rb") as file:
+            text = shard.wrong_size(os.fstat(file.fileno()).st_size, self._name)
+            data = file.read(shard.size) if text is None else b""
+        text = text or shard.wrong_digest(shard.sound_digest(io.BytesIO(data)), self._name)
+        if text is not None:
+            raise CacheError(text)
+        return data
+
+    def knows(self, shard: StoredShard) -> bool:
+        """Whether the file of a shard is known to match its record."""
+        mark = _mark(shard, *self._statuses([shard]))
+        return mark is not None and self._known.get(shard.key) == mark
+
+    def trust(self, shard: StoredShard) -> None:
+        """Remember that the file of a shard, which was just written, matches its record."""
+        self._remember(shard, *self._statuses([shard]))
+
+    def _remember(self, shard: StoredShard, status: os.stat_result | None) -> None:
+        self._known[shard.key] = _mark(shard, status)
+
+    def _statuses(self, shards: Sequence[StoredShard]) -> list[os.stat_result | None]:
+        """Return the status of each file; None if it is not a regular file, or lies behind a link."""
+        reached = {name: self._is_inside(f"{name}/c") for name in {shard.array for shard in shards}}
+        return [_regular_status(self.path / shard.key) if reached[shard.array] else None for shard in shards]
+
+    def _is_inside(self, key: str) -> bool:
+        with suppress(CacheError):
+            return bool(inside(self.path, key))
+        return False
+
+
+def _mark(shard: StoredShard, status: os.stat_result | None) -> int | None:
+    """Return what changes if another file takes the place of one, or if it or the record changes."""
+    if status is None:
+        return None
+    stamp = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return hash((shard.record, stamp))
+
+
+def _regular_status(path: Path) -> os.stat_result | None:
+    try:
+        status = path.lstat()
+    except OSError:
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
