@@ -2,7 +2,7 @@
 
     python benchmarks/cluster.py [--quick] [--json] [--folder DIR]
 
-`precompute_on_cluster` with a ResNet-18 of one thread on images of 64 x 64, by one worker and by two on the cores of
+`precompute` with a ResNet-18 of one thread on images of 64 x 64, by one worker and by two on the cores of
 this machine, against `precompute` in one process. By the clock, from the call to the finished cache: preparing it, and
 opening images and teacher in every worker, count; starting the workers' processes does not. Exits 1 when a goal is
 missed.
@@ -22,8 +22,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from logitcache.config.recipe import load_recipe
-from logitcache.stage_one.cluster.client import precompute_on_cluster
-from logitcache.stage_one.cluster.dask import local_cluster
+from logitcache.stage_one.cluster.local_workers import local_cluster
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 
 SHARD_ROWS = 256
@@ -80,9 +79,9 @@ def alone(folder: Path, num_images: int) -> float:
 
 def shared(folder: Path, num_images: int, workers: int) -> float:
     """Return the seconds of some workers."""
-    with local_cluster(workers, torch.device("cpu")) as running:
+    with local_cluster(workers, torch.device("cpu"), time.sleep) as running:
         started = time.perf_counter()
-        precompute_on_cluster(recipe(folder / f"{workers}.zarr", num_images), scheduler=running.address)
+        precompute(recipe(folder / f"{workers}.zarr", num_images), scheduler=running.address)
         return time.perf_counter() - started
 
 

@@ -32,8 +32,8 @@ from _harness import parser_of, print_json
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError
 from logitcache.runtime.console import configure, logger, silenced
+from logitcache.stage_one.claims import Part, parse_part
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.stage_one.share import Part
 from logitcache.student.training import RunResult, train
 from logitcache.student.training_recipes import StudentRecipe
 
@@ -262,7 +262,7 @@ def main(given: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         arguments.out = arguments.out or Path(name if arguments.quick else "runs/losses")
         try:
-            part = Part.parse(arguments.part)
+            part = parse_part(arguments.part)
             results = train_students(arguments, fill_cache(arguments), part)
         except LogitCacheError as error:
             print(error, file=sys.stderr)

@@ -21,9 +21,17 @@ from collections.abc import Callable, Iterable, Sequence
 
 
 class LogitCacheError(ValueError):
-    """Base of every error that a user can cause and fix."""
+    """Base of every error that a user can cause and correct. It can be pickled, whatever its class takes."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return rebuilt, (type(self), str(self)), self.__dict__
+
+
+def rebuilt(kind: "type[LogitCacheError]", text: str) -> "LogitCacheError":
+    """Return an error of a class with a text, whatever its class takes."""
+    return kind.__new__(kind, text)
 
 
 class RecipeError(LogitCacheError):

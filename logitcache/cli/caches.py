@@ -19,7 +19,7 @@ def summary(
 ) -> Answer:
     """Show how good the teachers are. Alone and together, by view and by class, from the cache alone."""
     from logitcache.report.summary import summarize
-    from logitcache.stage_one.cluster.gather_values import Cluster
+    from logitcache.stage_one.cluster.cluster import Cluster
 
     return Answer(asdict(summarize(cache, views, Cluster(scheduler, workers))))
 

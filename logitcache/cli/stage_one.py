@@ -1,8 +1,7 @@
-"""Stage one: the commands that make a cache, and the one that tells what that takes."""
+"""Stage one: the commands that make a cache, and `plan`, which estimates their cost."""
 
-from collections.abc import Callable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
@@ -62,12 +61,11 @@ def precompute(
     views or further teachers adds just these.
     """
     from logitcache.report.recipe_check import load_own
-    from logitcache.stage_one.cluster.client import precompute_on_cluster
     from logitcache.stage_one.precompute import PrecomputeRecipe
     from logitcache.stage_one.precompute import precompute as run
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
-    return _filled(wanted, part, scheduler, workers, wait, here=run, on_cluster=precompute_on_cluster)
+    return _answer(run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait), part)
 
 
 def derive(
@@ -84,31 +82,15 @@ def derive(
     continues after a stop.
     """
     from logitcache.report.recipe_check import load_own
-    from logitcache.stage_one.derive.derive import DeriveRecipe, derive_on_cluster
+    from logitcache.stage_one.derive.derive import DeriveRecipe
     from logitcache.stage_one.derive.derive import derive as run
 
     wanted = load_own(recipe, DeriveRecipe, overrides)
-    return _filled(wanted, part, scheduler, workers, wait, here=run, on_cluster=derive_on_cluster)
+    return _answer(run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait), part)
 
 
-def _filled(
-    recipe: Any,
-    part: str | None,
-    scheduler: str | None,
-    workers: int | None,
-    wait: bool,
-    *,
-    here: "Callable[..., PrecomputeResult]",
-    on_cluster: "Callable[..., PrecomputeResult]",
-) -> Answer:
-    """Fill a cache in this process, or by a cluster if an option names one; one that is not whole is an error.
-
-    Of a part, the rest is for other parts.
-    """
-    if scheduler is None and workers is None:
-        result = here(recipe, part=part, wait=wait)
-    else:
-        result = on_cluster(recipe, scheduler=scheduler, workers=workers, part=part, wait=wait)
+def _answer(result: "PrecomputeResult", part: str | None) -> Answer:
+    """Report what a run did; a cache that is not whole is an error, unless only a part was asked for."""
     if not result.shards_left:
         return Answer(asdict(result))
     found = f"{result.shards_left} of {result.shards} shards are not committed ({result.left})"

@@ -9,18 +9,16 @@ from typing import NamedTuple
 
 import torch
 
-from logitcache.cache.write.writer import Rows, empty_rows
 from logitcache.planning.compression import Piece, stored_of
 from logitcache.planning.draft import Draft
 from logitcache.planning.timing import Answered, answered, by_row
 from logitcache.runtime.console import track
 from logitcache.runtime.device import synchronize
-from logitcache.stage_one.keeper import Keeper
-from logitcache.stage_one.precompute import batches_of
-from logitcache.stage_one.share import WHOLE, Share
+from logitcache.stage_one.claims import Claims, ShardGroup
+from logitcache.stage_one.loop import Batch
+from logitcache.stage_one.precompute_task import PrecomputeTask
+from logitcache.stage_one.todo import Todo
 from logitcache.store.shards import Shard
-from logitcache.views.keys import ViewKey
-from logitcache.views.loader import ViewLoader
 
 BATCHES, SECONDS, FEWEST = 32, 20.0, 3
 """Batches of a probe, unless told: it ends after SECONDS, but not before it has the FEWEST."""
@@ -33,8 +31,6 @@ MOST_BYTES = 256 << 20
 
 ALONE = 64
 """Images that are rendered once more, alone, to know what that takes."""
-
-Batch = dict[Shard, list[ViewKey]]
 
 
 @dataclass(frozen=True)
@@ -62,23 +58,23 @@ class Probe:
 
 
 def probe(draft: Draft, batches: int | None = None) -> Probe:
-    """Answer some batches of what is to do, at most `batches`; at least one shard is to do."""
-    recipe, device = draft.recipe, draft.teachers[0].device
-    steps = _steps(draft, batches or _affordable(draft))
+    """Fill some batches of what is to do, at most `batches`; at least one shard is to do."""
+    recipe, device = draft.inputs.recipe, draft.inputs.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
-    loader = ViewLoader(draft.views.answered(), recipe.num_workers, recipe.start_method)
-    with contextlib.closing(loader), answered(draft.teachers) as answers:
-        loop = _loop(draft, loader, steps, answers, None if batches else SECONDS)
+    task = PrecomputeTask(draft.inputs, draft.todo, notes_unreadable=False)
+    with contextlib.closing(task), answered(draft.inputs.teachers) as answers:
+        steps = _steps(draft, task, batches or _affordable(draft))
+        marks = _marks(task, steps, answers, device, None if batches else SECONDS)
     rendering, render_cores = _render_alone(draft, steps[0])
-    measured = Measured.of(loop.marks, recipe.num_workers)
-    stored = stored_of(draft.plan.layout, loop.pieces)
+    measured = Measured.of(marks, recipe.num_workers)
+    stored = stored_of(draft.todo.layout, _pieces(steps[: len(marks) - 1]))
     busy = measured.cores + (render_cores if recipe.num_workers else 0.0)
     return Probe(
-        batches=len(loop.marks) - 1,
-        rows=loop.marks[-1].rows,
-        start=max(0.0, loop.marks[1].clock - began - loop.marks[1].rows * measured.loop),
+        batches=len(marks) - 1,
+        rows=marks[-1].rows,
+        start=max(0.0, marks[1].clock - began - marks[1].rows * measured.loop),
         loop=measured.loop,
         render=rendering,
         answer=measured.answer,
@@ -101,23 +97,18 @@ class Mark(NamedTuple):
     answered: float
 
 
-class _Loop(NamedTuple):
-    pieces: dict[Shard, Piece]
-    marks: list[Mark]
-
-
 def _affordable(draft: Draft) -> int:
-    """Return how many batches a probe takes: fewer where their rows would fill much memory."""
-    row = sum(array.row_bytes for array in draft.plan.layout.arrays if not array.per_shard)
-    most = MOST_BYTES // (row * draft.recipe.batch_size * draft.recipe.views_per_image)
+    """Return how many batches a probe takes: fewer if their rows would fill much memory."""
+    row = sum(array.row_bytes for array in draft.todo.layout.arrays if not array.per_shard)
+    most = MOST_BYTES // (row * draft.inputs.recipe.batch_size * draft.inputs.recipe.views_per_image)
     return max(FEWEST, min(BATCHES, most))
 
 
-def _steps(draft: Draft, count: int) -> list[Batch]:
+def _steps(draft: Draft, task: PrecomputeTask, count: int) -> list[Batch]:
     """Choose batches from all over what is to do, in runs that lie beside each other."""
-    recipe = draft.recipe
-    groups = Share(draft.plan.snapshot, draft.plan.pending, recipe.views_per_image, WHOLE).groups
-    in_group = [-(-(group[0].stop - group[0].start) // recipe.batch_size) for group in groups]
+    recipe, todo = draft.inputs.recipe, draft.todo
+    groups = Claims(todo.snapshot, todo.shards, recipe.views_per_image).groups
+    in_group = [task.num_batches(group[0]) for group in groups]
     length = max(1, min(-(-RUN_ROWS // recipe.batch_size), max(in_group), count))
     all_of_it = sum(in_group) <= count
     shortest = 1 if all_of_it else length
@@ -125,52 +116,51 @@ def _steps(draft: Draft, count: int) -> list[Batch]:
     wanted = len(runs) if all_of_it else max(1, count // length)
     apart = max(1.0, len(runs) / wanted)
     chosen = [runs[int((number + 0.5) * apart)] for number in range(min(wanted, len(runs)))]
+    opened = {number: _group(todo, groups[number]) for number, _ in chosen}
     steps: list[Batch] = []
     for number, start in chosen:
-        every = batches_of(groups[number], draft.views.answered(), recipe.batch_size)
-        steps += itertools.islice(every, start, start + length)
+        steps += itertools.islice(task.batches(opened[number]), start, start + length)
     return steps
 
 
-def _loop(draft: Draft, loader: ViewLoader, steps: list[Batch], answers: Answered, seconds: float | None) -> _Loop:
-    """Render, answer and encode as stage one does, and note the time after each batch."""
-    pieces, keeper = dict[Shard, Piece](), Keeper(draft.views, draft.teachers, draft.plan)
-    # The processes that render go on, as they do in a long run.
-    ahead = (_keys(batch) for batch in itertools.chain(steps, itertools.cycle(steps)))
-    images = loader.render(ahead)
-    rows, waited, began = 0, 0.0, time.perf_counter()
+def _group(todo: Todo, shards: list[Shard]) -> ShardGroup:
+    """Return shards with what they lack; pages of their rows that are not filled take no memory."""
+    groups = todo.layout.groups
+    return ShardGroup({shard: [one for one in groups if shard in todo.missing[one.name]] for shard in shards})
+
+
+def _marks(
+    task: PrecomputeTask, steps: list[Batch], answers: Answered, device: torch.device, seconds: float | None
+) -> list[Mark]:
+    """Fill batches as stage one does, and note the time after each."""
+    rows, began = 0, time.perf_counter()
     marks = [Mark(0, began, time.process_time(), 0.0, 0.0)]
-    for batch in track(steps, "probe", len(steps), "batches"):
-        asked = time.perf_counter()
-        rendered = next(images)
-        waited += time.perf_counter() - asked
-        for (shard, keys), pixels in zip(batch.items(), rendered.chunk(len(batch)), strict=True):
-            piece = pieces.setdefault(shard, Piece(_room(draft, shard), []))
-            keeper.keep(piece.rows, shard, keys, pixels)
-            piece.places.extend(key.index - shard.start for key in keys)
-            rows += len(keys)
-        synchronize(draft.teachers[0].device)
+    # The processes that render go on, as they do in a long run.
+    filled = itertools.islice(task.fill(itertools.chain(steps, itertools.cycle(steps))), len(steps))
+    for batch in track(filled, "probe", len(steps), "batches"):
+        rows += len(batch.images) * len(batch.group.missing)
+        synchronize(device)
         now = time.perf_counter()
-        marks.append(Mark(rows, now, time.process_time(), waited, answers.seconds))
+        marks.append(Mark(rows, now, time.process_time(), task.waited, answers.seconds))
         if seconds is not None and len(marks) > FEWEST and now - began > seconds:
             break
-    return _Loop(pieces, marks)
+    return marks
 
 
-def _keys(batch: Batch) -> list[ViewKey]:
-    return list(itertools.chain.from_iterable(batch.values()))
-
-
-def _room(draft: Draft, shard: Shard) -> Rows:
-    """Allocate what a shard lacks; pages that are not filled take no memory."""
-    return empty_rows([group for group in draft.plan.layout.groups if shard in draft.missing[group.name]], shard)
+def _pieces(steps: list[Batch]) -> dict[Shard, Piece]:
+    """Return the rows that were filled, by shard, with their places in it."""
+    pieces: dict[Shard, Piece] = {}
+    for batch in steps:
+        for shard, rows in batch.group.rows.items():
+            pieces.setdefault(shard, Piece(rows, [])).places.extend(index - shard.start for index in batch.images)
+    return pieces
 
 
 def _render_alone(draft: Draft, batch: Batch) -> tuple[float, float]:
     """Return the seconds that rendering a view takes in one process, by the clock or of its cores, and of these."""
-    keys = _keys(batch)[:ALONE]
+    keys = list(itertools.chain.from_iterable(batch.keys.values()))[:ALONE]
     clock, busy = time.perf_counter(), time.process_time()
-    draft.views.answered().__getitems__(keys)
+    draft.inputs.views.answered().__getitems__(keys)
     clock, busy = time.perf_counter() - clock, time.process_time() - busy
     return max(clock, busy) / len(keys), busy / len(keys)
 

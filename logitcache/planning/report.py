@@ -27,7 +27,7 @@ from logitcache.planning.probe import Probe, probe
 from logitcache.planning.taps_table import taps_of
 from logitcache.planning.upper_bounds import most_bytes, sketched
 from logitcache.runtime.tables import as_text, format_bytes
-from logitcache.stage_one.share import WHOLE, Share
+from logitcache.stage_one.claims import Claims
 from logitcache.store.remote.client import is_remote
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 
@@ -57,7 +57,7 @@ def plan(
     if batches is not None and not probing:
         raise RecipeError(f"batches: {batches} without a probe have no effect. Fix: leave out one of both")
     with (drafted if probing else sketched)(recipe, teachers=teachers, dataset=dataset) as draft:
-        found = probe(draft, batches) if draft.plan.pending and probing else None
+        found = probe(draft, batches) if draft.todo.shards and probing else None
         listed = {"taps": taps_of(draft)} if taps else {}
     document = (_document(draft, found, workers) if probing else _bounds(draft)) | listed
     for warning in document["warnings"]:
@@ -72,7 +72,7 @@ def plan_text(document: Mapping[str, Any]) -> str:
 
 
 def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]:
-    layout = draft.plan.layout
+    layout = draft.todo.layout
     there = {array.name: _bytes_there(draft, group, array) for group in layout.groups for array in group.arrays}
     document, whole = _stored(draft, {**there, **(found.packed if found else {})})
     document |= {
@@ -80,7 +80,7 @@ def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]
         "teacher_passes": draft.teacher_passes,
         **_time(draft, found, workers),
         **_memory(draft, found, whole),
-        "requests": vars(requests_of_writing(whole, layout)) if is_remote(draft.recipe.cache) else None,
+        "requests": vars(requests_of_writing(whole, layout)) if is_remote(draft.inputs.recipe.cache) else None,
         "probe": _probed(draft, found),
         "arrays": _arrays(whole),
         "features": _features(draft, whole),
@@ -90,27 +90,27 @@ def _document(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]
 
 def _bounds(draft: Draft) -> dict[str, Any]:
     """Describe a plan that was not probed: bytes and files alone."""
-    arrays = draft.plan.layout.arrays
+    arrays = draft.todo.layout.arrays
     document, whole = _stored(draft, {array.name: most_bytes(array) for array in arrays if array.storage == "packed"})
     bounds = [row | {"bound": "at most" if row["storage"] == "packed" else "exact"} for row in _arrays(whole)]
     document |= {"stop_loses": _lost(draft, None), "arrays": bounds, "features": _features(draft, whole)}
     notes = ["not probed: bytes of packed arrays, and bytes and files of encodings that are fitted, are at most these"]
-    if draft.recorded is not None:
+    if draft.todo.recorded is not None:
         notes.append("the cache was not compared with images and teachers, nor its shards with their records")
     return document | {"warnings": _warnings(document), "notes": notes}
 
 
 def _stored(draft: Draft, packed: Mapping[str, float]) -> tuple[dict[str, Any], StoreCost]:
     """Describe what a cache takes, given the bytes of a row of each packed array, and what of that is to do."""
-    goal, layout = draft.plan.goal, draft.plan.layout
-    skeleton, pending = skeleton_sizes(goal), draft.plan.pending
-    new = {key: size for key, size in skeleton.items() if not draft.plan.store.exists(key)}
-    whole, todo = store_cost(layout, packed, skeleton), store_cost(layout, packed, new, draft.missing)
-    free = _free_bytes(draft.recipe.cache)
+    goal, layout = draft.todo.goal, draft.todo.layout
+    skeleton, pending = skeleton_sizes(goal), draft.todo.shards
+    new = {key: size for key, size in skeleton.items() if not draft.todo.store.exists(key)}
+    whole, added = store_cost(layout, packed, skeleton), store_cost(layout, packed, new, draft.todo.missing)
+    free = _free_bytes(draft.inputs.recipe.cache)
     return {
-        "cache": draft.recipe.cache,
+        "cache": draft.inputs.recipe.cache,
         "state": _state(draft),
-        "device": str(draft.teachers[0].device),
+        "device": str(draft.inputs.device),
         "images": goal.num_images,
         "views": goal.views.num_views,
         "shard_rows": goal.shard_rows,
@@ -118,36 +118,36 @@ def _stored(draft: Draft, packed: Mapping[str, float]) -> tuple[dict[str, Any], 
         "shards_to_do": len(pending),
         "row_views_to_do": sum(shard.stop - shard.start for shard in pending),
         "bytes": whole.bytes,
-        "new_bytes": todo.bytes,
+        "new_bytes": added.bytes,
         "stored_bytes_per_row": round(whole.bytes_per_row, 1),
         "files": whole.files,
-        "new_files": todo.files,
+        "new_files": added.files,
         "free_bytes": free,
-        "fits": None if free is None else todo.bytes * MARGIN <= free,
+        "fits": None if free is None else added.bytes * MARGIN <= free,
     }, whole
 
 
 def _lost(draft: Draft, found: Probe | None) -> dict[str, Any]:
     """Say what a stop drops at most: the shards in progress."""
-    lost = Share(draft.plan.snapshot, draft.plan.pending, draft.recipe.views_per_image, WHOLE).most_lost
+    lost = Claims(draft.todo.snapshot, draft.todo.shards, draft.inputs.recipe.views_per_image).most_lost
     return {"row_views": lost, "seconds": None if found is None else lost * found.loop}
 
 
 def _state(draft: Draft) -> str:
     """Say what stage one would do: begin, grow, resume, or nothing."""
-    if draft.recorded is None:
+    if draft.todo.recorded is None:
         return "new"
-    if not draft.plan.pending:
+    if not draft.todo.shards:
         return "complete"
-    return "growth" if is_more(draft.plan.goal, draft.recorded) else "resume"
+    return "growth" if is_more(draft.todo.goal, draft.todo.recorded) else "resume"
 
 
 def _bytes_there(draft: Draft, group: ArrayGroup, array: ArrayLayout) -> float:
     """Return the stored bytes of a row of an array, without indices, by the shards that are there; 0 without any."""
-    if draft.recorded is None:
+    if draft.todo.recorded is None:
         return 0.0
-    done = [shard for shard in draft.plan.layout.shards() if shard not in draft.missing[group.name]]
-    parts = (part for shard in done for part in draft.plan.snapshot.parts(group, shard) if part.array is array)
+    done = [shard for shard in draft.todo.layout.shards() if shard not in draft.todo.missing[group.name]]
+    parts = (part for shard in done for part in draft.todo.snapshot.parts(group, shard) if part.array == array.name)
     total = sum(part.size - array.hot_bytes(0) for part in parts)
     rows = sum(array.rows_of(shard).stop - array.rows_of(shard).start for shard in done)
     return total / rows if rows else 0.0
@@ -159,7 +159,7 @@ def _time(draft: Draft, found: Probe | None, workers: int) -> dict[str, Any]:
     time = {"opening_seconds": draft.opening, "preparing_seconds": draft.preparing}
     if found is None:
         return {"seconds": before, "time": time, "device_hours": None, "break_even_students": None}
-    layout, pending = draft.plan.layout, draft.plan.pending
+    layout, pending = draft.todo.layout, draft.todo.shards
     filling = _filling(draft, found, sum(shard.stop - shard.start for shard in pending), len(pending), workers)
     rows = layout.num_images * layout.num_views
     whole = _filling(draft, found, rows, layout.num_shards, workers)
@@ -188,9 +188,9 @@ def _filling(draft: Draft, found: Probe, rows: int, shards: int, workers: int) -
 
 def _memory(draft: Draft, found: Probe | None, whole: StoreCost) -> dict[str, Any]:
     """Tell what one process holds at its peak, besides what Python, torch, the teachers and the images' index take."""
-    recipe, (channels, height, width) = draft.recipe, draft.plan.goal.image_shape
+    recipe, (channels, height, width) = draft.inputs.recipe, draft.todo.goal.image_shape
     memory = memory_of(
-        draft.plan.layout,
+        draft.todo.layout,
         whole,
         channels * height * width,
         recipe.batch_size,
@@ -235,9 +235,9 @@ def _arrays(whole: StoreCost) -> list[dict[str, Any]]:
 def _features(draft: Draft, whole: StoreCost) -> list[dict[str, Any]]:
     """Tell what each feature takes, its errors and its records included."""
     taken = []
-    for group in draft.plan.layout.targets:
+    for group in draft.todo.layout.targets:
         if group.target != LOGITS:
-            entry = draft.plan.goal.teachers[group.teacher]
+            entry = draft.todo.goal.teachers[group.teacher]
             total = sum(array.bytes for array in whole.arrays if array.group == group.name)
             taken.append(
                 {

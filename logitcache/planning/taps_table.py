@@ -11,10 +11,12 @@ from logitcache.views.keys import ViewKey
 
 def taps_of(draft: Draft) -> list[dict[str, Any]]:
     """Tell what every module could be kept as, in float16 and not compressed; None if its channels are not known."""
-    pixels = draft.views.answered().__getitems__([ViewKey(0, 0)] * 2)
-    rows = draft.plan.goal.num_images * draft.plan.goal.views.num_views
+    pixels = draft.inputs.views.answered().__getitems__([ViewKey(0, 0)] * 2)
+    rows = draft.todo.goal.num_images * draft.todo.goal.views.num_views
     return [
-        _tap(teacher.name, candidate, rows) for teacher in draft.teachers for candidate in candidates(teacher, pixels)
+        _tap(teacher.name, candidate, rows)
+        for teacher in draft.inputs.teachers
+        for candidate in candidates(teacher, pixels)
     ]
 
 

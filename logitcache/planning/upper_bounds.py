@@ -10,16 +10,13 @@ from logitcache.cache.encodings.features import FeatureForm
 from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry, recordable
 from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
-from logitcache.cache.read.target_codecs import TargetCodecs
-from logitcache.cache.snapshot import Snapshot, locate
-from logitcache.cache.write.claims import target_of
+from logitcache.cache.snapshot import Snapshot
+from logitcache.cache.write.writer_locks import target_of
 from logitcache.planning.draft import Draft
-from logitcache.runtime.device import resolve_device, to_device
+from logitcache.runtime.device import to_device
 from logitcache.runtime.versions import versions
-from logitcache.stage_one.inputs import as_given, as_recorded, build_teachers, open_images
-from logitcache.stage_one.preparation import Plan, entries_of
-from logitcache.store.base import Store
-from logitcache.store.shards import Shard
+from logitcache.stage_one.inputs import Inputs, open_inputs
+from logitcache.stage_one.todo import Todo, entries_of
 from logitcache.teacher.answers import answers_of
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher
@@ -40,14 +37,8 @@ def sketched(
 
     An existing cache is not compared with images and teachers, nor its shards with their records.
     """
-    device, given, store = resolve_device(recipe.device), teachers or {}, locate(recipe.cache)
-    recipe = as_given(as_recorded(recipe, store), given, dataset)
-    views = Views(open_images(recipe, dataset), recipe.views)
-    built = build_teachers(recipe, given, views, device)
-    with contextlib.ExitStack() as seen:
-        for teacher in built:
-            seen.callback(teacher.remove_taps)
-        yield _sketch(recipe, views, built, store)
+    with open_inputs(recipe, teachers, dataset) as inputs:
+        yield _sketch(inputs)
 
 
 def most_bytes(array: ArrayLayout) -> float:
@@ -58,13 +49,14 @@ def most_bytes(array: ArrayLayout) -> float:
     return array.row_bytes * (1 + 1 / 256) + 512 * -(-rows // array.inner_rows) / rows
 
 
-def _sketch(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], store: Store) -> Draft:
+def _sketch(inputs: Inputs) -> Draft:
+    recipe, views, teachers, store = inputs.recipe, inputs.views, inputs.teachers, inputs.store
     pixels = views.answered().__getitems__([ViewKey(0, 0), ViewKey(0, min(1, len(views.dataset.ids) - 1))])
     labels = torch.from_numpy(views.dataset.labels[[0, min(1, len(views.dataset.ids) - 1)]])
     examples = {
         one.name: answers_of(one, to_device(pixels, one.device), to_device(labels, one.device)) for one in teachers
     }
-    asked = entries_of(recipe, teachers, views.dataset, examples)
+    asked = entries_of(inputs, examples)
     is_new = target_of(store) != store.path
     cache = None if is_new else Snapshot.read(store)
     entries = {}
@@ -78,11 +70,7 @@ def _sketch(recipe: PrecomputeRecipe, views: Views, teachers: list[Teacher], sto
     snapshot = Snapshot.as_described(store, goal, {} if cache is None else cache.records)
     every = set(snapshot.layout.shards())
     missing = {name: every - committed for name, committed in snapshot.committed().items()}
-    lacking: set[Shard] = set().union(*missing.values())
-    pending = [shard for shard in snapshot.layout.shards() if shard in lacking]
-    plan = Plan(snapshot, TargetCodecs(store, goal, snapshot.layout), pending)
-    recorded = None if cache is None else cache.manifest
-    return Draft(recipe, views, teachers, plan, missing, recorded, 0, 0, 0.0, 0.0, 0)
+    return Draft(inputs, Todo(snapshot, missing, recorded=None if cache is None else cache.manifest))
 
 
 def _largest(entry: TeacherEntry, teacher: Teacher, shapes: Mapping[str, tuple[int, ...]]) -> TeacherEntry:

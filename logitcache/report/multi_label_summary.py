@@ -14,7 +14,7 @@ from logitcache.cache.cache import Cache
 from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.cache.snapshot import Snapshot
 from logitcache.report.inspect import ROWS, labels_as_seen
-from logitcache.stage_one.cluster.gather_values import HERE, Cluster, gathered
+from logitcache.stage_one.cluster.cluster import HERE, Cluster, gathered
 from logitcache.student.evaluation.multi_label import (
     MultiLabelMeasures,
     MultiLabelTally,

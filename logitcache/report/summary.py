@@ -31,7 +31,7 @@ from logitcache.report.multi_label_summary import (
     class_columns,
     measure_multi_label,
 )
-from logitcache.stage_one.cluster.gather_values import HERE, Cluster, gathered
+from logitcache.stage_one.cluster.cluster import HERE, Cluster, gathered
 from logitcache.store.shards import Shard
 from logitcache.student.evaluation.validation import only_logits
 from logitcache.targets import Targets

@@ -3,7 +3,8 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
 from types import FrameType
 
 from logitcache.errors import Stopped
@@ -14,6 +15,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self._came: SimpleQueue[int] = SimpleQueue()  # unlike an Event, it may be used in the handler of a signal
 
     def __bool__(self) -> bool:
         return self.signum is not None
@@ -23,6 +25,14 @@ class StopFlag:
         if self.signum is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt
         self.signum = signum
+        self._came.put(signum)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a signal, at most so long; whether one came."""
+        if self.signum is None and seconds > 0:
+            with suppress(Empty):
+                self._came.get(timeout=seconds)
+        return self.signum is not None
 
     def stopped(self, message: str) -> Stopped:
         """Build the error that ends the command."""

@@ -1,14 +1,18 @@
-"""What a recipe names, opened: its images and teachers, or the objects that are passed in their place."""
+"""The inputs of `precompute`, opened: the store of the cache, the images and their views, and the teachers."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
 from torch import nn
 
 from logitcache.cache.format.metadata import ROOT, read_manifest
+from logitcache.cache.snapshot import locate
 from logitcache.config.recipe import Component, require_effect
 from logitcache.errors import RecipeError
+from logitcache.runtime.device import resolve_device
 from logitcache.store.base import Store
 from logitcache.teacher.answers import taking
 from logitcache.teacher.classes import outputs_of
@@ -21,8 +25,64 @@ from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.spec import Views
 
 
-def as_recorded(recipe: PrecomputeRecipe, store: Store) -> PrecomputeRecipe:
-    """Draw views by the plan of the cache that the recipe continues, unless the recipe states another.
+@dataclass(frozen=True)
+class Inputs:
+    """A recipe and what it names, opened; the recipe has only what was opened by it, not the caller's own objects."""
+
+    recipe: PrecomputeRecipe
+    store: Store
+    views: Views
+    teachers: list[Teacher]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the teachers are."""
+        return self.teachers[0].device
+
+    @property
+    def passes(self) -> int:
+        """How many images the networks of the teachers have taken."""
+        return sum(teacher.passes for teacher in self.teachers)
+
+    def leave_device(self) -> None:
+        """Give the device's memory to the workers of a cluster."""
+        for teacher in self.teachers:
+            teacher.cpu()
+        torch.cuda.empty_cache()
+
+
+def open_views(
+    recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module], dataset: object | None
+) -> tuple[PrecomputeRecipe, Store, Views]:
+    """Open the store and the images of a recipe, or the `dataset` passed in their place; return its own recipe."""
+    store = locate(recipe.cache)
+    recipe = _without_objects(_as_recorded(recipe, store), teachers, dataset)
+    return recipe, store, Views(_open_images(recipe, dataset), recipe.views)
+
+
+@contextlib.contextmanager
+def with_teachers(
+    recipe: PrecomputeRecipe, store: Store, views: Views, given: Mapping[str, nn.Module]
+) -> Iterator[Inputs]:
+    """Build the teachers of opened views; their hooks are removed afterwards, as the networks may be the caller's."""
+    built = _build_teachers(recipe, given, views, resolve_device(recipe.device))
+    try:
+        yield Inputs(recipe, store, views, built)
+    finally:
+        for teacher in built:
+            teacher.remove_taps()
+
+
+def open_inputs(
+    recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module] | None = None, dataset: object | None = None
+) -> contextlib.AbstractContextManager[Inputs]:
+    """Open what a recipe names; `teachers` and `dataset` are the objects themselves in place of their entries."""
+    resolve_device(recipe.device)  # raises before anything is opened
+    return with_teachers(*open_views(recipe, teachers or {}, dataset), teachers or {})
+
+
+def _as_recorded(recipe: PrecomputeRecipe, store: Store) -> PrecomputeRecipe:
+    """Plan views as the existing cache does, unless the recipe names another plan version.
 
     Raises RecipeError for options without effect if the cache is new.
     """
@@ -35,8 +95,7 @@ def as_recorded(recipe: PrecomputeRecipe, store: Store) -> PrecomputeRecipe:
     return recipe.model_copy(update={"views": views})
 
 
-def open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDataset:
-    """Open the images of the recipe, or those passed in their place."""
+def _open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDataset:
     given = recipe.dataset if dataset is None else dataset
     if given is None:
         raise RecipeError("the recipe names no data set. Fix: give `dataset:`, or pass the data set itself")
@@ -52,10 +111,12 @@ def open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDatase
     return opened
 
 
-def as_given(recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module], dataset: object | None) -> PrecomputeRecipe:
-    """Leave out of the recipe what objects took the place of: it did not make the cache.
+def _without_objects(
+    recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module], dataset: object | None
+) -> PrecomputeRecipe:
+    """Leave out of the recipe the entries that objects replace: they did not make the cache.
 
-    A recipe that names no teachers has those that are given, with the defaults of an entry.
+    A recipe without teachers gets an entry with the defaults for each given one.
     """
     named = recipe.teachers or {name: TeacherSource() for name in teachers}
     require_teachers(named)
@@ -75,10 +136,10 @@ def require_teachers(named: Mapping[str, TeacherSource]) -> None:
         raise RecipeError("the recipe names no teachers. Fix: give `teachers:`, or pass the modules themselves")
 
 
-def build_teachers(
+def _build_teachers(
     recipe: PrecomputeRecipe, given: Mapping[str, nn.Module], views: Views, device: torch.device
 ) -> list[Teacher]:
-    """Build the recipe's teachers, around the modules that are given, for images such as those of the views."""
+    """Build the recipe's teachers, around the given modules if any, for images such as those of the views."""
     unknown = sorted(given.keys() - recipe.teachers.keys())
     if unknown:
         raise RecipeError(f"teachers {unknown} were given, but the recipe names {sorted(recipe.teachers)}")

@@ -211,7 +211,7 @@ def _has_no_classes(network: nn.Module) -> bool:
 
 
 def _passes_on(module: nn.Module) -> bool:
-    """Return whether a module returns what it is given, as in the place of a head that was taken off."""
+    """Return whether a module returns its input, as in the place of a head that was taken off."""
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Sequential) and len(module) == 0)
 
 

@@ -35,9 +35,9 @@ RANKED = 1 << 22
 
 @dataclass(frozen=True)
 class Calibration:
-    """The sample of one teacher. It answers once, and not at all where nothing is to be fitted.
+    """The sample of one teacher, which runs once, and only if an encoding is to be fitted.
 
-    `most_rows` makes it smaller, for an estimate; `recorded_rows` are those of a table that is fitted again.
+    `most_rows` limits it, for an estimate; `recorded_rows` is the number of rows that a table was fitted to before.
     """
 
     recipe: PrecomputeRecipe
@@ -59,7 +59,7 @@ class Calibration:
 
     @property
     def wanted_rows(self) -> int:
-        """How many rows are drawn, unless there are fewer or `most_rows` says so."""
+        """How many rows are drawn, unless the cache or `most_rows` has fewer."""
         return self.recorded_rows or rows_to_answer(self.examples.num_classes, self.num_rows)
 
     @property
@@ -118,15 +118,15 @@ def _vectors(values: Tensor) -> Tensor:
 
 
 def num_calibration_rows(num_classes: int) -> int:
-    """Return how many rows are asked for: several for each class, as far as they fit into memory."""
+    """Return the number of calibration rows: several for each class, but no more than fit into memory."""
     wanted = max(ROWS, ROWS_PER_CLASS * num_classes)
     return min(wanted, max(1, MAX_BYTES // (4 * max(1, num_classes))))
 
 
 def rows_to_answer(num_classes: int, num_rows: int) -> int:
-    """Return how many rows a teacher answers for a cache of `num_rows`: fewer of a small one, or its work would double.
+    """Return how many rows a teacher computes to calibrate a cache of `num_rows`: fewer for a small one.
 
-    Rows of a cache that is there cost nothing: `num_calibration_rows` are taken of it.
+    Rows that a finished cache holds cost nothing: derive takes all `num_calibration_rows` of them.
     """
     return min(num_calibration_rows(num_classes), max(FEWEST, num_rows // SHARE))
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.encodings.base import CalibrationSample
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
 from logitcache.cache.format.metadata import table_bytes, table_problems
@@ -52,25 +53,31 @@ def fit(
 
 
 def _fitted(entry: TeacherEntry, sample: Calibration) -> tuple[TeacherEntry, dict[str, NDArray[np.generic]]]:
-    found: dict[str, NDArray[np.generic]] = {}
-    logits, features = entry.stored_logits, dict(entry.stored_features)
-    drawn = sample.recipe.views.num_views, sample.wanted_rows
+    tables: dict[str, NDArray[np.generic]] = {}
+    logits, features, num_views = entry.stored_logits, dict(entry.stored_features), sample.recipe.views.num_views
     for target in entry.unfitted:
         if target == LOGITS:
-            assert entry.logits is not None
-            coder = entry.logits.fitted(sample)
-            logits = StoredLogits.measured(coder.form, entry.logits, **recorded_tables(coder.tables, *drawn))
-            found |= {f"{target}.{name}": table for name, table in coder.tables.items()}
+            logits, found = fit_logits(entry, sample, num_views, sample.wanted_rows)
         else:
             shape = tuple(sample.examples.features[target].shape[1:])
             kept = entry.features[target].fitted(functools.partial(sample.vectors, target), shape)
-            known = recorded_tables(kept.tables, *drawn)
+            found, known = kept.tables, _recorded(kept.tables, num_views, sample.wanted_rows)
             features[target] = StoredFeature(shape=shape, form=kept.form, **known)
-            found |= {f"{target}.{name}": table for name, table in kept.tables.items()}
-    return entry.model_copy(update={"stored_logits": logits, "stored_features": features}), found
+        tables |= {f"{target}.{name}": table for name, table in found.items()}
+    return entry.model_copy(update={"stored_logits": logits, "stored_features": features}), tables
 
 
-def recorded_tables(tables: Tables, num_views: int, num_rows: int) -> dict[str, Any]:
+def fit_logits(
+    entry: TeacherEntry, sample: CalibrationSample, num_views: int, num_rows: int
+) -> tuple[StoredLogits, Tables]:
+    """Fit the encoding of an entry's logits to so many rows of the first views; returns its tables by name."""
+    assert entry.logits is not None
+    coder = entry.logits.fitted(sample)
+    recorded = _recorded(coder.tables, num_views, num_rows)
+    return StoredLogits.measured(coder.form, entry.logits, **recorded), coder.tables
+
+
+def _recorded(tables: Tables, num_views: int, num_rows: int) -> dict[str, Any]:
     """Return what the manifest records of tables, which were fitted to so many rows of so many views."""
     digests = {name: hashlib.sha256(table_bytes(table)).hexdigest() for name, table in tables.items()}
     if not digests:
@@ -87,8 +94,8 @@ FitAgain = Callable[[Mapping[str, TeacherEntry], int | None, int], Tables]
 """Fits what has no form yet to some rows of some views, and returns tables by array name."""
 
 
-def mended_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> dict[str, bytes]:
-    """Return the bytes of damaged tables by key, fitted again; raise CacheError where that gives others."""
+def refit_damaged_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> dict[str, bytes]:
+    """Fit damaged tables again and return their bytes by key; raise CacheError if these are others."""
     stored = {
         name: entry.restricted([target for target in entry.targets if target not in entry.unfitted])
         for name, entry in goal.teachers.items()

@@ -36,7 +36,7 @@ class GradedPass:
         """Answer uint8 pixels [B, C, H, W] and return, by tap, what speaks for each image's class.
 
         labels: int64 [B], -1 where there is none, or multi-hot [B, C]. logits: [B, K], what was answered without
-        gradients: it decides where no one class is the label. Raises as `Tapped` does.
+        gradients: it decides the class if the label names none. Raises as `Tapped` does.
         """
         if not self.taps:
             return {}
@@ -44,7 +44,7 @@ class GradedPass:
         tapped = Tapped(network, network, self.taps, self.who)
         with contextlib.ExitStack() as hooks, torch.enable_grad():
             hooks.callback(tapped.remove)
-            # Networks may change in place what they are given, which no leaf allows.
+            # Networks may change their input in place, which no leaf allows.
             inputs = self.classifier.normalize(pixels).requires_grad_().clone()
             output, values = tapped(inputs)
             # A row's logit depends on that row alone: the gradient of the sum is each row's own.

@@ -27,9 +27,9 @@ Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
 class TeacherSource(Component):
     """A teacher and what to keep of its answers: logits, unless they are null, and features by names of your own.
 
-    `preprocessing` is needed where the model brings none of its own. `model` may be left out where the module itself
-    is given. `classes` says which of the network's outputs each class of the data set is, in their order or by name or
-    index, if it has others too.
+    `preprocessing` is needed if the model brings none of its own. `model` may be left out if the module itself is
+    passed. `classes` names the network's output for each class of the data set, in their order or by name or index, if
+    the network has others too.
     """
 
     model: Model | None = None
@@ -90,7 +90,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def decide_layouts(self, pixels: Tensor) -> None:
-        """Decide where taps put their channels, by images uint8 [B, C, H, W]; raises RecipeError if nothing says."""
+        """Decide where taps put their channels, by images uint8 [B, C, H, W]; raises RecipeError if it is ambiguous."""
         asked = [TapLayout(feature.tap, feature.layout) for feature in self.features.values()]
         if asked:
             inputs = self.classifier.normalize(pixels.to(self.device))
@@ -137,7 +137,7 @@ class Teacher(nn.Module):
 
 
 def features_of(name: str, source: TeacherSource, network: nn.Module) -> dict[str, Feature]:
-    """Return what is kept of a teacher's taps: as its entry says, and what the encoding of its logits needs."""
+    """Return the features of a teacher: those of its entry, and those that the encoding of its logits needs."""
     needed = {} if source.logits is None else source.logits.features(network)
     both = [feature for feature in needed if feature in source.features]
     if both:
@@ -156,8 +156,8 @@ def build_teacher(
 ) -> Teacher:
     """Build a teacher from its recipe entry, or around the caller's own `module`.
 
-    `num_classes` is for weights in a file, which do not say for how many they are; other models know it. `classes` are
-    the network's outputs that are kept; it has others too, so `num_classes` is not theirs.
+    `num_classes` is for weights in a file, which do not record it. `classes` are the kept outputs of the network; it
+    has others too, so `num_classes` is not theirs.
     """
     if isinstance(module, Classifier):
         built, classes = BuiltModel(module.module, module.preprocessing), classes or module.classes
@@ -174,7 +174,7 @@ def build_teacher(
 
 
 def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids: Sequence[str]) -> None:
-    """Raise where answers are not finite, or not in the shapes that are kept, naming the image."""
+    """Raise if answers are not finite, or do not have the recorded shapes, naming the image."""
     shapes: dict[str, tuple[int, ...]] = {name: stored.shape for name, stored in entry.stored_features.items()}
     shapes |= {} if entry.num_classes is None else {LOGITS: (entry.num_classes,)}
     for name, values in values_of(answers).items():
@@ -194,7 +194,7 @@ def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> No
             raise DataError(
                 f"teacher {teacher.name!r} answers image {ids[row]!r} with inf or nan ({name}).\n"
                 + (
-                    "  Fix: mend the teacher"
+                    "  Fix: correct the teacher"
                     if teacher.precision == "float32"
                     else f"  Fix: teachers.{teacher.name}.precision: float32, where it overflows in {teacher.precision}"
                 )
@@ -202,7 +202,7 @@ def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> No
 
 
 def values_of(answers: Targets) -> dict[str, Tensor]:
-    """Return logits, where there are any, and features by name."""
+    """Return logits, if there are any, and features by name."""
     logits = {LOGITS: answers.logits} if answers.keeps_logits else {}
     return logits | dict(answers.features)
 

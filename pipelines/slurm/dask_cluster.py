@@ -12,8 +12,7 @@ from dask_jobqueue import SLURMCluster
 
 from logitcache.config.recipe import load_recipe
 from logitcache.runtime.console import configure
-from logitcache.stage_one.cluster.client import precompute_on_cluster
-from logitcache.stage_one.precompute import PrecomputeRecipe
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 
 CPUS = 8
 """Of each job: for the processes that render, and for torch where there is no GPU."""
@@ -43,7 +42,7 @@ def main() -> None:
     with cluster:
         cluster.scale(jobs=arguments.jobs)
         recipe = load_recipe(arguments.recipe, PrecomputeRecipe)
-        print(precompute_on_cluster(recipe, scheduler=cluster.scheduler_address))
+        print(precompute(recipe, scheduler=cluster.scheduler_address))
 
 
 if __name__ == "__main__":

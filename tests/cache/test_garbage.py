@@ -9,8 +9,8 @@ import pytest
 from logitcache.cache.cache import open_cache
 from logitcache.cache.format.metadata import GROWING
 from logitcache.cache.write import gc
-from logitcache.cache.write.claims import preparing, writing
 from logitcache.cache.write.gc import collect
+from logitcache.cache.write.writer_locks import preparing, writing
 from logitcache.cli.app import main
 from logitcache.errors import CacheError
 from logitcache.store.local import LocalStore

@@ -20,16 +20,16 @@ from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.snapshot import locate, open_snapshot
 from logitcache.cache.verify import row_shards
-from logitcache.cache.write.claims import creating
 from logitcache.cache.write.gc import collect
 from logitcache.cache.write.growth import GROWING
+from logitcache.cache.write.writer_locks import creating
 from logitcache.cli.app import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.summary import summarize
 from logitcache.report.verify_and_repair import verify
+from logitcache.stage_one.claims import parse_part
 from logitcache.stage_one.precompute import precompute
-from logitcache.stage_one.share import Part
 from logitcache.store.base import Store
 from logitcache.store.mirrors_folder import FOLDER, SIZE
 from logitcache.store.remote.client import Remote
@@ -129,7 +129,7 @@ def test_parts_on_two_machines_make_the_whole(tmp_path: Path, monkeypatch: pytes
         assert (found.shards_written, found.shards_left) == (3, 3 if number == 1 else 0)
     fill(tmp_path / "c.zarr")
     assert objects(url) == contents(tmp_path / "c.zarr")
-    assert Part.parse("1/2") == (1, 2)
+    assert parse_part("1/2") == (1, 2)
 
 
 def grown(cache: object, module: torch.nn.Module | None = None) -> None:
@@ -418,7 +418,7 @@ def created_meanwhile(folder: Path, url: str, monkeypatch: pytest.MonkeyPatch) -
         upload(folder, url)
         return store
 
-    monkeypatch.setattr("logitcache.stage_one.precompute.locate", meanwhile)
+    monkeypatch.setattr("logitcache.stage_one.inputs.locate", meanwhile)
 
 
 def test_a_creation_that_was_killed_is_taken_up(sound: Path) -> None:

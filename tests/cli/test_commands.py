@@ -6,7 +6,7 @@ from types import ModuleType
 import pytest
 
 from logitcache.cli import main
-from logitcache.stage_one.cluster.gather_values import Cluster
+from logitcache.stage_one.cluster.cluster import Cluster
 from logitcache.student.evaluation.cost import LatencyPlan
 
 
@@ -61,7 +61,7 @@ KINDS = {"precompute": PRECOMPUTE, "derive": DERIVE, "train-student": STUDENT, "
 def test_precompute_runs_the_recipe_with_its_overrides(capsys, monkeypatch, recipe):
     seen, parts = [], []
 
-    def run(plan, part, wait):
+    def run(plan, part, wait, scheduler, workers):
         seen.append(plan)
         parts.append((part, wait))
         return Result(plan.cache)
@@ -93,7 +93,7 @@ def test_a_cache_that_is_not_whole_is_no_success_but_of_a_part(
 
     filled = PrecomputeResult("c.zarr", 6, 4, 2, 0, 0, 0.0, 0, held, apart)
     module = {"precompute": "logitcache.stage_one.precompute", "derive": "logitcache.stage_one.derive.derive"}[command]
-    monkeypatch.setattr(f"{module}.{command}", lambda plan, part, wait: filled)
+    monkeypatch.setattr(f"{module}.{command}", lambda plan, **options: filled)
     path = recipe(KINDS[command])
     assert main([command, path, "--part", "2/8"]) == 0
     assert capsys.readouterr().err == f"c.zarr is not whole yet: 2 of 6 shards are not committed ({why})\n"

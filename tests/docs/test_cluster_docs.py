@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from logitcache.cli.commands import app
 from logitcache.config.recipe import load_recipe
-from logitcache.stage_one.cluster import client
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +73,9 @@ def test_the_jobs_of_dask_jobqueue_are_what_the_page_asks_for(monkeypatch: pytes
     module = ModuleType("dask_jobqueue")
     module.SLURMCluster = Stub  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "dask_jobqueue", module)
-    monkeypatch.setattr(client, "precompute_on_cluster", lambda plan, scheduler: asked.update(scheduler=scheduler))
+    monkeypatch.setattr(
+        "logitcache.stage_one.precompute.precompute", lambda plan, scheduler: asked.update(scheduler=scheduler)
+    )
     monkeypatch.setattr("logitcache.runtime.console.configure", lambda: None)
     monkeypatch.setattr("sys.argv", ["dask_cluster.py", str(ROOT / RECIPE), "--jobs", "3", "--queue", "gpu"])
     runpy.run_path(str(ROOT / "pipelines/slurm/dask_cluster.py"), run_name="__main__")

@@ -80,7 +80,7 @@ def test_sums_over_a_shard_are_no_rows_to_write(tmp_path: Path, monkeypatch: pyt
         dataset=Pixels(COUNT),
     ) as draft:
         found = probe.probe(draft)
-    names = [array.name for array in draft.plan.layout.arrays]
+    names = [array.name for array in draft.todo.layout.arrays]
     assert "t.logits.errors" in names
     assert found.write == pytest.approx(0.5 * (len(names) - 1))
     assert found.write_shard == pytest.approx(1.0 * len(names))

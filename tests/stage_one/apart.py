@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 def program(name: str, folder: Path, seconds: float = 300) -> Any:
     """Run a program of this folder on a directory, and return the JSON that it prints; it leaves no process behind."""
-    command = [sys.executable, "-X", "faulthandler", "-m", f"tests.teacher.{name}", str(folder)]
+    command = [sys.executable, "-X", "faulthandler", "-m", f"tests.stage_one.{name}", str(folder)]
     # Not pipes: a process that is left behind would hold them open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=out, stderr=errors, start_new_session=True)

@@ -26,7 +26,6 @@ from distributed import Scheduler, Worker
 from torch import Tensor
 
 from logitcache.errors import LogitCacheError
-from logitcache.stage_one.cluster.client import precompute_on_cluster
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import FLIP_AND_CROP, TOP2_PACKED, Linear, contents, recipe, teacher
 from tests.stage_one.apart import ended, forked, until
@@ -157,7 +156,7 @@ def start(address: str, wanted: PrecomputeRecipe) -> tuple[int, Path]:
 
     def action() -> int:
         try:
-            found = asdict(precompute_on_cluster(wanted, scheduler=address))
+            found = asdict(precompute(wanted, scheduler=address))
         except LogitCacheError as error:
             found = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
         report.write_text(json.dumps(found))

@@ -19,8 +19,8 @@ import torch
 from logitcache.cache import cache
 from logitcache.errors import LogitCacheError
 from logitcache.report.summary import summarize
-from logitcache.stage_one.cluster.gather_values import HERE, Cluster
-from logitcache.stage_one.derive.derive import DeriveRecipe, derive, derive_on_cluster
+from logitcache.stage_one.cluster.cluster import HERE, Cluster
+from logitcache.stage_one.derive.derive import DeriveRecipe, derive
 from tests.cache.made import contents, flip
 from tests.stage_one.apart import ended, forked, until
 from tests.stage_one.clustered import MARKS, cluster
@@ -79,7 +79,7 @@ def shared(root: Path, expected: dict[str, bytes]) -> list[dict[str, Any]]:
 
 
 def _on_cluster(root: Path, out: Path, address: str) -> int:
-    return derive_on_cluster(plan(root, out), scheduler=address).shards_left
+    return derive(plan(root, out), scheduler=address).shards_left
 
 
 def parts(root: Path, expected: dict[str, bytes]) -> dict[str, Any]:

@@ -11,8 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from logitcache.stage_one.cluster import dask
-from logitcache.stage_one.cluster.client import precompute_on_cluster
+from logitcache.stage_one.cluster import local_workers
 from logitcache.stage_one.precompute import precompute
 from tests.cache.made import contents
 from tests.stage_one import dying
@@ -22,8 +21,8 @@ from tests.stage_one.test_cluster import named
 def main(root: Path, count: int) -> dict[str, Any]:
     (root / "killed").mkdir()
     os.environ |= {dying.FOLDER: str(root / "killed"), dying.COUNT: str(count)}
-    dask.worker = dying
-    precompute_on_cluster(named(root / "c.zarr"), workers=2)
+    local_workers.worker = dying
+    precompute(named(root / "c.zarr"), workers=2)
     precompute(named(root / "w.zarr"))
     killed = len(list((root / "killed").iterdir()))
     return {"killed": killed, "identical": contents(root / "c.zarr") == contents(root / "w.zarr")}

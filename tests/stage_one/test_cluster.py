@@ -5,28 +5,32 @@ import pickle
 import re
 import signal
 import socket
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
-from logitcache.cache.write.claims import Claim
+from logitcache.cache.write.writer_locks import Claim
 from logitcache.cli import main
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import CacheError, DataError, MismatchError, MissingExtraError, RecipeError, Stopped
 from logitcache.runtime.console import configure
-from logitcache.stage_one.cluster import client, worker
-from logitcache.stage_one.cluster.client import precompute_on_cluster
-from logitcache.stage_one.cluster.worker import Job, Outcome, Refusal, compute, release
-from logitcache.stage_one.inputs import build_teachers, open_images
-from logitcache.stage_one.precompute import Done, PrecomputeRecipe, precompute
-from logitcache.stage_one.preparation import Plan, prepare
-from logitcache.stage_one.share import Share
-from logitcache.store.local import LocalStore
-from logitcache.views.spec import Views
-from tests.cache.made import PACKED, Pixels, contents, recipe, teacher
+from logitcache.runtime.stopping import StopFlag
+from logitcache.stage_one import claims
+from logitcache.stage_one import precompute as module
+from logitcache.stage_one.claims import Claims
+from logitcache.stage_one.cluster import fill_on_cluster
+from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, shard_filler
+from logitcache.stage_one.cluster.worker import call, located, release
+from logitcache.stage_one.inputs import open_inputs
+from logitcache.stage_one.lifecycle import begun
+from logitcache.stage_one.loop import Done
+from logitcache.stage_one.precompute import PrecomputeRecipe, open_precompute_task, precompute
+from logitcache.stage_one.todo import Todo, find_todo
+from tests.cache.made import PACKED, Linear, Pixels, contents, recipe, teacher
 from tests.stage_one.apart import program
 from tests.stage_one.clustered import NUM_SHARDS
 from tests.stage_one.runs import NUM_IMAGES, whole
@@ -102,22 +106,18 @@ def named(path: Path, **changes: Any) -> PrecomputeRecipe:
 
 
 class Prepared(NamedTuple):
-    job: Job
-    plan: Plan
+    recipe: PrecomputeRecipe
+    todo: Todo
 
-    def changed(self, **changes: Any) -> "Prepared":
-        return Prepared(self.job._replace(**changes), self.plan)
+    def changed(self, recipe: PrecomputeRecipe) -> "Prepared":
+        return Prepared(recipe, self.todo)
 
 
 def prepared(path: Path, **changes: Any) -> Prepared:
-    """Prepare a cache, and return the job of filling it."""
+    """Prepare a cache, and return what is to do to it."""
     wanted = named(path, **changes)
-    views = Views(open_images(wanted, None), wanted.views)
-    teachers = build_teachers(wanted, {}, views, torch.device("cpu"))
-    target = path.with_name("c.zarr.creating")
-    (target / "digest").mkdir(parents=True)
-    plan = prepare(wanted, views, teachers, target, LocalStore(path))
-    return Prepared(Job(wanted, plan.store, plan.goal, plan.num_recorded, None), plan)
+    with open_inputs(wanted) as inputs, begun(inputs.store, lambda: find_todo(inputs)) as todo:
+        return Prepared(wanted, todo)
 
 
 @pytest.fixture(autouse=True)
@@ -126,27 +126,28 @@ def _released() -> Any:
     release("key")
 
 
-def computed(work: Prepared, shards: int = 6) -> Outcome:
-    return compute("key", pickle.dumps(work.job), work.plan.pending[:shards])
+def computed(work: Prepared, shards: int = 6) -> Any:
+    opened = partial(open_precompute_task, work.recipe, work.todo.goal, work.todo.num_recorded)
+    opener = partial(shard_filler, TaskOpener("precompute", work.recipe, opened))
+    return call("key", pickle.dumps(opener), None, work.todo.shards[:shards])
 
 
 def test_a_task_keeps_the_outputs_that_the_recipe_chooses(tmp_path: Path) -> None:
     made = {"kind": "custom", "factory": "tests.cache.made:Linear"}
     chosen = {"teachers": {"t": teacher(PACKED, model=made, classes=[9, 3, 12])}}
     work = prepared(tmp_path / "c.zarr", **chosen)
-    assert computed(work).refusal is None
-    assert precompute(work.job.recipe).shards_written == 0
+    assert computed(work)[0].shards == 6
+    assert precompute(work.recipe).shards_written == 0
     precompute(named(tmp_path / "w.zarr", **chosen))
     assert contents(tmp_path / "c.zarr") == contents(tmp_path / "w.zarr")
 
 
 def test_a_task_writes_its_shards_and_again_does_nothing(tmp_path: Path) -> None:
     work = prepared(tmp_path / "c.zarr")
-    first = computed(work, 2)
-    assert (first.done, first.committed) == (Done(2, 256, 256), work.plan.pending[:2])
-    assert computed(work, 2).done == Done()
-    assert computed(work).done == Done(4, 344, 344)
-    assert precompute(work.job.recipe).shards_written == 0
+    assert computed(work, 2) == (Done(2, 256, 256), work.todo.shards[:2])
+    assert computed(work, 2)[0] == Done()
+    assert computed(work)[0] == Done(4, 344, 344)
+    assert precompute(work.recipe).shards_written == 0
     precompute(named(tmp_path / "w.zarr"))
     assert contents(tmp_path / "c.zarr") == contents(tmp_path / "w.zarr")
 
@@ -155,39 +156,35 @@ def test_a_shard_that_another_process_has_is_waited_for_but_not_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = prepared(tmp_path / "c.zarr")
-    monkeypatch.setattr(worker, "PATIENCE", 0.3)
-    claim = Claim(work.plan.store, work.plan.pending[1])
+    monkeypatch.setattr(fill_on_cluster, "PATIENCE", 0.3)
+    claim = Claim(work.todo.store, work.todo.shards[1])
     assert claim.take()
-    found = computed(work, 2)
-    assert (found.done.shards, found.committed) == (1, work.plan.pending[:1])
+    done, committed = computed(work, 2)
+    assert (done.shards, committed) == (1, work.todo.shards[:1])
     claim.release()
-    assert computed(work, 2).done.shards == 1
+    assert computed(work, 2)[0].shards == 1
 
 
 def refused(work: Prepared, kind: type[Exception], match: str) -> None:
-    refusal = computed(work).refusal
-    assert refusal is not None
     with pytest.raises(kind, match=match):
-        raise refusal.error()
+        raise computed(work)
 
 
 def test_a_worker_that_sees_no_cache_or_another_is_refused(tmp_path: Path) -> None:
     work = prepared(tmp_path / "c.zarr")
-    none, other = LocalStore(tmp_path / "none.zarr"), LocalStore(tmp_path / "other.zarr")
-    refused(work.changed(store=none), CacheError, "does not exist(.|\n)*Fix: a file system that")
+    none, other = named(tmp_path / "none.zarr"), named(tmp_path / "other.zarr")
+    refused(work.changed(none), CacheError, "does not exist(.|\n)*Fix: a file system that")
     whole(tmp_path / "other.zarr", Pixels(NUM_IMAGES, seed=1))
-    refused(work.changed(store=other), MismatchError, "another cache here than at the client")
+    refused(work.changed(other), MismatchError, "another cache here than at the client")
 
 
 def test_a_worker_with_other_images_or_weights_is_refused(tmp_path: Path) -> None:
     work = prepared(tmp_path / "c.zarr")
     others = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": NUM_IMAGES, "seed": 1}}
-    refused(
-        work.changed(recipe=named(tmp_path / "c.zarr", dataset=others)), MismatchError, "was made from other images"
-    )
+    refused(work.changed(named(tmp_path / "c.zarr", dataset=others)), MismatchError, "was made from other images")
     model = {"kind": "custom", "factory": "tests.cache.made:Linear", "arguments": {"seed": 1}}
     changed = named(tmp_path / "c.zarr", teachers={"t": teacher(model=model)})
-    refused(work.changed(recipe=changed), MismatchError, r"teachers\.t: its weights are \w{8}… here, and \w{8}… at")
+    refused(work.changed(changed), MismatchError, r"teachers\.t: its weights are \w{8}… here, and \w{8}… at")
 
 
 def test_a_worker_that_may_start_no_processes_says_how_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +195,7 @@ def test_a_worker_that_may_start_no_processes_says_how_it_may(tmp_path: Path, mo
 
 @pytest.mark.parametrize("error", [DataError("a"), MissingExtraError("a", "timm"), Stopped("a", signal.SIGTERM)])
 def test_users_errors_of_any_class_travel(error: Any) -> None:
-    travelled = pickle.loads(pickle.dumps(Refusal.of(error))).error()
+    travelled = pickle.loads(pickle.dumps(located(error)))
     assert type(travelled) is type(error)
     assert str(travelled).startswith(f"{error}\n  On worker: ")
 
@@ -206,48 +203,57 @@ def test_users_errors_of_any_class_travel(error: Any) -> None:
 def test_objects_and_ambiguous_clusters_are_refused(tmp_path: Path) -> None:
     lacking = recipe(tmp_path / "c.zarr")
     with pytest.raises(RecipeError, match=r"does not name dataset, teachers\.t\.model(.|\n)*Fix: name them"):
-        precompute_on_cluster(lacking, workers=1)
-    for given in ({}, {"scheduler": "tcp://127.0.0.1:1", "workers": 2}):
-        with pytest.raises(RecipeError, match="Fix: --scheduler or --workers"):
-            precompute_on_cluster(named(tmp_path / "c.zarr"), **given)  # type: ignore[arg-type]
+        precompute(lacking, workers=1)
+    with pytest.raises(RecipeError, match="Fix: --scheduler or --workers"):
+        precompute(named(tmp_path / "c.zarr"), scheduler="tcp://127.0.0.1:1", workers=2)
+    with pytest.raises(RecipeError, match=r"does not name dataset, teachers\.t\.model: "):
+        precompute(named(tmp_path / "c.zarr"), teachers={"t": Linear()}, dataset=Pixels(NUM_IMAGES), workers=1)
     assert not (tmp_path / "c.zarr").exists()
 
 
 def test_a_cache_that_is_complete_needs_no_cluster(tmp_path: Path) -> None:
     precompute(named(tmp_path / "c.zarr"))
-    found = precompute_on_cluster(named(tmp_path / "c.zarr"), scheduler="tcp://127.0.0.1:1")
+    found = precompute(named(tmp_path / "c.zarr"), scheduler="tcp://127.0.0.1:1")
     assert (found.shards_written, found.shards_left) == (0, 0)
 
 
 @pytest.mark.parametrize("address", ["localhost", "smoke://signals:1"])
 def test_an_address_that_is_none_is_refused(address: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--scheduler .* Fix: an address as in tcp://host:8786"):
-        precompute_on_cluster(named(tmp_path / "c.zarr"), scheduler=address)
+        precompute(named(tmp_path / "c.zarr"), scheduler=address)
 
 
 def test_a_scheduler_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "FIRST", 0.3)
+    monkeypatch.setattr(fill_on_cluster, "FIRST", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(RecipeError, match=f"no scheduler answers at {address}"):
-        precompute_on_cluster(named(tmp_path / "c.zarr"), scheduler=address)
+        precompute(named(tmp_path / "c.zarr"), scheduler=address)
     assert precompute(named(tmp_path / "c.zarr")).shards_written == 6
 
 
 def test_shards_that_workers_commit_elsewhere_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = prepared(tmp_path / "c.zarr")
-    monkeypatch.setattr(client, "VISIBLE", 0.2)
-    plan = work.plan
-    run = client.Run("precompute", plan, Share(plan.snapshot, plan.pending, 1, client.WHOLE), Done())
+    monkeypatch.setattr(fill_on_cluster, "VISIBLE", 0.2)
+    todo = work.todo
     with pytest.raises(CacheError, match=r"committed view 0 rows 0\.\.128 to .*Fix: a file system that client and"):
-        run._require_seen(work.plan.pending[:1])
+        fill_on_cluster._require_visible(todo.shards[:1], todo, Claims(todo.snapshot, todo.shards), time.sleep)
 
 
 def test_a_cluster_waits_for_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = named(tmp_path / "c.zarr")
     precompute(plan, part="2/2")
-    monkeypatch.setattr("logitcache.stage_one.share.time.sleep", lambda seconds: precompute(plan, part="1/2"))
-    found = client.precompute_on_cluster(plan, workers=1, part="2/2", wait=True)
+    real = StopFlag.wait
+
+    def wait(flag: StopFlag, seconds: float) -> bool:
+        if seconds == claims.POLL:
+            with monkeypatch.context() as patch:
+                patch.setattr(StopFlag, "wait", real)
+                precompute(plan, part="1/2")
+        return False
+
+    monkeypatch.setattr(StopFlag, "wait", wait)
+    found = precompute(plan, workers=1, part="2/2", wait=True)
     assert (found.shards, found.shards_written, found.shards_left) == (6, 0, 0)
 
 
@@ -258,7 +264,7 @@ def test_the_options_reach_the_cluster(tmp_path: Path, monkeypatch: pytest.Monke
         seen.append(given)
         return replace(precompute(plan), shards_left=0)
 
-    monkeypatch.setattr(client, "precompute_on_cluster", run)
+    monkeypatch.setattr(module, "precompute", run)
     file = tmp_path / "r.yaml"
     file.write_text(dump_recipe(named(tmp_path / "c.zarr")))
     try:

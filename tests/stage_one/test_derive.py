@@ -18,7 +18,7 @@ from logitcache.cache.cache import open_cache
 from logitcache.cache.encodings import Encoding
 from logitcache.errors import RecipeError, Stopped
 from logitcache.logits import TopKLogits, log_probs
-from logitcache.stage_one.derive import derived_rows
+from logitcache.stage_one.derive import derive_task
 from logitcache.stage_one.derive.derive import derive
 from logitcache.student.training import train
 from logitcache.teacher import calibration
@@ -91,7 +91,7 @@ def test_fitted_to_the_same_logits_it_is_what_stage_one_writes(
     logits = {"a": TRANSFORM, "b": auto if batch is None else PLAIN["uint8"]}
     made = {name: {"logits": entry} for name, entry in logits.items()}
     if batch is not None:
-        monkeypatch.setattr(derived_rows, "NUMBERS", batch * CLASSES)
+        monkeypatch.setattr(derive_task, "NUMBERS", batch * CLASSES)
     # Rows of a cache cost nothing, and all are taken; stage one answers fewer for so small a cache.
     monkeypatch.setattr(calibration, "FEWEST", calibration.ROWS)
     derive(derivation(source(tmp_path / "c"), tmp_path / "d", made))
@@ -264,7 +264,7 @@ def test_a_signal_stops_it_and_the_same_recipe_continues(
 ) -> None:
     whole, plan = tmp_path / "whole", derivation(two, tmp_path / "d", {"a": {"logits": PACKED32}}, shard_rows=64)
     derive(plan.model_copy(update={"out": str(whole)}))
-    real, begun = derived_rows.Deriver.rows, []
+    real, begun = derive_task.DeriveTask._fill, []
 
     def signalled(*given: Any) -> Any:
         begun.append(given)
@@ -272,7 +272,7 @@ def test_a_signal_stops_it_and_the_same_recipe_continues(
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*given)
 
-    monkeypatch.setattr(derived_rows.Deriver, "rows", signalled)
+    monkeypatch.setattr(derive_task.DeriveTask, "_fill", signalled)
     with pytest.raises(Stopped, match="stopped: 3 of the 10 shards that were to do are committed") as error:
         derive(plan)
     assert error.value.exit_code == 75

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from logitcache.cache.snapshot import open_snapshot
-from logitcache.cache.write.claims import Claim, writing
+from logitcache.cache.write.writer_locks import Claim, writing
 from logitcache.cli import main
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import MismatchError
 from logitcache.models import SmallCNN
 from logitcache.report.recipe_check import check_recipes
 from logitcache.runtime.console import configure
+from logitcache.runtime.stopping import StopFlag
 from logitcache.stage_one.derive import derive as module
 from logitcache.stage_one.derive.derive import derive
 from logitcache.stage_one.precompute import precompute
@@ -59,9 +60,13 @@ def test_derive_waits_for_shards_that_are_held(two: Path, tmp_path: Path, monkey
         assert all(claim.take() for claim in held)
         left = derive(plan)
         assert (left.shards_written, left.shards_left, left.shards_held) == (0, count, count)
-        monkeypatch.setattr(
-            "logitcache.stage_one.share.time.sleep", lambda seconds: [claim.release() for claim in held]
-        )
+
+        def release(flag: StopFlag, seconds: float) -> bool:
+            for claim in held if seconds else ():
+                claim.release()
+            return False
+
+        monkeypatch.setattr(StopFlag, "wait", release)
         found = derive(plan, wait=True)
     assert (found.shards_written, found.shards_left) == (count, 0)
 
@@ -85,11 +90,11 @@ def test_the_command_tells_what_it_did_and_how_it_failed(
         assert main(["derive", str(file), "--set", "average=1"]) == 2
         seen = []
 
-        def on_cluster(plan: Any, **given: Any) -> Any:
+        def run(plan: Any, **given: Any) -> Any:
             seen.append(given)
             return derive(plan)
 
-        monkeypatch.setattr(module, "derive_on_cluster", on_cluster)
+        monkeypatch.setattr(module, "derive", run)
         assert main(["derive", str(file), "--workers", "2"]) == 0
         assert main(["derive", str(file), "--scheduler", "tcp://a:1", "--part", "1/3"]) == 0
         assert seen == [

@@ -127,14 +127,14 @@ def test_a_shard_that_is_damaged_meanwhile_ends_the_run_and_what_was_committed_i
 ) -> None:
     damaged = Path(shutil.copytree(two, tmp_path / "damaged"))
     plan = derivation(damaged, tmp_path / "d", {"a": {"logits": TOP3}}, shard_rows=128)
-    real = module.prepare_derived
+    real = module.find_derived_todo
 
     def then_damaged(*given: Any) -> Any:
         found = real(*given)
         flip(shard_files(damaged, "a.logits")[3], 7)
         return found
 
-    monkeypatch.setattr(module, "prepare_derived", then_damaged)
+    monkeypatch.setattr(module, "find_derived_todo", then_damaged)
     with pytest.raises(CacheError, match=r"a\.logits view 1 rows 0\.\.128: its bytes differ"):
         derive(plan)
     monkeypatch.undo()

@@ -3,6 +3,8 @@
 import pickle
 import socket
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache.errors import CacheError, MissingExtraError, RecipeError
-from logitcache.stage_one.cluster import client, gather_values
-from logitcache.stage_one.cluster.dask import LostScheduler
-from logitcache.stage_one.cluster.gather_values import HERE, Cluster, gathered
+from logitcache.stage_one.cluster import cluster, worker
+from logitcache.stage_one.cluster.cluster import HERE, Cluster, LostScheduler, gathered
 
 
 def doubled(number: int) -> int:
@@ -23,8 +24,7 @@ def doubled(number: int) -> int:
 
 @given(st.permutations(range(12)))
 def test_whatever_order_they_arrive_in_values_come_in_that_of_their_tasks(order: list[int]) -> None:
-    answers = (gather_values._Answer(number, str(number)) for number in order)
-    assert [*gather_values._in_order(answers)] == [str(number) for number in range(12)]
+    assert [*cluster._in_order((number, str(number)) for number in order)] == [str(number) for number in range(12)]
 
 
 def test_without_a_cluster_they_are_computed_here_one_after_the_other() -> None:
@@ -35,11 +35,12 @@ def test_without_a_cluster_they_are_computed_here_one_after_the_other() -> None:
 
 
 def test_a_users_error_comes_back_as_a_value() -> None:
-    found = gather_values._answer(pickle.dumps(doubled), None, 3, 7)
-    assert (found.number, found.value) == (3, None)
-    assert found.refusal is not None
-    assert str(found.refusal.error()).startswith("seven is damaged\n  On worker: ")
-    assert gather_values._answer(pickle.dumps(doubled), None, 1, 4).value == 8
+    opener = pickle.dumps(partial(nullcontext, doubled))
+    error = worker.call("doubled", opener, None, 7)
+    assert isinstance(error, CacheError)
+    assert str(error).startswith("seven is damaged\n  On worker: ")
+    assert worker.call("doubled", opener, None, 4) == 8
+    worker.release("doubled")
 
 
 def one(where: Cluster) -> None:
@@ -47,7 +48,7 @@ def one(where: Cluster) -> None:
 
 
 def test_where_no_scheduler_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather_values, "FIRST", 0.1)
+    monkeypatch.setattr(cluster, "FIRST", 0.1)
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(RecipeError, match=f"no scheduler answers at {address}"):
@@ -57,22 +58,17 @@ def test_where_no_scheduler_answers_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_scheduler_that_is_lost_ends_it_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Client:
-        def close(self) -> None:
-            pass
-
-    def lost(*given: Any) -> Iterator[Any]:
+    def lost(*given: Any, **options: Any) -> Iterator[Any]:
         raise LostScheduler("the scheduler is gone")
         yield
 
-    monkeypatch.setattr(gather_values, "connected", lambda *given: Client())
-    monkeypatch.setattr(gather_values, "_answers", lost)
+    monkeypatch.setattr(cluster, "results", lost)
     with pytest.raises(CacheError, match=r"double: the scheduler is gone\. Fix: start the scheduler"):
         one(Cluster(scheduler="tcp://a:1"))
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"logitcache\[cluster\]"):
         one(Cluster(workers=2))
 

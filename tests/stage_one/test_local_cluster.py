@@ -9,8 +9,7 @@ import torch
 
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import KilledWorkerError, RecipeError
-from logitcache.stage_one.cluster import dask
-from logitcache.stage_one.cluster.client import precompute_on_cluster
+from logitcache.stage_one.cluster import local_workers
 from logitcache.stage_one.precompute import precompute
 from tests.cache.made import contents, teacher
 from tests.stage_one import dying
@@ -23,15 +22,15 @@ def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cuda = torch.device("cuda")
-    assert dask._own(2, cuda) == [
+    assert local_workers._own(2, cuda) == [
         {"env": {"CUDA_VISIBLE_DEVICES": "0"}, "resources": {"GPU": 1}},
         {"env": {"CUDA_VISIBLE_DEVICES": "1"}, "resources": {"GPU": 1}},
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert [own["env"]["CUDA_VISIBLE_DEVICES"] for own in dask._own(2, cuda)] == ["5", "3"]
-    assert dask._own(3, torch.device("cpu")) == [{}, {}, {}]
+    assert [own["env"]["CUDA_VISIBLE_DEVICES"] for own in local_workers._own(2, cuda)] == ["5", "3"]
+    assert local_workers._own(3, torch.device("cpu")) == [{}, {}, {}]
     with pytest.raises(RecipeError, match="--workers 3: each takes a GPU, and this machine shows 2"):
-        dask._own(3, cuda)
+        local_workers._own(3, cuda)
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "killed"
     folder.mkdir()
     monkeypatch.setenv(dying.FOLDER, str(folder))
-    monkeypatch.setattr(dask, "worker", dying)
+    monkeypatch.setattr(local_workers, "worker", dying)
     return folder
 
 
@@ -48,7 +47,7 @@ def test_workers_that_are_killed_while_they_start_are_started_again(
     killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(dying.COUNT, "3")
-    result = precompute_on_cluster(named(tmp_path / "c.zarr"), workers=2)
+    result = precompute(named(tmp_path / "c.zarr"), workers=2)
     assert len(list(killed.iterdir())) >= 3
     assert (result.shards_written, result.shards_left) == (6, 0)
     precompute(named(tmp_path / "w.zarr"))
@@ -59,9 +58,9 @@ def test_workers_that_never_start_end_the_run_which_can_go_on(
     killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(dying.COUNT, "1000")
-    monkeypatch.setattr(dask, "STARTS", 1)
+    monkeypatch.setattr(local_workers, "STARTS", 1)
     with pytest.raises(KilledWorkerError, match=r"2 times in a row.* Fix: fewer --workers") as stopped:
-        precompute_on_cluster(named(tmp_path / "c.zarr"), workers=1)
+        precompute(named(tmp_path / "c.zarr"), workers=1)
     assert stopped.value.exit_code == 75
     assert precompute(named(tmp_path / "c.zarr")).shards_left == 0
 
@@ -98,5 +97,5 @@ def test_workers_that_do_not_end_in_time_are_no_error(tmp_path: Path, monkeypatc
             raise TimeoutError
 
     monkeypatch.setattr(SpecCluster, "close", late)
-    result = precompute_on_cluster(named(tmp_path / "c.zarr"), workers=1)
+    result = precompute(named(tmp_path / "c.zarr"), workers=1)
     assert result.shards_left == 0

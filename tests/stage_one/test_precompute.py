@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from logitcache.cache.cache import open_cache
-from logitcache.cache.write.claims import alone, preparing, writing
+from logitcache.cache.write.writer_locks import alone, preparing, writing
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import RecipeError
 from logitcache.models import Classifier, Preprocessing, save_weights

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from logitcache.cache.write.claims import preparing
+from logitcache.cache.write.writer_locks import preparing
 from logitcache.errors import CacheError, RecipeError
 from logitcache.runtime import console
+from logitcache.runtime.stopping import StopFlag
+from logitcache.stage_one.claims import parse_part
 from logitcache.stage_one.precompute import precompute
-from logitcache.stage_one.share import Part
 from logitcache.store.local import LocalStore
 from tests.cache.made import Linear, Pixels, contents, recipe, run
 from tests.stage_one.apart import program, until
@@ -88,7 +89,7 @@ def test_precompute_that_waits_and_a_student_after_it_run_in_two_processes_at_on
 
 def test_a_wait_ends_if_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "c.zarr"
-    monkeypatch.setattr("logitcache.stage_one.share.time.sleep", lambda seconds: shutil.rmtree(path))
+    monkeypatch.setattr(StopFlag, "wait", lambda flag, seconds: seconds > 0 and shutil.rmtree(path))
     with pytest.raises(CacheError, match="Fix: check the path"):
         precompute(
             recipe(path, shard_rows=128), teachers={"t": Linear()}, dataset=Pixels(NUM_IMAGES), part="1/2", wait=True
@@ -148,8 +149,8 @@ def test_a_run_waits_while_another_prepares_and_says_so(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("text", ["", "2", "0/3", "4/3", "1/0", "-1/2", "1/2/3", "a/b", "1.0/2"])
 def test_a_part_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(RecipeError, match=r"is none of 1/N to N/N\. Fix"):
-        Part.parse(text)
+        parse_part(text)
 
 
 def test_parts_are_read() -> None:
-    assert Part.parse("2/16") == (2, 16)
+    assert parse_part("2/16") == (2, 16)

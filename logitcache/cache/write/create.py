@@ -8,7 +8,7 @@ from pathlib import Path
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import ROOT, metadata_files
 from logitcache.cache.format.samples import Samples
-from logitcache.cache.write.claims import PREPARING, explained
+from logitcache.cache.write.writer_locks import PREPARING, explained
 from logitcache.store.base import Store
 from logitcache.store.files import sync_directory
 

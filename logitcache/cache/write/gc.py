@@ -14,8 +14,8 @@ from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import GROWING, ROOT, read_manifest
 from logitcache.cache.snapshot import locate
-from logitcache.cache.write.claims import alone, preparing, try_creating
 from logitcache.cache.write.growth import read_growth
+from logitcache.cache.write.writer_locks import alone, preparing, try_creating
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
 from logitcache.store.files import LEFTOVER

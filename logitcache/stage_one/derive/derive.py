@@ -2,91 +2,76 @@
 
 import contextlib
 import functools
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import torch
+import numpy as np
+import zarr
 
 from logitcache.cache.cache import open_cache
-from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.format.derivation import Derivation, Member
+from logitcache.cache.format.manifest import Manifest, TeacherEntry
+from logitcache.cache.format.manifest_diff import short
+from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.samples import Samples, read_canaries, read_digests, read_labels
+from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.snapshot import Snapshot, locate
-from logitcache.cache.write.claims import preparing, writing
-from logitcache.cache.write.writer import CacheWriter
-from logitcache.errors import CacheError, MismatchError, RecipeError
-from logitcache.runtime.console import track
+from logitcache.config.trust import inherit
+from logitcache.errors import MismatchError, RecipeError
 from logitcache.runtime.device import resolve_device
-from logitcache.runtime.stopping import stop_flag
-from logitcache.stage_one.cluster.client import Run, require_cluster
-from logitcache.stage_one.cluster.worker import Work, filled, name_of
+from logitcache.stage_one.claims import Claims, parse_part
+from logitcache.stage_one.cluster.cluster import Cluster
+from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, fill_on_cluster, open_same
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
-from logitcache.stage_one.derive.derived_rows import Deriver
-from logitcache.stage_one.derive.source import Source, prepare_derived
-from logitcache.stage_one.precompute import Done, PrecomputeResult, finished, stopped_message
-from logitcache.stage_one.preparation import Plan
-from logitcache.stage_one.share import WHOLE, Part, Share
+from logitcache.stage_one.derive.derive_task import DeriveTask
+from logitcache.stage_one.derive.source import Source, Tables
+from logitcache.stage_one.lifecycle import PrecomputeResult, begun, result_of
+from logitcache.stage_one.loop import Done, fill
+from logitcache.stage_one.todo import Skeleton, Todo
 from logitcache.store.base import Store
 from logitcache.store.remote.client import is_remote
-from logitcache.store.shards import Shard
+from logitcache.teacher.fitting import fit_logits, refit_damaged_tables
 
-__all__ = ["DeriveRecipe", "derive", "derive_on_cluster"]
-
-
-def derive(recipe: DeriveRecipe, *, part: str | None = None, wait: bool = False) -> PrecomputeResult:
-    """Fill the recipe's `out` from its `cache`; continues where earlier runs stopped, and shares with other runs.
-
-    `part` "i/n" takes only each n-th shard; `wait` returns only when `out` is whole, whoever computes its shards.
-    Raises CacheError for a source that is damaged or incomplete, RecipeError for what it does not have, MismatchError
-    if `out` is another cache, Stopped after SIGTERM or Ctrl-C.
-    """
-    started, mine, done = time.perf_counter(), WHOLE if part is None else Part.parse(part), Done()
-    with _prepared(recipe) as (source, plan):
-        share = Share(plan.snapshot, plan.pending, 1, mine, wait)
-        if plan.pending:
-            fill(_deriver(recipe, source, plan), plan.store, len(plan.pending), share, done)
-    return finished(plan, share, done, started)
+__all__ = ["DeriveRecipe", "derive"]
 
 
-def derive_on_cluster(
+def derive(
     recipe: DeriveRecipe,
     *,
-    scheduler: str | None = None,
-    workers: int | None = None,
     part: str | None = None,
     wait: bool = False,
+    scheduler: str | None = None,
+    workers: int | None = None,
 ) -> PrecomputeResult:
-    """Fill `out` by the workers of a running `scheduler`, or by `workers` processes of this machine.
+    """Fill the recipe's `out` from its `cache`; continues where earlier runs stopped, and shares with other runs.
 
-    The bytes are those that `derive` writes. Raises as it does.
+    `part`, `wait`, `scheduler` and `workers` as for `precompute`. Raises CacheError for a source that is damaged or
+    incomplete, RecipeError for what it does not have, MismatchError if `out` is another cache, Stopped after SIGTERM
+    or Ctrl-C.
     """
-    started, mine, done = time.perf_counter(), WHOLE if part is None else Part.parse(part), Done()
-    require_cluster(scheduler, workers)
-    with _prepared(recipe) as (source, plan):
-
-        def job(threads: int | None) -> Work:
-            return DeriveJob(recipe, source.store, source.manifest, plan.store, plan.goal, threads)
-
-        share = Share(plan.snapshot, plan.pending, 1, mine, wait)
-        Run("derive", plan, share, done).fill_on(job, scheduler, workers, resolve_device(recipe.device))
-    return finished(plan, share, done, started)
-
-
-@contextlib.contextmanager
-def _prepared(recipe: DeriveRecipe) -> Iterator[tuple[Source, Plan]]:
-    """Open the source, and create the cache or prove that it is the one to continue; it is written to meanwhile."""
+    started, my_part, cluster = time.perf_counter(), parse_part(part), Cluster(scheduler, workers).checked()
+    here, there = (one if is_remote(one) else str(Path(one).absolute()) for one in (recipe.out, recipe.cache))
     _require_apart(recipe)
-    store = locate(recipe.out)
+    store, device, done = locate(recipe.out), resolve_device(recipe.device), Done()
     source = Source.of(recipe, open_cache(recipe.cache).snapshot)
-    with contextlib.ExitStack() as held:
-        with preparing(store) as target:
-            plan = prepare_derived(recipe, source, target, store)
-            held.enter_context(writing(store))
-        yield source, plan
+    with begun(store, lambda: find_derived_todo(recipe, source, store)) as todo:
+        if todo.recorded is None:
+            inherit(source.snapshot.identity, todo.goal.digest())
+        claims = Claims(todo.snapshot, todo.shards, 1, my_part, math.inf if wait else 0.0)
+        if todo.shards and cluster.is_here:
+            fill(DeriveTask(source, todo, device), claims, done)
+        elif todo.shards:
+            absolute = recipe.model_copy(update={"out": here, "cache": there})
+            opener = functools.partial(open_derive_task, absolute, source.manifest, todo.goal)
+            fill_on_cluster(cluster, TaskOpener(DeriveTask.label, absolute, opener), device, todo, claims, done)
+    return result_of(todo, claims, done, started)
 
 
 def _require_apart(recipe: DeriveRecipe) -> None:
-    """Raise RecipeError where one of both caches is, or lies in, the other."""
+    """Raise RecipeError if one of both caches is, or lies in, the other."""
     here, there = (one if is_remote(one) else Path(one).resolve().as_posix() for one in (recipe.out, recipe.cache))
     if f"{here}/".startswith(f"{there}/") or f"{there}/".startswith(f"{here}/"):
         raise RecipeError(
@@ -94,84 +79,140 @@ def _require_apart(recipe: DeriveRecipe) -> None:
         )
 
 
-def _deriver(recipe: DeriveRecipe, source: Source, plan: Plan) -> Deriver:
-    device = resolve_device(recipe.device)
-    return Deriver(source.reader, plan.goal, plan.layout, plan.coders, source.origins, device)
+@contextlib.contextmanager
+def open_derive_task(recipe: DeriveRecipe, source_manifest: Manifest, goal: Manifest) -> Iterator[DeriveTask]:
+    """Open, in a worker, the source as the client saw it, and the cache to fill."""
+    source = Source.of(recipe, open_same(recipe.cache, source_manifest))
+    yield DeriveTask(source, Todo(open_same(recipe.out, goal)), resolve_device(recipe.device))
 
 
-@torch.no_grad()
-def fill(deriver: Deriver, store: Store, total: int, share: Share, done: Done) -> None:
-    """Read, decode, encode and write, shard by shard; `total` shards were to do."""
-    writer = CacheWriter(store, deriver.layout)
-    with stop_flag() as stop, contextlib.closing(share), contextlib.closing(writer):
-
-        def check() -> None:
-            if stop:
-                writer.flush()
-                raise stop.stopped(stopped_message(store, done.shards, total))
-
-        taken = -1
-        # Once more after the last: a process that died may have let go of a shard since.
-        while taken != done.shards or share.awaits(check):
-            taken = done.shards
-            for (shard,) in track(share.take(), "derive", len(share.groups), "shards"):
-                rows = deriver.rows(shard, share.missing(shard), check)
-                writer.submit(shard, rows, functools.partial(share.committed, shard))
-                done.count(shard)
-            writer.flush()
-
-
-class DeriveJob(NamedTuple):
-    """A derived cache to fill from a source; `threads` are torch's, None as they are."""
-
-    recipe: DeriveRecipe
-    source: Store
-    source_manifest: Manifest
-    store: Store
-    goal: Manifest
-    threads: int | None
-
-    @property
-    def name(self) -> str:
-        """What tells it from others on one scheduler."""
-        return name_of(self.store, self.threads, self.recipe, self.goal)
-
-    def open(self) -> "_Opened":
-        """Open both caches."""
-        return _Opened(self)
+def find_derived_todo(recipe: DeriveRecipe, source: Source, store: Store) -> Todo:
+    """Describe the derived cache, or compare the existing one with the recipe and the source; writes nothing."""
+    manifest = source.manifest
+    is_seen = [canary.view < manifest.views.num_views for canary in manifest.canaries]
+    if not any(is_seen):
+        needed = min(canary.view for canary in manifest.canaries) + 1
+        raise RecipeError(
+            f"num_views: none of the views that prove the pixels is among the first {manifest.views.num_views} of "
+            f"{source.store}. Fix: num_views: {needed} or more"
+        )
+    pixels = read_canaries(source.store, manifest)[np.array(is_seen)]
+    samples = Samples(read_labels(source.store, manifest), read_digests(source.store, manifest), pixels)
+    asked = {name: _entry(name, source) for name in source.origins}
+    canaries = tuple(canary for canary, seen in zip(manifest.canaries, is_seen, strict=True) if seen)
+    # Versions are those that made the pixels and the answers; the metadata is written here.
+    update = {"teachers": asked, "canaries": canaries, "versions": manifest.versions | {"zarr": zarr.__version__}}
+    wanted = manifest.model_copy(update=update)
+    if (store.path / ROOT).exists():
+        return _existing(Snapshot.read(store), recipe, source, wanted, samples)
+    entries, tables = _fit(source, asked, manifest.views.num_views)
+    rows = _shard_rows(recipe, source, entries)
+    goal = wanted.model_copy(update={"teachers": fit_to_pages(entries, rows), "shard_rows": rows})
+    return Todo.compare(Snapshot.as_described(store, goal), None, Skeleton(goal, samples, {}), tables=tables)
 
 
-class _Opened:
-    """The source as the client saw it, and the cache to fill."""
+def _existing(cache: Snapshot, recipe: DeriveRecipe, source: Source, wanted: Manifest, samples: Samples) -> Todo:
+    recorded = cache.manifest
+    differences = _differences(recorded, wanted, recipe)
+    if differences:
+        raise MismatchError(
+            f"{cache.store} is another cache than the recipe and {source.store} make:\n  "
+            + "\n  ".join(differences)
+            + "\n  Fix: give `out:` another path, or remove that cache"
+        )
 
-    def __init__(self, job: DeriveJob) -> None:
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
-        source = Source.of(job.recipe, _opened_same(job.source, job.source_manifest))
-        self._plan = Plan.of(_opened_same(job.store, job.goal), [])
-        self._deriver = _deriver(job.recipe, source, self._plan)
+    def fit_again(entries: Mapping[str, TeacherEntry], num_views: int | None, num_rows: int) -> Tables:
+        found: Tables = {}
+        for name, entry in entries.items():
+            for target in entry.unfitted:
+                kept = target in source.origins[name].kept
+                views = num_views or wanted.views.num_views
+                found |= source.tables(name, target) if kept else _fit(source, {name: entry}, views)[1]
+        return found
 
-    def fill(self, shards: Sequence[Shard], done: Done) -> list[Shard]:
-        """Derive what nobody else has, and wait a while for what somebody has; returns what is committed."""
-        store = self._plan.store
-        share = Share(self._plan.snapshot, shards, 1, WHOLE)
-        return filled(store, share, lambda: fill(self._deriver, store, len(shards), share, done))
-
-    def close(self) -> None:
-        """Let go of nothing: files are open only while they are read."""
+    repairs = refit_damaged_tables(cache.store, recorded, fit_again)
+    return Todo.compare(cache, recorded, Skeleton(recorded, samples, repairs))
 
 
-def _opened_same(store: Store, wanted: Manifest) -> Snapshot:
-    """Open a cache that the client names by its location; raise unless it is the same cache here."""
-    fix = "Fix: a file system that client and workers share, at the same path"
-    store = locate(str(store))
-    try:
-        opened = Snapshot.read(store)
-    except CacheError as error:
-        raise CacheError(f"{error}\n  {fix}") from error
-    found = opened.manifest
-    views = min(found.views.num_views, wanted.views.num_views)
-    targets = {name: kept for name, kept in wanted.targets.items() if name in found.teachers}
-    if found.restricted(views, targets).content_digest() != wanted.content_digest():
-        raise MismatchError(f"{store} is another cache here than at the client. {fix}")
-    return opened.of(wanted)
+def _entry(name: str, source: Source) -> TeacherEntry:
+    """Say whose answers they are and what is asked for; how logits that are encoded anew are kept is not decided."""
+    origin = source.origins[name]
+    teacher, entries = origin.teacher, {member: source.manifest.teachers[member] for member in origin.weights}
+    first = next(iter(entries.values()))
+    several = len(entries) > 1
+    derivation = Derivation(
+        source=source.manifest.content_digest(),
+        members={
+            member: Member(
+                weight=origin.weights[member],
+                weights=entry.weights,
+                preprocessing=entry.preprocessing,
+                model=entry.model,
+                logits=entry.logits,
+            )
+            for member, entry in entries.items()
+        },
+        average=teacher.average,
+        temperature=teacher.temperature if several and teacher.average == "probabilities" else None,
+    )
+    update: dict[str, Any] = {"model": derivation.model_dump(mode="json"), "weights": derivation.digest(), "errors": {}}
+    if teacher.logits is not None:
+        update |= {"logits": teacher.logits, "stored_logits": None}
+    if several:  # of several networks, each with its own outputs
+        update |= {"classes": None}
+    return first.restricted(origin.kept).model_copy(update=update)
+
+
+def _fit(source: Source, entries: Mapping[str, TeacherEntry], num_views: int) -> tuple[dict[str, TeacherEntry], Tables]:
+    """Return the entries with forms for the logits that are encoded again, and all tables by array name."""
+    fitted, tables = dict(entries), Tables()
+    for name, entry in entries.items():
+        for target in entry.targets:
+            if target in entry.unfitted:
+                sample = source.sample(name, num_views)
+                stored, found = fit_logits(entry, sample, num_views, sample.wanted_rows)
+                fitted[name] = entry.model_copy(update={"stored_logits": stored})
+                tables |= {f"{name}.{target}.{key}": table for key, table in found.items()}
+            else:
+                tables |= source.tables(name, target)
+    return fitted, tables
+
+
+def _shard_rows(recipe: DeriveRecipe, source: Source, entries: Mapping[str, TeacherEntry]) -> int:
+    """Choose the rows of a shard as precompute does; if something is copied, they are those of the source."""
+    manifest = source.manifest
+    if not any(origin.kept for origin in source.origins.values()):
+        return choose_shard_rows(list(entries.values()), manifest.num_images, recipe.shard_rows)
+    if recipe.shard_rows not in (None, manifest.shard_rows):
+        raise RecipeError(
+            f"shard_rows is {recipe.shard_rows}, and what is kept comes in shards of {manifest.shard_rows} rows. "
+            "Fix: leave it out"
+        )
+    return manifest.shard_rows
+
+
+def _differences(recorded: Manifest, wanted: Manifest, recipe: DeriveRecipe) -> list[str]:
+    """List the differences but for what a run finds out: forms, errors, versions."""
+    old, new = recorded.views, wanted.views
+    made: list[tuple[str, object, object]] = [
+        ("num_views", old.num_views, new.num_views),
+        ("views", old.model_copy(update={"num_views": new.num_views}), new),
+        *(
+            (key, getattr(recorded, key), getattr(wanted, key))
+            for key in ("image_shape", "row_checksums", "parameters")
+        ),
+    ]
+    named: list[tuple[str, object, object]] = [
+        ("shard_rows", recorded.shard_rows, recipe.shard_rows or recorded.shard_rows),
+        ("teachers", list(recorded.teachers), list(wanted.teachers)),
+    ]
+    lines = ["it is of other images"] if recorded.fingerprint != wanted.fingerprint else []
+    lines += ["canaries: it has others"] if recorded.canaries != wanted.canaries else []
+    for name in recorded.teachers.keys() & wanted.teachers.keys():
+        entry, asked = recorded.teachers[name], wanted.teachers[name]
+        named.append((f"teachers.{name}.logits", entry.logits, asked.logits))
+        named.append((f"teachers.{name}.keep", entry.features, asked.features))
+        if entry.model != asked.model:
+            lines.append(f"teachers.{name}: it was derived from {entry.model}, the recipe derives from {asked.model}")
+    lines += [f"{key}: it has {short(a)}, these make {short(b)}" for key, a, b in made if a != b]
+    return lines + [f"{key}: it has {short(a)}, the recipe {short(b)}" for key, a, b in named if a != b]

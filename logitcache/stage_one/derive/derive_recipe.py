@@ -14,7 +14,7 @@ class DerivedTeacher(Component):
     """A teacher of the new cache, made of `members` of the source, by default of the one that has its name.
 
     `logits` encodes the member's logits anew, or the mean of several members by their weights. `keep` names what is
-    copied as it is: features, and `logits` where these are not encoded anew; `all` is all there is.
+    copied as it is: features, and `logits` unless they are encoded anew; `all` copies all targets.
     `average: probabilities` is exact at `temperature`.
     """
 

@@ -1,7 +1,8 @@
 """Several writers of one cache: short sections for one alone, a presence that others see, and claims on shards.
 
-All of these are flocks: they end with the process, and depend on no clock. They lie on files that the finished cache
-has anyway, which are opened and not changed, so that nothing of them remains.
+All of these are flocks: they end with the process, and depend on no clock. They are on files that the finished cache
+has anyway, which are opened and not changed. A lock file beside the cache would be simpler; but it would stay behind
+when its process is killed, and need a parent folder that may be written where a finished cache may only be read.
 """
 
 import errno
@@ -9,7 +10,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from logitcache.cache.format.metadata import ROOT
@@ -21,10 +22,7 @@ from logitcache.store.files import LEFTOVER, fix_of
 from logitcache.store.shards import Shard
 
 PREPARING, WRITING = f"digest/{ROOT}", f"label/{ROOT}"
-"""Whose lock is for one process that prepares or finishes a cache, and for all that write to it."""
-
-MOST_MISSED = 1000
-"""How often a directory may be gone that was just made; more often it cannot be made, and no other run removes it."""
+"""The files whose locks are for one process that prepares or finishes a cache, and for all that write to it."""
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 _held: set[int] = set()
@@ -35,54 +33,45 @@ def preparing(store: Store) -> Iterator[Path]:
     """Be the only one to prepare or finish a cache, waiting for others that do.
 
     Yields where to write: the store's folder, or a directory beside it for a new cache, which is removed unless it was
-    renamed. The lock goes with a directory that is renamed. Raises CacheError where no cache can be.
+    renamed. The lock goes with a directory that is renamed. Raises CacheError if no cache can be there.
     """
-    with explained(store.path):
-        lock, target = _lock(store)
-    try:
-        yield target
-    finally:
-        if target != store.path:
-            shutil.rmtree(target, ignore_errors=True)
-        _release(lock)
+    with ExitStack() as held:
+        with explained(store.path):
+            target = _locked_target(store, held)
+        try:
+            yield target
+        finally:
+            if target != store.path:
+                shutil.rmtree(target, ignore_errors=True)
 
 
 @contextmanager
 def try_creating(store: Store) -> Iterator[Path | None]:
-    """Hold the directory in which a cache was being created, where there is one that no process holds; else None."""
-    lock = None
+    """Hold the directory in which a cache was being created; None if there is none, or a process holds it."""
     target = creating(store.path)
-    with explained(target), suppress(FileNotFoundError, NotADirectoryError):
-        lock = _open(target / PREPARING)
-    try:
-        yield target if lock is not None and _try(lock, fcntl.LOCK_EX) and is_at(lock, target / PREPARING) else None
-    finally:
-        if lock is not None:
-            _release(lock)
+    with ExitStack() as held:
+        lock = None
+        with explained(target), suppress(FileNotFoundError, NotADirectoryError):
+            lock = held.enter_context(_opened(target / PREPARING))
+        is_free = lock is not None and _try(lock, fcntl.LOCK_EX) and is_at(lock, target / PREPARING)
+        yield target if is_free else None
 
 
 @contextmanager
 def writing(store: Store) -> Iterator[None]:
     """Be seen to write to a cache; to begin within `preparing`."""
-    with explained(store.path):
-        lock = _open(store.path / WRITING)
-        _flock(lock, fcntl.LOCK_SH, store)
-    try:
+    with ExitStack() as held:
+        with explained(store.path):
+            lock = held.enter_context(_opened(store.path / WRITING))
+            _wait(lock, fcntl.LOCK_SH, store)
         yield
-    finally:
-        _release(lock)
 
 
 def alone(store: Store) -> bool:
     """Whether no process writes to a cache, this one included, which stays so until `preparing` ends."""
-    try:
-        lock = _open(store.path / WRITING)
-    except OSError:
-        return False
-    try:
+    with suppress(OSError), _opened(store.path / WRITING) as lock:
         return _try(lock, fcntl.LOCK_EX) is True
-    finally:
-        _release(lock)
+    return False
 
 
 class Claim:
@@ -90,80 +79,60 @@ class Claim:
 
     def __init__(self, store: Store, shard: Shard) -> None:
         self._file = store.path / "digest" / f"claim.{shard.view}.{shard.start}{LEFTOVER}"
-        self._lock: int | None = None
+        self._held = ExitStack()
 
     def take(self) -> bool:
-        """Claim the shard; False where another process has it."""
+        """Claim the shard; False if another process has it."""
         while True:
-            with explained(self._file):
-                lock = _open(self._file, create=True)
-                free = _try(lock, fcntl.LOCK_EX)
-            if free is False:
-                _release(lock)
-                return False
-            # Another may have released it, and with it removed the file, before it was locked here.
-            if is_at(lock, self._file):
-                self._lock = lock
-                return True
-            _release(lock)
+            with ExitStack() as held, explained(self._file):
+                lock = held.enter_context(_opened(self._file, create=True))
+                if _try(lock, fcntl.LOCK_EX) is False:
+                    return False
+                # Another may have released it, and with it removed the file, before it was locked here.
+                if is_at(lock, self._file):
+                    self._held = held.pop_all()
+                    self._held.callback(self._remove)
+                    return True
 
     def is_held(self) -> bool:
         """Whether a running process has claimed the shard."""
-        with explained(self._file):
-            try:
-                lock = _open(self._file)
-            except FileNotFoundError:
-                return False
-        try:
+        with explained(self._file), suppress(FileNotFoundError), _opened(self._file) as lock:
             return _try(lock, fcntl.LOCK_EX) is False
-        finally:
-            _release(lock)
+        return False
 
     def release(self) -> None:
-        """Let others see to the shard."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            with suppress(OSError):  # a file without a lock claims nothing, and is removed later
-                self._file.unlink(missing_ok=True)
-            _release(lock)
+        """Let others compute the shard."""
+        self._held.close()
+
+    def _remove(self) -> None:
+        with suppress(OSError):  # a file without a lock claims nothing, and is removed later
+            self._file.unlink(missing_ok=True)
 
 
-def _lock(store: Store) -> tuple[int, Path]:
-    missed = 0
+def _locked_target(store: Store, held: ExitStack) -> Path:
+    """Lock the directory to write to, and return it."""
+    path = store.path
     while True:
         target = target_of(store)
-        try:
-            lock = _lock_at(target, store)
-        except FileNotFoundError:
-            # Another run may rename or remove the directory before it is locked here: then look again.
-            missed += 1
-            if missed == MOST_MISSED:
-                raise
-            continue
-        if lock is not None:
-            return lock, target
-
-
-def _lock_at(target: Path, store: Store) -> int | None:
-    """Lock the directory to write to; None where it has become another one meanwhile."""
-    path = store.path
-    if target != path:
-        (target / PREPARING).parent.mkdir(parents=True, exist_ok=True)
-    # In what may be no cache, nothing is made before it is known to be one.
-    file = target / PREPARING if target != path or (target / PREPARING).is_file() else target
-    lock = _open(file, create=target != path)
-    try:
-        _flock(lock, fcntl.LOCK_EX, store)
-        if target_of(store) == target and is_at(lock, file):
-            return lock
-    except BaseException:
-        _release(lock)
-        raise
-    if target != path and is_at(lock, file):
-        # It came after the rename, and is nobody's.
-        shutil.rmtree(target, ignore_errors=True)
-    _release(lock)
-    return None
+        with ExitStack() as opened:
+            if target != path:
+                target.mkdir(parents=True, exist_ok=True)
+            try:
+                if target != path:
+                    (target / PREPARING).parent.mkdir(exist_ok=True)
+                # In what may be no cache, nothing is made before it is known to be one.
+                file = target / PREPARING if target != path or (target / PREPARING).is_file() else target
+                lock = opened.enter_context(_opened(file, create=target != path))
+            except FileNotFoundError:
+                continue  # another run renamed or removed the directory that was just made or found
+            _wait(lock, fcntl.LOCK_EX, store)
+            is_current = is_at(lock, file)
+            if is_current and target_of(store) == target:
+                held.enter_context(opened.pop_all())
+                return target
+            if is_current and target != path:
+                # It came after the rename, and is nobody's.
+                shutil.rmtree(target, ignore_errors=True)
 
 
 def target_of(store: Store) -> Path:
@@ -191,7 +160,8 @@ def _is_named(path: Path) -> bool:
     return path.name not in ("", "..")
 
 
-def _open(file: Path, create: bool = False) -> int:
+@contextmanager
+def _opened(file: Path, *, create: bool = False) -> Iterator[int]:
     """Open a file to lock it. Network disks lock only what may be written."""
     try:
         lock = os.open(file, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0), 0o666)
@@ -200,17 +170,16 @@ def _open(file: Path, create: bool = False) -> int:
             raise
         lock = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
     _held.add(lock)
-    return lock
+    try:
+        yield lock
+    finally:
+        if lock in _held:  # not in a forked worker
+            _held.discard(lock)
+            os.close(lock)
 
 
-def _release(lock: int) -> None:
-    if lock in _held:
-        _held.discard(lock)
-        os.close(lock)
-
-
-def _flock(lock: int, kind: int, store: Store) -> None:
-    """Wait for a lock; say that it is waited for, or that this file system has none."""
+def _wait(lock: int, kind: int, store: Store) -> None:
+    """Wait for a lock; report that it is waited for, or that this file system has none."""
     got = _try(lock, kind)
     if got is False:
         logger.info(f"waiting for another run, which prepares or finishes {store}")
@@ -223,7 +192,7 @@ def _flock(lock: int, kind: int, store: Store) -> None:
 
 
 def _try(lock: int, kind: int) -> bool | None:
-    """Lock without waiting; None where there are no locks."""
+    """Lock without waiting; None if there are no locks."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -247,7 +216,7 @@ os.register_at_fork(after_in_child=_forget_locks)
 
 @contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn what the file system says into a CacheError."""
+    """Raise an error of the file system as CacheError."""
     try:
         yield
     except OSError as error:

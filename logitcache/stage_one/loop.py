@@ -1,0 +1,108 @@
+"""The loop of stage one: claim shards, compute them batch by batch, write them behind, commit."""
+
+import contextlib
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from logitcache.cache.write.writer import CacheWriter
+from logitcache.runtime.console import track
+from logitcache.runtime.stopping import stop_flag
+from logitcache.stage_one.claims import Claims, ShardGroup
+from logitcache.stage_one.todo import Todo
+from logitcache.store.shards import Shard
+from logitcache.views.keys import ViewKey
+
+
+class Batch(NamedTuple):
+    """Some images of a group of shards, by index; the group is full after its last batch."""
+
+    group: ShardGroup
+    images: Sequence[int]
+    is_last: bool
+
+    @property
+    def keys(self) -> dict[Shard, list[ViewKey]]:
+        """The views of the images, by shard."""
+        return {shard: [ViewKey(shard.view, index) for index in self.images] for shard in self.group.missing}
+
+
+class ShardTask(ABC):
+    """What computes the shards of a cache, opened: each process opens its own."""
+
+    label: ClassVar[str]
+    """What the progress shows."""
+
+    todo: Todo
+    """The cache to fill."""
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """How many images the networks of teachers have taken."""
+
+    @abstractmethod
+    def num_batches(self, shard: Shard) -> int:
+        """Count the batches of the group that a shard is in."""
+
+    @abstractmethod
+    def batches(self, group: ShardGroup) -> Iterator[Batch]:
+        """Cut a group into batches, which do not depend on what it lacks."""
+
+    @abstractmethod
+    def fill(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Fill the rows of each batch and yield it, reading ahead of what is filled."""
+
+
+@dataclass
+class Done:
+    """What is committed in this run: shards and their row-views; and how many images teachers have taken for it."""
+
+    shards: int = 0
+    row_views: int = 0
+    passes: int = 0
+
+    def count(self, shard: Shard) -> None:
+        self.shards += 1
+        self.row_views += shard.stop - shard.start
+
+    def add(self, other: "Done") -> None:
+        """Count what a worker committed for this run."""
+        self.shards += other.shards
+        self.row_views += other.row_views
+        self.passes += other.passes
+
+
+def fill(task: ShardTask, claims: Claims, done: Done) -> None:
+    """Compute and write shards until none can be claimed; raises Stopped after SIGTERM or Ctrl-C."""
+    before, writer = task.passes, CacheWriter(task.todo.store, task.todo.layout)
+    num_batches = sum(task.num_batches(group[0]) for group in claims.groups)
+    with stop_flag() as stop, contextlib.closing(claims), contextlib.closing(writer):
+
+        def pause(seconds: float = 0.0) -> None:
+            if stop.wait(seconds):
+                writer.flush()
+                raise stop.stopped(stopped_message(task.todo, done))
+
+        committed = -1
+        # Once more after the last: a process that died may have released a shard since.
+        while committed != done.shards or claims.wait(pause):
+            committed = done.shards
+            batches = (batch for group in claims.take() for batch in task.batches(group))
+            for batch in track(task.fill(batches), task.label, num_batches, "batches"):
+                pause()
+                for shard, rows in batch.group.rows.items() if batch.is_last else ():
+                    writer.submit(shard, rows, functools.partial(claims.release, shard))
+                    done.count(shard)
+            writer.flush()
+    done.passes += task.passes - before
+
+
+def stopped_message(todo: Todo, done: Done) -> str:
+    """Describe what a stopped run leaves."""
+    return (
+        f"stopped: {done.shards} of the {len(todo.shards)} shards that were to do are committed in {todo.store}, what "
+        "was in progress is dropped. The same command continues"
+    )

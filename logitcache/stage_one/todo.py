@@ -1,0 +1,247 @@
+"""What stage one is to do to a cache: found by comparing it with the recipe, before anything is written."""
+
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from logitcache.cache.cache import Cache
+from logitcache.cache.format.derivation import require_not_derived
+from logitcache.cache.format.layout import CHECKSUMS, Layout
+from logitcache.cache.format.manifest import Manifest, TeacherEntry, recordable
+from logitcache.cache.format.manifest_diff import extends, is_more, require_growth
+from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.samples import Samples
+from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
+from logitcache.cache.read.row_sources import RecordedRows
+from logitcache.cache.read.target_codecs import TargetCodecs
+from logitcache.cache.replay import require_same_images
+from logitcache.cache.snapshot import Snapshot
+from logitcache.cache.verify import damaged
+from logitcache.cache.write.growth import grown, read_growth
+from logitcache.cache.write.unreadable_images import with_repaired_images
+from logitcache.models import weights_digest
+from logitcache.runtime.console import logger
+from logitcache.runtime.versions import versions
+from logitcache.stage_one.inputs import Inputs
+from logitcache.store.base import Store
+from logitcache.store.shards import Shard
+from logitcache.targets import Targets
+from logitcache.teacher.answers import examples_of
+from logitcache.teacher.classes import other_classes
+from logitcache.teacher.fitting import Tables, fit, refit_damaged_tables
+from logitcache.teacher.teacher import Teacher, TeacherSource
+from logitcache.views import canaries
+from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation
+from logitcache.views.keys import ViewKey
+from logitcache.views.spec import require_one_size
+
+
+class Skeleton(NamedTuple):
+    """All of a cache but its shards: what its root is to record before it grows, and bytes of damaged tables by key."""
+
+    manifest: Manifest
+    samples: Samples
+    repairs: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Todo:
+    """The cache as it is to be, and the shards that each group of arrays lacks, by its name.
+
+    damaged: keys of commit records that are to be removed. num_recorded: views whose pixels are recorded already.
+    tables: those fitted to what is new, not written yet, by array name. recorded: the manifest of an existing cache.
+    skeleton: None on a worker, which computes shards alone.
+    """
+
+    snapshot: Snapshot
+    missing: Mapping[str, AbstractSet[Shard]] = field(default_factory=dict)
+    damaged: Sequence[str] = ()
+    num_recorded: int = 0
+    tables: Tables = field(default_factory=dict)
+    recorded: Manifest | None = None
+    skeleton: Skeleton | None = None
+
+    @classmethod
+    def compare(
+        cls,
+        snapshot: Snapshot,
+        recorded: Manifest | None,
+        skeleton: Skeleton,
+        num_recorded: int = 0,
+        tables: Tables | None = None,
+    ) -> "Todo":
+        """Find the shards that are not committed, or whose bytes are no longer the committed ones."""
+        missing = {name: set(snapshot.layout.shards()) - there for name, there in snapshot.committed().items()}
+        records = []
+        for shard, group, text in damaged(snapshot):
+            logger.info(f"to be written again: {text}")
+            missing[group.name].add(shard)
+            records.append(group.record_file(shard))
+        return cls(snapshot, missing, records, num_recorded, tables or {}, recorded, skeleton)
+
+    @property
+    def store(self) -> Store:
+        """The store of the cache."""
+        return self.snapshot.store
+
+    @property
+    def goal(self) -> Manifest:
+        """The manifest of the cache as it is to be."""
+        return self.snapshot.manifest
+
+    @property
+    def layout(self) -> Layout:
+        """Its arrays and shards."""
+        return self.snapshot.layout
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """The shards that are to be computed, in order."""
+        lacking: set[Shard] = set().union(*self.missing.values())
+        return [shard for shard in self.layout.shards() if shard in lacking]
+
+    @cached_property
+    def coders(self) -> TargetCodecs:
+        """The encodings of its targets."""
+        return TargetCodecs(self.store, self.goal, self.layout, self.tables)
+
+    @cached_property
+    def checksums(self) -> RecordedRows | None:
+        """Checksums of the views; None if the cache keeps none. Only those of the recorded views are there."""
+        arrays = {array.suffix: array for array in self.layout.views_arrays}
+        return RecordedRows(self.snapshot.array(arrays[CHECKSUMS])) if CHECKSUMS in arrays else None
+
+
+def find_todo(inputs: Inputs, most_rows: int | None = None) -> Todo:
+    """Describe the recipe's new cache, or compare the existing one with the recipe; writes nothing.
+
+    Encodings of what is new are fitted, to at most `most_rows` calibration rows. Raises MismatchError if the recipe
+    makes another cache.
+    """
+    require_one_size(inputs.views)
+    if not (inputs.store.path / ROOT).exists():
+        return _new(inputs, most_rows)
+    recorded = Snapshot.read(inputs.store)
+    require_not_derived(recorded.manifest, str(inputs.store))
+    if recorded.manifest.num_images != len(inputs.views.dataset.ids):
+        require_same_images(inputs.store, recorded.manifest, inputs.views.dataset)
+    return _existing(inputs, recorded, most_rows)
+
+
+class _Tried(NamedTuple):
+    """The canaries, and what the teachers answer to them; no form of an entry is decided yet."""
+
+    records: tuple[canaries.Canary, ...]
+    samples: Samples
+    examples: dict[str, Targets]
+    entries: dict[str, TeacherEntry]
+
+
+def _try_canaries(inputs: Inputs, keys: list[ViewKey]) -> _Tried:
+    dataset = inputs.views.dataset
+    records, pixels = canaries.take(inputs.views, keys)
+    samples = Samples(dataset.labels, dataset.digests(), pixels.numpy())
+    examples = examples_of(inputs.teachers, pixels, torch.from_numpy(samples.labels[[key.index for key in keys]]))
+    return _Tried(records, samples, examples, entries_of(inputs, examples))
+
+
+def _new(inputs: Inputs, most_rows: int | None) -> Todo:
+    recipe, count = inputs.recipe, len(inputs.views.dataset.ids)
+    tried = _try_canaries(inputs, canaries.choose(recipe.views.seed, count, recipe.views.num_views))
+    entries, tables = fit(recipe, inputs.views, inputs.teachers, tried.entries, tried.examples, most_rows=most_rows)
+    rows = choose_shard_rows(list(entries.values()), count, recipe.shard_rows)
+    manifest = _manifest(inputs, fit_to_pages(entries, rows), tried, rows)
+    snapshot = Snapshot.as_described(inputs.store, manifest)
+    return Todo.compare(snapshot, None, Skeleton(manifest, tried.samples, {}), tables=tables)
+
+
+def _existing(inputs: Inputs, recorded: Snapshot, most_rows: int | None) -> Todo:
+    recipe, store, views, root = inputs.recipe, inputs.store, inputs.views, recorded.manifest
+    tried = _try_canaries(inputs, [ViewKey(canary.view, canary.index) for canary in root.canaries])
+    wanted = _manifest(inputs, tried.entries, tried, recipe.shard_rows or root.shard_rows)
+    wanted = wanted.model_copy(update={"views": recipe.views})
+    growing = recorded.growing()
+    held: set[Shard] = set().union(*growing.committed().values())
+    manifest = with_repaired_images(store, root, wanted, tried.samples.digests, held)
+    cache = Cache(growing.of(manifest))
+    cache.require_dataset(views.dataset)
+    goal = _goal(cache.snapshot, wanted)
+    if manifest.canaries != wanted.canaries:
+        cache.require_canaries(views)
+
+    def fit_again(entries: Mapping[str, TeacherEntry], num_views: int | None, rows: int) -> Tables:
+        return fit(recipe, views, inputs.teachers, entries, tried.examples, num_views, recorded_rows=rows)[1]
+
+    skeleton = Skeleton(manifest, tried.samples, refit_damaged_tables(store, goal, fit_again))
+    tables: Tables = {}
+    if is_more(goal, manifest):
+        entries, tables = fit(recipe, views, inputs.teachers, goal.teachers, tried.examples, most_rows=most_rows)
+        goal = goal.model_copy(update={"teachers": fit_to_pages(entries, goal.shard_rows)})
+    return Todo.compare(cache.snapshot.of(goal), root, skeleton, manifest.views.num_views, tables)
+
+
+def _goal(cache: Snapshot, wanted: Manifest) -> Manifest:
+    """Return the manifest of what a recipe makes of a cache; raise MismatchError if it makes another one."""
+    store, recorded = cache.store, cache.manifest
+    begun = read_growth(store, recorded)
+    if extends(wanted, begun):
+        return grown(recorded, begun, wanted)
+    if extends(recorded, wanted) and (cache.complete or not is_more(recorded, wanted)):
+        return recorded.restricted(wanted.views.num_views, wanted.targets)
+    growing = (
+        f" (growing to {begun.views.num_views} views by {', '.join(begun.teachers)}; "
+        f"`logitcache gc {store} --growth` gives that up)"
+    )
+    require_growth(begun, wanted, f"{store}{growing if is_more(begun, recorded) else ''}")
+    raise AssertionError("it neither extends the cache nor differs from it")
+
+
+def _manifest(inputs: Inputs, entries: dict[str, TeacherEntry], tried: _Tried, shard_rows: int) -> Manifest:
+    recipe, dataset, shape = inputs.recipe, inputs.views.dataset, tried.samples.canaries.shape
+    warn_of_orientation(dataset)
+    return Manifest(
+        dataset=recipe.dataset,
+        fingerprint=fingerprint(dataset),
+        # Canaries may be of views that a recipe for less does not ask for.
+        views=recipe.views.model_copy(
+            update={"num_views": max(recipe.views.num_views, *(record.view + 1 for record in tried.records))}
+        ),
+        image_shape=(shape[1], shape[2], shape[3]),
+        shard_rows=shard_rows,
+        row_checksums=recipe.row_checksums,
+        parameters=recipe.views.columns() if recipe.record_parameters else None,
+        teachers=entries,
+        canaries=tried.records,
+        versions=versions(),
+        class_names=recordable(dataset.class_names),
+    )
+
+
+def entries_of(inputs: Inputs, examples: Mapping[str, Targets]) -> dict[str, TeacherEntry]:
+    """Describe the teachers and what is kept of their answers; no form is decided yet."""
+    return {
+        teacher.name: _entry(
+            inputs.recipe.teachers[teacher.name], teacher, inputs.views.dataset, examples[teacher.name]
+        )
+        for teacher in inputs.teachers
+    }
+
+
+def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, examples: Targets) -> TeacherEntry:
+    num_classes = examples.num_classes if examples.keeps_logits else None
+    if num_classes is not None and dataset.num_classes not in (None, num_classes):
+        raise other_classes(teacher.name, num_classes, dataset)
+    return TeacherEntry(
+        model=source.model.model_dump(mode="json") if source.model else None,
+        weights=weights_digest(teacher.classifier.module),
+        preprocessing=teacher.classifier.preprocessing,
+        precision=source.precision,
+        num_classes=num_classes,
+        classes=None if num_classes is None else teacher.classifier.classes,
+        logits=source.logits,
+        features=teacher.features,
+    )
