@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, BadParameter, Option
 
 from logitcache.cli.common import Answer, Overrides, Recipe, Trust
+from logitcache.errors import RecipeError
 
 if TYPE_CHECKING:
     from logitcache.student.training import RunResult
@@ -115,7 +116,8 @@ def evaluate(
 ) -> Answer:
     """Measure a trained model again.
 
-    On its own images, or with --set validation.… on others. The options from --batch-size to --warm-up need
+    On its own images, or with --set validation.… on others. If a teacher that you name cannot be built or run, the
+    figures are printed and the exit code is 2. The options from --batch-size to --warm-up need
     --latency.
     """
     options = {"--batch-size": batch_size, "--threads": threads, "--repeats": repeats, "--warm-up": warm_up}
@@ -128,6 +130,12 @@ def evaluate(
 
     timing = {"batch_sizes": tuple(batch_size), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
     plan = LatencyPlan.model_validate({key: value for key, value in timing.items() if value}) if latency else None
-    document = asdict(evaluate_beside_teachers(run, [*overrides, *_granted(trust)], plan, teachers_from))
+    result = evaluate_beside_teachers(run, [*overrides, *_granted(trust)], plan, teachers_from)
+    document = asdict(result)
     shown = document if document["epoch"] is not None else document | {"epoch": "not recorded"}
-    return Answer(document, as_text(shown))
+    failed = tuple(
+        f"teacher {name!r} is neither counted nor timed: {result.teachers_left_out[name]}"
+        for name in result.teachers_failed
+    )
+    code = RecipeError.exit_code if failed else 0
+    return Answer(document, as_text(shown), failed, RecipeError.__name__, code)

@@ -1,6 +1,6 @@
 """Evaluate a run, and compare what the student and its teachers cost."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +29,16 @@ def evaluate_beside_teachers(
     """Evaluate a run, and report the cost of its teachers too, if their networks can be built.
 
     Teachers get random weights, which do not matter for it; nothing is downloaded. Models of the user's own code are
-    built if the user names them: by `teachers_from`, the precompute recipe, or by `--set teachers.NAME={model: …}`.
+    built if the user names them: by `teachers_from`, the precompute recipe, or by `--set teachers.NAME={model: …}`. If
+    one of these cannot be built or run, the result names it in `teachers_failed`. Raises RecipeError for a run without
+    teachers, and for names that its cache does not have; CacheError if the cache of named teachers is gone.
     """
-    teachers, left_out = _teachers(run, overrides, teachers_from)
-    return replace(evaluate(run, overrides, latency=latency, teachers=teachers), teachers_left_out=left_out)
+    built, left_out, named = _teachers(run, overrides, teachers_from)
+    result = evaluate(run, overrides, latency=latency, teachers=built)
+    left_out |= result.teachers_left_out
+    for name, reason in left_out.items():
+        logger.info(f"teacher {name!r} is neither counted nor timed: {reason}")
+    return replace(result, teachers_left_out=left_out, teachers_failed=tuple(sorted(left_out.keys() & named)))
 
 
 def teachers_of(path: Path, cache: str) -> dict[str, LiveTeacher]:
@@ -50,27 +56,36 @@ def teachers_of(path: Path, cache: str) -> dict[str, LiveTeacher]:
 
 def _teachers(
     run: Path, overrides: Sequence[str], teachers_from: Path | None
-) -> tuple[dict[str, Contender | None], dict[str, str]]:
-    """Build the teachers of a run's cache; return them, and by name why others cannot be built."""
+) -> tuple[dict[str, Contender | None], dict[str, str], Collection[str]]:
+    """Build the teachers of a run's cache; return them, by name why others cannot be built, and names that users gave.
+
+    Raises what `evaluate_beside_teachers` does.
+    """
     recipe = read_run(run, overrides)
     if not isinstance(recipe, StudentRecipe):
-        return {}, {}
+        if teachers_from is not None:
+            raise RecipeError(f"{run} learnt from labels, and has no teachers. Fix: leave out --teachers-from")
+        return {}, {}, ()
+    stated = {n: t for n, t in recipe.teachers.items() if is_stated(f"teachers.{n}.model.factory", overrides)}
     try:
         require_known_source(Path(run), recipe, overrides)
         manifest = read_manifest(locate(recipe.cache))
     except (CacheError, RefusedError, RemoteError):
-        return {}, {}  # `evaluate` reports why
-    stated = {} if teachers_from is None else dict(teachers_of(teachers_from, recipe.cache))
-    stated |= {n: t for n, t in recipe.teachers.items() if is_stated(f"teachers.{n}.model.factory", overrides)}
+        if stated or teachers_from is not None:
+            raise
+        return {}, {}, ()  # `evaluate` reports why
+    if unknown := sorted(stated.keys() - manifest.teachers.keys()):
+        known = sorted(manifest.teachers)
+        raise RecipeError(f"teachers: {unknown} are none of {recipe.cache}, which has {known}. Fix: name these")
+    stated = ({} if teachers_from is None else teachers_of(teachers_from, recipe.cache)) | stated
     built: dict[str, Contender | None] = {}
     left_out: dict[str, str] = {}
     for name in manifest.teachers:
         try:
             built[name] = _built(name, manifest, recipe, stated.get(name))
         except LogitCacheError as error:
-            logger.info(f"teacher {name!r} is neither counted nor timed: {error}")
             built[name], left_out[name] = None, str(error)
-    return built, left_out
+    return built, left_out, stated.keys()
 
 
 def _built(name: str, manifest: Manifest, recipe: StudentRecipe, stated: LiveTeacher | None) -> Contender:

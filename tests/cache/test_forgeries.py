@@ -1,6 +1,7 @@
 """Forged caches, whose own digests agree, are refused without harm."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from logitcache.cache.cache import open_cache
+from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.writer import commit_record
 from logitcache.errors import CacheError, LogitCacheError
+from logitcache.store.local import LocalStore
 from logitcache.store.shards import RECORD_BYTES
 from logitcache.views.keys import ViewKey
-from tests.cache.made import COUNT, Pixels, forge
+from tests.cache.made import COUNT, Pixels, forge, run, teacher
 
 
 def rename_teacher(name: str) -> Callable[[dict[str, Any]], object]:
@@ -192,6 +196,30 @@ def test_a_packed_shard_that_decodes_to_gigabytes_is_refused_by_the_manifest(cac
         CacheError, match=r"a shard of t\.logits decodes to 12800000000 bytes, 1073741824 at most\. Fix:"
     ):
         open_cache(cache)
+
+
+def test_a_table_of_gigabytes_is_refused_by_the_manifest_and_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is sparse, of the size that the manifest declares."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 16))
+    head = teacher({"kind": "head", "storage": "packed"})
+    run(tmp_path / "c", Pixels(20), network, teachers={"t": head}, shard_rows=64)
+    count = 10_000_000
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["teachers"]["t"]["num_classes"] = count
+
+    (table,) = (path for path in (tmp_path / "c").rglob("c/0/0") if path.stat().st_size == 4 * 16 * 48)
+    os.truncate(table, 4 * count * 48)
+    forge(tmp_path / "c", change)
+    seen, read = [], LocalStore.read
+    monkeypatch.setattr(LocalStore, "read", lambda self, key, *most: (seen.append(key), read(self, key, *most))[1])
+    for reading in (open_cache, open_snapshot):
+        with pytest.raises(CacheError, match=r"the table t\.logits\.weight has 1920000000 bytes, 1073741824 at most"):
+            reading(tmp_path / "c")
+    assert "zarr.json" in seen
+    assert not any("weight" in key for key in seen)
 
 
 def test_a_forged_shard_of_another_size_is_never_mapped(cache: Path) -> None:

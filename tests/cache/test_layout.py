@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from zarr.storage import MemoryStore
 
 from logitcache.cache.encodings.dense import Dense
+from logitcache.cache.encodings.features import FeatureForm
+from logitcache.cache.encodings.head import HeadForm
 from logitcache.cache.encodings.packed_top_k import PackedTopK
 from logitcache.cache.encodings.top_k import TopK
 from logitcache.cache.format.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout
 from logitcache.cache.format.commits import Records, read_records
 from logitcache.cache.format.layout import MOST_DECODED, SHARD_BYTES, Layout
-from logitcache.cache.format.manifest import StoredLogits, TeacherEntry
+from logitcache.cache.format.manifest import StoredFeature, StoredLogits, TeacherEntry
 from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.write.writer import ShardEncoder
 from logitcache.errors import RecipeError
@@ -117,6 +119,16 @@ def test_packed_shards_that_take_too_much_memory_are_not_made() -> None:
     ):
         fit_to_pages({"t": wanted}, most + 1)
     assert fit_to_pages({"t": entry(Dense(), 1024)}, 1 << 22)["t"].stored_logits.form.storage == "hot"
+
+
+def test_tables_that_take_too_much_memory_are_not_made() -> None:
+    weights = StoredLogits(form=HeadForm(width=1024, bias=False, storage="packed"), tables={"weight": "0" * 64})
+    taken_in = StoredFeature(shape=(1024,), form=FeatureForm(dtype="float16", storage="packed"))
+    kept = {"stored_logits": weights, "stored_features": {"penultimate": taken_in}}
+    head = entry(Dense(), MOST_DECODED // 4096).model_copy(update=kept)
+    assert fit_to_pages({"t": head}, 128) == {"t": head}
+    with pytest.raises(RecipeError, match=r"t\.logits: its table 'weight', float32 \[262145, 1024\], takes more"):
+        fit_to_pages({"t": head.model_copy(update={"num_classes": MOST_DECODED // 4096 + 1})}, 128)
 
 
 @given(st.sampled_from([Dense(), Dense(dtype="float32"), TopK(k=3)]), st.integers(3, 3000), st.integers(1, 9000))

@@ -20,6 +20,7 @@ class Result:
 @dataclass(frozen=True)
 class Measured(Result):
     epoch: int = 1
+    teachers_failed: tuple[str, ...] = ()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 
 from logitcache.cli import main
 from logitcache.config.recipe import load_recipe
-from logitcache.errors import RecipeError
+from logitcache.errors import CacheError, RecipeError
 from logitcache.models import Bundled
 from logitcache.report.beside_teachers import evaluate_beside_teachers
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
@@ -92,6 +92,48 @@ def test_a_recipe_without_teachers_of_the_cache_is_refused(run: Path, tmp_path: 
         evaluate_beside_teachers(run / "run", teachers_from=recipe)
 
 
+MISSING, OF_OTHER_IMAGES = CUSTOM | {"factory": "tests.nowhere:net"}, CUSTOM | {"arguments": {"size": 64}}
+
+
+@pytest.mark.parametrize("by_recipe", [True, False])
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [(MISSING, "tests.nowhere"), (OF_OTHER_IMAGES, "fails on an image, uint8 [1, 28, 28]")],
+)
+def test_a_named_teacher_that_fails_is_an_error_beside_the_students_figures(
+    by_recipe: bool,
+    model: dict[str, object],
+    reason: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tmp_path / "precompute.yaml"
+    recipe.write_text(yaml.safe_dump({"cache": "c", "teachers": {"own": {"model": model}}}))
+    named = ["--teachers-from", str(recipe)] if by_recipe else ["--set", f"teachers.own={json.dumps({'model': model})}"]
+    timed = ["--latency", "--batch-size", "2", "--repeats", "1", "--warm-up", "1"]
+    assert main(["evaluate", str(run / "run"), *named, *timed, "--json", "-q"]) == 2
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["measures"]["top1"] == evaluate_beside_teachers(run / "run").measures.top1
+    assert [row["num_parameters"] is None for row in document["costs"]] == [False, False, True]
+    assert [row["model"] for row in document["latencies"]] == ["student", "shipped"]
+    assert (document["teachers_failed"], document["error"]["exit_code"]) == (["own"], 2)
+    for text in (document["teachers_left_out"]["own"], document["error"]["message"], err):
+        assert reason in text
+    assert err.startswith("Error: teacher 'own' is neither counted nor timed: ")
+
+
+def test_names_that_the_runs_cache_does_not_have_are_refused(run: Path, tmp_path: Path) -> None:
+    word = f"teachers.onw={json.dumps({'model': CUSTOM})}"
+    with pytest.raises(RecipeError, match=r"\['onw'\] are none of .*\['own', 'shipped'\]. Fix: name these"):
+        evaluate_beside_teachers(run / "run", [word])
+    with pytest.raises(CacheError, match="nowhere"):
+        evaluate_beside_teachers(run / "run", ["cache=/nowhere", word])
+    with pytest.raises(CacheError, match="nowhere"):
+        evaluate_beside_teachers(run / "run", ["cache=/nowhere"], teachers_from=tmp_path / "precompute.yaml")
+
+
 def test_a_teacher_that_was_given_as_an_object_is_not_known(run: Path) -> None:
     assert [(cost.model, cost.flops) for cost in evaluate_beside_teachers(run / "one").costs[1:]] == [("module", None)]
 
@@ -99,6 +141,8 @@ def test_a_teacher_that_was_given_as_an_object_is_not_known(run: Path) -> None:
 def test_a_run_on_labels_has_no_teacher(tmp_path: Path) -> None:
     train(teacher(tmp_path / "run", model=TINY, validation={"dataset": TEST_IMAGES}))
     assert [cost.model for cost in evaluate_beside_teachers(tmp_path / "run").costs] == ["student"]
+    with pytest.raises(RecipeError, match=r"learnt from labels, and has no teachers\. Fix: leave out --teachers-from"):
+        evaluate_beside_teachers(tmp_path / "run", teachers_from=tmp_path / "precompute.yaml")
 
 
 def test_a_run_whose_cache_is_gone_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,11 @@ class TableShape(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
 
 class LogitsCodec(Protocol):
     """Both directions of an encoding's map, ready to use, and the form and tables that rebuild it."""

@@ -18,7 +18,7 @@ SHARD_BYTES, MAX_BYTES = 32 << 20, 1 << 60
 """Bytes of the rows of the largest array in a shard, about; bytes that no array has."""
 
 MOST_DECODED = 32 * SHARD_BYTES
-"""Bytes of a packed shard, decoded: far above what is chosen, and no more than a machine has."""
+"""Bytes of a packed shard, decoded, and of a table: far above what is chosen, and no more than a machine has."""
 CHECKSUMS, PARAMETERS = "crc32", "parameters"
 """What may be recorded of the views themselves."""
 
@@ -239,3 +239,6 @@ def _impossible(manifest: Manifest) -> Iterator[str]:
         size = min(array.shard_rows, array.num_images) * array.row_bytes
         if size > MOST_DECODED:
             yield f"a shard of {array.name} decodes to {size} bytes, {MOST_DECODED} at most"
+    for table in layout.tables:
+        if table.num_bytes > MOST_DECODED:
+            yield f"the table {table.name} has {table.num_bytes} bytes, {MOST_DECODED} at most"

@@ -47,7 +47,7 @@ def choose_shard_rows(entries: Sequence[TeacherEntry], num_images: int, asked: i
 def fit_to_pages(entries: Mapping[str, TeacherEntry], shard_rows: int) -> dict[str, TeacherEntry]:
     """Store packed each hot target that would not fill whole pages with shards of so many rows.
 
-    Raises RecipeError if a packed shard would take too much memory to decode.
+    Raises RecipeError if a packed shard would take too much memory to decode, or a table too much to read.
     """
     fitted = {name: _fit_to_pages(name, entry, shard_rows) for name, entry in entries.items()}
     for name, entry in fitted.items():
@@ -60,6 +60,12 @@ def fit_to_pages(entries: Mapping[str, TeacherEntry], shard_rows: int) -> dict[s
                     f"shard_rows: {shard_rows} rows of {name}.{target} take more than {MOST_DECODED} bytes to decode. "
                     f"Fix: shard_rows: {most} at most"
                 )
+            for table, kept_as in kept.tables.items():
+                if kept_as.num_bytes > MOST_DECODED:
+                    raise RecipeError(
+                        f"teachers.{name}.{target}: its table {table!r}, {kept_as.dtype} {list(kept_as.shape)}, takes "
+                        f"more than {MOST_DECODED} bytes. Fix: fewer channels, or another kind"
+                    )
     return fitted
 
 

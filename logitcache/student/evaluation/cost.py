@@ -82,6 +82,19 @@ def costs(student: nn.Module, teachers: Mapping[str, Contender | None], image: T
     return tuple(rows)
 
 
+@torch.no_grad()
+def failing(teachers: Mapping[str, Contender | None], image: Tensor) -> dict[str, str]:
+    """Return by name why teachers fail on an image, uint8 [C, H, W]: what their networks raise."""
+    reasons = {}
+    for name, teacher in teachers.items():
+        try:
+            if teacher is not None:
+                teacher.model.eval()(image[None])
+        except Exception as error:  # the network's own code may raise anything
+            reasons[name] = f"its network fails on an image, uint8 {list(image.shape)}: {error}"
+    return reasons
+
+
 def _weigh(model: nn.Module, image: Tensor) -> tuple[int, int, int]:
     return count_parameters(model), count_bytes(model), count_flops(model, image)
 

@@ -20,7 +20,7 @@ from logitcache.runtime.device import own_randomness, resolve_device
 from logitcache.store.remote.client import is_remote
 from logitcache.store.safe_files import read_bounded
 from logitcache.student.evaluation.alignment import TapSimilarity, compare_taps, require_features
-from logitcache.student.evaluation.cost import Contender, Cost, Latency, LatencyPlan, costs, latencies
+from logitcache.student.evaluation.cost import Contender, Cost, Latency, LatencyPlan, costs, failing, latencies
 from logitcache.student.evaluation.multi_label import ClassPrecision, GroupPrecision
 from logitcache.student.evaluation.single_label import ClassAccuracy, GroupAccuracy
 from logitcache.student.evaluation.validation import AnyMeasures, Validator, open_validator
@@ -44,7 +44,8 @@ class EvaluationResult:
     precision. `images_left_out` are those that `validation.class_map` does not name, or that have no label there; they
     are in no figure. `groups` are None where the numbers of training images are not known. `costs` are of the student
     and of the teachers of the cache that it learnt from; `latencies` only where they are asked for, `cka` where the
-    images' cache has features. The weights are those after `epoch`, counted from 1; None if the run did not record it.
+    images' cache has features. `teachers_left_out` says why a teacher has no row, `teachers_failed` which of these the
+    user named. The weights are those after `epoch`, counted from 1; None if the run did not record it.
     """
 
     run: str
@@ -58,6 +59,7 @@ class EvaluationResult:
     cka: tuple[TapSimilarity, ...]
     per_class: tuple[ClassAccuracy, ...] | tuple[ClassPrecision, ...]
     teachers_left_out: Mapping[str, str] = field(default_factory=dict)
+    teachers_failed: tuple[str, ...] = ()
     epoch: int | None = None
 
 
@@ -85,6 +87,8 @@ def evaluate(
     measures, per_class = tally.measures(), tally.per_class(validator.class_names, class_counts)
     own, teacher, image = measures.quality, measures.teacher_quality, validator.sample()[0].to(device)
     beside = dict.fromkeys(trained_by) | dict(teachers or {})
+    left_out = failing(beside, image)
+    beside |= dict.fromkeys(left_out)
     assert recipe.validation is not None, "or there would be no images"
     student, groups = Contender(classifier, recipe.precision), recipe.validation.groups
     return EvaluationResult(
@@ -98,6 +102,7 @@ def evaluate(
         latencies=() if latency is None else latencies(student, beside, image, latency),
         cka=compare_taps(recipe, classifier, validator, device),
         per_class=per_class,
+        teachers_left_out=left_out,
         epoch=None if (recorded := read_evaluation(run)) is None else recorded.epoch,
     )
 
