@@ -29,15 +29,24 @@ class BoundedFolder:
 
     def __init__(self, path: Path, limit: int, last_uses: LastUses = _every_file) -> None:
         self.path, self.limit, self._last_uses = path, limit, last_uses
-        self._changing = threading.Lock()
+        self._begin()
+
+    def _begin(self) -> None:
+        # A fork has none of the threads that its parent waited for.
+        self._process, self._changing = os.getpid(), threading.Condition()
         self._free, self._reserved, self._counted = 0, 0, -_RECOUNT_SECONDS
 
     @contextmanager
     def reserved(self, size: int) -> Iterator[None]:
-        """Remove the least recently used files until `size` more bytes fit, which the context writes."""
+        """Remove the least recently used files until `size` more bytes fit, which the context writes.
+
+        If what other threads write leaves too little, wait until they have.
+        """
+        if self._process != os.getpid():
+            self._begin()
         with self._changing:
-            if size > self._free or time.monotonic() - self._counted > _RECOUNT_SECONDS:
-                self._free, self._counted = self._make_room(size), time.monotonic()
+            while not self._fits(size) and self._reserved:
+                self._changing.wait()
             self._free -= size
             self._reserved += size
         try:
@@ -45,6 +54,12 @@ class BoundedFolder:
         finally:
             with self._changing:
                 self._reserved -= size
+                self._changing.notify_all()
+
+    def _fits(self, size: int) -> bool:
+        if size > self._free or time.monotonic() - self._counted > _RECOUNT_SECONDS:
+            self._free, self._counted = self._make_room(size), time.monotonic()
+        return size <= self._free
 
     def _make_room(self, size: int) -> int:
         """Remove files until `size` bytes are free, if they can be, and return how many are; partial files stay."""

@@ -9,6 +9,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from logitcache.store.bounded_folder import BoundedFolder
 from logitcache.store.download import Prefetcher, download
 from logitcache.store.file_locks import locked_part
 from logitcache.store.local import LocalStore
-from logitcache.store.mirrors_folder import SIZE, USED, mirrored_shards, mirrors_folder, writable
+from logitcache.store.mirrors_folder import SIZE, USED, mirrors_folder, writable
 from logitcache.store.remote.client import REQUESTS, Entry, Remote
 from logitcache.store.remote.digests import object_digests
 from logitcache.store.remote.transfer import too_long
@@ -54,9 +55,8 @@ class Mirror(Store):
         self._begin()
 
     def _begin(self) -> None:
-        # A fork has neither the threads of its parent nor what they held.
+        # A fork has none of the threads of its parent.
         self._process, self._prefetcher = os.getpid(), Prefetcher(self._download)
-        self._folder = BoundedFolder(self._folder.path, self.limit, mirrored_shards)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return mirror_of, (self.remote.url,)
@@ -143,8 +143,7 @@ class Mirror(Store):
         if not is_shard(key):
             self.keep(key, data)
         elif len(data) <= self.limit:
-            with self._folder.reserved(len(data)):
-                self.keep(key, data)
+            self.keep(key, data, self._folder.reserved(len(data)))
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove files from the storage, then from the mirror."""
@@ -220,7 +219,7 @@ class Mirror(Store):
         self.ensure([shard])
         return read(shard)
 
-    def keep(self, key: str, data: bytes | memoryview) -> None:
+    def keep(self, key: str, data: bytes | memoryview, room: AbstractContextManager[None] | None = None) -> None:
         """Write a file to the mirror, unless it has these bytes: processes hold locks on some files."""
         file = inside(self.path, key)
         self._absent.pop(key, None)
@@ -228,7 +227,7 @@ class Mirror(Store):
             if regular_size(file) == len(data) and file.read_bytes() == data:
                 return
             file.parent.mkdir(parents=True, exist_ok=True)
-            with locked_part(file) as part:
+            with locked_part(file) as part, room or contextlib.nullcontext():  # in this order, as in `_download`
                 part.finish(data)
 
     def drop(self, key: str) -> None:

@@ -2,6 +2,9 @@
 
 import fcntl
 import os
+import signal
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,41 @@ def test_what_is_promised_and_not_yet_written_counts(tmp_path: Path) -> None:
         assert first.exists()
         with folder.reserved(SIZE):
             assert not first.exists()
+
+
+def test_threads_that_write_at_once_take_no_more_than_the_limit(tmp_path: Path) -> None:
+    """Each waits for room that the others' files leave once they are written."""
+    folder, most, array = bounded(tmp_path, 3 * SIZE), list[int](), tmp_path / "a" / "c.zarr" / "t.logits"
+    array.mkdir(parents=True)
+
+    def size(file: Path) -> int:
+        with suppress(FileNotFoundError):  # evicted meanwhile
+            return file.stat().st_size
+        return 0
+
+    def write(view: int) -> None:
+        with folder.reserved(SIZE + view):
+            (array / f"c.{view}.0.0").write_bytes(bytes(SIZE + view))
+            most.append(sum(map(size, array.iterdir())))
+
+    threads = [threading.Thread(target=write, args=[view], daemon=True) for view in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(most) == 16
+    assert max(most) <= 3 * SIZE
+
+
+def test_a_fork_waits_for_no_thread_of_its_parent(tmp_path: Path) -> None:
+    folder = bounded(tmp_path, SIZE)
+    with folder.reserved(SIZE):
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            make(folder, SIZE)
+            os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_what_killed_processes_were_writing_is_removed_and_what_living_ones_write_is_kept(tmp_path: Path) -> None:
