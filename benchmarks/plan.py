@@ -116,7 +116,7 @@ def compare(case: Case, folder: Path, num_views: int) -> Round:
         if not array["array"].endswith(".errors"):
             off.append(abs(array["bytes"] / stored - 1))
     files = plan["files"] - sum(path.is_file() for path in cache.rglob("*"))
-    return Round(max(off), abs(files), plan["seconds"], run["seconds"])
+    return Round(max(off), abs(files), statistics.mean(plan["seconds"]), run["seconds"])
 
 
 def rows_of(folder: Path, quick: bool) -> Iterator[Row]:

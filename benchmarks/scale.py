@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from logitcache.config.recipe import load_recipe
 from logitcache.planning.costs import StoreCost, skeleton_sizes, store_cost
-from logitcache.planning.draft import drafted
+from logitcache.planning.dry_run import dry_run
 from logitcache.planning.probe import probe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.views.canaries import NUM_CANARIES
@@ -119,7 +119,7 @@ class Model:
 
     def __init__(self, folder: Path, num_rows: int) -> None:
         self._folder = folder
-        with drafted(
+        with dry_run(
             recipe_of(folder / "none"), teachers={"t": Fake()}, dataset=TinyImages(num_rows // NUM_VIEWS)
         ) as it:
             found = [probe(it) for _ in range(PROBES)]
@@ -128,8 +128,8 @@ class Model:
     def store(self, num_rows: int) -> StoreCost:
         """Return what is stored of so many rows."""
         images = TinyImages(num_rows // NUM_VIEWS)
-        with drafted(recipe_of(self._folder / "none"), teachers={"t": Fake()}, dataset=images) as draft:
-            return store_cost(draft.plan.layout, self._packed, skeleton_sizes(draft.plan.goal))
+        with dry_run(recipe_of(self._folder / "none"), teachers={"t": Fake()}, dataset=images) as run:
+            return store_cost(run.todo.layout, self._packed, skeleton_sizes(run.todo.goal))
 
 
 def rows_of(folder: Path, quick: bool) -> Iterator[Row]:

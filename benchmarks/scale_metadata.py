@@ -81,7 +81,7 @@ class Took(NamedTuple):
 def took(step: Callable[..., Any], *arguments: Any) -> Took:
     """Do a step in a process of its own."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "logitcache.cache.cache", "logitcache.planning.report"])
+    context.set_forkserver_preload(["torch", "logitcache.cache.cache", "logitcache.planning.plan"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_do, args=(sender, step, arguments))
     process.start()

@@ -19,7 +19,7 @@ _MODULES = {
         "Stopped",
     ),
     "models.base": ("Classifier", "Preprocessing"),
-    "planning.report": ("plan",),
+    "planning.plan": ("plan",),
     "stage_one.derive.derive": ("DeriveRecipe", "derive"),
     "stage_one.precompute": ("PrecomputeRecipe", "precompute"),
     "student": ("losses",),
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
         Stopped as Stopped,
     )
     from logitcache.models.base import Classifier as Classifier, Preprocessing as Preprocessing
-    from logitcache.planning.report import plan as plan
+    from logitcache.planning.plan import plan as plan
     from logitcache.stage_one.derive.derive import DeriveRecipe as DeriveRecipe, derive as derive
     from logitcache.stage_one.precompute import PrecomputeRecipe as PrecomputeRecipe, precompute as precompute
     from logitcache.student import losses as losses

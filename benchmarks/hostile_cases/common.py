@@ -19,7 +19,7 @@ from PIL import Image
 import logitcache.cli
 
 for _needed in (
-    *("report.demo", "report.beside_teachers", "report.inspect", "planning.report", "report.recipe_check"),
+    *("report.demo", "report.beside_teachers", "report.inspect", "planning.plan", "report.recipe_check"),
     *("report.summary", "report.verify_and_repair", "student.training", "stage_one.derive.derive", "teacher.online"),
     "stage_one.precompute",
 ):

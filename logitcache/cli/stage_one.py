@@ -37,8 +37,8 @@ def plan(
 
     Bytes, files, time, memory, and whether the disk holds it. Writes nothing.
     """
-    from logitcache.planning.report import plan as tell
-    from logitcache.planning.report import plan_text
+    from logitcache.planning.plan import plan as tell
+    from logitcache.planning.plan import plan_text
     from logitcache.report.recipe_check import load_own
     from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 

@@ -1,7 +1,7 @@
-"""What may be tapped in a teacher: its modules, and the shape of what each puts out."""
+"""List the modules of teachers that features could tap, with the bytes that they would take."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.models.layouts import TapLayout, known_layouts
-from logitcache.reductions import Layout, channels_in_place
+from logitcache.reductions import channels_in_place
 from logitcache.runtime.device import autocast, to_device
 from logitcache.teacher.teacher import Teacher
 
@@ -17,88 +17,89 @@ DIMENSIONS = (2, 3, 4)
 """Of vectors [B, C], tokens [B, N, D] and maps [B, C, H, W]."""
 
 
-class Candidate(NamedTuple):
-    """A module's path, as a tap names it, its class, and the shape of its output without the batch.
-
-    `shape` is that of the feature, [C, H, W], [N, D] or [C], if `layout` is known; None leaves it as the module has it.
-    """
-
-    tap: str
-    module: str
-    shape: tuple[int, ...]
-    layout: Layout | None = None
-
-    @property
-    def num_channels(self) -> int | None:
-        """Numbers that are left of it pooled; None if the layout is not known."""
-        if self.layout is None:
-            return None
-        return self.shape[-1] if len(self.shape) == 2 else self.shape[0]
-
-
-class _Fired(NamedTuple):
-    """A module's output, how often that had been changed in place by then, and whether it is the module's own input."""
+class _Call(NamedTuple):
+    """One call of a module: its output, how often that had been changed in place, and whether it is the input."""
 
     path: str
     module: str
-    value: Any
+    output: Any
     version: int
     is_input: bool
 
 
-def candidates(teacher: Teacher, pixels: Tensor) -> list[Candidate]:
-    """List every module that a feature can tap, the last to answer uint8 pixels [B, C, H, W] first.
+def candidate_taps(teachers: Sequence[Teacher], pixels: Tensor, num_rows: int) -> list[dict[str, Any]]:
+    """List every module that a feature can tap, by teacher, the last to answer uint8 pixels [B, C, H, W] first.
+
+    Bytes are those in float16, not compressed; None of pooled features if the axis of the channels is not known.
 
     Modules that run twice or never are left out, as are those that return their input unchanged (identities, dropout)
     and those whose output is no tensor of vectors, tokens or maps for each image, or is changed in place afterwards. Of
     nested modules that return the same tensor the outermost is listed.
     """
-    network, fired = teacher.classifier.module, list[_Fired]()
-    with ExitStack() as hooks, torch.no_grad(), autocast(teacher.device, teacher.precision):
-        for path, module in network.named_modules():
-            if path:
-                hooks.callback(module.register_forward_hook(_note(fired, path)).remove)
-        inputs = teacher.classifier.normalize(to_device(pixels, teacher.device))
-        network(inputs)
-    times = Counter(one.path for one in fired)
-    found: dict[int, Candidate] = {}
-    for one in fired:
-        if times[one.path] == 1 and not one.is_input and _is_tappable(one, len(pixels)):
-            # An outer module returns after the modules inside it.
-            found[id(one.value)] = Candidate(one.path, one.module, tuple(one.value.shape[1:]))
-    return _in_place(teacher, inputs, list(reversed(found.values())))
+    return [row for teacher in teachers for row in _taps_of(teacher, pixels, num_rows)]
 
 
-def _in_place(teacher: Teacher, inputs: Tensor, found: list[Candidate]) -> list[Candidate]:
-    """Return candidates with their channels where features have them."""
+def _taps_of(teacher: Teacher, pixels: Tensor, num_rows: int) -> list[dict[str, Any]]:
+    network, rows = teacher.classifier.module, []
     with torch.no_grad(), autocast(teacher.device, teacher.precision):
-        network, asked = teacher.classifier.module, [TapLayout(one.tap) for one in found]
-        layouts = [known.layout for known in known_layouts(network, inputs, asked, f"teacher {teacher.name!r}")]
-    placed = []
-    for one, layout in zip(found, layouts, strict=True):
-        shape = channels_in_place(torch.empty(1, *one.shape, device="meta"), layout or "auto").shape[1:]
-        placed.append(one._replace(shape=tuple(shape), layout=layout))
-    return placed
+        inputs = teacher.classifier.normalize(to_device(pixels, teacher.device))
+        found = _tappable(network, inputs)
+        asked = [TapLayout(call.path) for call in found]
+        known = known_layouts(network, inputs, asked, f"teacher {teacher.name!r}")
+    for call, (own, layout) in zip(found, known, strict=True):
+        shape = channels_in_place(torch.empty(1, *own, device="meta"), layout or "auto").shape[1:]
+        maps = 2 * shape.numel()
+        pooled = None if layout is None else 2 * shape[-1 if len(shape) == 2 else 0]
+        rows.append(
+            {
+                "teacher": teacher.name,
+                "tap": call.path,
+                "module": call.module,
+                "shape": list(shape),
+                "pooled_row_bytes": pooled,
+                "maps_row_bytes": maps,
+                "pooled_bytes": None if pooled is None else pooled * num_rows,
+                "maps_bytes": maps * num_rows,
+            }
+        )
+    return rows
 
 
-def _note(fired: list[_Fired], path: str) -> Callable[[Any, Any, Any], None]:
-    def note(module: Any, inputs: Any, output: Any) -> None:
+def _tappable(network: nn.Module, inputs: Tensor) -> list[_Call]:
+    """Run a network once; return the calls whose outputs can be tapped, the last first."""
+    calls: list[_Call] = []
+    paths = {module: path for path, module in network.named_modules() if path}
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         version = output._version if isinstance(output, Tensor) else 0
-        fired.append(_Fired(path, type(module).__name__, output, version, _returns_input(module, inputs, output)))
+        is_input = _returns_input(module, args, output)
+        calls.append(_Call(paths[module], type(module).__name__, output, version, is_input))
 
-    return note
+    with ExitStack() as hooks:
+        for module in paths:
+            hooks.callback(module.register_forward_hook(note).remove)
+        network(inputs)
+    times = Counter(call.path for call in calls)
+    # An outer module returns after the modules inside it, and takes their place.
+    found = {
+        id(call.output): call
+        for call in calls
+        if times[call.path] == 1 and not call.is_input and _is_feature(call, len(inputs))
+    }
+    return list(reversed(found.values()))
 
 
 def _returns_input(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> bool:
-    """Whether a module without children returns its input as it is; what changes it in place computes something."""
+    """Return whether a module without children returns its input unchanged."""
     if not isinstance(output, Tensor) or next(module.children(), None) is not None or getattr(module, "inplace", False):
         return False
     same = (one for one in inputs if isinstance(one, Tensor) and one.shape == output.shape)
     return any(one.data_ptr() == output.data_ptr() for one in same)
 
 
-def _is_tappable(one: _Fired, count: int) -> bool:
-    value = one.value
+def _is_feature(call: _Call, count: int) -> bool:
+    """Return whether an output has a floating-point row for each image, and is not changed in place afterwards."""
+    value = call.output
     if not isinstance(value, Tensor) or value.ndim not in DIMENSIONS or len(value) != count:
         return False
-    return value.is_floating_point() and bool(value._version == one.version)
+    return value.is_floating_point() and bool(value._version == call.version)

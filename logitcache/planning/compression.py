@@ -1,4 +1,4 @@
-"""What a few rows tell of writing all: the bytes that compression leaves, and the seconds that it takes."""
+"""Extrapolate the compressed bytes of all rows, and the seconds of compressing them, from a few rows."""
 
 import hashlib
 import time
@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """Bytes of a row after compression, by array; seconds that writing takes a thread by row-view and by shard.
+    """Compressed bytes of a row by array; seconds of the thread that writes, by row-view and by shard.
 
     cores: seconds by row-view of all cores.
     """
@@ -38,65 +38,50 @@ class Stored(NamedTuple):
 
 
 def stored_of(layout: Layout, pieces: Mapping[Shard, Piece]) -> Stored:
-    """Encode what was answered as the writer does, in memory."""
+    """Encode answered rows as the writer does, in memory."""
     packed: dict[str, float] = {}
     row = fixed = cores = 0.0
     for array in layout.arrays:
         samples = [_sample(array, shard, piece) for shard, piece in pieces.items() if array.name in piece.rows]
-        if not samples:  # nothing of it is to do
+        if not samples:  # it lacks no shard
             continue
         if array.storage == "packed":
-            total = sum(payload(array, sample) * len(sample.values) for sample in samples)
-            packed[array.name] = total / sum(len(sample.values) for sample in samples)
-        one, further = encoded(array, _first(samples[0], 1), REPEATS), len(samples[0].values) - 1
+            total = sum(payload(array, values, whole) * len(values) for values, whole in samples)
+            packed[array.name] = total / sum(len(values) for values, _ in samples)
+        values = samples[0][0]
+        one, further = encoded(array, values[:1], REPEATS), len(values) - 1
         fixed += one.clock
         if further:
-            many = encoded(array, samples[0], REPEATS)
+            many = encoded(array, values, REPEATS)
             row += max(0.0, many.clock - one.clock) / further
             cores += max(0.0, many.cores - one.cores) / further
     return Stored(packed, row, fixed, cores)
 
 
-class Sample(NamedTuple):
-    """Rows of a shard, [n, *row_shape] in their order, beside the number of rows that it has."""
-
-    shard: Shard
-    values: NDArray[Any]
-    whole: int
-
-
-def _sample(array: ArrayLayout, shard: Shard, piece: Piece) -> Sample:
-    """Take what was filled of a shard; sums over its rows become those of a whole shard."""
+def _sample(array: ArrayLayout, shard: Shard, piece: Piece) -> tuple[NDArray[Any], int]:
+    """Return the answered rows of a shard in their order, and how many rows it has; sums are scaled to all its rows."""
     rows = piece.rows[array.name]
     if array.per_shard:
-        return Sample(shard, rows * ((shard.stop - shard.start) / len(piece.places)), 1)
-    return Sample(shard, rows[np.sort(piece.places)], len(rows))
+        return rows * ((shard.stop - shard.start) / len(piece.places)), 1
+    return rows[np.sort(piece.places)], len(rows)
 
 
-def _first(sample: Sample, count: int) -> Sample:
-    return sample._replace(values=sample.values[:count])
+def payload(array: ArrayLayout, values: NDArray[Any], whole: int) -> float:
+    """Return the compressed bytes of a row in a shard of `whole` rows, from some of them, [n, *row_shape].
 
-
-def payload(array: ArrayLayout, sample: Sample) -> float:
-    """Return the bytes of a row after compression, in a shard of which there is a sample.
-
-    Exact of a whole shard, and of whole inner chunks as far as these are alike. Of less than a chunk, what the second
-    half of the sample adds to the first is what each further row adds.
+    Exact for a whole shard, and for whole inner chunks if these are alike. Of less than a chunk, what the second half
+    of the rows adds to the first is what each further row adds.
     """
-    count, chunk = len(sample.values), min(array.inner_rows, sample.whole)
-    if count >= sample.whole or count < 2:
-        return encoded(array, sample).payload / count
+    count, chunk = len(values), min(array.inner_rows, whole)
+    if count >= whole or count < 2:
+        return encoded(array, values).payload / count
     if count >= chunk:
         count = count // chunk * chunk
-        return encoded(array, _first(sample, count)).payload / count
-    sizes = [encoded(_cut(array, rows), _first(sample, rows)).payload for rows in (count // 2, count)]
+        return encoded(array, values[:count]).payload / count
+    # Of a shard that is one chunk of so many rows.
+    sizes = [encoded(replace(array, shard_rows=rows), values[:rows]).payload for rows in (count // 2, count)]
     further = (sizes[1] - sizes[0]) / (count - count // 2)
     return (sizes[1] + further * (chunk - count)) / chunk
-
-
-def _cut(array: ArrayLayout, rows: int) -> ArrayLayout:
-    """Return the layout of an array whose shards are one chunk of so many rows."""
-    return replace(array, shard_rows=rows)
 
 
 class Encoded(NamedTuple):
@@ -107,13 +92,13 @@ class Encoded(NamedTuple):
     cores: float
 
 
-def encoded(array: ArrayLayout, sample: Sample, repeats: int = 1) -> Encoded:
-    """Encode and hash rows as the writer does; of several times the fastest counts, as nothing else held it up."""
-    encoder, part = ShardEncoder(array), Shard(0, 0, len(sample.values) * array.images_per_row)
+def encoded(array: ArrayLayout, values: NDArray[Any], repeats: int = 1) -> Encoded:
+    """Encode and hash rows as the writer does; the fastest of several times counts, as nothing delayed it."""
+    encoder, part = ShardEncoder(array), Shard(0, 0, len(values) * array.images_per_row)
     clocks, cores, size = list[float](), list[float](), 0
     while len(clocks) < min(2, repeats) or (len(clocks) < repeats and sum(clocks) < 1.0):
         clock, busy = time.perf_counter(), time.process_time()
-        stored = encoder.encode(part, sample.values)
+        stored = encoder.encode(part, values)
         hashlib.sha256(stored).digest()
         clocks.append(time.perf_counter() - clock)
         cores.append(time.process_time() - busy)

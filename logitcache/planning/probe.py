@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from logitcache.planning.compression import Piece, stored_of
-from logitcache.planning.draft import Draft
-from logitcache.planning.timing import Answered, answered, by_row
+from logitcache.planning.dry_run import DryRun
+from logitcache.planning.timing import AnswerTimes, Quartiles, by_row, timed_answers
 from logitcache.runtime.console import track
 from logitcache.runtime.device import synchronize
 from logitcache.stage_one.claims import Claims, ShardGroup
@@ -46,7 +46,7 @@ class Probe:
     batches: int
     rows: int
     start: float
-    loop: float
+    loop: Quartiles
     render: float
     answer: float
     keep: float
@@ -57,24 +57,24 @@ class Probe:
     device_bytes: int | None
 
 
-def probe(draft: Draft, batches: int | None = None) -> Probe:
+def probe(run: DryRun, batches: int | None = None) -> Probe:
     """Fill some batches of what is to do, at most `batches`; at least one shard is to do."""
-    recipe, device = draft.inputs.recipe, draft.inputs.device
+    recipe, device = run.inputs.recipe, run.inputs.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
-    task = PrecomputeTask(draft.inputs, draft.todo, notes_unreadable=False)
-    with contextlib.closing(task), answered(draft.inputs.teachers) as answers:
-        steps = _steps(draft, task, batches or _affordable(draft))
+    task = PrecomputeTask(run.inputs, run.todo, notes_unreadable=False)
+    with contextlib.closing(task), timed_answers(run.inputs.teachers) as answers:
+        steps = _steps(run, task, batches or _affordable(run))
         marks = _marks(task, steps, answers, device, None if batches else SECONDS)
-    rendering, render_cores = _render_alone(draft, steps[0])
+    rendering, render_cores = _render_alone(run, steps[0])
     measured = Measured.of(marks, recipe.num_workers)
-    stored = stored_of(draft.todo.layout, _pieces(steps[: len(marks) - 1]))
+    stored = stored_of(run.todo.layout, _pieces(steps[: len(marks) - 1]))
     busy = measured.cores + (render_cores if recipe.num_workers else 0.0)
     return Probe(
         batches=len(marks) - 1,
         rows=marks[-1].rows,
-        start=max(0.0, marks[1].clock - began - marks[1].rows * measured.loop),
+        start=max(0.0, marks[1].clock - began - marks[1].rows * float(measured.loop[1])),
         loop=measured.loop,
         render=rendering,
         answer=measured.answer,
@@ -97,16 +97,16 @@ class Mark(NamedTuple):
     answered: float
 
 
-def _affordable(draft: Draft) -> int:
+def _affordable(run: DryRun) -> int:
     """Return how many batches a probe takes: fewer if their rows would fill much memory."""
-    row = sum(array.row_bytes for array in draft.todo.layout.arrays if not array.per_shard)
-    most = MOST_BYTES // (row * draft.inputs.recipe.batch_size * draft.inputs.recipe.views_per_image)
+    row = sum(array.row_bytes for array in run.todo.layout.arrays if not array.per_shard)
+    most = MOST_BYTES // (row * run.inputs.recipe.batch_size * run.inputs.recipe.views_per_image)
     return max(FEWEST, min(BATCHES, most))
 
 
-def _steps(draft: Draft, task: PrecomputeTask, count: int) -> list[Batch]:
+def _steps(run: DryRun, task: PrecomputeTask, count: int) -> list[Batch]:
     """Choose batches from all over what is to do, in runs that lie beside each other."""
-    recipe, todo = draft.inputs.recipe, draft.todo
+    recipe, todo = run.inputs.recipe, run.todo
     groups = Claims(todo.snapshot, todo.shards, recipe.views_per_image).groups
     in_group = [task.num_batches(group[0]) for group in groups]
     length = max(1, min(-(-RUN_ROWS // recipe.batch_size), max(in_group), count))
@@ -130,7 +130,7 @@ def _group(todo: Todo, shards: list[Shard]) -> ShardGroup:
 
 
 def _marks(
-    task: PrecomputeTask, steps: list[Batch], answers: Answered, device: torch.device, seconds: float | None
+    task: PrecomputeTask, steps: list[Batch], answers: AnswerTimes, device: torch.device, seconds: float | None
 ) -> list[Mark]:
     """Fill batches as stage one does, and note the time after each."""
     rows, began = 0, time.perf_counter()
@@ -156,11 +156,11 @@ def _pieces(steps: list[Batch]) -> dict[Shard, Piece]:
     return pieces
 
 
-def _render_alone(draft: Draft, batch: Batch) -> tuple[float, float]:
+def _render_alone(run: DryRun, batch: Batch) -> tuple[float, float]:
     """Return the seconds that rendering a view takes in one process, by the clock or of its cores, and of these."""
     keys = list(itertools.chain.from_iterable(batch.keys.values()))[:ALONE]
     clock, busy = time.perf_counter(), time.process_time()
-    draft.inputs.views.answered().__getitems__(keys)
+    run.inputs.views.answered().__getitems__(keys)
     clock, busy = time.perf_counter() - clock, time.process_time() - busy
     return max(clock, busy) / len(keys), busy / len(keys)
 
@@ -168,7 +168,7 @@ def _render_alone(draft: Draft, batch: Batch) -> tuple[float, float]:
 class Measured(NamedTuple):
     """Seconds by row-view of a loop that runs steadily."""
 
-    loop: float
+    loop: Quartiles
     answer: float
     keep: float
     cores: float
@@ -177,4 +177,4 @@ class Measured(NamedTuple):
     def of(cls, marks: list[Mark], num_workers: int) -> "Measured":
         """Take what rows add once the loop runs steadily."""
         _, clock, cores, waited, answered = by_row(marks, num_workers)
-        return cls(clock, answered, max(0.0, clock - waited - answered), cores)
+        return cls(clock, answered[1], max(0.0, clock[1] - waited[1] - answered[1]), cores[1])

@@ -1,65 +1,61 @@
-"""What work in batches takes: clocks that are read as it goes on, and what a row takes once it goes on steadily."""
+"""Measure steady-state seconds by row, and the time that teachers take to answer."""
 
 import contextlib
-import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.runtime.device import synchronize
 from logitcache.teacher.teacher import Teacher
 
+Quartiles = NDArray[np.float64]
+"""[3]: lower quartile, median and upper quartile of a measurement, as others may use the machine meanwhile."""
 
-def by_row(marks: Sequence[Sequence[float]], num_workers: int) -> list[float]:
-    """Return what each row adds to sums that were noted after batches, at least two, the first of them of rows.
 
-    Left out are the first batches, which find everything cold; of the others medians are taken, as others may use the
-    machine meanwhile.
+def by_row(marks: Sequence[Sequence[float]], num_workers: int) -> list[Quartiles]:
+    """Return the quartiles of what each row adds to sums that were noted after batches, the first sum being the rows.
+
+    At least two batches were noted; the first ones, which find everything cold, are left out.
     """
     warm = min(1 + 2 * num_workers, (len(marks) - 1) // 2)
-    # Batches come in turns from the processes that render: as many are looked at together.
+    # Batches come in turns from the processes that render: as many are taken together.
     together = max(1, min(num_workers, (len(marks) - 1 - warm) // 2))
-    pairs = [(marks[at], marks[at + together]) for at in range(warm, len(marks) - together, together)]
-    spans = [[(b - a) / (two[0] - one[0]) for a, b in zip(one, two, strict=True)] for one, two in pairs]
-    return [statistics.median(values) for values in zip(*spans, strict=True)]
+    sums = np.array(marks)[warm::together]
+    steps = np.diff(sums, axis=0)
+    return list(np.quantile(steps / steps[:, :1], (0.25, 0.5, 0.75), axis=0).T)
 
 
-class Answered:
-    """The seconds that it took all teachers to answer; after each batch of a teacher, its rows and the time."""
+class AnswerTimes:
+    """The seconds in which all teachers answered; by teacher, the rows and the time after each batch."""
 
     def __init__(self) -> None:
-        self.batches: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
         self.seconds = 0.0
-        self._began = 0.0
-
-    def begin(self, inputs: tuple[Tensor, Tensor]) -> None:
-        """Note when an answer begins."""
-        synchronize(inputs[0].device)
-        self._began = time.perf_counter()
-
-    def end(self, name: str, inputs: tuple[Tensor, Tensor]) -> None:
-        """Note when it ends."""
-        synchronize(inputs[0].device)
-        now = time.perf_counter()
-        self.seconds += now - self._began
-        rows = self.batches[name][-1][0] if self.batches[name] else 0
-        self.batches[name].append((rows + len(inputs[0]), now))
+        self.batches: defaultdict[str, list[tuple[int, float]]] = defaultdict(list)
 
 
 @contextlib.contextmanager
-def answered(teachers: Sequence[Teacher]) -> Iterator[Answered]:
-    """Count what teachers answer within the block."""
-    found = Answered()
+def timed_answers(teachers: Sequence[Teacher]) -> Iterator[AnswerTimes]:
+    """Time the answers of teachers within the block, each with its device's queue empty before and after."""
+    times, began = AnswerTimes(), 0.0
+
+    def before(teacher: Any, inputs: tuple[Tensor, Tensor]) -> None:
+        nonlocal began
+        synchronize(inputs[0].device)
+        began = time.perf_counter()
+
+    def after(teacher: Any, inputs: tuple[Tensor, Tensor], answers: Any) -> None:
+        synchronize(inputs[0].device)
+        now, batches = time.perf_counter(), times.batches[teacher.name]
+        times.seconds += now - began
+        batches.append(((batches[-1][0] if batches else 0) + len(inputs[0]), now))
+
     with contextlib.ExitStack() as hooks:
         for teacher in teachers:
-            before, after = _hooks(found, teacher.name)
             hooks.callback(teacher.register_forward_pre_hook(before).remove)
             hooks.callback(teacher.register_forward_hook(after).remove)
-        yield found
-
-
-def _hooks(found: Answered, name: str) -> tuple[Callable[[Any, Any], None], Callable[[Any, Any, Any], None]]:
-    return lambda teacher, inputs: found.begin(inputs), lambda teacher, inputs, answers: found.end(name, inputs)
+        yield times

@@ -1,4 +1,4 @@
-"""What stage one would write at most, from shapes alone: no image is hashed and nothing is fitted or timed."""
+"""Bound what stage one writes from shapes alone: no image is hashed, nothing is fitted or timed."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, St
 from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.writer_locks import target_of
-from logitcache.planning.draft import Draft
+from logitcache.planning.dry_run import DryRun
 from logitcache.runtime.device import to_device
 from logitcache.runtime.versions import versions
 from logitcache.stage_one.inputs import Inputs, open_inputs
@@ -30,26 +30,26 @@ NOT_READ = "0" * 64
 
 
 @contextlib.contextmanager
-def sketched(
+def upper_bounds(
     recipe: PrecomputeRecipe, *, teachers: Mapping[str, nn.Module] | None = None, dataset: object | None = None
-) -> Iterator[Draft]:
-    """Open what the recipe names and yield the largest cache that it may make; two images are answered, for shapes.
+) -> Iterator[DryRun]:
+    """Open the inputs and yield the largest cache that the recipe may make; two images are answered, for shapes.
 
     An existing cache is not compared with images and teachers, nor its shards with their records.
     """
     with open_inputs(recipe, teachers, dataset) as inputs:
-        yield _sketch(inputs)
+        yield _bound(inputs)
 
 
 def most_bytes(array: ArrayLayout) -> float:
-    """Return what a row of a packed array takes at most, without the index of its shard."""
+    """Return the most bytes of a row of a packed array, without the index of its shard."""
     if array.per_shard:
         return array.stored_bounds(1)[1] - array.hot_bytes(0)
     rows = array.num_images % array.shard_rows or array.shard_rows  # of the smallest shard
     return array.row_bytes * (1 + 1 / 256) + 512 * -(-rows // array.inner_rows) / rows
 
 
-def _sketch(inputs: Inputs) -> Draft:
+def _bound(inputs: Inputs) -> DryRun:
     recipe, views, teachers, store = inputs.recipe, inputs.views, inputs.teachers, inputs.store
     pixels = views.answered().__getitems__([ViewKey(0, 0), ViewKey(0, min(1, len(views.dataset.ids) - 1))])
     labels = torch.from_numpy(views.dataset.labels[[0, min(1, len(views.dataset.ids) - 1)]])
@@ -70,11 +70,11 @@ def _sketch(inputs: Inputs) -> Draft:
     snapshot = Snapshot.as_described(store, goal, {} if cache is None else cache.records)
     every = set(snapshot.layout.shards())
     missing = {name: every - committed for name, committed in snapshot.committed().items()}
-    return Draft(inputs, Todo(snapshot, missing, recorded=None if cache is None else cache.manifest))
+    return DryRun(inputs, Todo(snapshot, missing, recorded=None if cache is None else cache.manifest))
 
 
 def _largest(entry: TeacherEntry, teacher: Teacher, shapes: Mapping[str, tuple[int, ...]]) -> TeacherEntry:
-    """Give what has no form yet the one that takes most."""
+    """Choose the largest form of each target that has none yet."""
     logits, features, classes = entry.stored_logits, dict(entry.stored_features), entry.num_classes
     if LOGITS in entry.unfitted and entry.logits is not None and classes is not None:
         form = entry.logits.largest(teacher.classifier.module, classes)
@@ -120,7 +120,7 @@ def _fingerprint(dataset: ImageDataset) -> Fingerprint:
 
 
 def _grown(recipe: PrecomputeRecipe, cache: Snapshot, entries: dict[str, TeacherEntry]) -> Manifest:
-    """Return what a recipe makes of a cache: more views, teachers and targets."""
+    """Return the manifest that a cache grows to: more views, teachers and targets."""
     views = cache.manifest.views.model_copy(update={"num_views": recipe.views.num_views})
     packed = fit_to_pages(entries, cache.manifest.shard_rows)
     return cache.manifest.model_copy(update={"views": views, "teachers": packed})

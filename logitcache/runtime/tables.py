@@ -92,6 +92,8 @@ def _format(name: str, value: Any) -> str:
             return f"{value:.4g}"
         case Mapping():
             return yaml.safe_dump(dict(value), default_flow_style=True, sort_keys=False, width=math.inf).strip()
+        case [least, most] if name.endswith("seconds"):
+            return " to ".join(dict.fromkeys((_format(name, least), _format(name, most))))
         case list() | tuple():
             text = ", ".join(_format("", item) for item in value) or MISSING
             return text if len(text) <= LONGEST_LIST else f"{len(value)} entries"

@@ -16,7 +16,7 @@ from torch.nn import functional
 from logitcache.cache.cache import open_cache
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import RecipeError
-from logitcache.planning.report import plan
+from logitcache.planning.plan import plan
 from logitcache.teacher.answers import BOUNDS, examples_of
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher, build_teacher
