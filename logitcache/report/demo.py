@@ -44,6 +44,10 @@ STUDENT = {
 }
 
 
+_Run = tuple[str, type[StudentRecipe | TeacherRecipe], dict[str, Any], int]
+"""Name, kind of recipe, entries, and number of seeds."""
+
+
 @dataclass(frozen=True)
 class DemoTeacher:
     """The teacher, measured on the test images."""
@@ -87,32 +91,42 @@ def run_demo(directory: Path, quick: bool = False) -> DemoResult:
     epochs, seeds = (1, 1) if quick else (EPOCHS, SEEDS)
     teacher = _measure_teacher()
     logger.info(f"teacher: {100 * teacher.top1:.2f} % of the test images, {teacher.num_parameters:,} parameters")
-    cache = precompute(load_recipe(_precompute_recipe(directory), PrecomputeRecipe))
+    stage_one = {
+        "cache": str(directory / "cache.zarr"),
+        "dataset": TRAIN,
+        "views": {"num_views": NUM_VIEWS, "augmentations": AUGMENTATIONS},
+        "teachers": {"teacher": {"model": {"kind": "bundled"}}},
+        "num_workers": 0,
+    }
+    cache = precompute(load_recipe(stage_one, PrecomputeRecipe))
     written = f"{cache.row_views:,} row-views in {cache.seconds:.1f} s, {cache.bytes / 1e6:.1f} MB"
     logger.info(f"cache: {written}; the teacher is done")
     labels = {"augmentations": AUGMENTATIONS}
-    students = [
-        _train(
-            directory,
-            f"{NUM_LABELS} labels",
-            TeacherRecipe,
-            {**labels, "dataset": FEW, "epochs": epochs * NUM_IMAGES // NUM_LABELS},
-            seeds,
+    few = {**labels, "dataset": FEW, "epochs": epochs * NUM_IMAGES // NUM_LABELS}
+    every = {**labels, "dataset": TRAIN, "epochs": epochs}
+    cached: list[_Run] = [
+        (
+            f"{NUM_IMAGES} unlabelled images, cached teacher, T = {temperature:g}",
+            StudentRecipe,
+            {
+                "cache": stage_one["cache"],
+                "losses": [{"kind": "kl_divergence", "temperature": temperature}],
+                "epochs": epochs,
+            },
+            count,
         )
+        for temperature, count in zip(TEMPERATURES, (seeds, 1), strict=True)
     ]
-    for temperature, count in zip(TEMPERATURES, (seeds, 1), strict=True):
-        name = f"{NUM_IMAGES} unlabelled images, cached teacher, T = {temperature:g}"
-        losses = [{"kind": "kl_divergence", "temperature": temperature}]
-        entries = {"cache": str(directory / "cache.zarr"), "losses": losses, "epochs": epochs}
-        students.append(_train(directory, name, StudentRecipe, entries, count))
-    entries = {**labels, "dataset": TRAIN, "epochs": epochs}
-    students.append(_train(directory, f"{NUM_IMAGES} labels", TeacherRecipe, entries, 1))
-    cached = sum(student.seeds for student in students if "cached" in student.name)
+    runs: list[_Run] = [
+        (f"{NUM_LABELS} labels", TeacherRecipe, few, seeds),
+        *cached,
+        (f"{NUM_IMAGES} labels", TeacherRecipe, every, 1),
+    ]
     result = DemoResult(
         teacher=teacher,
         cache=cache,
-        students=tuple(students),
-        passes_saved=cached * epochs * NUM_IMAGES - NUM_VIEWS * NUM_IMAGES,
+        students=tuple(_train(directory, *run) for run in runs),
+        passes_saved=sum(count for *_, count in cached) * epochs * NUM_IMAGES - NUM_VIEWS * NUM_IMAGES,
         seconds=round(time.perf_counter() - started, 1),
         report=str(directory / "demo.json"),
         next=f"logitcache inspect {directory / 'cache.zarr'}",
@@ -128,16 +142,6 @@ def _measure_teacher() -> DemoTeacher:
     top1 = validator.measure(classifier, torch.device("cpu")).quality
     assert top1 is not None
     return DemoTeacher("bundled", sum(p.numel() for p in classifier.parameters()), top1)
-
-
-def _precompute_recipe(directory: Path) -> dict[str, Any]:
-    return {
-        "cache": str(directory / "cache.zarr"),
-        "dataset": TRAIN,
-        "views": {"num_views": NUM_VIEWS, "augmentations": AUGMENTATIONS},
-        "teachers": {"teacher": {"model": {"kind": "bundled"}}},
-        "num_workers": 0,
-    }
 
 
 def _train(

@@ -1,4 +1,4 @@
-"""What a result was made with: versions and devices, nothing that names a person or a machine."""
+"""Describe the environment of a result: versions and devices, nothing that names a person or a machine."""
 
 import os
 import platform
@@ -25,6 +25,7 @@ def environment() -> dict[str, Any]:
 
     import logitcache
 
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
         "logitcache": logitcache.__version__,
         "python": platform.python_version(),
@@ -32,17 +33,17 @@ def environment() -> dict[str, Any]:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "cores": len(os.sched_getaffinity(0)) if _HAS_AFFINITY else os.cpu_count(),
+            # macOS and Windows do not know which cores a process may use.
+            "cores": len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count(),
             "threads": torch.get_num_threads(),
         },
         "cuda": torch.version.cuda,
-        "devices": [_gpu(index) for index in range(torch.cuda.device_count())],
+        "devices": [
+            {"name": gpu.name, "memory_bytes": gpu.total_memory, "capability": f"{gpu.major}.{gpu.minor}"}
+            for gpu in devices
+        ],
         "mps": torch.backends.mps.is_available(),
     }
-
-
-# macOS and Windows cannot tell which cores a process may use.
-_HAS_AFFINITY = "sched_getaffinity" in dir(os)
 
 
 def _version(name: str) -> str | None:
@@ -50,14 +51,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _gpu(index: int) -> dict[str, Any]:
-    import torch
-
-    properties = torch.cuda.get_device_properties(index)
-    return {
-        "name": properties.name,
-        "memory_bytes": properties.total_memory,
-        "capability": f"{properties.major}.{properties.minor}",
-    }
