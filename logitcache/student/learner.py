@@ -164,10 +164,8 @@ class Learner:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.epoch, self.batch = state["place"]
         self.seconds = state["seconds"]
-        self._load_own(state["ranks"])
-
-    def _load_own(self, kept: list[dict[str, Any]]) -> None:
-        """Take back what each rank had; where they are of another number, the first takes all sums."""
+        # Of another number of ranks, the first takes all sums.
+        kept = state["ranks"]
         sums = [own["sums"] for own in kept]
         if len(kept) != self.ranks.size:
             sums = [torch.stack(sums).sum(dim=0), *[torch.zeros_like(sums[0])] * (self.ranks.size - 1)]

@@ -120,7 +120,14 @@ def _try_step(
     if failure is None:
         return
     if rows == 1 and attempt(recipe, adapters, 2) is None:
-        raise RecipeError(_too_few(recipe, lesson, num_processes, failure)) from failure
+        fixes = [f"{key}: {value}" for key, value in _remedies(recipe, lesson, num_processes)]
+        cut = [f"{recipe.micro_batches} micro_batches"] * (recipe.micro_batches > 1)
+        cut += [f"{num_processes} processes"] * (num_processes > 1 and not recipe.sync_batch_norm)
+        raise RecipeError(
+            f"{lesson.num_images} images in batches of {recipe.batch_size}{' for ' * bool(cut)}{' and '.join(cut)} "
+            f"leave a batch of 1, on which the model cannot train, as it can on 2: {failure}. "
+            f"Fix: {', or '.join(fixes)}"
+        ) from failure
     if isinstance(failure, _NotFinite):  # at any number of rows, training reports that it diverges
         return
     # The part that raises: the model alone, or the first loss that does.
@@ -195,17 +202,6 @@ def _noise(recipe: TrainingRecipe, lesson: Lesson, rows: int) -> Batch:
     mixed = MixedLabels(labels, torch.full((rows,), 0.5)) if lesson.mixes else None
     batch = Batch(images, labels, keys, teachers, mixed)
     return with_ensembles(batch, recipe.ensembles) if isinstance(recipe, StudentRecipe) else batch
-
-
-def _too_few(recipe: TrainingRecipe, lesson: Lesson, num_processes: int, cause: Exception) -> str:
-    """Word a failure on one image where two are enough."""
-    fixes = [f"{key}: {value}" for key, value in _remedies(recipe, lesson, num_processes)]
-    cut = [f"{recipe.micro_batches} micro_batches"] * (recipe.micro_batches > 1)
-    cut += [f"{num_processes} processes"] * (num_processes > 1 and not recipe.sync_batch_norm)
-    return (
-        f"{lesson.num_images} images in batches of {recipe.batch_size}{' for ' * bool(cut)}{' and '.join(cut)} leave a "
-        f"batch of 1, on which the model cannot train, as it can on 2: {cause}. Fix: {', or '.join(fixes)}"
-    )
 
 
 def _remedies(recipe: TrainingRecipe, lesson: Lesson, num_processes: int) -> Iterator[tuple[str, Any]]:

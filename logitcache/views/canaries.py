@@ -154,28 +154,24 @@ def judge(report: CanaryReport, level: Level, origin: Origin, limits: DriftLimit
         return None
     accepted, total = level == "numeric" and report.is_drift(limits), report.num_canaries
     verdict, fix = _diagnosis(report, limits, origin.has_parameters)
+    # What differs on both sides; if nothing does, what decides pixels most.
+    names = dict.fromkeys([*origin.recorded, *origin.here])
+    shown = [name for name in names if origin.recorded.get(name) != origin.here.get(name)] or ["torch", "cpu"]
+    recorded, here = (
+        ", ".join(f"{name} {side.get(name, 'none')}" for name in shown) for side in (origin.recorded, origin.here)
+    )
     message = (
         f"augmented images differ from those the teacher saw ({origin.name})\n"
         f"  raw images {report.raw_equal}/{total} equal | plans {report.plans_equal}/{total} equal | "
         f"augmented {report.augmented_equal}/{total} equal: "
         f"mean |d| {report.mean_difference:.2f}, max {report.max_difference}\n"
         f"  -> {verdict}\n"
-        f"  {_versions(origin)}\n"
+        f"  recorded: {recorded}      here: {here}\n"
         f"  {'Accepted, as verify is numeric.' if accepted else f'Fix: {fix}'}"
     )
     if accepted:
         return message
     raise ReplayMismatchError(message)
-
-
-def _versions(origin: Origin) -> str:
-    """Name what differs on both sides; where nothing does, what decides pixels most."""
-    names = dict.fromkeys([*origin.recorded, *origin.here])
-    shown = [name for name in names if origin.recorded.get(name) != origin.here.get(name)] or ["torch", "cpu"]
-    recorded, here = (
-        ", ".join(f"{name} {side.get(name, 'none')}" for name in shown) for side in (origin.recorded, origin.here)
-    )
-    return f"recorded: {recorded}      here: {here}"
 
 
 def _diagnosis(report: CanaryReport, limits: DriftLimits, has_parameters: bool) -> tuple[str, str]:

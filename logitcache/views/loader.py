@@ -222,8 +222,18 @@ def _outliving_workers(
         # torch's own errors name an ended worker, or the data set's error.
         is_certain = isinstance(error, RuntimeError) or "in DataLoader worker process" in str(error)
         ended = _ended(workers, 0.0 if is_certain else _ENDING)
+        if ended is not None and ended < 0:
+            raise KilledWorkerError(
+                f"a process that renders views was killed by {signal.Signals(-ended).name}, by the system if nobody "
+                "else: memory may have run out.\n"
+                "  Fix: the same command continues; fewer num_workers or a smaller batch_size take less memory"
+            ) from error
         if ended is not None:
-            raise _lost(ended) from error
+            raise LogitCacheError(
+                f"a process that renders views ended with exit code {ended}; what it printed is above.\n"
+                "  Fix: a script of your own needs `if __name__ == '__main__':` around what it runs; a data set of "
+                "your own must not end the process"
+            ) from error
         if sum(worker.pid is not None for worker in workers) < num_workers and isinstance(error, OSError):
             raise LogitCacheError(
                 f"the processes that render views cannot start: {error.strerror or error}.\n"
@@ -252,17 +262,3 @@ def _ended(workers: Sequence[BaseProcess], seconds: float) -> int | None:
         assert isinstance(sentinel, int)
         started[sentinel].join(_ENDING)
     return next((worker.exitcode for worker in started.values() if worker.exitcode is not None), None)
-
-
-def _lost(exit_code: int) -> LogitCacheError:
-    if exit_code < 0:
-        return KilledWorkerError(
-            f"a process that renders views was killed by {signal.Signals(-exit_code).name}, by the system if nobody "
-            "else: memory may have run out.\n"
-            "  Fix: the same command continues; fewer num_workers or a smaller batch_size take less memory"
-        )
-    return LogitCacheError(
-        f"a process that renders views ended with exit code {exit_code}; what it printed is above.\n"
-        "  Fix: a script of your own needs `if __name__ == '__main__':` around what it runs; a data set of your own "
-        "must not end the process"
-    )

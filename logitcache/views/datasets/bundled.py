@@ -1,6 +1,5 @@
 """Bundled: a part of Fashion-MNIST that comes with the package."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -40,7 +39,10 @@ class Bundled(DatasetBase):
 
     def open(self) -> "BundledImages":
         """Load the images; raises DataError when the package's data are not there."""
-        with np.load(_find(f"{self.split}.npz")) as stored:
+        path = bundled_directory("fashion_mnist") / f"{self.split}.npz"
+        if not path.is_file():
+            raise DataError(f"the bundled images '{path}' are missing.\n  Fix: install logitcache again.")
+        with np.load(path) as stored:
             images, labels, index = stored["images"], stored["labels"], stored["index"]
         share = (self.num_images or len(labels)) // len(_CLASS_NAMES)
         first = [np.flatnonzero(labels == label)[:share] for label in range(len(_CLASS_NAMES))]
@@ -76,10 +78,3 @@ class BundledImages:
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all images [n]."""
         return np.fromiter((pixel_digest(self.read(index)) for index in range(len(self.ids))), np.uint64)
-
-
-def _find(name: str) -> Path:
-    place = bundled_directory("fashion_mnist") / name
-    if not place.is_file():
-        raise DataError(f"the bundled images '{place}' are missing.\n  Fix: install logitcache again.")
-    return place

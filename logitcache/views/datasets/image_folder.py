@@ -67,7 +67,13 @@ class ImageFolder(DatasetBase):
         walk = _Walk(root, math.inf if num_images is None else _OTHERS_PER_IMAGE * num_images + _MOST_OTHERS)
         if self.labelled is False:
             return FolderImages(root, self.mode, unlabelled(str(root), _images_below(walk, "")), self.orientation)
-        return FolderImages(root, self.mode, _by_class(walk, self.labelled), self.orientation)
+        entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
+        loose = [name for name in entries if is_image(os.path.join(root, name)) and (root / name).is_file()]
+        classes = [name for name in entries if (root / name).is_dir()]
+        images = [_images_below(walk, name) for name in classes]
+        return FolderImages(
+            root, self.mode, by_class(str(root), loose, classes, images, self.labelled), self.orientation
+        )
 
 
 class FolderImages(ImageFiles):
@@ -141,14 +147,6 @@ class _Walk:
             for name in folders:
                 _check_link(os.path.join(parent, name))
             yield parent, sorted(name for name in names if not name.startswith("."))
-
-
-def _by_class(walk: _Walk, labelled: bool | None) -> Listing:
-    root = walk.root
-    entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
-    loose = [name for name in entries if is_image(os.path.join(root, name)) and (root / name).is_file()]
-    classes = [name for name in entries if (root / name).is_dir()]
-    return by_class(str(root), loose, classes, [_images_below(walk, name) for name in classes], labelled)
 
 
 def _images_below(walk: _Walk, folder: str) -> PackedIds:

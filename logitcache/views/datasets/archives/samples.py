@@ -1,5 +1,6 @@
 """Samples: those of all shards as one sequence of images."""
 
+import functools
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -87,12 +88,14 @@ def _labels(shards: Sequence[Shard], parts: Sequence[ShardIndex], required: bool
                 "labelled: true.\n  Fix: give every sample one, or set labelled: false."
             )
         return table.values
-    read: dict[bytes, Labels] = {}
-    number = 0
+    read, number = functools.cache(label_of_text), 0
     for shard, part in zip(shards, parts, strict=True):
         for place, label_of in enumerate(part.label_of.tolist()):
+            text = part.labels[label_of]
             try:
-                table.put(number, _label(part.labels[label_of], read))
+                if text is None:
+                    raise ValueError(f"it has no '{LABEL}', and others have. Give it one, -1 for no label")
+                table.put(number, read(text))
             except ValueError as cause:
                 raise DataError(
                     f"sample '{part.ids[place]}' of shard '{shard}' has no usable label: {cause}.\n"
@@ -100,12 +103,3 @@ def _labels(shards: Sequence[Shard], parts: Sequence[ShardIndex], required: bool
                 ) from cause
             number += 1
     return table.values
-
-
-def _label(text: bytes | None, read: dict[bytes, Labels]) -> Labels:
-    """Return the label that a text states; each text is read once. Raises ValueError for one that cannot be used."""
-    if text is None:
-        raise ValueError(f"it has no '{LABEL}', and others have. Give it one, -1 for no label")
-    if text not in read:
-        read[text] = label_of_text(text)
-    return read[text]
