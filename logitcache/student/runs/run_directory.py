@@ -34,14 +34,14 @@ from logitcache.student.ranks import ALONE, Ranks
 _FREE = (
     *("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers"),
     *("validation.groups", "validation.taps"),
+    *("out", "cache", "dataset", "validation.cache", "validation.dataset"),
 )
-_PLACES = ("out", "cache", "dataset", "validation.cache", "validation.dataset")
 
 MAX_RECIPE_BYTES = 1 << 20
 _MAX_JSON_BYTES = 64 << 20
 
 _DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, struct.error, zlib.error)
-"""What damage surfaces as in readers of files and archives."""
+"""What readers of files and archives raise for damage."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,10 +57,8 @@ class _Environment(Component):
 _ROW: TypeAdapter[dict[str, int | float | None]] = TypeAdapter(dict[str, int | float | None])
 
 
-def _by_first(
-    method: Callable[Concatenate["RunDirectory", P], T],
-) -> Callable[Concatenate["RunDirectory", P], T]:
-    """Let the first of several ranks alone touch the directory: the others get what it found."""
+def _by_first(method: Callable[Concatenate["RunDirectory", P], T]) -> Callable[Concatenate["RunDirectory", P], T]:
+    """Let only the first of several ranks touch the directory: the others get what it found."""
 
     @wraps(method)
     def shared(run: "RunDirectory", /, *args: P.args, **options: P.kwargs) -> T:
@@ -141,12 +139,15 @@ class RunDirectory:
             raise MismatchError(f"{self.path} is a run of another kind of recipe: {error}") from error
         new = _entries(recipe)
         extends = old["epochs"] < new["epochs"]
+        # Releases without `tap_layouts` took every tap for channels first.
+        assumed = [(key, None, "channels_first") for key in new if key.startswith("tap_layouts.")]
         lines = [
             f"{key}: the run has {old.get(key)!r}, the recipe {new.get(key)!r}"
             for key in dict.fromkeys([*old, *new])
-            if old.get(key) != new.get(key)
+            if key != "tap_layouts"
+            and old.get(key) != new.get(key)
             and not (key == "epochs" and extends)
-            and not _states_layout(key, old.get(key), new.get(key))
+            and (key, old.get(key), new.get(key)) not in assumed
         ]
         if lines:
             raise MismatchError(
@@ -285,13 +286,8 @@ def _entries(recipe: Component) -> dict[str, Any]:
     return {
         key: value
         for key, value in _flat(yaml.safe_load(dump_recipe(recipe)))
-        if not any(f"{key}.".startswith(f"{free}.") for free in (*_FREE, *_PLACES))
+        if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
     }
-
-
-def _states_layout(key: str, old: Any, new: Any) -> bool:
-    """Say whether an entry states the layout that releases without `tap_layouts` assumed for every tap."""
-    return key == "tap_layouts" or (key.startswith("tap_layouts.") and (old, new) == (None, "channels_first"))
 
 
 def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
