@@ -34,7 +34,8 @@ from logitcache.errors import LogitCacheError
 from logitcache.runtime.console import configure, logger, silenced
 from logitcache.stage_one.claims import Part, parse_part
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.student.training import RunResult, train
+from logitcache.student.runs.run_result import RunResult
+from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
 
 RECIPES = Path(__file__).parent.parent / "pipelines" / "losses"

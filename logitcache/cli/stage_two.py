@@ -11,7 +11,7 @@ from logitcache.cli.common import Answer, Overrides, Recipe, Trust
 from logitcache.errors import RecipeError
 
 if TYPE_CHECKING:
-    from logitcache.student.training import RunResult
+    from logitcache.student.runs.run_result import RunResult
 
 TeachersFrom = Annotated[
     Path | None,

@@ -40,15 +40,6 @@ R = TypeVar("R", bound=TrainingRecipe)
 LiveTargets = Callable[[Tensor, Tensor], Mapping[str, Targets]]
 
 
-@dataclass(frozen=True)
-class Given:
-    """Objects that the caller passed in place of the cache's targets and of recipe entries."""
-
-    live: LiveTargets | None = None
-    dataset: object | None = None
-    model: nn.Module | None = None
-
-
 def as_given(recipe: R, dataset: object | None, model: nn.Module | None) -> R:
     """Leave out of a recipe what objects took the place of: it did not make the run.
 

@@ -16,7 +16,7 @@ from logitcache.student.build_model import black, build_adapters, build_classifi
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.evaluation.validation import Validator, open_validator
 from logitcache.student.learner import Learner
-from logitcache.student.lesson import Given, LiveTargets, TrainingData, as_given, open_training_data
+from logitcache.student.lesson import LiveTargets, TrainingData, as_given, open_training_data
 from logitcache.student.nonfinite import require_finite_targets
 from logitcache.student.optim.batch_norm import require_possible
 from logitcache.student.optim.schedules import Progress
@@ -37,8 +37,6 @@ from logitcache.student.trial import require_trainable
 from logitcache.targets import Batch
 from logitcache.views.augmentations import Augmentation
 
-__all__ = ["RunResult", "train"]
-
 SHOWN = ("top1", "top5", "mean_ap", "f1_macro", "agreement")
 """Metrics printed per epoch, if measured."""
 BEST = ("top1", "mean_ap")
@@ -55,29 +53,33 @@ def train(
 ) -> RunResult:
     """Train to the end of the recipe and return what was measured.
 
-    `dataset` and `model` give the objects themselves in place of their recipe entries. The module is trained in place,
-    from the weights that it has; a run that continues is given the same.
-    `resume` continues from the run's checkpoint bit by bit; with more `epochs` than it had, a run goes on by the
-    schedules of the longer run. `live` answers each batch in place of the cache (--online).
-    The caller's global random state is the same afterwards. Under torchrun all processes train one model together, on
-    parts of the same batches. Raises MismatchError before the first step where cache, images and recipe do not belong
-    together, Stopped after SIGTERM or Ctrl-C.
+    `dataset` and `model` are objects in place of their recipe entries. The module is trained in place, from the weights
+    that it has; a run that continues is given the same. `resume` continues from the run's checkpoint bit by bit; with
+    more `epochs` than it had, a run goes on by the schedules of the longer run. `live` answers each batch in place of
+    the cache (--online). The caller's global random state is the same afterwards. Under torchrun all processes train
+    one model together, on parts of the same batches. Raises MismatchError before the first step if cache, images and
+    recipe do not belong together, Stopped after SIGTERM or Ctrl-C.
     """
     with joined() as ranks:
-        return _train(as_given(recipe, dataset, model), resume, Given(live, dataset, model), ranks)
+        return _train(as_given(recipe, dataset, model), resume, live, dataset, model, ranks)
 
 
-def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, given: Given, ranks: Ranks) -> RunResult:
+def _train(
+    recipe: StudentRecipe | TeacherRecipe,
+    resume: bool,
+    live: LiveTargets | None,
+    dataset: object | None,
+    model: nn.Module | None,
+    ranks: Ranks,
+) -> RunResult:
     device = resolve_device(recipe.device)
     ranks.use(device)
     _require_parts(recipe, device, ranks)
     run = RunDirectory(recipe.out, ranks)
-    if not resume:
-        run.require_free()
+    before = run.require_recipe(recipe, resume)
     if not run.begun:
         require_effect(recipe, recipe.epochs)
-    before = run.require_recipe(recipe)
-    data = open_training_data(recipe, given.live, run.learns_from(), ranks, given.dataset)
+    data = open_training_data(recipe, live, run.learns_from(), ranks, dataset)
     validator = open_validator(recipe, data.lesson.num_classes)
     require_measurable(recipe, validator)
     identity = data.identity | ({} if validator is None else {"validation": validator.identity()})
@@ -87,7 +89,7 @@ def _train(recipe: StudentRecipe | TeacherRecipe, resume: bool, given: Given, ra
         return finished
     with own_randomness(device, recipe.seed):
         sample = None if validator is None else validator.sample()
-        classifier = build_classifier(recipe, data.lesson, sample, given.model)
+        classifier = build_classifier(recipe, data.lesson, sample, model)
         layouts = decide_layouts(recipe, classifier, black(data.lesson))
         adapters = build_adapters(recipe, data.lesson, classifier, layouts)
         require_trainable(recipe, data.lesson, classifier, device, layouts, ranks.size)

@@ -15,7 +15,7 @@ from logitcache.cache.cache import open_cache
 from logitcache.config.recipe import load_recipe
 from logitcache.student.compatibility import require_served
 from logitcache.student.losses import Loss
-from logitcache.student.training import RunResult
+from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training_recipes import StudentRecipe
 
 ROOT = Path(__file__).parents[2]

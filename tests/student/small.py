@@ -14,7 +14,7 @@ from logitcache.config.recipe import Component
 from logitcache.models import Classifier, Preprocessing, SmallCNN, load_model
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.learner import Learner
-from logitcache.student.training import RunResult
+from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.views.datasets import Bundled, open_dataset
 

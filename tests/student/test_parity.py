@@ -11,7 +11,8 @@ from torch import nn
 
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import FeatureLoss
-from logitcache.student.training import RunResult, train
+from logitcache.student.runs.run_result import RunResult
+from logitcache.student.training import train
 from logitcache.teacher.online import live_targets
 from tests.student.featured import FEATURES, LOSSES, ON_FEATURES, fill_featured
 from tests.student.small import PARTLY, fill, linear, network, recorded_losses, student

@@ -21,7 +21,8 @@ from logitcache.errors import CacheError, LogitCacheError, MismatchError
 from logitcache.models import Run, load_model, read_stored
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.learner import Learner
-from logitcache.student.training import RunResult, train
+from logitcache.student.runs.run_result import RunResult
+from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.targets import Targets
 from logitcache.views.datasets import Bundled, open_dataset

@@ -118,19 +118,15 @@ class RunDirectory:
             raise RecipeError(f"another training writes to {self.path}. Fix: wait, or another `out:`") from error
 
     @_by_first
-    def require_free(self) -> None:
-        """Raise RecipeError where a run has begun."""
-        if self._begun:
-            raise RecipeError(f"{self.path} holds a run already. Fix: --resume to continue it, or another `out:`")
-
-    @_by_first
-    def require_recipe(self, recipe: Component) -> int | None:
+    def require_recipe(self, recipe: Component, resume: bool) -> int | None:
         """Raise MismatchError unless a run that has begun has the same recipe, apart from places and speed.
 
-        More epochs extend the run: returns how many it had, else None.
+        More epochs extend the run: returns how many it had, else None. Raises RecipeError without `resume`.
         """
         if not self._begun:
             return None
+        if not resume:
+            raise RecipeError(f"{self.path} holds a run already. Fix: --resume to continue it, or another `out:`")
         with self.reading(self._recipe):
             require_bounded(self._recipe, MAX_RECIPE_BYTES)
         try:
