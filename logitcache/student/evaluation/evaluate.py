@@ -78,8 +78,12 @@ def evaluate(
     run = Path(run)
     recipe = read_run(run, overrides)
     device = resolve_device(recipe.device)
-    classifier = _load(run, recipe, overrides).to(device).eval()
-    num_classes = read_stored(run / "model.json").num_classes
+    stored = read_stored(run / "model.json")
+    # A network draws its first weights, which are then replaced.
+    with own_randomness(device, recipe.seed):
+        built = load_model(run, _stated_factory(run, stored, overrides), recipe.trust)
+    classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run))).to(device).eval()
+    num_classes = stored.num_classes
     validator = _images(run, recipe, num_classes)
     _require_memory(run, classifier, recipe, validator, device.type)
     trained_by, class_counts = _learnt_from(run, recipe, num_classes, overrides)
@@ -122,14 +126,6 @@ def _require_memory(
             f"{run / 'model.json'} resizes images to {size}: {batch} of them take {batch * of_image / 1e9:.1f} GB.\n"
             f"  Fix: --set validation.batch_size={max(1, most)}, or copy the run again if that size is not its own"
         )
-
-
-def _load(run: Path, recipe: TrainingRecipe, overrides: Sequence[str]) -> Classifier:
-    stored = read_stored(run / "model.json")
-    # A network draws its first weights, which are then replaced.
-    with own_randomness(resolve_device(recipe.device), recipe.seed):
-        built = load_model(run, _stated_factory(run, stored, overrides), recipe.trust)
-    return Classifier(built.module, resolve_preprocessing(built, None, who=str(run)))
 
 
 def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:

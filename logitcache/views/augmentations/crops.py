@@ -74,11 +74,7 @@ class RandomCrop(AugmentationBase):
                 f"random_crop to {pair(self.size)} does not fit image {int(draws.indices[row])} of size "
                 f"{tuple(sizes[row].tolist())} with padding {self.padding}. Fix: resize first, or raise the padding"
             )
-        self._require_mirrored(draws, sizes)
-        return below(draws.words("crop", ordinal, 2), corners), sizes_of(len(sizes), pair(self.size))
-
-    def _require_mirrored(self, draws: Draws, sizes: Ints) -> None:
-        """Raise DataError for an image with fewer pixels than a reflection would repeat."""
+        # A reflection repeats no pixel twice.
         missing = {"reflect": self.padding + 1, "symmetric": self.padding}.get(self.padding_mode, 0) - sizes.min(axis=1)
         if (missing > 0).any():
             row = int(np.argmax(missing))
@@ -87,6 +83,7 @@ class RandomCrop(AugmentationBase):
                 f"{self.padding} with {self.padding_mode}, which repeats no pixel twice. Fix: padding_mode: edge, less "
                 "padding, or resize first"
             )
+        return below(draws.words("crop", ordinal, 2), corners), sizes_of(len(sizes), pair(self.size))
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Pad and crop."""

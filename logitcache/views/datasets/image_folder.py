@@ -1,6 +1,5 @@
 """Image folder: files below one folder, whose first level of folders may name the classes."""
 
-import contextlib
 import math
 import os
 import struct
@@ -88,8 +87,13 @@ class FolderImages(ImageFiles):
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
         path = self._paths[index]
-        with _there(path), open_regular(path) as file:
-            return self.decoded(file, path)
+        try:
+            with open_regular(path) as file:
+                return self.decoded(file, path)
+        except OSError as cause:
+            moved = "put it back; the folder must not change during a run."
+            fix = "make it readable." if os.path.lexists(path) else moved
+            raise DataError(f"image '{path}' cannot be read: {cause.strerror or cause}.\n  Fix: {fix}") from cause
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]; only those that changed are read again."""
@@ -100,16 +104,6 @@ class FolderImages(ImageFiles):
         """Return the heads of all files [n, 3]; only those that changed are read again."""
         found = remembered(self._paths, _HEADS, what="image", width=24)
         return found.view("<i8").astype(np.int64, copy=False)
-
-
-@contextlib.contextmanager
-def _there(path: str) -> Iterator[None]:
-    """Turn the system's refusal of a file into a DataError that names it."""
-    try:
-        yield
-    except OSError as cause:
-        fix = "make it readable." if os.path.lexists(path) else "put it back; the folder must not change during a run."
-        raise DataError(f"image '{path}' cannot be read: {cause.strerror or cause}.\n  Fix: {fix}") from cause
 
 
 def _sha256(file: BinaryIO) -> bytes:
