@@ -68,7 +68,7 @@ class PlaceMap(nn.Module):
     """A map of one number a place, [B, H, W], of a teacher's feature as it is kept."""
 
     def __init__(self, student: Shape, kept: FeatureShape) -> None:
-        """Take the shape at the student's tap, and what is kept; raises RecipeError where either has no places."""
+        """Take the shape at the student's tap, and what is kept; raises RecipeError if either has no places."""
         super().__init__()
         self._of_maps = kept.kind == "maps"
         as_maps(torch.empty(1, *student, device="meta"))
@@ -85,7 +85,7 @@ def as_places(values: Tensor) -> Tensor:
 
 
 def unit(vectors: Tensor) -> Tensor:
-    """Divide vectors along the last axis by their L2 norm; where that is 0 they stay, and so does their gradient."""
+    """Divide vectors along the last axis by their L2 norm; if that is 0 they stay, and so does their gradient."""
     norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
     directions: Tensor = vectors / norms.where(norms > 0, 1)
     return directions

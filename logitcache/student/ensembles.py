@@ -54,7 +54,7 @@ class ByConfidence(EnsembleBase):
     """Members count less the larger their cross-entropy L with the label: w_k = (1 - softmax(L)_k) / (M - 1).
 
     Zhang, Chen and Wang, "Confidence-aware multi-teacher knowledge distillation" (ICASSP 2022). Rows
-    without a label weigh members alike; where images are mixed, L is the mean over both labels by their shares.
+    without a label weigh members alike; if images are mixed, L is the mean over both labels by their shares.
     """
 
     needs_labels: ClassVar[bool] = True
@@ -85,7 +85,7 @@ class ByEntropy(EnsembleBase):
 
 
 def _cross_entropies(log_p: Tensor, batch: Batch) -> Tensor:
-    """Return the cross-entropy of log-probabilities [B, C] with each row's label or labels, 0 where one is missing."""
+    """Return the cross-entropy of log-probabilities [B, C] with each row's label or labels, 0 if one is missing."""
     # Of an infinite loss, neither the share 0 nor the softmax beside another would be a number.
     log_p = log_p.clamp(min=torch.finfo(log_p.dtype).min)
     rows = F.nll_loss(log_p, batch.labels, ignore_index=UNLABELLED, reduction="none")
@@ -117,7 +117,7 @@ def _answer(ensemble: Ensemble, batch: Batch) -> Targets:
 def classes_of(ensembles: Mapping[str, Ensemble], teachers: Mapping[str, int], labelled: bool) -> dict[str, int]:
     """Return the number of classes of teachers and ensembles, from those of the teachers that have logits.
 
-    Raises RecipeError or MismatchError where an ensemble cannot be made of them, or needs labels without `labelled`.
+    Raises RecipeError or MismatchError if an ensemble cannot be made of them, or needs labels without `labelled`.
     """
     checks = [partial(_require_members, name, ensemble, teachers) for name, ensemble in ensembles.items()]
     checks += [partial(_require_labels, name, ensemble) for name, ensemble in ensembles.items() if not labelled]

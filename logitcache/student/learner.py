@@ -28,7 +28,7 @@ class Terms(nn.Module):
     def __init__(
         self, recipe: TrainingRecipe, model: nn.Module, adapters: nn.ModuleList, device: torch.device, ranks: Ranks
     ) -> None:
-        """Take a model that gives logits, and features by tap too where the losses name taps."""
+        """Take a model that gives logits, and features by tap too if the losses name taps."""
         super().__init__()
         self.model, self.adapters = model, adapters
         self._losses, self._precision, self._device = recipe.losses, recipe.precision, device

@@ -156,7 +156,7 @@ def _open_cache(
 
 
 def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
-    """Return what a cache asks of a student; raises where it, the losses and the ensembles do not belong together."""
+    """Return what a cache asks of a student; raises if it, the losses and the ensembles do not belong together."""
     held = held_teachers(cache)
     raise_all(
         caught(

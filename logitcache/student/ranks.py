@@ -45,7 +45,7 @@ class Ranks:
         return self.rank == 0
 
     def use(self, device: torch.device) -> None:
-        """Make a device the one that this process computes on; raises RecipeError where ranks cannot share its kind."""
+        """Make a device the one that this process computes on; raises RecipeError if ranks cannot share its kind."""
         if self.size == 1:
             return
         if device.type == "mps":
@@ -125,7 +125,7 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def by_first(self, function: Callable[[], T]) -> T:
-        """Call a function on the first rank and give all what it returns; where it raises, the others end quietly."""
+        """Call a function on the first rank and give all what it returns; if it raises, the others end quietly."""
         if self.size == 1:
             return function()
         answer: list[Any] = [None, None]

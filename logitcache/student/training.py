@@ -211,7 +211,7 @@ def _save(data: TrainingData, learner: Learner, run: RunDirectory) -> None:
 
 
 def _require_finite(data: TrainingData, learner: Learner, run: RunDirectory) -> None:
-    """Raise LogitCacheError where training has diverged: a checkpoint of that would be of no use."""
+    """Raise LogitCacheError if training has diverged: a checkpoint of that would be of no use."""
     if not learner.finite():
         if data.cache is not None:
             require_finite_targets(data.loader, learner.epoch, learner.batch, data.cache)

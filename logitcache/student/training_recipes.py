@@ -46,7 +46,7 @@ class Validation(Component):
     """Untouched images to measure on: a data set, or a cache of it whose teacher the student is compared with.
 
     `class_map` maps classes of the images, by name or index, to those of the model, if they differ. Of images of any
-    number of classes, answers are yes where their probability is above `threshold`. `groups` and `taps`, modules to
+    number of classes, answers are yes if their probability is above `threshold`. `groups` and `taps`, modules to
     compare with the teachers' features, are for `evaluate` alone.
     """
 
@@ -83,7 +83,7 @@ class TrainingRecipe(Component):
     `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. An epoch is as many images
     as there are; with `views_per_image` k it is k views of every k-th image, so that one decode serves k views.
     `keep`: the run ends with the weights of the last epoch, or of the one that measured best.
-    `sampling` may draw images by class instead, as many. `sync_batch_norm` normalises by the whole batch where several
+    `sampling` may draw images by class instead, as many. `sync_batch_norm` normalises by the whole batch if several
     processes share it, each on a CUDA device.
     `tap_layouts`: by tap, where a module of the student puts its channels; by default that is decided.
     `verify`: how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits`: what counts

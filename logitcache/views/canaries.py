@@ -106,7 +106,7 @@ def pixel_digest(array: NDArray[np.generic]) -> str:
 def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]:
     """Render canaries: their records and their pixels, uint8 [K, C, H, W].
 
-    Raises RecipeError where they come out different when they are rendered again, together and in another order.
+    Raises RecipeError if they come out different when they are rendered again, together and in another order.
     """
     taken = [_take(views, key) for key in keys]
     pixels = views.stack([pixels for _, pixels in taken], keys)
@@ -149,7 +149,7 @@ def compare(views: Views, recorded: Sequence[Canary], recorded_pixels: Tensor) -
 
 
 def judge(report: CanaryReport, level: Level, origin: Origin, limits: DriftLimits = DEFAULT_LIMITS) -> str | None:
-    """Return a warning for a drift that `level` accepts, None where all is equal; else raise ReplayMismatchError."""
+    """Return a warning for a drift that `level` accepts, None if all is equal; else raise ReplayMismatchError."""
     if report.equal or level == "off":
         return None
     accepted, total = level == "numeric" and report.is_drift(limits), report.num_canaries

@@ -165,7 +165,7 @@ class ViewLoader:
         _open.add(self)
 
     def render(self, batches: Iterable[list[ViewKey]]) -> Iterator[Tensor]:
-        """Yield one uint8 [B, C, H, W] per batch of keys; raise DataError where an image cannot be read.
+        """Yield one uint8 [B, C, H, W] per batch of keys; raise DataError if an image cannot be read.
 
         The workers serve one call at a time: a later call ends this one, with RuntimeError if it is continued.
         """

@@ -89,7 +89,7 @@ class Mixture(NamedTuple):
     """How each image [B] is mixed: with whom, and with what.
 
     The own label weighs `own` / `total`, the partner's the rest; `boxes` [B, 4] (top, left, height, width) come from
-    the partner; where a box is empty, pixels are mixed by `own` of `total` = 256.
+    the partner; if a box is empty, pixels are mixed by `own` of `total` = 256.
     """
 
     partners: Ints
@@ -129,7 +129,7 @@ class Mixture(NamedTuple):
 
 
 def _places(rows: Ints) -> Ints | slice:
-    """Index rows without a copy where there is one."""
+    """Index rows without a copy if there is one."""
     return slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
 
 

@@ -75,7 +75,7 @@ class ViewSpec(Component):
         return self.model_copy(update={"mixing": (), "pairing_window": None, "targets": "exact"})
 
     def pairing(self, num_images: int) -> Pairing | None:
-        """Return who is mixed with whom among so many images; None where nothing is mixed."""
+        """Return who is mixed with whom among so many images; None if nothing is mixed."""
         return Pairing(self.seed, num_images, self.pairing_window or num_images) if self.mixing else None
 
     def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> tuple[list[Ints], Ints]:
@@ -93,7 +93,7 @@ class ViewSpec(Component):
         return plans, sizes
 
     def mixture(self, keys: Sequence[ViewKey], num_images: int, size: tuple[int, int]) -> Mixture | None:
-        """Draw how the views of `keys`, of one (height, width), are mixed; None where nothing is."""
+        """Draw how the views of `keys`, of one (height, width), are mixed; None if nothing is."""
         pairing = self.pairing(num_images)
         if pairing is None:
             return None
@@ -172,7 +172,7 @@ class Views:
         return mixture.apply_(mixed, rendered, other)
 
     def mixture(self, keys: Sequence[ViewKey], images: Tensor) -> Mixture | None:
-        """Return how the views of `keys`, rendered as [B, C, H, W], are mixed; None where nothing is."""
+        """Return how the views of `keys`, rendered as [B, C, H, W], are mixed; None if nothing is."""
         if self.recorded is not None:
             return self.spec.split(self.recorded(keys))[1]
         return self.spec.mixture(keys, len(self.dataset.ids), (images.shape[2], images.shape[3]))
@@ -182,7 +182,7 @@ class Views:
         return Views(self.dataset, self.spec.answered())
 
     def partners(self, keys: Sequence[ViewKey]) -> list[ViewKey]:
-        """Return the views that those of `keys` are mixed with; where nothing is mixed, the same."""
+        """Return the views that those of `keys` are mixed with; if nothing is mixed, the same."""
         if not self.spec.mixing:
             return list(keys)
         views, indices = np.array(keys, dtype=np.int64).T

@@ -26,7 +26,7 @@ KINDS = ("pooled", "maps")
 class TapSimilarity:
     """Linear CKA of what the student has at a tap and a teacher's feature, both as means over places; in [0, 1].
 
-    None where one of them is the same for all images.
+    None if one of them is the same for all images.
     """
 
     tap: str
@@ -60,7 +60,7 @@ class LinearCKA:
         self._products += rows.T @ rows
 
     def value(self) -> float | None:
-        """Return the similarity, in [0, 1]; None where x or y is constant."""
+        """Return the similarity, in [0, 1]; None if x or y is constant."""
         centred = self._products - torch.outer(self._sums, self._sums) / self._num_rows
         x, y = centred[: self._num_x, : self._num_x], centred[self._num_x :, self._num_x :]
         norms = x.norm() * y.norm()
@@ -95,7 +95,7 @@ def compare_taps(
 
 
 def require_features(validator: Validator) -> None:
-    """Raise RecipeError where taps are named and no cache has features to compare them with."""
+    """Raise RecipeError if taps are named and no cache has features to compare them with."""
     if comparable_features(validator) is None:
         raise RecipeError(
             "validation.taps names modules to compare with the teachers' features, but what is measured on keeps none. "
@@ -104,7 +104,7 @@ def require_features(validator: Validator) -> None:
 
 
 def comparable_features(validator: Validator) -> Cache | None:
-    """Return the images' cache with nothing but such features as can be compared; None where there are none."""
+    """Return the images' cache with nothing but such features as can be compared; None if there are none."""
     if validator.cache is None:
         return None
     cache = open_cache(validator.cache.location)

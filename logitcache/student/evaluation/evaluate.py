@@ -42,10 +42,10 @@ class EvaluationResult:
 
     `retention` is the student's top-1 over its teacher's, of images of any number of classes the mean average
     precision. `images_left_out` are those that `validation.class_map` does not name, or that have no label there; they
-    are in no figure. `groups` are None where the numbers of training images are not known. `costs` are of the student
-    and of the teachers of the cache that it learnt from; `latencies` only where they are asked for, `cka` where the
-    images' cache has features. `teachers_left_out` says why a teacher has no row, `teachers_failed` which of these the
-    user named. The weights are those after `epoch`, counted from 1; None if the run did not record it.
+    are in no figure. `groups` are None if the numbers of training images are not known. `costs` are of the student
+    and of the teachers of the cache that it learnt from; `latencies` only if they are asked for, `cka` if the images'
+    cache has features. `teachers_left_out`: why a teacher has no row, `teachers_failed`: which of these the user named.
+    The weights are those after `epoch`, counted from 1; None if the run did not record it.
     """
 
     run: str
@@ -129,7 +129,7 @@ def _require_memory(
 
 
 def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
-    """Open the images to measure on; raises RecipeError where the recipe names none.
+    """Open the images to measure on; raises RecipeError if the recipe names none.
 
     Images that the user names, without augmentations for them, are brought to the model as the run recorded it.
     """
@@ -239,7 +239,7 @@ def require_known_source(run: Path, recipe: StudentRecipe | TeacherRecipe, overr
 
 
 def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]) -> None:
-    """Raise RecipeError where a run's file, and not the user, names a factory to call."""
+    """Raise RecipeError if a run's file, and not the user, names a factory to call."""
     if recipe.validation is None:
         return
     images = recipe.validation.dataset
@@ -255,7 +255,7 @@ def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]
 
 
 def is_stated(key: str, overrides: Sequence[str]) -> bool:
-    """Say whether the user sets a key, or one that holds it."""
+    """Return whether the user sets a key, or one that holds it."""
     parts = key.split(".")
     above = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
     return any(text.partition("=")[0] in above for text in overrides)

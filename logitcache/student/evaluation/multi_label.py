@@ -16,7 +16,7 @@ from logitcache.student.evaluation.single_label import by_training_images
 from logitcache.targets import Targets
 
 THRESHOLD = 0.5
-"""An answer is yes where its probability is larger."""
+"""An answer is yes if its probability is larger."""
 
 Numbers = NDArray[np.float32 | np.float64]
 
@@ -27,7 +27,7 @@ class MultiLabelMeasures:
 
     `mean_ap` and `f1_macro` are means over the classes that at least one image is known to be of; `f1_micro` counts all
     classes together. `agreement` is the fraction of all answers that are the teacher's, `kl` the mean over images and
-    classes of the binary KL(teacher ‖ student) in nats at T = 1. None where there are no labels, or no teacher whose
+    classes of the binary KL(teacher ‖ student) in nats at T = 1. None if there are no labels, or no teacher whose
     logits are all kept. Several teachers count as the mean of their probabilities.
     """
 
@@ -136,7 +136,7 @@ class MultiLabelTally:
         )
 
     def groups(self, training: NDArray[np.int64] | None, head: int, tail: int) -> tuple[GroupPrecision, ...] | None:
-        """Return the figures of classes by their `training` images [C]; None where these are not known."""
+        """Return the figures of classes by their `training` images [C]; None if these are not known."""
         groups = []
         for name, training_images, members in by_training_images(self.per_class(None, training), head, tail):
             found = [item.average_precision for item in members if item.average_precision is not None]
@@ -200,7 +200,7 @@ def _average_precision(scores: Numbers, labels: NDArray[np.int8]) -> float:
 
 
 def _f1(counts: NDArray[np.int64]) -> Numbers:
-    """Return 2 TP / (2 TP + FP + FN) of rows of counts, 0 where nothing is there and nothing is found."""
+    """Return 2 TP / (2 TP + FP + FN) of rows of counts, 0 if nothing is there and nothing is found."""
     right, wrong, missed = counts.T
     return np.asarray(2 * right / np.maximum(2 * right + wrong + missed, 1))
 

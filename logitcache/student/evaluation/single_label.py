@@ -23,7 +23,7 @@ class Measures:
 
     `ece` is the expected calibration error of the labelled images: over 15 bins of equal width of the confidence, the
     mean of |accuracy - mean confidence|, weighted by their images (Guo et al., "On calibration of modern neural
-    networks", ICML 2017). None where there are no labels or no teacher. Several teachers count as the mean of their
+    networks", ICML 2017). None if there are no labels or no teacher. Several teachers count as the mean of their
     probabilities.
     """
 
@@ -125,7 +125,7 @@ class Tally:
         )
 
     def groups(self, training: NDArray[np.int64] | None, head: int, tail: int) -> tuple[GroupAccuracy, ...] | None:
-        """Return the accuracy of classes by their `training` images [C]; None where these are not known."""
+        """Return the accuracy of classes by their `training` images [C]; None if these are not known."""
         return group_accuracies(self.per_class(None, training), head, tail)
 
 
@@ -178,7 +178,7 @@ def by_training_images(classes: Sequence[C], head: int, tail: int) -> list[tuple
 
 
 def group_accuracies(classes: Sequence[ClassAccuracy], head: int, tail: int) -> tuple[GroupAccuracy, ...] | None:
-    """Return the accuracy of classes by their training images; None where these are not known."""
+    """Return the accuracy of classes by their training images; None if these are not known."""
     groups = []
     for name, training_images, members in by_training_images(classes, head, tail):
         found = [item.top1 for item in members if item.top1 is not None]

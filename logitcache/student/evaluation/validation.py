@@ -38,7 +38,7 @@ AnyMeasures = Measures | MultiLabelMeasures
 
 
 class Validator:
-    """Images to measure on, in order, with the teacher's answers where they are known.
+    """Images to measure on, in order, with the teacher's answers if they are known.
 
     `labels` [N], if given, replace the images' own: those of a data set of other classes, in the model's classes.
     Images whose label is -1 there are left out. `threshold` is the probability above which answers to images of any

@@ -12,7 +12,7 @@ from logitcache.targets import Batch, Targets
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over places of (a_s - a_t)², a scalar, at least float32; zero where both agree but for scale.
+    """Return the mean over places of (a_s - a_t)², a scalar, at least float32; zero if both agree but for scale.
 
     a is attention, the mean of squares over channels, as one vector an image of L2 norm 1. `student`: maps [B, C, h, w]
     or tokens [B, N, C], brought to the teacher's size; `teacher`: attention [B, H, W].

@@ -64,7 +64,7 @@ class BinaryCrossEntropy(LossBase):
         return binary_cross_entropy(outputs.logits, batch.labels, context.adapter.weights, batch.mixed)
 
     def adapter(self, site: Site) -> nn.Module:
-        """Hold the weights where the model is; raises RecipeError for those of other classes."""
+        """Hold the weights on the model's device; raises RecipeError for those of other classes."""
         given = self.positive_weight
         if not isinstance(given, tuple):
             return PositiveWeights((given,))

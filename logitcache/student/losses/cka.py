@@ -14,10 +14,10 @@ from logitcache.targets import Batch, Targets
 
 @full_precision
 def cka(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return 1 - linear CKA, in [0, 1], a scalar, at least float32; zero where both agree but for rotation and scale.
+    """Return 1 - linear CKA, in [0, 1], a scalar, at least float32; zero if both agree but for rotation and scale.
 
     CKA = ‖F_tᵀ F_s‖² / (‖F_sᵀ F_s‖ ‖F_tᵀ F_t‖), Frobenius norms, of features centred over the batch. The loss is 1
-    where either does not vary, as in a batch of one. `student` and `teacher`: vectors [B, C] and [B, D].
+    if either does not vary, as in a batch of one. `student` and `teacher`: vectors [B, C] and [B, D].
     """
     gram_s, gram_t = _centred_gram(student), _centred_gram(teacher)
     norms = torch.linalg.vector_norm(gram_s) * torch.linalg.vector_norm(gram_t)

@@ -17,9 +17,9 @@ from logitcache.views.datasets.images.labels import single_labels
 
 
 def grad_cam(logits: Tensor, student: Tensor, teacher: Tensor, classes: Tensor) -> Tensor:
-    """Return the mean over places of (m_s - m_t)², a scalar, at least float32; zero where both agree but for scale.
+    """Return the mean over places of (m_s - m_t)², a scalar, at least float32; zero if both agree but for scale.
 
-    m is the Grad-CAM map as one vector an image of L2 norm 1, or of zeros where nothing speaks for the class.
+    m is the Grad-CAM map as one vector an image of L2 norm 1, or of zeros if nothing speaks for the class.
     `student`: maps [B, C, h, w] or tokens [B, N, C] from which the student's `logits` [B, K] were computed, by
     operations that can be differentiated twice; its map is brought to the teacher's size. `teacher`: maps [B, H, W];
     `classes`: int64 [B].

@@ -21,7 +21,7 @@ def nkd(
 
     p = softmax(z); p̂ is the distribution over the classes other than the label, of softmax(z / T). `student`: logits
     [B, C]; `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none. At least float32; 0 without
-    labels. Smallest, not zero, where both agree on the others and the student is sure of the label.
+    labels. Smallest, not zero, if both agree on the others and the student is sure of the label.
     Raises RecipeError for fewer than two classes.
     """
     require_classes(student)

@@ -16,7 +16,7 @@ from logitcache.targets import Batch, Targets
 
 @full_precision
 def rkd(student: Tensor, teacher: Tensor, distance: float = 25.0, angle: float = 50.0) -> Tensor:
-    """Return distance · smooth-L1 of distances + angle · smooth-L1 of angles, a scalar; zero where both agree.
+    """Return distance · smooth-L1 of distances + angle · smooth-L1 of angles, a scalar; zero if both agree.
 
     Distances of all pairs of images, over the mean of those that are not 0; cosines of the angles of all triples. Both
     as means over the B² and B³ of them. `student` and `teacher`: vectors [B, C] and [B, D], at least float32; B² · C

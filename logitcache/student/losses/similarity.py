@@ -13,7 +13,7 @@ from logitcache.targets import Batch, Targets
 
 @full_precision
 def similarity(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ‖G_s - G_t‖² / B², G = f fᵀ with rows of L2 norm 1, a scalar, at least float32; zero where both agree.
+    """Return ‖G_s - G_t‖² / B², G = f fᵀ with rows of L2 norm 1, a scalar, at least float32; zero if both agree.
 
     `student` [B, ...] and `teacher` [B, ...]: features of any shapes, each taken as one vector an image.
     """

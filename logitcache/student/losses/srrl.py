@@ -70,7 +70,7 @@ class SRRL(FeatureLoss):
         return self.logit_weight != constant(0.0)
 
     def adapter(self, site: Site) -> nn.Module:
-        """Build the projection, beside the teacher's last layer; raises RecipeError where that takes other features."""
+        """Build the projection, beside the teacher's last layer; raises RecipeError if that takes other features."""
         student, kept = self.shapes(site)
         head = site.teacher(self.teacher).head if self._takes_head else None
         num_in, num_out = num_pooled(student), num_pooled(kept.shape)

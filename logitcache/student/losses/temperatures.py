@@ -46,7 +46,7 @@ class Dynamic(TemperatureBase):
 
     The gap is the student's cross-entropy with the labels less the teacher's, at T = 1, over the labelled rows of the
     step before: the micro-batches of a step share one temperature. The first step has `start`; T stays in [min, max],
-    and where no row has a label. The rule is ours; Islam et al., "Dynamic temperature scheduler for knowledge
+    and if no row has a label. The rule is ours; Islam et al., "Dynamic temperature scheduler for knowledge
     distillation" (2025), go by the same gap.
     """
 

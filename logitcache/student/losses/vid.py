@@ -21,7 +21,7 @@ def vid(mean: Tensor, alpha: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean of ½ [(μ - f_t)² / σ² + log σ²], σ² = softplus(α) + 1e-5, a scalar, at least float32.
 
     The negative log-likelihood of the teacher's features, but for a constant. `mean` and `teacher`: [..., C]; `alpha`:
-    [C]. Smallest, not zero, where both agree: half the mean of log σ².
+    [C]. Smallest, not zero, if both agree: half the mean of log σ².
     """
     variance = F.softplus(at_least_float32(alpha)) + EPSILON
     error = at_least_float32(mean) - at_least_float32(teacher)

@@ -11,7 +11,7 @@ CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def require_possible(device: torch.device, ranks: Ranks) -> None:
-    """Raise RecipeError where ranks compute on devices that cannot share statistics."""
+    """Raise RecipeError if ranks compute on devices that cannot share statistics."""
     if ranks.size > 1 and device.type != "cuda":
         raise RecipeError(
             f"sync_batch_norm is torch.nn.SyncBatchNorm, which needs CUDA devices; these {ranks.size} processes are on "

@@ -20,7 +20,7 @@ from logitcache.student.training_recipes import TrainingRecipe
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run measured; accuracies are fractions of the validation images, None where it had none.
+    """What a finished run measured; accuracies are fractions of the validation images, None if it had none.
 
     Of images of any number of classes there are mean average precision and F1 in place of top-1 and top-5.
     """

@@ -26,7 +26,7 @@ ORDERS = np.array(list(itertools.permutations(range(4))), dtype=np.int64)
 
 
 def limits_of(factors: Factors | None, neutral: float) -> tuple[float, float]:
-    """Return the lowest and the highest factor; a single number does not go below zero where 1 is neutral."""
+    """Return the lowest and the highest factor; a single number does not go below zero if 1 is neutral."""
     if factors is None:
         return neutral, neutral
     if isinstance(factors, tuple):

@@ -48,7 +48,7 @@ class RandomErasing(AugmentationBase):
         return super().idle(epochs)
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
-        """Draw top, left, height and width, all 0 where nothing is erased, and two words that key the noise.
+        """Draw top, left, height and width, all 0 if nothing is erased, and two words that key the noise.
 
         The rectangle is the first of ten tries that is smaller than the image in both directions.
         """

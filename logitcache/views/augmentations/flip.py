@@ -23,7 +23,7 @@ class HorizontalFlip(AugmentationBase):
         return bernoulli(draws.words("flip", ordinal, 1), self.p).astype(np.int64), sizes
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
-        """Mirror where the bit is set."""
+        """Mirror if the bit is set."""
         kept = params[:, 0] == 0
         if kept.all():
             return images

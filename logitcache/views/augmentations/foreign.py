@@ -80,7 +80,7 @@ def _checked(what: str, image: object, wanted: tuple[int, ...]) -> Tensor:
 class Torchvision(AugmentationBase):
     """Any transform of torchvision.transforms.v2, by the name of its class.
 
-    `size` is what it makes of an image where it does not keep the size. `torchvision_version` is filled in.
+    `size` is what it makes of an image if it does not keep the size. `torchvision_version` is filled in.
     """
 
     columns: ClassVar[tuple[str, ...]] = SEEDS

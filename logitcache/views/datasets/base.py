@@ -18,7 +18,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UNLABELLED = -1
 Labels = NDArray[np.int64 | np.int8]
 """One class an image, int64 [n], -1 for none; or, of images of any number of classes, int8 [n, C]: 1 for a class that
-is there, 0 for one that is not, -1 where nobody knows."""
+is there, 0 for one that is not, -1 if nobody knows."""
 
 _BLOCK = 1 << 16
 
@@ -32,11 +32,11 @@ class ImageDataset(Protocol):
 
     @property
     def labels(self) -> Labels:
-        """Class indices [n], -1 where there is no label; or multi-hot rows [n, C]."""
+        """Class indices [n], -1 if there is no label; or multi-hot rows [n, C]."""
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes, of multi-hot labels C; None where no image has a label."""
+        """Number of classes, of multi-hot labels C; None if no image has a label."""
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -123,7 +123,7 @@ class Fingerprint(Component):
 
 
 def read_images(dataset: ImageDataset, indices: Sequence[int]) -> list[Tensor]:
-    """Return several images, read together where the data set offers that."""
+    """Return several images, read together if the data set offers that."""
     if isinstance(dataset, ReadsTogether):
         return dataset.read_batch(indices)
     return [dataset.read(index) for index in indices]

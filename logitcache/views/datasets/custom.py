@@ -28,7 +28,7 @@ class Custom(DatasetBase):
         return (f"the function '{self.factory}'",)
 
     def open(self) -> ImageDataset:
-        """Call the function; raises RecipeError where that fails, DataError for no data set."""
+        """Call the function; raises RecipeError if that fails, DataError for no data set."""
         return as_image_dataset(call_factory(self.factory, self.arguments), f"'{self.factory}'")
 
 

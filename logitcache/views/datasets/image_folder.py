@@ -55,7 +55,7 @@ class ImageFolder(DatasetBase):
     def open(self, num_images: int | None = None) -> "FolderImages | RemoteImages":
         """List the files; raises DataError for a folder that is missing, empty or ambiguous.
 
-        `num_images`, if a manifest names the folder, bounds what is looked at: RefusedError where far more lies there.
+        `num_images`, if a manifest names the folder, bounds what is looked at: RefusedError if far more lies there.
         """
         if is_remote(self.root):
             return open_folder(Remote(self.root), self.mode, self.labelled, self.orientation)

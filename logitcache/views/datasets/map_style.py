@@ -26,7 +26,7 @@ class MapStyle(Protocol):
 class MapImages:
     """A map-style object as a data set; labels, sizes and digests are found in one pass, when asked for.
 
-    `decode` turns the image of an item into uint8 [C, H, W] and raises ValueError where it cannot.
+    `decode` turns the image of an item into uint8 [C, H, W] and raises ValueError if it cannot.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class MapImages:
 
     @property
     def labels(self) -> Labels:
-        """Class indices [n], -1 where there is no label; or multi-hot rows [n, C]."""
+        """Class indices [n], -1 if there is no label; or multi-hot rows [n, C]."""
         return self.scan.labels
 
     @property
@@ -58,7 +58,7 @@ class MapImages:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes; None where there are none or no image has a label."""
+        """Names of the classes; None if there are none or no image has a label."""
         names = self._class_names
         return names if names and self.num_classes == len(names) else None
 

@@ -42,7 +42,7 @@ class LocalShard:
             yield file
 
     def piece(self, start: int, stop: int) -> bytes:
-        """Return the bytes start..stop, fewer where it ends before."""
+        """Return the bytes start..stop, fewer if it ends before."""
         with open_regular(self._path) as file:
             return os.pread(file.fileno(), stop - start, start)
 

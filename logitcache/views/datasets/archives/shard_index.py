@@ -71,7 +71,7 @@ def key_of(name: str) -> str:
 
 
 def index_of(shard: Shard, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
-    """Return the state of an archive and its samples; reads it where it is new, has changed or cannot tell.
+    """Return the state of an archive and its samples; reads it if it is new, has changed or cannot tell.
 
     Raises DataError naming the archive and the member for what is missing, broken or ambiguous, and CancelledError
     once the event is set.
@@ -141,7 +141,7 @@ def _read(shard: Shard, size: int, given_up: threading.Event) -> ShardIndex:
 
 
 def _complete(shard: Shard, samples: Mapping[str, _Sample]) -> ShardIndex:
-    """Put samples together; raises DataError where there is none, or one without an image."""
+    """Put samples together; raises DataError if there is none, or one without an image."""
     if not samples:
         raise DataError(f"shard '{shard}' holds no samples.\n  Fix: put images into it ({known()}), or leave it out.")
     places = []
@@ -180,7 +180,7 @@ def _is_wanted(name: str, shard: Shard) -> bool:
 
 
 def _add(sample: _Sample, name: str, member: Member, shard: Shard) -> None:
-    """Note a member of a sample; raises DataError where there is one like it already, or where it is no image."""
+    """Note a member of a sample; raises DataError if there is one like it already, or one that is no image."""
     sample.members.append(name)
     if not _is_wanted(name, shard):
         return

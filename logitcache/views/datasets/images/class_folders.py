@@ -27,7 +27,7 @@ class Listing(NamedTuple):
 
 
 def unlabelled(root: str, files: PackedIds) -> Listing:
-    """List images without labels; raises DataError where there are none."""
+    """List images without labels; raises DataError if there are none."""
     if not files:
         raise DataError(_why_no_images(root))
     return Listing(files, np.full(len(files), UNLABELLED, np.int64), None)

@@ -24,7 +24,7 @@ def untouched() -> Iterator[None]:
 def torch_untouched() -> Iterator[None]:
     """Restore torch's generators, in a hundredth of the time that numpy's takes."""
     host = torch.default_generator.get_state()
-    # torch.manual_seed reaches the generators of every device, even where only a CPU draw follows.
+    # torch.manual_seed reaches the generators of every device, even if only a CPU draw follows.
     in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = torch.cuda.get_rng_state_all() if in_use else None
     try:
