@@ -139,7 +139,7 @@ def _measure_teacher() -> DemoTeacher:
     built = BundledTeacher().build(None, 1)
     classifier = Classifier(built.module, resolve_preprocessing(built, None, who="the bundled teacher"))
     validator = Validator(Views(load_recipe(TEST, Bundled).open(), ViewSpec()), None, 512, 0)
-    top1 = validator.measure(classifier, torch.device("cpu")).quality
+    top1 = validator.tally(classifier, torch.device("cpu")).measures().quality
     assert top1 is not None
     return DemoTeacher("bundled", sum(p.numel() for p in classifier.parameters()), top1)
 

@@ -93,10 +93,6 @@ class Validator:
                 batch = replace(batch, labels=torch.from_numpy(self._labels[batch.keys[:, 1].numpy()]))
             yield batch.to(device)
 
-    def measure(self, model: nn.Module, device: torch.device, precision: Precision = "float32") -> AnyMeasures:
-        """Return the figures of what `tally` counts in this process."""
-        return self.tally(model, device, precision).measures()
-
     @torch.no_grad()
     def tally(
         self,

@@ -29,11 +29,6 @@ class Progress:
         """Epochs done, with their fraction."""
         return self.step / max(1, self.steps_per_epoch)
 
-    @property
-    def fraction(self) -> float:
-        """Share of the run that is done, in [0, 1)."""
-        return self.epoch / self.num_epochs
-
 
 @dataclass(frozen=True)
 class Context:
