@@ -234,7 +234,7 @@ def test_torchvision_images_are_read_once_until_a_file_changes(
     monkeypatch.setattr(digest_index, "now_ns", lambda: now() + 3_600_000_000_000)
     before = fingerprint(dataset_of(recipe))
     again = dataset_of(recipe)
-    monkeypatch.setattr(again, "_read_all", None)
+    monkeypatch.setattr(again, "_item", None)
     assert fingerprint(again) == before
     (images,) = tmp_path.rglob("t10k-images-idx3-ubyte")
     data = bytearray(images.read_bytes())
