@@ -33,18 +33,17 @@ def plan(
         bool, Option("--no-probe", help="Bytes and files alone, at most, in seconds: two images are answered.")
     ] = False,
 ) -> Answer:
-    """Tell what precompute will take, before it begins.
+    """Predict what precompute takes, before it begins.
 
-    Bytes, files, time, memory, and whether the disk holds it. Writes nothing.
+    Bytes, files, time, memory, and whether the disk has room. Writes nothing.
     """
-    from logitcache.planning.plan import plan as tell
-    from logitcache.planning.plan import plan_text
+    from logitcache.planning import plan as planning
     from logitcache.report.recipe_check import load_own
     from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
-    document = tell(wanted, batches=batches, taps=taps, workers=workers, probing=not no_probe)
-    return Answer(document, plan_text(document))
+    document = planning.plan(wanted, batches=batches, taps=taps, workers=workers, probing=not no_probe)
+    return Answer(document, planning.plan_text(document))
 
 
 def precompute(

@@ -21,26 +21,26 @@ from logitcache.stage_one.todo import Todo
 from logitcache.store.shards import Shard
 
 BATCHES, SECONDS, FEWEST = 32, 20.0, 3
-"""Batches of a probe, unless told: it ends after SECONDS, but not before it has the FEWEST."""
+"""Batches of a probe by default: it ends after SECONDS, but not before it has the FEWEST."""
 
 RUN_ROWS = 2048
 """Rows that lie beside each other in a shard are probed together: compression looks for what they have in common."""
 
 MOST_BYTES = 256 << 20
-"""Of the rows that a probe keeps in memory."""
+"""The most bytes of rows that a probe holds in memory."""
 
 ALONE = 64
-"""Images that are rendered once more, alone, to know what that takes."""
+"""Images that are rendered once more, alone, to time rendering."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe found; seconds are by row-view, an image in one view.
+    """Measurements of a probe; seconds are by row-view, an image in one view.
 
-    start: seconds until the first batch, above those of any other. loop: of the loop by the clock. render: in one
-    process. answer: of all teachers. keep: encoding, and copying to the shard. cores: of all cores, in the loop and in
-    writing. write, write_shard: of the thread that compresses and hashes, by row-view and besides by shard. packed:
-    bytes of a row after compression, by array name. device_bytes: peak of a CUDA device.
+    start: seconds until the first batch, above those of any other. loop: of the loop by the clock, as quartiles.
+    render: in one process. answer: of all teachers. keep: encoding, and copying to the shard. cores: of all cores, in
+    the loop and in writing. write, write_shard: of the thread that compresses and hashes, by row-view and besides by
+    shard. packed: compressed bytes of a row, by array name. device_bytes: peak of a CUDA device.
     """
 
     batches: int
@@ -175,6 +175,6 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, marks: list[Mark], num_workers: int) -> "Measured":
-        """Take what rows add once the loop runs steadily."""
+        """Measure what each row adds once the loop runs steadily."""
         _, clock, cores, waited, answered = by_row(marks, num_workers)
         return cls(clock, answered[1], max(0.0, clock[1] - waited[1] - answered[1]), cores[1])
