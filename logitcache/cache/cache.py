@@ -59,7 +59,7 @@ class Cache:
         self.layout: Layout = snapshot.layout
         self.shards = snapshot.shards
         self._stored = StoredRows(snapshot)
-        self._coders = TargetCodecs(snapshot.store, self.manifest, self.layout)
+        self._codecs = TargetCodecs(snapshot.store, self.manifest, self.layout)
 
     @property
     def num_views(self) -> int:
@@ -113,12 +113,12 @@ class Cache:
 
     def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
         """Return weight [C, D] and bias [C] of a teacher's last layer, if its logits are stored as its input."""
-        return self._coders.head(teacher)
+        return self._codecs.head(teacher)
 
     def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
         """Gather what each teacher answered to the views of keys."""
         rows = self.layout.shard_rows
-        return self._coders.targets(
+        return self._codecs.targets(
             self._stored.rows(keys), lambda row: self.layout.shard(keys[row].view, keys[row].index // rows)
         )
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 
 from logitcache.cache.format.layout import Layout, layout_of, require_possible
 from logitcache.cache.format.manifest import Manifest, parse_manifest
@@ -21,10 +22,10 @@ MOST_ASKED = 1 << 20
 
 
 def refresh(mirror: Mirror, fresh: bool) -> None:
-    """Let a mirror have what is read first of its cache, as the storage does, or nothing if no cache is there.
+    """Update the skeleton and the commit records of a mirror from the storage; clear it if no cache is there.
 
-    `fresh` reads that from the storage even if the mirror seems to have it. Raises RemoteError if the storage does not
-    answer.
+    `fresh` reads them from the storage even if the mirror seems to have them. Raises RemoteError if the storage does
+    not answer.
     """
     with mirror.locked():
         try:
@@ -36,18 +37,20 @@ def refresh(mirror: Mirror, fresh: bool) -> None:
         if manifest is not None:
             is_same = not fresh and _here(mirror, ROOT) == root
             _update(mirror, dict.fromkeys((GROWING, UNREADABLE), MAX_METADATA_BYTES), fresh, False)
-            goal = _goal(mirror, manifest)
+            goal = manifest
+            with suppress(CacheError):  # a damaged note of a growth, which reading it reports
+                goal = read_growth(mirror, manifest)
             _update(mirror, {key: most for key, most in skeleton_limits(goal).items() if key != ROOT}, fresh, is_same)
             _update_records(mirror, layout_of(goal), fresh, is_same)
         mirror.keep(ROOT, root)
         if manifest is not None:
-            # What a disk here has lost or changed is in the storage.
+            # Files that the disk of the mirror has lost or changed are read again.
             most = skeleton_limits(manifest)
             _update(mirror, {key: most[key] for key, _ in skeleton_problems(mirror, manifest)}, True, False)
 
 
 def _parsed(root: bytes) -> Manifest | None:
-    """Return the manifest; None for one that cannot be used, which reading it explains."""
+    """Return the manifest; None for one that cannot be used, which `read_manifest` reports."""
     try:
         manifest = parse_manifest(parse_json(root)["attributes"], "")
         require_possible(manifest, "")
@@ -56,20 +59,16 @@ def _parsed(root: bytes) -> Manifest | None:
     return manifest
 
 
-def _goal(mirror: Mirror, manifest: Manifest) -> Manifest:
-    try:
-        return read_growth(mirror, manifest)
-    except CacheError:
-        return manifest
-
-
 def _update(mirror: Mirror, most: Mapping[str, int], fresh: bool, is_same: bool) -> None:
-    """Let the mirror have some files as the storage does, or lack them; `most` are their bytes by key."""
+    """Update some files of the mirror, or remove them; `most` is their largest size by key."""
 
     def one(key: str) -> None:
-        here = _here(mirror, key)
+        here = None if fresh else _here(mirror, key)
         try:
-            if here is not None and _is_known(mirror, key, here, fresh, is_same):
+            is_known = is_same  # as the root of a web server is the same, else by its tag
+            if here is not None and mirror.remote.is_listable:
+                is_known = _has_tag(here, mirror.remote.entry(key).tag)
+            if here is not None and is_known:
                 return
             data = mirror.stored(key, most[key])
         except FileNotFoundError:
@@ -79,15 +78,7 @@ def _update(mirror: Mirror, most: Mapping[str, int], fresh: bool, is_same: bool)
         else:
             mirror.keep(key, data)
 
-    for _ in mirror.remote.each(one, list(most)):
-        pass
-
-
-def _is_known(mirror: Mirror, key: str, here: bytes, fresh: bool, is_same: bool) -> bool:
-    """Whether a file need not be read again: by its tag, or, of a web server, as the root is the same."""
-    if fresh:
-        return False
-    return is_same if not mirror.remote.is_listable else _has_tag(here, mirror.remote.entry(key).tag)
+    list(mirror.remote.each(one, list(most)))
 
 
 def _has_tag(data: bytes, tag: str) -> bool:
@@ -96,7 +87,7 @@ def _has_tag(data: bytes, tag: str) -> bool:
 
 
 def _update_records(mirror: Mirror, layout: Layout, fresh: bool, is_same: bool) -> None:
-    """Let the mirror have the commit records as the storage does."""
+    """Update the commit records of the mirror."""
     if not mirror.remote.is_listable:
         if layout.num_shards > MOST_ASKED:
             raise CacheError(

@@ -108,9 +108,9 @@ class Snapshot:
         """Name the groups of arrays in which a shard is not committed by now, also by other processes."""
         return [group.name for group in self.layout.groups if not self._is_committed(group, shard)]
 
-    def parts(self, group: ArrayGroup, shard: Shard) -> list[StoredShard]:
-        """Return every array's part of a shard with its record; raise CacheError if it is not committed."""
-        return [self.array(array).part(shard) for array in group.arrays]
+    def stored(self, group: ArrayGroup, shard: Shard) -> list[StoredShard]:
+        """Return a shard of every array with its record; raise CacheError if it is not committed."""
+        return [self.array(array).stored(shard) for array in group.arrays]
 
     def array(self, layout: ArrayLayout) -> StoredArray:
         """Return one array of the cache."""

@@ -50,7 +50,7 @@ def damaged(snapshot: Snapshot, *, fresh: bool = False) -> list[Damage]:
         for shard, text in snapshot.damaged_records(group).items():
             found.append(Damage(shard, group, f"{shard}: {text}"))
         for shard in sorted(committed[group.name]):
-            readable += [(part, group) for part in snapshot.parts(group, shard)]
+            readable += [(part, group) for part in snapshot.stored(group, shard)]
     wrong = snapshot.store.wrong([part for part, _ in readable], fresh=fresh)
     found += [Damage(part.shard, group, text) for (part, group), text in zip(readable, wrong, strict=True) if text]
     return sorted(found, key=lambda damage: damage.shard)
@@ -65,7 +65,7 @@ def require_intact(snapshot: Snapshot, groups: Sequence[ArrayGroup], shards: Seq
     if not store.is_local:
         store.ensure(row_shards(snapshot, groups, shards))
         return
-    parts = [part for shard in shards for group in groups for part in snapshot.parts(group, shard)]
+    parts = [part for shard in shards for group in groups for part in snapshot.stored(group, shard)]
     _require_none(snapshot, [text for text in store.wrong(parts, fresh=False) if text is not None])
 
 
@@ -79,7 +79,7 @@ def _require_none(snapshot: Snapshot, lines: Sequence[str]) -> None:
 def row_shards(snapshot: Snapshot, groups: Sequence[ArrayGroup], shards: Sequence[Shard]) -> list[StoredShard]:
     """Return the parts of shards that hold rows, with their records."""
     arrays = [snapshot.array(array) for group in groups for array in group.rows]
-    return [array.part(shard) for shard in shards for array in arrays]
+    return [array.stored(shard) for shard in shards for array in arrays]
 
 
 def require_committed(snapshot: Snapshot) -> None:

@@ -156,7 +156,7 @@ def _stored_bytes(run: DryRun, group: ArrayGroup, array: ArrayLayout) -> float:
     if run.todo.recorded is None:
         return 0.0
     done = [shard for shard in run.todo.layout.shards() if shard not in run.todo.missing[group.name]]
-    parts = (part for shard in done for part in run.todo.snapshot.parts(group, shard) if part.array == array.name)
+    parts = (part for shard in done for part in run.todo.snapshot.stored(group, shard) if part.array == array.name)
     total = sum(part.size - array.hot_bytes(0) for part in parts)
     rows = sum(array.rows_of(shard).stop - array.rows_of(shard).start for shard in done)
     return total / rows if rows else 0.0

@@ -126,7 +126,7 @@ def _array_bytes(cache: Cache, groups: Sequence[ArrayGroup], done: list[Shard]) 
     every = [array for group in groups for array in group.arrays]
     arrays = dict.fromkeys((array.name for array in every), 0)
     for group, shard in itertools.product(groups, done):
-        for part in cache.snapshot.parts(group, shard):
+        for part in cache.snapshot.stored(group, shard):
             arrays[part.array] += part.size
     rows = sum(shard.stop - shard.start for shard in done)
     return {"array_bytes": arrays, "bytes_per_row": round(sum(arrays.values()) / rows, 1) if rows else None}

@@ -109,7 +109,7 @@ class PrecomputeTask(ShardTask):
             if groups:
                 answers, entry = teacher(pixels, labels), todo.goal.teachers[teacher.name]
                 require_answers(teacher, answers, entry, ids)
-                encoded = encode(todo.coders, entry, groups, answers, lambda row: f"image {ids[row]!r}")
+                encoded = encode(todo.codecs, entry, groups, answers, lambda row: f"image {ids[row]!r}")
                 _copy(rows, teacher, groups, encoded, ids, places)
         self._record_views(rows, shard, keys, places, images)
 

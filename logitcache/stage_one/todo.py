@@ -105,7 +105,7 @@ class Todo:
         return [shard for shard in self.layout.shards() if shard in lacking]
 
     @cached_property
-    def coders(self) -> TargetCodecs:
+    def codecs(self) -> TargetCodecs:
         """The encodings of its targets."""
         return TargetCodecs(self.store, self.goal, self.layout, self.tables)
 

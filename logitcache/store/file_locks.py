@@ -16,7 +16,7 @@ PART = ".part"
 _POLL_SECONDS = 0.1
 
 
-class Part:
+class PartialFile:
     """A file that is written beside its place, under a lock, and renamed when it is whole."""
 
     def __init__(self, file: Path, descriptor: int) -> None:
@@ -32,7 +32,7 @@ class Part:
 
 
 @contextmanager
-def locked_part(file: Path) -> Iterator[Part]:
+def locked_partial(file: Path) -> Iterator[PartialFile]:
     """Open the part of a file once no other process has it; after a wait look first whether the file is there."""
     part = _part_of(file)
     while True:
@@ -42,7 +42,7 @@ def locked_part(file: Path) -> Iterator[Part]:
             # Another process may have renamed or removed it before it was locked here: then open it again.
             if is_at(descriptor, part):
                 try:
-                    yield Part(file, descriptor)
+                    yield PartialFile(file, descriptor)
                 finally:
                     with suppress(OSError):
                         _remove_if_at(descriptor, part)  # not finished

@@ -18,7 +18,7 @@ from logitcache.runtime.console import track
 from logitcache.store.base import Store
 from logitcache.store.bounded_folder import BoundedFolder
 from logitcache.store.download import Prefetcher, download
-from logitcache.store.file_locks import locked_part
+from logitcache.store.file_locks import locked_partial
 from logitcache.store.local import LocalStore
 from logitcache.store.mirrors_folder import SIZE, USED, mirrors_folder, writable
 from logitcache.store.remote.client import REQUESTS, Entry, Remote
@@ -227,7 +227,7 @@ class Mirror(Store):
             if regular_size(file) == len(data) and file.read_bytes() == data:
                 return
             file.parent.mkdir(parents=True, exist_ok=True)
-            with locked_part(file) as part, room or contextlib.nullcontext():  # in this order, as in `_download`
+            with locked_partial(file) as part, room or contextlib.nullcontext():  # in this order, as in `_download`
                 part.finish(data)
 
     def drop(self, key: str) -> None:
@@ -255,7 +255,7 @@ class Mirror(Store):
         file = inside(self.path, shard.key)
         with writable(file):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with locked_part(file) as part:
+            with locked_partial(file) as part:
                 here = regular_size(file) == shard.size
                 if not here or not shard.matches(shard.sound_digest(io.BytesIO(file.read_bytes()))):
                     data = download(self.remote, shard)

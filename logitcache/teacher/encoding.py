@@ -22,7 +22,7 @@ class Encoded(NamedTuple):
 
 
 def encode(
-    coders: TargetCodecs,
+    codecs: TargetCodecs,
     entry: TeacherEntry,
     groups: Sequence[ArrayGroup],
     answers: Targets,
@@ -38,15 +38,15 @@ def encode(
     found: dict[str, Encoded] = {}
     for name in entry.features:
         if name in measured or name in needed:
-            coder, exact = coders.features[f"{teacher}.{name}"], answers.features[name]
-            arrays = coder.encode(exact)
-            errors = relative_error(coder.decode(arrays), exact)[None] if measured.get(name) else None
+            codec, exact = codecs.features[f"{teacher}.{name}"], answers.features[name]
+            arrays = codec.encode(exact)
+            errors = relative_error(codec.decode(arrays), exact)[None] if measured.get(name) else None
             found[name] = Encoded(arrays, errors)
     if LOGITS in measured:
         assert entry.logits is not None
         assert entry.num_classes is not None
         assert isinstance(answers.logits, Tensor)
-        logits = coders.logits[f"{teacher}.{LOGITS}"]
+        logits = codecs.logits[f"{teacher}.{LOGITS}"]
         try:
             arrays = logits.encode(answers.logits)
         except RowError as error:

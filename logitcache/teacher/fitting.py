@@ -72,9 +72,9 @@ def fit_logits(
 ) -> tuple[StoredLogits, Tables]:
     """Fit the encoding of an entry's logits to so many rows of the first views; returns its tables by name."""
     assert entry.logits is not None
-    coder = entry.logits.fitted(sample)
-    recorded = _recorded(coder.tables, num_views, num_rows)
-    return StoredLogits.measured(coder.form, entry.logits, **recorded), coder.tables
+    codec = entry.logits.fitted(sample)
+    recorded = _recorded(codec.tables, num_views, num_rows)
+    return StoredLogits.measured(codec.form, entry.logits, **recorded), codec.tables
 
 
 def _recorded(tables: Tables, num_views: int, num_rows: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.cache.encodings import Form
+from logitcache.cache.encodings.base import LogitsForm
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.fitted_transform import TransformForm
 from logitcache.cache.encodings.head import HeadForm
@@ -69,6 +70,28 @@ def divergence(logits: Tensor, log_q: Tensor, temperature: float) -> float:
 
 def test_the_examples_cover_every_kind() -> None:
     assert {type(example) for example in EXAMPLES} == MEMBERS
+
+
+@pytest.mark.parametrize("form", get_args(get_args(Form)[0]))
+def test_every_form_declares_what_readers_rely_on(form: type[LogitsForm]) -> None:
+    assert next(iter(form.model_fields)) == "kind"
+    assert set(get_args(form.model_fields["storage"].annotation)) <= {"hot", "packed"}
+    assert form.gives
+    assert form.gives <= {"logits", "dense logits"}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *EXAMPLES,
+        TransformForm(step=0.5, bend=9.0, wide=3, quints=2, corrections=4),
+        HeadForm(width=7, bias=True, storage="hot"),
+        HeadForm(width=7, bias=False, storage="packed"),
+    ],
+    ids=repr,
+)
+def test_garbage_collection_knows_the_names_of_all_tables(form: LogitsForm) -> None:
+    assert form.table_shapes(NUM_CLASSES).keys() <= form.table_names
 
 
 @pytest.mark.parametrize("encoding", EXAMPLES, ids=repr)

@@ -21,12 +21,12 @@ SHAPES: list[tuple[FeatureKind, tuple[int, ...]]] = [
 
 def error_in_levels(values: Tensor, kind: FeatureKind) -> float:
     """Return the largest error, as a part of what the largest number of the same scale is over 127."""
-    coder = FittedFeature(FORM, {}, kind, tuple(values.shape[1:]))
-    stored = coder.encode(values)
+    codec = FittedFeature(FORM, {}, kind, tuple(values.shape[1:]))
+    stored = codec.encode(values)
     arrays = FORM.arrays(kind, tuple(values.shape[1:]))
     assert {array.suffix: (len(values), *array.shape) for array in arrays} == {k: v.shape for k, v in stored.items()}
     assert {array.suffix: array.dtype for array in arrays} == {k: str(v.dtype)[6:] for k, v in stored.items()}
-    found, exact = feature_values(coder.decode(stored)).double().numpy(), values.double().numpy()
+    found, exact = feature_values(codec.decode(stored)).double().numpy(), values.double().numpy()
     axes = tuple(range(1 if values.ndim == 2 else 2, values.ndim))
     level = np.abs(exact).max(axis=axes, keepdims=True) / 127
     return float((np.abs(found - exact) / level).max())
@@ -48,6 +48,6 @@ def test_rows_of_all_magnitudes_lie_beside_each_other() -> None:
 
 def test_zeros_stay_zeros_and_what_is_below_normal_floats_becomes_zero() -> None:
     values = torch.tensor([[0.0, 0.0], [1e-42, -1e-44], [3.4e38, -3.4e38], [1.0, 0.0]])
-    coder = FittedFeature(FORM, {}, "pooled", (2,))
-    found = feature_values(coder.decode(coder.encode(values)))
+    codec = FittedFeature(FORM, {}, "pooled", (2,))
+    found = feature_values(codec.decode(codec.encode(values)))
     assert torch.allclose(found, torch.tensor([[0.0, 0.0], [0.0, 0.0], [3.4e38, -3.4e38], [1.0, 0.0]]), rtol=1e-6)

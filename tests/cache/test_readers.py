@@ -68,10 +68,10 @@ def test_the_values_are_those_of_the_teacher(cache: Cache) -> None:
     views = Views(cache.views(Pixels(COUNT)).dataset, cache.manifest.views)
     keys = [ViewKey(view, index) for view in range(2) for index in (0, 5, 127, 128, 1023, 1024, COUNT - 1)]
     classifier = Classifier(Linear(), Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
-    coder = TargetCodecs(cache.snapshot.store, cache.manifest, cache.layout).logits["t.logits"]
-    if coder.tables:
+    codec = TargetCodecs(cache.snapshot.store, cache.manifest, cache.layout).logits["t.logits"]
+    if codec.tables:
         pytest.skip("what is fitted is rounded by its neighbours in a batch; tests/cache/test_format.py decodes it")
-    encoded = coder.encode(classifier(views.__getitems__(keys)).detach())
+    encoded = codec.encode(classifier(views.__getitems__(keys)).detach())
     found = zarr_values(cache)
     for array in cache.layout.targets[0].rows:
         wanted = encoded[array.suffix].numpy().astype(array.dtype)
@@ -83,8 +83,8 @@ def stored_rows(cache: Cache, keys: list[ViewKey]) -> list[np.ndarray[Any, Any]]
     arrays = cache.layout.targets[0].rows
     found = zarr_values(cache)
     rows = {a.suffix: torch.from_numpy(np.stack([found[a.name][key] for key in keys])) for a in arrays}
-    coder = TargetCodecs(cache.snapshot.store, cache.manifest, cache.layout).logits["t.logits"]
-    return list(raw(coder.decode(rows, 16)))
+    codec = TargetCodecs(cache.snapshot.store, cache.manifest, cache.layout).logits["t.logits"]
+    return list(raw(codec.decode(rows, 16)))
 
 
 def test_rows_are_what_zarr_reads(cache: Cache) -> None:

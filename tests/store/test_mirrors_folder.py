@@ -12,7 +12,7 @@ import pytest
 from logitcache.cache.snapshot import locate
 from logitcache.errors import CacheError, RecipeError
 from logitcache.store.bounded_folder import BoundedFolder
-from logitcache.store.file_locks import PART, locked_part
+from logitcache.store.file_locks import PART, locked_partial
 from logitcache.store.local import LocalStore
 from logitcache.store.mirror import Mirror, mirror_of
 from logitcache.store.mirrors_folder import FOLDER, USED, mirrored_shards, mirrors_folder
@@ -118,7 +118,7 @@ def test_what_killed_processes_were_writing_is_removed_and_what_living_ones_writ
     dead, alive = (shard(tmp_path, "a", view, 9) for view in (0, 1))
     dead.rename(dead.with_name(dead.name + PART))
     alive.unlink()
-    with locked_part(alive) as part:
+    with locked_partial(alive) as part:
         make(bounded(tmp_path, 3 * SIZE), 3 * SIZE)
         part.finish(b"whole")
     assert os.listdir(alive.parent) == [alive.name]
@@ -126,10 +126,10 @@ def test_what_killed_processes_were_writing_is_removed_and_what_living_ones_writ
 
 
 def test_a_part_that_is_not_finished_leaves_nothing_and_is_nobodys_afterwards(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), locked_part(tmp_path / "file"):
+    with pytest.raises(KeyError), locked_partial(tmp_path / "file"):
         raise KeyError
     assert os.listdir(tmp_path) == []
-    with locked_part(tmp_path / "file") as part:
+    with locked_partial(tmp_path / "file") as part:
         part.finish(b"1")
         descriptor = os.open(tmp_path / "file", os.O_RDONLY)
         with pytest.raises(BlockingIOError):

@@ -41,7 +41,7 @@ class Place:
     def parts(self) -> list[StoredShard]:
         snapshot = Snapshot.read(self.store())
         groups = snapshot.layout.groups
-        return [part for group in groups for shard in snapshot.shards for part in snapshot.parts(group, shard)]
+        return [part for group in groups for shard in snapshot.shards for part in snapshot.stored(group, shard)]
 
 
 @contextmanager

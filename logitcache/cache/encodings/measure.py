@@ -80,14 +80,9 @@ def measure(fitted: LogitsCodec, logits: Tensor, temperatures: Sequence[float], 
     return meter.errors()
 
 
-def stored_bytes(fitted: LogitsCodec, logits: Tensor, compressed: bool = True) -> float:
-    """Return the bytes per row that logits [N, C] take in one chunk of packed storage, or uncompressed.
-
-    Compressed as packed arrays are; numbers that zstd makes longer count as it leaves them.
-    """
+def stored_bytes(fitted: LogitsCodec, logits: Tensor) -> float:
+    """Return the bytes per row that logits [N, C] take in one chunk of packed storage, which zstd may make longer."""
     rows = fitted.arrays(logits.shape[1])
-    if not compressed:
-        return float(sum(row.num_bytes for row in rows))
     arrays = stored(fitted, logits)
     return sum(chunk_bytes(arrays[row.suffix], row.order) for row in rows) / len(logits)
 

@@ -164,7 +164,7 @@ class PackedRows:
         if self._shared is None:
             return self._stored.rows(shard)
         # Whatever has this name was decoded from bytes that matched this record.
-        name = name_of(layout.file(shard).encode(), self._stored.metadata, self._stored.part(shard).record)
+        name = name_of(layout.file(shard).encode(), self._stored.metadata, self._stored.stored(shard).record)
         shape = (shard.stop - shard.start, *layout.row_shape)
         return self._shared.get(name, shape, layout.dtype, lambda: self._stored.rows(shard))
 

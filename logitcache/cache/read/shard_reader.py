@@ -35,7 +35,7 @@ class ShardReader:
         return self.snapshot.layout if self.views else replace(self.snapshot.layout, views=None)
 
     @cached_property
-    def coders(self) -> TargetCodecs:
+    def codecs(self) -> TargetCodecs:
         """What decodes them."""
         return TargetCodecs(self.snapshot.store, self.snapshot.manifest, self.layout)
 
@@ -55,4 +55,4 @@ class ShardReader:
     def targets(self, shard: Shard, rows: Rows, some: slice | NDArray[np.int64]) -> dict[str, Targets]:
         """Decode some of a shard's rows, by teacher; raise CacheError for a class that does not exist."""
         arrays = (array.name for group in self.layout.targets for array in group.rows)
-        return self.coders.targets({name: rows[name][some] for name in arrays}, lambda row: shard)
+        return self.codecs.targets({name: rows[name][some] for name in arrays}, lambda row: shard)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.store.bounded_folder import BoundedFolder, size_limit
-from logitcache.store.file_locks import locked_part
+from logitcache.store.file_locks import locked_partial
 
 VARIABLE = "LOGITCACHE_SHARED_MEMORY"
 """The environment variable that bounds them: a number of bytes, which may end in K, M or G; 0 shares nothing."""
@@ -61,7 +61,7 @@ class SharedShards:
             part = None
             if size <= self._folder.limit:
                 with suppress(OSError):
-                    part = held.enter_context(locked_part(self._folder.path / name))
+                    part = held.enter_context(locked_partial(self._folder.path / name))
             if part is not None and (found := self._mapped(name, size)) is not None:
                 return found
             rows = np.ascontiguousarray(decode()).data

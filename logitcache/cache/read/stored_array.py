@@ -43,7 +43,7 @@ class StoredArray:
         except FileNotFoundError as error:
             raise CacheError(f"{self.store}/{key} is missing. {self.fix}") from error
 
-    def part(self, shard: Shard) -> StoredShard:
+    def stored(self, shard: Shard) -> StoredShard:
         """Return a shard with its record; raise CacheError if it is not committed."""
         number = self.layout.number_of(shard)
         found = self.records.of(number)
@@ -55,13 +55,13 @@ class StoredArray:
     def ensure(self, shards: Iterable[Shard]) -> None:
         """Download shards that are not here, several at a time."""
         if not self.store.is_local:
-            self.store.ensure([self.part(shard) for shard in shards])
+            self.store.ensure([self.stored(shard) for shard in shards])
 
     def open(self, shard: Shard) -> int:
         """Open the file of a shard, whose bytes match its record; raise CacheError if they do not."""
         self.ensure([shard])
         with self._explained(shard):
-            return self.store.open(self.part(shard))
+            return self.store.open(self.stored(shard))
 
     def rows(self, shard: Shard, *, keep: bool = True) -> NDArray[Any]:
         """Read and decode the rows of a shard, [n, *row_shape]; raise CacheError if it is missing or damaged.
@@ -77,7 +77,7 @@ class StoredArray:
         if keep:
             self.ensure([shard])
         with self._explained(shard):
-            data = self.store.read_shard(self.part(shard), keep=keep)
+            data = self.store.read_shard(self.stored(shard), keep=keep)
         if self.layout.storage == "hot":
             return np.frombuffer(bytearray(data), self.layout.dtype, math.prod(shape)).reshape(shape)
         try:

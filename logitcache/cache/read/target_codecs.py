@@ -54,31 +54,31 @@ class TargetCodecs:
     @cached_property
     def logits(self) -> dict[str, LogitsCodec]:
         """Those of logits."""
-        coders: dict[str, LogitsCodec] = {}
+        codecs: dict[str, LogitsCodec] = {}
         for group in self._layout.targets:
             stored = self._manifest.teachers[group.teacher].stored_logits
             if group.target == LOGITS and stored is not None:
-                coders[group.name] = stored.form.ready(self._tables(group))
-        return coders
+                codecs[group.name] = stored.form.ready(self._tables(group))
+        return codecs
 
     @cached_property
     def features(self) -> dict[str, FittedFeature]:
         """Those of features."""
-        coders = {}
+        codecs = {}
         for group in self._layout.targets:
             if group.target != LOGITS:
                 entry = self._manifest.teachers[group.teacher]
                 stored, kind = entry.stored_features[group.target], entry.features[group.target].kind
-                coders[group.name] = FittedFeature(stored.form, self._tables(group), kind, stored.shape)
-        return coders
+                codecs[group.name] = FittedFeature(stored.form, self._tables(group), kind, stored.shape)
+        return codecs
 
     def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
         """Return weight [C, D] and bias [C] of the linear layer that a teacher's logits are kept as, or None."""
-        coder = self.logits.get(f"{teacher}.{LOGITS}")
-        if coder is None or "weight" not in coder.tables:
+        codec = self.logits.get(f"{teacher}.{LOGITS}")
+        if codec is None or "weight" not in codec.tables:
             return None
-        weight = torch.from_numpy(np.array(coder.tables["weight"]))
-        bias = coder.tables.get("bias")
+        weight = torch.from_numpy(np.array(codec.tables["weight"]))
+        bias = codec.tables.get("bias")
         return weight, torch.zeros(len(weight)) if bias is None else torch.from_numpy(np.array(bias))
 
     def _logits(self, group: ArrayGroup, rows: Rows, shard_of: Callable[[int], Shard]) -> Logits:

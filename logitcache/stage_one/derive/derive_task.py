@@ -102,7 +102,7 @@ class DeriveTask(ShardTask):
             (group,) = groups
             exact = origin.logits({member: answers[member].to(self._device) for member in origin.weights})
             entry = self.todo.goal.teachers[name]
-            encoded = encode(self.todo.coders, entry, groups, Targets(exact), name_of)[LOGITS]
+            encoded = encode(self.todo.codecs, entry, groups, Targets(exact), name_of)[LOGITS]
             for array in group.rows:
                 values = encoded.arrays[array.suffix]
                 row = first_not_finite(values)

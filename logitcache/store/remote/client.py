@@ -26,7 +26,7 @@ from logitcache.store.remote.failures import (
     require_place,
     status_of,
 )
-from logitcache.store.remote.protocols import S3, WEB, Limits, connected, entry, listed
+from logitcache.store.remote.protocols import S3, WEB, connected, entry, listed
 from logitcache.store.remote.protocols import Entry as Entry
 from logitcache.store.remote.transfer import MAX_ANSWER_BYTES, METADATA, Bounds, Refused, request_seconds, too_long
 
@@ -289,6 +289,6 @@ def _file_system(scheme: str, process: int) -> Any:
         found = _known.get((scheme, process))
         if found is None:
             most = request_seconds()
-            limits = Limits(REQUESTS, min(CONNECT_SECONDS, most), min(READ_SECONDS, most))
-            found = _known[scheme, process] = connected(scheme, limits)
+            seconds = min(CONNECT_SECONDS, most), min(READ_SECONDS, most)
+            found = _known[scheme, process] = connected(scheme, REQUESTS, *seconds)
         return found

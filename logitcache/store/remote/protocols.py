@@ -21,21 +21,18 @@ class Entry(NamedTuple):
     tag: str
 
 
-class Limits(NamedTuple):
-    """How many requests may be in flight, and how long a server may take to answer and to send on."""
-
-    requests: int
-    connect_seconds: float
-    read_seconds: float
-
-
-def connected(scheme: str, limits: Limits) -> Any:
+def connected(scheme: str, requests: int, connect_seconds: float, read_seconds: float) -> Any:
     """Return a new file system of fsspec's, or one of its methods, which retries nothing and caches no listing.
+
+    It has so many requests in flight at most, and waits so long for a connection and between bytes.
 
     Raises MissingExtraError or RecipeError for a protocol that is not available.
     """
     try:
-        found = _web(limits) if scheme in WEB else _filesystem(scheme, _options(scheme, limits))
+        if scheme in WEB:
+            found = _web(connect_seconds, read_seconds)
+        else:
+            found = _filesystem(scheme, _s3(requests, connect_seconds, read_seconds) if scheme in S3 else {})
     except RecipeError:
         raise
     except ImportError as error:
@@ -91,21 +88,19 @@ def _filesystem(scheme: str, options: Mapping[str, Any]) -> Any:
     return made(skip_instance_cache=True, use_listings_cache=False, **options)
 
 
-def _web(limits: Limits) -> Any:
+def _web(connect_seconds: float, read_seconds: float) -> Any:
     import aiohttp
 
     from logitcache.store.remote.web import Web
 
-    return Web(aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_seconds, sock_read=limits.read_seconds))
+    return Web(aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds))
 
 
-def _options(scheme: str, limits: Limits) -> Mapping[str, Any]:
-    if scheme not in S3:
-        return {}
+def _s3(requests: int, connect_seconds: float, read_seconds: float) -> Mapping[str, Any]:
     from logitcache.store.remote.s3 import Session
 
     retries = {"total_max_attempts": 1}
-    seconds = {"connect_timeout": limits.connect_seconds, "read_timeout": limits.read_seconds}
-    pool = {"max_pool_connections": limits.requests, "http_session_cls": Session}
+    seconds = {"connect_timeout": connect_seconds, "read_timeout": read_seconds}
+    pool = {"max_pool_connections": requests, "http_session_cls": Session}
     # With more at once, s3fs asks for the size before each read.
     return {"config_kwargs": {**seconds, **pool, "retries": retries}, "max_concurrency": 1}
