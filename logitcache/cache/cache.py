@@ -41,7 +41,7 @@ from logitcache.views.loader import StartMethod
 from logitcache.views.spec import Views
 
 Replay = Literal["planned", "recorded"]
-"""Where the parameters of augmentations come from: drawn again from the seed, or read from the cache."""
+"""Source of the parameters of augmentations: drawn again from the seed, or read from the cache."""
 
 FILES_COMPARED = 1024
 """A cache of more shard files than these is compared view by view, as they are read."""
@@ -90,9 +90,9 @@ class Cache:
         return {array.suffix: RecordedRows(self.snapshot.array(array)) for array in self.layout.views_arrays}
 
     def only(self, targets: Mapping[str, Collection[str]], num_views: int | None = None) -> "Cache":
-        """Return the same cache with some targets of some teachers, and the first views: nothing else is read.
+        """Return the same cache with some targets of some teachers, and the first views; nothing else is read.
 
-        `targets` maps a teacher's name to "logits" and names of features. Raises RecipeError for what is not there.
+        `targets` maps a teacher's name to "logits" and names of features. Raises RecipeError for any other.
         """
         for name, wanted in targets.items():
             missing = sorted(set(wanted) - set(self.manifest.targets.get(name, ())))
@@ -104,7 +104,7 @@ class Cache:
         return Cache(self.snapshot.of(self.manifest.restricted(num_views or self.num_views, targets)))
 
     def features(self, teacher: str) -> dict[str, FeatureShape]:
-        """Return kind and shape of the features that are kept of a teacher, by name."""
+        """Return kind and shape of the stored features of a teacher, by name."""
         entry = self.manifest.teachers[teacher]
         return {
             name: FeatureShape(entry.features[name].kind, stored.shape)
@@ -116,7 +116,7 @@ class Cache:
         return self._codecs.head(teacher)
 
     def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
-        """Gather what each teacher answered to the views of keys."""
+        """Gather the answers of each teacher to the views of keys."""
         rows = self.layout.shard_rows
         return self._codecs.targets(
             self._stored.rows(keys), lambda row: self.layout.shard(keys[row].view, keys[row].index // rows)
@@ -185,7 +185,7 @@ class Cache:
             if value not in get_args(known):
                 raise RecipeError(f"{name} is {value!r}. Fix: one of {', '.join(get_args(known))}")
         require_trusted(self.manifest.views, factories, self.location)
-        if self.snapshot.store.is_local:  # what is elsewhere is compared as it is brought
+        if self.snapshot.store.is_local:  # shards of a remote cache are compared as they are downloaded
             self.require_intact()
         if replay == "recorded":
             require_replayable(self.manifest, self.location)
@@ -273,7 +273,7 @@ def open_cache(path: str | Path) -> Cache:
     Stored bytes are compared with their commit records: those of a small cache here, those of a larger one before its
     rows are first read, and all of them before its views are rendered. Files that this machine has compared before and
     that were not touched since are not read again, nor are the records of a large cache in a folder that was not. Those
-    at a URL are compared as they are brought.
+    at a URL are compared as they are downloaded.
     """
     cache = open_uncompared(path)
     if cache.snapshot.store.is_local and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:
@@ -282,7 +282,7 @@ def open_cache(path: str | Path) -> Cache:
 
 
 def open_uncompared(path: str | Path) -> Cache:
-    """Open a finished cache of which some targets are wanted: none is compared before `only` has named them."""
+    """Open a finished cache of which some targets are used; none is compared before `only` has named them."""
     store = locate(path)
     manifest = read_manifest(store)
     require_sound_skeleton(store, manifest)

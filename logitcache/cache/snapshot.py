@@ -140,10 +140,10 @@ def open_snapshot(location: str | Path, *, fresh: bool = False) -> Snapshot:
 
 
 def locate(location: str | Path, *, fresh: bool = False) -> Store:
-    """Return the store at a location; what is read first of a cache at a URL is brought up to date: all but the shards.
+    """Return the store at a location; the mirror of a cache at a URL is refreshed before, all but its shards.
 
-    `fresh` reads that from the storage even if the mirror seems to have it. Raises RemoteError if the storage does not
-    answer.
+    `fresh` reads every file from the storage even if the mirror seems to have it. Raises RemoteError if the storage
+    does not answer.
     """
     if not is_remote(location):
         return LocalStore(Path(location))

@@ -147,7 +147,7 @@ class MappedRows:
         try:
             address, needed = self._range(shard)
             _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
-            # Reading around a random row would bring in many times what is asked for.
+            # Read-ahead around a random row would read many times the row.
             _libc.madvise(address, needed, mmap.MADV_RANDOM)
         finally:
             os.close(descriptor)

@@ -40,7 +40,7 @@ CONNECT_SECONDS, READ_SECONDS = 10, 30
 """How long a server may take to accept a connection, and may pause between bytes."""
 
 LISTED, LISTED_EACH_SECOND = 4_000_000, 50
-"""Files that a listing may have, and how many of them a second must bring on average after PATIENCE seconds."""
+"""Most files of a listing, and files per second that it must have on average after PATIENCE seconds."""
 
 PART = 8 << 20
 """Bytes of a large file that one request reads."""
@@ -110,7 +110,7 @@ class Remote:
         return found
 
     def _read(self, function: Callable[[Any], bytes], key: str, bounds: Bounds) -> bytes:
-        """Return the bytes that a request brings; at the bound s3 and web servers are stopped, others are refused."""
+        """Return the bytes of an answer; at the bound s3 and web servers are stopped, others refused."""
 
         def bounded(fs: Any) -> bytes:
             found = bytes(function(fs))
