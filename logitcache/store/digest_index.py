@@ -179,7 +179,9 @@ def remembered(
     found = np.empty((len(paths), width), np.uint8)
     if not len(paths):
         return found
-    store = _index_path(paths, measure.name)
+    # The first and the last in order share the folders that all of them share.
+    ends = min(map(os.path.abspath, paths)), max(map(os.path.abspath, paths))
+    store = memory_of(os.path.commonpath([os.path.dirname(name) for name in ends]), measure.name)
     index = StampIndex(kept_view(store) or b"")
     known = np.zeros(len(paths), bool)
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -219,14 +221,6 @@ def _measured(
 
 
 SHA256 = Measure("stamps", "hashing", lambda file: hashlib.file_digest(file, "sha256").digest())  # type: ignore[arg-type]
-
-
-def _index_path(paths: Sequence[str | Path], ending: str) -> Path | None:
-    """Return the path of the index of the folder that holds all of these files."""
-    # The first and the last in order share what all of them share.
-    ends = min(map(os.path.abspath, paths)), max(map(os.path.abspath, paths))
-    folder = os.path.commonpath([os.path.dirname(name) for name in ends])
-    return memory_of(folder, ending)
 
 
 def _pieces(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

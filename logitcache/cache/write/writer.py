@@ -97,12 +97,11 @@ def commit_record(stored: memoryview, key: str) -> bytes:
 
 def empty_rows(groups: Sequence[ArrayGroup], shard: Shard) -> Rows:
     """Allocate a shard's rows of every array; sums begin at zero."""
-    return {array.name: _empty(array, array.rows_of(shard)) for group in groups for array in group.arrays}
-
-
-def _empty(array: ArrayLayout, rows: slice) -> NDArray[Any]:
-    allocate = np.zeros if array.per_shard else np.empty
-    return allocate((rows.stop - rows.start, *array.row_shape), array.dtype)
+    arrays = [(array, array.rows_of(shard)) for group in groups for array in group.arrays]
+    return {
+        array.name: (np.zeros if array.per_shard else np.empty)((rows.stop - rows.start, *array.row_shape), array.dtype)
+        for array, rows in arrays
+    }
 
 
 def hot_shard(array: ArrayLayout, rows: NDArray[Any]) -> memoryview:

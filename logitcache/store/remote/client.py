@@ -220,7 +220,7 @@ class Remote:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 with _in_flight, bounds.kept():
-                    return function(self._files)
+                    return function(_file_system(self.scheme, os.getpid()))
             except Exception as error:  # each protocol has its own
                 refused = refusal(error, self._shown(key), doing)
                 if refused is not None:
@@ -245,10 +245,6 @@ class Remote:
                 f"{self.url}: a web server only hands out what is named; nothing is listed, written or removed there. "
                 "Fix: name storage such as s3://bucket/name, or a path"
             )
-
-    @property
-    def _files(self) -> Any:
-        return _file_system(self.scheme, os.getpid())
 
     @cached_property
     def _root(self) -> str:
