@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from logitcache.cli import main
-from tests.stage_one.apart import until
+from tests.cli.waiting import AFTER, UNTIL
+from tests.stage_one.apart import REPOSITORY, until
 
 PRECOMPUTE = """
 cache: {tmp}/c.zarr
@@ -22,6 +23,7 @@ teachers:
   teacher: {{model: {{kind: bundled}}, logits: {{kind: dense, dtype: float32}}}}
 num_workers: 0
 """
+WAITING = "{model: {kind: custom, factory: 'tests.cli.waiting:Waiting'}, preprocessing: {mean: [0.5], std: [0.5]}"
 STUDENT = """
 out: {tmp}/run
 cache: {tmp}/c.zarr
@@ -149,12 +151,18 @@ def test_five_mistakes_are_told_at_once(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_signal_stops_precompute_which_the_printed_line_continues(
     recipes: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str], signum: int, code: int
 ) -> None:
+    file = Path(recipes["precompute"])
+    file.write_text(file.read_text().replace("{model: {kind: bundled}", WAITING))
     options = ["--set", "views.num_views=40", "--set", "num_workers=1"]
     command = [sys.executable, "-m", "logitcache", "precompute", recipes["precompute"], *options]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        record = tmp_path / "c.zarr" / "teacher.logits.commits" / "c.0.0.0.0"
+    record, sent = tmp_path / "c.zarr" / "teacher.logits.commits" / "c.0.0.0.0", tmp_path / "sent"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), AFTER: str(record), UNTIL: str(sent)}
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
+    ) as process:
         until(lambda: record.exists() or process.poll() is not None)
         os.killpg(process.pid, signum)  # as a terminal and Slurm do: the workers get it too
+        sent.touch()
         _, message = process.communicate(timeout=120)
     assert process.returncode == code, message
     assert f"Resume: logitcache precompute {recipes['precompute']} --set views.num_views=40" in message
