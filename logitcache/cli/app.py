@@ -13,7 +13,7 @@ from typing import Any
 from typer import BadParameter
 
 from logitcache.cli.commands import app
-from logitcache.cli.common import Answer
+from logitcache.cli.common import CommandResult
 from logitcache.errors import LogitCacheError, Stopped
 from logitcache.runtime import console
 
@@ -51,11 +51,11 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:
         console.finish()
         code, message = _explain(error, debug="--debug" in arguments)
-        answer = Answer({}, "", (message,), type(error).__name__, code)
+        answer = CommandResult({}, "", (message,), type(error).__name__, code)
         if isinstance(error, Stopped):
             flag = ["--resume"] if arguments[0].startswith("train-") and "--resume" not in arguments else []
             resume = f"Resume: {shlex.join(['logitcache', *arguments, *flag])}\n"
-    if not isinstance(answer, Answer):
+    if not isinstance(answer, CommandResult):
         return int(answer or 0)  # of --help and --version
     if answer.is_shown:
         _print(answer, as_json)
@@ -63,7 +63,7 @@ def _run(arguments: list[str]) -> int:
     return answer.exit_code
 
 
-def _print(answer: Answer, as_json: bool) -> None:
+def _print(answer: CommandResult, as_json: bool) -> None:
     document, text = answer.document, answer.text
     if as_json:
         if answer.errors:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from logitcache.cli.common import Answer, Overrides, Scheduler, Trust, Workers
+from logitcache.cli.common import CommandResult, Overrides, Scheduler, Trust, Workers
 
 CachePath = Annotated[str, Argument(metavar="CACHE", help="A folder or a URL (s3://…) made by precompute or derive.")]
 
@@ -16,19 +16,19 @@ def summary(
     views: Annotated[int | None, Option("--views", min=1, metavar="N", help="Read the first N views only.")] = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
-) -> Answer:
+) -> CommandResult:
     """Show how good the teachers are. Alone and together, by view and by class, from the cache alone."""
     from logitcache.report.summary import summarize
     from logitcache.stage_one.cluster.cluster import Cluster
 
-    return Answer(asdict(summarize(cache, views, Cluster(scheduler, workers))))
+    return CommandResult(asdict(summarize(cache, views, Cluster(scheduler, workers))))
 
 
-def inspect(cache: CachePath) -> Answer:
+def inspect(cache: CachePath) -> CommandResult:
     """Describe a cache: what made it, how complete and how large it is."""
     from logitcache.report.inspect import inspect_cache
 
-    return Answer(inspect_cache(cache))
+    return CommandResult(inspect_cache(cache))
 
 
 def verify(
@@ -39,15 +39,15 @@ def verify(
         Path | None,
         Option("--repair", metavar="RECIPE", help="Write damaged shards again, by the recipe that made the cache."),
     ] = None,
-) -> Answer:
+) -> CommandResult:
     """Read a whole cache again. --set dataset.root=DIR gives the folder of its images."""
     from logitcache.errors import CacheError
     from logitcache.report import verify_and_repair as verbs
 
     result = verbs.repair(cache, repair, overrides, trust) if repair else verbs.verify(cache, overrides, trust)
     if result.error is None:
-        return Answer(asdict(result), result.text)
-    return Answer(asdict(result), result.text, (result.error,), CacheError.__name__, CacheError.exit_code)
+        return CommandResult(asdict(result), result.text)
+    return CommandResult(asdict(result), result.text, (result.error,), CacheError.__name__, CacheError.exit_code)
 
 
 def gc(
@@ -56,7 +56,7 @@ def gc(
     growth: Annotated[
         bool, Option("--growth", help="Give up unfinished views and teachers that were being added, too.")
     ] = False,
-) -> Answer:
+) -> CommandResult:
     """Remove files that killed writers left. Nothing that is committed, and not while a run writes to the cache."""
     from logitcache.cache.write.gc import collect
 
@@ -66,4 +66,4 @@ def gc(
     lines = [f"{garbage.path}: {garbage.why} ({garbage.bytes} bytes)\n" for garbage in found]
     text = "".join(lines) + f"{len(found)} files or folders, {total} bytes, {verb}\n"
     document = {"cache": cache, "dry_run": dry_run, "bytes": total, "found": [asdict(item) for item in found]}
-    return Answer(document, text)
+    return CommandResult(document, text)

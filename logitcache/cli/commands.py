@@ -12,7 +12,7 @@ from typing import Annotated
 from typer import Argument, Exit, Option, Typer
 
 from logitcache.cli import caches, stage_one, stage_two
-from logitcache.cli.common import Answer, Overrides, add_command
+from logitcache.cli.common import CommandResult, Overrides, add_command
 from logitcache.runtime import console
 
 app = Typer(
@@ -48,17 +48,17 @@ def demo(
         "logitcache-demo"
     ),
     quick: Annotated[bool, Option("--quick", help="A few seconds; the numbers mean little.")] = False,
-) -> Answer:
+) -> CommandResult:
     """Run both stages on bundled images, in about a minute."""
     from logitcache.report.demo import run_demo
 
-    return Answer(asdict(run_demo(out, quick=quick)))
+    return CommandResult(asdict(run_demo(out, quick=quick)))
 
 
 def recipe_check(
     recipes: Annotated[list[Path], Argument(metavar="RECIPE", help="YAML files of any kind.")],
     overrides: Overrides,
-) -> Answer:
+) -> CommandResult:
     """Check whether recipes are valid. Names every mistake in them; reads no images."""
     from logitcache.errors import RecipeError
     from logitcache.report.recipe_check import check_recipes
@@ -69,17 +69,17 @@ def recipe_check(
     text = "".join(f"{line}\n" for one in lines for line in one)
     document = {"recipes": [asdict(recipe) for recipe in checked]}
     code = RecipeError.exit_code if errors else 0
-    return Answer(document, text, errors, RecipeError.__name__, code)
+    return CommandResult(document, text, errors, RecipeError.__name__, code)
 
 
-def env() -> Answer:
+def env() -> CommandResult:
     """Show the versions and devices that decide results."""
     from logitcache.report.environment import environment
 
-    return Answer(environment())
+    return CommandResult(environment())
 
 
-_COMMANDS: dict[str, Callable[..., Answer]] = {
+_COMMANDS: dict[str, Callable[..., CommandResult]] = {
     "demo": demo,
     "plan": stage_one.plan,
     "precompute": stage_one.precompute,

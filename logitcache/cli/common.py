@@ -18,7 +18,7 @@ from logitcache.runtime import console
 
 
 @dataclass(frozen=True)
-class Answer:
+class CommandResult:
     """The result of a command; `text` is what people read, by default a table of the document.
 
     Of several processes with one result, one shows it.
@@ -107,11 +107,11 @@ def _signals_stop() -> Iterator[None]:
         raise Stopped(message, received[0]) from None
 
 
-def add_command(app: Typer, name: str, function: Callable[..., Answer]) -> None:
+def add_command(app: Typer, name: str, function: Callable[..., CommandResult]) -> None:
     """Register a function under a name, with the output options added to its own."""
 
     @wraps(function)
-    def run(**options: Any) -> Answer:
+    def run(**options: Any) -> CommandResult:
         output = {option: options.pop(option) for option in _OUTPUT_OPTIONS}
         console.configure(quiet=output["quiet"], verbose=output["verbose"])
         with _signals_stop():

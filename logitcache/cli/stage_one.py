@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from logitcache.cli.common import Answer, Overrides, Part, Recipe, Scheduler, Wait, Workers
+from logitcache.cli.common import CommandResult, Overrides, Part, Recipe, Scheduler, Wait, Workers
 from logitcache.runtime.console import logger
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def plan(
     no_probe: Annotated[
         bool, Option("--no-probe", help="Bytes and files alone, at most, in seconds: two images are answered.")
     ] = False,
-) -> Answer:
+) -> CommandResult:
     """Predict what precompute takes, before it begins.
 
     Bytes, files, time, memory, and whether the disk has room. Writes nothing.
@@ -43,7 +43,7 @@ def plan(
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
     document = planning.plan(wanted, batches=batches, taps=taps, workers=workers, probing=not no_probe)
-    return Answer(document, planning.plan_text(document))
+    return CommandResult(document, planning.plan_text(document))
 
 
 def precompute(
@@ -53,7 +53,7 @@ def precompute(
     scheduler: Scheduler = None,
     workers: Workers = None,
     wait: Wait = False,
-) -> Answer:
+) -> CommandResult:
     """Run the teachers once over every view.
 
     The same command continues after a stop, and shares the work with others of its kind. A recipe that asks for more
@@ -74,7 +74,7 @@ def derive(
     scheduler: Scheduler = None,
     workers: Workers = None,
     wait: Wait = False,
-) -> Answer:
+) -> CommandResult:
     """Make a cache from a finished one, with no teacher.
 
     It keeps logits in another encoding, or several teachers as one. Reads neither images nor teachers. The same command
@@ -88,16 +88,16 @@ def derive(
     return _answer(run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait), part)
 
 
-def _answer(result: "PrecomputeResult", part: str | None) -> Answer:
+def _answer(result: "PrecomputeResult", part: str | None) -> CommandResult:
     """Report what a run did; a cache that is not whole is an error, unless only a part was asked for."""
     if not result.shards_left:
-        return Answer(asdict(result))
+        return CommandResult(asdict(result))
     found = f"{result.shards_left} of {result.shards} shards are not committed ({result.left})"
     if part is not None:
         logger.info(f"{result.cache} is not whole yet: {found}")
-        return Answer(asdict(result))
+        return CommandResult(asdict(result))
     again = "the same command computes what is free"
     fix = f"--wait, to wait for these processes; or once they have ended {again}" if result.left.held else again
-    return Answer(
+    return CommandResult(
         asdict(result), None, (f"{result.cache} is not whole: {found}. Fix: {fix}",), "Unfinished", EXIT_UNFINISHED
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Option
 
-from logitcache.cli.common import Answer, Overrides, Recipe, Trust
+from logitcache.cli.common import CommandResult, Overrides, Recipe, Trust
 from logitcache.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def train_student(
         Verify | None,
         Option("--verify", help="How exactly rendered pixels must equal those that the teacher saw."),
     ] = None,
-) -> Answer:
+) -> CommandResult:
     """Train a student from a cache, with no teacher in the loop."""
     if teachers_from is not None and not online:
         raise BadParameter("has no effect: no teachers are in the loop without --online", param_hint="--teachers-from")
@@ -64,7 +64,7 @@ def train_student(
         return _trained(train(student, resume=resume, live=live), ranks.is_first)
 
 
-def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> Answer:
+def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> CommandResult:
     """Train a teacher on labels, by the same loop."""
     from logitcache.report.recipe_check import load_own
     from logitcache.student.ranks import joined
@@ -81,13 +81,13 @@ def _granted(trust: list[str]) -> list[str]:
     return [f"trust=[{', '.join(trust)}]"] if trust else []
 
 
-def _trained(result: "RunResult", is_shown: bool) -> Answer:
+def _trained(result: "RunResult", is_shown: bool) -> CommandResult:
     """Leave measures out of the text that such images have not."""
     from logitcache.runtime.tables import as_text
 
     document = asdict(result)
     text = as_text({name: value for name, value in document.items() if value is not None})
-    return Answer(document, text, is_shown=is_shown)
+    return CommandResult(document, text, is_shown=is_shown)
 
 
 def evaluate(
@@ -113,7 +113,7 @@ def evaluate(
     warm_up: Annotated[
         int | None, Option("--warm-up", min=1, metavar="N", show_default="5", help="Batches that do not count.")
     ] = None,
-) -> Answer:
+) -> CommandResult:
     """Measure a trained model again.
 
     On its own images, or with --set validation.… on others. If a teacher that you name cannot be built or run, the
@@ -138,4 +138,4 @@ def evaluate(
         for name in result.teachers_failed
     )
     code = RecipeError.exit_code if failed else 0
-    return Answer(document, as_text(shown), failed, RecipeError.__name__, code)
+    return CommandResult(document, as_text(shown), failed, RecipeError.__name__, code)

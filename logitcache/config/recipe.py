@@ -16,7 +16,7 @@ from pydantic import (
 from pydantic_core import PydanticSerializationError, to_jsonable_python
 
 from logitcache.config.mistakes import default_at, validate
-from logitcache.config.yaml_text import Mistake, Source, dump
+from logitcache.config.yaml_text import Mistake, RecipeText, dump
 from logitcache.errors import RecipeError, listed
 
 
@@ -135,13 +135,13 @@ def dump_recipe(recipe: BaseModel) -> str:
     return dump(recipe.model_dump(mode="json", by_alias=True))
 
 
-def _read(source: str | Path | Mapping[str, Any]) -> Source:
+def _read(source: str | Path | Mapping[str, Any]) -> RecipeText:
     if not isinstance(source, Mapping):
-        recipe = Source()
+        recipe = RecipeText()
         recipe.read(Path(source))
         return recipe
     try:
-        return Source(to_jsonable_python(dict(source), by_alias=True))
+        return RecipeText(to_jsonable_python(dict(source), by_alias=True))
     except PydanticSerializationError as error:
         raise RecipeError(f"the recipe holds a value that YAML has not: {error}; use plain values") from None
 

@@ -64,7 +64,7 @@ _EXPLAINED = 1 << 16  # characters of a text whose mistake is found by the slow 
 _QUOTE = "quote text that holds ': ' or ' #', or begins with one of &*!%@`[]{}"
 
 
-class Source:
+class RecipeText:
     """A recipe as plain data, the place of each of its values, and the mistakes found so far."""
 
     def __init__(self, data: Any = None) -> None:

@@ -59,13 +59,12 @@ def known_layouts(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout]
     known, is_square = _known_channels(network), inputs.shape[2] == inputs.shape[3]
     found: list[KnownLayout] = []
     for tap, layout in asked:
-        shape = own[tap]
+        shape, doubled = own[tap], larger.get(tap)
         if layout != "auto":
-            found.append(KnownLayout(shape, _given(tap, layout, shape, who)))
-        elif len(shape) == 3:
-            found.append(KnownLayout(shape, _maps(shape, larger.get(tap), known.get(tap), is_square)))
+            decided: Layout | None = _given(tap, layout, shape, who)
         else:
-            found.append(KnownLayout(shape, _tokens(shape, larger.get(tap))))
+            decided = _maps(shape, doubled, known.get(tap), is_square) if len(shape) == 3 else _tokens(shape, doubled)
+        found.append(KnownLayout(shape, decided))
     return found
 
 

@@ -217,8 +217,8 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _same_kind(name: str, found: Tensor, wanted: Tensor) -> bool:
-    # Averages of weights may average the counts of batches too, which no prediction uses.
     kinds = {_kind(found), _kind(wanted)}
+    # Averages of weights may average the counts of batches too, which no prediction uses.
     return len(kinds) == 1 or (name.endswith(_COUNTS) and kinds == {"floating-point", "integer"})
 
 

@@ -84,7 +84,7 @@ def payload(array: ArrayLayout, values: NDArray[Any], whole: int) -> float:
     return (sizes[1] + further * (chunk - count)) / chunk
 
 
-class Encoded(NamedTuple):
+class EncodeCost(NamedTuple):
     """The bytes of a shard without its index, and the seconds it took: by the clock, and of all cores."""
 
     payload: int
@@ -92,7 +92,7 @@ class Encoded(NamedTuple):
     cores: float
 
 
-def encoded(array: ArrayLayout, values: NDArray[Any], repeats: int = 1) -> Encoded:
+def encoded(array: ArrayLayout, values: NDArray[Any], repeats: int = 1) -> EncodeCost:
     """Encode and hash rows as the writer does; the fastest of several times counts, as nothing delayed it."""
     encoder, part = ShardEncoder(array), Shard(0, 0, len(values) * array.images_per_row)
     clocks, cores, size = list[float](), list[float](), 0
@@ -103,4 +103,4 @@ def encoded(array: ArrayLayout, values: NDArray[Any], repeats: int = 1) -> Encod
         clocks.append(time.perf_counter() - clock)
         cores.append(time.process_time() - busy)
         size = stored.nbytes
-    return Encoded(size - array.hot_bytes(0), min(clocks), min(cores))
+    return EncodeCost(size - array.hot_bytes(0), min(clocks), min(cores))

@@ -28,7 +28,7 @@ ENSEMBLE = "(ensemble)"
 """No teacher can have this name."""
 
 
-class Measured(NamedTuple):
+class Figures(NamedTuple):
     """What a summary counts: labelled row-views, figures of each teacher, agreement by pair, rows by view and class."""
 
     labelled: int
@@ -57,7 +57,7 @@ class _View(NamedTuple):
     agreement: Mapping[tuple[str, str], float]
 
 
-def measure_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> Measured:
+def measure_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> Figures:
     """Measure the first views of a cache that holds logits alone. Memory holds one view: all its images are ranked.
 
     Two teachers agree on the answer to a class if both say yes, or both no. A row by class has the mean of its average
@@ -67,7 +67,7 @@ def measure_multi_label(cache: Cache, views: int, cluster: Cluster = HERE) -> Me
     found = list(gathered(measure, range(views), "summary", "views", cluster))
     names = dict.fromkeys([*cache.manifest.teachers, *found[0].measures])
     pairs = {pair: float(np.mean([view.agreement[pair] for view in found])) for pair in found[0].agreement}
-    return Measured(
+    return Figures(
         views * int((cache.labels >= 0).any(axis=1).sum()),
         [_teacher(name, cache, found) for name in names],
         pairs,

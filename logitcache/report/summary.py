@@ -26,7 +26,7 @@ from logitcache.logits import Logits, TopKLogits
 from logitcache.report.inspect import labels_as_seen
 from logitcache.report.multi_label_summary import (
     ENSEMBLE,
-    Measured,
+    Figures,
     MultiLabelTeacher,
     class_columns,
     measure_multi_label,
@@ -156,7 +156,7 @@ def summarize(path: str | Path, num_views: int | None = None, cluster: Cluster =
     )
 
 
-def _measure(cache: Cache, views: int, cluster: Cluster) -> Measured:
+def _measure(cache: Cache, views: int, cluster: Cluster) -> Figures:
     shards = [shard for shard in cache.layout.shards() if shard.view < views]
     counted = zip(shards, gathered(ShardCounter(cache.snapshot), shards, "summary", "shards", cluster), strict=True)
     per_view = [
@@ -180,7 +180,7 @@ def _measure(cache: Cache, views: int, cluster: Cluster) -> Measured:
     ]
     agreement = {pair: count / total.rows for pair, count in total.agreeing.items()}
     rows = [{name: found.accuracy(1) for name, found in view.teachers.items()} for view in per_view]
-    return Measured(labelled, teachers, agreement, rows, _per_class(total, cache.manifest.class_names))
+    return Figures(labelled, teachers, agreement, rows, _per_class(total, cache.manifest.class_names))
 
 
 @dataclass(frozen=True)

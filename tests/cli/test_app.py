@@ -11,7 +11,7 @@ import pytest
 import logitcache
 from logitcache import errors
 from logitcache.cli import commands, main
-from logitcache.cli.common import Answer
+from logitcache.cli.common import CommandResult
 
 COMMANDS = [
     ["demo"],
@@ -207,7 +207,7 @@ def test_every_public_name_can_be_imported(name):
 
 
 def test_a_command_with_problems_still_gives_its_document(capsys, monkeypatch):
-    answer = Answer({"shards": 3}, None, ("shard 1", "shard 2"), "CacheError", 3)
+    answer = CommandResult({"shards": 3}, None, ("shard 1", "shard 2"), "CacheError", 3)
     monkeypatch.setattr("logitcache.cli.app.app", lambda *args, **kwargs: answer)
     assert main(["verify", "--json"]) == 3
     out, err = capsys.readouterr()

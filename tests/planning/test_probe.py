@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from logitcache.cache.format.arrays import ArrayLayout, Order
 from logitcache.cache.write.writer import ShardEncoder
 from logitcache.planning import compression, probe
-from logitcache.planning.compression import Encoded, payload
+from logitcache.planning.compression import EncodeCost, payload
 from logitcache.planning.dry_run import correction, dry_run
 from logitcache.planning.probe import Mark, Measured
 from logitcache.store.shards import Shard
@@ -81,9 +81,9 @@ def test_calibration_on_more_rows_takes_as_much_longer() -> None:
 def test_sums_over_a_shard_are_no_rows_to_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding takes 1 s and 0.5 s a row here; statistics of errors, a row for each shard, are written once."""
 
-    def encoded(array: ArrayLayout, values: NDArray[Any], repeats: int = 1) -> Encoded:
+    def encoded(array: ArrayLayout, values: NDArray[Any], repeats: int = 1) -> EncodeCost:
         seconds = 0.5 + 0.5 * len(values)
-        return Encoded(100, seconds, seconds)
+        return EncodeCost(100, seconds, seconds)
 
     monkeypatch.setattr(compression, "encoded", encoded)
     with dry_run(
