@@ -1,5 +1,6 @@
 """Hooks of MkDocs: pages that a computer can write, and links to files that lie outside of docs/."""
 
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -76,7 +77,8 @@ def _help(path: tuple[str, ...]) -> str:
 def python_api() -> str:
     """List the public names, whose docstrings mkdocstrings reads."""
     names = [name for name in logitcache.__all__ if name not in ("__version__", "losses")]
-    losses = sorted(name for name in logitcache.losses.__all__ if name[0].islower())
+    functions = inspect.getmembers(logitcache.losses, inspect.isfunction)
+    losses = [name for name, function in functions if function.__module__.startswith("logitcache.")]
     found = [f"::: logitcache.{name}" for name in names]
     found += ["## Losses", *(f"::: logitcache.student.losses.{name}" for name in losses)]
     return "# Python API\n\n```python\nimport logitcache as lc\n```\n\n" + "\n\n".join(found) + "\n"
