@@ -11,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.layout import CHECKSUMS
-from logitcache.cache.format.row_errors import count_errors
 from logitcache.cache.write.unreadable_images import note_unreadable
 from logitcache.cache.write.writer import Rows
 from logitcache.errors import DataError, caught
@@ -23,8 +21,8 @@ from logitcache.stage_one.inputs import Inputs
 from logitcache.stage_one.loop import Batch, ShardTask
 from logitcache.stage_one.todo import Todo
 from logitcache.store.shards import Shard
-from logitcache.teacher.encoding import Encoded, encode
-from logitcache.teacher.teacher import Teacher, require_answers, require_fits
+from logitcache.teacher.encoding import fill_rows
+from logitcache.teacher.teacher import require_answers
 from logitcache.views.checksums import require_rows, row_checksums
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
@@ -109,8 +107,7 @@ class PrecomputeTask(ShardTask):
             if groups:
                 answers, entry = teacher(pixels, labels), todo.goal.teachers[teacher.name]
                 require_answers(teacher, answers, entry, ids)
-                encoded = encode(todo.codecs, entry, groups, answers, lambda row: f"image {ids[row]!r}")
-                _copy(rows, teacher, groups, encoded, ids, places)
+                fill_rows(rows, places, todo.codecs, entry, groups, answers, lambda row: f"image {ids[row]!r}")
         self._record_views(rows, shard, keys, places, images)
 
     def _record_views(
@@ -136,22 +133,3 @@ class PrecomputeTask(ShardTask):
 
 def _flat(keys: Mapping[Shard, list[ViewKey]]) -> list[ViewKey]:
     return list(itertools.chain.from_iterable(keys.values()))
-
-
-def _copy(
-    rows: Rows,
-    teacher: Teacher,
-    groups: Sequence[ArrayGroup],
-    encoded: Mapping[str, Encoded],
-    ids: Sequence[str],
-    places: NDArray[np.int64],
-) -> None:
-    """Copy the encoded answers of a batch to their places in the shard."""
-    for target, (arrays, _) in encoded.items():
-        require_fits(teacher, target, arrays, ids)
-    for group in groups:
-        arrays, errors = encoded[group.target]
-        for array in group.rows:
-            rows[array.name][places] = arrays[array.suffix].cpu().numpy()
-        if group.errors is not None and errors is not None:
-            count_errors(rows[group.errors.name][0], errors)

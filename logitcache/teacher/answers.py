@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.runtime.device import autocast, own_randomness, to_device
 from logitcache.targets import Targets
-from logitcache.teacher.grad_cam import classes_of
+from logitcache.teacher.tap_gradients import classes_of
 from logitcache.teacher.teacher import Teacher, values_of
 
 PASSES = 2

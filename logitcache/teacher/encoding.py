@@ -1,17 +1,22 @@
-"""From a teacher's answers to the arrays that are kept of them, with the error of every row."""
+"""Encode a teacher's answers into the rows of a shard, with the error of every row."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.cache.encodings.measure import divergences
 from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.manifest import LOGITS, TeacherEntry
+from logitcache.cache.format.row_errors import count_errors
 from logitcache.cache.read.target_codecs import TargetCodecs
+from logitcache.cache.write.writer import Rows
 from logitcache.errors import DataError, RowError
 from logitcache.targets import FeatureValues, Targets, feature_values
+from logitcache.teacher.teacher import first_not_finite
 
 
 class Encoded(NamedTuple):
@@ -21,17 +26,56 @@ class Encoded(NamedTuple):
     errors: Tensor | None
 
 
-def encode(
+def fill_rows(
+    rows: Rows,
+    places: slice | NDArray[np.int64],
+    codecs: TargetCodecs,
+    entry: TeacherEntry,
+    groups: Sequence[ArrayGroup],
+    answers: Targets,
+    name_of: Callable[[int], str],
+) -> None:
+    """Encode a batch's answers on the device they are on, and copy what `groups` keep to their places in a shard.
+
+    Raises DataError naming, as `name_of` does, the first row that cannot be encoded, or does not fit its stored dtype.
+    """
+    encoded = _encode(codecs, entry, groups, answers, name_of)
+    for target, (arrays, _) in encoded.items():
+        _require_fits(groups[0].teacher, entry, target, arrays, name_of)
+    for group in groups:
+        arrays, errors = encoded[group.target]
+        for array in group.rows:
+            rows[array.name][places] = arrays[array.suffix].cpu().numpy()
+        if group.errors is not None and errors is not None:
+            count_errors(rows[group.errors.name][0], errors)
+
+
+def _require_fits(
+    teacher: str, entry: TeacherEntry, target: str, encoded: Mapping[str, Tensor], name_of: Callable[[int], str]
+) -> None:
+    needed = {} if entry.stored_logits is None else entry.stored_logits.form.needs
+    for suffix, values in encoded.items():
+        row = first_not_finite(values)
+        if row is not None:
+            what, fix = f"the feature {target!r}", f"features.{target}.dtype: float32"
+            if target == LOGITS:
+                what, fix = suffix or "a logit", "logits: {kind: dense, dtype: float32}"
+            elif target in needed:
+                fix = "logits: {kind: head, dtype: float32}"
+            raise DataError(
+                f"teacher {teacher!r}: {what} of {name_of(row)} does not fit {values.dtype}, whose largest number is "
+                f"{torch.finfo(values.dtype).max:.6g}.\n  Fix: teachers.{teacher}.{fix}"
+            )
+
+
+def _encode(
     codecs: TargetCodecs,
     entry: TeacherEntry,
     groups: Sequence[ArrayGroup],
     answers: Targets,
     name_of: Callable[[int], str],
 ) -> dict[str, Encoded]:
-    """Encode a batch's answers on the device they are on, by target: those of `groups`, and what these need.
-
-    Raises DataError naming, as `name_of` does, the first row whose logits are refused.
-    """
+    """Encode answers by target: those of `groups`, and those that they need."""
     teacher = groups[0].teacher
     measured = {group.target: group.errors is not None for group in groups}
     needed = {} if entry.stored_logits is None or LOGITS not in measured else entry.stored_logits.form.needs

@@ -1,6 +1,6 @@
 """`Teacher`: a frozen model that owns its normalisation; uint8 pixels in, `Targets` out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Self
 
 import torch
@@ -19,7 +19,7 @@ from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
 from logitcache.runtime.device import Precision, autocast, own_randomness
 from logitcache.targets import Targets
-from logitcache.teacher.grad_cam import GradedPass
+from logitcache.teacher.tap_gradients import tap_gradients
 
 Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
 
@@ -79,14 +79,14 @@ class Teacher(nn.Module):
         super().__init__()
         self.name, self.precision, self.device = name, source.precision, device
         self.classifier = classifier.to(device).eval()
-        self.features, self.named = features_of(name, source, classifier.module), frozenset(source.features)
+        self.features = features_of(name, source, classifier.module)
         plain = [feature.tap for feature in self.features.values() if feature.kind != "grad_cam"]
         graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
         self.answers_logits = source.answers_logits
         self.passes = 0
         self._counting = classifier.module.register_forward_pre_hook(self._count)
         self._tapped = Tapped(classifier.module, classifier.module, plain, f"teacher {name!r}")
-        self._graded = GradedPass(classifier, tuple(dict.fromkeys(graded)), f"teacher {name!r}")
+        self._graded_taps = tuple(dict.fromkeys(graded))
 
     @torch.no_grad()
     def decide_layouts(self, pixels: Tensor) -> None:
@@ -109,7 +109,10 @@ class Teacher(nn.Module):
         with autocast(self.device, self.precision):
             output, tapped = self._tapped(self.classifier.normalize(pixels))
             logits = self.classifier.checked(output).to(torch.float32, copy=True) if self.answers_logits else None
-            graded = {} if logits is None else self._graded(pixels, labels, logits)
+            graded = {}
+            if logits is not None and self._graded_taps:
+                who = f"teacher {self.name!r}"
+                graded = tap_gradients(self.classifier, self._graded_taps, who, pixels, labels, logits)
         features = {
             name: feature.take(*(graded[feature.tap] if feature.kind == "grad_cam" else (tapped[feature.tap], None)))
             for name, feature in self.features.items()
@@ -125,7 +128,7 @@ class Teacher(nn.Module):
     @property
     def passes_by_row(self) -> int:
         """How often the network takes an image to answer it: twice with Grad-CAM maps."""
-        return 2 if self._graded.taps else 1
+        return 2 if self._graded_taps else 1
 
     def remove_taps(self) -> None:
         """Take the hooks off the network, which is the caller's."""
@@ -205,23 +208,6 @@ def values_of(answers: Targets) -> dict[str, Tensor]:
     """Return logits, if there are any, and features by name."""
     logits = {LOGITS: answers.logits} if answers.keeps_logits else {}
     return logits | dict(answers.features)
-
-
-def require_fits(teacher: Teacher, target: str, encoded: Mapping[str, Tensor], ids: Sequence[str]) -> None:
-    """Raise DataError naming the first image whose finite answer does not fit the stored dtype."""
-    for suffix, values in encoded.items():
-        row = first_not_finite(values)
-        if row is not None:
-            what, fix = f"the feature {target!r}", f"features.{target}.dtype: float32"
-            if target == LOGITS:
-                what, fix = suffix or "a logit", "logits: {kind: dense, dtype: float32}"
-            elif target not in teacher.named:
-                fix = "logits: {kind: head, dtype: float32}"
-            raise DataError(
-                f"teacher {teacher.name!r}: {what} of image {ids[row]!r} does not fit {values.dtype}, whose largest "
-                f"number is {torch.finfo(values.dtype).max:.6g}.\n"
-                f"  Fix: teachers.{teacher.name}.{fix}"
-            )
 
 
 def first_not_finite(values: Tensor) -> int | None:

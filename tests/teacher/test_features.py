@@ -281,7 +281,7 @@ def test_a_module_that_runs_twice_and_a_value_that_is_changed_later_are_refused(
         make(tmp_path / "c", None, {"f": FEATURES["maps"]}, Twice())
     net = Net()
     net.relu = nn.ReLU(inplace=True)
-    with pytest.raises(RecipeError, match="'conv' holds is changed in place"):
+    with pytest.raises(RecipeError, match="'conv' is changed in place"):
         make(tmp_path / "c", None, {"f": {"kind": "maps", "tap": "conv"}}, net)
 
 

@@ -107,6 +107,7 @@ def results(
         numbers = {future.key: number for number, future in enumerate(futures)}
         for future in _ended(client, futures, pause):
             value = _result(future)
+            future.release()
             if isinstance(value, LogitCacheError):
                 raise value
             yield numbers[future.key], value

@@ -7,17 +7,14 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.cache.format.manifest import LOGITS
-from logitcache.cache.format.row_errors import count_errors
 from logitcache.cache.write.writer import Rows
-from logitcache.errors import DataError
 from logitcache.stage_one.claims import ShardGroup
 from logitcache.stage_one.derive.source import Source
 from logitcache.stage_one.loop import Batch, ShardTask
 from logitcache.stage_one.todo import Todo
 from logitcache.store.shards import Shard
 from logitcache.targets import Targets
-from logitcache.teacher.encoding import encode
-from logitcache.teacher.teacher import first_not_finite
+from logitcache.teacher.encoding import fill_rows
 
 NUMBERS = 1 << 20
 """Logits of a teacher that are held decoded at a time."""
@@ -99,18 +96,6 @@ class DeriveTask(ShardTask):
             groups = [g for g in self.todo.layout.of(name) if g.target == LOGITS and LOGITS not in origin.kept]
             if not groups or groups[0].arrays[0].name not in rows:
                 continue
-            (group,) = groups
             exact = origin.logits({member: answers[member].to(self._device) for member in origin.weights})
             entry = self.todo.goal.teachers[name]
-            encoded = encode(self.todo.codecs, entry, groups, Targets(exact), name_of)[LOGITS]
-            for array in group.rows:
-                values = encoded.arrays[array.suffix]
-                row = first_not_finite(values)
-                if row is not None:
-                    raise DataError(
-                        f"teachers.{name}: a logit of {name_of(row)} does not fit {values.dtype}. Fix: "
-                        f"teachers.{name}.logits: {{kind: dense, dtype: float32}}"
-                    )
-                rows[array.name][here] = values.cpu().numpy()
-            if group.errors is not None and encoded.errors is not None:
-                count_errors(rows[group.errors.name][0], encoded.errors)
+            fill_rows(rows, here, self.todo.codecs, entry, groups, Targets(exact), name_of)
