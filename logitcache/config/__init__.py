@@ -1,0 +1,1 @@
+"""Recipes: YAML and overrides in, validated frozen objects out; and which files a user trusts."""

@@ -1,0 +1,1 @@
+"""The process: devices, messages and progress, signals, versions."""
