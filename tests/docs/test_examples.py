@@ -22,14 +22,14 @@ from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
 from tests.cache.made import verified
-from tests.docs.world import PHOTOS, UNTRAINED, here, make_world, shrunk
+from tests.docs.world import COLOURED, HALF, PHOTOS, here, make_world, shrunk
 from tests.student.small import student
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FASHION = ROOT / "pipelines/fashion_mnist/precompute.yaml"
 EXCERPTS: dict[str, dict[str, Any]] = {
-    "dataset": {"cache": "c.zarr", "teachers": {"t": {"model": UNTRAINED}}},
+    "dataset": {"cache": "c.zarr", "teachers": {"t": {"model": COLOURED, "preprocessing": HALF}}},
     "teachers": {
         "cache": "c.zarr",
         "dataset": PHOTOS,

@@ -23,6 +23,7 @@ PIPELINES = ROOT / "pipelines"
 CLASSES = ("n01443537", "n01629819", "n01641577")
 PHOTOS = {"kind": "image_folder", "root": "photos"}
 UNTRAINED = {"kind": "torchvision", "name": "mobilenet_v3_small", "weights": None}
+COLOURED = {"kind": "custom", "factory": "tests.docs.world:tiny", "arguments": {"channels": 3}}
 TINY = {"kind": "small_cnn", "width": 4}
 GREY = {"mean": [0.5], "std": [0.5]}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
@@ -69,11 +70,11 @@ def _teacher(entry: dict[str, Any], is_grey: bool) -> dict[str, Any]:
     return entry | {"model": small, "preprocessing": GREY if is_grey else HALF}
 
 
-def tiny() -> nn.Module:
+def tiny(channels: int = 1) -> nn.Module:
     """A factory: a network with the modules of the bundled teacher, and a thirtieth of its work."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return SmallCNN(width=4).build(10, 1).module
+        return SmallCNN(width=4).build(10, channels).module
 
 
 def make_world(folder: Path) -> None:
