@@ -80,7 +80,7 @@ def require_not_derived(manifest: Manifest, where: str) -> None:
         raise MismatchError(
             f"{where} was derived from another cache ({', '.join(derived)}): a teacher's own answers are "
             "no part of it. Fix: let precompute add to the source, then derive again to another path; `logitcache "
-            "derive` with the recipe that made it continues and mends it"
+            "derive` with the recipe that made it continues and repairs it"
         )
 
 
