@@ -15,7 +15,7 @@ from logitcache.planning.timing import AnswerTimes, Quartiles, by_row, timed_ans
 from logitcache.runtime.console import track
 from logitcache.runtime.device import synchronize
 from logitcache.stage_one.claims import Claims, ShardGroup
-from logitcache.stage_one.loop import Batch
+from logitcache.stage_one.loop import RowBatch
 from logitcache.stage_one.precompute_task import PrecomputeTask
 from logitcache.stage_one.todo import Todo
 from logitcache.store.shards import Shard
@@ -104,7 +104,7 @@ def _affordable(run: DryRun) -> int:
     return max(FEWEST, min(BATCHES, most))
 
 
-def _steps(run: DryRun, task: PrecomputeTask, count: int) -> list[Batch]:
+def _steps(run: DryRun, task: PrecomputeTask, count: int) -> list[RowBatch]:
     """Choose batches from all over what is to do, in runs that lie beside each other."""
     recipe, todo = run.inputs.recipe, run.todo
     groups = Claims(todo.snapshot, todo.shards, recipe.views_per_image).groups
@@ -117,7 +117,7 @@ def _steps(run: DryRun, task: PrecomputeTask, count: int) -> list[Batch]:
     apart = max(1.0, len(runs) / wanted)
     chosen = [runs[int((number + 0.5) * apart)] for number in range(min(wanted, len(runs)))]
     opened = {number: _group(todo, groups[number]) for number, _ in chosen}
-    steps: list[Batch] = []
+    steps: list[RowBatch] = []
     for number, start in chosen:
         steps += itertools.islice(task.batches(opened[number]), start, start + length)
     return steps
@@ -130,7 +130,7 @@ def _group(todo: Todo, shards: list[Shard]) -> ShardGroup:
 
 
 def _marks(
-    task: PrecomputeTask, steps: list[Batch], answers: AnswerTimes, device: torch.device, seconds: float | None
+    task: PrecomputeTask, steps: list[RowBatch], answers: AnswerTimes, device: torch.device, seconds: float | None
 ) -> list[Mark]:
     """Fill batches as stage one does, and note the time after each."""
     rows, began = 0, time.perf_counter()
@@ -147,7 +147,7 @@ def _marks(
     return marks
 
 
-def _pieces(steps: list[Batch]) -> dict[Shard, Piece]:
+def _pieces(steps: list[RowBatch]) -> dict[Shard, Piece]:
     """Return the rows that were filled, by shard, with their places in it."""
     pieces: dict[Shard, Piece] = {}
     for batch in steps:
@@ -156,7 +156,7 @@ def _pieces(steps: list[Batch]) -> dict[Shard, Piece]:
     return pieces
 
 
-def _render_alone(run: DryRun, batch: Batch) -> tuple[float, float]:
+def _render_alone(run: DryRun, batch: RowBatch) -> tuple[float, float]:
     """Return the seconds that rendering a view takes in one process, by the clock or of its cores, and of these."""
     keys = list(itertools.chain.from_iterable(batch.keys.values()))[:ALONE]
     clock, busy = time.perf_counter(), time.process_time()

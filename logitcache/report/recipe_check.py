@@ -15,7 +15,7 @@ from logitcache.config.recipe import Component, load_recipe, load_sound, read_re
 from logitcache.errors import LogitCacheError, RecipeError, caught, listed, raise_all
 from logitcache.runtime.console import logger
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
-from logitcache.stage_one.derive.source import Source as Derived
+from logitcache.stage_one.derive.source import SourceCache
 from logitcache.stage_one.inputs import require_teachers
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.compatibility import inexact_targets
@@ -135,7 +135,7 @@ def _checks_of_precompute(recipe: PrecomputeRecipe, stated: Collection[str]) -> 
 def _checks_of_derivation(recipe: DeriveRecipe, stated: Collection[str]) -> Iterator[Check]:
     """Yield the comparison with the source, if it exists."""
     if (store := locate(recipe.cache)).path.exists():
-        yield lambda: Derived.of(recipe, Snapshot.read(store))
+        yield lambda: SourceCache.of(recipe, Snapshot.read(store))
 
 
 def _opened(entry: object, otherwise: str) -> ImageDataset | None:

@@ -16,7 +16,7 @@ from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
     """Some images of a group of shards, by index; the group is full after its last batch."""
 
     group: ShardGroup
@@ -48,11 +48,11 @@ class ShardTask(ABC):
         """Count the batches of the group that a shard is in."""
 
     @abstractmethod
-    def batches(self, group: ShardGroup) -> Iterator[Batch]:
+    def batches(self, group: ShardGroup) -> Iterator[RowBatch]:
         """Cut a group into batches, which do not depend on what it lacks."""
 
     @abstractmethod
-    def fill(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def fill(self, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
         """Fill the rows of each batch and yield it, reading ahead of what is filled."""
 
 

@@ -18,7 +18,7 @@ from logitcache.errors import DataError, caught
 from logitcache.runtime.device import to_device
 from logitcache.stage_one.claims import ShardGroup
 from logitcache.stage_one.inputs import Inputs
-from logitcache.stage_one.loop import Batch, ShardTask
+from logitcache.stage_one.loop import RowBatch, ShardTask
 from logitcache.stage_one.todo import Todo
 from logitcache.store.shards import Shard
 from logitcache.teacher.encoding import fill_rows
@@ -52,7 +52,7 @@ class PrecomputeTask(ShardTask):
         """Count the batches of the group that a shard is in."""
         return -(-(shard.stop - shard.start) // self._inputs.recipe.batch_size)
 
-    def batches(self, group: ShardGroup) -> Iterator[Batch]:
+    def batches(self, group: ShardGroup) -> Iterator[RowBatch]:
         """Cut a group into batches of images; a teacher's batch is the same whatever is rendered with it.
 
         Partners in one shard come together, so that each is decoded once.
@@ -63,9 +63,9 @@ class PrecomputeTask(ShardTask):
         if pairing is not None:
             indices = indices[np.argsort(pairing.places(np.full_like(indices, first.view), indices))]
         for start in range(0, len(indices), size):
-            yield Batch(group, indices[start : start + size].tolist(), start + size >= len(indices))
+            yield RowBatch(group, indices[start : start + size].tolist(), start + size >= len(indices))
 
-    def fill(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def fill(self, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
         """Render each batch ahead, and fill its rows with what the teachers answer."""
         ours, ahead = itertools.tee(batches)
         images = self._loader.render(_flat(batch.keys) for batch in ahead)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitcache.views.datasets.archives.tar_members import Member, members
+from logitcache.views.datasets.archives.tar_members import TarMember, members
 from tests.views.archives import tarred
 
 NAMES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=300).map(
@@ -21,7 +21,7 @@ FORMATS = [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]
 TWO = tarred([("a.png", b"x" * 700), ("b.cls", b"1")])
 
 
-def found(archive: bytes) -> list[Member]:
+def found(archive: bytes) -> list[TarMember]:
     return list(members(io.BytesIO(archive), lambda name: True))
 
 

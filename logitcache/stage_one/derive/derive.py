@@ -27,7 +27,7 @@ from logitcache.stage_one.cluster.cluster import Cluster
 from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, fill_on_cluster, open_same
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.derive_task import DeriveTask
-from logitcache.stage_one.derive.source import Source, Tables
+from logitcache.stage_one.derive.source import SourceCache, Tables
 from logitcache.stage_one.lifecycle import PrecomputeResult, begun, result_of
 from logitcache.stage_one.loop import Done, fill
 from logitcache.stage_one.todo import Skeleton, Todo
@@ -56,7 +56,7 @@ def derive(
     here, there = (one if is_remote(one) else str(Path(one).absolute()) for one in (recipe.out, recipe.cache))
     _require_apart(recipe)
     store, device, done = locate(recipe.out), resolve_device(recipe.device), Done()
-    source = Source.of(recipe, open_cache(recipe.cache).snapshot)
+    source = SourceCache.of(recipe, open_cache(recipe.cache).snapshot)
     with begun(store, lambda: find_derived_todo(recipe, source, store)) as todo:
         if todo.recorded is None:
             inherit(source.snapshot.identity, todo.goal.digest())
@@ -82,11 +82,11 @@ def _require_apart(recipe: DeriveRecipe) -> None:
 @contextlib.contextmanager
 def open_derive_task(recipe: DeriveRecipe, source_manifest: Manifest, goal: Manifest) -> Iterator[DeriveTask]:
     """Open, in a worker, the source as the client saw it, and the cache to fill."""
-    source = Source.of(recipe, open_same(recipe.cache, source_manifest))
+    source = SourceCache.of(recipe, open_same(recipe.cache, source_manifest))
     yield DeriveTask(source, Todo(open_same(recipe.out, goal)), resolve_device(recipe.device))
 
 
-def find_derived_todo(recipe: DeriveRecipe, source: Source, store: Store) -> Todo:
+def find_derived_todo(recipe: DeriveRecipe, source: SourceCache, store: Store) -> Todo:
     """Describe the derived cache, or compare the existing one with the recipe and the source; writes nothing."""
     manifest = source.manifest
     is_seen = [canary.view < manifest.views.num_views for canary in manifest.canaries]
@@ -111,7 +111,7 @@ def find_derived_todo(recipe: DeriveRecipe, source: Source, store: Store) -> Tod
     return Todo.compare(Snapshot.as_described(store, goal), None, Skeleton(goal, samples, {}), tables=tables)
 
 
-def _existing(cache: Snapshot, recipe: DeriveRecipe, source: Source, wanted: Manifest, samples: Samples) -> Todo:
+def _existing(cache: Snapshot, recipe: DeriveRecipe, source: SourceCache, wanted: Manifest, samples: Samples) -> Todo:
     recorded = cache.manifest
     differences = _differences(recorded, wanted, recipe)
     if differences:
@@ -134,7 +134,7 @@ def _existing(cache: Snapshot, recipe: DeriveRecipe, source: Source, wanted: Man
     return Todo.compare(cache, recorded, Skeleton(recorded, samples, repairs))
 
 
-def _entry(name: str, source: Source) -> TeacherEntry:
+def _entry(name: str, source: SourceCache) -> TeacherEntry:
     """Say whose answers they are and what is asked for; how logits that are encoded anew are kept is not decided."""
     origin = source.origins[name]
     teacher, entries = origin.teacher, {member: source.manifest.teachers[member] for member in origin.weights}
@@ -163,7 +163,9 @@ def _entry(name: str, source: Source) -> TeacherEntry:
     return first.restricted(origin.kept).model_copy(update=update)
 
 
-def _fit(source: Source, entries: Mapping[str, TeacherEntry], num_views: int) -> tuple[dict[str, TeacherEntry], Tables]:
+def _fit(
+    source: SourceCache, entries: Mapping[str, TeacherEntry], num_views: int
+) -> tuple[dict[str, TeacherEntry], Tables]:
     """Return the entries with forms for the logits that are encoded again, and all tables by array name."""
     fitted, tables = dict(entries), Tables()
     for name, entry in entries.items():
@@ -178,7 +180,7 @@ def _fit(source: Source, entries: Mapping[str, TeacherEntry], num_views: int) ->
     return fitted, tables
 
 
-def _shard_rows(recipe: DeriveRecipe, source: Source, entries: Mapping[str, TeacherEntry]) -> int:
+def _shard_rows(recipe: DeriveRecipe, source: SourceCache, entries: Mapping[str, TeacherEntry]) -> int:
     """Choose the rows of a shard as precompute does; if something is copied, they are those of the source."""
     manifest = source.manifest
     if not any(origin.kept for origin in source.origins.values()):

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.cache.write.writer import Rows
 from logitcache.stage_one.claims import ShardGroup
-from logitcache.stage_one.derive.source import Source
-from logitcache.stage_one.loop import Batch, ShardTask
+from logitcache.stage_one.derive.source import SourceCache
+from logitcache.stage_one.loop import RowBatch, ShardTask
 from logitcache.stage_one.todo import Todo
 from logitcache.store.shards import Shard
 from logitcache.targets import Targets
@@ -26,7 +26,7 @@ class DeriveTask(ShardTask):
     label = "derive"
     passes = 0
 
-    def __init__(self, source: Source, todo: Todo, device: torch.device) -> None:
+    def __init__(self, source: SourceCache, todo: Todo, device: torch.device) -> None:
         self.todo, self._source, self._device = todo, source, device
         self._reader = source.reader
         self._read: dict[Shard, dict[str, NDArray[Any]]] = {}
@@ -35,13 +35,13 @@ class DeriveTask(ShardTask):
         """Count the batches of a shard."""
         return sum(1 for _ in self._ranges(shard))
 
-    def batches(self, group: ShardGroup) -> Iterator[Batch]:
+    def batches(self, group: ShardGroup) -> Iterator[RowBatch]:
         """Cut a shard into batches whose rows are in one shard of the source each."""
         (shard,) = group.missing
         for images in self._ranges(shard):
-            yield Batch(group, images, images.stop == shard.stop)
+            yield RowBatch(group, images, images.stop == shard.stop)
 
-    def fill(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def fill(self, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
         """Fill the rows of each batch from its shard of the source."""
         for batch in batches:
             self._fill(batch)
@@ -56,7 +56,7 @@ class DeriveTask(ShardTask):
             for start in range(max(begin, shard.start), stop, batch):
                 yield range(start, min(start + batch, stop))
 
-    def _fill(self, batch: Batch) -> None:
+    def _fill(self, batch: RowBatch) -> None:
         ((shard, rows),) = batch.group.rows.items()
         start, stop = batch.images[0], batch.images[-1] + 1
         part = self._reader.layout.shard(shard.view, start // self._reader.layout.shard_rows)

@@ -28,7 +28,7 @@ Tables = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Origin:
+class MemberOrigin:
     """A teacher of the new cache and what it is made of: `weights` of members, which add up to 1, in their order."""
 
     teacher: DerivedTeacher
@@ -52,7 +52,7 @@ class CachedSample:
 
     reader: ShardReader
     name: str
-    origin: Origin
+    origin: MemberOrigin
 
     @property
     def classifier(self) -> Classifier:
@@ -104,18 +104,18 @@ class CachedSample:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCache:
     """A finished cache, restricted to what is needed of it, and what is made of it by teacher."""
 
     snapshot: Snapshot
-    origins: Mapping[str, Origin]
+    origins: Mapping[str, MemberOrigin]
 
     @classmethod
-    def of(cls, recipe: DeriveRecipe, cache: Snapshot) -> "Source":
+    def of(cls, recipe: DeriveRecipe, cache: Snapshot) -> "SourceCache":
         """Restrict a cache to what a recipe needs. Raises RecipeError or MismatchError if it lacks that."""
         where, manifest = str(cache.store), cache.manifest
         views = recipe.num_views or manifest.views.num_views
-        origins: dict[str, Origin] = {}
+        origins: dict[str, MemberOrigin] = {}
 
         def take(name: str, teacher: DerivedTeacher) -> None:
             origins[name] = _origin(name, teacher, where, manifest)
@@ -164,7 +164,7 @@ def _require_views(views: int, where: str, manifest: Manifest) -> None:
         raise RecipeError(f"num_views is {views}, {where} has {manifest.views.num_views}. Fix: at most these")
 
 
-def _origin(name: str, teacher: DerivedTeacher, where: str, manifest: Manifest) -> Origin:
+def _origin(name: str, teacher: DerivedTeacher, where: str, manifest: Manifest) -> MemberOrigin:
     """Raise unless the members are there, can be made one, and have what is asked for."""
     members = teacher.members or {name: 1.0}
     if unknown := sorted(members.keys() - manifest.teachers.keys()):
@@ -185,7 +185,7 @@ def _origin(name: str, teacher: DerivedTeacher, where: str, manifest: Manifest) 
         )
     total = sum(members.values())
     weights = {member: weight / total for member, weight in members.items()}
-    return Origin(teacher, weights, _kept(name, teacher, entries[next(iter(entries))], where))
+    return MemberOrigin(teacher, weights, _kept(name, teacher, entries[next(iter(entries))], where))
 
 
 def _require_dense(name: str, where: str, entries: Mapping[str, TeacherEntry]) -> None:

@@ -30,7 +30,7 @@ class Refused(Exception):
     """An answer that no further attempt would improve: too long, compressed, or a redirect to another place."""
 
 
-class Source(Protocol):
+class Received(Protocol):
     """A body that is read as it arrives; empty bytes mark its end."""
 
     async def read(self, n: int = -1, /) -> bytes: ...
@@ -91,7 +91,7 @@ class Transfer:
                 raise
             raise TimeoutError("the storage answers too slowly") from error
 
-    async def read(self, source: Source, most: int) -> bytes:
+    async def read(self, source: Received, most: int) -> bytes:
         """Read a body to its end; raise Refused at the first byte beyond `most`, without reading on."""
         found = bytearray()
         while chunk := await self._next(source):
@@ -101,7 +101,7 @@ class Transfer:
                 raise Refused(self.bounds.excess)
         return bytes(found)
 
-    async def _next(self, source: Source) -> bytes:
+    async def _next(self, source: Received) -> bytes:
         async with self.in_time():
             return await source.read(CHUNK)
 

@@ -32,7 +32,7 @@ def softmax_regression(student: Tensor, weight: Tensor, bias: Tensor, logits: Lo
     )
 
 
-class Head(nn.Module):
+class TeacherHead(nn.Module):
     """A projection of the student's features, and the teacher's last layer, which is not trained."""
 
     weight: Tensor
@@ -79,12 +79,12 @@ class SRRL(FeatureLoss):
                 f"feature {self.feature!r} has {num_out} channels, the teacher's last layer takes {head[0].shape[1]}. "
                 "Fix: keep what that layer takes in, as in tap: fc:input"
             )
-        return Head(num_in, num_out, head)
+        return TeacherHead(num_in, num_out, head)
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""
         student, teacher = self.compared(outputs, batch)
-        head = cast(Head, context.adapter)
+        head = cast(TeacherHead, context.adapter)
         projected = head.project(pooled(student))
         of_features, of_logits = (weight.at(context.progress) for weight in (self.feature_weight, self.logit_weight))
         loss = of_features * hint(projected, pooled(teacher))

@@ -107,7 +107,7 @@ class Dynamic(TemperatureBase):
         memory.step.fill_(step)
 
 
-class ByConfidence(TemperatureBase):
+class ConfidenceTemperature(TemperatureBase):
     """A temperature for each row: `low` + (`high` - `low`) · p_max, the teacher's largest probability at T = 1.
 
     With `high` above `low`, rows that the teacher is sure of are softened more. The rule is ours, as it asks of the
@@ -183,7 +183,7 @@ Temperature = Annotated[
 ]
 
 RowTemperature = Annotated[
-    Constant | Linear | Cosine | Exponential | WarmUp | Dynamic | ByConfidence,
+    Constant | Linear | Cosine | Exponential | WarmUp | Dynamic | ConfidenceTemperature,
     Discriminator("kind"),
     BeforeValidator(as_schedule),
     AfterValidator(_always_positive),

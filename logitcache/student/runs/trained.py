@@ -40,7 +40,7 @@ class Evaluation(Component):
 
 
 @dataclass(frozen=True)
-class Transform:
+class EvaluationTransform:
     """Bring an image to the pixels that a model was evaluated on; picklable, for data sets and loader workers."""
 
     augmentations: tuple[Augmentation, ...]
@@ -69,7 +69,7 @@ class Student(nn.Module):
     def __init__(
         self,
         classifier: Classifier,
-        transform: Transform | None,
+        transform: EvaluationTransform | None,
         class_names: tuple[str, ...] | None,
         epoch: int | None,
         run: str,
@@ -84,7 +84,7 @@ class Student(nn.Module):
         return cast(Tensor, self.classifier(pixels))
 
     @property
-    def preprocess(self) -> Transform:
+    def preprocess(self) -> EvaluationTransform:
         """The transform of the run's evaluation: an image in, uint8 [C, h, w] out. Raises RecipeError if unrecorded."""
         if self._transform is None:
             raise RecipeError(
@@ -127,7 +127,7 @@ def load_student(
             f"{run / _FILE} names the factory '{unstated[0]}', and what a file names is never called.\n"
             f'  Fix: if you trust it, load_student(run, factories=["{unstated[0]}"])'
         )
-    transform = None if chosen is None else Transform(chosen, len(preprocessing.mean))
+    transform = None if chosen is None else EvaluationTransform(chosen, len(preprocessing.mean))
     names, epoch = (None, None) if recorded is None else (recorded.class_names, recorded.epoch)
     return Student(Classifier(built.module, preprocessing), transform, names, epoch, str(run)).eval()
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from logitcache.config.recipe import Count
 from logitcache.errors import DataError, RemoteError
 from logitcache.store.remote.client import is_remote
+from logitcache.views.datasets.archives.archive_samples import ArchiveSamples, samples_of
 from logitcache.views.datasets.archives.braces import MOST_NAMES, expanded
-from logitcache.views.datasets.archives.samples import Samples, samples_of
 from logitcache.views.datasets.archives.shard_files import RemoteShard, shard_at
 from logitcache.views.datasets.archives.shard_index import differ
 from logitcache.views.datasets.base import DatasetBase, digest_of
@@ -93,7 +93,7 @@ class ShardImages(ImageFiles):
 
     class_names = None
 
-    def __init__(self, samples: Samples, mode: Mode, num_classes: int | None, orientation: Orientation) -> None:
+    def __init__(self, samples: ArchiveSamples, mode: Mode, num_classes: int | None, orientation: Orientation) -> None:
         self.ids, self.labels = samples.ids, samples.labels
         self.num_classes = num_classes_of(self.labels, num_classes, self.ids, "the shards")
         self._samples = samples
@@ -151,7 +151,7 @@ class ShardImages(ImageFiles):
         return f"the image of sample '{self.ids[index]}' in shard '{self._samples.shards[shard]}'"
 
 
-def _spans(samples: Samples, indices: Sequence[int]) -> list[_Span]:
+def _spans(samples: ArchiveSamples, indices: Sequence[int]) -> list[_Span]:
     """Join the places of images that lie close together, as long as one request should read them."""
     shards = samples.shard_of(np.array(indices)).tolist()
     spans: list[_Span] = []

@@ -17,7 +17,7 @@ from logitcache.store.file_locks import turn
 from logitcache.store.files import memory_of
 from logitcache.store.remote.client import Entry
 from logitcache.views.datasets.archives.shard_files import Shard
-from logitcache.views.datasets.archives.tar_members import Member, members
+from logitcache.views.datasets.archives.tar_members import TarMember, members
 from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.ids import PackedIds, narrowed
 from logitcache.views.datasets.images.image_files import head_of, is_read, known, some
@@ -179,7 +179,7 @@ def _is_wanted(name: str, shard: Shard) -> bool:
     return _extension(name) == LABEL or is_read(_extension(name), _shown(name, shard))
 
 
-def _add(sample: _Sample, name: str, member: Member, shard: Shard) -> None:
+def _add(sample: _Sample, name: str, member: TarMember, shard: Shard) -> None:
     """Note a member of a sample; raises DataError if there is one like it already, or one that is no image."""
     sample.members.append(name)
     if not _is_wanted(name, shard):

@@ -28,7 +28,7 @@ class Readable(Protocol):
     def seek(self, offset: int, whence: int, /) -> int: ...
 
 
-class Member(NamedTuple):
+class TarMember(NamedTuple):
     """A file in an archive: its name, the place of its first byte, and its bytes where they are wanted."""
 
     name: str
@@ -36,7 +36,7 @@ class Member(NamedTuple):
     data: bytes
 
 
-def members(file: Readable, wanted: Callable[[str], bool]) -> Iterator[Member]:
+def members(file: Readable, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
     """Yield the files of an archive in order, with the bytes of those that are wanted.
 
     Raises ValueError that says what is broken, and where.
@@ -50,7 +50,7 @@ def members(file: Readable, wanted: Callable[[str], bool]) -> Iterator[Member]:
             name, size = said.get("path", name), _counted(int(said.get("size", size))) if kind in _REGULAR else 0
             said, start = {}, tape.place
             if kind in _REGULAR and not name.endswith("/"):
-                yield Member(name, start, tape.take(_held(name, size)) if wanted(name) else tape.skip(size))
+                yield TarMember(name, start, tape.take(_held(name, size)) if wanted(name) else tape.skip(size))
             else:
                 _require_passable(name, kind, wanted)
                 tape.skip(size)

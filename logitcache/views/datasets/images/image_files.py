@@ -49,7 +49,7 @@ _UPRIGHT, _SWAPPED = 1, 5
 Image.init()  # formats can be named only once every plugin is there
 
 
-class Head(NamedTuple):
+class ImageHeader(NamedTuple):
     """The head of a file: height and width of what is stored, and the EXIF orientation, 1 without any."""
 
     height: int
@@ -64,10 +64,10 @@ def decode(file: BinaryIO, mode: Mode, name: str, orientation: Orientation = "ig
         return from_pil(image if turn is None else image.transpose(turn), mode)
 
 
-def head_of(file: BinaryIO, name: str) -> Head:
+def head_of(file: BinaryIO, name: str) -> ImageHeader:
     """Read the head of a file; raises DataError naming one that has none."""
     with _refused(name), Image.open(file, formats=_FORMATS) as image:
-        return Head(image.height, image.width, _orientation(image))
+        return ImageHeader(image.height, image.width, _orientation(image))
 
 
 class ImageFiles(ABC):

@@ -1,4 +1,4 @@
-"""Samples: those of all shards as one sequence of images."""
+"""The samples of all shards as one sequence of images."""
 
 import functools
 import threading
@@ -19,7 +19,7 @@ from logitcache.views.datasets.images.ids import PackedIds
 from logitcache.views.datasets.images.labels import LabelTable, label_of_text
 
 
-class Samples(NamedTuple):
+class ArchiveSamples(NamedTuple):
     """Shards with their states, and of the images of all of them, in order, names and labels, and what `Places` holds.
 
     `stops` [S] counts the images up to the end of each shard.
@@ -37,7 +37,7 @@ class Samples(NamedTuple):
         return np.searchsorted(self.stops, indices, side="right")
 
 
-def samples_of(shards: Sequence[Shard], labelled: bool | None) -> Samples:
+def samples_of(shards: Sequence[Shard], labelled: bool | None) -> ArchiveSamples:
     """Find all samples, several shards at a time.
 
     Raises DataError for a shard or a member that cannot be used, a sample that is there twice, labels of some only.
@@ -51,7 +51,7 @@ def samples_of(shards: Sequence[Shard], labelled: bool | None) -> Samples:
         pool.shutdown(cancel_futures=True)
     _require_unique(shards, parts)
     stops = np.cumsum([len(part.ids) for part in parts])
-    return Samples(
+    return ArchiveSamples(
         shards,
         states,
         stops,
