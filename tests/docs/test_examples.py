@@ -71,7 +71,9 @@ def test_every_example_is_in_a_language_that_is_tried() -> None:
     assert languages == {"bash", "python", "text", "yaml"}
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "README.zh.md"], ids=lambda page: page.name
+)
 def test_every_link_leads_to_a_file(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):

@@ -116,3 +116,20 @@ def test_every_recipe_printed_is_valid(recipe: str, tmp_path: Path) -> None:
     file.write_text(recipe)
     (checked,) = check_recipes([file])
     assert checked.error is None
+
+
+def test_the_chinese_readme_has_the_same_commands_and_code() -> None:
+    chinese = (ROOT / "README.zh.md").read_text()
+
+    def examples(text: str) -> list[str]:
+        blocks = re.findall(r"```(?:bash|yaml|python)\n(.*?)```", text, re.DOTALL)
+        return [re.sub(r" *#.*", "", block) for block in blocks]
+
+    assert examples(chinese) == examples(README)
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_front_page_is_short(name: str) -> None:
+    lines = (ROOT / name).read_text().splitlines()
+    assert len(lines) < 150
+    assert [line for line in lines if len(line) > 120] == []
