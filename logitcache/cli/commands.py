@@ -13,6 +13,7 @@ from typer import Argument, Exit, Option, Typer
 
 from logitcache.cli import caches, stage_one, stage_two
 from logitcache.cli.common import CommandResult, Overrides, add_command
+from logitcache.config.shipped_recipes import copy_recipes, find_recipes, shipped_recipes
 from logitcache.runtime import console
 
 app = Typer(
@@ -72,6 +73,35 @@ def recipe_check(
     return CommandResult(document, text, errors, RecipeError.__name__, code)
 
 
+Name = Annotated[str, Argument(metavar="NAME", help="A recipe, fashion_mnist/student, or a folder, fashion_mnist.")]
+
+
+def recipe_ls() -> CommandResult:
+    """List the recipes that ship with logitcache."""
+    recipes = shipped_recipes()
+    document = {"recipes": [{"name": r.name, "command": r.command, "summary": r.summary} for r in recipes]}
+    width, command_width = max(len(r.name) for r in recipes), max(len(r.command) for r in recipes)
+    text = "".join(f"{r.name:{width}}  {r.command:{command_width}}  {r.summary}\n" for r in recipes)
+    return CommandResult(document, text)
+
+
+def recipe_show(name: Name) -> CommandResult:
+    """Print a recipe that ships with logitcache, or all of a folder."""
+    texts = {recipe.name: recipe.file.read_text() for recipe in find_recipes(name)}
+    return CommandResult({"recipes": texts}, "\n".join(texts.values()))
+
+
+def recipe_cp(
+    name: Name,
+    folder: Annotated[Path, Argument(metavar="DIR", help="Where to copy to; recipes keep their folder's name.")] = Path(
+        "pipelines"
+    ),
+) -> CommandResult:
+    """Copy a recipe that ships with logitcache, or all of a folder; nothing is overwritten."""
+    files = [str(file) for file in copy_recipes(name, folder)]
+    return CommandResult({"files": files}, "".join(f"{file}\n" for file in files))
+
+
 def env() -> CommandResult:
     """Show the versions and devices that decide results."""
     from logitcache.report.environment import environment
@@ -95,4 +125,5 @@ _COMMANDS: dict[str, Callable[..., CommandResult]] = {
 }
 for _name, _function in _COMMANDS.items():
     add_command(app, _name, _function)
-add_command(recipe_app, "check", recipe_check)
+for _name, _function in {"check": recipe_check, "ls": recipe_ls, "show": recipe_show, "cp": recipe_cp}.items():
+    add_command(recipe_app, _name, _function)

@@ -1,0 +1,70 @@
+"""Recipes that ship with the package: list, read and copy them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.errors import RecipeError, did_you_mean
+
+_COMMAND = re.compile(r"^# +logitcache ([\w-]+) ", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class ShippedRecipe:
+    """A recipe: `name` is folder/file without the suffix, `command` what runs it, `summary` its first sentence."""
+
+    name: str
+    command: str
+    summary: str
+    file: Path
+
+
+def shipped_recipes() -> list[ShippedRecipe]:
+    """List all recipes by name: inside the package if it is installed, beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    folder = next(one for one in (package / "pipelines", package.parent / "pipelines") if one.is_dir())
+    return [_described(file, folder) for file in sorted(folder.rglob("*.yaml"))]
+
+
+def find_recipes(name: str) -> list[ShippedRecipe]:
+    """Return the recipe of a name such as `fashion_mnist/student`, or all recipes of a folder.
+
+    Raises RecipeError for an unknown name, with the nearest known one.
+    """
+    wanted = name.removeprefix("pipelines/").removesuffix(".yaml").strip("/")
+    every = shipped_recipes()
+    found = [recipe for recipe in every if wanted in (recipe.name, recipe.name.partition("/")[0])]
+    if not found:
+        known = {part for recipe in every for part in (recipe.name, recipe.name.partition("/")[0])}
+        raise RecipeError(
+            f"no recipe of the name {name!r} ships with logitcache.{did_you_mean(wanted, known)} "
+            "Fix: `logitcache recipe ls` lists them"
+        )
+    return found
+
+
+def copy_recipes(name: str, folder: Path) -> list[Path]:
+    """Copy a recipe, or all of a folder, to the same place below `folder`; return the new files.
+
+    Raises RecipeError, before anything is written, if one of them exists or cannot be written.
+    """
+    copies = {folder / f"{recipe.name}.yaml": recipe.file for recipe in find_recipes(name)}
+    existing = [str(file) for file in copies if file.exists()]
+    if existing:
+        raise RecipeError(f"{existing[0]} exists and is not overwritten. Fix: remove it, or name another folder")
+    try:
+        for file, source in copies.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(source.read_bytes())
+    except OSError as error:
+        raise RecipeError(f"{error.filename} cannot be written: {error.strerror}. Fix: name another folder") from error
+    return list(copies)
+
+
+def _described(file: Path, folder: Path) -> ShippedRecipe:
+    text = file.read_text()
+    match = _COMMAND.search(text)
+    assert match is not None, file
+    name = file.relative_to(folder).with_suffix("").as_posix()
+    comment = " ".join(text[: match.start()].replace("\n# ", " ").split())
+    return ShippedRecipe(name, match[1], re.split(r"(?<=\.) (?=[A-Z`])", comment.removeprefix("# "))[0], file)
