@@ -36,10 +36,19 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
         if self.console is not None:
-            self.console.print(visible(record.getMessage()), markup=False, highlight=False, emoji=False)
+            self.console.print(record.getMessage(), markup=False, highlight=False, emoji=False)
 
 
 _output = _Handler()
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    """Escape a message for the handlers of any caller: a file of theirs can be UTF-8, and a terminal obeys nothing."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
+
+
+logger.addFilter(_escape)
 
 
 def visible(text: str, keep: str = "\n\t") -> str:

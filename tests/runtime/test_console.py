@@ -2,6 +2,7 @@ import io
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -99,3 +100,16 @@ def test_each_line_is_shown_once_whatever_else_listens(capfd):
     finally:
         logging.getLogger().removeHandler(heard)
     assert capfd.readouterr() == ("", "once\n")
+
+
+@pytest.mark.parametrize("hostile", ["\x1b[2J", "\ud800", "\u202e"], ids=ascii)
+def test_handlers_of_a_caller_get_messages_that_any_file_and_terminal_takes(hostile: str, tmp_path: Path) -> None:
+    handler = logging.FileHandler(tmp_path / "log", encoding="utf-8")
+    console.logger.addHandler(handler)
+    try:
+        console.logger.warning("before%safter", hostile)
+    finally:
+        console.logger.removeHandler(handler)
+        handler.close()
+    escaped = hostile.encode("unicode_escape").decode()
+    assert (tmp_path / "log").read_text() == f"before{escaped}after\n"
