@@ -143,7 +143,7 @@ def train_students(arguments: argparse.Namespace, cache: Path, part: Part) -> di
     results: dict[str, dict[int, RunResult]] = {}
     jobs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.losses]
     for number, (name, seed) in enumerate(jobs):
-        if number % part.parts != part.number - 1:
+        if number % part[1] != part[0] - 1:
             continue
         result = train_student(arguments, cache, name, seed)
         results.setdefault(name, {})[seed] = result

@@ -132,7 +132,7 @@ def _require_classes(codecs: TargetCodecs, rows: Rows, shard: Shard) -> None:
 def _codecs_of_classes(snapshot: Snapshot, group: ArrayGroup) -> TargetCodecs | None:
     """Return what decodes the logits of a group alone if its rows name classes; else None."""
     stored = snapshot.manifest.teachers[group.teacher].stored_logits if group.target == LOGITS else None
-    if stored is None or "dense logits" in stored.form.gives:
+    if stored is None or "raw logits" in stored.form.gives:
         return None
     manifest = snapshot.manifest.restricted(snapshot.layout.num_views, {group.teacher: [LOGITS]})
     return TargetCodecs(snapshot.store, manifest, layout_of(manifest))

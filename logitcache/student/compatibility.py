@@ -15,7 +15,7 @@ from logitcache.views.datasets.base import Labels, is_multi_label
 
 FROM_LABELS: frozenset[Need] = frozenset({"labels", "single labels", "multi labels"})
 ONE_CLASS: frozenset[Need] = frozenset({"labels", "single labels"})
-FROM_LOGITS: frozenset[Need] = frozenset({"logits", "dense logits"})
+FROM_LOGITS: frozenset[Need] = frozenset({"logits", "raw logits"})
 BEYOND = BOUND / 100
 """The bound at a temperature outside the recorded ones, where the error may be larger than at the nearest of them."""
 
@@ -176,11 +176,11 @@ def _check_logits(teacher: str, entry: TeacherEntry, linear: bool) -> str | None
     return alone if entry.logits is None else None
 
 
-def _check_dense_logits(teacher: str, entry: TeacherEntry, linear: bool) -> str | None:
+def _check_raw_logits(teacher: str, entry: TeacherEntry, linear: bool) -> str | None:
     stored = entry.stored_logits
     if linear:
         return "mixes probabilities (targets: linear). Fix: kl_divergence"
-    if stored is None or "dense logits" in stored.form.gives:
+    if stored is None or "raw logits" in stored.form.gives:
         return _check_logits(teacher, entry, linear)
     return (
         f"keeps {stored.form.kind} logits of {teacher!r}. Fix: another loss (kl_divergence takes any), "
@@ -191,7 +191,7 @@ def _check_dense_logits(teacher: str, entry: TeacherEntry, linear: bool) -> str 
 _CHECKS: dict[str, Callable[[str, TeacherEntry, bool], str | None]] = {
     "features": _check_features,
     "logits": _check_logits,
-    "dense logits": _check_dense_logits,
+    "raw logits": _check_raw_logits,
 }
 """What the cache lacks, by what a loss needs of a teacher's answers; labels and heads have checks of their own."""
 

@@ -56,7 +56,7 @@ class WholeBatch:
         """Return what the losses ask of one teacher: other logits may have no dense form."""
         asking = [loss for loss in self._asking if loss.teacher in (None, name)]
         features = sorted({feature for loss in asking for feature in loss.features})
-        dense = any("dense logits" in loss.needs for loss in asking)
+        dense = any("raw logits" in loss.needs for loss in asking)
         return Targets(
             every_row(dense_logits(targets)) if dense else NO_LOGITS,
             {feature: every_row(at_least_float32(targets.features[feature])) for feature in features},

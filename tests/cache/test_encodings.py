@@ -77,7 +77,7 @@ def test_every_form_declares_what_readers_rely_on(form: type[LogitsForm]) -> Non
     assert next(iter(form.model_fields)) == "kind"
     assert set(get_args(form.model_fields["storage"].annotation)) <= {"hot", "packed"}
     assert form.gives
-    assert form.gives <= {"logits", "dense logits"}
+    assert form.gives <= {"logits", "raw logits"}
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def test_a_loss_of_raw_logits_is_refused_by_an_ensemble(
     loss: dict[str, Any], two_teachers: Path, tmp_path: Path
 ) -> None:
     recipe = student(tmp_path / "run", two_teachers, losses=[loss | {"teacher": "both"}], ensembles=BOTH)
-    text = rf"losses.0 \({loss['kind']}\) needs dense logits, the ensemble 'both' is a mean of probabilities. Fix: "
+    text = rf"losses.0 \({loss['kind']}\) needs raw logits, the ensemble 'both' is a mean of probabilities. Fix: "
     with pytest.raises(RecipeError, match=text):
         train(recipe)
 

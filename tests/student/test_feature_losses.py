@@ -506,7 +506,7 @@ def test_srrl_is_zero_for_the_teachers_own_features() -> None:
 
 
 def test_features_alone_needs_neither_head_nor_logits() -> None:
-    assert SRRL(**TAP).needs == {"head", "dense logits"}
+    assert SRRL(**TAP).needs == {"head", "raw logits"}
     assert SRRL(**TAP, logit_weight=constant(0.0)).needs == frozenset()
 
 

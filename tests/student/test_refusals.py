@@ -99,7 +99,7 @@ def test_other_images_are_refused(cache: Path, tmp_path: Path) -> None:
 
 def test_a_loss_that_needs_every_logit_is_refused_on_a_top_k_cache(top_k: Path, tmp_path: Path) -> None:
     recipe = student(tmp_path / "run", top_k, losses=[{"kind": "kl_divergence"}, {"kind": "mean_squared_error"}])
-    message = _refused(recipe, RecipeError, r"losses\.1 \(mean_squared_error\) needs dense logits", 2)
+    message = _refused(recipe, RecipeError, r"losses\.1 \(mean_squared_error\) needs raw logits", 2)
     assert str(top_k) in message
     assert "keeps top_k logits of 'net'" in message
     assert "precompute with teachers.net.logits: {kind: dense}" in message
@@ -166,7 +166,7 @@ def test_labels_are_needed_to_train_a_teacher(tmp_path: Path) -> None:
 )
 def test_losses_of_raw_logits_are_refused_on_a_few(top_k: Path, tmp_path: Path, loss: dict[str, Any]) -> None:
     recipe = student(tmp_path / "run", top_k, losses=[loss])
-    text = rf"losses.0 \({loss['kind']}\) needs dense logits, .*top_k.*precompute with teachers.net.logits"
+    text = rf"losses.0 \({loss['kind']}\) needs raw logits, .*top_k.*precompute with teachers.net.logits"
     _refused(recipe, RecipeError, text, 2)
 
 

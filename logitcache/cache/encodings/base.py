@@ -26,7 +26,10 @@ from logitcache.targets import Targets
 
 
 class RowArray(NamedTuple):
-    """One array of an encoding: what it holds of each view of each image; `floats` lie in a row of whole numbers."""
+    """One array of an encoding: the shape and type of a row.
+
+    `floats`: items of an integer row that are floats; readers refuse NaN and infinity there.
+    """
 
     suffix: str
     shape: tuple[int, ...]
@@ -106,7 +109,7 @@ class LogitsEncoding(Component):
     """An encoding as a recipe asks for it; its fields are `kind`, a Literal, and its options."""
 
     measured: ClassVar[bool] = True
-    """Whether the first release recorded the errors of its rows; of new encodings they are recorded unless exact."""
+    """Only for manifests of the first release: whether they record errors for this encoding. New encodings leave it."""
 
     @property
     def temperature_of_errors(self) -> float:
@@ -130,7 +133,7 @@ class LogitsForm(Component):
     """An encoding as a manifest stores it; its fields are `kind` and `storage` ("hot" or "packed"), and its options."""
 
     gives: ClassVar[frozenset[str]]
-    """The needs of losses that it meets: "logits" if all classes get a log-probability, "dense logits" if logits."""
+    """The needs of losses that it meets: "logits" if all classes get a log-probability, "raw logits" if logits."""
 
     table_names: ClassVar[frozenset[str]] = frozenset()
     """Every name that `table_shapes` may return."""

@@ -13,7 +13,7 @@ from logitcache.logits import CompactLogits, Logits
 class Dense(Plain):
     """All C logits of a row; float16 rounds each to 11 bits, of what all have in common too; float32 is exact."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    gives: ClassVar[frozenset[str]] = frozenset({"logits", "raw logits"})
     measured: ClassVar[bool] = False
 
     kind: Literal["dense"] = "dense"

@@ -47,7 +47,7 @@ class TransformForm(LogitsForm):
     the last, `quints`, are rounded each by itself. Two corrections share a byte after the first `correction_bytes`.
     """
 
-    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    gives: ClassVar[frozenset[str]] = frozenset({"logits", "raw logits"})
     table_names: ClassVar[frozenset[str]] = frozenset({"basis", "centre", "deviation", "correction_step"})
 
     kind: Literal["transform"] = "transform"

@@ -91,7 +91,7 @@ class Head(LogitsEncoding):
 class HeadForm(LogitsForm):
     """A linear layer of some width, with a bias or without, on the feature `feature`."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    gives: ClassVar[frozenset[str]] = frozenset({"logits", "raw logits"})
     table_names: ClassVar[frozenset[str]] = frozenset({"weight", "bias"})
 
     kind: Literal["head"] = "head"

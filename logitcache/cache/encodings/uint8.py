@@ -16,7 +16,7 @@ LEVELS = 255
 class UInt8(Plain):
     """All C logits of a row in even steps from its smallest to its largest; errs by half a step, (max - min) / 510."""
 
-    gives: ClassVar[frozenset[str]] = frozenset({"logits", "dense logits"})
+    gives: ClassVar[frozenset[str]] = frozenset({"logits", "raw logits"})
 
     kind: Literal["uint8"] = "uint8"
     storage: Storage = "hot"

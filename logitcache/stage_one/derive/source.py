@@ -193,7 +193,7 @@ def _require_dense(name: str, where: str, entries: Mapping[str, TeacherEntry]) -
         stored = entry.stored_logits
         if stored is None:
             raise RecipeError(f"teachers.{name}: {where} keeps no logits of {member!r}. Fix: `keep` its features")
-        if "dense logits" not in stored.form.gives:
+        if "raw logits" not in stored.form.gives:
             raise RecipeError(
                 f"teachers.{name}.logits: {where} keeps of {member!r} the largest logits alone "
                 f"({stored.form.kind}): what the others were is lost, and an encoding or a mean of them would err by "

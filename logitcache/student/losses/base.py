@@ -22,9 +22,16 @@ P = ParamSpec("P")
 UNLABELLED = -1
 FIX_OF_ONE_CLASS = "Fix: multi_label_kl on the teacher's logits, or binary_cross_entropy on labels [B, C] of 0 and 1"
 
-Need = Literal["labels", "single labels", "multi labels", "logits", "dense logits", "head"]
-"""What a loss needs: one class an image, mixed or not; one class of an image that is not mixed; any number of classes
-an image; the teacher's distribution; its raw logits; its last linear layer."""
+Need = Literal["labels", "single labels", "multi labels", "logits", "raw logits", "head"]
+"""What a loss needs.
+
+labels: one class an image, also of mixed images
+single labels: one class an image that is not mixed
+multi labels: any number of classes an image
+logits: the teacher's distribution
+raw logits: its logits themselves, of whatever encoding
+head: its last linear layer
+"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class LossBase(Component, ABC):
     by_row          True      a mean over rows: the parts of a batch sum to the whole
     min_rows        1         fewer rows leave nothing to compare
     exclusive       False     takes an image to be of one class, as a softmax does, which needs two classes or more
-    differentiates  False     takes gradients through the student inside the loss, which a compiled student hides
+    differentiates  False     calls autograd on the student inside the loss: not possible with `compile: true`
     remembers_rows  False     the adapter stores something of every row, and one of several processes sees only a part
     terms           none      the fields that weigh the terms of a sum
     kinds           pooled,   of a FeatureLoss: the kinds of the teacher's feature that it takes

@@ -56,7 +56,7 @@ def _directions(log_values: Tensor) -> Tensor:
 class DIST(TemperedLoss):
     """Correlations in place of divergences; published with weight 2 beside cross-entropy."""
 
-    asks: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
+    asks: ClassVar[frozenset[Need]] = frozenset({"raw logits"})
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 3  # within a class, two numbers correlate by 1 or -1
     exclusive: ClassVar[bool] = True

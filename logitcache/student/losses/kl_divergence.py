@@ -55,7 +55,7 @@ class KLDivergence(TemperedLoss):
     @property
     def needs(self) -> frozenset[Need]:
         """What the loss needs of its data."""
-        return super().needs | {"dense logits" if self.standardize else "logits"}
+        return super().needs | {"raw logits" if self.standardize else "logits"}
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

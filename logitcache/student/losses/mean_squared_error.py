@@ -23,7 +23,7 @@ def mean_squared_error(student: Tensor, teacher: Logits) -> Tensor:
 class MeanSquaredError(LossBase):
     """Squared error between logits; needs every logit as it was."""
 
-    asks: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
+    asks: ClassVar[frozenset[Need]] = frozenset({"raw logits"})
 
     kind: Literal["mean_squared_error"] = "mean_squared_error"
     weight: Weight = constant(1.0)

@@ -29,7 +29,7 @@ def multi_label_kl(student: Tensor, teacher: Logits, temperature: float | Tensor
 class MultiLabelKL(TemperedLoss):
     """Binary KL divergence of every class, for teachers of several labels an image."""
 
-    asks: ClassVar[frozenset[Need]] = frozenset({"dense logits"})
+    asks: ClassVar[frozenset[Need]] = frozenset({"raw logits"})
 
     kind: Literal["multi_label_kl"] = "multi_label_kl"
     temperature: Temperature = constant(1.0)

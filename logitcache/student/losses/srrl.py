@@ -63,7 +63,7 @@ class SRRL(FeatureLoss):
     @property
     def needs(self) -> frozenset[Need]:
         """What the loss needs of its data."""
-        return frozenset({"head", "dense logits"} if self._takes_head else ())
+        return frozenset({"head", "raw logits"} if self._takes_head else ())
 
     @property
     def _takes_head(self) -> bool:
