@@ -123,7 +123,12 @@ _COMMANDS: dict[str, Callable[..., CommandResult]] = {
     "gc": caches.gc,
     "env": env,
 }
-for _name, _function in _COMMANDS.items():
-    add_command(app, _name, _function)
-for _name, _function in {"check": recipe_check, "ls": recipe_ls, "show": recipe_show, "cp": recipe_cp}.items():
-    add_command(recipe_app, _name, _function)
+_RECIPE_COMMANDS: dict[str, Callable[..., CommandResult]] = {
+    "check": recipe_check,
+    "ls": recipe_ls,
+    "show": recipe_show,
+    "cp": recipe_cp,
+}
+for _group, _commands in ((app, _COMMANDS), (recipe_app, _RECIPE_COMMANDS)):
+    for _name, _function in _commands.items():
+        add_command(_group, _name, _function)
