@@ -23,7 +23,7 @@ app = Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run a teacher once, then train any number of students on the pixels it saw.",
 )
-recipe_app = Typer(rich_markup_mode=None, help="Check recipes.")
+recipe_app = Typer(rich_markup_mode=None, help="List, copy and check recipes.")
 app.add_typer(recipe_app, name="recipe")
 
 

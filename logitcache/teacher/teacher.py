@@ -212,8 +212,8 @@ def values_of(answers: Targets) -> dict[str, Tensor]:
 
 def first_not_finite(values: Tensor) -> int | None:
     """Return the first row of [B, ...] that holds inf or nan."""
-    # A sum with inf or nan in it is not finite, and summing is ten times as fast as checking each number. A sum of finite
-    # numbers may overflow: then each is checked.
+    # A sum with inf or nan in it is not finite, and summing is ten times as fast as checking each number. If a sum of
+    # finite numbers overflows, each is checked.
     if not values.is_floating_point() or bool(torch.isfinite(values.sum(dtype=torch.float32))):
         return None
     wrong = ~torch.isfinite(values).reshape(len(values), -1).all(dim=1)
