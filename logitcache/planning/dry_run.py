@@ -21,6 +21,7 @@ from logitcache.teacher.answers import PASSES, answers_of
 from logitcache.teacher.calibration import rows_to_answer
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.views import canaries
+from logitcache.views.spec import require_one_size
 
 CALIBRATION_SECONDS, FEWEST_ROWS = 20.0, 256
 """A dry run takes as many calibration rows as are answered in this time, and at least these."""
@@ -57,6 +58,7 @@ def dry_run(
     began = time.perf_counter()
     # The second time digests are remembered, as stage one finds them.
     recipe, store, views = open_views(recipe, given, dataset)
+    require_one_size(views)
     views.dataset.digests()
     opening, began = time.perf_counter() - began, time.perf_counter()
     with with_teachers(recipe, store, views, given) as inputs:

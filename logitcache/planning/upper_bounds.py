@@ -15,7 +15,7 @@ from logitcache.cache.write.writer_locks import target_of
 from logitcache.planning.dry_run import DryRun
 from logitcache.runtime.device import to_device
 from logitcache.runtime.versions import versions
-from logitcache.stage_one.inputs import Inputs, open_inputs
+from logitcache.stage_one.inputs import Inputs, open_views, with_teachers
 from logitcache.stage_one.todo import Todo, entries_of
 from logitcache.teacher.answers import answers_of
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
@@ -37,7 +37,7 @@ def upper_bounds(
 
     An existing cache is not compared with images and teachers, nor its shards with their records.
     """
-    with open_inputs(recipe, teachers, dataset) as inputs:
+    with with_teachers(*open_views(recipe, teachers or {}, dataset), teachers or {}) as inputs:
         yield _bound(inputs)
 
 

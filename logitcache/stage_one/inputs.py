@@ -22,7 +22,7 @@ from logitcache.views import canaries
 from logitcache.views.augmentations.foreign import foreign_transforms
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import ImageDataset
-from logitcache.views.spec import Views
+from logitcache.views.spec import Views, require_one_size
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def open_inputs(
 ) -> contextlib.AbstractContextManager[Inputs]:
     """Open what a recipe names; `teachers` and `dataset` are the objects themselves in place of their entries."""
     resolve_device(recipe.device)  # raises before anything is opened
-    return with_teachers(*open_views(recipe, teachers or {}, dataset), teachers or {})
+    opened = open_views(recipe, teachers or {}, dataset)
+    require_one_size(opened[-1])  # names a wrong image before any is decoded
+    return with_teachers(*opened, teachers or {})
 
 
 def _as_recorded(recipe: PrecomputeRecipe, store: Store) -> PrecomputeRecipe:

@@ -37,7 +37,6 @@ from logitcache.teacher.teacher import Teacher, TeacherSource
 from logitcache.views import canaries
 from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation
 from logitcache.views.keys import ViewKey
-from logitcache.views.spec import require_one_size
 
 
 class Skeleton(NamedTuple):
@@ -122,7 +121,6 @@ def find_todo(inputs: Inputs, most_rows: int | None = None) -> Todo:
     Encodings of what is new are fitted, to at most `most_rows` calibration rows. Raises MismatchError if the recipe
     makes another cache.
     """
-    require_one_size(inputs.views)
     if not (inputs.store.path / ROOT).exists():
         return _new(inputs, most_rows)
     recorded = Snapshot.read(inputs.store)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.student import build_model, lesson
+from logitcache.student.losses import Hint
 from logitcache.student.losses.base import Site
 from logitcache.student.training import train
 from tests.student.featured import fill_featured
@@ -52,7 +53,7 @@ def shapes(featured: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes
     )
     source = lesson.open_training_data(entry, None)
     classifier = build_model.build_classifier(entry, source.lesson, None)
-    monkeypatch.setattr(build_model, "_adapter", lambda number, loss, site: found.append(site) or nn.Identity())
+    monkeypatch.setattr(Hint, "adapter", lambda loss, site: found.append(site) or nn.Identity())
     build_model.build_adapters(entry, source.lesson, classifier)
     return dict(found[0].taps)
 
