@@ -208,7 +208,7 @@ def encoding_rows(name: str, folder: Path, storage: Emulator, num_images: int, n
     in_time = [0 <= wait <= epoch.seconds for wait, epoch in zip(waits, epochs[elsewhere], strict=False)]
     mean = statistics.mean(seen["sent"] for seen in reads) / 1e6
     note = f"{len(reads) / num_views:g} requests of {mean:.2f} MB a view"
-    yield Row(f"{name}: views that were there in time", sum(in_time) / len(in_time), 1, "", note)
+    yield Row(f"{name}: views that were there in time", sum(in_time) / len(in_time), 1, "", note=note)
     share = statistics.median(wait / epoch.seconds for wait, epoch in zip(waits[1:], others, strict=False))
     yield Row(f"{name}: next view there after, of an epoch", share, 0)
     yield Row(f"{name}: first view there after", arrival(reads, 0) - first.start, 0, "s")

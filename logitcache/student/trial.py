@@ -31,7 +31,7 @@ from logitcache.views.order import share_of
 
 _REMEMBERED = 64
 """Images that a loss remembers in the trial, at most: a bank of all of them is not worth its memory."""
-_PIXELS = 1 << 18
+_PIXELS = 1 << 17
 """Pixels of a batch that is tried first; one of more is tried only if that fails."""
 
 

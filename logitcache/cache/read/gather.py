@@ -41,13 +41,16 @@ class StoredRows:
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, NDArray[Any]]:
         """Gather the rows of keys from the arrays of all targets by array name, [B, *row_shape] each."""
         with self._using:
-            places = self.places(keys)
-            for source in self._sources.values():
-                source.expect(places)
-            rows = {}  # a comprehension takes a frame, which a batch of short rows feels
-            for name, source in self._sources.items():
-                rows[name] = source.take(places)
-            return rows
+            return self.take(self.places(keys))
+
+    def take(self, places: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Gather the rows at places, [B]: `places` has prepared their views."""
+        for source in self._sources.values():
+            source.expect(places)
+        rows = {}  # a comprehension takes a frame, which a batch of short rows feels
+        for name, source in self._sources.items():
+            rows[name] = source.take(places)
+        return rows
 
     def places(self, keys: Sequence[ViewKey]) -> NDArray[np.int64]:
         """Return the places of the rows of keys in every array, [B]; raise for a key that the cache does not have."""
