@@ -55,11 +55,16 @@ def at_root(reply: Reply, pattern: str = "c.zarr/zarr.json") -> Callable[[Handle
     return fault
 
 
+def _begin(handler: Handler, header: str, value: str) -> None:
+    """Send the status and a header of a reply that succeeds."""
+    handler.send_response(200)
+    handler.send_header(header, value)
+    handler.end_headers()
+
+
 def endless(handler: Handler) -> None:
     """Send zeros for ever, without a length."""
-    handler.send_response(200)
-    handler.send_header("Connection", "close")
-    handler.end_headers()
+    _begin(handler, "Connection", "close")
     handler.close_connection = True
     while handler.command != "HEAD":
         handler.wfile.write(bytes(1 << 20))
@@ -67,27 +72,21 @@ def endless(handler: Handler) -> None:
 
 def chunked(handler: Handler) -> None:
     """Send chunks for ever."""
-    handler.send_response(200)
-    handler.send_header("Transfer-Encoding", "chunked")
-    handler.end_headers()
+    _begin(handler, "Transfer-Encoding", "chunked")
     while handler.command != "HEAD":
         handler.wfile.write(b"100000\r\n" + bytes(1 << 20) + b"\r\n")
 
 
 def lying(handler: Handler) -> None:
     """Declare 100 GB and send them."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", str(100 << 30))
-    handler.end_headers()
+    _begin(handler, "Content-Length", str(100 << 30))
     while handler.command != "HEAD":
         handler.wfile.write(bytes(1 << 20))
 
 
 def dripping(handler: Handler) -> None:
     """Send a byte every half second."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
+    _begin(handler, "Content-Length", "1000")
     for _ in range(1000 if handler.command != "HEAD" else 0):
         handler.wfile.write(b" ")
         handler.wfile.flush()

@@ -29,7 +29,7 @@ from logitcache.views.spec import Views, ViewSpec
 BLOCK = 4096
 """Keys planned at a time."""
 
-_INSTEAD = "say where its images are: `dataset:` in the recipe, --set dataset=…, or cache.loader(dataset=…)"
+_INSTEAD = "name the place of its images: `dataset:` in the recipe, --set dataset=…, or cache.loader(dataset=…)"
 
 _FIX = (
     "Fix: replay the recorded parameters (replay: recorded), install the release of logitcache that made the cache, or "
@@ -60,8 +60,8 @@ def open_images(
         raise
     except DataError as error:
         raise DataError(
-            f"{error}\n  {where} was made from images there. Fix, when they have moved: say where they "
-            "are now, `dataset:` in the recipe"
+            f"{error}\n  {where} was made from images there. Fix, if they have moved: name the new place "
+            "by `dataset:` in the recipe"
         ) from error
 
 

@@ -43,7 +43,7 @@ def precompute(
     """Fill the recipe's cache; continues where earlier runs stopped, adds views and teachers, shares with other runs.
 
     `teachers` and `dataset` give the objects themselves in place of their recipe entries; `part` "i/n" takes only each
-    n-th shard; `wait` returns only when the cache is whole, whoever computes its shards. The shards are computed by
+    n-th shard; `wait` returns only when the cache is whole, whichever process computes it. The shards are computed by
     the workers of a Dask cluster with the address of its `scheduler`, or with so many `workers` of this machine: each
     opens data set and models by the recipe, and the bytes are the same. Raises MismatchError if the cache was made by
     another recipe, DataError naming an image that cannot be read, Stopped after SIGTERM or Ctrl-C; RecipeError if no

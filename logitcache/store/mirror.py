@@ -90,7 +90,7 @@ class Mirror(Store):
             if self.remote.read(root) != files[root]:
                 raise CacheError(
                     f"another run has created {self} meanwhile, with other contents. Fix: run the same command "
-                    "again, which continues that cache or says how they differ"
+                    "again, which continues that cache or names the differences"
                 )
             yield
 

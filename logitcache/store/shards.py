@@ -104,7 +104,7 @@ class StoredShard(NamedTuple):
         if size == self.size:
             return None
         here = "no regular file" if size is None else f"{size} bytes"
-        return f"{self.name}: {here} where its record says {self.size} bytes ({where}/{self.key})"
+        return f"{self.name}: {here}, its record states {self.size} bytes ({where}/{self.key})"
 
     def wrong_digest(self, digest: bytes, where: str) -> str | None:
         """Return what is wrong with bytes of this `sound_digest`; None if nothing is."""

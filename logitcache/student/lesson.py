@@ -254,5 +254,5 @@ def _num_classes(losses: Sequence[Loss], classes: Mapping[str, int], labelled: i
     of_labels = any(loss.needs & FROM_LABELS for loss in losses)
     found = next(iter(counts.values()), labelled if of_labels else classes.get(first or "", labelled))
     if found is None:
-        raise RecipeError("nothing says how many classes the model has. Fix: a loss on labels, or on logits")
+        raise RecipeError("the number of classes is unknown. Fix: a loss on labels, or on logits")
     return found

@@ -15,7 +15,7 @@ from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 class PrecomputeRecipe(Component):
     """Which images, which views of them, which teachers, and where their answers go.
 
-    Only `dataset`, `views`, `teachers` and what to record decide what is stored; the rest says how fast. `shard_rows`
+    Only `dataset`, `views`, `teachers` and what to record decide what is stored, the rest how fast. `shard_rows`
     is the unit of work that a stop can lose; by default about 32 MiB of the largest array. With `views_per_image` k,
     one decode serves k views: k shards are in work at a time. `row_checksums` keeps a checksum of every view's pixels,
     which students then compare; `record_parameters` keeps what the augmentations drew, for caches meant to outlive the

@@ -60,7 +60,7 @@ class ViewSpec(Component):
     @model_validator(mode="after")
     def _mixes_something(self) -> Self:
         if not self.mixing and (self.pairing_window is not None or self.targets != "exact"):
-            raise ValueError("`pairing_window` and `targets` say how to mix: name what in `mixing`, or leave them out")
+            raise ValueError("`pairing_window` and `targets` are options of mixing: give `mixing`, or leave them out")
         return self
 
     def digest(self) -> str:

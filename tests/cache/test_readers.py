@@ -285,7 +285,7 @@ def test_a_shard_damaged_after_opening_is_an_error_when_unpacked(
     cache = made(tmp_path / "c.zarr", ENCODINGS["packed"])
     file = cache.path / "t.logits" / "c.1.0.0"
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(CacheError, match="bytes where its record says"):
+    with pytest.raises(CacheError, match="bytes, its record states"):
         cache.rows([ViewKey(1, 3)])
 
 

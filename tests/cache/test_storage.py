@@ -153,8 +153,8 @@ def test_views_and_teachers_are_added_as_in_a_folder(cache: Path, url: str) -> N
     ("key", "edit", "said"),
     [
         (SHARD, flipped, "its bytes differ from its record"),
-        (SHARD, lambda data: data[:-1], "4115 bytes where its record says 4116 bytes"),
-        (SHARD, None, "no regular file where its record says"),
+        (SHARD, lambda data: data[:-1], "4115 bytes, its record states 4116 bytes"),
+        (SHARD, None, "no regular file, its record states"),
         ("t.logits.commits/c.0.1.0.0", lambda data: data[:5], "the commit record"),
         ("t.logits.commits/c.0.1.0.0", None, "not committed"),
         ("label/c/0", flipped, "its values differ from the manifest's digest"),

@@ -3,7 +3,6 @@
 import os
 import signal
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +38,7 @@ PACKED32 = {"kind": "dense", "dtype": "float32", "storage": "packed"}
 TRANSFORM = {"kind": "transform", "step": 0.2, "corrections": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Compute with one thread: arrays are small, and threads wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -355,7 +355,7 @@ def test_a_reader_during_whose_opening_a_cache_grows_is_content(
 def test_a_damaged_note_of_growth_is_an_error_for_writers_only(cache: Path) -> None:
     (cache / GROWING).write_text('{"num_views": 0}')
     assert open_cache(cache).num_views == 2
-    with pytest.raises(CacheError, match="does not say what the cache was growing to"):
+    with pytest.raises(CacheError, match="does not describe what the cache was growing to"):
         grow(cache, 3, "t", **RECORDED)
 
 

@@ -45,14 +45,17 @@ def test_a_cache_is_the_same_however_many_views_share_a_decode(
     assert contents(tmp_path / "several.zarr") == contents(tmp_path / "one.zarr")
 
 
+class Counting(Pixels):
+    """Images that count how often they are read."""
+
+    reads = 0
+
+    def __getitem__(self, index: int) -> Any:
+        Counting.reads += 1
+        return super().__getitem__(index)
+
+
 def test_images_are_decoded_once_for_the_views_that_share_them(tmp_path: Path) -> None:
-    class Counting(Pixels):
-        reads = 0
-
-        def __getitem__(self, index: int) -> Any:
-            Counting.reads += 1
-            return super().__getitem__(index)
-
     reads = {}
     for views_per_image in (1, 4):
         Counting.reads = 0
@@ -86,13 +89,6 @@ def test_the_teacher_answers_the_mixed_images(tmp_path: Path, window: int | None
 
 
 def test_partners_in_a_shard_are_decoded_once(tmp_path: Path) -> None:
-    class Counting(Pixels):
-        reads = 0
-
-        def __getitem__(self, index: int) -> Any:
-            Counting.reads += 1
-            return super().__getitem__(index)
-
     reads = {}
     for name, mixing in {"plain": {}, "mixed": {"mixing": MIXING, "pairing_window": 64}}.items():
         Counting.reads = 0

@@ -382,7 +382,7 @@ def test_an_answer_that_is_compressed_is_refused(site: Front) -> None:
     site.fail(1, "gzip")
     with pytest.raises(RemoteError, match=r"compressed \(Content-Encoding\). Fix:"):
         Remote(f"{site.url}/x").read("a")
-    with pytest.raises(RemoteError, match="does not say how many bytes"):
+    with pytest.raises(RemoteError, match="does not state its number of bytes"):
         Remote(f"{site.url}/x").entry("a")
 
 

@@ -263,7 +263,7 @@ def test_features_come_from_a_teacher_of_other_classes_or_of_none() -> None:
     assert lesson._num_classes([CrossEntropy(), rkd], {}, 3) == 3
     assert lesson._num_classes([rkd, KLDivergence()], {"net": 10}, 3) == 10
     assert lesson._num_classes([rkd], {"net": 10}, None) == 10
-    with pytest.raises(RecipeError, match="nothing says how many classes"):
+    with pytest.raises(RecipeError, match="the number of classes is unknown"):
         lesson._num_classes([rkd], {}, None)
 
 

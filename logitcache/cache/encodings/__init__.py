@@ -22,4 +22,4 @@ Encoding = Annotated[Simple | Transform | Auto | Head, Field(discriminator="kind
 """What a recipe may ask for."""
 
 Form = Annotated[Simple | TransformForm | HeadForm, Field(discriminator="kind")]
-"""How a manifest may say that logits are stored."""
+"""The stored forms of logits that a manifest may name."""

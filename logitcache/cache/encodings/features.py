@@ -42,7 +42,7 @@ class Feature(Extended):
     pooled: the mean over places or tokens. maps: as it is. attention: the mean of squares over channels. grad_cam:
     where the logit of the label (of the answer, without one) gets its evidence. `size` brings maps to a smaller height
     and width; `channels` keeps the leading components of a basis fitted to calibration rows, and gives back features of
-    full width. `layout` says where the module puts its channels; `auto` is decided before the first image is answered.
+    full width. `layout` is the axis of the channels; `auto` is decided before the first image is answered.
     int8 keeps a float32 scale for each channel of maps, each token, or each vector.
     """
 

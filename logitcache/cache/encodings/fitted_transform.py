@@ -139,10 +139,10 @@ class FittedTransform(Fitted):
         approximation, top = self._approximate(rounded, exponent, table)
         steps = table["correction_step"] * scale
         residual = (centred.gather(1, top) - approximation.gather(1, top)) / steps
-        mended = residual.sign() * (residual.abs() + 0.5 - DEAD_ZONE).floor()
+        corrections = residual.sign() * (residual.abs() + 0.5 - DEAD_ZONE).floor()
         arrays = {
             **_split(rounded, form.coefficient_parts),
-            **_split(mended, form.correction_parts),
+            **_split(corrections, form.correction_parts),
             "mean": (mean / (form.step * MEAN_UNIT * scale))[:, 0].round().to(torch.int16),
             "exponent": exponent.to(torch.uint8),
         }
@@ -159,8 +159,8 @@ class FittedTransform(Fitted):
         approximation, top = self._approximate(rounded, exponent, table)
         scale = torch.ldexp(torch.ones_like(approximation[:, :1]), exponent[:, None])
         if form.corrections:
-            mended = _joined(rows, form.correction_parts)
-            approximation = approximation.scatter_add(1, top, mended * table["correction_step"] * scale)
+            corrections = _joined(rows, form.correction_parts)
+            approximation = approximation.scatter_add(1, top, corrections * table["correction_step"] * scale)
         mean = rows["mean"].float()[:, None] * scale * (form.step * MEAN_UNIT)
         is_far = exponent[:, None] > 0
         mean, centred = (torch.where(is_far, value, expand(value, form.bend)) for value in (mean, approximation))

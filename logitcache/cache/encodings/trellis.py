@@ -1,4 +1,4 @@
-"""Trellis-coded quantisation: two interleaved quantisers, of which the parities before say which one is meant.
+"""Trellis-coded quantisation: two interleaved quantisers, chosen by the parities of the numbers before.
 
 Marcellin and Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources" (1990). A packing of many
 numbers at once is denser than that of each by itself: the same bits give about a tenth less squared error.

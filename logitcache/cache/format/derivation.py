@@ -54,7 +54,7 @@ def derivation_of(entry: TeacherEntry) -> Derivation | None:
     try:
         return Derivation.model_validate_json(json.dumps(entry.model))
     except (ValidationError, RecursionError) as error:
-        raise CacheError(f"the cache does not say how it was derived: {error}. Fix: derive it again") from error
+        raise CacheError(f"the manifest lacks how the cache was derived: {error}. Fix: derive it again") from error
 
 
 def network_of(name: str, entry: TeacherEntry) -> JsonValue:

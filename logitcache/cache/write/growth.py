@@ -70,7 +70,7 @@ def read_growth(store: Store, recorded: Manifest) -> Manifest:
         growth = Growth.model_validate_json(data)
     except ValueError as error:
         raise CacheError(
-            f"{where} is damaged: it does not say what the cache was growing to. Fix: give this growth up "
+            f"{where} is damaged: it does not describe what the cache was growing to. Fix: give this growth up "
             f"(`logitcache gc {store} --growth`), then run precompute again"
         ) from error
     manifest = growth.applied(recorded)

@@ -39,8 +39,8 @@ def with_repaired_images(
     Only where nothing else changed and no shard that any teacher has committed holds an answer for them; else returns
     what is recorded.
     """
-    mended = wanted.fingerprint.model_dump(include={"content", "sizes"})
-    content = recorded.fingerprint.model_copy(update=mended)
+    repaired = wanted.fingerprint.model_dump(include={"content", "sizes"})
+    content = recorded.fingerprint.model_copy(update=repaired)
     if recorded.fingerprint == wanted.fingerprint or content != wanted.fingerprint:
         return recorded
     changed = _changed(store, recorded, digests)

@@ -28,7 +28,7 @@ class DerivedTeacher(Component):
     def _options_agree(self) -> Self:
         several = self.members is not None and len(self.members) > 1
         if self.logits is None and not self.keep:
-            raise ValueError("nothing is kept: say how in `logits`, or name what is copied in `keep`")
+            raise ValueError("nothing is kept: give an encoding as `logits`, or name what is copied in `keep`")
         if several and (self.average is None or self.logits is None or self.keep):
             raise ValueError(
                 "several members are made one: `average: probabilities` or `average: logits`, with `logits`, and no "

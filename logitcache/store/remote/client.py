@@ -129,7 +129,7 @@ class Remote:
         """Return the entry that a listing would have of a file; raise RemoteError if the server states no size."""
         found = self._info(key)
         if found.get("size") is None:
-            raise RemoteError(f"{self._shown(key)}: the server does not say how many bytes it has")
+            raise RemoteError(f"{self._shown(key)}: the server does not state its number of bytes")
         return entry(found)
 
     def _info(self, key: str) -> Mapping[str, Any]:

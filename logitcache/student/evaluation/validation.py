@@ -152,7 +152,7 @@ def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None
         if count not in (None, num_classes):
             raise MismatchError(
                 f"validation: {who} has {count} classes, the model {num_classes}. Fix: validate on the same classes, "
-                "or say by validation.class_map which are the same"
+                "or map the classes by validation.class_map"
             )
     return Validator(views, cache, validation.batch_size, recipe.num_workers, labels, validation.threshold)
 

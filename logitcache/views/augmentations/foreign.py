@@ -72,7 +72,7 @@ def _checked(what: str, image: object, wanted: tuple[int, ...]) -> Tensor:
     if image.dtype != torch.uint8 or tuple(image.shape) != wanted:
         raise RecipeError(
             f"{what} returns {image.dtype} {tuple(image.shape)}, uint8 {wanted} was expected. Fix: keep uint8 and the "
-            "channels; where it changes the size, say to what: `size`"
+            "channels; if it changes the size, give the new one as `size`"
         )
     return image.as_subclass(Tensor)
 

@@ -39,13 +39,13 @@ class TarMember(NamedTuple):
 def members(file: Readable, wanted: Callable[[str], bool]) -> Iterator[TarMember]:
     """Yield the files of an archive in order, with the bytes of those that are wanted.
 
-    Raises ValueError that says what is broken, and where.
+    Raises ValueError naming what is broken, and at which offset.
     """
     tape, said = _Tape(file), dict[str, str]()
     while (header := tape.take(_BLOCK)) != _ZEROS:
         name, size, kind = _parsed(header, tape.place - _BLOCK)
         if kind in _ABOUT_THE_NEXT:
-            said |= _said(kind, tape.take(_bounded(size, tape.place)))
+            said |= _fields_for_next(kind, tape.take(_bounded(size, tape.place)))
         else:
             name, size = said.get("path", name), _counted(int(said.get("size", size))) if kind in _REGULAR else 0
             said, start = {}, tape.place
@@ -155,8 +155,8 @@ def _held(name: str, size: int) -> int:
     return size
 
 
-def _said(kind: bytes, text: bytes) -> dict[str, str]:
-    """Return what a member says of the next one."""
+def _fields_for_next(kind: bytes, text: bytes) -> dict[str, str]:
+    """Return the fields that a header member sets for the next member."""
     if kind == _LONG_NAME:
         return {"path": _text(text)}
     if kind == _LONG_LINK:
