@@ -24,6 +24,7 @@ _MODULES = {
     "stage_one.precompute": ("PrecomputeRecipe", "precompute"),
     "student": ("losses",),
     "student.evaluation.evaluate": ("evaluate",),
+    "student.evaluation.predict": ("predict",),
     "student.runs.trained": ("load_student",),
     "student.training": ("train",),
     "student.training_recipes": ("StudentRecipe", "TeacherRecipe"),
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from logitcache.stage_one.precompute import PrecomputeRecipe as PrecomputeRecipe, precompute as precompute
     from logitcache.student import losses as losses
     from logitcache.student.evaluation.evaluate import evaluate as evaluate
+    from logitcache.student.evaluation.predict import predict as predict
     from logitcache.student.runs.trained import load_student as load_student
     from logitcache.student.training import train as train
     from logitcache.student.training_recipes import StudentRecipe as StudentRecipe, TeacherRecipe as TeacherRecipe

@@ -117,6 +117,7 @@ _COMMANDS: dict[str, Callable[..., CommandResult]] = {
     "train-student": stage_two.train_student,
     "train-teacher": stage_two.train_teacher,
     "evaluate": stage_two.evaluate,
+    "predict": stage_two.predict,
     "summary": caches.summary,
     "inspect": caches.inspect,
     "verify": caches.verify,

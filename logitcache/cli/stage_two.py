@@ -20,6 +20,13 @@ TeachersFrom = Annotated[
 Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
 
 
+class Orientation(StrEnum):
+    """Whether images are turned by the EXIF orientation of cameras."""
+
+    IGNORE = "ignore"
+    APPLY = "apply"
+
+
 class Verify(StrEnum):
     """How exactly rendered pixels must equal those that the teacher saw."""
 
@@ -139,3 +146,50 @@ def evaluate(
     )
     code = RecipeError.exit_code if failed else 0
     return CommandResult(document, as_text(shown), failed, RecipeError.__name__, code)
+
+
+def predict(
+    run: Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")],
+    images: Annotated[
+        list[str], Argument(metavar="IMAGE...", help="Image files, folders, or URLs (https://…, s3://…).")
+    ],
+    overrides: Overrides,
+    trust: Trust,
+    top: Annotated[int, Option("--top", min=1, metavar="K", help="Show the K most probable classes.")] = 5,
+    batch_size: Annotated[int, Option("--batch-size", min=1, metavar="N", help="Images at a time.")] = 32,
+    orientation: Annotated[
+        Orientation | None,
+        Option(
+            "--orientation",
+            show_default="as for the images that the run was measured on",
+            help="Whether images are turned by their EXIF orientation.",
+        ),
+    ] = None,
+) -> CommandResult:
+    """Predict the classes of images by a trained model.
+
+    Images are transformed as in the run's evaluation; of a folder all images below it are taken. --set device=cpu
+    chooses the device. If images cannot be read, the others are predicted and the exit code is 2.
+
+    Example: logitcache predict runs/student photo.jpg photos/ --top 3
+    """
+    from logitcache.errors import DataError
+    from logitcache.student.evaluation import predict as prediction
+
+    found = prediction.predict(
+        run,
+        images,
+        [*overrides, *_granted(trust)],
+        top=top,
+        batch_size=batch_size,
+        orientation=None if orientation is None else orientation.value,
+    )
+    errors = tuple(one.error for one in found if one.error is not None)
+    document = {
+        "run": str(run),
+        "images": len(found),
+        "failed": len(errors),
+        "predictions": [asdict(one) for one in found],
+    }
+    text = prediction.predictions_text(found)
+    return CommandResult(document, text, errors, DataError.__name__, DataError.exit_code if errors else 0)

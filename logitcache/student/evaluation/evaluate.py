@@ -81,11 +81,13 @@ def evaluate(
     stored = read_stored(run / "model.json")
     # A network draws its first weights, which are then replaced.
     with own_randomness(device, recipe.seed):
-        built = load_model(run, _stated_factory(run, stored, overrides), recipe.trust)
+        built = load_model(run, stated_factory(run, stored, overrides), recipe.trust)
     classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run))).to(device).eval()
     num_classes = stored.num_classes
     validator = _images(run, recipe, num_classes)
-    _require_memory(run, classifier, recipe, validator, device.type)
+    assert recipe.validation is not None, "or there would be no images"
+    batch = min(recipe.validation.batch_size, validator.num_images)
+    require_memory(run, classifier, batch, device.type, "--set validation.batch_size=")
     trained_by, class_counts = _learnt_from(run, recipe, num_classes, overrides)
     tally = validator.tally(classifier, device, recipe.precision)
     measures, per_class = tally.measures(), tally.per_class(validator.class_names, class_counts)
@@ -93,7 +95,6 @@ def evaluate(
     beside = dict.fromkeys(trained_by) | dict(teachers or {})
     left_out = failing(beside, image)
     beside |= dict.fromkeys(left_out)
-    assert recipe.validation is not None, "or there would be no images"
     student, groups = Contender(classifier, recipe.precision), recipe.validation.groups
     return EvaluationResult(
         run=str(run),
@@ -111,20 +112,17 @@ def evaluate(
     )
 
 
-def _require_memory(
-    run: Path, classifier: Classifier, recipe: TrainingRecipe, validator: Validator, device: str
-) -> None:
+def require_memory(run: Path, classifier: Classifier, batch: int, device: str, option: str) -> None:
     """Raise RecipeError if a batch at the size that `model.json` states would take much of this machine's memory."""
     size = classifier.preprocessing.size
-    if size is None or device != "cpu" or recipe.validation is None:
+    if size is None or device != "cpu":
         return
     of_image = 4 * len(classifier.preprocessing.mean) * size[0] * size[1]
     most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (_SHARE_OF_MEMORY * of_image)
-    batch = min(recipe.validation.batch_size, validator.num_images)
     if batch > most:
         raise RecipeError(
             f"{run / 'model.json'} resizes images to {size}: {batch} of them take {batch * of_image / 1e9:.1f} GB.\n"
-            f"  Fix: --set validation.batch_size={max(1, most)}, or copy the run again if that size is not its own"
+            f"  Fix: {option}{max(1, most)}, or copy the run again if that size is not its own"
         )
 
 
@@ -187,17 +185,8 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | Teache
     No factory that a file names is left in it: what the user does not state again is refused or removed.
     """
     path = run / "recipe.yaml"
-    digest = _digest(path)
-    others = [text for text in overrides if not text.startswith(MODEL_FACTORY)]
-    recipe: StudentRecipe | TeacherRecipe
-    if "cache" in read_recipe(path):
-        recipe = load_recipe(path, StudentRecipe, others)
-    else:
-        recipe = load_recipe(path, TeacherRecipe, others)
-    _require_stated(recipe, path, others)
-    # What a run's file allows, the user has not allowed.
-    unsaid = [key for key in ("factories", "trust") if not is_stated(key, others)]
-    recipe = recipe.model_copy(update=dict.fromkeys(unsaid, ()))
+    recipe = unopened_recipe(run, overrides)
+    _require_stated(recipe, path, overrides)
     measured_on = recipe.validation
     places = (
         {}
@@ -207,8 +196,21 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | Teache
             "validation.cache": measured_on.cache,
         }
     )
-    require_grant(_risks(places, others), digest, recipe.trust, str(path), "--set validation.…: name other images")
+    risks = _risks(places, overrides)
+    require_grant(risks, _digest(path), recipe.trust, str(path), "--set validation.…: name other images")
     return recipe
+
+
+def unopened_recipe(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | TeacherRecipe:
+    """Read a run's recipe for what it computes with: no place or function that the file names may be opened by it."""
+    path = run / "recipe.yaml"
+    _digest(path)  # names a folder that is no run
+    others = [text for text in overrides if not text.startswith(MODEL_FACTORY)]
+    kind = StudentRecipe if "cache" in read_recipe(path) else TeacherRecipe
+    recipe: StudentRecipe | TeacherRecipe = load_recipe(path, kind, others)
+    # What a run's file allows, the user has not allowed.
+    unsaid = [key for key in ("factories", "trust") if not is_stated(key, others)]
+    return recipe.model_copy(update=dict.fromkeys(unsaid, ()))
 
 
 def _digest(path: Path) -> str:
@@ -261,7 +263,7 @@ def is_stated(key: str, overrides: Sequence[str]) -> bool:
     return any(text.partition("=")[0] in above for text in overrides)
 
 
-def _stated_factory(run: Path, stored: StoredModel, overrides: Sequence[str]) -> str | None:
+def stated_factory(run: Path, stored: StoredModel, overrides: Sequence[str]) -> str | None:
     stated = [text.removeprefix(MODEL_FACTORY) for text in overrides if text.startswith(MODEL_FACTORY)]
     if stored.model is None and not stated:
         raise RecipeError(

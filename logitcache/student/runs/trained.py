@@ -24,7 +24,7 @@ from logitcache.views.spec import ViewSpec
 
 _FILE = "evaluation.json"
 _MAX_BYTES = 16 << 20
-_MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
+MODES: dict[int, Mode] = {1: "L", 3: "RGB"}
 _AUGMENTATIONS: TypeAdapter[tuple[Augmentation, ...]] = TypeAdapter(tuple[Augmentation, ...])
 
 
@@ -52,7 +52,7 @@ class EvaluationTransform:
         Raises DataError for anything else.
         """
         try:
-            pixels = from_value(image, _MODES.get(self.num_channels))
+            pixels = from_value(image, MODES.get(self.num_channels))
         except ValueError as error:
             raise DataError(f"the image cannot be read: {error}") from error
         spec = ViewSpec(augmentations=self.augmentations)

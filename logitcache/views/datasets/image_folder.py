@@ -26,7 +26,7 @@ from logitcache.views.datasets.images.remote_folder import RemoteImages, open_fo
 _OTHERS_PER_IMAGE, _MOST_OTHERS = 10, 50_000
 """Files and folders looked at for each image that a manifest records, and besides."""
 
-_LARGEST = 1 << 30  # bytes of an image file: Pillow refuses one of so many pixels
+LARGEST = 1 << 30  # bytes of an image file: Pillow refuses one of so many pixels
 
 
 class ImageFolder(DatasetBase):
@@ -108,8 +108,8 @@ class FolderImages(ImageFiles):
 
 def _sha256(file: BinaryIO) -> bytes:
     """Hash an image file; refuse one that would take minutes."""
-    if os.fstat(file.fileno()).st_size > _LARGEST:
-        raise DataError(f"image '{file.name}' has more than {_LARGEST} bytes.\n  Fix: replace it or remove it.")
+    if os.fstat(file.fileno()).st_size > LARGEST:
+        raise DataError(f"image '{file.name}' has more than {LARGEST} bytes.\n  Fix: replace it or remove it.")
     return SHA256.of(file)
 
 

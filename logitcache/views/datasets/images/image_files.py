@@ -141,7 +141,7 @@ def _refused(name: str) -> Iterator[None]:
         yield
     except Exception as cause:  # broken bytes make decoders raise anything
         reason = "cannot identify its format" if isinstance(cause, UnidentifiedImageError) else str(cause)
-        fix = "replace it or remove it; nothing is skipped."
+        fix = "replace it or remove it."
         if isinstance(cause, Image.DecompressionBombError):
             fix = "scale it down; Pillow takes an image of so many pixels for an attack."
         raise DataError(f"image '{name}' cannot be read: {reason}.\n  Fix: {fix}") from cause

@@ -1,0 +1,179 @@
+"""Predict: images of any place in, the most probable classes out, by a run's own transform."""
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from logitcache.errors import LogitCacheError
+from logitcache.models import read_stored
+from logitcache.runtime.console import track
+from logitcache.runtime.device import autocast, own_randomness, resolve_device
+from logitcache.store.remote.client import Remote, is_remote
+from logitcache.store.safe_files import open_regular
+from logitcache.student.evaluation.evaluate import require_memory, stated_factory, unopened_recipe
+from logitcache.student.losses import BinaryCrossEntropy, MultiLabelKL
+from logitcache.student.runs.trained import MODES, EvaluationTransform, load_student
+from logitcache.student.training_recipes import TrainingRecipe
+from logitcache.views.datasets.image_folder import LARGEST, ImageFolder
+from logitcache.views.datasets.images.image_files import Orientation, decode, is_image
+from logitcache.views.datasets.images.pixels import Mode
+from logitcache.views.datasets.webdataset import WebDataset
+
+
+@dataclass(frozen=True)
+class ClassScore:
+    """A class, its probability and its logit; `name` is None if the run did not record the names."""
+
+    label: int
+    name: str | None
+    probability: float
+    logit: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of an image, best first; of an image that cannot be read there are none, but `error`.
+
+    Probabilities sum to 1 over all classes (softmax); of a run that learnt images of any number of classes each class
+    has its own (sigmoid).
+    """
+
+    image: str
+    classes: tuple[ClassScore, ...] = ()
+    error: str | None = None
+
+
+class _Source(NamedTuple):
+    """The name of an image, and what reads it, uint8 [C, H, W]."""
+
+    name: str
+    read: Callable[[], Tensor]
+
+
+def predict(
+    run: str | Path,
+    images: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    top: int = 5,
+    batch_size: int = 32,
+    orientation: Orientation | None = None,
+) -> tuple[Prediction, ...]:
+    """Predict the classes of images: files, folders with all that lies below, and URLs.
+
+    Images are transformed as in the run's evaluation; equal batches give the logits that `evaluate` measures.
+    `orientation`: whether the EXIF orientation is applied; by default as for the images that the run was measured on.
+    `overrides` such as device=cpu change the run's recipe. An image that cannot be read does not stop the others.
+    Raises RecipeError for a run that cannot be loaded.
+    """
+    run = Path(run)
+    recipe = unopened_recipe(run, overrides)
+    device = resolve_device(recipe.device)
+    factory = stated_factory(run, read_stored(run / "model.json"), overrides)
+    # A network draws its first weights, which are then replaced.
+    with own_randomness(device, recipe.seed):
+        student = load_student(run, factory=factory, factories=recipe.factories, trust=recipe.trust)
+    model, transform = student.classifier.to(device), student.preprocess
+    require_memory(run, model, batch_size, device.type, "--batch-size ")
+    several = any(isinstance(loss, BinaryCrossEntropy | MultiLabelKL) for loss in recipe.losses)
+    sources = [each for image in images for each in _sources(image, transform, orientation or _recorded(recipe))]
+    batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
+    found: list[Prediction] = []
+    with ThreadPoolExecutor() as pool, torch.no_grad():
+        for batch in track(batches, "predict", len(batches), "batches"):
+            pixels = list(pool.map(partial(_pixels, transform), batch))
+            shapes: dict[torch.Size, dict[int, Tensor]] = {}
+            for row, image in enumerate(pixels):
+                if isinstance(image, Tensor):
+                    shapes.setdefault(image.shape, {})[row] = image
+            scores: dict[int, tuple[ClassScore, ...]] = {}
+            for rows in shapes.values():
+                with autocast(device, recipe.precision):
+                    logits = model(torch.stack(list(rows.values())).to(device)).float().cpu()
+                scores |= zip(rows, _scored(logits, several, top, student.class_names), strict=True)
+            found += [
+                Prediction(source.name, scores.get(row, ()), image if isinstance(image, str) else None)
+                for row, (source, image) in enumerate(zip(batch, pixels, strict=True))
+            ]
+    return tuple(found)
+
+
+def _recorded(recipe: TrainingRecipe) -> Orientation:
+    """Return how the images that a run was measured on were turned; files of other kinds have no orientation."""
+    entry = None if recipe.validation is None else recipe.validation.dataset
+    return entry.orientation if isinstance(entry, ImageFolder | WebDataset) else "ignore"
+
+
+def _sources(image: str | Path, transform: EvaluationTransform, orientation: Orientation) -> Iterator[_Source]:
+    """Yield the images of a file, a folder or a URL; if it cannot be listed, one whose reading fails."""
+    name, mode = os.fspath(image), MODES.get(transform.num_channels, "RGB")
+    try:
+        single = is_image(name) if is_remote(name) else not os.path.isdir(name)
+        if single:
+            yield _Source(name, partial(_read, name, mode, orientation))
+            return
+        folder = ImageFolder(root=name, mode=mode, labelled=False, orientation=orientation).open()
+        for index, below in enumerate(folder.ids):
+            yield _Source(f"{name.rstrip('/')}/{below}", partial(folder.read, index))
+    except (LogitCacheError, OSError) as error:
+        yield _Source(name, partial(_raise, error))
+
+
+def _raise(error: Exception) -> Tensor:
+    raise error
+
+
+def _read(name: str, mode: Mode, orientation: Orientation) -> Tensor:
+    if is_remote(name):
+        return decode(io.BytesIO(Remote(name).read(most=LARGEST)), mode, name, orientation)
+    with open_regular(Path(name).expanduser()) as file:
+        return decode(file, mode, name, orientation)
+
+
+def _pixels(transform: EvaluationTransform, source: _Source) -> Tensor | str:
+    """Read and transform an image; return why it cannot be, naming it."""
+    try:
+        return transform(source.read())
+    except LogitCacheError as error:
+        return str(error) if source.name in str(error) else f"image '{source.name}': {error}"
+    except OSError as error:
+        why = error.strerror or "there is no such file"
+        return f"image '{source.name}' cannot be read: {why}.\n  Fix: name an image file, a folder or a URL."
+
+
+def _scored(logits: Tensor, several: bool, top: int, names: tuple[str, ...] | None) -> Iterator[tuple[ClassScore, ...]]:
+    """Yield the `top` most probable classes of each row of logits [B, K]."""
+    probabilities = logits.sigmoid() if several else logits.softmax(dim=1)
+    best = logits.argsort(dim=1, descending=True, stable=True)[:, :top]
+    for row, labels in enumerate(best.tolist()):
+        yield tuple(
+            ClassScore(
+                label,
+                None if names is None else names[label],
+                float(probabilities[row, label]),
+                float(logits[row, label]),
+            )
+            for label in labels
+        )
+
+
+def predictions_text(predictions: Sequence[Prediction]) -> str:
+    """Write a line for each image that was read: its classes, best first, with their probabilities."""
+    read = [one for one in predictions if one.error is None]
+    width = max((len(one.image) for one in read), default=0)
+    lines = (
+        (
+            f"{one.image:{width}}",
+            *(f"{c.label if c.name is None else c.name} {100 * c.probability:.1f} %" for c in one.classes),
+        )
+        for one in read
+    )
+    return "".join("  ".join(line) + "\n" for line in lines)
