@@ -102,6 +102,21 @@ def recipe_cp(
     return CommandResult({"files": files}, "".join(f"{file}\n" for file in files))
 
 
+def recipe_new(
+    images: Annotated[str, Option("--images", metavar="DIR", help="A folder of images, in class folders or not.")],
+    teacher: Annotated[str, Option("--teacher", metavar="MODEL", help="timm:NAME, torchvision:NAME or run:DIR.")],
+    student: Annotated[str, Option("--student", metavar="MODEL", help="The same, of the model to train.")],
+    out: Annotated[
+        Path | None, Option("--out", metavar="DIR", show_default="pipelines/IMAGES", help="Folder of the recipes.")
+    ] = None,
+) -> CommandResult:
+    """Write commented recipes of both stages for a folder of your own; nothing is overwritten."""
+    from logitcache.report.new_recipes import new_recipes
+
+    made = new_recipes(images, teacher, student, out)
+    return CommandResult(asdict(made), "".join(f"{file}\n" for file in made.files))
+
+
 def env() -> CommandResult:
     """Show the versions and devices that decide results."""
     from logitcache.report.environment import environment
@@ -125,6 +140,7 @@ _COMMANDS: dict[str, Callable[..., CommandResult]] = {
     "env": env,
 }
 _RECIPE_COMMANDS: dict[str, Callable[..., CommandResult]] = {
+    "new": recipe_new,
     "check": recipe_check,
     "ls": recipe_ls,
     "show": recipe_show,

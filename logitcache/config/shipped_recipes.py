@@ -1,6 +1,7 @@
 """Recipes that ship with the package: list, read and copy them."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,19 +47,26 @@ def find_recipes(name: str) -> list[ShippedRecipe]:
 def copy_recipes(name: str, folder: Path) -> list[Path]:
     """Copy a recipe, or all of a folder, to the same place below `folder`; return the new files.
 
+    Raises RecipeError as `write_recipes`.
+    """
+    return write_recipes({folder / f"{recipe.name}.yaml": recipe.file.read_text() for recipe in find_recipes(name)})
+
+
+def write_recipes(texts: Mapping[Path, str]) -> list[Path]:
+    """Write new files and their folders; return the files.
+
     Raises RecipeError, before anything is written, if one of them exists or cannot be written.
     """
-    copies = {folder / f"{recipe.name}.yaml": recipe.file for recipe in find_recipes(name)}
-    existing = [str(file) for file in copies if file.exists()]
+    existing = [str(file) for file in texts if file.exists()]
     if existing:
         raise RecipeError(f"{existing[0]} exists and is not overwritten. Fix: remove it, or name another folder")
     try:
-        for file, source in copies.items():
+        for file, text in texts.items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(source.read_bytes())
+            file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{error.filename} cannot be written: {error.strerror}. Fix: name another folder") from error
-    return list(copies)
+    return list(texts)
 
 
 def _described(file: Path, folder: Path) -> ShippedRecipe:

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -182,6 +183,14 @@ def dump(data: Any) -> str:
     """Write plain data as YAML that both YAML 1.1 and YAML 1.2 read alike."""
     text: str = yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text
+
+
+def dump_inline(data: Any) -> str:
+    """Write plain data as YAML on one line, as `dump` does."""
+    text: str = yaml.dump(
+        data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=math.inf, default_flow_style=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def dotted(keys: Keys) -> str:

@@ -36,6 +36,14 @@ class Preprocessing(Component):
         return self.input_size
 
 
+class PretrainedFacts(NamedTuple):
+    """What weights were trained on: number of classes, preprocessing, and the shorter side before the centre crop."""
+
+    num_classes: int
+    preprocessing: Preprocessing
+    resize: int
+
+
 class BuiltModel(NamedTuple):
     """A network, float [B, C, h, w] to logits [B, K], and its preprocessing if that is known."""
 

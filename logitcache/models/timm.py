@@ -9,7 +9,7 @@ from torch import nn
 
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
-from logitcache.models.base import BuiltModel, Preprocessing, risky_options
+from logitcache.models.base import BuiltModel, Preprocessing, PretrainedFacts, risky_options
 from logitcache.models.torchvision import another_count, require_known
 
 # timm looks these up itself, outside its list of names.
@@ -44,15 +44,27 @@ class Timm(Component):
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the network; one with weights brings its own normalisation and size."""
-        timm = _timm()
-        if not self.name.startswith(_OUTSIDE):
-            require_known(self.name, {*timm.list_models(), *timm.list_pretrained()}, "timm", "model")
+        timm = self._library()
         if self.pretrained and not self.new_head:  # timm would put in a random layer unasked
             config = timm.get_pretrained_cfg(self.name)
             if num_classes is not None and config is not None and config.num_classes != num_classes:
                 raise another_count(f"timm's {self.name}", config.num_classes, num_classes)
         module = self._network(timm, num_classes, in_channels)
         return BuiltModel(module, self._preprocessing(timm, module, in_channels))
+
+    def pretrained_facts(self) -> PretrainedFacts:
+        """Return what timm records of the weights; downloads nothing. Raises RecipeError for a model without any."""
+        timm = self._library()
+        config = timm.get_pretrained_cfg(self.name)
+        if not timm.is_model_pretrained(self.name) or config.num_classes < 2:
+            raise RecipeError(
+                f"timm's {self.name} has no pretrained classifier.\n"
+                f"  Fix: one that has: timm.list_pretrained('{self.name.partition('_')[0]}*')"
+            )
+        height, width = config.input_size[1:]
+        size = height if height == width else (height, width)
+        preprocessing = Preprocessing(mean=tuple(config.mean), std=tuple(config.std), input_size=size)
+        return PretrainedFacts(config.num_classes, preprocessing, round(min(height, width) / config.crop_pct))
 
     def risks(self) -> tuple[str, ...]:
         """Name a model outside timm's own list, and options that are no known rates or switches."""
@@ -62,6 +74,18 @@ class Timm(Component):
     def architecture(self) -> Self:
         """Return the same network with random weights."""
         return self.model_copy(update={"pretrained": False, "new_head": False})
+
+    def _library(self) -> ModuleType:
+        """Import timm. Raises MissingExtraError without it, RecipeError for a name that it does not have."""
+        try:
+            import timm
+            import timm.data
+        except ImportError as error:
+            raise MissingExtraError("a model of kind timm", "timm") from error
+        if not self.name.startswith(_OUTSIDE):
+            require_known(self.name, {*timm.list_models(), *timm.list_pretrained()}, "timm", "model")
+        module: ModuleType = timm
+        return module
 
     def _network(self, timm: ModuleType, num_classes: int | None, in_channels: int) -> nn.Module:
         counts = {} if num_classes is None else {"num_classes": num_classes}
@@ -93,13 +117,3 @@ class Timm(Component):
             return None
         height, width = config["input_size"][1:]
         return Preprocessing(mean=tuple(config["mean"]), std=tuple(config["std"]), input_size=(height, width))
-
-
-def _timm() -> ModuleType:
-    try:
-        import timm
-        import timm.data
-    except ImportError as error:
-        raise MissingExtraError("a model of kind timm", "timm") from error
-    module: ModuleType = timm
-    return module

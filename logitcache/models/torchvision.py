@@ -11,7 +11,7 @@ from torchvision.models import WeightsEnum
 
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, RecipeError
-from logitcache.models.base import BuiltModel, Preprocessing, channels_fix, risky_options
+from logitcache.models.base import BuiltModel, Preprocessing, PretrainedFacts, channels_fix, risky_options
 from logitcache.models.weights import did_you_mean
 
 # What torchvision sets unasked when it gives these their weights; the network is another without.
@@ -51,6 +51,16 @@ class Torchvision(Component):
             return BuiltModel(self._network(None, num_classes), None)
         return self._pretrained(_find_weights(self.name, self.weights), num_classes)
 
+    def pretrained_facts(self) -> PretrainedFacts:
+        """Return what torchvision records of the weights; downloads nothing. Raises RecipeError for unknown ones."""
+        require_known(self.name, zoo.list_models(module=zoo), "torchvision", "classifier")
+        weights = _find_weights(self.name, self.weights or "DEFAULT")
+        transforms = weights.transforms()
+        preprocessing = Preprocessing(
+            mean=tuple(transforms.mean), std=tuple(transforms.std), input_size=transforms.crop_size[0]
+        )
+        return PretrainedFacts(len(weights.meta["categories"]), preprocessing, transforms.resize_size[0])
+
     def risks(self) -> tuple[str, ...]:
         """Name options that are no known rates or switches."""
         return risky_options(self.options, _PLAIN_OPTIONS)
@@ -80,19 +90,13 @@ class Torchvision(Component):
         return module
 
     def _pretrained(self, weights: WeightsEnum, num_classes: int | None) -> BuiltModel:
-        own_classes = len(weights.meta["categories"])
+        own_classes, preprocessing, _ = self.pretrained_facts()
         wanted = own_classes if num_classes is None else num_classes
         if wanted != own_classes and not self.new_head:
             raise another_count(f"torchvision's {self.name}", own_classes, wanted)
         module = self._network(weights, None)
         if wanted != own_classes:
             _replace_head(module, self._network(None, wanted))
-        transforms = weights.transforms()
-        preprocessing = Preprocessing(
-            mean=tuple(transforms.mean),
-            std=tuple(transforms.std),
-            input_size=transforms.crop_size[0],
-        )
         return BuiltModel(module, preprocessing)
 
 

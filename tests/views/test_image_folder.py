@@ -13,8 +13,10 @@ from torchvision import datasets
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from logitcache.cache.replay import _opened
-from logitcache.errors import DataError
+from logitcache.config.recipe import require_effect
+from logitcache.errors import DataError, RecipeError
 from logitcache.runtime.console import configure
+from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.store import digest_index
 from logitcache.views.datasets import ImageFolder
 from logitcache.views.datasets.base import fingerprint
@@ -371,3 +373,33 @@ def test_other_images_under_such_names_are_not_taken_for_the_same(tmp_path: Path
     text = explain_difference(fingerprint(then), then.digests(), opened(tmp_path / "now"))
     assert "Unicode" not in text
     assert "Fix: point the data set at the same images" in text
+
+
+@pytest.mark.parametrize(("fields", "held_out"), [({}, [0, 10, 20]), ({"holdout": 2}, list(range(0, 25, 2)))])
+def test_a_split_holds_out_images_in_order_and_keeps_classes(
+    tmp_path: Path, fields: dict[str, object], held_out: list[int]
+) -> None:
+    for number in range(25):
+        save(Image.new("RGB", (4, 4), (number, 0, 0)), tmp_path / f"class{number % 3}" / f"{number:02}.png")
+    every = opened(tmp_path)
+    validation, train = (opened(tmp_path, split=split, **fields) for split in ("validation", "train"))
+    assert list(validation.ids) == [every.ids[index] for index in held_out]
+    assert sorted([*validation.ids, *train.ids]) == sorted(every.ids)
+    assert validation.class_names == train.class_names == every.class_names
+    for part in (train, validation):
+        assert part.labels.tolist() == [every.labels[list(every.ids).index(name)] for name in part.ids]
+        assert torch.equal(part.read(1), every.read(list(every.ids).index(part.ids[1])))
+
+
+def test_a_split_of_one_image_and_a_holdout_of_no_split_are_refused(tmp_path: Path) -> None:
+    save(RGB, tmp_path / "a.png")
+    with pytest.raises(DataError, match="leave out split"):
+        opened(tmp_path, labelled=False, split="train")
+    with pytest.raises(RecipeError, match=r"dataset has holdout 5 and no split"):
+        require_effect(PrecomputeRecipe(cache="c", dataset=ImageFolder(root="a", holdout=5)))
+
+
+def test_an_entry_without_split_is_stored_as_before() -> None:
+    assert ImageFolder(root="a").model_dump() == {
+        **{"kind": "image_folder", "root": "a", "mode": "RGB", "labelled": None, "decoder": "pillow"},
+    }

@@ -4,6 +4,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,10 +60,15 @@ def fetched(s3: Bucket) -> list[str]:
     return [seen.path.rpartition("pets/")[2] for seen in s3.front.asked("GET") if seen.path.endswith(("png", "PNG"))]
 
 
-@pytest.mark.parametrize("labelled", [True, False])
-def test_a_folder_is_the_same_on_a_disk_and_at_a_url(pets: Path, s3: Bucket, labelled: bool) -> None:
-    local, here = ImageFolder(root=str(pets), labelled=labelled).open(), at(s3, labelled=labelled)
-    assert len(local.ids) == 7
+@pytest.mark.parametrize(
+    ("fields", "count"),
+    [({"labelled": True}, 7), ({"labelled": False}, 7), ({"labelled": True, "split": "train", "holdout": 3}, 4)],
+)
+def test_a_folder_is_the_same_on_a_disk_and_at_a_url(
+    pets: Path, s3: Bucket, fields: dict[str, Any], count: int
+) -> None:
+    local, here = ImageFolder(root=str(pets), **fields).open(), at(s3, **fields)
+    assert len(local.ids) == count
     assert list(here.ids) == list(local.ids)
     assert here.labels.tolist() == local.labels.tolist()
     assert here.class_names == local.class_names

@@ -3,13 +3,15 @@
 import math
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Literal
+from typing import Annotated, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import PIL
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from logitcache.errors import DataError, RefusedError
@@ -17,7 +19,7 @@ from logitcache.store.digest_index import SHA256, Measure, remembered
 from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import open_regular
 from logitcache.views.datasets.base import DatasetBase
-from logitcache.views.datasets.images.class_folders import Listing, by_class, unlabelled
+from logitcache.views.datasets.images.class_folders import Listing, Split, by_class, of_split, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds, PathsBelow
 from logitcache.views.datasets.images.image_files import ImageFiles, Orientation, head_of, is_image
 from logitcache.views.datasets.images.pixels import Mode
@@ -36,10 +38,11 @@ class ImageFolder(DatasetBase):
     their names. With `labelled: false` every image below `root` is taken, without a label. By default class folders are
     classes if there are any; images right in `root`, without such folders beside them, then have no labels. `decoder`:
     what turns files into pixels, at full resolution; it is part of the stored form because decoders differ.
-    `orientation`: whether images are turned by the EXIF orientation of cameras.
+    `orientation`: whether images are turned by the EXIF orientation of cameras. `split`: `validation` is every
+    `holdout`-th image in order, `train` the others; by default all images are taken.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"orientation"})
+    added: ClassVar[frozenset[str]] = frozenset({"orientation", "split", "holdout"})
 
     kind: Literal["image_folder"] = "image_folder"
     root: str
@@ -47,6 +50,14 @@ class ImageFolder(DatasetBase):
     labelled: bool | None = None
     decoder: Literal["pillow"] = "pillow"
     orientation: Orientation = "ignore"
+    split: Split | None = None
+    holdout: Annotated[int, Field(ge=2)] = 10
+
+    def idle(self, epochs: float) -> str | None:
+        """Return why nothing is held out."""
+        if "holdout" in self.model_fields_set and self.split is None:
+            return f"has holdout {self.holdout} and no split. Fix: split: train, or leave it out"
+        return None
 
     def risks(self) -> tuple[str, ...]:
         """Name a root at a URL; of a folder here only regular files are read, by decoders that run no code."""
@@ -58,21 +69,26 @@ class ImageFolder(DatasetBase):
         `num_images`, if a manifest names the folder, bounds what is looked at: RefusedError if far more lies there.
         """
         if is_remote(self.root):
-            return open_folder(Remote(self.root), self.mode, self.labelled, self.orientation)
+            return open_folder(Remote(self.root), self.mode, self.labelled, self.orientation, self._chosen)
         root = Path(self.root).expanduser().absolute()
         if not root.is_dir():
             state = "is a file, not a folder" if root.exists() else "does not exist"
             raise DataError(f"the image folder '{root}' {state}.\n  Fix: correct root.")
         walk = _Walk(root, math.inf if num_images is None else _OTHERS_PER_IMAGE * num_images + _MOST_OTHERS)
         if self.labelled is False:
-            return FolderImages(root, self.mode, unlabelled(str(root), _images_below(walk, "")), self.orientation)
+            return self._images(root, unlabelled(str(root), _images_below(walk, "")))
         entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
         loose = [name for name in entries if is_image(os.path.join(root, name)) and (root / name).is_file()]
         classes = [name for name in entries if (root / name).is_dir()]
         images = [_images_below(walk, name) for name in classes]
-        return FolderImages(
-            root, self.mode, by_class(str(root), loose, classes, images, self.labelled), self.orientation
-        )
+        return self._images(root, by_class(str(root), loose, classes, images, self.labelled))
+
+    def _images(self, root: Path, listing: Listing) -> "FolderImages":
+        return FolderImages(root, self.mode, self._chosen(listing), self.orientation)
+
+    @property
+    def _chosen(self) -> Callable[[Listing], Listing]:
+        return partial(of_split, self.root, split=self.split, holdout=self.holdout)
 
 
 class FolderImages(ImageFiles):

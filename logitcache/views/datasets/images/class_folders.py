@@ -4,7 +4,8 @@ Order and classes are those of torchvision's ImageFolder, but hidden files and f
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import compress
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,9 @@ from logitcache.views.datasets.base import UNLABELLED
 from logitcache.views.datasets.images.ids import PackedIds
 from logitcache.views.datasets.images.image_files import known, some
 
-_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
+
+Split = Literal["train", "validation"]
 
 
 class Listing(NamedTuple):
@@ -62,6 +65,23 @@ def by_class(
     return Listing(PackedIds.joined(images), labels, tuple(classes))
 
 
+def of_split(root: str, listing: Listing, split: Split | None, holdout: int) -> Listing:
+    """Keep the images of a split: `validation` is every `holdout`-th image in order, `train` the others.
+
+    The classes stay. Raises DataError if no image is left.
+    """
+    if split is None:
+        return listing
+    held_out = np.arange(len(listing.ids)) % holdout == 0
+    chosen = held_out if split == "validation" else ~held_out
+    if not chosen.any():
+        raise DataError(
+            f"'{root}' holds {len(listing.ids)} image, which is that of split: validation.\n"
+            "  Fix: add images, or leave out split."
+        )
+    return Listing(PackedIds(compress(listing.ids, chosen)), listing.labels[chosen], listing.class_names)
+
+
 def _check_classes(root: str, classes: list[str], images: Sequence[PackedIds]) -> None:
     if not any(images):
         raise DataError(_why_no_images(root))
@@ -71,7 +91,7 @@ def _check_classes(root: str, classes: list[str], images: Sequence[PackedIds]) -
             f"class folders without an image in '{root}': {some(empty)}.\n"
             f"  Fix: remove them, or add images ({known()})."
         )
-    if {name.lower() for name in classes} <= _SPLITS:
+    if {name.lower() for name in classes} <= set(SPLITS):
         raise DataError(
             f"'{root}' holds splits ({some(classes)}), which would become the classes.\n"
             f"  Fix: set root: {root}/{classes[0]}, or labelled: false to take every image."

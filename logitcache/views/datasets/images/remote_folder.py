@@ -5,7 +5,7 @@ import io
 import itertools
 import struct
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,17 @@ _BLOCK = 1024  # files whose results are awaited together
 _MEASURED = struct.Struct("<Q3q")  # digest, height, width, orientation: as long as the digests of a stamp index
 
 
-def open_folder(remote: Remote, mode: Mode, labelled: bool | None, orientation: Orientation) -> "RemoteImages":
-    """List the files below a URL; raises DataError for a folder that is missing, empty or ambiguous."""
+def open_folder(
+    remote: Remote,
+    mode: Mode,
+    labelled: bool | None,
+    orientation: Orientation,
+    chosen: Callable[[Listing], Listing],
+) -> "RemoteImages":
+    """List the files below a URL, and keep the `chosen`.
+
+    Raises DataError for a folder that is missing, empty or ambiguous.
+    """
     if not remote.is_listable:
         raise RecipeError(
             f"'{remote}' cannot be listed, as a web server only hands out what is named.\n"
@@ -41,13 +50,13 @@ def open_folder(remote: Remote, mode: Mode, labelled: bool | None, orientation: 
         raise DataError(f"the image folder '{remote}' is a file, not a folder.\n  Fix: correct root.")
     images, folders = _below(remote.url, entries)
     if labelled is False:
-        return RemoteImages(remote, mode, unlabelled(remote.url, PackedIds(images)), entries, orientation)
+        return RemoteImages(remote, mode, chosen(unlabelled(remote.url, PackedIds(images))), entries, orientation)
     loose = [name for name in images if "/" not in name]
     classes: dict[str, list[str]] = {folder: [] for folder in sorted(folders)}
     for name in images[len(loose) :]:
         classes[name.partition("/")[0]].append(name)
     listing = by_class(remote.url, loose, list(classes), [PackedIds(names) for names in classes.values()], labelled)
-    return RemoteImages(remote, mode, listing, entries, orientation)
+    return RemoteImages(remote, mode, chosen(listing), entries, orientation)
 
 
 def _below(root: str, keys: Mapping[str, Entry]) -> tuple[list[str], set[str]]:
