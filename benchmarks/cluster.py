@@ -22,7 +22,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from logitcache.config.recipe import load_recipe
-from logitcache.stage_one.cluster.local_workers import local_cluster
+from logitcache.stage_one.cluster.workers import local_cluster
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 
 SHARD_ROWS = 256

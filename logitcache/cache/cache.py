@@ -17,7 +17,6 @@ from logitcache.cache.format.samples import read_canaries, read_labels
 from logitcache.cache.read.gather import StoredRows
 from logitcache.cache.read.row_sources import RecordedRows, shuffle_block
 from logitcache.cache.read.target_codecs import TargetCodecs
-from logitcache.cache.reopening import remembered_records, require_sound_skeleton
 from logitcache.cache.replay import (
     open_images,
     require_planned,
@@ -26,7 +25,7 @@ from logitcache.cache.replay import (
     require_same_images,
     require_trusted,
 )
-from logitcache.cache.snapshot import Snapshot, locate
+from logitcache.cache.snapshot import Snapshot, locate, remembered_records, require_sound_skeleton
 from logitcache.cache.verify import require_committed
 from logitcache.errors import RecipeError
 from logitcache.logits import LinearLogits
@@ -37,7 +36,6 @@ from logitcache.views import canaries
 from logitcache.views.datasets.base import ImageDataset, Labels
 from logitcache.views.epochs import ChecksumsOf, EpochLoader
 from logitcache.views.keys import ViewKey
-from logitcache.views.loader import StartMethod
 from logitcache.views.spec import Views
 
 Replay = Literal["planned", "recorded"]
@@ -233,32 +231,26 @@ class Cache:
         num_workers: int = 0,
         *,
         dataset: object | None = None,
-        seed: int = 0,
         verify: canaries.Level = "strict",
         limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
         replay: Replay = "planned",
         factories: Sequence[str] = (),
         trust: Collection[str] = (),
-        drop_last: bool = False,
-        views_per_image: int = 1,
-        rank: int | None = None,
-        world_size: int | None = None,
-        start_method: StartMethod = "forkserver",
+        **options: Any,
     ) -> EpochLoader:
-        """Stream batches of images and targets, once the images are proved to be those of the cache."""
+        """Stream batches of images and targets, once the images are proved to be those of the cache.
+
+        `dataset` to `trust` as for `views`; further options, `seed`, `drop_last`, `views_per_image`, `sampling`,
+        `rank`, `world_size` and `start_method`, are those of `EpochLoader`.
+        """
         return EpochLoader(
             self.views(dataset, verify, limits, replay, factories, trust),
             self.rows,
             self.checksums_of(verify),
             batch_size=batch_size,
-            views_per_image=views_per_image,
-            rank=rank,
-            world_size=world_size,
             num_workers=num_workers,
-            seed=seed,
-            drop_last=drop_last,
             shuffle_block=self.shuffle_block,
-            start_method=start_method,
+            **options,
         )
 
     @property

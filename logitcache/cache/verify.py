@@ -13,7 +13,7 @@ from logitcache.cache.read.target_codecs import Rows, TargetCodecs
 from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError
 from logitcache.runtime.console import track
-from logitcache.store.shards import Shard, StoredShard
+from logitcache.store.base import Shard, StoredShard
 
 SHOWN = 5
 LISTED = 1000
@@ -107,32 +107,32 @@ def verify_cache(snapshot: Snapshot) -> Verification:
 
 
 def _not_decoded(snapshot: Snapshot, damaged: Collection[tuple[str, Shard]]) -> list[str]:
-    """Decode packed shards and rows that name classes; return what is wrong with those that match their records."""
+    """Decode packed shards, and rows that may be wrong; return what is wrong with those that match their records."""
     problems, committed = [], snapshot.committed()
     for group in snapshot.layout.groups:
-        codecs = _codecs_of_classes(snapshot, group)
+        codecs = _codecs_of_checked(snapshot, group)
         arrays = [array for array in group.arrays if array.storage == "packed" or codecs]
         shards = [shard for shard in sorted(committed[group.name]) if (group.name, shard) not in damaged]
         for shard in track(shards, f"decoding {group.name}", len(shards), "shards") if arrays else ():
             try:
                 rows = {array.name: snapshot.array(array).rows(shard, keep=False) for array in arrays}
                 if codecs is not None:
-                    _require_classes(codecs, rows, shard)
+                    _require_answers(codecs, rows, shard)
             except CacheError as error:
                 problems.append(str(error))
     return problems
 
 
-def _require_classes(codecs: TargetCodecs, rows: Rows, shard: Shard) -> None:
-    """Decode rows, some at a time; raise CacheError for a class that does not exist."""
+def _require_answers(codecs: TargetCodecs, rows: Rows, shard: Shard) -> None:
+    """Decode rows, some at a time; raise CacheError for one that is wrong."""
     for start in range(0, shard.stop - shard.start, ROWS):
         codecs.targets({name: values[start : start + ROWS] for name, values in rows.items()}, lambda row: shard)
 
 
-def _codecs_of_classes(snapshot: Snapshot, group: ArrayGroup) -> TargetCodecs | None:
-    """Return what decodes the logits of a group alone if its rows name classes; else None."""
+def _codecs_of_checked(snapshot: Snapshot, group: ArrayGroup) -> TargetCodecs | None:
+    """Return what decodes the logits of a group alone if its encoding looks at every row; else None."""
     stored = snapshot.manifest.teachers[group.teacher].stored_logits if group.target == LOGITS else None
-    if stored is None or "raw logits" in stored.form.gives:
+    if stored is None or stored.form.any_bits:
         return None
     manifest = snapshot.manifest.restricted(snapshot.layout.num_views, {group.teacher: [LOGITS]})
     return TargetCodecs(snapshot.store, manifest, layout_of(manifest))

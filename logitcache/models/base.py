@@ -137,7 +137,16 @@ class Classifier(nn.Module):
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Turn uint8 [B, C, H, W] into the float32 [B, C, h, w] that the network takes."""
-        _check_pixels(pixels, len(self.mean))
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4:
+            raise RecipeError(
+                f"a model takes uint8 pixels [B, C, H, W], not {pixels.dtype} {list(pixels.shape)}.\n"
+                "  Fix: pass the images as they were read; the model normalises them itself."
+            )
+        if pixels.shape[1] != len(self.mean):
+            raise RecipeError(
+                f"the images have {pixels.shape[1]} channels, the model's mean and std have"
+                f" {len(self.mean)}.\n  Fix: {channels_fix(len(self.mean))}"
+            )
         values = pixels.to(torch.float32)
         size = self.preprocessing.size
         if size is not None and values.shape[2:] != size:
@@ -163,19 +172,6 @@ def _described(output: object) -> str:
     if isinstance(output, Mapping):
         entries = [f"{name}: {_described(value)}" for name, value in output.items()]
     return f"a {type(output).__name__}" + (f" of {{{', '.join(entries)}}}" if entries else "")
-
-
-def _check_pixels(pixels: Tensor, num_channels: int) -> None:
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4:
-        raise RecipeError(
-            f"a model takes uint8 pixels [B, C, H, W], not {pixels.dtype} {list(pixels.shape)}.\n"
-            "  Fix: pass the images as they were read; the model normalises them itself."
-        )
-    if pixels.shape[1] != num_channels:
-        raise RecipeError(
-            f"the images have {pixels.shape[1]} channels, the model's mean and std have"
-            f" {num_channels}.\n  Fix: {channels_fix(num_channels)}"
-        )
 
 
 def channels_fix(num_channels: int) -> str:

@@ -96,16 +96,13 @@ class Torchvision(Component):
             raise another_count(f"torchvision's {self.name}", own_classes, wanted)
         module = self._network(weights, None)
         if wanted != own_classes:
-            _replace_head(module, self._network(None, wanted))
+            # The layers whose shapes the number of classes decides come from a fresh network.
+            fresh = self._network(None, wanted)
+            new = fresh.state_dict()
+            changed = [n for n, v in module.state_dict().items() if new[n].shape != v.shape]
+            for layer in {name.rpartition(".")[0] for name in changed}:
+                module.set_submodule(layer, fresh.get_submodule(layer))
         return BuiltModel(module, preprocessing)
-
-
-def _replace_head(module: nn.Module, fresh: nn.Module) -> None:
-    """Take from a fresh network the layers whose shapes the number of classes decides."""
-    new = fresh.state_dict()
-    changed = [n for n, v in module.state_dict().items() if new[n].shape != v.shape]
-    for layer in {name.rpartition(".")[0] for name in changed}:
-        module.set_submodule(layer, fresh.get_submodule(layer))
 
 
 def require_known(name: str, known: Collection[str], library: str, what: str) -> None:

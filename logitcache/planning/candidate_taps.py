@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logitcache.models.layouts import TapLayout, known_layouts
+from logitcache.models.taps import TapLayout, known_layouts
 from logitcache.reductions import channels_in_place
 from logitcache.runtime.device import autocast, to_device
 from logitcache.teacher.teacher import Teacher

@@ -14,9 +14,9 @@ from logitcache.cache.format.arrays import ArrayLayout, Storage
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import metadata_files
-from logitcache.cache.format.samples import CANARIES, DIGESTS, label_file
+from logitcache.cache.format.samples import sample_sizes
 from logitcache.cache.write.writer import THREADS
-from logitcache.store.shards import RECORD_BYTES, Shard
+from logitcache.store.base import RECORD_BYTES, Shard
 
 LISTED = 1000
 """Keys in one answer of an object store."""
@@ -115,10 +115,8 @@ def shard_bytes(array: ArrayLayout, images: int, packed: float | None) -> float:
 def skeleton_sizes(manifest: Manifest) -> dict[str, int]:
     """Return the size of every file of a finished cache that is no shard and no record, by key."""
     sizes = {key: len(data) for key, data in metadata_files(manifest).items()}
-    labels = label_file(manifest.fingerprint)
-    pixels = math.prod((len(manifest.canaries), *manifest.image_shape))
     tables = {table.file: table.num_bytes for table in layout_of(manifest).tables}
-    return {**sizes, **tables, labels.key: labels.num_bytes, DIGESTS: 8 * manifest.num_images, CANARIES: pixels}
+    return {**sizes, **tables, **sample_sizes(manifest)}
 
 
 @dataclass(frozen=True)

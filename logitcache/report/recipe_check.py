@@ -168,29 +168,24 @@ def command_of(path: str | Path) -> str:
 
 
 def load_own(path: str | Path, model: type[R], overrides: Sequence[str] = ()) -> R:
-    """Load a recipe as `load_recipe` does; raise only that if the recipe is another command's."""
+    """Load a recipe as `load_recipe` does; raise only that for one of another command, with fewer mistakes as that."""
     try:
         return load_recipe(path, model, overrides)
-    except RecipeError:
-        _require_own(path, model)
+    except RecipeError as error:
+        try:
+            data, command = read_recipe(path), command_of(path)
+        except RecipeError:
+            raise error from None  # a recipe of no kind
+        meant, (own,) = RECIPES[command], [name for name, kind in RECIPES.items() if kind is model]
+        foreign = ", ".join(key for key in data if key not in model.model_fields)
+        lacking = ", ".join(key for key, field in model.model_fields.items() if field.is_required() and key not in data)
+        why = " and ".join([f"has {foreign}"] * bool(foreign) + [f"lacks {lacking}"] * bool(lacking))
+        if why and _misfit(data, meant)[1] < _misfit(data, model)[1]:
+            raise RecipeError(
+                f"{path} looks like a recipe of `{command}`, and this takes one of `{own}`: it {why}. "
+                f"Fix: run `logitcache {command} {shlex.quote(str(path))}`, or name a recipe of `{own}`"
+            ) from error
         raise
-
-
-def _require_own(path: str | Path, model: type[R]) -> None:
-    """Raise RecipeError for a file that is another command's recipe, and has fewer mistakes as that."""
-    try:
-        data, command = read_recipe(path), command_of(path)
-    except RecipeError:  # a recipe of no kind, which has been reported
-        return
-    meant, (own,) = RECIPES[command], [name for name, kind in RECIPES.items() if kind is model]
-    foreign = ", ".join(key for key in data if key not in model.model_fields)
-    lacking = ", ".join(key for key, field in model.model_fields.items() if field.is_required() and key not in data)
-    why = " and ".join([f"has {foreign}"] * bool(foreign) + [f"lacks {lacking}"] * bool(lacking))
-    if why and _misfit(data, meant)[1] < _misfit(data, model)[1]:
-        raise RecipeError(
-            f"{path} looks like a recipe of `{command}`, and this takes one of `{own}`: it {why}. "
-            f"Fix: run `logitcache {command} {shlex.quote(str(path))}`, or name a recipe of `{own}`"
-        )
 
 
 def _misfit(data: Mapping[str, Any], model: type[Component]) -> tuple[int, int]:

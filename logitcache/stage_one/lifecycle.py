@@ -12,21 +12,18 @@ from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.manifest_diff import extends, is_more
 from logitcache.cache.format.metadata import read_manifest, repair_skeleton
 from logitcache.cache.format.row_errors import BOUND
-from logitcache.cache.write.create import create_skeleton
 from logitcache.cache.write.error_summary import finish_growth, note_errors
-from logitcache.cache.write.growth import begin_growth, forget_growth
+from logitcache.cache.write.growth import begin_growth, create_skeleton, forget_growth
 from logitcache.cache.write.unreadable_images import forget_unreadable
 from logitcache.cache.write.writer_locks import alone, preparing, writing
 from logitcache.config.trust import inherit
 from logitcache.errors import TargetErrorWarning
 from logitcache.runtime.console import logger
-from logitcache.stage_one.claims import Claims, Left
-from logitcache.stage_one.loop import Done
+from logitcache.stage_one.loop import Claims, Done, Left
 from logitcache.stage_one.todo import Todo
-from logitcache.store.base import Store
+from logitcache.store.base import Shard, Store
 from logitcache.store.files import remove_leftovers
-from logitcache.store.shards import Shard
-from logitcache.teacher.fitting import table_files
+from logitcache.teacher.encoding import table_files
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def _begin(todo: Todo, target: Path) -> None:
 
 def result_of(todo: Todo, claims: Claims, done: Done, started: float) -> PrecomputeResult:
     """Finish a cache if all its shards are committed, and return what was done since `started`."""
-    store, missing = todo.store, _finish(todo)
+    store, missing = todo.store, _finish(todo, done)
     left = claims.count_left(missing)
     if not todo.shards:
         logger.info(f"{store} is complete, there is nothing to do")
@@ -109,12 +106,13 @@ def result_of(todo: Todo, claims: Claims, done: Done, started: float) -> Precomp
     )
 
 
-def _finish(todo: Todo) -> list[Shard]:
+def _finish(todo: Todo, done: Done) -> list[Shard]:
     """Let the root describe the grown cache once it is whole; returns the shards that are missing."""
     store = todo.store
     with preparing(store):
-        # Other processes and machines have committed what this one has not.
-        filled = todo.snapshot.refreshed() if todo.shards else todo.snapshot
+        # All is listed again only if other processes and machines may have committed what this run has not.
+        is_ours = done.shards == len(todo.shards)
+        filled = todo.snapshot.reread(todo.shards) if is_ours else todo.snapshot.refreshed()
         recorded = read_manifest(store)
         before = recorded.digest()
         committed = set(filled.shards)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.errors import CacheError
-from logitcache.store.base import Store
+from logitcache.store.base import Store, StoredShard
 from logitcache.store.digest_index import SHA256, remembered
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, open_below, read_below, regular_size
-from logitcache.store.shards import StoredShard
 
 
 class LocalStore(Store):
@@ -86,7 +85,7 @@ class LocalStore(Store):
         for number, digest, status in zip(sound, digests, after, strict=True):
             found[number] = shards[number].wrong_digest(digest.tobytes(), self._name)
             if found[number] is None and _mark(shards[number], status) == _mark(shards[number], before[number]):
-                self._remember(shards[number], status)
+                self._known[shards[number].key] = _mark(shards[number], status)
         return found
 
     def ensure(self, shards: Sequence[StoredShard], ahead: Sequence[StoredShard] = ()) -> None:
@@ -103,7 +102,7 @@ class LocalStore(Store):
                     text = shard.wrong_digest(shard.sound_digest(file), self._name)
                 os.lseek(descriptor, 0, os.SEEK_SET)
                 if text is None and _mark(shard, os.fstat(descriptor)) == _mark(shard, status):
-                    self._remember(shard, status)
+                    self._known[shard.key] = _mark(shard, status)
             if text is not None:
                 raise CacheError(text)
         except BaseException:
@@ -128,10 +127,7 @@ class LocalStore(Store):
 
     def trust(self, shard: StoredShard) -> None:
         """Remember that the file of a shard, which was just written, matches its record."""
-        self._remember(shard, *self._statuses([shard]))
-
-    def _remember(self, shard: StoredShard, status: os.stat_result | None) -> None:
-        self._known[shard.key] = _mark(shard, status)
+        self._known[shard.key] = _mark(shard, *self._statuses([shard]))
 
     def _statuses(self, shards: Sequence[StoredShard]) -> list[os.stat_result | None]:
         """Return the status of each file; None if it is not a regular file, or lies behind a link."""

@@ -17,7 +17,7 @@ from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Model, Preprocessing, weights_digest
 from logitcache.runtime.device import resolve_device
 from logitcache.targets import Targets
-from logitcache.teacher.teacher import Teacher, TeacherSource, build_teacher
+from logitcache.teacher.teacher import TeacherSource, build_teacher
 
 _INSTEAD = "give the teacher yourself, as `teachers:` in the student's recipe"
 MOST_CLASSES = 1 << 20
@@ -65,7 +65,13 @@ def live_targets(
         teacher = build_teacher(
             name, source, module, entry.num_classes, channels, resolve_device(device), entry.classes
         )
-        _require_recorded(teacher, entry)
+        weights, preprocessing = weights_digest(teacher.classifier.module), teacher.classifier.preprocessing
+        for key, value in {"weights": weights, "preprocessing": preprocessing}.items():
+            if value != getattr(entry, key):
+                raise MismatchError(
+                    f"teachers.{name}.{key}: the cache has {getattr(entry, key)!r}, the live teacher {value!r}. "
+                    "Fix: give the teacher that filled the cache"
+                )
         teachers.append(teacher)
     return lambda pixels, labels: {teacher.name: teacher(pixels, labels) for teacher in teachers}
 
@@ -80,16 +86,6 @@ def _source(
     model, preprocessing = (None, None) if given is None else (given.model, given.preprocessing)
     preprocessing = preprocessing or entry.preprocessing
     return TeacherSource(model=model, preprocessing=preprocessing, precision=entry.precision, **kept)
-
-
-def _require_recorded(teacher: Teacher, entry: TeacherEntry) -> None:
-    found = {"weights": weights_digest(teacher.classifier.module), "preprocessing": teacher.classifier.preprocessing}
-    for key, value in found.items():
-        if value != getattr(entry, key):
-            raise MismatchError(
-                f"teachers.{teacher.name}.{key}: the cache has {getattr(entry, key)!r}, the live teacher {value!r}. "
-                "Fix: give the teacher that filled the cache"
-            )
 
 
 def recorded_source(name: str, entry: TeacherEntry) -> TeacherSource:

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from logitcache.errors import RecipeError
 from logitcache.targets import Batch, MixedLabels, Targets
-from logitcache.views.checksums import require_rows
+from logitcache.views.canaries import require_rows
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod, ViewLoader
 from logitcache.views.order import Drawn, Ints, share_of

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.cache import reopening
+from logitcache.cache import snapshot
 from logitcache.cache.cache import open_cache
 from logitcache.cache.format.metadata import skeleton_limits
 from logitcache.errors import CacheError
@@ -22,7 +22,7 @@ RECORD = f"{RECORDS}/c.1.1.0.0"
 @pytest.fixture(autouse=True)
 def many(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the records of six shards be many, for a user who has opened nothing yet."""
-    monkeypatch.setattr(reopening, "FEW", 0)
+    monkeypatch.setattr(snapshot, "FEW", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
 
 
@@ -37,18 +37,19 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Collect what is read: groups of commit records, and the skeleton."""
     found: list[str] = []
-    records, problems = reopening.read_records, reopening.skeleton_problems
+    records, problems = snapshot.read_records, snapshot.skeleton_problems
 
-    def records_read(store, layout, group):
-        found.append(group.name)
-        return records(store, layout, group)
+    def records_read(store, layout, group, known=None):
+        if known is None:  # else they are remembered
+            found.append(group.name)
+        return records(store, layout, group, known)
 
     def skeleton_read(store, manifest):
         found.append("skeleton")
         return problems(store, manifest)
 
-    monkeypatch.setattr(reopening, "read_records", records_read)
-    monkeypatch.setattr(reopening, "skeleton_problems", skeleton_read)
+    monkeypatch.setattr(snapshot, "read_records", records_read)
+    monkeypatch.setattr(snapshot, "skeleton_problems", skeleton_read)
     return found
 
 

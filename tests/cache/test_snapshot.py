@@ -10,9 +10,10 @@ import pytest
 from logitcache.cache.cache import open_cache
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
+from logitcache.stage_one.precompute import precompute
 from logitcache.student.training import train
 from logitcache.views.keys import ViewKey
-from tests.cache.made import COUNT, Pixels, run
+from tests.cache.made import COUNT, Linear, Pixels, recipe, run
 from tests.stage_one.runs import partial
 from tests.student import small
 
@@ -47,13 +48,21 @@ def test_training_lists_commits_once(tmp_path: Path, listed: Counter[str]) -> No
     assert listed["net.logits.commits"] == 1
 
 
-def test_a_run_that_continues_lists_commits_as_it_begins_and_as_it_ends(tmp_path: Path, listed: Counter[str]) -> None:
+def test_a_run_that_writes_all_that_is_missing_lists_commits_once(tmp_path: Path, listed: Counter[str]) -> None:
     partial(tmp_path / "c.zarr")
-    # Other processes may have committed shards in between; not if there was nothing to do.
-    for written, times in ((5, 2), (0, 1)):
+    for written in (5, 0):
         listed.clear()
         assert run(tmp_path / "c.zarr", Pixels(COUNT), shard_rows=128).shards_written == written
-        assert listed[COMMITS] == times
+        assert listed[COMMITS] == 1
+    assert verify_cache(open_snapshot(tmp_path / "c.zarr")).problems == ()
+
+
+def test_a_run_lists_commits_again_if_others_may_have_committed_the_rest(tmp_path: Path, listed: Counter[str]) -> None:
+    partial(tmp_path / "c.zarr")
+    listed.clear()
+    wanted = recipe(tmp_path / "c.zarr", shard_rows=128)
+    assert precompute(wanted, teachers={"t": Linear()}, dataset=Pixels(COUNT), part="1/2").shards_left > 0
+    assert listed[COMMITS] == 2
 
 
 def test_verify_lists_commits_once(cache: Path, listed: Counter[str]) -> None:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from numcodecs import zstd
 
 from logitcache.cache.format.arrays import ArrayLayout, Order
-from logitcache.cache.read.decode_shard import _content_bytes
+from logitcache.cache.read.stored_array import _content_bytes
 from logitcache.errors import CacheError
-from logitcache.store.shards import Shard
+from logitcache.store.base import Shard
 from tests.cache.made import stored_array
 
 COUNT, ROWS = 2500, 2048

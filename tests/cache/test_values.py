@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from logitcache.cache.cache import open_cache
+from logitcache.cache.encodings.uint8 import UInt8
 from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.samples import labels_of
 from logitcache.cache.snapshot import open_snapshot
@@ -142,6 +143,25 @@ def test_no_row_names_a_class_that_does_not_exist(logits: Any, wrong: int, tmp_p
     (path / key).unlink()  # the fix
     make(path, logits)
     assert verify_cache(open_snapshot(path)).problems == ()
+
+
+def test_an_encoding_declares_which_rows_are_no_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_row(self: UInt8, rows: Any, decoded: Any) -> tuple[int, str] | None:
+        found = (rows["level"] == 0x7F).all(dim=1).nonzero().flatten().tolist()
+        return (found[0], "holds NaN") if found else None
+
+    path = tmp_path / "c.zarr"
+    make(path, UINT8)
+    key = spoil(path, "t.logits.level", lambda rows: rows[-1].fill(0x7F))
+    assert verify_cache(open_snapshot(path)).problems == ()  # any bits of a level are a number
+    monkeypatch.setattr(UInt8, "any_bits", False)
+    monkeypatch.setattr(UInt8, "wrong_row", wrong_row)
+    [problem] = verify_cache(open_snapshot(path)).problems
+    assert f"{key}: a row holds NaN. Fix: remove it; run the same" in problem
+    cache = open_cache(path)
+    cache.rows([ViewKey(0, 5), ViewKey(1, 0)])
+    with pytest.raises(CacheError, match=rf"{key}: a row holds NaN"):
+        cache.rows([ViewKey(0, 5), ViewKey(1, 299)])
 
 
 @pytest.mark.parametrize(

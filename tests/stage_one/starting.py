@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from logitcache.stage_one.cluster import local_workers
+from logitcache.stage_one.cluster import workers
 from logitcache.stage_one.precompute import precompute
 from tests.cache.made import contents
 from tests.stage_one import dying
@@ -21,7 +21,7 @@ from tests.stage_one.test_cluster import named
 def main(root: Path, count: int) -> dict[str, Any]:
     (root / "killed").mkdir()
     os.environ |= {dying.FOLDER: str(root / "killed"), dying.COUNT: str(count)}
-    local_workers.worker = dying
+    workers.__name__ = dying.__name__  # what is preloaded
     precompute(named(root / "c.zarr"), workers=2)
     precompute(named(root / "w.zarr"))
     killed = len(list((root / "killed").iterdir()))

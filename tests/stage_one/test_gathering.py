@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from logitcache.errors import CacheError, MissingExtraError, RecipeError
-from logitcache.stage_one.cluster import cluster, worker
+from logitcache.stage_one.cluster import cluster, workers
 from logitcache.stage_one.cluster.cluster import HERE, Cluster, LostScheduler, gathered
 
 
@@ -36,11 +36,11 @@ def test_without_a_cluster_they_are_computed_here_one_after_the_other() -> None:
 
 def test_a_users_error_comes_back_as_a_value() -> None:
     opener = pickle.dumps(partial(nullcontext, doubled))
-    error = worker.call("doubled", opener, None, 7)
+    error = workers.call("doubled", opener, None, 7)
     assert isinstance(error, CacheError)
     assert str(error).startswith("seven is damaged\n  On worker: ")
-    assert worker.call("doubled", opener, None, 4) == 8
-    worker.release("doubled")
+    assert workers.call("doubled", opener, None, 4) == 8
+    workers.release("doubled")
 
 
 def one(where: Cluster) -> None:

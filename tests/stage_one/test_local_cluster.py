@@ -9,7 +9,7 @@ import torch
 
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import KilledWorkerError, RecipeError
-from logitcache.stage_one.cluster import local_workers
+from logitcache.stage_one.cluster import workers
 from logitcache.stage_one.precompute import precompute
 from tests.cache.made import contents, teacher
 from tests.stage_one import dying
@@ -22,15 +22,15 @@ def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     cuda = torch.device("cuda")
-    assert local_workers._own(2, cuda) == [
+    assert workers._own(2, cuda) == [
         {"env": {"CUDA_VISIBLE_DEVICES": "0"}, "resources": {"GPU": 1}},
         {"env": {"CUDA_VISIBLE_DEVICES": "1"}, "resources": {"GPU": 1}},
     ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,3")
-    assert [own["env"]["CUDA_VISIBLE_DEVICES"] for own in local_workers._own(2, cuda)] == ["5", "3"]
-    assert local_workers._own(3, torch.device("cpu")) == [{}, {}, {}]
+    assert [own["env"]["CUDA_VISIBLE_DEVICES"] for own in workers._own(2, cuda)] == ["5", "3"]
+    assert workers._own(3, torch.device("cpu")) == [{}, {}, {}]
     with pytest.raises(RecipeError, match="--workers 3: each takes a GPU, and this machine shows 2"):
-        local_workers._own(3, cuda)
+        workers._own(3, cuda)
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "killed"
     folder.mkdir()
     monkeypatch.setenv(dying.FOLDER, str(folder))
-    monkeypatch.setattr(local_workers, "worker", dying)
+    monkeypatch.setattr(workers, "worker", dying)
     return folder
 
 
@@ -58,7 +58,7 @@ def test_workers_that_never_start_end_the_run_which_can_go_on(
     killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(dying.COUNT, "1000")
-    monkeypatch.setattr(local_workers, "STARTS", 1)
+    monkeypatch.setattr(workers, "STARTS", 1)
     with pytest.raises(KilledWorkerError, match=r"2 times in a row.* Fix: fewer --workers") as stopped:
         precompute(named(tmp_path / "c.zarr"), workers=1)
     assert stopped.value.exit_code == 75

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from logitcache.cache.encodings.top_k import TopK
 from logitcache.errors import RecipeError
 from logitcache.logits import TopKLogits
+from logitcache.student.compatibility import asked_targets
 from logitcache.student.losses import (
     DIST,
     DKD,
@@ -34,7 +35,7 @@ from logitcache.student.losses import (
     standardize,
     wsld,
 )
-from logitcache.student.losses.base import Context, FeatureLoss
+from logitcache.student.losses.base import Context, FeatureLoss, HeldTeacher, LossBase, Need
 from logitcache.student.optim.schedules import Progress
 from logitcache.targets import Batch, MixedLabels, Targets
 
@@ -519,3 +520,21 @@ def test_dist_of_rows_without_variance_is_finite_and_says_that_nothing_correlate
     assert value.item() == pytest.approx(2, abs=1e-5)
     assert student.grad is not None
     assert student.grad.isfinite().all()
+
+
+class Bare(LossBase):
+    """A loss that declares neither `teacher` nor `weight`."""
+
+    asks: ClassVar[frozenset[Need]] = frozenset({"logits"})
+
+    kind: Literal["bare"] = "bare"
+
+    def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
+        return outputs.logits.mean()
+
+
+def test_a_loss_without_teacher_and_weight_asks_the_only_teacher_and_counts_as_1() -> None:
+    bare: Any = Bare()
+    assert asked_targets([bare], {}, {"net": HeldTeacher(3, {})}) == {"net": ["logits"]}
+    assert bare.weight.at(Progress(0, 1, 1)) == 1.0
+    assert bare.model_dump() == {"kind": "bare"}

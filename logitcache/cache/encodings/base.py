@@ -138,6 +138,9 @@ class LogitsForm(Component):
     table_names: ClassVar[frozenset[str]] = frozenset()
     """Every name that `table_shapes` may return."""
 
+    any_bits: ClassVar[bool] = True
+    """Whether every row of finite floats is an answer; if not, `wrong_row` looks at all rows that are read."""
+
     @property
     def exact(self) -> bool:
         """Whether float32 logits are decoded as they were."""
@@ -159,6 +162,13 @@ class LogitsForm(Component):
     @abstractmethod
     def ready(self, tables: Tables) -> LogitsCodec:
         """Rebuild the codec from its tables."""
+
+    def wrong_row(self, rows: Mapping[str, Tensor], decoded: Logits) -> tuple[int, str] | None:
+        """Return the first of the rows [B, ...] that stand for no logits, and what it does, as "holds NaN"; else None.
+
+        Only called if `any_bits` is False: by `verify`, and of every batch that is read.
+        """
+        return None
 
 
 class Plain(LogitsEncoding, LogitsForm):

@@ -1,13 +1,13 @@
 """The largest log-probabilities in as few bits as they need."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from logitcache.cache.encodings.base import Plain, RowArray
+from logitcache.cache.encodings.base import RowArray
 from logitcache.cache.encodings.bits import pack_bits, unpack_bits
-from logitcache.cache.encodings.top_k import NUM_MOMENTS, TopK, kept_and_tail
+from logitcache.cache.encodings.top_k import NUM_MOMENTS, LargestLogits, TopK, kept_and_tail
 from logitcache.cache.format.arrays import Storage
 from logitcache.config.recipe import Count, Positive
 from logitcache.logits import Logits, TopKLogits
@@ -16,14 +16,12 @@ LARGEST_FALL = 255
 TIE = 2**-16
 
 
-class PackedTopK(Plain):
+class PackedTopK(LargestLogits):
     """What `top_k` keeps: classes in ceil(log2 C) bits each, log-probabilities by how far each falls below the last.
 
     Log-probabilities are rounded to multiples of `step`. A fall beyond 255 steps, which is e^-16 at a step of 1/16,
     is spread over the ranks that follow.
     """
-
-    gives: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     kind: Literal["packed_top_k"] = "packed_top_k"
     k: Count

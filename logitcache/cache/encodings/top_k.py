@@ -1,5 +1,6 @@
 """The largest log-probabilities, with what is needed to stand for the rest."""
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -17,15 +18,26 @@ _LOWEST = torch.finfo(torch.float16).min
 """In place of -inf: of its exponential nothing is left either."""
 
 
-class TopK(Plain):
+class LargestLogits(Plain):
+    """An encoding of the largest logits, whose rows name their classes."""
+
+    gives: ClassVar[frozenset[str]] = frozenset({"logits"})
+    any_bits: ClassVar[bool] = False
+
+    def wrong_row(self, rows: Mapping[str, Tensor], decoded: Logits) -> tuple[int, str] | None:
+        """Find a class that does not exist: as an index it would end in a device assert."""
+        assert isinstance(decoded, TopKLogits)
+        row = decoded.wrong_row()
+        return None if row is None else (row, f"names a class that does not exist, of {decoded.num_classes}")
+
+
+class TopK(LargestLogits):
     """The k largest log-probabilities and classes, and of the dropped ones: log total probability, mean, variance.
 
     Log-probabilities, not probabilities, since float16 has no room for small ones; never renormalised, since a
     distribution without its tail has an infinite divergence from the full one. All of a row lies together, as words of
     two bytes: a random row is one place of the disk, and of memory.
     """
-
-    gives: ClassVar[frozenset[str]] = frozenset({"logits"})
 
     kind: Literal["top_k"] = "top_k"
     k: Count

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.store.shards import COMMITS, RECORD_BYTES, Shard, StoredShard, record_name
+from logitcache.store.base import COMMITS, RECORD_BYTES, Shard, StoredShard, record_name
 
 Storage = Literal["hot", "packed"]
 """hot: uncompressed, read in place by random access. packed: compressed, read by whole shards."""

@@ -1,6 +1,7 @@
 """Commit records: which shards of a group of arrays count, and what their bytes must be."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,9 +9,9 @@ from numpy.typing import NDArray
 
 from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.format.layout import Layout
-from logitcache.store.base import Store
+from logitcache.errors import CacheError
+from logitcache.store.base import RECORD, RECORD_BYTES, SIZE_BYTES, Shard, Store, record_name
 from logitcache.store.safe_files import read_folder
-from logitcache.store.shards import RECORD, RECORD_BYTES, SIZE_BYTES, Shard, record_name
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,43 @@ def read_records(store: Store, layout: Layout, group: ArrayGroup, known: Records
         number = int(match[1]) * per_view + int(match[2])
         return number if number in looked_for else None
 
-    found = sorted(read_folder(store.path, group.commits, number_of, size))
+    return _joined(store, layout, group, known, sorted(read_folder(store.path, group.commits, number_of, size)))
+
+
+def reread_records(store: Store, layout: Layout, group: ArrayGroup, known: Records, shards: Iterable[Shard]) -> Records:
+    """Return known records of all shards with those of some as they are now; lists nothing."""
+    keys = {group.arrays[0].number_of(shard): group.record_file(shard) for shard in shards}
+    stay = ~np.isin(known.numbers, [*keys])
+    damaged = {number: text for number, text in known.damaged.items() if number not in keys}
+    found = []
+    for number, key in sorted(keys.items()):
+        with suppress(FileNotFoundError, CacheError):
+            found.append((number, store.read(key)))
+    others = Records(known.num_shards, known.numbers[stay], known.values[stay], damaged)
+    return _joined(store, layout, group, others, found)
+
+
+def _joined(
+    store: Store, layout: Layout, group: ArrayGroup, known: Records, found: Sequence[tuple[int, bytes]]
+) -> Records:
+    """Parse the records of shards by number, ascending, and add them to the known ones."""
+    size = RECORD_BYTES * len(group.arrays)
     whole = [(number, data) for number, data in found if len(data) == size]
     damaged = {number: f"it does not have {size} bytes" for number, data in found if len(data) != size}
     numbers = np.array([number for number, _ in whole], np.int64)
     values = np.frombuffer(b"".join([data for _, data in whole]), np.uint8).reshape(len(numbers), size)
     impossible = _impossible(layout, group, numbers, values)
     damaged |= dict.fromkeys(numbers[impossible].tolist(), f"it states other sizes than {group.name} can have")
+    places = {number: record_name(*divmod(number, layout.shards_per_view)) for number in damaged}
     named = {
-        number: f"the commit record {store}/{group.commits}/{record_name(*divmod(number, per_view))} is damaged: {why}"
+        number: f"the commit record {store}/{group.commits}/{places[number]} is damaged: {why}"
         for number, why in damaged.items()
     }
     numbers, values = numbers[~impossible], values[~impossible]
-    return Records(
-        layout.num_shards,
-        np.concatenate([known.numbers, numbers]),
-        np.concatenate([known.values, values]),
-        {**known.damaged, **named},
-    )
+    numbers, values = np.concatenate([known.numbers, numbers]), np.concatenate([known.values, values])
+    order = np.argsort(numbers)
+    num_shards = max(known.num_shards, layout.num_shards)
+    return Records(num_shards, numbers[order], values[order], {**known.damaged, **named})
 
 
 def are_records(layout: Layout, group: ArrayGroup, shard: Shard, data: bytes) -> bool:

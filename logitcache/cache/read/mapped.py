@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.format.arrays import PAGE, ArrayLayout
+from logitcache.cache.read.row_sources import RowSource
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.errors import CacheError
-from logitcache.store.shards import Shard
+from logitcache.store.base import Shard
 
 HUGE_PAGE = 2 << 20
 MOST_ADDRESSES = 1 << 44
@@ -63,7 +64,7 @@ def _rows_to_huge_page(array: ArrayLayout, num_shards: int) -> int:
     return (stride - size) // array.row_bytes if is_worth_it else 0
 
 
-class MappedRows:
+class MappedRows(RowSource):
     """Rows of shard files in one address range, of which all is reserved at once, and a view mapped when first needed.
 
     `rows` is one array over the range. Where rows are long and shards large each shard begins at a huge page, if there

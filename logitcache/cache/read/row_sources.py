@@ -2,11 +2,12 @@
 
 import os
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,7 @@ from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.read.shared_memory import SharedShards, name_of
 from logitcache.cache.read.stored_array import StoredArray
-from logitcache.store.shards import Shard
+from logitcache.store.base import Shard
 from logitcache.views.keys import ViewKey
 
 PACKED_SHARDS = 8
@@ -34,18 +35,20 @@ def columns_of(keys: Sequence[ViewKey]) -> tuple[NDArray[np.int64], NDArray[np.i
     return np.fromiter(views, np.int64, len(keys)), np.fromiter(indices, np.int64, len(keys))
 
 
-class RowSource(Protocol):
+class RowSource(ABC):
     """Rows of one array by place: `view * padded + index`, where every view is padded to whole shards."""
 
-    def prepare(self, view: int) -> None:
+    def prepare(self, view: int) -> None:  # noqa: B027  # nothing, unless views are mapped
         """Make a view ready, before any of its rows is gathered."""
 
-    def forget(self, view: int) -> None:
+    def forget(self, view: int) -> None:  # noqa: B027
         """Release a view; none of its rows is gathered until it is prepared again."""
 
+    @abstractmethod
     def expect(self, places: NDArray[np.int64]) -> None:
         """Prefetch hint: rows that are gathered next, after those of other arrays."""
 
+    @abstractmethod
     def take(self, places: NDArray[np.int64]) -> NDArray[Any]:
         """Gather rows, [B, *row_shape]."""
 
@@ -67,7 +70,7 @@ def shuffle_block(layout: Layout) -> int | None:
     return kept // 2 * layout.shard_rows  # a batch at the seam of two blocks needs both
 
 
-class PackedRows:
+class PackedRows(RowSource):
     """Rows of decoded shards, the least recently used of which are forgotten.
 
     Where batches are expected, a thread decodes the rest of a view that is begun, then the view after it, in half of
@@ -87,12 +90,6 @@ class PackedRows:
         self._changing = threading.Lock()
         self._thread: ThreadPoolExecutor | None = None
         self._view = -1
-
-    def prepare(self, view: int) -> None:
-        """Do nothing: shards are decoded as their rows are gathered."""
-
-    def forget(self, view: int) -> None:
-        """Do nothing: what is decoded is memory."""
 
     def expect(self, places: NDArray[np.int64]) -> None:
         """Begin to decode the rest of the view of a batch, and the view after it."""

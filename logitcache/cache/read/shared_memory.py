@@ -101,21 +101,16 @@ def shared_shards(memory: Path = MEMORY) -> SharedShards | None:
     # Another user's folder of this name may hold anything.
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         return None
-    _be_present(folder)
+    if folder not in _present:
+        with suppress(OSError):
+            _present[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            fcntl.flock(_present[folder], fcntl.LOCK_SH)
+            atexit.register(_leave, folder, os.getpid())
     return SharedShards(folder, limit)
 
 
 _present: dict[Path, int] = {}
-
-
-def _be_present(folder: Path) -> None:
-    """Show other processes that this one uses the folder; a lock, which ends with the process."""
-    if folder in _present:
-        return
-    with suppress(OSError):
-        _present[folder] = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(_present[folder], fcntl.LOCK_SH)
-        atexit.register(_leave, folder, os.getpid())
+"""Folders that this process uses, with a shared lock on each, which ends with the process."""
 
 
 def _leave(folder: Path, process: int) -> None:

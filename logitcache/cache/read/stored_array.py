@@ -1,22 +1,98 @@
-"""One array of an opened cache: its shards are read, compared with their commit records and decoded."""
+"""One array of an opened cache: its shards are read, compared with their commit records and decoded.
+
+Packed shards are decoded as zarr's sharding codec does, without its cost for each of many small chunks, and in no more
+memory than the rows that the layout implies, whatever the frames declare: zstd decompresses into an array of that size,
+and refuses frames that hold more.
+"""
 
 import math
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
+from numcodecs import zstd
 from numpy.typing import NDArray
 
-from logitcache.cache.format.arrays import ArrayLayout
+from logitcache.cache.format.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, ArrayLayout
 from logitcache.cache.format.commits import Records
 from logitcache.cache.format.derivation import fix_of_contents
-from logitcache.cache.read.decode_shard import decode, require_known_codecs
 from logitcache.errors import CacheError
-from logitcache.store.base import Store
-from logitcache.store.shards import Shard, StoredShard
+from logitcache.store.base import NOT_FINITE, Shard, Store, StoredShard
+from logitcache.store.safe_files import parse_json
+
+_THREADS = min(8, os.cpu_count() or 1)
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+_ONE_BYTE = {"name": "bytes"}
+_MAGIC = b"\x28\xb5\x2f\xfd"
+
+
+def require_known_codecs(layout: ArrayLayout, metadata: bytes) -> None:
+    """Raise ValueError unless metadata name the codecs that `zarr_options` returns: zstd, on rows or on components."""
+    chain = parse_json(metadata)["codecs"][0]["configuration"]["codecs"]
+    names = [codec["name"] for codec in chain]
+    orders = [list(codec["configuration"]["order"]) for codec in chain if codec["name"] == "transpose"]
+    wanted = [list(codec["configuration"]["order"]) for codec in layout.zarr_options()["filters"] or ()]
+    is_known = names == ["transpose"] * len(wanted) + ["bytes", "zstd"] and orders == wanted
+    if not is_known or chain[-2] not in (_BYTES, _ONE_BYTE):
+        raise ValueError("its metadata name other codecs than those of this format")
+
+
+def decode(layout: ArrayLayout, stored: bytes, shard: Shard) -> NDArray[Any]:
+    """Return a packed shard's rows [n, *row_shape]; raise ValueError or RuntimeError if the bytes are not a shard."""
+    data = memoryview(stored)
+    num_chunks, chunk_bytes = layout.shard_rows // layout.inner_rows, layout.inner_rows * layout.row_bytes
+    wanted = layout.rows_of(shard)
+    used = -(-(wanted.stop - wanted.start) // layout.inner_rows)
+    index_bytes = num_chunks * INDEX_ENTRY_BYTES
+    index_start = len(data) - index_bytes - INDEX_CHECKSUM_BYTES
+    if index_start < 0:
+        raise ValueError(f"{len(data)} bytes do not hold the index of its chunks")
+    index = np.frombuffer(data, "<u8", 2 * num_chunks, index_start).reshape(-1, 2)[:used]
+    if (index[:, 1] > index_start).any() or (index[:, 0] > index_start - index[:, 1]).any():
+        raise ValueError("its index points outside it")
+    rows = np.empty((used * layout.inner_rows, *layout.row_shape), layout.dtype)
+    flat = rows.reshape(-1).view(np.uint8)
+
+    def inflate(numbers: range) -> None:
+        for number in numbers:
+            start, size = index[number].tolist()
+            chunk = data[start : start + size]
+            if _content_bytes(chunk) != chunk_bytes:
+                raise ValueError(f"chunk {number} does not hold {chunk_bytes} bytes")
+            zstd.decompress(chunk, flat[number * chunk_bytes : (number + 1) * chunk_bytes])
+
+    # Decompression leaves other threads the interpreter.
+    list(_pool(os.getpid()).map(inflate, [range(part, used, _THREADS) for part in range(min(used, _THREADS))]))
+    if layout.order == "component":
+        components = rows.reshape(used, *layout.row_shape, layout.inner_rows)
+        rows = np.moveaxis(components, -1, 1).reshape(rows.shape)
+    rows = rows[: wanted.stop - wanted.start]
+    if not layout.is_finite(rows):
+        raise ValueError(NOT_FINITE)
+    return rows
+
+
+def _content_bytes(frame: memoryview) -> int | None:
+    """Return the decompressed size that a zstd frame declares (RFC 8878, 3.1.1.1); None if there is none."""
+    if len(frame) < 5 or frame[:4] != _MAGIC:
+        return None
+    descriptor = frame[4]
+    is_single = descriptor >> 5 & 1
+    start = 6 - is_single + (0, 1, 2, 4)[descriptor & 3]
+    size = (is_single, 2, 4, 8)[descriptor >> 6]
+    declared = int.from_bytes(frame[start : start + size], "little") + (256 if size == 2 else 0)
+    return declared if size else None
+
+
+@lru_cache(maxsize=1)
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process: a fork has none of its parent's."""
+    return ThreadPoolExecutor(_THREADS, thread_name_prefix="logitcache-unpack")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,8 @@ from logitcache.cache.format.layout import Layout
 from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.metadata import read_tables
 from logitcache.errors import CacheError
-from logitcache.logits import NO_LOGITS, Logits, TopKLogits
-from logitcache.store.base import Store
-from logitcache.store.shards import Shard
+from logitcache.logits import NO_LOGITS, Logits
+from logitcache.store.base import Shard, Store
 from logitcache.targets import Targets
 
 Rows = Mapping[str, NDArray[Any]]
@@ -38,8 +37,7 @@ class TargetCodecs:
     def targets(self, rows: Rows, shard_of: Callable[[int], Shard]) -> dict[str, Targets]:
         """Decode rows [B, ...] of all arrays into targets by teacher; what is not float32 stays compact.
 
-        `shard_of` returns the shard of a row. Raises CacheError that names it for a class that does not exist: as an
-        index it would end in a device assert.
+        `shard_of` returns the shard of a row. Raises CacheError that names it for a row that is wrong.
         """
         found = {}
         for name in self._manifest.teachers:
@@ -85,14 +83,15 @@ class TargetCodecs:
         entry = self._manifest.teachers[group.teacher]
         assert entry.num_classes is not None
         assert entry.stored_logits is not None
-        needs, groups = entry.stored_logits.form.needs, self._layout.of(group.teacher)
+        form, groups, own = entry.stored_logits.form, self._layout.of(group.teacher), _tensors(group, rows)
         # A layout in which what is needed is not one array is not possible.
-        needed = {other.target: _tensors(other, rows)[""] for other in groups if other.target in needs}
-        found = self.logits[group.name].decode(_tensors(group, rows) | needed, entry.num_classes)
-        if isinstance(found, TopKLogits) and (row := found.wrong_row()) is not None:
+        needed = {other.target: _tensors(other, rows)[""] for other in groups if other.target in form.needs}
+        found = self.logits[group.name].decode(own | needed, entry.num_classes)
+        if not form.any_bits and (wrong := form.wrong_row(own, found)) is not None:
+            row, what = wrong
             raise CacheError(
-                f"{self._store}/{group.arrays[0].file(shard_of(row))}: a row names a class that does not exist, of "
-                f"{entry.num_classes}. {fix_of_contents(fix_of_damage(self._manifest))}"
+                f"{self._store}/{group.arrays[0].file(shard_of(row))}: a row {what}. "
+                f"{fix_of_contents(fix_of_damage(self._manifest))}"
             )
         return found
 

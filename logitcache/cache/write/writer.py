@@ -17,8 +17,7 @@ from zarr.storage import MemoryStore
 from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.format.layout import Layout
 from logitcache.errors import RecipeError
-from logitcache.store.base import Store
-from logitcache.store.shards import Shard, seal
+from logitcache.store.base import Shard, Store, seal
 
 THREADS = 2
 _ABSENT = 2**64 - 1

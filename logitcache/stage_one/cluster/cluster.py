@@ -20,8 +20,7 @@ import torch
 from logitcache.errors import CacheError, LogitCacheError, MissingExtraError, RecipeError
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.stopping import stop_flag
-from logitcache.stage_one.cluster.local_workers import GPU, Pause, Workers, local_cluster
-from logitcache.stage_one.cluster.worker import Opener, call, release
+from logitcache.stage_one.cluster.workers import GPU, Opener, Pause, Workers, call, local_cluster, release
 
 if TYPE_CHECKING:
     from distributed import Client, Future

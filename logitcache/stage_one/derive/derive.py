@@ -22,18 +22,17 @@ from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.config.trust import inherit
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.runtime.device import resolve_device
-from logitcache.stage_one.claims import Claims, parse_part
 from logitcache.stage_one.cluster.cluster import Cluster
 from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, fill_on_cluster, open_same
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.derive_task import DeriveTask
 from logitcache.stage_one.derive.source import SourceCache, Tables
 from logitcache.stage_one.lifecycle import PrecomputeResult, begun, result_of
-from logitcache.stage_one.loop import Done, fill
+from logitcache.stage_one.loop import Claims, Done, fill, parse_part
 from logitcache.stage_one.todo import Skeleton, Todo
 from logitcache.store.base import Store
 from logitcache.store.remote.client import is_remote
-from logitcache.teacher.fitting import fit_logits, refit_damaged_tables
+from logitcache.teacher.encoding import fit_logits, refit_damaged_tables
 
 __all__ = ["DeriveRecipe", "derive"]
 
@@ -65,7 +64,7 @@ def derive(
             fill(DeriveTask(source, todo, device), claims, done)
         elif todo.shards:
             absolute = recipe.model_copy(update={"out": here, "cache": there})
-            opener = functools.partial(open_derive_task, absolute, source.manifest, todo.goal)
+            opener = functools.partial(open_derive_task, absolute, source.snapshot.manifest, todo.goal)
             fill_on_cluster(cluster, TaskOpener(DeriveTask.label, absolute, opener), device, todo, claims, done)
     return result_of(todo, claims, done, started)
 
@@ -88,16 +87,18 @@ def open_derive_task(recipe: DeriveRecipe, source_manifest: Manifest, goal: Mani
 
 def find_derived_todo(recipe: DeriveRecipe, source: SourceCache, store: Store) -> Todo:
     """Describe the derived cache, or compare the existing one with the recipe and the source; writes nothing."""
-    manifest = source.manifest
+    manifest = source.snapshot.manifest
     is_seen = [canary.view < manifest.views.num_views for canary in manifest.canaries]
     if not any(is_seen):
         needed = min(canary.view for canary in manifest.canaries) + 1
         raise RecipeError(
             f"num_views: none of the views that prove the pixels is among the first {manifest.views.num_views} of "
-            f"{source.store}. Fix: num_views: {needed} or more"
+            f"{source.snapshot.store}. Fix: num_views: {needed} or more"
         )
-    pixels = read_canaries(source.store, manifest)[np.array(is_seen)]
-    samples = Samples(read_labels(source.store, manifest), read_digests(source.store, manifest), pixels)
+    pixels = read_canaries(source.snapshot.store, manifest)[np.array(is_seen)]
+    samples = Samples(
+        read_labels(source.snapshot.store, manifest), read_digests(source.snapshot.store, manifest), pixels
+    )
     asked = {name: _entry(name, source) for name in source.origins}
     canaries = tuple(canary for canary, seen in zip(manifest.canaries, is_seen, strict=True) if seen)
     # Versions are those that made the pixels and the answers; the metadata is written here.
@@ -116,7 +117,7 @@ def _existing(cache: Snapshot, recipe: DeriveRecipe, source: SourceCache, wanted
     differences = _differences(recorded, wanted, recipe)
     if differences:
         raise MismatchError(
-            f"{cache.store} is another cache than the recipe and {source.store} make:\n  "
+            f"{cache.store} is another cache than the recipe and {source.snapshot.store} make:\n  "
             + "\n  ".join(differences)
             + "\n  Fix: give `out:` another path, or remove that cache"
         )
@@ -137,11 +138,11 @@ def _existing(cache: Snapshot, recipe: DeriveRecipe, source: SourceCache, wanted
 def _entry(name: str, source: SourceCache) -> TeacherEntry:
     """Say whose answers they are and what is asked for; how logits that are encoded anew are kept is not decided."""
     origin = source.origins[name]
-    teacher, entries = origin.teacher, {member: source.manifest.teachers[member] for member in origin.weights}
+    teacher, entries = origin.teacher, {member: source.snapshot.manifest.teachers[member] for member in origin.weights}
     first = next(iter(entries.values()))
     several = len(entries) > 1
     derivation = Derivation(
-        source=source.manifest.content_digest(),
+        source=source.snapshot.manifest.content_digest(),
         members={
             member: Member(
                 weight=origin.weights[member],
@@ -182,7 +183,7 @@ def _fit(
 
 def _shard_rows(recipe: DeriveRecipe, source: SourceCache, entries: Mapping[str, TeacherEntry]) -> int:
     """Choose the rows of a shard as precompute does; if something is copied, they are those of the source."""
-    manifest = source.manifest
+    manifest = source.snapshot.manifest
     if not any(origin.kept for origin in source.origins.values()):
         return choose_shard_rows(list(entries.values()), manifest.num_images, recipe.shard_rows)
     if recipe.shard_rows not in (None, manifest.shard_rows):

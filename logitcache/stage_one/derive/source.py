@@ -12,15 +12,14 @@ from torch import Tensor
 
 from logitcache.cache.format.manifest import LOGITS, Manifest, TeacherEntry
 from logitcache.cache.format.metadata import read_tables
-from logitcache.cache.read.shard_reader import ShardReader
+from logitcache.cache.read.gather import ShardReader
 from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.logits import EnsembleLogits, at_least_float32, dense_logits
 from logitcache.models import Classifier
 from logitcache.runtime.console import track
 from logitcache.stage_one.derive.derive_recipe import DerivedTeacher, DeriveRecipe
-from logitcache.store.base import Store
-from logitcache.store.shards import Shard
+from logitcache.store.base import Shard
 from logitcache.targets import Targets
 from logitcache.teacher.calibration import calibration_keys, num_calibration_rows
 
@@ -131,16 +130,6 @@ class SourceCache:
         return cls(cache.of(manifest.restricted(views, ordered)), origins)
 
     @property
-    def store(self) -> Store:
-        """Where the cache lies."""
-        return self.snapshot.store
-
-    @property
-    def manifest(self) -> Manifest:
-        """What is needed of the cache."""
-        return self.snapshot.manifest
-
-    @property
     def reader(self) -> ShardReader:
         """Reads all of it."""
         return ShardReader(self.snapshot, views=True)
@@ -148,14 +137,14 @@ class SourceCache:
     def sample(self, name: str, num_views: int) -> CachedSample:
         """Return what a teacher's encoding is fitted to: rows of the first views, of its members' logits alone."""
         members = {member: [LOGITS] for member in self.origins[name].weights}
-        reader = ShardReader(self.snapshot.of(self.manifest.restricted(num_views, members)))
+        reader = ShardReader(self.snapshot.of(self.snapshot.manifest.restricted(num_views, members)))
         return CachedSample(reader, name, self.origins[name])
 
     def tables(self, name: str, target: str) -> Tables:
         """Return the tables of a target that is copied, by the names of their arrays in the new cache."""
         (member, *_) = self.origins[name].weights
         groups = [group for group in self.snapshot.layout.of(member) if group.target == target]
-        found = {key: table for group in groups for key, table in read_tables(self.store, group).items()}
+        found = {key: table for group in groups for key, table in read_tables(self.snapshot.store, group).items()}
         return {f"{name}.{target}.{key}": table for key, table in found.items()}
 
 

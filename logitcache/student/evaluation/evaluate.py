@@ -187,15 +187,8 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | Teache
     path = run / "recipe.yaml"
     recipe = unopened_recipe(run, overrides)
     _require_stated(recipe, path, overrides)
-    measured_on = recipe.validation
-    places = (
-        {}
-        if measured_on is None
-        else {
-            "validation.dataset": measured_on.dataset,
-            "validation.cache": measured_on.cache,
-        }
-    )
+    images = recipe.validation
+    places = {} if images is None else {"validation.dataset": images.dataset, "validation.cache": images.cache}
     risks = _risks(places, overrides)
     require_grant(risks, _digest(path), recipe.trust, str(path), "--set validation.…: name other images")
     return recipe

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import ClassVar, Concatenate, Literal, ParamSpec
+from typing import Any, ClassVar, Concatenate, Literal, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,8 @@ class LossBase(Component, ABC):
     differentiates  False     calls autograd on the student inside the loss: not possible with `compile: true`
     remembers_rows  False     the adapter stores something of every row, and one of several processes sees only a part
     terms           none      the fields that weigh the terms of a sum
+    teacher         None      the teacher whose answers it takes; mostly a field, None for the only one
+    weight          1         the factor of the loss; mostly a field
     kinds           pooled,   of a FeatureLoss: the kinds of the teacher's feature that it takes
                     maps
     """
@@ -93,6 +95,13 @@ class LossBase(Component, ABC):
     differentiates: ClassVar[bool] = False
     remembers_rows: ClassVar[bool] = False
     terms: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Complete a loss that has no `teacher` or no `weight`, as the table states."""
+        for name, value in (("teacher", None), ("weight", constant(1.0))):
+            if "kind" in cls.model_fields and name not in cls.model_fields and not hasattr(cls, name):
+                setattr(cls, name, value)
 
     @abstractmethod
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from logitcache.errors import DataError, LogitCacheError
 from logitcache.runtime.console import track
-from logitcache.views.datasets.base import Labels, pixel_digest
+from logitcache.views.datasets.base import Labels, Scan, ScanMemory, pixel_digest
 from logitcache.views.datasets.images.labels import LabelTable, as_label, num_classes_of
 from logitcache.views.datasets.images.random_state import elsewhere, position, torch_untouched, untouched
-from logitcache.views.datasets.scan_memory import Scan, ScanMemory
 
 
 class MapStyle(Protocol):

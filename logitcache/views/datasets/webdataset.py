@@ -14,13 +14,11 @@ from logitcache.config.recipe import Count
 from logitcache.errors import DataError, RemoteError
 from logitcache.store.remote.client import is_remote
 from logitcache.views.datasets.archives.archive_samples import ArchiveSamples, samples_of
-from logitcache.views.datasets.archives.braces import MOST_NAMES, expanded
-from logitcache.views.datasets.archives.shard_files import RemoteShard, shard_at
+from logitcache.views.datasets.archives.shard_files import MOST_NAMES, RemoteShard, expanded, shard_at
 from logitcache.views.datasets.archives.shard_index import differ
 from logitcache.views.datasets.base import DatasetBase, digest_of
-from logitcache.views.datasets.images.image_files import ImageFiles, Orientation
+from logitcache.views.datasets.images.image_files import ImageFiles, Mode, Orientation
 from logitcache.views.datasets.images.labels import num_classes_of
-from logitcache.views.datasets.images.pixels import Mode
 
 _GAP = 1 << 16  # bytes between two images that are cheaper to read than to ask for apart
 _SPAN = 1 << 21  # bytes that one request reads of several images
