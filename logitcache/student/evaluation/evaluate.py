@@ -199,8 +199,8 @@ def unopened_recipe(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe |
     path = run / "recipe.yaml"
     _digest(path)  # names a folder that is no run
     others = [text for text in overrides if not text.startswith(MODEL_FACTORY)]
-    kind = StudentRecipe if "cache" in read_recipe(path) else TeacherRecipe
-    recipe: StudentRecipe | TeacherRecipe = load_recipe(path, kind, others)
+    kind: type[StudentRecipe | TeacherRecipe] = StudentRecipe if "cache" in read_recipe(path) else TeacherRecipe
+    recipe = load_recipe(path, kind, others)
     # What a run's file allows, the user has not allowed.
     unsaid = [key for key in ("factories", "trust") if not is_stated(key, others)]
     return recipe.model_copy(update=dict.fromkeys(unsaid, ()))
