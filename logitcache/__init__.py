@@ -20,6 +20,7 @@ _MODULES = {
     ),
     "models.base": ("Classifier", "Preprocessing"),
     "planning.plan": ("plan",),
+    "report": ("figures",),
     "stage_one.derive.derive": ("DeriveRecipe", "derive"),
     "stage_one.precompute": ("PrecomputeRecipe", "precompute"),
     "student": ("losses",),
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     )
     from logitcache.models.base import Classifier as Classifier, Preprocessing as Preprocessing
     from logitcache.planning.plan import plan as plan
+    from logitcache.report import figures as figures
     from logitcache.stage_one.derive.derive import DeriveRecipe as DeriveRecipe, derive as derive
     from logitcache.stage_one.precompute import PrecomputeRecipe as PrecomputeRecipe, precompute as precompute
     from logitcache.student import losses as losses

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from logitcache.cli.common import CommandResult, Overrides, Scheduler, Trust, Workers
 
@@ -24,11 +24,65 @@ def summary(
     return CommandResult(asdict(summarize(cache, views, Cluster(scheduler, workers))))
 
 
-def inspect(cache: CachePath) -> CommandResult:
-    """Describe a cache: what made it, how complete and how large it is."""
-    from logitcache.report.inspect import inspect_cache
+def inspect(
+    cache: CachePath,
+    overrides: Overrides,
+    trust: Trust,
+    view: Annotated[
+        str | None,
+        Option("--view", metavar="VIEW/IMAGE", help="Look at a view of an image, by its index or id: 0/17."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option(
+            "--out", metavar="FILE", help="The picture (.png) or page (.html) of the view.", show_default="view-….html"
+        ),
+    ] = None,
+) -> CommandResult:
+    """Describe a cache: what made it, how complete and how large it is.
 
-    return CommandResult(inspect_cache(cache))
+    With --view, write what the teacher saw of an image and its most probable classes over all views; --set
+    dataset.root=DIR gives the folder of the images.
+
+    Example: logitcache inspect caches/train.zarr --view 0/17 --out shoe.html
+    """
+    if view is None:
+        from logitcache.report.inspect import inspect_cache
+
+        given = {"--out": out, "--set": overrides, "--trust": trust}
+        if unused := [option for option, value in given.items() if value]:
+            raise BadParameter("has no effect without --view", param_hint=unused)
+        return CommandResult(inspect_cache(cache))
+    from logitcache.report.look import look
+
+    return CommandResult(asdict(look(cache, view, out, overrides, trust)))
+
+
+def suspects(
+    cache: CachePath,
+    overrides: Overrides,
+    trust: Trust,
+    teacher: Annotated[
+        list[str],
+        Option("--teacher", metavar="NAME", help="Ask this teacher; repeatable.", show_default="all with logits"),
+    ] = [],  # noqa: B006  # Typer's way
+    top: Annotated[int, Option("--top", min=1, metavar="N", help="Show the first N.")] = 20,
+    csv: Annotated[Path | None, Option("--csv", metavar="FILE", help="Write all of them as CSV.")] = None,
+    sheet: Annotated[
+        Path | None, Option("--sheet", metavar="FILE", help="Write a page with the images of the first 200.")
+    ] = None,
+) -> CommandResult:
+    """Rank the labels that confident teachers contradict over many views, the most doubtful first.
+
+    It shows where to look and proves nothing: a teacher may have learnt a wrong label, or be wrong itself.
+
+    Example: logitcache suspects caches/train.zarr --csv suspects.csv --sheet suspects.html
+    """
+    from logitcache.report.suspects import find_suspects
+
+    return CommandResult(
+        asdict(find_suspects(cache, overrides, trust, teachers=teacher, top=top, csv=csv, sheet=sheet))
+    )
 
 
 def verify(

@@ -135,6 +135,7 @@ _COMMANDS: dict[str, Callable[..., CommandResult]] = {
     "predict": stage_two.predict,
     "summary": caches.summary,
     "inspect": caches.inspect,
+    "suspects": caches.suspects,
     "verify": caches.verify,
     "gc": caches.gc,
     "env": env,

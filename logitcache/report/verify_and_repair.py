@@ -13,22 +13,14 @@ from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.replay import require_trusted
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
-from logitcache.config.recipe import Component, load_recipe
 from logitcache.errors import DataError, RecipeError, RefusedError
+from logitcache.report.images import locate_images
 from logitcache.report.recipe_check import load_own
 from logitcache.runtime.tables import as_text
 from logitcache.stage_one.derive.derive import DeriveRecipe, derive
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.teacher.teacher import TeacherSource
-from logitcache.views.datasets import Dataset
 from logitcache.views.datasets.custom import Custom
-
-
-class _Located(Component):
-    """The data set as it is now, and which functions of the user's own code the views may call."""
-
-    dataset: Dataset | None = None
-    factories: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -121,8 +113,8 @@ def _compare_images(cache: Cache, overrides: Sequence[str], trust: Collection[st
     recorded = cache.manifest.dataset
     theirs = recorded is None or isinstance(recorded, Custom)
     if overrides:
-        located = load_recipe({} if theirs else {"dataset": recorded}, _Located, overrides)
-        cache.require_parameters(cache.views(located.dataset, factories=located.factories))
+        place = locate_images(cache, overrides)
+        cache.require_parameters(cache.views(place.dataset, factories=place.factories))
         return None
     if theirs:
         return "they came from the user's own code: give --set dataset=…"

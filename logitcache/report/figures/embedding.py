@@ -1,0 +1,31 @@
+"""Embeddings: points of a plane, coloured by class."""
+
+from typing import Any
+
+import numpy as np
+
+from logitcache.report.figures.base import Figure, Rows, draw, shortened
+
+_MOST_NAMES = 12
+_MOST_VECTORS = 5000
+"""Classes that are named at the middle of their points, and points that are drawn as vectors."""
+
+
+def embedding(rows: Rows, *, title: str = "embedding", caption: str = "", label: str = "class") -> Figure:
+    """Draw points at columns `x` and `y`, coloured by `label`; the axes of such maps have no unit."""
+    labels = list(dict.fromkeys(sorted((row[label] for row in rows), key=str)))
+    places = np.array([(row["x"], row["y"]) for row in rows], dtype=np.float64).reshape(-1, 2)
+    numbers = np.array([labels.index(row[label]) for row in rows])
+
+    def plot(axes: Any) -> None:
+        import matplotlib
+
+        colors = matplotlib.colormaps["tab20"](numbers % 20)
+        axes.scatter(*places.T, s=9, c=colors, lw=0, alpha=0.85, rasterized=len(rows) > _MOST_VECTORS)
+        for number, name in enumerate(labels) if len(labels) <= _MOST_NAMES else ():
+            x, y = np.median(places[numbers == number], axis=0)
+            axes.text(x, y, shortened(name, 14), fontsize=9, ha="center", va="center", weight="bold")
+        axes.set(xticks=[], yticks=[])
+        axes.grid(False)
+
+    return draw(title, rows, plot, caption, (340, 320))
