@@ -24,14 +24,18 @@ Level = Literal["strict", "numeric", "off"]
 
 
 class DriftLimits(Component):
-    """How far pixels of equal images and plans may be apart, in levels of 255, and still be the same views.
+    """Differences of the canaries' pixels that `verify: numeric` accepts, in levels of 255.
 
     The defaults lie between what another CPU or release makes of a resize (mean below 0.25, at most 9 levels) and what
     another kernel does (mean above 1, 19 levels or more).
     """
 
-    mean: Annotated[Float, Field(ge=0.0, le=255.0)] = 0.5
-    max: Annotated[int, Field(ge=0, le=255)] = 16
+    mean: Annotated[Float, Field(ge=0.0, le=255.0)] = Field(
+        default=0.5, description="Largest mean difference of a canary's pixels, in levels of 255."
+    )
+    max: Annotated[int, Field(ge=0, le=255)] = Field(
+        default=16, description="Largest difference of a single pixel, in levels of 255."
+    )
 
     def __str__(self) -> str:
         return f"limits {self.mean:g} / {self.max}"

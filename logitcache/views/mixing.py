@@ -164,9 +164,17 @@ class MixingBase(Component, ABC):
     """
 
     kind: str
-    alpha: Annotated[Positive, Field(le=_MAX_ALPHA)] = 1.0
-    p: Fraction = 1.0
-    thresholds: Thresholds = ()
+    alpha: Annotated[Positive, Field(le=_MAX_ALPHA)] = Field(
+        default=1.0,
+        description="Parameter of Beta(alpha, alpha), from which the weight of a pair is drawn: 1 draws it "
+        "uniformly, smaller values draw it near 0 and 1.",
+    )
+    p: Fraction = Field(
+        default=1.0,
+        description="Probability that a pair is mixed in this way. The probabilities of all entries of "
+        "`views.mixing` sum to at most 1.",
+    )
+    thresholds: Thresholds = Field(default=(), description="Computed from `alpha`; leave it out.", examples=[[]])
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is ever mixed."""

@@ -26,7 +26,7 @@ _DIGITS = Context(prec=40)
 
 
 class EveryImage(Component):
-    """Every image once an epoch."""
+    """Take each image once an epoch."""
 
     by_class: ClassVar[bool] = False
 
@@ -97,7 +97,9 @@ class _ByClass(Component, ABC):
 
 
 class ClassBalanced(_ByClass):
-    """Every class equally often in expectation (Kang et al., "Decoupling representation and classifier", ICLR 2020)."""
+    """Draw each class equally often in expectation (Kang et al., "Decoupling representation and classifier", ICLR
+    2020).
+    """
 
     kind: Literal["class_balanced"] = "class_balanced"
 
@@ -107,14 +109,16 @@ class ClassBalanced(_ByClass):
 
 
 class EffectiveNumber(_ByClass):
-    """Every image by the inverse of its class's effective number (1 - βⁿ) / (1 - β), n images in the class.
+    """Draw each image by the inverse of its class's effective number (1 - βⁿ) / (1 - β), n images in the class.
 
-    Cui et al., "Class-balanced loss based on effective number of samples" (CVPR 2019). β near 0 draws as the images
-    are, β near 1 as class_balanced does.
+    Cui et al., "Class-balanced loss based on effective number of samples" (CVPR 2019).
     """
 
     kind: Literal["effective_number"] = "effective_number"
-    beta: Annotated[Float, Field(gt=0.0, lt=1.0)] = 0.999
+    beta: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
+        default=0.999,
+        description="β of the effective number: near 0 draws as the images are, near 1 as `class_balanced` does.",
+    )
 
     def shares(self, counts: list[int]) -> list[Decimal]:
         """Return n over the effective number of n, for each class."""

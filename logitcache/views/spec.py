@@ -37,25 +37,50 @@ MIXED_VIEWS_PER_IMAGE = (
 
 
 class ViewSpec(Component):
-    """A number of deterministically augmented copies of every image.
+    """Deterministically augmented copies of every image.
 
-    The pixels of a view are a pure function of the other fields, the key and the number of images; `num_views` only
-    counts the views that are used.
-
-    Where there is `mixing`, each image is mixed with a partner from the same `pairing_window` consecutive images (by
-    default from all), another in each view. With `targets: linear` the teacher answers the images before they are
-    mixed, and its answers are mixed instead: an approximation.
-
-    `plan_version` is how parameters are drawn: 1, or 2 for views with `cutmix`, unless it is stated.
+    The pixels of a view are a pure function of these entries, the key (view, image) and the number of images;
+    `num_views` only counts the views that are used. With `mixing`, each image is mixed with a partner, another in each
+    view; both images of a pair are one another's partner.
     """
 
-    num_views: Annotated[int, Field(ge=1, lt=2**32)] = 1
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
-    augmentations: Annotated[tuple[Augmentation, ...], Field(max_length=64)] = ()
-    mixing: Mixings = ()
-    pairing_window: Annotated[int, Field(ge=2, multiple_of=2)] | None = None
-    targets: Literal["exact", "linear"] = "exact"
-    plan_version: PlanVersion = Field(default_factory=lambda given: newest_plan(given.get("mixing", ())))
+    num_views: Annotated[int, Field(ge=1, lt=2**32)] = Field(
+        default=1,
+        description="Number of views: augmented copies of every image. A finished cache grows by a larger number.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(
+        default=0, description="Seed of the augmentations and of the pairs that are mixed."
+    )
+    augmentations: Annotated[tuple[Augmentation, ...], Field(max_length=64)] = Field(
+        default=(),
+        description="Augmentations, applied in this order. Images of different sizes need a crop or a resize to a "
+        "fixed size at the end.",
+        examples=[[{"kind": "random_resized_crop", "size": 224}, {"kind": "horizontal_flip"}]],
+    )
+    mixing: Mixings = Field(
+        default=(),
+        description="Ways to mix pairs of images, `mixup` or `cutmix` or both; at most one is drawn for a pair, by "
+        "their probabilities.",
+        examples=[[{"kind": "mixup"}]],
+    )
+    pairing_window: Annotated[int, Field(ge=2, multiple_of=2)] | None = Field(
+        default=None,
+        description="Number of consecutive images, even, among which partners are found; by default all. A divisor "
+        "of `shard_rows` lets stage one decode each image once, others take up to two decodes. On data "
+        "sorted by class, take a window of many classes; for packed arrays, one of few shards.",
+        examples=[4096],
+    )
+    targets: Literal["exact", "linear"] = Field(
+        default="exact",
+        description="Targets of mixed images. `exact`: the teacher answers the mixed image. `linear`: its answers "
+        "to the two images are mixed, an approximation that keeps no features.",
+    )
+    plan_version: PlanVersion = Field(
+        default_factory=lambda given: newest_plan(given.get("mixing", ())),
+        description="How parameters are drawn from keys: 1, or 2 for views with `cutmix`, whose boxes are then "
+        "exact in area. By default the newest for new caches; a cache that grows keeps its own.",
+        examples=[1],
+    )
 
     @model_validator(mode="after")
     def _mixes_something(self) -> Self:

@@ -229,8 +229,8 @@ def test_linear_targets_leave_the_teacher_the_images_before_mixing():
     ("entries", "text"),
     [
         ({"mixing": [MIXUP | {"p": 0.7}, CUTMIX | {"p": 0.5}]}, "add up to 1.2"),
-        ({"pairing_window": 8}, "name what in `mixing`"),
-        ({"targets": "linear"}, "name what in `mixing`"),
+        ({"pairing_window": 8}, "give `mixing`, or leave them out"),
+        ({"targets": "linear"}, "give `mixing`, or leave them out"),
         ({"mixing": [MIXUP], "pairing_window": 7}, "multiple of 2"),
         ({"mixing": [MIXUP | {"alpha": 0.0}]}, "greater than 0"),
         ({"mixing": [MIXUP | {"alpha": 0.5, "thresholds": [*beta_thresholds(0.4)]}]}, "does not belong to `alpha`"),

@@ -98,7 +98,8 @@ def _tabulated(given: tuple[float, ...], info: ValidationInfo) -> tuple[float, .
 
 
 RatioKnots = Annotated[tuple[Float, ...], AfterValidator(_tabulated), Field(validate_default=True)]
-"""The table of a component's `ratio`, a part of its stored form."""
+"""exp over the range of a component's log `ratio`, linear in between: a part of its stored form, so that no replay
+computes exp. The relative error is below 2e-5 for [3/4, 4/3], below 2e-4 for [0.3, 3.3]."""
 
 
 def drawn_sides(words: Words, area: NDArray[np.float64], knots: tuple[float, ...]) -> tuple[Ints, Ints]:

@@ -19,17 +19,19 @@ Sigma = Annotated[Float, Field(ge=1 / STEPS, le=65536.0)]
 
 
 class GaussianBlur(AugmentationBase):
-    """Blur with probability `p` by a Gaussian whose standard deviation is uniform in `sigma`, in pixels.
-
-    `kernel_size` is odd; a pair is width and height, in torchvision's order. Borders are mirrored.
-    """
+    """Blur by a Gaussian. Borders are mirrored."""
 
     columns: ClassVar[tuple[str, ...]] = ("applied", "sigma")
 
     kind: Literal["gaussian_blur"] = "gaussian_blur"
-    kernel_size: Size
-    sigma: Annotated[tuple[Sigma, Sigma], Ordered] = (0.1, 2.0)
-    p: Fraction = 1.0
+    kernel_size: Size = Field(
+        description="Side of the kernel in pixels, an odd number, or [width, height] in torchvision's order.",
+        examples=[3, [5, 3]],
+    )
+    sigma: Annotated[tuple[Sigma, Sigma], Ordered] = Field(
+        default=(0.1, 2.0), description="Range in pixels from which the standard deviation is drawn uniformly."
+    )
+    p: Fraction = Field(default=1.0, description="Probability that an image is blurred.")
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is ever blurred."""

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
@@ -54,10 +54,11 @@ ADJUSTMENTS: tuple[Callable[[Tensor, float], Tensor], ...] = (
 
 
 class ColorJitter(AugmentationBase):
-    """Change brightness, contrast, saturation and hue in random order, with probability `p`.
+    """Change brightness, contrast, saturation and hue in random order.
 
-    Each is a number x, for factors in [max(0, 1 - x), 1 + x] (hue: [-x, x]), or [lowest, highest]. One that is left
-    out, or whose only factor is the neutral one, is not applied.
+    A number x stands for factors in [max(0, 1 - x), 1 + x] (hue: [-x, x]); [lowest, highest] gives the range itself. A
+    property that is left out, or whose only factor is the neutral one, does not change. Factors are drawn in steps of
+    2⁻¹². Images have one channel or three.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -66,11 +67,30 @@ class ColorJitter(AugmentationBase):
     )
 
     kind: Literal["color_jitter"] = "color_jitter"
-    brightness: Factors | None = None
-    contrast: Factors | None = None
-    saturation: Factors | None = None
-    hue: Factors | None = None
-    p: Fraction = 1.0
+    brightness: Factors | None = Field(
+        default=None,
+        description="Range of the factor that multiplies each level; by default brightness does not change.",
+        examples=[0.4, [0.8, 1.2]],
+    )
+    contrast: Factors | None = Field(
+        default=None,
+        description="Range of the factor of each level's distance from the mean grey; by default contrast does not "
+        "change.",
+        examples=[0.4, [0.8, 1.2]],
+    )
+    saturation: Factors | None = Field(
+        default=None,
+        description="Range of the factor of each pixel's distance from its grey; by default saturation does not "
+        "change.",
+        examples=[0.4, [0.8, 1.2]],
+    )
+    hue: Factors | None = Field(
+        default=None,
+        description="Range of the shift of the hue, in turns of the colour circle from -0.5 to 0.5; by default hue "
+        "does not change.",
+        examples=[0.1, [-0.05, 0.05]],
+    )
+    p: Fraction = Field(default=1.0, description="Probability that an image is changed at all.")
 
     @field_validator("brightness", "contrast", "saturation", "hue")
     @classmethod
@@ -125,12 +145,12 @@ class ColorJitter(AugmentationBase):
 
 
 class RandomGrayscale(AugmentationBase):
-    """Turn an image to grey with probability `p`; it keeps its number of channels."""
+    """Turn an image to grey; it keeps its number of channels, one or three."""
 
     columns: ClassVar[tuple[str, ...]] = ("applied",)
 
     kind: Literal["random_grayscale"] = "random_grayscale"
-    p: Fraction = 0.1
+    p: Fraction = Field(default=0.1, description="Probability that an image turns to grey.")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit."""

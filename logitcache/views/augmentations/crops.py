@@ -34,7 +34,7 @@ class CenterCrop(AugmentationBase):
     """Crop the centre; an image that is too small is padded with black."""
 
     kind: Literal["center_crop"] = "center_crop"
-    size: Size
+    size: Size = Field(description="Side of the square in pixels, or [height, width].", examples=[224, [224, 192]])
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw nothing."""
@@ -46,15 +46,21 @@ class CenterCrop(AugmentationBase):
 
 
 class RandomCrop(AugmentationBase):
-    """Pad every side, then crop a window of `size` anywhere."""
+    """Pad every side, then crop a window anywhere."""
 
     columns: ClassVar[tuple[str, ...]] = ("top", "left")
 
     kind: Literal["random_crop"] = "random_crop"
-    size: Size
-    padding: Annotated[int, Field(ge=0, le=1024)] = 0
-    padding_mode: Literal["constant", "edge", "reflect", "symmetric"] = "constant"
-    fill: Fill = 0
+    size: Size = Field(description="Side of the window in pixels, or [height, width].", examples=[32, [32, 28]])
+    padding: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0, description="Pixels added to every side before the crop."
+    )
+    padding_mode: Literal["constant", "edge", "reflect", "symmetric"] = Field(
+        default="constant",
+        description="Content of the padding: the level `fill`, the border's pixels, or the mirrored image without "
+        "or with its border.",
+    )
+    fill: Fill = Field(default=0, description="Level of the padding, 0 to 255, if `padding_mode` is `constant`.")
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is padded in the way that the options state."""
@@ -96,21 +102,26 @@ class RandomCrop(AugmentationBase):
 
 
 class RandomResizedCrop(AugmentationBase):
-    """Crop a random area and aspect ratio, then resize to `size`; `kernel` as in Resize.
-
-    `ratio_knots` tabulates exp over the range of log aspect ratios, linear in between (relative error below 2e-5 for
-    the default range); it is part of the stored form, so that no replay computes exp.
-    """
+    """Crop a random area and aspect ratio, then resize to `size`."""
 
     columns: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width")
 
     kind: Literal["random_resized_crop"] = "random_resized_crop"
-    size: Size
-    scale: Annotated[tuple[Share, Share], Ordered] = (0.08, 1.0)
-    ratio: Annotated[tuple[Positive, Positive], Ordered] = (0.75, 1.3333333333333333)
-    interpolation: Interpolation = "bilinear"
-    kernel: Kernel = "torchvision"
-    ratio_knots: RatioKnots = ()
+    size: Size = Field(description="Side of the result in pixels, or [height, width].", examples=[224, [224, 192]])
+    scale: Annotated[tuple[Share, Share], Ordered] = Field(
+        default=(0.08, 1.0), description="Range of the crop's area, as fractions of the image's."
+    )
+    ratio: Annotated[tuple[Positive, Positive], Ordered] = Field(
+        default=(0.75, 1.3333333333333333),
+        description="Range of the crop's aspect ratio, width to height, drawn uniformly in its logarithm.",
+    )
+    interpolation: Interpolation = Field(default="bilinear", description="Interpolation of the resize.")
+    kernel: Kernel = Field(
+        default="torchvision",
+        description="Arithmetic of the resize. `torchvision` is fast, and its pixels may differ by one level "
+        "between CPUs; `exact` uses integer weights and gives the same bytes on every machine.",
+    )
+    ratio_knots: RatioKnots = Field(default=(), description="Computed from `ratio`; leave it out.", examples=[[]])
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top, left, height and width: the first of ten tries that fits, else the largest central crop."""

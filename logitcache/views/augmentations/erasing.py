@@ -24,22 +24,28 @@ NUM_TRIES = 10
 
 
 class RandomErasing(AugmentationBase):
-    """Fill, with probability `p`, a rectangle of random area, aspect ratio and place.
+    """Fill a rectangle of random area, aspect ratio and place.
 
-    `value` is a level, a list of one for each channel, or "noise": uniform bytes drawn from the key. `scale` is the
-    range of areas as fractions of the image. `ratio_knots` tabulates exp over the range of log aspect ratios (height to
-    width), linear in between (relative error below 2e-4 for the default range); it is part of the stored form, so that
-    no replay computes exp.
+    `value: noise` is uniform bytes drawn from the key, where torchvision's `random` is Gaussian.
     """
 
     columns: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width", "noise_0", "noise_1")
 
     kind: Literal["random_erasing"] = "random_erasing"
-    p: Fraction = 0.5
-    scale: Annotated[tuple[Fraction, Fraction], Ordered] = (0.02, 0.33)
-    ratio: Annotated[tuple[Positive, Positive], Ordered] = (0.3, 3.3)
-    value: Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | Literal["noise"] = 0
-    ratio_knots: RatioKnots = ()
+    p: Fraction = Field(default=0.5, description="Probability that an image loses a rectangle.")
+    scale: Annotated[tuple[Fraction, Fraction], Ordered] = Field(
+        default=(0.02, 0.33), description="Range of the rectangle's area, as fractions of the image's."
+    )
+    ratio: Annotated[tuple[Positive, Positive], Ordered] = Field(
+        default=(0.3, 3.3),
+        description="Range of the rectangle's aspect ratio, height to width, drawn uniformly in its logarithm.",
+    )
+    value: Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | Literal["noise"] = Field(
+        default=0,
+        description="Content of the rectangle: a level from 0 to 255, a list of one level for each channel, or "
+        "`noise`.",
+    )
+    ratio_knots: RatioKnots = Field(default=(), description="Computed from `ratio`; leave it out.", examples=[[]])
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is ever erased."""

@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 from torch import Tensor
 
 from logitcache.config.recipe import Fraction
@@ -11,12 +12,12 @@ from logitcache.views.keys import Draws, bernoulli
 
 
 class HorizontalFlip(AugmentationBase):
-    """Mirror left and right with probability `p`."""
+    """Mirror left and right."""
 
     columns: ClassVar[tuple[str, ...]] = ("flipped",)
 
     kind: Literal["horizontal_flip"] = "horizontal_flip"
-    p: Fraction = 0.5
+    p: Fraction = Field(default=0.5, description="Probability that an image is mirrored.")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit."""

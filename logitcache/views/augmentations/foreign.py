@@ -80,16 +80,27 @@ def _checked(what: str, image: object, wanted: tuple[int, ...]) -> Tensor:
 class Torchvision(AugmentationBase):
     """Any transform of torchvision.transforms.v2, by the name of its class.
 
-    `size` is what it makes of an image if it does not keep the size. `torchvision_version` is filled in.
+    The global generators of torch, numpy and Python are seeded from the key for each image and restored. What a
+    transform draws from its seed may change with any release, so a cache made with one needs the same release of
+    torchvision: students on another are refused or, with `verify: numeric`, accepted if the canaries are within the
+    limits.
     """
 
     columns: ClassVar[tuple[str, ...]] = SEEDS
 
     kind: Literal["torchvision"] = "torchvision"
-    name: str
-    options: dict[str, JsonValue] = Field(default_factory=dict)
-    size: Size | None = None
-    torchvision_version: str = Field(default_factory=lambda: version("torchvision"))
+    name: str = Field(description="Class of torchvision.transforms.v2.", examples=["ElasticTransform"])
+    options: dict[str, JsonValue] = Field(default={}, description="Arguments of the class.")
+    size: Size | None = Field(
+        default=None,
+        description="Side of the result, or [height, width], if the transform changes the size of an image; by "
+        "default it keeps it.",
+        examples=[32],
+    )
+    torchvision_version: str = Field(
+        default_factory=lambda: version("torchvision"),
+        description="Release of torchvision that draws the transform; filled in by stage one, leave it out.",
+    )
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
@@ -110,18 +121,30 @@ class Torchvision(AugmentationBase):
 
 
 class Custom(AugmentationBase):
-    """What the function "pkg.mod:name" returns: a callable from a uint8 tensor [C, H, W] to another.
+    """The callable that a function of your own returns: from a uint8 tensor [C, H, W] to another.
 
-    `size` and `torchvision_version` as for `torchvision`.
+    Generators are seeded and the release of torchvision is recorded as for `torchvision`. A cache never names code to
+    run: a student of such a cache lists the function in `factories`.
     """
 
     columns: ClassVar[tuple[str, ...]] = SEEDS
 
     kind: Literal["custom"] = "custom"
-    factory: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")]
-    arguments: dict[str, JsonValue] = Field(default_factory=dict)
-    size: Size | None = None
-    torchvision_version: str = Field(default_factory=lambda: version("torchvision"))
+    factory: Annotated[str, Field(pattern=r"^[^:]+:[^:]+$")] = Field(
+        description="Function that returns the callable, as `package.module:function`.",
+        examples=["mypackage.views:sharpen"],
+    )
+    arguments: dict[str, JsonValue] = Field(default={}, description="Keyword arguments of the function.")
+    size: Size | None = Field(
+        default=None,
+        description="Side of the result, or [height, width], if the callable changes the size of an image; by "
+        "default it keeps it.",
+        examples=[32],
+    )
+    torchvision_version: str = Field(
+        default_factory=lambda: version("torchvision"),
+        description="Release of torchvision that draws the transform; filled in by stage one, leave it out.",
+    )
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw seeds."""

@@ -142,14 +142,26 @@ def apply_policy(
 
 
 class RandAugment(AugmentationBase):
-    """Apply `num_ops` operations of random kind, each at bin `magnitude` of `num_magnitude_bins`, of random sign."""
+    """Apply operations of random kind and sign, all of one strength. Images have one channel or three."""
 
     kind: Literal["rand_augment"] = "rand_augment"
-    num_ops: Annotated[int, Field(ge=1, le=256)] = 2
-    magnitude: Annotated[int, Field(ge=0)] = 9
-    num_magnitude_bins: Bins = 31
-    interpolation: Literal["nearest", "bilinear"] = "nearest"
-    fill: PolicyFill = None
+    num_ops: Annotated[int, Field(ge=1, le=256)] = Field(
+        default=2, description="Number of operations applied to each image."
+    )
+    magnitude: Annotated[int, Field(ge=0)] = Field(
+        default=9, description="Strength of every operation: the index of a bin, below `num_magnitude_bins`."
+    )
+    num_magnitude_bins: Bins = Field(
+        default=31, description="Number of steps into which the range of each operation is divided."
+    )
+    interpolation: Literal["nearest", "bilinear"] = Field(
+        default="nearest", description="Interpolation of operations that move pixels."
+    )
+    fill: PolicyFill = Field(
+        default=None,
+        description="Level, or one for each channel, of places that an operation leaves empty; by default 0, black.",
+        examples=[128, [124, 116, 104]],
+    )
 
     @model_validator(mode="after")
     def _has_bin(self) -> Self:
@@ -178,14 +190,22 @@ class RandAugment(AugmentationBase):
 
 
 class TrivialAugmentWide(AugmentationBase):
-    """Apply one operation of random kind, at a random bin of `num_magnitude_bins`, of random sign."""
+    """Apply one operation of random kind, strength and sign. Images have one channel or three."""
 
     columns: ClassVar[tuple[str, ...]] = ("operation", "bin", "sign")
 
     kind: Literal["trivial_augment_wide"] = "trivial_augment_wide"
-    num_magnitude_bins: Bins = 31
-    interpolation: Literal["nearest", "bilinear"] = "nearest"
-    fill: PolicyFill = None
+    num_magnitude_bins: Bins = Field(
+        default=31, description="Number of steps into which the range of each operation is divided."
+    )
+    interpolation: Literal["nearest", "bilinear"] = Field(
+        default="nearest", description="Interpolation of operations that move pixels."
+    )
+    fill: PolicyFill = Field(
+        default=None,
+        description="Level, or one for each channel, of places that an operation leaves empty; by default 0, black.",
+        examples=[128, [124, 116, 104]],
+    )
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw number, bin and sign of the operation."""

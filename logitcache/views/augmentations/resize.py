@@ -41,18 +41,20 @@ def resized(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: I
 
 
 class Resize(AugmentationBase):
-    """Resize: an integer is the length of the shorter side, a pair is height and width.
-
-    `kernel`: torchvision is fast, and its pixels may differ by one level between CPUs; exact gives the same bytes on
-    every machine.
-    """
+    """Resize the whole image."""
 
     columns: ClassVar[tuple[str, ...]] = ("height", "width")
 
     kind: Literal["resize"] = "resize"
-    size: Size
-    interpolation: Interpolation = "bilinear"
-    kernel: Kernel = "torchvision"
+    size: Size = Field(
+        description="Length of the shorter side in pixels, or [height, width].", examples=[256, [224, 224]]
+    )
+    interpolation: Interpolation = Field(default="bilinear", description="Interpolation of the resize.")
+    kernel: Kernel = Field(
+        default="torchvision",
+        description="Arithmetic of the resize. `torchvision` is fast, and its pixels may differ by one level "
+        "between CPUs; `exact` uses integer weights and gives the same bytes on every machine.",
+    )
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Compute the new height and width."""

@@ -21,14 +21,15 @@ _NUM_IMAGES = {"train": 5000, "test": 2000}
 
 
 class Bundled(DatasetBase):
-    """5,000 training or 2,000 test images of Fashion-MNIST, grey, 28 × 28, ten classes.
-
-    With `num_images` the first num_images / 10 of each class, in order.
-    """
+    """5,000 training or 2,000 test images of Fashion-MNIST, grey, 28 × 28, ten classes, shipped with the package."""
 
     kind: Literal["bundled"] = "bundled"
-    split: Literal["train", "test"] = "train"
-    num_images: Annotated[int, Field(ge=10, multiple_of=10)] | None = None
+    split: Literal["train", "test"] = Field(default="train", description="Images to open.")
+    num_images: Annotated[int, Field(ge=10, multiple_of=10)] | None = Field(
+        default=None,
+        description="Number of images, a multiple of 10: the first of each class, in order. By default all.",
+        examples=[200],
+    )
 
     @model_validator(mode="after")
     def _enough_images(self) -> "Bundled":

@@ -17,11 +17,18 @@ _OFFERED = ("ids", "labels", "num_classes", "class_names", "read", "sizes", "dig
 
 
 class Custom(DatasetBase):
-    """What the function "pkg.mod:name" returns: a map-style data set, or an ImageDataset."""
+    """The data set that a function of your own returns: a map-style torch data set, or an ImageDataset.
+
+    Its items are images, or images and labels; its images are PIL images, uint8 tensors [C, H, W] or uint8 arrays [H, W, C]. A cache never names code to run: a
+    student of such a cache names the data set again, in its own `dataset`.
+    """
 
     kind: Literal["custom"] = "custom"
-    factory: str
-    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    factory: str = Field(
+        description="Function that returns the data set, as `package.module:function`.",
+        examples=["mypackage.data:photos"],
+    )
+    arguments: dict[str, JsonValue] = Field(default={}, description="Keyword arguments of the function.")
 
     def risks(self) -> tuple[str, ...]:
         """Name the function: code, which no grant lets a manifest name."""

@@ -38,26 +38,47 @@ LARGEST = 1 << 30  # bytes of an image file: Pillow refuses one of so many pixel
 
 
 class ImageFolder(DatasetBase):
-    """Images of a folder, on this machine or at a URL that can be listed (s3://bucket/train).
+    """Images of a folder, on this machine or at a URL that can be listed: JPEG, PNG, WebP, BMP, TIFF, PPM, GIF.
 
-    JPEG, PNG, WebP, BMP, TIFF, PPM, GIF. `labelled`: the folders directly below `root` are the classes, in order of
-    their names. With `labelled: false` every image below `root` is taken, without a label. By default class folders are
-    classes if there are any; images right in `root`, without such folders beside them, then have no labels. `decoder`:
-    what turns files into pixels, at full resolution; it is part of the stored form because decoders differ.
-    `orientation`: whether images are turned by the EXIF orientation of cameras. `split`: `validation` is every
-    `holdout`-th image in order, `train` the others; by default all images are taken.
+    A folder and its copy at a URL are one data set: the same ids, order, classes and fingerprint. Images are decoded by
+    Pillow at full resolution and converted as torchvision's ImageFolder does: grey and palette images are spread to
+    RGB, transparency is dropped, CMYK is converted; 16-bit grey is scaled to 8 bits by its high byte, floating-point
+    images are refused. File names are compared byte by byte: a copy whose names are in another Unicode form is refused.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"orientation", "split", "holdout"})
 
     kind: Literal["image_folder"] = "image_folder"
-    root: str
-    mode: Mode = "RGB"
-    labelled: bool | None = None
-    decoder: Literal["pillow"] = "pillow"
-    orientation: Orientation = "ignore"
-    split: Split | None = None
-    holdout: Annotated[int, Field(ge=2)] = 10
+    root: str = Field(
+        description="Folder of the images, `root/class/…/image`: a path, or a URL such as `s3://bucket/train` "
+        "without credentials.",
+        examples=["photos", "s3://bucket/train"],
+    )
+    mode: Mode = Field(default="RGB", description="Channels of the pixels: `RGB`, or `L` for grey.")
+    labelled: bool | None = Field(
+        default=None,
+        description="Whether the folders directly below `root` are the classes, in order of their names. By "
+        "default they are if there are any; `true` refuses a folder without them, `false` takes every "
+        "image below `root` without a label.",
+        examples=[True, False],
+    )
+    decoder: Literal["pillow"] = Field(
+        default="pillow", description="Library that turns files into pixels; the cache records it with its version."
+    )
+    orientation: Orientation = Field(
+        default="ignore",
+        description="What becomes of the EXIF orientation of cameras: `ignore` keeps pixels as they are stored, as "
+        "torchvision does; `apply` rotates them. A cache stays as it was made.",
+    )
+    split: Split | None = Field(
+        default=None,
+        description="Part of the images: `validation` is every `holdout`-th image in order, `train` the others. By "
+        "default all images are taken.",
+        examples=["train", "validation"],
+    )
+    holdout: Annotated[int, Field(ge=2)] = Field(
+        default=10, description="Every so many images in order one belongs to `split: validation`."
+    )
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is held out."""

@@ -28,19 +28,27 @@ _TRAIN = {"train": True, "test": False}
 
 
 class Torchvision(DatasetBase):
-    """A class of torchvision.datasets, for instance FashionMNIST.
+    """A class of torchvision.datasets, by its name.
 
-    `split` goes to the class's `train` (train or test) or `split`, whichever it has; `options` are
-    its other arguments. Nothing is downloaded without `download`.
+    MNIST, FashionMNIST, KMNIST, CIFAR10 and CIFAR100 are read by readers that unpickle nothing.
     """
 
     kind: Literal["torchvision"] = "torchvision"
-    name: str
-    root: str | None = None
-    split: str | None = None
-    download: bool = False
-    mode: Mode = "RGB"
-    options: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
+    name: str = Field(description="Class of torchvision.datasets.", examples=["CIFAR10"])
+    root: str | None = Field(
+        default=None, description="Folder of its files, the argument `root` of the class.", examples=["datasets"]
+    )
+    split: str | None = Field(
+        default=None,
+        description="Value of the class's `train` (`train` or `test`) or `split`, whichever it has; by default the "
+        "class's own default.",
+        examples=["train"],
+    )
+    download: bool = Field(
+        default=False, description="Whether missing files are downloaded; nothing is downloaded otherwise."
+    )
+    mode: Mode = Field(default="RGB", description="Channels of the pixels: `RGB`, or `L` for grey.")
+    options: dict[str, Scalar | tuple[Scalar, ...]] = Field(default={}, description="Further arguments of the class.")
 
     def risks(self) -> tuple[str, ...]:
         """Name a class that torchvision alone reads: several unpickle files, or read without a bound."""

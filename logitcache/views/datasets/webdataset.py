@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from logitcache.config.recipe import Count
@@ -25,24 +25,43 @@ _SPAN = 1 << 21  # bytes that one request reads of several images
 
 
 class WebDataset(DatasetBase):
-    """Tar archives of samples, at paths or URLs: "s3://bucket/train-{000..146}.tar", or a list of them.
+    """Tar archives of samples.
 
     Members that share their path up to the first dot of the file's name are a sample, and that path is its id: an
-    image, by its extension, and a label, `cls`: the index of a class, or a list of 1, 0 and -1 (unknown) for each.
-    With `labelled: false` labels are left alone; with `labelled: true` there must be some; by default there may be.
-    `num_classes`: by default one more than the largest label. `orientation`: whether images are turned by the EXIF
-    orientation of cameras.
+    image, by its extension, and a label, `.cls`: a whole number (-1: none) or, for any number of classes, a list of 1,
+    0 and -1 (unknown). Either every sample has a label or none has. Other members are left out. The order is that of
+    `shards` and, within each, of the archive. Compressed archives, sparse members, links to images, two images in a
+    sample, archives that were cut or joined, and samples without an image are refused by name.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"orientation"})
 
     kind: Literal["webdataset"] = "webdataset"
-    shards: str | tuple[str, ...]
-    mode: Mode = "RGB"
-    labelled: bool | None = None
-    num_classes: Count | None = None
-    decoder: Literal["pillow"] = "pillow"
-    orientation: Orientation = "ignore"
+    shards: str | tuple[str, ...] = Field(
+        description="Archives, a pattern or a list of patterns of paths or URLs: `{000..146}` counts, `{a,b}` "
+        "lists. http(s):// takes a server that answers ranges.",
+        examples=["s3://bucket/train-{000..146}.tar"],
+    )
+    mode: Mode = Field(default="RGB", description="Channels of the pixels: `RGB`, or `L` for grey.")
+    labelled: bool | None = Field(
+        default=None,
+        description="Whether samples have labels. By default they may; `true` refuses archives without labels, "
+        "`false` ignores them.",
+        examples=[True, False],
+    )
+    num_classes: Count | None = Field(
+        default=None,
+        description="Number of classes; by default one more than the largest label. Classes have no names.",
+        examples=[1000],
+    )
+    decoder: Literal["pillow"] = Field(
+        default="pillow", description="Library that turns files into pixels; the cache records it with its version."
+    )
+    orientation: Orientation = Field(
+        default="ignore",
+        description="What becomes of the EXIF orientation of cameras: `ignore` keeps pixels as they are stored, as "
+        "torchvision does; `apply` rotates them. A cache stays as it was made.",
+    )
 
     @field_validator("shards")
     @classmethod
