@@ -13,14 +13,19 @@ from logitcache.errors import RecipeError
 
 
 class Preprocessing(Component):
-    """How a model takes its pixels: (x / 255 - mean) / std, a number per channel, at `input_size`.
+    """How a model takes its pixels: (x / 255 - mean) / std, a number per channel, at `input_size`."""
 
-    `input_size` is (height, width), one number for both, or None when any size will do.
-    """
-
-    mean: Annotated[tuple[Fraction, ...], Field(min_length=1)]
-    std: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    input_size: Count | tuple[Count, Count] | None = None
+    mean: Annotated[tuple[Fraction, ...], Field(min_length=1)] = Field(
+        description="Mean of each channel, in units of pixel / 255.", examples=[[0.485, 0.456, 0.406]]
+    )
+    std: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        description="Standard deviation of each channel, in units of pixel / 255.", examples=[[0.229, 0.224, 0.225]]
+    )
+    input_size: Count | tuple[Count, Count] | None = Field(
+        default=None,
+        description="Height and width of the images that the model takes, one number for both; by default any.",
+        examples=[224],
+    )
 
     @model_validator(mode="after")
     def _same_channels(self) -> Self:

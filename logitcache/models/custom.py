@@ -12,14 +12,21 @@ from logitcache.models.base import BuiltModel
 
 
 class Custom(Component):
-    """The nn.Module that `factory` ("pkg.mod:fn") returns: float [B, C, H, W] to logits [B, K].
+    """The nn.Module that a function of your own returns: float [B, C, H, W] to logits [B, K].
 
-    Numbers of classes and of channels are passed as arguments if the factory needs them.
+    Logits are a tensor, the entry `logits` of a dictionary or object (Hugging Face), or the only entry of a dictionary
+    or tuple. Traced modules and `torch.export(…).module()` work too, if they take batches of any size.
     """
 
     kind: Literal["custom"] = "custom"
-    factory: str
-    arguments: dict[str, JsonValue] = Field(default_factory=dict)
+    factory: str = Field(
+        description="Function that returns the module, as `package.module:function`.",
+        examples=["mypackage.models:teacher"],
+    )
+    arguments: dict[str, JsonValue] = Field(
+        default={},
+        description="Keyword arguments of the function, numbers of classes and channels too if it needs them.",
+    )
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Call the factory."""

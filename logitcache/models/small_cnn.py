@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from logitcache.config.recipe import Component, Count
@@ -57,15 +58,16 @@ def small_cnn(width: int, depth: int, num_classes: int, in_channels: int) -> nn.
 
 
 class SmallCNN(Component):
-    """A residual network of `depth` blocks at each of two sizes, for images from 8 × 8 up.
+    """A small residual network for images from 8 × 8 up, with blocks at two sizes.
 
-    With one block, grey images and ten classes: width 8 has 7 thousand parameters, width 32 has
-    112 thousand.
+    With one block, grey images and ten classes: width 8 has 7 thousand parameters, width 32 has 112 thousand.
     """
 
     kind: Literal["small_cnn"] = "small_cnn"
-    width: Count = 8
-    depth: Count = 1
+    width: Count = Field(
+        default=8, description="Channels of the first blocks; those at the smaller size have twice as many."
+    )
+    depth: Count = Field(default=1, description="Blocks at each of the two sizes.")
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the network with random weights."""

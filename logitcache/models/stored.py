@@ -189,16 +189,21 @@ def _require_counts(description: Path, num_classes: int | None, in_channels: int
 
 
 class Run(Component):
-    """A run directory of ours: its final weights, its normalisation.
-
-    A run of a custom model needs `factory` again: a stored one is never called. `trust` has the digest of a
-    `model.json` that may name more than the allow-list.
-    """
+    """A run of `train-student` or `train-teacher`: its final weights, its normalisation."""
 
     kind: Literal["run"] = "run"
-    path: str
-    factory: str | None = None
-    trust: Trust = ()
+    path: str = Field(description="Folder of the run.", examples=["runs/teacher"])
+    factory: str | None = Field(
+        default=None,
+        description="Function that builds the model of a run of a `custom` model, as `package.module:function`; "
+        "one that a file names is never called.",
+        examples=["mypackage.models:student"],
+    )
+    trust: Trust = Field(
+        default=(),
+        description="Digest of a `model.json` that names more than the allow-list, as its refusal prints it.",
+        examples=[["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"]],
+    )
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the run's network with its final weights."""
@@ -224,7 +229,7 @@ class Bundled(Component):
     """The teacher that ships with the package, trained on Fashion-MNIST's 60,000 images."""
 
     kind: Literal["bundled"] = "bundled"
-    name: Literal["fashion_mnist"] = "fashion_mnist"
+    name: Literal["fashion_mnist"] = Field(default="fashion_mnist", description="Name of the teacher.")
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the shipped teacher."""
@@ -245,19 +250,34 @@ class Bundled(Component):
 
 
 class Checkpoint(Component):
-    """The user's own weights in the architecture `model`: safetensors or a weights-only file.
+    """Weights of your own in an architecture: safetensors, or a torch file of weights alone.
 
-    `key` selects the weights in a file that holds several; `prefix` is dropped from the names that have it, and other
-    names are left out. `num_classes` is the number of outputs if the images' labels have another. The user gives the
-    preprocessing: a file of weights does not hold it.
+    The user gives the preprocessing: a file of weights does not hold it.
     """
 
     kind: Literal["checkpoint"] = "checkpoint"
-    model: Architecture
-    path: str
-    key: str | None = None
-    prefix: str | None = None
-    num_classes: Count | None = None
+    model: Architecture = Field(
+        description="Architecture of the weights.",
+        examples=[{"kind": "torchvision", "name": "resnet50", "weights": None}],
+    )
+    path: str = Field(description="File of the weights.", examples=["teacher.safetensors"])
+    key: str | None = Field(
+        default=None,
+        description="Entry of the file that holds the weights, if it holds several things; by default the weights "
+        "are the file.",
+        examples=["state_dict"],
+    )
+    prefix: str | None = Field(
+        default=None,
+        description="Prefix that is dropped from the names that have it; other names are left out. By default "
+        "names stay.",
+        examples=["module."],
+    )
+    num_classes: Count | None = Field(
+        default=None,
+        description="Number of outputs of the weights, if the images' labels have another.",
+        examples=[1000],
+    )
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the architecture and load the file into it."""

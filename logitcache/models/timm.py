@@ -30,17 +30,20 @@ _PLAIN_OPTIONS = frozenset(
 
 
 class Timm(Component):
-    """A classifier of timm: `name` with or without its weights' tag ("resnet50.a1_in1k").
-
-    `options` go to timm.create_model. `new_head: true` keeps pretrained weights under another
-    number of classes, with a new random final layer.
-    """
+    """A classifier of timm; needs `pip install 'logitcache[timm]'`."""
 
     kind: Literal["timm"] = "timm"
-    name: str
-    pretrained: bool = True
-    new_head: bool = False
-    options: dict[str, JsonValue] = Field(default_factory=dict)
+    name: str = Field(
+        description="Name of the model, with or without the tag of its weights.", examples=["resnet50.a1_in1k"]
+    )
+    pretrained: bool = Field(
+        default=True, description="Whether the weights are timm's; `false` starts from random ones."
+    )
+    new_head: bool = Field(
+        default=False,
+        description="Whether pretrained weights get a new random final layer for another number of classes.",
+    )
+    options: dict[str, JsonValue] = Field(default={}, description="Further arguments of timm.create_model.")
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the network; one with weights brings its own normalisation and size."""

@@ -27,18 +27,20 @@ _PLAIN_OPTIONS = frozenset(
 
 
 class Torchvision(Component):
-    """A classifier of torchvision, by name.
-
-    `weights` is "DEFAULT", another name ("IMAGENET1K_V2") or null for random ones.
-    `options` go to its constructor. `new_head: true` keeps pretrained weights under another
-    number of classes, with a new random final layer.
-    """
+    """A classifier of torchvision."""
 
     kind: Literal["torchvision"] = "torchvision"
-    name: str
-    weights: str | None
-    new_head: bool = False
-    options: dict[str, JsonValue] = Field(default_factory=dict)
+    name: str = Field(description="Name of the model.", examples=["resnet50"])
+    weights: str | None = Field(
+        description="Name of the weights, `DEFAULT` or another, which bring their preprocessing; null starts from "
+        "random ones.",
+        examples=["IMAGENET1K_V2", None],
+    )
+    new_head: bool = Field(
+        default=False,
+        description="Whether pretrained weights get a new random final layer for another number of classes.",
+    )
+    options: dict[str, JsonValue] = Field(default={}, description="Further arguments of the model's constructor.")
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the network, with the weights' own normalisation and size when it has weights."""

@@ -31,11 +31,20 @@ class EnsembleBase(Component, ABC):
 
 
 class Mean(EnsembleBase):
-    """The mean of the members' probabilities, weighted alike or by `weights`, which are brought to a sum of 1."""
+    """The mean of the members' probabilities."""
 
     kind: Literal["mean"] = "mean"
-    teachers: Members | None = None
-    weights: tuple[Positive, ...] | None = None
+    teachers: Members | None = Field(
+        default=None,
+        description="Members, teachers of the cache; by default all that have logits.",
+        examples=[["a", "b"]],
+    )
+    weights: tuple[Positive, ...] | None = Field(
+        default=None,
+        description="Weight of each of `teachers`, which then are listed; scaled to a sum of 1. By default all "
+        "weigh alike.",
+        examples=[[1, 3]],
+    )
 
     @model_validator(mode="after")
     def _weights_have_names(self) -> Self:
@@ -60,7 +69,11 @@ class ByConfidence(EnsembleBase):
     needs_labels: ClassVar[bool] = True
 
     kind: Literal["by_confidence"] = "by_confidence"
-    teachers: Members | None = None
+    teachers: Members | None = Field(
+        default=None,
+        description="Members, teachers of the cache; by default all that have logits.",
+        examples=[["a", "b"]],
+    )
 
     def weigh(self, log_p: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the weights of each row."""
@@ -76,7 +89,11 @@ class ByEntropy(EnsembleBase):
     """
 
     kind: Literal["by_entropy"] = "by_entropy"
-    teachers: Members | None = None
+    teachers: Members | None = Field(
+        default=None,
+        description="Members, teachers of the cache; by default all that have logits.",
+        examples=[["a", "b"]],
+    )
 
     def weigh(self, log_p: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the weights of each row."""

@@ -30,10 +30,14 @@ LabelLoss = Annotated[CrossEntropy | BinaryCrossEntropy, Field(discriminator="ki
 
 
 class ClassGroups(Component):
-    """Classes by their number of training images: head, more than so many, tail, fewer than so many, and medium."""
+    """Classes by their number of training images: head, medium and tail (Liu et al. 2019)."""
 
-    head: Annotated[int, Field(ge=0)] = 100
-    tail: Annotated[int, Field(ge=0)] = 20
+    head: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="A class with more training images than this is a head class."
+    )
+    tail: Annotated[int, Field(ge=0)] = Field(
+        default=20, description="A class with fewer training images than this is a tail class."
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -43,22 +47,42 @@ class ClassGroups(Component):
 
 
 class Validation(Component):
-    """Untouched images to measure on: a data set, or a cache of it whose teacher the student is compared with.
+    """Untouched images to measure on: a data set, or a cache of it with whose teacher the student is compared."""
 
-    `class_map` maps classes of the images, by name or index, to those of the model, if they differ. Of images of any
-    number of classes, answers are yes if their probability is above `threshold`. `groups` and `taps`, modules to
-    compare with the teachers' features, are for `evaluate` alone.
-    """
-
-    dataset: Dataset | None = None
-    cache: str | None = None
-    augmentations: tuple[Augmentation, ...] = ()
-    class_map: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
-    threshold: Annotated[Float, Field(gt=0.0, lt=1.0)] = THRESHOLD
-    groups: ClassGroups = ClassGroups()
-    taps: tuple[str, ...] = ()
-    every: Count = 1
-    batch_size: Count = 512
+    dataset: Dataset | None = Field(
+        default=None,
+        description="Images to measure on, if `cache` does not name them.",
+        examples=[{"kind": "image_folder", "root": "photos/val"}],
+    )
+    cache: str | None = Field(
+        default=None,
+        description="Cache of the images to measure on; it adds agreement with the teacher and KL divergence from it.",
+        examples=["caches/fashion_mnist/test.zarr"],
+    )
+    augmentations: tuple[Augmentation, ...] = Field(
+        default=(),
+        description="Augmentations of `dataset`, in this order, without chance: a resize and a crop.",
+        examples=[[{"kind": "resize", "size": 256}, {"kind": "center_crop", "size": 224}]],
+    )
+    class_map: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Class of the model for each class of the images, by name or index, for `evaluate` on images "
+        "of other classes; images of classes that are left out do not count, and their number is "
+        "reported.",
+        examples=[{"cat": 3, "7": 5}],
+    )
+    threshold: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
+        default=THRESHOLD, description="Probability above which an answer to images of any number of classes is yes."
+    )
+    groups: ClassGroups = Field(default=ClassGroups(), description="Bounds of head and tail classes, for `evaluate`.")
+    taps: tuple[str, ...] = Field(
+        default=(),
+        description="Modules of the student that `evaluate` compares with the features of `cache` by linear CKA, "
+        "beside those that losses read.",
+        examples=[["layer4"]],
+    )
+    every: Count = Field(default=1, description="Epochs between two measurements; the last epoch is always measured.")
+    batch_size: Count = Field(default=512, description="Images of a forward pass.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -70,61 +94,147 @@ class Validation(Component):
 
 
 class LiveTeacher(Component):
-    """A teacher of the cache, for --online, if the cache does not record how to build it."""
+    """A teacher of the cache as a model of your own code, for `--online` and `evaluate`.
 
-    model: Model
-    preprocessing: Preprocessing | None = None
+    A cache records how to build all other teachers. `--teachers-from precompute.yaml` takes these entries from the
+    recipe that filled the cache.
+    """
+
+    model: Model = Field(
+        description="Model of the teacher.", examples=[{"kind": "custom", "factory": "mypackage.models:teacher"}]
+    )
+    preprocessing: Preprocessing | None = Field(
+        default=None,
+        description="Normalisation of the model's input; by default what the model brings along.",
+        examples=[{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}],
+    )
 
 
 class TrainingRecipe(Component):
-    """What training on labels and training from a cache share.
-
-    `model` may be left out if the module itself is passed.
-    `batch_size` images make one optimiser step; `micro_batches` cuts them to fit in memory. An epoch is as many images
-    as there are; with `views_per_image` k it is k views of every k-th image, so that one decode serves k views.
-    `keep`: the run ends with the weights of the last epoch, or of the one that measured best.
-    `sampling` may draw images by class instead, as many. `sync_batch_norm` normalises by the whole batch if several
-    processes share it, each on a CUDA device.
-    `tap_layouts`: by tap, where a module of the student puts its channels; by default that is decided.
-    `verify`: how exactly pixels rendered here must be those that a cache's teacher saw, `drift_limits`: what counts
-    as the drift of other kernels; `factories` are the functions of the user's own code that a cache's views may call,
-    `trust` the digests of caches that may name data sets and teachers beyond the allow-list.
-    """
+    """What training on labels and training from a cache share."""
 
     needed: ClassVar[tuple[str, ...]] = ("model",)
     # So many epochs are a multiple of any views_per_image up to 10.
     stand_ins: ClassVar[dict[str, object]] = {"out": NOWHERE, "epochs": 2520}
 
-    out: str
-    model: Model | None = None
-    preprocessing: Preprocessing | None = None
+    out: str = Field(description="Folder of the run: weights, checkpoint, metrics.", examples=["runs/student"])
+    model: Model | None = Field(
+        default=None,
+        description="Model to train; may be left out only if `lc.train` is given the module itself.",
+        examples=[{"kind": "torchvision", "name": "resnet18", "weights": None}],
+    )
+    preprocessing: Preprocessing | None = Field(
+        default=None,
+        description="Normalisation of the model's input; by default what the model brings along, or mean 0.5 and "
+        "std 0.5.",
+        examples=[{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}],
+    )
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
-    epochs: Count
-    batch_size: Count = 256
-    micro_batches: Count = 1
-    views_per_image: Count = 1
-    sampling: Sampling = EveryImage()
-    drop_last: bool = False
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    optimizer: Optimizer = AdamW()
-    schedule: LearningRateSchedule = LearningRateSchedule()
-    clip_norm: Positive | None = None
-    keep: Literal["last", "best"] = "last"
-    ema: Average | None = None
-    precision: Precision = "float32"
-    tap_layouts: dict[str, Layout] = Field(default_factory=dict)
-    sync_batch_norm: bool = False
-    channels_last: bool = False
-    compile: bool = False
-    validation: Validation | None = None
-    verify: Level = "strict"
-    drift_limits: DriftLimits = DriftLimits()
-    factories: tuple[str, ...] = ()
-    trust: Trust = ()
-    checkpoint_steps: Count | None = None
-    num_workers: Annotated[int, Field(ge=0)] = 2
-    start_method: StartMethod = "forkserver"
-    device: str = "auto"
+    epochs: Count = Field(
+        description="Epochs of the run. Epoch e replays view e modulo the number of views.", examples=[30]
+    )
+    batch_size: Count = Field(default=256, description="Images of an optimiser step, of all processes together.")
+    micro_batches: Count = Field(
+        default=1,
+        description="Parts in which a batch is computed one after another, to fit in memory. Losses that compare "
+        "the images of a batch refuse more than one.",
+    )
+    views_per_image: Count = Field(
+        default=1,
+        description="k: one decode of an image serves k views. An epoch is then k views of every k-th image; "
+        "`epochs` and `batch_size` are multiples of k.",
+    )
+    sampling: Sampling = Field(
+        default=EveryImage(), description="Images that an epoch takes, always as many as there are."
+    )
+    drop_last: bool = Field(
+        default=False,
+        description="Whether a short last batch is left out. If one is too small for a loss that compares images, "
+        "training is refused.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Seed of the initial weights, the order and dropout."
+    )
+    optimizer: Optimizer = Field(default=AdamW(), description="Optimiser and its learning rate.")
+    schedule: LearningRateSchedule = Field(
+        default=LearningRateSchedule(), description="Course of the learning rate over the run."
+    )
+    clip_norm: Positive | None = Field(
+        default=None,
+        description="Largest norm of the gradient; by default the gradient is not clipped.",
+        examples=[1.0],
+    )
+    keep: Literal["last", "best"] = Field(
+        default="last",
+        description="Weights that the run ends with: of the `last` epoch, or of the `best` one by top-1 (or mean "
+        "average precision) on `validation`.",
+    )
+    ema: Average | None = Field(
+        default=None,
+        description="Exponential moving average of the weights, which is then measured and kept: its decay, or "
+        "`{decay, warmup}`. By default none.",
+        examples=[0.999],
+    )
+    precision: Precision = Field(
+        default="float32", description="Arithmetic of the forward pass, by autocast; `float16` uses a gradient scaler."
+    )
+    tap_layouts: dict[str, Layout] = Field(
+        default={},
+        description="Axis of the channels of the student's taps, by tap, as `layout` of features; by default it is "
+        "found. A run of a release without this key read every tap as `channels_first`.",
+    )
+    sync_batch_norm: bool = Field(
+        default=False,
+        description="Whether batch normalisation uses the whole batch of several processes "
+        "(`torch.nn.SyncBatchNorm`); CUDA devices only, and not beside `grad_cam`.",
+    )
+    channels_last: bool = Field(
+        default=False, description="Whether images and weights lie in channels-last memory format."
+    )
+    compile: bool = Field(default=False, description="Whether the model runs through `torch.compile`.")
+    validation: Validation | None = Field(
+        default=None,
+        description="Images to measure on after an epoch; by default nothing is measured.",
+        examples=[{"cache": "caches/fashion_mnist/test.zarr"}],
+    )
+    verify: Level = Field(
+        default="strict",
+        description="How exactly pixels rendered here must be those that the teacher saw. `strict` refuses any "
+        "difference, also by `row_checksums` if the cache has them; `numeric` accepts the drift of "
+        "other kernels and compares the canaries alone; `off` compares nothing.",
+    )
+    drift_limits: DriftLimits = Field(
+        default=DriftLimits(), description="Differences of the canaries that `verify: numeric` accepts."
+    )
+    factories: tuple[str, ...] = Field(
+        default=(),
+        description="Functions of your own code, as `package.module:function`, that a cache's `custom` "
+        "augmentations may call.",
+        examples=[["mypackage.views:sharpen"]],
+    )
+    trust: Trust = Field(
+        default=(),
+        description="Digests of manifests of caches that may name images at URLs, checkpoints and the like, as the "
+        "refusal or `logitcache inspect` prints them; `--trust DIGEST` does the same.",
+        examples=[["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"]],
+    )
+    checkpoint_steps: Count | None = Field(
+        default=None,
+        description="Optimiser steps between two checkpoints within an epoch; by default there is one after each "
+        "epoch.",
+        examples=[500],
+    )
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        default=2,
+        description="Processes that render images; 0 renders in the main process. Of several ranks, each starts so "
+        "many.",
+    )
+    start_method: StartMethod = Field(default="forkserver", description="How Python starts the rendering processes.")
+    device: str = Field(
+        default="auto",
+        description="Device of the model: `auto` (the first of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or "
+        "`mps`. Leave `auto` under torchrun: each process takes the GPU of its rank.",
+    )
 
     @property
     def taps(self) -> list[str]:
@@ -192,22 +302,41 @@ class TrainingRecipe(Component):
 
 
 class StudentRecipe(TrainingRecipe):
-    """A student that learns from a cache; `dataset` names its images if they have moved.
-
-    `num_views` takes only the first views of the cache; by default those that it has when the run begins. `replay`:
-    the parameters of augmentations are drawn again or, if the cache has recorded them, read. `ensembles` are
-    teachers made of the cache's, for losses to name.
-    """
+    """A student that learns from a cache. Its images are those of the cache, in the views that the teacher saw."""
 
     stand_ins: ClassVar[dict[str, object]] = TrainingRecipe.stand_ins | {"cache": NOWHERE}
 
-    cache: str
-    num_views: Count | None = None
-    dataset: Dataset | None = None
-    replay: Replay = "planned"
-    losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = (KLDivergence(),)
-    teachers: dict[Name, LiveTeacher] = Field(default_factory=dict)
-    ensembles: dict[Name, Ensemble] = Field(default_factory=dict)
+    cache: str = Field(
+        description="Cache to learn from, a folder or a URL.", examples=["caches/fashion_mnist/train.zarr"]
+    )
+    num_views: Count | None = Field(
+        default=None,
+        description="Number of the cache's first views to use; by default those that it has when the run begins. A "
+        "run that continues on a cache that has grown keeps to the views that it began with.",
+        examples=[8],
+    )
+    dataset: Dataset | None = Field(
+        default=None,
+        description="Place of the images if they moved since stage one, or came from your own code; they must be "
+        "the same images. By default stage one's.",
+        examples=[{"kind": "image_folder", "root": "/data/photos"}],
+    )
+    replay: Replay = Field(
+        default="planned",
+        description="Parameters of augmentations: drawn again from the seed, or read from a cache with "
+        "`record_parameters`.",
+    )
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = Field(
+        default=(KLDivergence(),), description="Losses, which are added up."
+    )
+    teachers: dict[Name, LiveTeacher] = Field(
+        default={}, description="Teachers for `--online` that are models of your own code, by their names in the cache."
+    )
+    ensembles: dict[Name, Ensemble] = Field(
+        default={},
+        description="Ensembles of the cache's teachers, by names of your own, which losses use as `teacher`.",
+        examples=[{"both": {"kind": "by_entropy", "teachers": ["a", "b"]}}],
+    )
 
     def _without_effect(self) -> Iterator[str]:
         yield from super()._without_effect()
@@ -222,10 +351,25 @@ class TeacherRecipe(TrainingRecipe):
 
     needed: ClassVar[tuple[str, ...]] = ("model", "dataset")
 
-    dataset: Dataset | None = None
-    augmentations: tuple[Augmentation, ...] = ()
-    mixing: Mixings = ()
-    losses: Annotated[tuple[LabelLoss, ...], Field(min_length=1)] = (CrossEntropy(),)
+    dataset: Dataset | None = Field(
+        default=None,
+        description="Labelled images to learn from; may be left out only if `lc.train` is given the data set itself.",
+        examples=[{"kind": "image_folder", "root": "photos"}],
+    )
+    augmentations: tuple[Augmentation, ...] = Field(
+        default=(),
+        description="Augmentations, applied in this order and drawn afresh in every epoch.",
+        examples=[[{"kind": "random_resized_crop", "size": 224}, {"kind": "horizontal_flip"}]],
+    )
+    mixing: Mixings = Field(
+        default=(),
+        description="Ways to mix pairs of images, `mixup` or `cutmix` or both; at most one is drawn for a pair, by "
+        "their probabilities.",
+        examples=[[{"kind": "mixup"}]],
+    )
+    losses: Annotated[tuple[LabelLoss, ...], Field(min_length=1)] = Field(
+        default=(CrossEntropy(),), description="Losses on labels, which are added up."
+    )
 
     def _impossible(self) -> Iterator[str]:
         yield from super()._impossible()

@@ -15,27 +15,61 @@ from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 class PrecomputeRecipe(Component):
     """Which images, which views of them, which teachers, and where their answers go.
 
-    Only `dataset`, `views`, `teachers` and what to record decide what is stored, the rest how fast. `shard_rows`
-    is the unit of work that a stop can lose; by default about 32 MiB of the largest array. With `views_per_image` k,
-    one decode serves k views: k shards are in work at a time. `row_checksums` keeps a checksum of every view's pixels,
-    which students then compare; `record_parameters` keeps what the augmentations drew, for caches meant to outlive the
-    code that draws it.
+    Only `dataset`, `views`, `teachers`, `shard_rows`, `row_checksums` and `record_parameters` decide what is stored;
+    the rest may change between a run and its continuation. Several teachers answer the same pixels in one pass.
     """
 
     stand_ins: ClassVar[dict[str, object]] = {"cache": NOWHERE}
 
-    cache: str
-    dataset: Dataset | None = None
-    views: ViewSpec = ViewSpec()
-    teachers: dict[TeacherName, TeacherSource] = Field(default_factory=dict)
-    batch_size: Count = 256
-    num_workers: Annotated[int, Field(ge=0)] = 2
-    start_method: StartMethod = "forkserver"
-    shard_rows: Count | None = None
-    views_per_image: Count = 1
-    row_checksums: bool = False
-    record_parameters: bool = False
-    device: str = "auto"
+    cache: str = Field(description="Cache to make, a folder or a URL.", examples=["caches/photos.zarr"])
+    dataset: Dataset | None = Field(
+        default=None,
+        description="Images; may be left out only if `lc.precompute` is given the data set itself.",
+        examples=[{"kind": "image_folder", "root": "photos"}],
+    )
+    views: ViewSpec = Field(
+        default=ViewSpec(), description="Views of every image: how many, and how they are augmented."
+    )
+    teachers: dict[TeacherName, TeacherSource] = Field(
+        default={},
+        description="Teachers, by names of your own; may be left out only if `lc.precompute` is given the modules.",
+        examples=[{"resnet50": {"model": {"kind": "timm", "name": "resnet50.a1_in1k"}}}],
+    )
+    batch_size: Count = Field(default=256, description="Images of a forward pass.")
+    num_workers: Annotated[int, Field(ge=0)] = Field(
+        default=2, description="Processes that render images; 0 renders in the main process."
+    )
+    start_method: StartMethod = Field(default="forkserver", description="How Python starts the rendering processes.")
+    shard_rows: Count | None = Field(
+        default=None,
+        description="Rows of a shard, the unit of work that a stop can lose. By default about 32 MiB of the "
+        "largest array and at most 65,536 rows, more from 8.4 million images on; of fewer than a "
+        "million images at most a sixteenth of a view, but 64 rows or whole pages. Hot arrays fill "
+        "whole pages of 4096 bytes: a target whose rows do not is stored packed, and the command "
+        "reports it.",
+        examples=[16384],
+    )
+    views_per_image: Count = Field(
+        default=1,
+        description="Views that one decode of an image serves; so many shards are in work at a time. It changes no "
+        "byte of the cache.",
+    )
+    row_checksums: bool = Field(
+        default=False,
+        description="Whether a CRC-32 of every view's pixels is kept, 4 bytes a row before compression; students "
+        "compare every image that they render.",
+    )
+    record_parameters: bool = Field(
+        default=False,
+        description="Whether the parameters that the augmentations drew are kept, for caches meant to outlive the "
+        "code that draws them: `verify` compares them, `replay: recorded` uses them, two views of them "
+        "in the memory of every process.",
+    )
+    device: str = Field(
+        default="auto",
+        description="Device of the teachers: `auto` (the first of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or "
+        "`mps`.",
+    )
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:

@@ -70,19 +70,34 @@ Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
 
 
 class TeacherSource(Component):
-    """A teacher and what to keep of its answers: logits, unless they are null, and features by names of your own.
+    """A teacher, and what to keep of its answers."""
 
-    `preprocessing` is needed if the model brings none of its own. `model` may be left out if the module itself is
-    passed. `classes` names the network's output for each class of the data set, in their order or by name or index, if
-    the network has others too.
-    """
-
-    model: Model | None = None
-    preprocessing: Preprocessing | None = None
-    precision: Precision = "float32"
-    classes: Outputs | None = None
-    logits: Encoding | None = Dense()
-    features: dict[FeatureName, Feature] = Field(default_factory=dict)
+    model: Model | None = Field(
+        default=None,
+        description="Model of the teacher; may be left out only if `lc.precompute` is given the module itself.",
+        examples=[{"kind": "timm", "name": "resnet50.a1_in1k"}],
+    )
+    preprocessing: Preprocessing | None = Field(
+        default=None,
+        description="Normalisation of the model's input; by default what the model brings along.",
+        examples=[{"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}],
+    )
+    precision: Precision = Field(
+        default="float32", description="Arithmetic of the forward pass; `bfloat16` and `float16` are by autocast."
+    )
+    classes: Outputs | None = Field(
+        default=None,
+        description="The network's output for each class of the data set, if it has others too: a list in the "
+        "order of the classes, or a map from their names or indices. Logits of other outputs are left "
+        "out before anything else is computed. By default all outputs are classes.",
+        examples=[[1, 25, 30], {"n01443537": 1}],
+    )
+    logits: Encoding | None = Field(default=Dense(), description="Encoding of the logits; null keeps features alone.")
+    features: dict[FeatureName, Feature] = Field(
+        default={},
+        description="Features to keep, by names of your own.",
+        examples=[{"last": {"kind": "pooled", "tap": "layer4"}}],
+    )
 
     @model_validator(mode="after")
     def _keeps_something(self) -> Self:

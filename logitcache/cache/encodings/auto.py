@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from logitcache.cache.encodings.base import CalibrationSample, LogitsCodec, LogitsEncoding
@@ -32,15 +33,20 @@ class Choice(NamedTuple):
 
 
 class Auto(LogitsEncoding):
-    """The smallest encoding whose mean KL(full ‖ decoded) at `temperature` is at most `max_kl` nats.
+    """The smallest of `packed_top_k`, `transform`, `uint8` and `dense` whose error is within a bound.
 
-    Judged on a quarter of the calibration images, fitted on the others. Bytes are those of compressed chunks.
+    The error is the mean KL(full ‖ decoded), judged on a quarter of the calibration images and fitted on the others.
+    Bytes are those of compressed chunks.
     """
 
     kind: Literal["auto"] = "auto"
-    max_kl: Positive
-    temperature: Positive = 1.0
-    storage: Literal["packed"] = "packed"
+    max_kl: Positive = Field(description="Largest mean KL(teacher ‖ decoded) in nats.", examples=[0.002])
+    temperature: Positive = Field(
+        default=1.0, description="Temperature at which the KL divergence is taken; give that of the student's loss."
+    )
+    storage: Literal["packed"] = Field(
+        default="packed", description="Always packed: compressed by zstd, and read a shard at a time."
+    )
 
     @property
     def temperature_of_errors(self) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
 from logitcache.cache.encodings.base import Plain, RowArray
@@ -11,13 +12,15 @@ from logitcache.logits import CompactLogits, Logits
 
 
 class Dense(Plain):
-    """All C logits of a row; float16 rounds each to 11 bits, of what all have in common too; float32 is exact."""
+    """All C logits of a row, 2 C or 4 C bytes; float16 rounds each to 11 bits, a common offset included; float32 is
+    exact.
+    """
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "raw logits"})
     measured: ClassVar[bool] = False
 
     kind: Literal["dense"] = "dense"
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="Type of the numbers.")
     storage: Storage = "hot"
 
     @property

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,14 +33,17 @@ TOLERANCE = 0.02
 
 
 class Head(LogitsEncoding):
-    """The head's input in place of its output: a feature named `penultimate`, which losses of features use as well.
+    """The input of the last linear layer in place of its output: 2 D or 4 D bytes for D inputs, whatever C is.
 
-    `module` is the path of the linear layer; by default the last one of the network.
+    The layer's weights lie in the cache, and every logit is W x + b. The input is the feature `penultimate`, which
+    losses of features use as well.
     """
 
     kind: Literal["head"] = "head"
-    module: str | None = None
-    dtype: Literal["float16", "float32"] = "float16"
+    module: str | None = Field(
+        default=None, description="Path of the linear layer; by default the last one of the network.", examples=["fc"]
+    )
+    dtype: Literal["float16", "float32"] = Field(default="float16", description="Type of the numbers.")
     storage: Storage = "hot"
 
     def path(self, network: nn.Module) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from logitcache.cache.encodings.base import Plain, RowArray
@@ -32,7 +33,7 @@ class LargestLogits(Plain):
 
 
 class TopK(LargestLogits):
-    """The k largest log-probabilities and classes, and of the dropped ones: log total probability, mean, variance.
+    """The k largest log-probabilities and their classes, and of the rest log mass, mean and variance: 4 k + 12 bytes.
 
     Log-probabilities, not probabilities, since float16 has no room for small ones; never renormalised, since a
     distribution without its tail has an infinite divergence from the full one. All of a row lies together, as words of
@@ -40,7 +41,7 @@ class TopK(LargestLogits):
     """
 
     kind: Literal["top_k"] = "top_k"
-    k: Count
+    k: Count = Field(description="Number of classes kept, the most probable ones.", examples=[10])
     storage: Storage = "hot"
 
     def arrays(self, num_classes: int) -> tuple[RowArray, ...]:

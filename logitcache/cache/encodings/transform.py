@@ -26,17 +26,24 @@ TEMPERATURES = (1.5, 4.0)
 
 
 class Transform(LogitsEncoding):
-    """Coefficients in a basis fitted to calibration rows, rounded to `step`; the largest logits corrected.
+    """Every logit, as coefficients in a basis fitted to calibration rows: about 215 bytes for 1,000 classes by default.
 
-    The smaller the step, the smaller the error and the more bytes: halving it takes about one bit more per coefficient
-    and divides the divergence by four. The decoder corrects the largest logits of its own approximation, which integers
-    make the same everywhere, so that no index is stored.
+    The decoder corrects the largest logits of its own approximation, which integers make the same everywhere, so that
+    no index is stored.
     """
 
     kind: Literal["transform"] = "transform"
-    step: Positive = 0.8
-    corrections: int = Field(default=64, ge=0)
-    storage: Literal["packed"] = "packed"
+    step: Positive = Field(
+        default=0.8,
+        description="Step to whose multiples the coefficients are rounded. Half the step takes about one bit more "
+        "a coefficient and leaves a quarter of the divergence.",
+    )
+    corrections: int = Field(
+        default=64, ge=0, description="Number of the largest logits that are corrected in each row."
+    )
+    storage: Literal["packed"] = Field(
+        default="packed", description="Always packed: compressed by zstd, and read a shard at a time."
+    )
 
     def fit(self, logits: Tensor, images: Tensor | None = None) -> FittedTransform:
         """Fit to calibration logits [N, C]; `images` [N] numbers the image that each row is a view of.

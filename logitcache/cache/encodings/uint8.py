@@ -14,7 +14,10 @@ LEVELS = 255
 
 
 class UInt8(Plain):
-    """All C logits of a row in even steps from its smallest to its largest; errs by half a step, (max - min) / 510."""
+    """All C logits of a row in even steps from its smallest to its largest, C + 4 bytes; errs by half a step at most.
+
+    Half a step is (max - min) / 510 of the row.
+    """
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "raw logits"})
 

@@ -4,15 +4,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from logitcache.store.base import COMMITS, RECORD_BYTES, Shard, StoredShard, record_name
 
-Storage = Literal["hot", "packed"]
-"""hot: uncompressed, read in place by random access. packed: compressed, read by whole shards."""
+Storage = Annotated[
+    Literal["hot", "packed"],
+    Field(
+        description="`hot`: uncompressed and read in place, row by row. `packed`: compressed by zstd and read a shard "
+        "at a time, the rest of a view ahead of its use."
+    ),
+]
 
 Order = Literal["sample", "component"]
 """How an inner chunk lies before it is compressed: row after row, or one number of all rows after another."""

@@ -11,18 +11,33 @@ from logitcache.config.recipe import NOWHERE, Component, Count, Name, Positive
 
 
 class DerivedTeacher(Component):
-    """A teacher of the new cache, made of `members` of the source, by default of the one that has its name.
+    """A teacher of the new cache, made of teachers of the source."""
 
-    `logits` encodes the member's logits anew, or the mean of several members by their weights. `keep` names what is
-    copied as it is: features, and `logits` unless they are encoded anew; `all` copies all targets.
-    `average: probabilities` is exact at `temperature`.
-    """
-
-    members: Annotated[dict[TeacherName, Positive], Field(min_length=1)] | None = None
-    average: Average | None = None
-    temperature: Positive = 1.0
-    logits: Encoding | None = None
-    keep: tuple[Name, ...] | Literal["all"] = ()
+    members: Annotated[dict[TeacherName, Positive], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Weight of each teacher of the source that counts; by default the one that has this teacher's "
+        "name. Weights count by their ratio.",
+        examples=[{"resnet50": 1, "vit": 3}],
+    )
+    average: Average | None = Field(
+        default=None,
+        description="What is averaged for several members: `logits`, or `probabilities` at `temperature`.",
+        examples=["probabilities"],
+    )
+    temperature: Positive = Field(
+        default=1.0, description="Temperature T at which `average: probabilities` is exact: the mean of softmax(z / T)."
+    )
+    logits: Encoding | None = Field(
+        default=None,
+        description="Encoding of the member's logits, or of the mean; by default none are encoded anew.",
+        examples=[{"kind": "transform"}],
+    )
+    keep: tuple[Name, ...] | Literal["all"] = Field(
+        default=(),
+        description="Targets of the member that are copied as they are: names of features, and `logits` unless "
+        "they are encoded anew; `all` copies all.",
+        examples=[["pooled"]],
+    )
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
@@ -44,16 +59,25 @@ class DerivedTeacher(Component):
 
 
 class DeriveRecipe(Component):
-    """Which finished cache, what is made of it, and where that goes; `num_views` takes the first views only.
-
-    `shard_rows` as in precompute; if something is copied, the shards are those of the source.
-    """
+    """Which finished cache, what is made of it, and where that goes."""
 
     stand_ins: ClassVar[dict[str, object]] = {"cache": NOWHERE, "out": NOWHERE}
 
-    cache: str
-    out: str
-    num_views: Count | None = None
-    teachers: Annotated[dict[TeacherName, DerivedTeacher], Field(min_length=1)]
-    shard_rows: Count | None = None
-    device: str = "auto"
+    cache: str = Field(description="Finished cache to read, a folder or a URL.", examples=["caches/imagenet.zarr"])
+    out: str = Field(description="New cache to make, a folder or a URL.", examples=["caches/imagenet-small.zarr"])
+    num_views: Count | None = Field(
+        default=None, description="Number of the source's first views to take; by default all.", examples=[4]
+    )
+    teachers: Annotated[dict[TeacherName, DerivedTeacher], Field(min_length=1)] = Field(
+        description="Teachers of the new cache, by name.", examples=[{"resnet50": {"logits": {"kind": "transform"}}}]
+    )
+    shard_rows: Count | None = Field(
+        default=None,
+        description="Rows of a shard, as for precompute. By default those of the source if something is copied, which "
+        "allows no others.",
+        examples=[16384],
+    )
+    device: str = Field(
+        default="auto",
+        description="Device that encodes: `auto` (the first of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or `mps`.",
+    )

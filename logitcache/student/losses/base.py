@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ClassVar, Concatenate, Literal, ParamSpec
+from typing import Annotated, Any, ClassVar, Concatenate, Literal, ParamSpec
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from logitcache.config.recipe import Component, Name
@@ -18,6 +19,17 @@ from logitcache.student.optim.schedules import Schedule, TemperatureBase, Weight
 from logitcache.targets import Batch, MixedLabels, Targets
 
 P = ParamSpec("P")
+
+LossWeight = Annotated[
+    Weight, Field(description="Factor of the loss in the sum of all losses: a number or a schedule, never below 0.")
+]
+LossTeacher = Annotated[
+    Name | None,
+    Field(
+        description="Teacher of the cache, or ensemble, to learn from; needed only if there are several.",
+        examples=["resnet50"],
+    ),
+]
 
 UNLABELLED = -1
 FIX_OF_ONE_CLASS = "Fix: multi_label_kl on the teacher's logits, or binary_cross_entropy on labels [B, C] of 0 and 1"
@@ -153,10 +165,16 @@ class FeatureLoss(LossBase, ABC):
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("pooled", "maps")
 
     kind: str
-    student: str
-    feature: Name
-    teacher: Name | None = None
-    weight: Weight = constant(1.0)
+    student: str = Field(
+        description="Tap of the student: the path of a module, as `named_modules` gives it; `:input` after it "
+        "takes the module's input.",
+        examples=["layer4"],
+    )
+    feature: Name = Field(
+        description="Feature of the teacher, by its name in the precompute recipe.", examples=["pooled"]
+    )
+    teacher: LossTeacher = None
+    weight: LossWeight = constant(1.0)
 
     @property
     def taps(self) -> tuple[str, ...]:

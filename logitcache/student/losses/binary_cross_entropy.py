@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from logitcache.config.recipe import Positive
 from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
-from logitcache.student.losses.base import Context, LossBase, Need, Site, known, mean_over
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import Context, LossBase, LossWeight, Need, Site, known, mean_over
+from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, MixedLabels, Targets
 
 
@@ -46,17 +46,21 @@ class PositiveWeights(nn.Module):
 
 
 class BinaryCrossEntropy(LossBase):
-    """Binary cross-entropy of every class against multi-hot labels; what is unknown does not count.
+    """Binary cross-entropy of every class against labels of any number of classes, mixed if images are.
 
-    `positive_weight`, one for all classes or one for each, makes up for classes that few images are of.
+    Unknown labels (-1) do not count.
     """
 
     asks: ClassVar[frozenset[Need]] = frozenset({"multi labels"})
     teacher: ClassVar[str | None] = None
 
     kind: Literal["binary_cross_entropy"] = "binary_cross_entropy"
-    positive_weight: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = 1.0
-    weight: Weight = constant(1.0)
+    positive_weight: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        default=1.0,
+        description="Factor of the positive labels, one for all classes or one for each; above 1 makes up for "
+        "classes that few images have.",
+    )
+    weight: LossWeight = constant(1.0)
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

@@ -32,7 +32,11 @@ def _centred_gram(features: Tensor) -> Tensor:
 
 
 class CKA(FeatureLoss):
-    """One minus linear CKA within the batch, on pooled features."""
+    """One minus linear CKA within the batch, on pooled features (Kornblith et al. 2019).
+
+    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one or
+    two images.
+    """
 
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 3  # two rows, centred, are one vector and its negative

@@ -4,6 +4,7 @@ import math
 from typing import ClassVar, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,10 +105,18 @@ class CRD(FeatureLoss):
     remembers_rows: ClassVar[bool] = True
 
     kind: Literal["crd"] = "crd"
-    num_negatives: Count = 16384
-    temperature: Positive = 0.07
-    momentum: Fraction = 0.5
-    size: Count = 128
+    num_negatives: Count = Field(
+        default=16384, description="Images of the data set that each image is compared with, at most all others."
+    )
+    temperature: Positive = Field(default=0.07, description="Divisor of the similarity of two embeddings.")
+    momentum: Fraction = Field(
+        default=0.5, description="Share of an image's old embedding that its memory keeps when the image is seen again."
+    )
+    size: Count = Field(
+        default=128,
+        description="Numbers of an embedding. Memories of both models take 2 · images · `size` float32 numbers, in "
+        "each checkpoint too.",
+    )
 
     def adapter(self, site: Site) -> nn.Module:
         """Build embeddings and banks."""

@@ -8,8 +8,18 @@ from torch.nn import functional as F
 
 from logitcache.config.recipe import Float, Fraction
 from logitcache.logits import at_least_float32
-from logitcache.student.losses.base import UNLABELLED, Context, LossBase, Need, Site, known, mean_over, require_classes
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import (
+    UNLABELLED,
+    Context,
+    LossBase,
+    LossWeight,
+    Need,
+    Site,
+    known,
+    mean_over,
+    require_classes,
+)
+from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, MixedLabels, Targets
 
 
@@ -55,20 +65,22 @@ class LogPriors(nn.Module):
 
 
 class CrossEntropy(LossBase):
-    """Cross-entropy against the labels; rows without a label do not count.
-
-    With `logit_adjustment` τ, of logits to which τ log π was added, π the training images' class frequencies: what is
-    measured and kept are the logits as they are, which then err on every class alike. Published with τ = 1.
-    """
+    """Cross-entropy against the labels, mixed if images are; images without a label do not count."""
 
     asks: ClassVar[frozenset[Need]] = frozenset({"labels"})
     exclusive: ClassVar[bool] = True
     teacher: ClassVar[str | None] = None
 
     kind: Literal["cross_entropy"] = "cross_entropy"
-    label_smoothing: Fraction = 0.0
-    logit_adjustment: Annotated[Float, Field(ge=0.0)] = 0.0
-    weight: Weight = constant(1.0)
+    label_smoothing: Fraction = Field(
+        default=0.0, description="Share of each label's probability that is spread over all classes."
+    )
+    logit_adjustment: Annotated[Float, Field(ge=0.0)] = Field(
+        default=0.0,
+        description="τ of τ log π, which is added to the logits in training only, π the class frequencies among "
+        "the training images (Menon et al. 2021). 0 adds nothing; 1 is usual for long-tailed data.",
+    )
+    weight: LossWeight = constant(1.0)
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

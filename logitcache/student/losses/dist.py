@@ -3,11 +3,11 @@
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import Name
 from logitcache.logits import Logits, dense_logits, log_probs
-from logitcache.student.losses.base import Context, Need, require_classes
+from logitcache.student.losses.base import Context, LossTeacher, LossWeight, Need, require_classes
 from logitcache.student.losses.temperatures import Temperature, TemperedLoss
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -54,7 +54,12 @@ def _directions(log_values: Tensor) -> Tensor:
 
 
 class DIST(TemperedLoss):
-    """Correlations in place of divergences; published with weight 2 beside cross-entropy."""
+    """Correlations in place of divergences (Huang et al. 2022); published with weight 2 beside cross-entropy.
+
+    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one or
+    two images. Correlations are exact for any number of classes: the authors add 1e-8 to the product of norms, which
+    outweighs those of rare classes.
+    """
 
     asks: ClassVar[frozenset[Need]] = frozenset({"raw logits"})
     by_row: ClassVar[bool] = False
@@ -63,11 +68,17 @@ class DIST(TemperedLoss):
     terms: ClassVar[tuple[str, ...]] = ("beta", "gamma")
 
     kind: Literal["dist"] = "dist"
-    beta: Weight = constant(1.0)
-    gamma: Weight = constant(1.0)
-    temperature: Temperature = constant(1.0)
-    weight: Weight = constant(1.0)
-    teacher: Name | None = None
+    beta: Weight = Field(
+        default=constant(1.0), description="Weight of the correlations between the classes of each image."
+    )
+    gamma: Weight = Field(
+        default=constant(1.0), description="Weight of the correlations between the images of each class."
+    )
+    temperature: Temperature = Field(
+        default=constant(1.0), description="Divisor of both models' logits before the softmax, or a schedule."
+    )
+    weight: LossWeight = constant(1.0)
+    teacher: LossTeacher = None
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

@@ -2,11 +2,20 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import Name
 from logitcache.logits import Logits, log_probs
-from logitcache.student.losses.base import Context, cross, known, mean_over, require_classes, split_by_label
+from logitcache.student.losses.base import (
+    Context,
+    LossTeacher,
+    LossWeight,
+    cross,
+    known,
+    mean_over,
+    require_classes,
+    split_by_label,
+)
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -35,19 +44,24 @@ def dkd(
 
 
 class DKD(SingleLabelLoss):
-    """Decoupled distillation, the label against the rest and the rest among themselves; published for single labels.
+    """Decoupled distillation, the label against the rest and the rest among themselves (Zhao et al. 2022).
 
-    The authors let `weight` rise from 0 to 1 over the first 20 of 240 epochs on CIFAR-100, beside cross-entropy.
+    It needs one label an image and goes beside `cross_entropy`. The authors let the weight rise over the first 20 of
+    240 epochs on CIFAR-100: `weight: {kind: warm_up, value: 1, epochs: 20}`.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("alpha", "beta")
 
     kind: Literal["dkd"] = "dkd"
-    alpha: Weight = constant(1.0)
-    beta: Weight = constant(8.0)
-    temperature: Temperature = constant(4.0)
-    weight: Weight = constant(1.0)
-    teacher: Name | None = None
+    alpha: Weight = Field(
+        default=constant(1.0), description="Weight of the divergence between the label and all other classes."
+    )
+    beta: Weight = Field(default=constant(8.0), description="Weight of the divergence among the other classes.")
+    temperature: Temperature = Field(
+        default=constant(4.0), description="Divisor of both models' logits before the softmax, or a schedule."
+    )
+    weight: LossWeight = constant(1.0)
+    teacher: LossTeacher = None
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

@@ -21,9 +21,11 @@ def hint(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Hint(FeatureLoss):
-    """Squared error between the teacher's features and a 1 × 1 convolution of the student's; usual with weight 100.
+    """Squared error between the teacher's features and a 1 × 1 convolution of the student's (FitNets, Romero et al.
+    2015).
 
-    The regressor is there even if the channels agree: those of two networks mean different things.
+    Usual with weight 100. The convolution is there even if the channels agree: those of two networks mean different
+    things.
     """
 
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("maps", "pooled")

@@ -4,13 +4,13 @@ standardised as in Sun et al., "Logit standardization in knowledge distillation"
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import Name
 from logitcache.logits import Logits, at_least_float32, dense_logits, log_probs
-from logitcache.student.losses.base import Context, Need, require_classes
+from logitcache.student.losses.base import Context, LossTeacher, LossWeight, Need, require_classes
 from logitcache.student.losses.temperatures import RowTemperature, TemperedLoss
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-7
@@ -39,18 +39,23 @@ def standardize(logits: Logits) -> Tensor:
 
 
 class KLDivergence(TemperedLoss):
-    """KL divergence from the teacher's distribution to the student's at a temperature, times T².
-
-    With `standardize` both logits are standardised first, row by row; published with T = 2 and weight 9.
-    """
+    """KL divergence from the teacher's distribution to the student's at a temperature, times T² (Hinton 2015)."""
 
     exclusive: ClassVar[bool] = True
 
     kind: Literal["kl_divergence"] = "kl_divergence"
-    temperature: RowTemperature = constant(1.0)
-    standardize: bool = False
-    weight: Weight = constant(1.0)
-    teacher: Name | None = None
+    temperature: RowTemperature = Field(
+        default=constant(1.0),
+        description="Divisor T of both models' logits before the softmax, or a schedule; `by_confidence` gives "
+        "each image its own.",
+    )
+    standardize: bool = Field(
+        default=False,
+        description="Whether both models' logits are standardised first, row by row (Sun et al. 2024, with T = 2 "
+        "and weight 9); needs dense logits.",
+    )
+    weight: LossWeight = constant(1.0)
+    teacher: LossTeacher = None
 
     @property
     def needs(self) -> frozenset[Need]:

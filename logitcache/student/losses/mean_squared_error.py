@@ -5,10 +5,9 @@ from typing import ClassVar, Literal
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.config.recipe import Name
 from logitcache.logits import Logits, at_least_float32, dense_logits
-from logitcache.student.losses.base import Context, LossBase, Need, targets_of
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.losses.base import Context, LossBase, LossTeacher, LossWeight, Need, targets_of
+from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, Targets
 
 
@@ -21,13 +20,13 @@ def mean_squared_error(student: Tensor, teacher: Logits) -> Tensor:
 
 
 class MeanSquaredError(LossBase):
-    """Squared error between logits; needs every logit as it was."""
+    """Squared error between logits (Ba and Caruana 2014); needs raw logits."""
 
     asks: ClassVar[frozenset[Need]] = frozenset({"raw logits"})
 
     kind: Literal["mean_squared_error"] = "mean_squared_error"
-    weight: Weight = constant(1.0)
-    teacher: Name | None = None
+    weight: LossWeight = constant(1.0)
+    teacher: LossTeacher = None
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

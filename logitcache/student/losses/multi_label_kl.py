@@ -2,14 +2,14 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.config.recipe import Name
 from logitcache.logits import Logits, at_least_float32, dense_logits
-from logitcache.student.losses.base import Context, Need
+from logitcache.student.losses.base import Context, LossTeacher, LossWeight, Need
 from logitcache.student.losses.temperatures import Temperature, TemperedLoss
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, Targets
 
 
@@ -27,14 +27,16 @@ def multi_label_kl(student: Tensor, teacher: Logits, temperature: float | Tensor
 
 
 class MultiLabelKL(TemperedLoss):
-    """Binary KL divergence of every class, for teachers of several labels an image."""
+    """Binary KL divergence of every class, times T², for teachers of any number of labels an image."""
 
     asks: ClassVar[frozenset[Need]] = frozenset({"raw logits"})
 
     kind: Literal["multi_label_kl"] = "multi_label_kl"
-    temperature: Temperature = constant(1.0)
-    weight: Weight = constant(1.0)
-    teacher: Name | None = None
+    temperature: Temperature = Field(
+        default=constant(1.0), description="Divisor T of both models' logits before the sigmoid, or a schedule."
+    )
+    weight: LossWeight = constant(1.0)
+    teacher: LossTeacher = None
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

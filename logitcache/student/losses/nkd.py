@@ -4,11 +4,20 @@ with normalized loss and customized soft labels" (ICCV 2023).
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import Name
 from logitcache.logits import Logits, log_probs
-from logitcache.student.losses.base import Context, cross, known, mean_over, require_classes, split_by_label
+from logitcache.student.losses.base import (
+    Context,
+    LossTeacher,
+    LossWeight,
+    cross,
+    known,
+    mean_over,
+    require_classes,
+    split_by_label,
+)
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.optim.schedules import Weight, constant
 from logitcache.targets import Batch, Targets
@@ -34,13 +43,18 @@ def nkd(
 
 
 class NKD(SingleLabelLoss):
-    """Normalised distillation: soft cross-entropy of the label and, apart, of the others; goes beside cross-entropy."""
+    """Normalised distillation: soft cross-entropy of the label and, apart, of the others (Yang et al. 2023).
+
+    It needs one label an image and goes beside `cross_entropy`.
+    """
 
     kind: Literal["nkd"] = "nkd"
-    gamma: Weight = constant(1.5)
-    temperature: Temperature = constant(1.0)
-    weight: Weight = constant(1.0)
-    teacher: Name | None = None
+    gamma: Weight = Field(default=constant(1.5), description="Weight of the other classes' part.")
+    temperature: Temperature = Field(
+        default=constant(1.0), description="Divisor of both models' logits in the other classes' part, or a schedule."
+    )
+    weight: LossWeight = constant(1.0)
+    teacher: LossTeacher = None
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

@@ -34,7 +34,11 @@ def _affinities(features: Tensor) -> Tensor:
 
 
 class PKT(FeatureLoss):
-    """Which images of a batch are near, as probabilities, on pooled features; published with weight 30000."""
+    """Which images of a batch are near, as probabilities, on pooled features (Passalis and Tefas 2018); weight 30000.
+
+    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one
+    image.
+    """
 
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 2

@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,15 +41,19 @@ def _angles(pairs: Tensor) -> Tensor:
 
 
 class RKD(FeatureLoss):
-    """Distances and angles between the images of a batch, on pooled features; published with these two weights."""
+    """Distances and angles between the images of a batch, on pooled features (Park et al. 2019).
+
+    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one or
+    two images. It takes memory for B² · C numbers.
+    """
 
     by_row: ClassVar[bool] = False
     min_rows: ClassVar[int] = 3  # distances are over their mean: of one pair all are alike
     terms: ClassVar[tuple[str, ...]] = ("distance", "angle")
 
     kind: Literal["rkd"] = "rkd"
-    distance: Weight = constant(25.0)
-    angle: Weight = constant(50.0)
+    distance: Weight = Field(default=constant(25.0), description="Weight of the distances between pairs of images.")
+    angle: Weight = Field(default=constant(50.0), description="Weight of the angles of triples of images.")
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

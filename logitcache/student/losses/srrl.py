@@ -5,6 +5,7 @@
 from typing import ClassVar, Literal, cast
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,17 +49,21 @@ class TeacherHead(nn.Module):
 
 
 class SRRL(FeatureLoss):
-    """Squared errors of pooled features, and of the logits that the teacher's own last layer makes of the student's.
+    """Squared errors of pooled features, and of the logits that the teacher's last layer makes of the student's (Yang
+    2021).
 
     Both of a linear projection of the student's pooled features, which leaves rows independent; the authors' code has
-    batch normalisation and ReLU in it. With `logit_weight: 0` only the features are compared, and no head is needed.
+    batch normalisation and ReLU in it. The feature is `penultimate` of a cache with `logits: {kind: head}`.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("feature_weight", "logit_weight")
 
     kind: Literal["srrl"] = "srrl"
-    feature_weight: Weight = constant(1.0)
-    logit_weight: Weight = constant(1.0)
+    feature_weight: Weight = Field(default=constant(1.0), description="Weight of the squared error of the features.")
+    logit_weight: Weight = Field(
+        default=constant(1.0),
+        description="Weight of the squared error of the logits; 0 compares features alone, and needs no head.",
+    )
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -4,7 +4,7 @@ from abc import ABC
 from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, Discriminator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, model_validator
 from torch import Tensor, nn
 
 from logitcache.config.recipe import Positive
@@ -53,11 +53,13 @@ class Dynamic(TemperatureBase):
     needs: ClassVar[frozenset[Literal["labels"]]] = frozenset({"labels"})
 
     kind: Literal["dynamic"] = "dynamic"
-    start: Positive
-    step: Positive
-    margin: NonNegative = 0.0
-    min: Positive
-    max: Positive
+    start: Positive = Field(description="Temperature of the first step.", examples=[4])
+    step: Positive = Field(description="Change of the temperature in each step.", examples=[0.01])
+    margin: NonNegative = Field(
+        default=0.0, description="Gap of the cross-entropies in nats above which the student lags."
+    )
+    min: Positive = Field(description="Smallest temperature.", examples=[1])
+    max: Positive = Field(description="Largest temperature.", examples=[8])
 
     @model_validator(mode="after")
     def _start_within(self) -> Self:
@@ -116,8 +118,12 @@ class ConfidenceTemperature(TemperatureBase):
     """
 
     kind: Literal["by_confidence"] = "by_confidence"
-    low: Positive
-    high: Positive
+    low: Positive = Field(
+        description="Temperature of a row whose classes are all alike to the teacher, as its largest probability "
+        "nears 0.",
+        examples=[2],
+    )
+    high: Positive = Field(description="Temperature of a row of which the teacher is certain.", examples=[6])
 
     def idle(self, epochs: float) -> str | None:
         """Return why all rows have one temperature."""

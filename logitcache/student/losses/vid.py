@@ -38,7 +38,11 @@ class Variational(nn.Module):
 
 
 class VID(FeatureLoss):
-    """Likelihood of the teacher's features under a Gaussian around what a small network makes of the student's."""
+    """Likelihood of the teacher's features under a Gaussian around what a small network makes of the student's (Ahn
+    2019).
+
+    Usual with weight 1; its minimum is not zero.
+    """
 
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("maps", "pooled")
 

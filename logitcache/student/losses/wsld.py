@@ -4,13 +4,13 @@ perspective" (ICLR 2021).
 
 from typing import Literal
 
+from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import Name
 from logitcache.logits import Logits, log_probs
-from logitcache.student.losses.base import Context, cross, known, mean_over, require_classes
+from logitcache.student.losses.base import Context, LossTeacher, LossWeight, cross, known, mean_over, require_classes
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
-from logitcache.student.optim.schedules import Weight, constant
+from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-7
@@ -34,12 +34,17 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | 
 
 
 class WSLD(SingleLabelLoss):
-    """Soft cross-entropy, weighted by row; published with weight 2.5 beside cross-entropy."""
+    """Soft cross-entropy, weighted by row (Zhou et al. 2021); published with weight 2.5 beside cross-entropy.
+
+    It needs one label an image.
+    """
 
     kind: Literal["wsld"] = "wsld"
-    temperature: Temperature = constant(2.0)
-    weight: Weight = constant(1.0)
-    teacher: Name | None = None
+    temperature: Temperature = Field(
+        default=constant(2.0), description="Divisor of both models' logits before the softmax, or a schedule."
+    )
+    weight: LossWeight = constant(1.0)
+    teacher: LossTeacher = None
 
     def __call__(self, outputs: Targets, batch: Batch, context: Context) -> Tensor:
         """Return the unweighted loss of a batch."""

@@ -22,8 +22,15 @@ class EMA(Component):
     torch.optim.swa_utils.get_ema_multi_avg_fn, the warm-up that of TensorFlow's ExponentialMovingAverage.
     """
 
-    decay: Annotated[Float, Field(gt=0.0, lt=1.0)]
-    warmup: bool = True
+    decay: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
+        description="Largest weight d of the average so far, below 1; the number alone is short for this entry.",
+        examples=[0.999],
+    )
+    warmup: bool = Field(
+        default=True,
+        description="Whether d is min(`decay`, (1 + t) / (10 + t)) at step t, from 0, so that early weights are "
+        "forgotten soon.",
+    )
 
     @model_serializer(mode="wrap")
     def _as_a_number(self, fields: SerializerFunctionWrapHandler) -> object:

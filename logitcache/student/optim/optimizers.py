@@ -15,13 +15,15 @@ Momentum = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
 
 class SGD(Component):
-    """Stochastic gradient descent with momentum."""
+    """Stochastic gradient descent with momentum. Biases and normalisation do not decay."""
 
     kind: Literal["sgd"] = "sgd"
-    lr: Positive = 0.1
-    momentum: Momentum = 0.9
-    nesterov: bool = True
-    weight_decay: NonNegative = 5e-4
+    lr: Positive = Field(default=0.1, description="Largest learning rate, reached after `schedule.warmup_epochs`.")
+    momentum: Momentum = Field(default=0.9, description="Factor of the velocity, below 1.")
+    nesterov: bool = Field(
+        default=True, description="Whether the gradient is taken after the momentum's step; needs a momentum above 0."
+    )
+    weight_decay: NonNegative = Field(default=5e-4, description="L2 penalty of the weights.")
 
     @field_serializer("nesterov")
     def _looks_ahead(self, nesterov: bool) -> bool:
@@ -45,12 +47,14 @@ class SGD(Component):
 
 
 class AdamW(Component):
-    """Adam with decoupled weight decay."""
+    """Adam with decoupled weight decay. Biases and normalisation do not decay."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: Positive = 1e-3
-    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    weight_decay: NonNegative = 0.05
+    lr: Positive = Field(default=1e-3, description="Largest learning rate, reached after `schedule.warmup_epochs`.")
+    betas: tuple[Momentum, Momentum] = Field(
+        default=(0.9, 0.999), description="Decays of the running means of the gradient and of its square, both below 1."
+    )
+    weight_decay: NonNegative = Field(default=0.05, description="Decay of the weights, per unit of learning rate.")
 
     def build(self, module: nn.Module) -> torch.optim.Optimizer:
         """Build the optimiser of a module's parameters."""
@@ -71,10 +75,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 class LearningRateSchedule(Component):
-    """Linear warm-up, then a cosine from the optimiser's lr down to `final_lr` times it."""
+    """Linear warm-up, then a cosine from the optimiser's `lr` down to `final_lr` times it."""
 
-    warmup_epochs: NonNegative = 0.0
-    final_lr: Fraction = 0.0
+    warmup_epochs: NonNegative = Field(
+        default=0.0,
+        description="Epochs over which the learning rate rises from 0, fractions too; at most those of the run.",
+    )
+    final_lr: Fraction = Field(
+        default=0.0,
+        description="Learning rate at the end of the run, as a fraction of the optimiser's `lr`; 1 keeps it constant.",
+    )
 
     def idle(self, epochs: float) -> str | None:
         """Return why the optimiser's rate is never reached."""

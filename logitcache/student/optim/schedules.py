@@ -84,7 +84,7 @@ class Constant(Schedule):
     """A plain number, which is also its stored form."""
 
     kind: Literal["constant"] = "constant"
-    value: Float
+    value: Float = Field(description="The number.")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -104,9 +104,14 @@ class _Between(Schedule, ABC):
     """From `start` to `stop` over `epochs`, by default those of the run; `stop` from then on."""
 
     kind: str
-    start: Float
-    stop: Float
-    epochs: Positive | None = None
+    start: Float = Field(description="Value at the start of the run.", examples=[8])
+    stop: Float = Field(description="Value after `epochs`.", examples=[1])
+    epochs: Positive | None = Field(
+        default=None,
+        description="Epochs from `start` to `stop`, fractions too; by default those of the run, which are also the "
+        "most.",
+        examples=[10],
+    )
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -146,9 +151,9 @@ class Exponential(Schedule):
     """`start` · `decay`^epoch, and never below `floor`."""
 
     kind: Literal["exponential"] = "exponential"
-    start: Positive
-    decay: Rate
-    floor: NonNegative = 0.0
+    start: Positive = Field(description="Value at the start of the run.", examples=[8])
+    decay: Rate = Field(description="Factor by which the value changes in each epoch, at most 1.", examples=[0.9])
+    floor: NonNegative = Field(default=0.0, description="Smallest value.")
 
     @property
     def bounds(self) -> tuple[float, float]:
@@ -170,8 +175,10 @@ class WarmUp(Schedule):
     """From 0 in equal steps over `epochs` to `value`, which then stays."""
 
     kind: Literal["warm_up"] = "warm_up"
-    value: Float
-    epochs: Positive
+    value: Float = Field(description="Value after `epochs`.", examples=[1])
+    epochs: Positive = Field(
+        description="Epochs of the rise from 0, fractions too; at most those of the run.", examples=[20]
+    )
 
     @property
     def bounds(self) -> tuple[float, float]:
