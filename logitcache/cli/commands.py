@@ -11,7 +11,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from logitcache.cli import caches, stage_one, stage_two
+from logitcache.cli import caches, explain, stage_one, stage_two
 from logitcache.cli.common import CommandResult, Overrides, add_command
 from logitcache.config.shipped_recipes import copy_recipes, find_recipes, shipped_recipes
 from logitcache.runtime import console
@@ -146,6 +146,8 @@ _RECIPE_COMMANDS: dict[str, Callable[..., CommandResult]] = {
     "ls": recipe_ls,
     "show": recipe_show,
     "cp": recipe_cp,
+    "explain": explain.recipe_explain,
+    "schema": explain.recipe_schema,
 }
 for _group, _commands in ((app, _COMMANDS), (recipe_app, _RECIPE_COMMANDS)):
     for _name, _function in _commands.items():

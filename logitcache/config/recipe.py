@@ -62,9 +62,19 @@ class Extended(Component):
         return {name: value for name, value in stored.items() if name not in unset}
 
 
-Float = Annotated[float, BeforeValidator(_lenient_float)]
-Fraction = Annotated[Float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[Float, Field(gt=0.0)]
+def or_a_number(schema: dict[str, Any]) -> None:
+    """Let the JSON Schema of a component take a plain number, which its validator reads as the component."""
+    entries = dict(schema)
+    schema.clear()
+    schema.update(title=entries.pop("title"), anyOf=[{"type": "number"}, entries])
+
+
+Lenient = BeforeValidator(_lenient_float)
+"""Goes after the limits of a number: JSON Schema would not get those that come after it."""
+
+Float = Annotated[float, Lenient]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0), Lenient]
+Positive = Annotated[float, Field(gt=0.0), Lenient]
 Count = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 

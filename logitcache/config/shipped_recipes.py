@@ -1,5 +1,6 @@
 """Recipes that ship with the package: list, read and copy them."""
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from logitcache.errors import RecipeError, did_you_mean
 
+_SCHEMA = re.compile(r"# yaml-language-server: \$schema=(\S+)")
 _COMMAND = re.compile(r"^# +logitcache ([\w-]+) ", re.MULTILINE)
 
 
@@ -20,10 +22,20 @@ class ShippedRecipe:
     file: Path
 
 
-def shipped_recipes() -> list[ShippedRecipe]:
-    """List all recipes by name: inside the package if it is installed, beside it in a checkout."""
+def pipelines_folder() -> Path:
+    """Return the folder of recipes and schemas: inside the package if it is installed, beside it in a checkout."""
     package = Path(__file__).parent.parent
-    folder = next(one for one in (package / "pipelines", package.parent / "pipelines") if one.is_dir())
+    return next(one for one in (package / "pipelines", package.parent / "pipelines") if one.is_dir())
+
+
+def schema_file(command: str) -> Path:
+    """Return the JSON Schema of the recipes of a command."""
+    return pipelines_folder() / "schemas" / f"{command}.json"
+
+
+def shipped_recipes() -> list[ShippedRecipe]:
+    """List all recipes by name."""
+    folder = pipelines_folder()
     return [_described(file, folder) for file in sorted(folder.rglob("*.yaml"))]
 
 
@@ -53,13 +65,18 @@ def copy_recipes(name: str, folder: Path) -> list[Path]:
 
 
 def write_recipes(texts: Mapping[Path, str]) -> list[Path]:
-    """Write new files and their folders; return the files.
+    """Write new recipes, and the JSON Schemas that their first lines name for editors; return the files.
 
-    Raises RecipeError, before anything is written, if one of them exists or cannot be written.
+    A schema that exists is written again. Raises RecipeError, before anything is written, if a recipe exists or cannot
+    be written.
     """
     existing = [str(file) for file in texts if file.exists()]
     if existing:
         raise RecipeError(f"{existing[0]} exists and is not overwritten. Fix: remove it, or name another folder")
+    named = {
+        Path(os.path.normpath(file.parent / match[1])) for file, text in texts.items() if (match := _SCHEMA.match(text))
+    }
+    texts = {**texts, **{file: schema_file(file.stem).read_text(encoding="utf-8") for file in sorted(named)}}
     try:
         for file, text in texts.items():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +87,7 @@ def write_recipes(texts: Mapping[Path, str]) -> list[Path]:
 
 
 def _described(file: Path, folder: Path) -> ShippedRecipe:
-    text = file.read_text()
+    text = file.read_text().partition("\n")[2]  # the first line names the schema, for editors
     match = _COMMAND.search(text)
     assert match is not None, file
     name = file.relative_to(folder).with_suffix("").as_posix()

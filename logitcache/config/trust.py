@@ -11,9 +11,9 @@ import re
 import stat
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import AfterValidator, BeforeValidator, WithJsonSchema
 
 from logitcache.errors import RefusedError
 from logitcache.store.files import user_cache_directory
@@ -38,7 +38,14 @@ def _digests(value: tuple[str, ...]) -> tuple[str, ...]:
     return value
 
 
-Trust = Annotated[tuple[str, ...], BeforeValidator(_listed), AfterValidator(_digests)]
+_DIGESTS: dict[str, Any] = {"type": "array", "items": {"type": "string", "pattern": f"^{_DIGEST.pattern}$"}}
+
+Trust = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_listed),
+    AfterValidator(_digests),
+    WithJsonSchema({"anyOf": [_DIGESTS, _DIGESTS["items"]]}),
+]
 """Digests of manifests that the user vouches for; one digest alone is a list of one."""
 
 

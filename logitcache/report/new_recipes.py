@@ -84,7 +84,8 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
     if folder.class_names is None:
         texts[out / "precompute_validation.yaml"] = _precompute_validation(folder, taught, name, out)
     texts[out / "student.yaml"] = _student(folder, taught, learner, name, out)
-    files = [str(file) for file in write_recipes(texts)]
+    write_recipes(texts)
+    files = [str(file) for file in texts]
     return NewRecipes(files, folder.num_images, folder.class_names is not None, taught.facts.num_classes, taught.size)
 
 
@@ -164,6 +165,7 @@ def _precompute(folder: _Folder, teacher: _Source, name: str, out: Path, again: 
         why = f"the {TOP_K} most probable classes: {kept}; all are {format_bytes(dense)}"
     labels = "the folders are the teacher's classes" if folder.class_names else f"not read: {folder.unlabelled_because}"
     return f"""\
+# yaml-language-server: $schema=schemas/precompute.json
 # Run {teacher.name} once over {NUM_VIEWS} views of each of {count:,} images.
 #   logitcache precompute {out / "precompute.yaml"}
 # First: logitcache plan {out / "precompute.yaml"}, for bytes, time, memory and break-even.
@@ -189,6 +191,7 @@ num_workers: {_workers()}  # processes that decode and augment: one per CPU core
 
 def _precompute_validation(folder: _Folder, teacher: _Source, name: str, out: Path) -> str:
     return f"""\
+# yaml-language-server: $schema=schemas/precompute.json
 # Run {teacher.name} on the validation images, to measure how often the student agrees with it.
 #   logitcache precompute {out / "precompute_validation.yaml"}
 cache: {dump_inline(f"caches/{name}-validation.zarr")}
@@ -235,6 +238,7 @@ validation:
     - {{kind: resize, size: {student.facts.resize}}}
     - {{kind: center_crop, size: {_square(student.size)}}}"""
     return f"""\
+# yaml-language-server: $schema=schemas/train-student.json
 # Train {student.name} to answer as {teacher.name} does, from the cache alone.
 #   logitcache train-student {out / "student.yaml"}
 # Afterwards: logitcache evaluate {shlex.quote(f"runs/{name}")}

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from logitcache.cache.cache import Replay
-from logitcache.config.recipe import NOWHERE, Component, Count, Float, Name, Positive
+from logitcache.config.recipe import NOWHERE, Component, Count, Lenient, Name, Positive
 from logitcache.config.trust import Trust
 from logitcache.errors import RecipeError, raise_all
 from logitcache.models import Model, Preprocessing
@@ -71,7 +71,7 @@ class Validation(Component):
         "reported.",
         examples=[{"cat": 3, "7": 5}],
     )
-    threshold: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] = Field(
         default=THRESHOLD, description="Probability above which an answer to images of any number of classes is yes."
     )
     groups: ClassGroups = Field(default=ClassGroups(), description="Bounds of head and tail classes, for `evaluate`.")

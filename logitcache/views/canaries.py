@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import Component, Float
+from logitcache.config.recipe import Component, Lenient
 from logitcache.errors import RecipeError, ReplayMismatchError
 from logitcache.views.augmentations.foreign import foreign_transforms
 from logitcache.views.keys import Draws, ViewKey, below
@@ -30,7 +30,7 @@ class DriftLimits(Component):
     another kernel does (mean above 1, 19 levels or more).
     """
 
-    mean: Annotated[Float, Field(ge=0.0, le=255.0)] = Field(
+    mean: Annotated[float, Field(ge=0.0, le=255.0), Lenient] = Field(
         default=0.5, description="Largest mean difference of a canary's pixels, in levels of 255."
     )
     max: Annotated[int, Field(ge=0, le=255)] = Field(

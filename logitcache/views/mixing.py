@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
-from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction, Positive
+from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction, Lenient
 from logitcache.views.keys import Draws, Words, below
 
 Ints = NDArray[np.int64]
@@ -164,7 +164,7 @@ class MixingBase(Component, ABC):
     """
 
     kind: str
-    alpha: Annotated[Positive, Field(le=_MAX_ALPHA)] = Field(
+    alpha: Annotated[float, Field(gt=0.0, le=_MAX_ALPHA), Lenient] = Field(
         default=1.0,
         description="Parameter of Beta(alpha, alpha), from which the weight of a pair is drawn: 1 draws it "
         "uniformly, smaller values draw it near 0 and 1.",

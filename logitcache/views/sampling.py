@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from logitcache.config.recipe import Component, Float
+from logitcache.config.recipe import Component, Lenient
 from logitcache.errors import RecipeError
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, is_multi_label
 from logitcache.views.keys import Draws, Words, below
@@ -115,7 +115,7 @@ class EffectiveNumber(_ByClass):
     """
 
     kind: Literal["effective_number"] = "effective_number"
-    beta: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
+    beta: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] = Field(
         default=0.999,
         description="β of the effective number: near 0 draws as the images are, near 1 as `class_balanced` does.",
     )

@@ -38,7 +38,10 @@ def test_a_folder_is_copied_below_pipelines_as_its_comments_name_it(
     monkeypatch.chdir(tmp_path)
     assert main(["recipe", "cp", "image_folder", "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
-    assert files == ["pipelines/image_folder/precompute.yaml", "pipelines/image_folder/student.yaml"]
+    assert files == [
+        *("pipelines/image_folder/precompute.yaml", "pipelines/image_folder/student.yaml"),
+        *("pipelines/schemas/precompute.json", "pipelines/schemas/train-student.json"),
+    ]
     assert main(["recipe", "check", files[0]]) == 0
 
 

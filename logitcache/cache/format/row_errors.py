@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.config.recipe import Component, Float
+from logitcache.config.recipe import Component, Lenient
 
 LOWEST, OCTAVES, PER_OCTAVE = -40, 48, 8
 """Bins from 2^-40 to 2^8, an eighth of an octave each; what is smaller or larger is in the first or last."""
@@ -21,7 +21,7 @@ BOUND = 0.001
 By Pinsker's inequality the probabilities of a row at T = 1 then differ by √(2 · 0.001) = 4.5 % in sum, at most.
 """
 
-Error = Annotated[Float, Field(ge=0.0)]
+Error = Annotated[float, Field(ge=0.0), Lenient]
 
 
 class RowErrors(Component):

@@ -21,7 +21,11 @@ from logitcache.targets import Batch, MixedLabels, Targets
 P = ParamSpec("P")
 
 LossWeight = Annotated[
-    Weight, Field(description="Factor of the loss in the sum of all losses: a number or a schedule, never below 0.")
+    Weight,
+    Field(
+        description="Factor of the loss in the sum of all losses: a number or a schedule, never below 0.",
+        examples=[0.5, {"kind": "warm_up", "value": 1, "epochs": 20}],
+    ),
 ]
 LossTeacher = Annotated[
     Name | None,

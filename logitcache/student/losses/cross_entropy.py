@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from logitcache.config.recipe import Float, Fraction
+from logitcache.config.recipe import Fraction, Lenient
 from logitcache.logits import at_least_float32
 from logitcache.student.losses.base import (
     UNLABELLED,
@@ -75,7 +75,7 @@ class CrossEntropy(LossBase):
     label_smoothing: Fraction = Field(
         default=0.0, description="Share of each label's probability that is spread over all classes."
     )
-    logit_adjustment: Annotated[Float, Field(ge=0.0)] = Field(
+    logit_adjustment: Annotated[float, Field(ge=0.0), Lenient] = Field(
         default=0.0,
         description="τ of τ log π, which is added to the logits in training only, π the class frequencies among "
         "the training images (Menon et al. 2021). 0 adds nothing; 1 is usual for long-tailed data.",

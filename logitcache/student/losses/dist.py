@@ -75,7 +75,9 @@ class DIST(TemperedLoss):
         default=constant(1.0), description="Weight of the correlations between the images of each class."
     )
     temperature: Temperature = Field(
-        default=constant(1.0), description="Divisor of both models' logits before the softmax, or a schedule."
+        default=constant(1.0),
+        description="Divisor of both models' logits before the softmax, or a schedule.",
+        examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)
     teacher: LossTeacher = None

@@ -58,7 +58,9 @@ class DKD(SingleLabelLoss):
     )
     beta: Weight = Field(default=constant(8.0), description="Weight of the divergence among the other classes.")
     temperature: Temperature = Field(
-        default=constant(4.0), description="Divisor of both models' logits before the softmax, or a schedule."
+        default=constant(4.0),
+        description="Divisor of both models' logits before the softmax, or a schedule.",
+        examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)
     teacher: LossTeacher = None

@@ -48,6 +48,7 @@ class KLDivergence(TemperedLoss):
         default=constant(1.0),
         description="Divisor T of both models' logits before the softmax, or a schedule; `by_confidence` gives "
         "each image its own.",
+        examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     standardize: bool = Field(
         default=False,

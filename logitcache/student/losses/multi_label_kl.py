@@ -33,7 +33,9 @@ class MultiLabelKL(TemperedLoss):
 
     kind: Literal["multi_label_kl"] = "multi_label_kl"
     temperature: Temperature = Field(
-        default=constant(1.0), description="Divisor T of both models' logits before the sigmoid, or a schedule."
+        default=constant(1.0),
+        description="Divisor T of both models' logits before the sigmoid, or a schedule.",
+        examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)
     teacher: LossTeacher = None

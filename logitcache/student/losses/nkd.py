@@ -51,7 +51,9 @@ class NKD(SingleLabelLoss):
     kind: Literal["nkd"] = "nkd"
     gamma: Weight = Field(default=constant(1.5), description="Weight of the other classes' part.")
     temperature: Temperature = Field(
-        default=constant(1.0), description="Divisor of both models' logits in the other classes' part, or a schedule."
+        default=constant(1.0),
+        description="Divisor of both models' logits in the other classes' part, or a schedule.",
+        examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)
     teacher: LossTeacher = None

@@ -41,7 +41,9 @@ class WSLD(SingleLabelLoss):
 
     kind: Literal["wsld"] = "wsld"
     temperature: Temperature = Field(
-        default=constant(2.0), description="Divisor of both models' logits before the softmax, or a schedule."
+        default=constant(2.0),
+        description="Divisor of both models' logits before the softmax, or a schedule.",
+        examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)
     teacher: LossTeacher = None

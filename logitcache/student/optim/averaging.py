@@ -3,11 +3,11 @@
 from typing import Annotated
 
 import torch
-from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BeforeValidator, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from logitcache.config.recipe import Component, Float
+from logitcache.config.recipe import Component, Lenient, or_a_number
 
 STATISTICS = frozenset({"running_mean", "running_var"})
 """Buffers that are averaged: statistics of batch and instance normalisation. All others are copied."""
@@ -22,7 +22,9 @@ class EMA(Component):
     torch.optim.swa_utils.get_ema_multi_avg_fn, the warm-up that of TensorFlow's ExponentialMovingAverage.
     """
 
-    decay: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
+    model_config = ConfigDict(json_schema_extra=or_a_number)
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] = Field(
         description="Largest weight d of the average so far, below 1; the number alone is short for this entry.",
         examples=[0.999],
     )

@@ -7,11 +7,11 @@ import torch
 from pydantic import Field, field_serializer
 from torch import nn
 
-from logitcache.config.recipe import Component, Float, Fraction, Positive
+from logitcache.config.recipe import Component, Fraction, Lenient, Positive
 from logitcache.errors import RecipeError
 from logitcache.student.optim.schedules import NonNegative, beyond
 
-Momentum = Annotated[Float, Field(ge=0.0, lt=1.0)]
+Momentum = Annotated[float, Field(ge=0.0, lt=1.0), Lenient]
 
 
 class SGD(Component):

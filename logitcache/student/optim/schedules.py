@@ -5,15 +5,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, model_serializer
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, model_serializer
 from torch import Tensor, nn
 
-from logitcache.config.recipe import Component, Float, Positive
+from logitcache.config.recipe import Component, Float, Lenient, Positive, or_a_number
 from logitcache.logits import Logits
 from logitcache.targets import Batch
 
-NonNegative = Annotated[Float, Field(ge=0.0)]
-Rate = Annotated[Float, Field(gt=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0), Lenient]
+Rate = Annotated[float, Field(gt=0.0, le=1.0), Lenient]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ class Schedule(TemperatureBase):
 
 
 class Constant(Schedule):
-    """A plain number, which is also its stored form."""
+    """What a plain number means, which is also its stored form."""
+
+    model_config = ConfigDict(json_schema_extra=or_a_number)
 
     kind: Literal["constant"] = "constant"
     value: Float = Field(description="The number.")

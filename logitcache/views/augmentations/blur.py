@@ -7,7 +7,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.config.recipe import Float, Fraction
+from logitcache.config.recipe import Fraction, Lenient
 from logitcache.errors import DataError
 from logitcache.views.augmentations.base import AugmentationBase, Ints, Ordered, Size, pair, replace_rows
 from logitcache.views.keys import Draws, bernoulli, uniform
@@ -15,7 +15,7 @@ from logitcache.views.keys import Draws, bernoulli, uniform
 STEPS = 65536
 """Standard deviations are multiples of 1 / STEPS."""
 # At least one step, since torchvision divides by it; at most what is a flat average for any kernel.
-Sigma = Annotated[Float, Field(ge=1 / STEPS, le=65536.0)]
+Sigma = Annotated[float, Field(ge=1 / STEPS, le=65536.0), Lenient]
 
 
 class GaussianBlur(AugmentationBase):

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from logitcache.config.recipe import Float, Positive
+from logitcache.config.recipe import Lenient, Positive
 from logitcache.errors import DataError
 from logitcache.views.augmentations.base import (
     AugmentationBase,
@@ -27,7 +27,7 @@ from logitcache.views.augmentations.resize import Kernel, resized
 from logitcache.views.keys import Draws, below, uniform
 
 NUM_TRIES = 10
-Share = Annotated[Float, Field(gt=0.0, le=1.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0), Lenient]
 
 
 class CenterCrop(AugmentationBase):

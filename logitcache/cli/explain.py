@@ -1,0 +1,71 @@
+"""The commands that describe the keys of recipes, from the shipped JSON Schemas."""
+
+import json
+import re
+import shutil
+import textwrap
+from typing import Annotated, Any
+
+from typer import Argument
+
+from logitcache.cli.common import CommandResult
+from logitcache.config.recipe_keys import COMMANDS, Key, explain, read_schema
+
+_INDENT = " " * 11
+
+
+def recipe_schema(
+    kind: Annotated[str, Argument(metavar="KIND", help=f"The command of the recipes: {', '.join(COMMANDS)}.")],
+) -> CommandResult:
+    """Print the JSON Schema of recipes, by which editors complete and check them."""
+    schema = read_schema(kind)
+    return CommandResult(schema, json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
+
+
+def recipe_explain(
+    key: Annotated[
+        str, Argument(metavar="KEY", help="A key, losses.kl_divergence.temperature, or a part of it; all without one.")
+    ] = "",
+) -> CommandResult:
+    """Explain a key of recipes: what it does, its type, default and an example."""
+    found = explain(key)
+    return CommandResult({"keys": [_document(one) for one in found]}, "\n".join(map(_text, found)))
+
+
+def _document(key: Key) -> dict[str, Any]:
+    wanted = ("description", "default", "examples")
+    stated = {name: key.entries[name] for name in wanted if name in key.entries}
+    return {
+        "key": key.name,
+        "recipes": key.commands,
+        "type": key.type,
+        **stated,
+        "below": key.names(),
+        "link": key.link,
+    }
+
+
+def _text(key: Key) -> str:
+    """Describe a key for people, as wide as the terminal."""
+    width = min(shutil.get_terminal_size().columns, 120) - 2
+    entries = key.entries
+    facts = {
+        "recipes": ", ".join(key.commands),
+        "type": key.type,
+        "default": _flow(entries["default"]) if "default" in entries else "",
+        "example": " or ".join(f"`{key.path[-1]}: {_flow(one)}`" for one in entries.get("examples", ())),
+        "below it": ", ".join(key.names()),
+    }
+    paragraphs = [textwrap.fill(one, width) for one in entries.get("description", "").split("\n\n")]
+    lines = [f"{name + ':':{len(_INDENT)}}{text}" for name, text in facts.items() if text]
+    wrapped = [
+        textwrap.fill(line, width, subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False)
+        for line in lines
+    ]
+    body = "\n".join([*paragraphs, *wrapped, f"{'docs:':{len(_INDENT)}}{key.link}"])
+    return f"{key.name}\n{textwrap.indent(body, '  ')}\n"
+
+
+def _flow(value: Any) -> str:
+    """Write a value as YAML on one line: JSON, without the quotes that words do not need."""
+    return re.sub(r'"([A-Za-z][\w./-]*(?::\w+)?)"', r"\1", json.dumps(value, ensure_ascii=False))
