@@ -73,6 +73,7 @@ MODULES = {
     "hypothesis": "hypothesis",
     "Jinja2": "jinja2",
     "lightning": "lightning",
+    "jsonschema": "jsonschema",
     "lmdb": "lmdb",
     "matplotlib": "matplotlib",
     "moto": "moto",

@@ -1,6 +1,6 @@
 """Keys of recipes, read from the shipped JSON Schemas: their types, defaults and descriptions, without the models.
 
-The schemas are made of the models by docs/generate.py. Reading them takes neither torch nor pydantic.
+The schemas are made of the models by docs/generate.py. Reading them takes no torch.
 """
 
 import json
