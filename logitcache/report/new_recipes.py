@@ -10,7 +10,7 @@ from pathlib import Path
 from logitcache.config.shipped_recipes import write_recipes
 from logitcache.config.yaml_text import dump_inline
 from logitcache.errors import DataError, RecipeError
-from logitcache.models import Run, Timm, Torchvision, read_stored
+from logitcache.models import Timm, Torchvision, read_stored
 from logitcache.models.base import PretrainedFacts
 from logitcache.runtime.tables import format_bytes
 from logitcache.store.remote.client import is_remote
@@ -25,6 +25,7 @@ STEPS = 4000
 MOST_BYTES = 1 << 30
 """The largest cache of all logits that is kept whole."""
 TOP_K = 100
+MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
     """
     taught, learner = _source("--teacher", teacher), _source("--student", student)
     folder = _folder(images, taught)
-    name = re.sub(r"[^A-Za-z0-9-]+", "_", images.rstrip("/").rpartition("/")[2]).strip("_") or "photos"
+    called = images.rstrip("/").rpartition("/")[2] if out is None else out.name
+    name = re.sub(r"[^A-Za-z0-9-]+", "_", called).strip("_") or "photos"
     out = Path("pipelines") / name if out is None else out
     again = shlex.join(["recipe", "new", "--images", images, "--teacher", teacher, "--student", student])
     texts = {out / "precompute.yaml": _precompute(folder, taught, name, out, again)}
@@ -99,15 +101,11 @@ def _source(option: str, text: str) -> _Source:
             facts = Torchvision(name=name, weights="DEFAULT").pretrained_facts()
             return _Source({"kind": kind, "name": name, "weights": "DEFAULT"}, name, facts, None)
         case "run" if name:
-            stored, recorded = read_stored(Path(name).expanduser() / "model.json"), read_evaluation(Path(name))
-            size = max(stored.preprocessing.size or (224,))
-            facts = PretrainedFacts(stored.num_classes, stored.preprocessing, size)
-            return _Source(
-                Run(path=name).model_dump(include={"kind", "path"}),
-                Path(name).name,
-                facts,
-                recorded and recorded.class_names,
-            )
+            run = Path(name).expanduser()
+            stored, recorded = read_stored(run / "model.json"), read_evaluation(run)
+            facts = PretrainedFacts(stored.num_classes, stored.preprocessing, max(stored.preprocessing.size or (224,)))
+            names = None if recorded is None else recorded.class_names
+            return _Source({"kind": "run", "path": name}, run.name, facts, names)
     raise RecipeError(
         f"{option} {text!r} names no model. Fix: timm:NAME, torchvision:NAME or run:DIR, as in timm:resnet50.a1_in1k"
     )
@@ -157,7 +155,7 @@ def _precompute(folder: _Folder, teacher: _Source, name: str, out: Path, again: 
     classes, count = teacher.facts.num_classes, folder.num_images
     dense = 2 * classes * NUM_VIEWS * count
     if dense <= MOST_BYTES:
-        encoding = {"kind": "dense"}
+        encoding: dict[str, object] = {"kind": "dense"}
         why = f"every logit in float16: {format_bytes(dense)} for {count:,} images"
     else:
         encoding = {"kind": "top_k", "k": min(TOP_K, classes)}
@@ -272,7 +270,7 @@ def _dataset(entry: Mapping[str, object], labels: str, split: str) -> str:
 
 
 def _workers() -> int:
-    return min(8, os.cpu_count() or 1)
+    return min(MOST_WORKERS, os.cpu_count() or 1)
 
 
 def _square(size: tuple[int, int]) -> str:

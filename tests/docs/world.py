@@ -28,12 +28,17 @@ TINY = {"kind": "small_cnn", "width": 4}
 GREY = {"mean": [0.5], "std": [0.5]}
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 BUNDLED = {"kind": "bundled", "num_images": 40}
-HERE = {"s3://bucket": "bucket", "/data/photos": "photos"}
-"""Folders of the world that take the place of what pages name."""
+HERE = {
+    "s3://bucket": "bucket",
+    "/data/photos": "photos",
+    "resnet50.a1_in1k": "test_resnet.r160_in1k",
+    "mobilenetv3_small_100.lamb_in1k": "test_efficientnet.r160_in1k",
+}
+"""Folders and small models of the world that take the place of what pages name."""
 
 
 def here(text: str) -> str:
-    """Return an example in which URLs and absolute paths are folders of the world."""
+    """Return an example in which URLs, absolute paths and models are those of the world."""
     for named, folder in HERE.items():
         text = text.replace(named, folder)
     return text
@@ -49,12 +54,12 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
         small["views"] = small["views"] | {"num_views": 2, "augmentations": shapes}
     if small.get("dataset", {}).get("kind") in ("bundled", "torchvision"):
         small["dataset"] = BUNDLED | {"split": small["dataset"].get("split", "train")}
-    elif small.get("dataset", {}).get("kind") == "image_folder":
+    elif small.get("dataset", {}).get("kind") == "image_folder" and "teachers" in small:
         classes = [entry for entry in small["teachers"].values() if "classes" in entry]
         small["dataset"] = small["dataset"] | {"root": "photos", "labelled": bool(classes)}
     if "epochs" in small:
         small |= {"epochs": 1, "schedule": {}, "num_workers": 0, "batch_size": 64}
-        if small["model"]["kind"] == "torchvision":
+        if small["model"]["kind"] in ("torchvision", "timm"):
             small["model"] = TINY
     elif "out" not in small:
         small |= {"num_workers": 0, "batch_size": 64, "views_per_image": 1}
@@ -88,6 +93,9 @@ def make_world(folder: Path) -> None:
     student = load_plain(folder / "pipelines/fashion_mnist/student.yaml")
     del student["validation"]
     (folder / "student.yaml").write_text(yaml.safe_dump(student))
+    teacher = {"out": "runs/photos-teacher", "dataset": PHOTOS | {"split": "train"}, "model": TINY, "epochs": 1}
+    crop = {"augmentations": [{"kind": "center_crop", "size": 32}]}
+    (folder / "teacher.yaml").write_text(yaml.safe_dump(shrunk(teacher | crop)))
     _draw_photos(folder)
     _fill_caches(folder)
 
