@@ -77,6 +77,8 @@ def _print(answer: CommandResult, as_json: bool) -> None:
     console.write(text)
     for message in answer.errors:
         console.write(f"Error: {message}\n", err=True)
+    if answer.follows and not answer.errors and not as_json:
+        console.logger.info(f"Next: {shlex.join(['logitcache', *answer.follows])}")
 
 
 def _explain(error: Exception, debug: bool) -> tuple[int, str]:

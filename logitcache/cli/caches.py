@@ -7,6 +7,7 @@ from typing import Annotated
 from typer import Argument, BadParameter, Option
 
 from logitcache.cli.common import CommandResult, Overrides, Scheduler, Trust, Workers
+from logitcache.cli.completion import teachers
 
 CachePath = Annotated[str, Argument(metavar="CACHE", help="A folder or a URL (s3://…) made by precompute or derive.")]
 
@@ -21,7 +22,8 @@ def summary(
     from logitcache.report.summary import summarize
     from logitcache.stage_one.cluster.cluster import Cluster
 
-    return CommandResult(asdict(summarize(cache, views, Cluster(scheduler, workers))))
+    found = summarize(cache, views, Cluster(scheduler, workers))
+    return CommandResult(asdict(found), follows=("inspect", cache))
 
 
 def inspect(
@@ -43,8 +45,6 @@ def inspect(
 
     With --view, write what the teacher saw of an image and its most probable classes over all views; --set
     dataset.root=DIR gives the folder of the images.
-
-    Example: logitcache inspect caches/train.zarr --view 0/17 --out shoe.html
     """
     if view is None:
         from logitcache.report.inspect import inspect_cache
@@ -52,10 +52,10 @@ def inspect(
         given = {"--out": out, "--set": overrides, "--trust": trust}
         if unused := [option for option, value in given.items() if value]:
             raise BadParameter("has no effect without --view", param_hint=unused)
-        return CommandResult(inspect_cache(cache))
+        return CommandResult(inspect_cache(cache), follows=("summary", cache))
     from logitcache.report.look import look
 
-    return CommandResult(asdict(look(cache, view, out, overrides, trust)))
+    return CommandResult(asdict(look(cache, view, out, overrides, trust)), follows=("summary", cache))
 
 
 def suspects(
@@ -64,7 +64,13 @@ def suspects(
     trust: Trust,
     teacher: Annotated[
         list[str],
-        Option("--teacher", metavar="NAME", help="Ask this teacher; repeatable.", show_default="all with logits"),
+        Option(
+            "--teacher",
+            metavar="NAME",
+            help="Ask this teacher; repeatable.",
+            show_default="all with logits",
+            autocompletion=teachers,
+        ),
     ] = [],  # noqa: B006  # Typer's way
     top: Annotated[int, Option("--top", min=1, metavar="N", help="Show the first N.")] = 20,
     csv: Annotated[Path | None, Option("--csv", metavar="FILE", help="Write all of them as CSV.")] = None,
@@ -75,14 +81,11 @@ def suspects(
     """Rank the labels that confident teachers contradict over many views, the most doubtful first.
 
     It shows where to look and proves nothing: a teacher may have learnt a wrong label, or be wrong itself.
-
-    Example: logitcache suspects caches/train.zarr --csv suspects.csv --sheet suspects.html
     """
     from logitcache.report.suspects import find_suspects
 
-    return CommandResult(
-        asdict(find_suspects(cache, overrides, trust, teachers=teacher, top=top, csv=csv, sheet=sheet))
-    )
+    found = find_suspects(cache, overrides, trust, teachers=teacher, top=top, csv=csv, sheet=sheet)
+    return CommandResult(asdict(found), follows=("inspect", cache, "--view", "VIEW/IMAGE"))
 
 
 def verify(
@@ -100,7 +103,7 @@ def verify(
 
     result = verbs.repair(cache, repair, overrides, trust) if repair else verbs.verify(cache, overrides, trust)
     if result.error is None:
-        return CommandResult(asdict(result), result.text)
+        return CommandResult(asdict(result), result.text, follows=("inspect", cache))
     return CommandResult(asdict(result), result.text, (result.error,), CacheError.__name__, CacheError.exit_code)
 
 
@@ -120,4 +123,5 @@ def gc(
     lines = [f"{garbage.path}: {garbage.why} ({garbage.bytes} bytes)\n" for garbage in found]
     text = "".join(lines) + f"{len(found)} files or folders, {total} bytes, {verb}\n"
     document = {"cache": cache, "dry_run": dry_run, "bytes": total, "found": [asdict(item) for item in found]}
-    return CommandResult(document, text)
+    follows = ("gc", cache) if dry_run and found else ("verify", cache)
+    return CommandResult(document, text, follows=follows)

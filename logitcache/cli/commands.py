@@ -4,27 +4,40 @@ Each parses its arguments, calls one function of the library and returns the res
 functions: `--help` must not wait for torch.
 """
 
-from collections.abc import Callable
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from logitcache.cli import caches, explain, stage_one, stage_two
-from logitcache.cli.common import CommandResult, Overrides, add_command
+from logitcache.cli import caches, completion, explain, stage_one, stage_two
+from logitcache.cli.common import CommandResult, Overrides, add_command, as_options
+from logitcache.cli.help import Command, GroupedCommands, epilog
 from logitcache.config.shipped_recipes import copy_recipes, find_recipes, shipped_recipes
 from logitcache.runtime import console
 
+NEW = (
+    *("recipe", "new", "--images", "photos"),
+    *("--teacher", "timm:resnet50.a1_in1k", "--student", "timm:mobilenetv3_small_100.lamb_in1k"),
+)
+"""The first command for a folder of one's own."""
+
 app = Typer(
-    add_completion=False,
+    cls=GroupedCommands,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # Typer's own limit is 80 columns, however wide the terminal.
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 1000},
     help="Run a teacher once, then train any number of students on the pixels it saw.",
+    epilog=epilog("demo", "getting-started.md", shlex.join(["logitcache", *NEW])),
 )
-recipe_app = Typer(rich_markup_mode=None, help="List, copy and check recipes.")
-app.add_typer(recipe_app, name="recipe")
+recipe_app = Typer(
+    cls=GroupedCommands,
+    rich_markup_mode=None,
+    help="Write, list, copy and check recipes.",
+    epilog=epilog("recipe ls", "reference/recipes.md", "logitcache recipe show NAME"),
+)
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,7 +66,7 @@ def demo(
     """Run both stages on bundled images, in about a minute."""
     from logitcache.report.demo import run_demo
 
-    return CommandResult(asdict(run_demo(out, quick=quick)))
+    return CommandResult(asdict(run_demo(out, quick=quick)), follows=NEW)
 
 
 def recipe_check(
@@ -70,10 +83,18 @@ def recipe_check(
     text = "".join(f"{line}\n" for one in lines for line in one)
     document = {"recipes": [asdict(recipe) for recipe in checked]}
     code = RecipeError.exit_code if errors else 0
-    return CommandResult(document, text, errors, RecipeError.__name__, code)
+    follows = (str(checked[0].command), checked[0].path, *as_options(overrides))
+    return CommandResult(document, text, errors, RecipeError.__name__, code, follows=follows)
 
 
-Name = Annotated[str, Argument(metavar="NAME", help="A recipe, fashion_mnist/student, or a folder, fashion_mnist.")]
+Name = Annotated[
+    str,
+    Argument(
+        metavar="NAME",
+        help="A recipe, fashion_mnist/student, or a folder, fashion_mnist.",
+        autocompletion=completion.recipe_names,
+    ),
+]
 
 
 def recipe_ls() -> CommandResult:
@@ -82,13 +103,13 @@ def recipe_ls() -> CommandResult:
     document = {"recipes": [{"name": r.name, "command": r.command, "summary": r.summary} for r in recipes]}
     width, command_width = max(len(r.name) for r in recipes), max(len(r.command) for r in recipes)
     text = "".join(f"{r.name:{width}}  {r.command:{command_width}}  {r.summary}\n" for r in recipes)
-    return CommandResult(document, text)
+    return CommandResult(document, text, follows=("recipe", "cp", "NAME"))
 
 
 def recipe_show(name: Name) -> CommandResult:
     """Print a recipe that ships with logitcache, or all of a folder."""
     texts = {recipe.name: recipe.file.read_text() for recipe in find_recipes(name)}
-    return CommandResult({"recipes": texts}, "\n".join(texts.values()))
+    return CommandResult({"recipes": texts}, "\n".join(texts.values()), follows=("recipe", "cp", name))
 
 
 def recipe_cp(
@@ -99,7 +120,8 @@ def recipe_cp(
 ) -> CommandResult:
     """Copy a recipe that ships with logitcache, or all of a folder; nothing is overwritten."""
     files = [str(file) for file in copy_recipes(name, folder)]
-    return CommandResult({"files": files}, "".join(f"{file}\n" for file in files))
+    text = "".join(f"{file}\n" for file in files)
+    return CommandResult({"files": files}, text, follows=("recipe", "check", *files))
 
 
 def recipe_new(
@@ -114,41 +136,111 @@ def recipe_new(
     from logitcache.report.new_recipes import new_recipes
 
     made = new_recipes(images, teacher, student, out)
-    return CommandResult(asdict(made), "".join(f"{file}\n" for file in made.files))
+    text = "".join(f"{file}\n" for file in made.files)
+    return CommandResult(asdict(made), text, follows=("plan", made.files[0]))
 
 
 def env() -> CommandResult:
     """Show the versions and devices that decide results."""
     from logitcache.report.environment import environment
 
-    return CommandResult(environment())
+    return CommandResult(environment(), follows=("demo",))
 
 
-_COMMANDS: dict[str, Callable[..., CommandResult]] = {
-    "demo": demo,
-    "plan": stage_one.plan,
-    "precompute": stage_one.precompute,
-    "derive": stage_one.derive,
-    "train-student": stage_two.train_student,
-    "train-teacher": stage_two.train_teacher,
-    "evaluate": stage_two.evaluate,
-    "predict": stage_two.predict,
-    "summary": caches.summary,
-    "inspect": caches.inspect,
-    "suspects": caches.suspects,
-    "verify": caches.verify,
-    "gc": caches.gc,
-    "env": env,
+_START, _ONE, _TWO, _CACHES = "Start", "Stage one: make a cache", "Stage two: train students", "Caches"
+_COMMANDS = {
+    "demo": Command(demo, _START, "demo --out logitcache-demo", "getting-started.md", shlex.join(["logitcache", *NEW])),
+    "env": Command(env, _START, "env --json", "getting-started.md", "logitcache demo"),
+    "plan": Command(
+        stage_one.plan,
+        *(_ONE, "plan pipelines/image_folder/precompute.yaml --set dataset.root=/data/photos"),
+        *("how-to/plan-the-cost.md", "logitcache precompute RECIPE"),
+    ),
+    "precompute": Command(
+        stage_one.precompute,
+        *(_ONE, "precompute pipelines/image_folder/precompute.yaml --set dataset.root=/data/photos"),
+        *("how-to/resume-and-grow.md", "logitcache train-student RECIPE"),
+    ),
+    "derive": Command(
+        stage_one.derive,
+        *(_ONE, "derive pipelines/derive/recipe.yaml", "how-to/derive-a-cache.md", "logitcache inspect CACHE"),
+    ),
+    "train-student": Command(
+        stage_two.train_student,
+        *(_TWO, "train-student pipelines/fashion_mnist/student.yaml --set seed=1"),
+        *("how-to/distil-your-photographs.md", "logitcache evaluate RUN"),
+    ),
+    "train-teacher": Command(
+        stage_two.train_teacher,
+        *(_TWO, "train-teacher pipelines/fashion_mnist/teacher.yaml --resume"),
+        *("how-to/bring-your-teacher.md", "logitcache precompute RECIPE, with model: {kind: run, path: RUN}"),
+    ),
+    "evaluate": Command(
+        stage_two.evaluate,
+        *(_TWO, "evaluate runs/fashion_mnist/student --latency"),
+        *("how-to/use-a-trained-student.md", "logitcache predict RUN IMAGE"),
+    ),
+    "predict": Command(
+        stage_two.predict,
+        *(_TWO, "predict runs/photos photo.jpg photos/ --top 3", "how-to/use-a-trained-student.md"),
+        "logitcache.load_student(RUN), in Python",
+    ),
+    "summary": Command(
+        caches.summary,
+        *(_CACHES, "summary caches/fashion_mnist/train.zarr", "getting-started.md", "logitcache train-student RECIPE"),
+    ),
+    "inspect": Command(
+        caches.inspect,
+        *(_CACHES, "inspect caches/fashion_mnist/train.zarr --view 0/17 --out shoe.html"),
+        *("how-to/look-at-a-cache.md", "logitcache summary CACHE"),
+    ),
+    "suspects": Command(
+        caches.suspects,
+        *(_CACHES, "suspects caches/fashion_mnist/train.zarr --csv suspects.csv --sheet suspects.html"),
+        *("how-to/look-at-a-cache.md", "logitcache inspect CACHE --view VIEW/IMAGE"),
+    ),
+    "verify": Command(
+        caches.verify,
+        *(_CACHES, "verify caches/photos.zarr --repair pipelines/image_folder/precompute.yaml"),
+        *("how-to/resume-and-grow.md", "logitcache inspect CACHE"),
+    ),
+    "gc": Command(
+        caches.gc,
+        *(_CACHES, "gc caches/photos.zarr --dry-run", "how-to/resume-and-grow.md", "logitcache verify CACHE"),
+    ),
 }
-_RECIPE_COMMANDS: dict[str, Callable[..., CommandResult]] = {
-    "new": recipe_new,
-    "check": recipe_check,
-    "ls": recipe_ls,
-    "show": recipe_show,
-    "cp": recipe_cp,
-    "explain": explain.recipe_explain,
-    "schema": explain.recipe_schema,
+_RECIPES = "Commands"
+_RECIPE_COMMANDS = {
+    "new": Command(
+        recipe_new,
+        *(_RECIPES, shlex.join(NEW), "how-to/distil-your-photographs.md"),
+        "logitcache plan pipelines/photos/precompute.yaml",
+    ),
+    "check": Command(
+        recipe_check,
+        *(_RECIPES, "recipe check pipelines/fashion_mnist/student.yaml", "reference/recipes.md"),
+        "the command that it names",
+    ),
+    "ls": Command(recipe_ls, _RECIPES, "recipe ls", "getting-started.md", "logitcache recipe show NAME"),
+    "show": Command(
+        recipe_show,
+        *(_RECIPES, "recipe show fashion_mnist/student", "getting-started.md", "logitcache recipe cp NAME"),
+    ),
+    "cp": Command(
+        recipe_cp,
+        *(_RECIPES, "recipe cp image_folder", "getting-started.md", "logitcache recipe check FILE"),
+    ),
+    "explain": Command(
+        explain.recipe_explain,
+        *(_RECIPES, "recipe explain losses.kl_divergence.temperature", "reference/recipes.md"),
+        "logitcache recipe check FILE",
+    ),
+    "schema": Command(
+        explain.recipe_schema,
+        *(_RECIPES, "recipe schema train-student", "reference/recipes.md", "logitcache recipe check FILE"),
+    ),
 }
-for _group, _commands in ((app, _COMMANDS), (recipe_app, _RECIPE_COMMANDS)):
-    for _name, _function in _commands.items():
-        add_command(_group, _name, _function)
+app.add_typer(recipe_app, name="recipe", rich_help_panel=_START)
+for _app, _commands in ((app, _COMMANDS), (recipe_app, _RECIPE_COMMANDS)):
+    for _name, _command in _commands.items():
+        add_command(_app, _name, _command.function, rich_help_panel=_command.group, epilog=epilog(*_command[2:]))

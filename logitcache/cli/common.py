@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option, Typer
 
+from logitcache.cli.completion import settings
 from logitcache.errors import Stopped
 from logitcache.runtime import console
 
@@ -21,7 +22,7 @@ from logitcache.runtime import console
 class CommandResult:
     """The result of a command; `text` is what people read, by default a table of the document.
 
-    Of several processes with one result, one shows it.
+    Of several processes with one result, one shows it. `follows` are the words of the command that comes next.
     """
 
     document: Mapping[str, Any]
@@ -30,6 +31,7 @@ class CommandResult:
     error_type: str = ""
     exit_code: int = 0
     is_shown: bool = True
+    follows: tuple[str, ...] = ()
 
 
 Recipe = Annotated[Path, Argument(metavar="RECIPE", help="A YAML file.")]
@@ -41,6 +43,7 @@ Overrides = Annotated[
         show_default=False,
         metavar="KEY=VALUE",
         help="Change one key, as in optimizer.lr=0.1; repeatable.",
+        autocompletion=settings,
     ),
 ]
 
@@ -87,6 +90,11 @@ _Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.
 _OUTPUT_OPTIONS = {"quiet": _Quiet, "verbose": _Verbose, "json": _Json, "debug": _Debug}
 
 
+def as_options(overrides: list[str]) -> list[str]:
+    """Return the words that make the same overrides."""
+    return [word for change in overrides for word in ("--set", change)]
+
+
 @contextmanager
 def _signals_stop() -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into Stopped, outside the loops that stop in their own way."""
@@ -107,8 +115,11 @@ def _signals_stop() -> Iterator[None]:
         raise Stopped(message, received[0]) from None
 
 
-def add_command(app: Typer, name: str, function: Callable[..., CommandResult]) -> None:
-    """Register a function under a name, with the output options added to its own."""
+def add_command(app: Typer, name: str, function: Callable[..., CommandResult], **help_texts: Any) -> None:
+    """Register a function under a name, with the output options added to its own.
+
+    `help_texts` go to Typer.
+    """
 
     @wraps(function)
     def run(**options: Any) -> CommandResult:
@@ -126,4 +137,4 @@ def add_command(app: Typer, name: str, function: Callable[..., CommandResult]) -
     # Typer reads both.
     run.__dict__["__signature__"] = signature.replace(parameters=parameters)
     run.__annotations__ = function.__annotations__ | _OUTPUT_OPTIONS
-    app.command(name)(run)
+    app.command(name, **help_texts)(run)

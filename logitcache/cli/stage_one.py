@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from logitcache.cli.common import CommandResult, Overrides, Part, Recipe, Scheduler, Wait, Workers
+from logitcache.cli.common import CommandResult, Overrides, Part, Recipe, Scheduler, Wait, Workers, as_options
 from logitcache.runtime.console import logger
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ def plan(
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
     document = planning.plan(wanted, batches=batches, taps=taps, workers=workers, probing=not no_probe)
-    return CommandResult(document, planning.plan_text(document))
+    follows = ("precompute", str(recipe), *as_options(overrides))
+    return CommandResult(document, planning.plan_text(document), follows=follows)
 
 
 def precompute(
@@ -59,12 +60,13 @@ def precompute(
     The same command continues after a stop, and shares the work with others of its kind. A recipe that asks for more
     views or further teachers adds just these.
     """
-    from logitcache.report.recipe_check import load_own
+    from logitcache.report.recipe_check import load_own, next_recipe
     from logitcache.stage_one.precompute import PrecomputeRecipe
     from logitcache.stage_one.precompute import precompute as run
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
-    return _answer(run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait), part)
+    result = run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait)
+    return _answer(result, part, next_recipe(recipe) or ("inspect", wanted.cache))
 
 
 def derive(
@@ -85,13 +87,17 @@ def derive(
     from logitcache.stage_one.derive.derive import derive as run
 
     wanted = load_own(recipe, DeriveRecipe, overrides)
-    return _answer(run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait), part)
+    result = run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait)
+    return _answer(result, part, ("inspect", wanted.out))
 
 
-def _answer(result: "PrecomputeResult", part: str | None) -> CommandResult:
-    """Report what a run did; a cache that is not whole is an error, unless only a part was asked for."""
+def _answer(result: "PrecomputeResult", part: str | None, follows: tuple[str, ...]) -> CommandResult:
+    """Report what a run did, and what follows.
+
+    A cache that is not whole is an error, unless only a part was asked for.
+    """
     if not result.shards_left:
-        return CommandResult(asdict(result))
+        return CommandResult(asdict(result), follows=follows)
     found = f"{result.shards_left} of {result.shards} shards are not committed ({result.left})"
     if part is not None:
         logger.info(f"{result.cache} is not whole yet: {found}")

@@ -94,7 +94,7 @@ def _trained(result: "RunResult", is_shown: bool) -> CommandResult:
 
     document = asdict(result)
     text = as_text({name: value for name, value in document.items() if value is not None})
-    return CommandResult(document, text, is_shown=is_shown)
+    return CommandResult(document, text, is_shown=is_shown, follows=("evaluate", result.out))
 
 
 def evaluate(
@@ -145,7 +145,8 @@ def evaluate(
         for name in result.teachers_failed
     )
     code = RecipeError.exit_code if failed else 0
-    return CommandResult(document, as_text(shown), failed, RecipeError.__name__, code)
+    follows = ("predict", str(run), "IMAGE")
+    return CommandResult(document, as_text(shown), failed, RecipeError.__name__, code, follows=follows)
 
 
 def predict(
@@ -170,8 +171,6 @@ def predict(
 
     Images are transformed as in the run's evaluation; of a folder all images below it are taken. --set device=cpu
     chooses the device. If images cannot be read, the others are predicted and the exit code is 2.
-
-    Example: logitcache predict runs/student photo.jpg photos/ --top 3
     """
     from logitcache.errors import DataError
     from logitcache.student.evaluation import predict as prediction

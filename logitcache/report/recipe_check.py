@@ -3,6 +3,7 @@
 import math
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -165,6 +166,15 @@ def command_of(path: str | Path) -> str:
             "`train-student` cache and model, `train-teacher` dataset and model"
         )
     return command
+
+
+def next_recipe(path: Path) -> tuple[str, ...]:
+    """Return the command and the file that follow a precompute recipe: the next of its folder; empty if it is alone."""
+    found = sorted(path.parent.glob("*.yaml"))
+    for following in found[found.index(path) + 1 :] if path in found else ():
+        with suppress(RecipeError):  # a YAML file of another kind
+            return command_of(following), str(following)
+    return ()
 
 
 def load_own(path: str | Path, model: type[R], overrides: Sequence[str] = ()) -> R:

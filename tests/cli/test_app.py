@@ -21,6 +21,8 @@ COMMANDS = [
     ["train-student"],
     ["train-teacher"],
     ["evaluate"],
+    ["predict"],
+    ["suspects"],
     ["inspect"],
     ["summary"],
     ["verify"],
@@ -88,7 +90,7 @@ def test_no_arguments_show_the_help(capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["precomput"], "Did you mean 'precompute'?"),
+        (["precomputee"], "Did you mean 'precompute'?"),
         (["precompute"], "RECIPE"),
         (["env", "--sett", "a=b"], "--sett"),
         (["train-student", "r.yaml", "--verify", "loose"], "loose"),

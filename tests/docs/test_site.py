@@ -39,7 +39,7 @@ def test_every_public_name_and_every_command_is_described(site: Path) -> None:
     names = set(logitcache.__all__) - {"__version__", "losses"}
     assert [name for name in names if f'id="logitcache.{name}"' not in python] == []
     commands = (site / "reference/command-line/index.html").read_text()
-    shown = CliRunner().invoke(app, ["--help"]).output.partition("Commands:")[2]
+    shown = CliRunner().invoke(app, ["--help"]).output.partition("Start:")[2]
     listed = re.findall(r"^  ([a-z-]+) ", shown, re.MULTILINE)
     assert len(listed) > 10
     assert [name for name in listed if f"Usage: logitcache {name}" not in commands] == []
