@@ -29,8 +29,8 @@ from logitcache.report.figures.picture import picture
 from logitcache.report.images import class_names, views_as_seen
 from logitcache.report.page.page import Section, write_page
 from logitcache.runtime.console import logger, track
-from logitcache.store.files import write_atomically
 from logitcache.store.base import Shard
+from logitcache.store.files import write_atomically
 from logitcache.student.evaluation.validation import only_logits
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey
