@@ -121,7 +121,9 @@ def recipe_cp(
     """Copy a recipe that ships with logitcache, or all of a folder; nothing is overwritten."""
     files = [str(file) for file in copy_recipes(name, folder)]
     text = "".join(f"{file}\n" for file in files)
-    return CommandResult({"files": files}, text, follows=("recipe", "check", *files))
+    return CommandResult(
+        {"files": files}, text, follows=("recipe", "check", *(file for file in files if file.endswith(".yaml")))
+    )
 
 
 def recipe_new(
