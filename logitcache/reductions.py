@@ -69,7 +69,7 @@ def channel_axis(features: Tensor) -> int:
 
 
 def as_maps(features: Tensor) -> Tensor:
-    """Return maps [B, C, H, W]: maps as they are, tokens as a square, without their class token where there is one."""
+    """Return maps [B, C, H, W]: maps as they are, tokens as a square, without their class token if there is one."""
     if features.ndim == 4:
         return features
     channel_axis(features)
@@ -83,7 +83,7 @@ def as_maps(features: Tensor) -> Tensor:
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring maps [B, C, H, W] or [B, H, W] to another size, by means of areas where it is smaller, else bilinearly."""
+    """Bring maps [B, C, H, W] or [B, H, W] to another size, by means of areas if it is smaller, else bilinearly."""
     if maps.shape[-2:] == size:
         return maps
     values = maps if maps.ndim == 4 else maps[:, None]

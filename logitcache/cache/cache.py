@@ -136,7 +136,7 @@ class Cache:
     def as_dask(self) -> dict[str, dict[str, Any]]:
         """Return all answers as Dask arrays by teacher and target: float32 [V, N, ...], a chunk for each shard.
 
-        Logits are those of the views as the teacher saw them; where only a distribution is kept (top-k), its
+        Logits are those of the views as the teacher saw them; if only a distribution is kept (top-k), its
         log-probabilities. A shard is read, compared with its record and decoded when its chunk is computed.
         """
         from logitcache.cache.read.dask_arrays import as_dask  # which imports Dask: training needs none of it

@@ -42,7 +42,7 @@ def refresh(mirror: Mirror, fresh: bool) -> None:
                 goal = read_growth(mirror, manifest)
             _update(mirror, {key: most for key, most in skeleton_limits(goal).items() if key != ROOT}, fresh, is_same)
             _update_records(mirror, layout_of(goal), fresh, is_same)
-        mirror.keep(ROOT, root)
+        mirror.put(ROOT, root)
         if manifest is not None:
             # Files that the disk of the mirror has lost or changed are read again.
             most = skeleton_limits(manifest)
@@ -76,7 +76,7 @@ def _update(mirror: Mirror, most: Mapping[str, int], fresh: bool, is_same: bool)
         except CacheError:  # larger than it may be, which is an error when it is read
             mirror.forget(key)
         else:
-            mirror.keep(key, data)
+            mirror.put(key, data)
 
     list(mirror.remote.each(one, list(most)))
 
@@ -106,7 +106,7 @@ def _update_records(mirror: Mirror, layout: Layout, fresh: bool, is_same: bool) 
         ranges = [(key, min(listed[key].size, longest)) for key in new]
         read = mirror.remote.each(lambda one: mirror.remote.read_range(one[0], 0, one[1]), ranges)
         for key, data in zip(new, read, strict=True):
-            mirror.keep(key, data)
+            mirror.put(key, data)
         here = {f"{group.commits}/{file.name}" for file in (mirror.path / group.commits).glob("c.*")}
         for key in {key for key in here if _is_record(key, group.commits)} - listed.keys():
             mirror.drop(key)

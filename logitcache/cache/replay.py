@@ -95,7 +95,7 @@ def require_trusted(spec: ViewSpec, factories: Sequence[str], where: str) -> Non
 
 
 def require_releases(spec: ViewSpec, verify: Level, where: str) -> None:
-    """Raise ReplayMismatchError, or warn where `verify` is numeric, for transforms locked to another torchvision.
+    """Raise ReplayMismatchError, or warn if `verify` is numeric, for transforms locked to another torchvision.
 
     Canaries cannot prove these: what a transform draws is its own affair, and 32 views may not meet every branch of it.
     """

@@ -28,7 +28,7 @@ from logitcache.cache.write.growth import read_growth
 from logitcache.errors import CacheError
 from logitcache.store import digest_index
 from logitcache.store.base import RECORD_BYTES, Shard, Store, StoredShard
-from logitcache.store.files import keep, kept, memory_of
+from logitcache.store.files import memory_of, read_memory, write_memory
 from logitcache.store.local import LocalStore
 from logitcache.store.mirror import mirror_of
 from logitcache.store.remote.client import is_remote
@@ -48,14 +48,14 @@ def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
         return digest_index.state(paths, manifest.digest(), zarr.__version__, version("logitcache"))
 
     memory, before = memory_of(str(store.path.absolute()), "skeleton"), state()
-    if before is not None and kept(memory) == before:
+    if before is not None and read_memory(memory) == before:
         return
     problems = list(skeleton_problems(store, manifest))
     if problems:
         texts = "\n  ".join(problem.text for problem in problems[:SHOWN])
         raise CacheError(f"{store} is damaged:\n  {texts}\n  {fix_of_damage(manifest)}")
     if before is not None and state() == before:
-        keep(memory, before)
+        write_memory(memory, before)
 
 
 def remembered_records(store: Store, manifest: Manifest) -> Mapping[str, Records]:
@@ -78,7 +78,7 @@ def _records(store: Store, manifest: Manifest, group: ArrayGroup) -> Records:
         return digest_index.state(paths, manifest.digest(), version("logitcache"), _names(store, group))
 
     memory, before = memory_of(str(store.path.absolute() / group.commits), "records"), state()
-    payload = kept(memory) if before is not None else None
+    payload = read_memory(memory) if before is not None else None
     if before is not None and payload is not None and payload.startswith(before):
         count = (len(payload) - len(before)) // (8 + width)
         numbers = np.frombuffer(payload, np.int64, count, len(before))
@@ -86,7 +86,7 @@ def _records(store: Store, manifest: Manifest, group: ArrayGroup) -> Records:
         return Records(layout.num_shards, numbers, values.reshape(count, width), {})
     found = read_records(store, layout, group)
     if before is not None and not found.damaged and state() == before:
-        keep(memory, before + found.numbers.tobytes() + found.values.tobytes())
+        write_memory(memory, before + found.numbers.tobytes() + found.values.tobytes())
     return found
 
 

@@ -5,11 +5,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from logitcache.cache.format.arrays import ArrayGroup
+from logitcache.cache.format.arrays import ArrayGroup, Rows
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.cache.format.metadata import skeleton_problems
-from logitcache.cache.read.target_codecs import Rows, TargetCodecs
+from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError
 from logitcache.runtime.console import track

@@ -94,7 +94,7 @@ def _leave_out(data: Any, keys: Keys) -> bool:
 
 
 def default_at(model: type[BaseModel], data: Any, keys: Keys) -> Any:
-    """Return the model's default for a key as plain data, or {} where it has none."""
+    """Return the model's default for a key as plain data, or {} if it has none."""
     parents, types = [], _members(model)
     for depth, key in enumerate(keys):
         given = _at(data, keys[:depth])

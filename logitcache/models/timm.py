@@ -103,7 +103,7 @@ class Timm(Component):
         except OSError as error:
             raise LogitCacheError(
                 f"the weights of timm's {self.name} could not be had: {error}.\n"
-                "  Fix: run once where there is a network and bring its HF_HOME along, or use"
+                "  Fix: run once on a machine with a network and bring its HF_HOME along, or use"
                 " `checkpoint` with a file you have."
             ) from error
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:

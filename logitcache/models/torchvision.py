@@ -82,7 +82,7 @@ class Torchvision(Component):
             raise LogitCacheError(
                 f"the weights {weights.name} of torchvision's {self.name} could not be had:"
                 f" {error}.\n"
-                f"  Fix: where there is a network, download {weights.url}\n"
+                f"  Fix: on a machine with a network, download {weights.url}\n"
                 f"    and put the file into {torch.hub.get_dir()}/checkpoints."
             ) from error
         except (TypeError, ValueError, RuntimeError) as error:

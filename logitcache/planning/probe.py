@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from logitcache.cache.format.arrays import ArrayLayout
+from logitcache.cache.format.arrays import ArrayLayout, Rows
 from logitcache.cache.format.layout import Layout
-from logitcache.cache.write.writer import Rows, ShardEncoder
+from logitcache.cache.write.writer import ShardEncoder
 from logitcache.planning.dry_run import AnswerTimes, DryRun, Quartiles, by_row, timed_answers
 from logitcache.runtime.console import track
 from logitcache.runtime.device import synchronize

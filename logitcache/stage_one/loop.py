@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
-from logitcache.cache.format.arrays import ArrayGroup
+from logitcache.cache.format.arrays import ArrayGroup, Rows
 from logitcache.cache.format.metadata import read_manifest
 from logitcache.cache.snapshot import Snapshot
-from logitcache.cache.write.writer import CacheWriter, Rows, empty_rows
+from logitcache.cache.write.writer import CacheWriter, empty_rows
 from logitcache.cache.write.writer_locks import Claim
 from logitcache.errors import RecipeError
 from logitcache.runtime.console import logger, track

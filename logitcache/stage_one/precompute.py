@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from logitcache.cache.cache import Cache
+from logitcache.cache.format.arrays import Rows
 from logitcache.cache.format.layout import CHECKSUMS
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.write.unreadable_images import note_unreadable
-from logitcache.cache.write.writer import Rows
 from logitcache.config.trust import remember
 from logitcache.errors import DataError, MismatchError, RecipeError, caught
 from logitcache.models import weights_digest

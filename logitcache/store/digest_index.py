@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from logitcache.errors import DataError, LogitCacheError
 from logitcache.runtime.console import track
-from logitcache.store.files import keep_blocks, kept_view, memory_of
+from logitcache.store.files import memory_of, view_memory, write_memory_blocks
 from logitcache.store.safe_files import open_regular
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ _SPAN = 1 << 14  # files that are handed out to threads at a time
 _THREADS = min(32, 4 * (os.cpu_count() or 1))  # more than cores: network disks answer late
 
 Stamp = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
-Rows = NDArray[np.void]
+StampRows = NDArray[np.void]
 
 NO_STAMP: Stamp = (-1, 0, 0, 0)  # no file has this size, so it is never found again
 _ROW = np.dtype(
@@ -98,9 +98,9 @@ def packed_row(name: str, stamp: Stamp, digest: bytes = bytes(32)) -> bytes:
     return _PACKED.pack(int.from_bytes(key, "little"), *stamp, digest)
 
 
-def as_rows(packed: Iterable[bytes]) -> Rows:
+def as_rows(packed: Iterable[bytes]) -> StampRows:
     """Return [n] rows, whose fields are the key, the stamp and the digest."""
-    rows: Rows = np.frombuffer(bytearray(b"".join(packed)), _ROW)
+    rows: StampRows = np.frombuffer(bytearray(b"".join(packed)), _ROW)
     return rows
 
 
@@ -110,11 +110,11 @@ class StampIndex:
     def __init__(self, stored: bytes | memoryview = b"") -> None:
         """Read an index; bytes of another length than whole rows count as none."""
         sound = len(stored) % _ROW.itemsize == 0
-        self._rows: Rows = np.frombuffer(stored if sound else b"", _ROW)
+        self._rows: StampRows = np.frombuffer(stored if sound else b"", _ROW)
         self._keys = np.ascontiguousarray(self._rows["key"])
         self._asked = np.zeros(len(self._rows), bool)
 
-    def fill(self, rows: Rows) -> NDArray[np.bool_]:
+    def fill(self, rows: StampRows) -> NDArray[np.bool_]:
         """Fill in the digests of rows whose stamp is known; returns which were."""
         if len(self._rows) == 0:
             return np.zeros(len(rows), bool)
@@ -127,11 +127,11 @@ class StampIndex:
         self._asked[place[known]] = True
         return np.asarray(known, bool)
 
-    def merged(self, rows: Rows) -> bytes:
+    def merged(self, rows: StampRows) -> bytes:
         """Return the bytes of an index that holds these rows, those that were found, and the older ones of others."""
         return b"".join(self.merged_blocks(rows))
 
-    def merged_blocks(self, rows: Rows) -> Iterator[bytes]:
+    def merged_blocks(self, rows: StampRows) -> Iterator[bytes]:
         """Yield the same bytes, some rows at a time."""
         new = np.flatnonzero(rows["size"] >= 0)
         old = self._older(rows)
@@ -144,7 +144,7 @@ class StampIndex:
             block[~is_old] = rows[new[chosen[~is_old] - len(old)]]
             yield block.tobytes()
 
-    def _older(self, rows: Rows) -> NDArray[np.int64]:
+    def _older(self, rows: StampRows) -> NDArray[np.int64]:
         """Return the places of rows that stay: those of other files, and of too many those that were found."""
         replacing = np.sort(rows["key"])
         place = np.minimum(np.searchsorted(replacing, self._keys), len(replacing) - 1)
@@ -182,7 +182,7 @@ def remembered(
     # The first and the last in order share the folders that all of them share.
     ends = min(map(os.path.abspath, paths)), max(map(os.path.abspath, paths))
     store = memory_of(os.path.commonpath([os.path.dirname(name) for name in ends]), measure.name)
-    index = StampIndex(kept_view(store) or b"")
+    index = StampIndex(view_memory(store) or b"")
     known = np.zeros(len(paths), bool)
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), _SPAN):
@@ -202,7 +202,7 @@ def remembered(
         finally:
             # A long first pass that is interrupted is not lost.
             if done:
-                keep_blocks(store, lambda: index.merged_blocks(rows[:done]))
+                write_memory_blocks(store, lambda: index.merged_blocks(rows[:done]))
     found[todo] = rows["digest"][:, :width]
     return found
 
@@ -211,7 +211,7 @@ def _measured(
     pool: ThreadPoolExecutor,
     paths: Sequence[str | Path],
     todo: NDArray[np.int64],
-    measure: Callable[[Sequence[str]], Rows],
+    measure: Callable[[Sequence[str]], StampRows],
 ) -> Iterator[np.void]:
     """Yield the row of each file in turn."""
     for start in range(0, len(todo), _SPAN):
@@ -238,7 +238,7 @@ def _stamp_rows(names: Sequence[str], what: str, error: type[LogitCacheError]) -
     return rows
 
 
-def _measured_rows(names: Sequence[str], measure: Measure, what: str, error: type[LogitCacheError]) -> Rows:
+def _measured_rows(names: Sequence[str], measure: Measure, what: str, error: type[LogitCacheError]) -> StampRows:
     rows = []
     for name in names:
         with _readable(name, what, error), open_regular(name) as file:

@@ -13,7 +13,7 @@ from logitcache.errors import CacheError, RemoteError
 from logitcache.runtime.console import track
 from logitcache.store.base import StoredShard
 from logitcache.store.digest_index import NO_STAMP, StampIndex, as_rows, packed_row, stamp_of_tag
-from logitcache.store.files import keep, kept, memory_of
+from logitcache.store.files import memory_of, read_memory, write_memory
 from logitcache.store.remote.client import PART, Entry, Remote
 
 UNUSUAL_BYTES = 256 << 20
@@ -95,7 +95,7 @@ def object_digests(
 ) -> list[bytes | None]:
     """Return the digests of shards in storage that are remembered, None for others; `fresh` reads every byte."""
     memory = memory_of(remote.url, "objects")
-    index = StampIndex(kept(memory) or b"")
+    index = StampIndex(read_memory(memory) or b"")
     stamps = [stamp_of_tag(*listed[shard.key]) if shard.key in listed else NO_STAMP for shard in shards]
     rows = as_rows(packed_row(f"{remote}/{shard.key}", stamp) for shard, stamp in zip(shards, stamps, strict=True))
     if not fresh:
@@ -105,7 +105,7 @@ def object_digests(
     digests = list(track(read, f"reading {remote.name}", len(shards), "shards"))
     if shards:
         rows["digest"] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32)
-        keep(memory, index.merged(rows))
+        write_memory(memory, index.merged(rows))
     return [*digests]
 
 

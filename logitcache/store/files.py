@@ -94,13 +94,13 @@ def memory_of(name: str, ending: str) -> Path | None:
     return directory / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.{ending}" if directory else None
 
 
-def keep(path: Path | None, payload: bytes) -> None:
-    """Keep bytes that can be computed again, beside their own digest, if they can be written."""
-    keep_blocks(path, lambda: [payload])
+def write_memory(path: Path | None, payload: bytes) -> None:
+    """Remember bytes that can be computed again, beside their own digest, if they can be written."""
+    write_memory_blocks(path, lambda: [payload])
 
 
-def keep_blocks(path: Path | None, blocks: Callable[[], Iterable[bytes]]) -> None:
-    """Keep bytes that are made block by block, twice: for their digest, which is written first, and to be written."""
+def write_memory_blocks(path: Path | None, blocks: Callable[[], Iterable[bytes]]) -> None:
+    """Remember bytes that are made block by block, twice: for their digest, which is written first, and once more."""
     if path is None:
         return
     with contextlib.suppress(OSError, LogitCacheError):
@@ -111,13 +111,13 @@ def keep_blocks(path: Path | None, blocks: Callable[[], Iterable[bytes]]) -> Non
         _write_atomically(path, itertools.chain([_KEPT + digest.digest()], blocks()), sync=False)
 
 
-def kept(path: Path | None) -> bytes | None:
-    """Return bytes kept before; None if there are none or they are damaged."""
-    payload = kept_view(path)
+def read_memory(path: Path | None) -> bytes | None:
+    """Read remembered bytes; None if there are none or they are damaged."""
+    payload = view_memory(path)
     return None if payload is None else bytes(payload)
 
 
-def kept_view(path: Path | None) -> memoryview | None:
+def view_memory(path: Path | None) -> memoryview | None:
     """Return the same without a second copy of the bytes."""
     try:
         data = memoryview(path.read_bytes() if path else b"")

@@ -113,7 +113,7 @@ class Mirror(Store):
         except FileNotFoundError:
             self._absent[key] = time.monotonic()
             raise
-        self.keep(key, data)
+        self.put(key, data)
         return data
 
     def stored(self, key: str, most: int) -> bytes:
@@ -138,9 +138,9 @@ class Mirror(Store):
         parts_of(self.path, key)
         self.remote.write(key, data)
         if not is_shard(key):
-            self.keep(key, data)
+            self.put(key, data)
         elif len(data) <= self.limit:
-            self.keep(key, data, self._folder.reserved(len(data)))
+            self.put(key, data, self._folder.reserved(len(data)))
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove files from the storage, then from the mirror."""
@@ -216,7 +216,7 @@ class Mirror(Store):
         self.ensure([shard])
         return read(shard)
 
-    def keep(self, key: str, data: bytes | memoryview, room: AbstractContextManager[None] | None = None) -> None:
+    def put(self, key: str, data: bytes | memoryview, room: AbstractContextManager[None] | None = None) -> None:
         """Write a file to the mirror, unless it has these bytes: processes hold locks on some files."""
         file = inside(self.path, key)
         self._absent.pop(key, None)

@@ -17,7 +17,7 @@ FROM_LABELS: frozenset[Need] = frozenset({"labels", "single labels", "multi labe
 ONE_CLASS: frozenset[Need] = frozenset({"labels", "single labels"})
 FROM_LOGITS: frozenset[Need] = frozenset({"logits", "raw logits"})
 BEYOND = BOUND / 100
-"""The bound at a temperature outside the recorded ones, where the error may be larger than at the nearest of them."""
+"""The bound at a temperature outside the recorded ones: the error may be larger there than at the nearest of them."""
 
 
 def asks_teacher(loss: Loss) -> bool:

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from logitcache.cache.encodings.base import CalibrationSample
 from logitcache.cache.encodings.measure import divergences
-from logitcache.cache.format.arrays import ArrayGroup
+from logitcache.cache.format.arrays import ArrayGroup, Rows
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
 from logitcache.cache.format.metadata import table_bytes, table_problems
 from logitcache.cache.format.row_errors import count_errors
 from logitcache.cache.read.target_codecs import TargetCodecs
-from logitcache.cache.write.writer import Rows
 from logitcache.errors import CacheError, DataError, RowError
 from logitcache.store.base import Store
 from logitcache.targets import FeatureValues, Targets, feature_values

@@ -43,7 +43,7 @@ def live_targets(
     """Rebuild the teachers of the cache at a path, to answer a student's own batches (`--online`): pixels and labels.
 
     `sources` are the user's own entries, needed for models of the user's code; `modules` the modules themselves;
-    `trust` has the digests of caches that may name checkpoints and hubs. Raises MismatchError where a teacher is not
+    `trust` has the digests of caches that may name checkpoints and hubs. Raises MismatchError if a teacher is not
     the one that filled the cache, RefusedError for one that only the user may name.
     """
     manifest = read_manifest(locate(cache))

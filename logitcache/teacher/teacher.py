@@ -38,7 +38,7 @@ def tap_gradients(
 ) -> dict[str, Graded]:
     """Run uint8 pixels [B, C, H, W] through a classifier and return the values and gradients at its taps.
 
-    labels: int64 [B], -1 where there is none, or multi-hot [B, C]. logits: [B, K], as answered without gradients: they
+    labels: int64 [B], -1 if there is none, or multi-hot [B, C]. logits: [B, K], as answered without gradients: they
     decide the class if the label names none. `who` names the classifier in errors. Raises as `Tapped` does, and
     RecipeError for a tap that the logits do not depend on.
     """
@@ -163,7 +163,7 @@ class Teacher(nn.Module):
     def forward(self, pixels: Tensor, labels: Tensor) -> Targets:
         """Answer uint8 pixels [B, C, H, W] on the teacher's device: logits float32 [B, K], features float32 [B, ...].
 
-        labels: int64 [B], -1 where there is none, or multi-hot [B, C]; a Grad-CAM map is of the one class that a label
+        labels: int64 [B], -1 if there is none, or multi-hot [B, C]; a Grad-CAM map is of the one class that a label
         names, else of the answer. The answers are copies: a network may reuse its output buffer in the next pass.
         """
         with autocast(self.device, self.precision):
@@ -259,7 +259,7 @@ def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> No
                 + (
                     "  Fix: correct the teacher"
                     if teacher.precision == "float32"
-                    else f"  Fix: teachers.{teacher.name}.precision: float32, where it overflows in {teacher.precision}"
+                    else f"  Fix: teachers.{teacher.name}.precision: float32, if it overflows in {teacher.precision}"
                 )
             )
 

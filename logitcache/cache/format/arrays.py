@@ -27,6 +27,10 @@ ZSTD_LEVELS: Mapping[Order, int] = {"sample": 5, "component": 16}
 """How hard packed chunks are compressed. From 17 on zstd now and then takes numbers for text, which costs up to 5 %."""
 
 
+Rows = dict[str, NDArray[Any]]
+"""Rows of every array, by array name: of a shard, or gathered by key."""
+
+
 class Floats(NamedTuple):
     """Floats in the items start..stop of a row of whole numbers."""
 

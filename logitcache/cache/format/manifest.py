@@ -173,7 +173,7 @@ class Manifest(Extended):
     """The contract between the two stages, stored in the root attributes under `logitcache`.
 
     `row_checksums` and `parameters` are recorded of every view besides the teachers' answers: the checksum of
-    its pixels, and the named numbers that its augmentations drew; None where these are not recorded. `class_names` are
+    its pixels, and the named numbers that its augmentations drew; None if these are not recorded. `class_names` are
     those of the images' classes; None if they have none, or if these are not recorded.
     """
 

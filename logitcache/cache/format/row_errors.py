@@ -42,7 +42,7 @@ class RowErrors(Component):
 
 
 def count_errors(statistics: NDArray[np.float64], errors: Tensor) -> None:
-    """Count the errors [K, B] of a batch in statistics of K temperatures, [K, S], or [S] where K is 1; in place."""
+    """Count the errors [K, B] of a batch in statistics of K temperatures, [K, S], or [S] if K is 1; in place."""
     values = errors.double().cpu().numpy()
     with np.errstate(divide="ignore"):
         place = np.floor((np.log2(values) - LOWEST) * PER_OCTAVE)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
+from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout, Rows
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.read.mapped import MappedRows
 from logitcache.cache.read.row_sources import PackedRows, RowSource, columns_of, num_kept
 from logitcache.cache.read.shared_memory import shared_shards
-from logitcache.cache.read.target_codecs import Rows, TargetCodecs
+from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import require_intact, row_shards
 from logitcache.errors import CacheError

@@ -53,7 +53,7 @@ def _map(address: int | None, size: int, protection: int, flags: int, descriptor
 
 
 def _rows_to_huge_page(array: ArrayLayout, num_shards: int) -> int:
-    """Return how many rows to leave free after each shard so that the next begins at a huge page; 0 where not worth it.
+    """Return how many rows to leave free after each shard so that the next begins at a huge page; 0 if not worth it.
 
     Shards begin at whole rows: what lies between them is a multiple of both.
     """

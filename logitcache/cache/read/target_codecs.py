@@ -1,17 +1,15 @@
 """From rows of arrays to targets, and back: the encodings of a cache. Their tables are read when first needed."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.cache.encodings.base import LogitsCodec, Tables
 from logitcache.cache.encodings.features import FittedFeature
-from logitcache.cache.format.arrays import ArrayGroup
+from logitcache.cache.format.arrays import ArrayGroup, Rows
 from logitcache.cache.format.derivation import fix_of_contents, fix_of_damage
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.format.manifest import LOGITS, Manifest
@@ -20,9 +18,6 @@ from logitcache.errors import CacheError
 from logitcache.logits import NO_LOGITS, Logits
 from logitcache.store.base import Shard, Store
 from logitcache.targets import Targets
-
-Rows = Mapping[str, NDArray[Any]]
-"""Rows by array name."""
 
 
 class TargetCodecs:

@@ -35,7 +35,7 @@ def with_repaired_images(
 ) -> Manifest:
     """Take over from `wanted` the content of images that stopped a run and were repaired since.
 
-    Only where nothing else changed and no shard that any teacher has committed holds an answer for them; else returns
+    Only if nothing else changed and no shard that any teacher has committed holds an answer for them; else returns
     what is recorded.
     """
     repaired = wanted.fingerprint.model_dump(include={"content", "sizes"})

@@ -14,16 +14,13 @@ from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
+from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout, Rows
 from logitcache.cache.format.layout import Layout
 from logitcache.errors import RecipeError
 from logitcache.store.base import Shard, Store, seal
 
 THREADS = 2
 _ABSENT = 2**64 - 1
-
-Rows = dict[str, NDArray[Any]]
-"""A shard's rows of every array, by array name."""
 
 
 class ShardEncoder:

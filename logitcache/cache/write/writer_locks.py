@@ -2,7 +2,7 @@
 
 All of these are flocks: they end with the process, and depend on no clock. They are on files that the finished cache
 has anyway, which are opened and not changed. A lock file beside the cache would be simpler; but it would stay behind
-when its process is killed, and need a parent folder that may be written where a finished cache may only be read.
+when its process is killed, and need a parent folder that may be written, while a finished cache may only be read.
 """
 
 import errno

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from logitcache.cache.format.arrays import Rows
 from logitcache.cache.format.manifest import LOGITS
-from logitcache.cache.write.writer import Rows
 from logitcache.stage_one.derive.source import SourceCache
 from logitcache.stage_one.loop import RowBatch, ShardGroup, ShardTask
 from logitcache.stage_one.todo import Todo

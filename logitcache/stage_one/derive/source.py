@@ -58,7 +58,7 @@ class CachedSample:
         """Raise RecipeError: there is none."""
         raise RecipeError(
             f"teachers.{self.name}.logits: kind: head takes the weights of the teacher's last layer, which are not in "
-            "a cache. Fix: where the source keeps a head, `keep: [logits]`; else another kind"
+            "a cache. Fix: if the source keeps a head, `keep: [logits]`; else another kind"
         )
 
     @property

@@ -183,7 +183,7 @@ def refusal(error: Exception, where: str, doing: str) -> RemoteError | None:
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether another attempt may succeed: not where access is refused or the request is wrong."""
+    """Whether another attempt may succeed: not if access is refused or the request is wrong."""
     if isinstance(error, _HOPELESS) or type(error).__name__ in _HOPELESS_NAMES:
         return False
     status, code = _answer(error)[:2]

@@ -33,7 +33,7 @@ def dkd(
 
     b = [p_y, 1 - p_y] is label against rest, p̂ the distribution over the other classes alone, of softmax(z / T).
     `student`: logits [B, C]; `teacher`: logits [B, C] or a batch's targets; `labels`: int64 [B], -1 for none. At least
-    float32; 0 without labels, and where both agree. Raises RecipeError for fewer than two classes.
+    float32; 0 without labels, and if both agree. Raises RecipeError for fewer than two classes.
     """
     require_classes(student)
     own_s, rest_s, others_s = split_by_label(log_probs(student, temperature), labels)

@@ -18,7 +18,7 @@ from torch import Tensor
 from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import DataError
 from logitcache.store import digest_index
-from logitcache.store.files import keep, kept, memory_of
+from logitcache.store.files import memory_of, read_memory, write_memory
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UNLABELLED = -1
@@ -204,12 +204,12 @@ def remember(path: Path | None, state: bytes, arrays: Mapping[str, NDArray[Any]]
     """Write arrays for a state of the files, a digest of 32 bytes, if the user has a cache directory."""
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **arrays)
-    keep(path, state + buffer.getvalue())
+    write_memory(path, state + buffer.getvalue())
 
 
 def recall(path: Path | None, state: bytes) -> dict[str, NDArray[Any]] | None:
     """Read the arrays of a state; None if there are none, or those of another state."""
-    stored = kept(path)
+    stored = read_memory(path)
     if stored is None or stored[:_STATE_BYTES] != state:
         return None
     with np.load(io.BytesIO(stored[_STATE_BYTES:]), allow_pickle=False) as arrays:

@@ -155,7 +155,7 @@ def _built(made: type, arguments: dict[str, object], download: bool) -> object:
         fix = (
             "check the network, or put the files there by hand."
             if download
-            else "correct root, or set download: true where torchvision can fetch it."
+            else "correct root, or set download: true if torchvision can fetch it."
         )
         raise DataError(
             f"{name} cannot be opened in '{arguments.get('root')}': {str(cause).strip() or repr(cause)}\n  Fix: {fix}"

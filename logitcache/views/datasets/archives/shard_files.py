@@ -75,7 +75,7 @@ R = TypeVar("R")
 
 
 class LocalShard:
-    """An archive on this machine. OSError is raised where it cannot be read, RefusedError if it is no regular file."""
+    """An archive on this machine. OSError is raised if it cannot be read, RefusedError if it is no regular file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -107,7 +107,7 @@ class LocalShard:
 
 
 class RemoteShard:
-    """An archive at a URL. RemoteError or FileNotFoundError is raised where it cannot be read."""
+    """An archive at a URL. RemoteError or FileNotFoundError is raised if it cannot be read."""
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote

@@ -29,7 +29,7 @@ class Readable(Protocol):
 
 
 class TarMember(NamedTuple):
-    """A file in an archive: its name, the place of its first byte, and its bytes where they are wanted."""
+    """A file in an archive: its name, the place of its first byte, and its bytes if they are wanted."""
 
     name: str
     start: int
@@ -94,7 +94,7 @@ class _Tape:
         padding = 0
         while data := self._file.read(_SKIPPED):
             if data.strip(b"\0"):
-                raise ValueError(f"bytes follow its end at byte {self.place}, as where archives were joined")
+                raise ValueError(f"bytes follow its end at byte {self.place}, as in archives that were joined")
             padding += len(data)
             if padding > _MOST_PADDING:
                 raise ValueError(f"more than {_MOST_PADDING} zeros follow its end at byte {self.place}")

@@ -22,7 +22,7 @@ from logitcache.errors import DataError, RecipeError, RemoteError
 from logitcache.runtime.console import logger, track
 from logitcache.store import digest_index
 from logitcache.store.file_locks import turn
-from logitcache.store.files import keep, kept, memory_of
+from logitcache.store.files import memory_of, read_memory, write_memory
 from logitcache.store.remote.client import Entry, Remote
 from logitcache.views.datasets.base import UNLABELLED, digest_of
 from logitcache.views.datasets.images.ids import PackedIds
@@ -203,7 +203,7 @@ class RemoteImages(ImageFiles):
             self._tags = None  # they are large and of no more use
         return self._measured
 
-    def _scan_rest(self, path: Path | None, rows: digest_index.Rows) -> None:
+    def _scan_rest(self, path: Path | None, rows: digest_index.StampRows) -> None:
         """Fill in the rows that no other process has remembered by now; an interrupted pass is remembered too."""
         known = _recalled(path, rows)
         todo = np.flatnonzero(~known).tolist()
@@ -217,7 +217,7 @@ class RemoteImages(ImageFiles):
             rows["digest"][done] = np.frombuffer(b"".join(measured), np.uint8).reshape(-1, _MEASURED.size)
             known[done] = True
             if done:
-                keep(path, digest_index.StampIndex(kept(path) or b"").merged(rows[known]))
+                write_memory(path, digest_index.StampIndex(read_memory(path) or b"").merged(rows[known]))
 
     def _measure(self, index: int) -> bytes:
         data = self._stored(index)
@@ -257,6 +257,6 @@ class RemoteImages(ImageFiles):
         return f"{self._remote}/{self.ids[index]}"
 
 
-def _recalled(path: Path | None, rows: digest_index.Rows) -> NDArray[np.bool_]:
+def _recalled(path: Path | None, rows: digest_index.StampRows) -> NDArray[np.bool_]:
     """Fill in the remembered digests and heads; returns of which rows they were remembered."""
-    return digest_index.StampIndex(kept(path) or b"").fill(rows)
+    return digest_index.StampIndex(read_memory(path) or b"").fill(rows)

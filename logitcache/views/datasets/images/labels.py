@@ -36,7 +36,7 @@ def as_label(label: object) -> Labels:
 
 def _multi_hot(value: NDArray[np.generic]) -> Labels:
     if value.dtype.kind not in "biuf" or not np.isin(value, (0, 1, UNLABELLED)).all():
-        raise ValueError(f"{_SHAPES} and -1 where that is unknown, not {_shown(value)}")
+        raise ValueError(f"{_SHAPES} and -1 if that is unknown, not {_shown(value)}")
     if len(value) < 2:
         raise ValueError(
             f"a label of any number of classes has a number for each of two or more, not {_shown(value)}. "

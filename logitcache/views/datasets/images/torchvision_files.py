@@ -68,7 +68,7 @@ def read_stored(name: str, root: Path, train: bool) -> StoredImages:
             reason = f"{cause.filename}: {cause.strerror}"
         raise DataError(
             f"{name} cannot be opened in '{root}': {reason}.\n"
-            "  Fix: correct root, or set download: true where torchvision can fetch it."
+            "  Fix: correct root, or set download: true if torchvision can fetch it."
         ) from cause
 
 
