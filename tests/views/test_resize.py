@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from logitcache.views.augmentations import RandomResizedCrop, Resize
-from logitcache.views.augmentations.resampling import resample, taps
+from logitcache.views.augmentations.resize import resample, taps
 from tests.views.images import textured
 from tests.views.planning import image_of, plan_one
 

@@ -29,7 +29,7 @@ from logitcache.store import digest_index
 from logitcache.store.file_locks import turn
 from logitcache.store.remote import client, protocols
 from logitcache.views.datasets import ImageFolder, WebDataset, webdataset
-from logitcache.views.datasets.archives import archive_samples, shard_files
+from logitcache.views.datasets.archives import shard_files
 from logitcache.views.datasets.archives.shard_files import expanded
 from logitcache.views.datasets.archives.shard_index import index_of
 from logitcache.views.datasets.base import fingerprint
@@ -288,7 +288,7 @@ def test_who_waits_for_others_can_be_told_to_stop(shards: Path, tmp_path: Path) 
 
 
 def test_names_whose_numbers_are_equal_are_compared_themselves(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archive_samples, "hash", len, raising=False)
+    monkeypatch.setattr(webdataset, "hash", len, raising=False)
     assert list(opened(shards).ids) == [f"{number:06d}" for number in range(15)]
     written(shards, "train-002.tar", tarred(samples([8])))
     with pytest.raises(DataError, match=r"sample '000008' is in two shards, '.*001\.tar' and '.*002\.tar'"):
