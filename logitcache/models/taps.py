@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from logitcache.errors import RecipeError
-from logitcache.reductions import Layout, channels_in_place
+from logitcache.targets import Layout, channels_in_place
 
 Shape = tuple[int, ...]
 

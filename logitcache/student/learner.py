@@ -13,14 +13,13 @@ from logitcache.errors import CacheError
 from logitcache.logits import NO_LOGITS, at_least_float32, dense_logits, mapped
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
-from logitcache.reductions import Layout
 from logitcache.runtime.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Context, StepSums
 from logitcache.student.optim.schedules import Progress
 from logitcache.student.ranks import ALONE, Ranks, synchronize
 from logitcache.student.training_recipes import TrainingRecipe
-from logitcache.targets import Batch, Targets
+from logitcache.targets import Batch, Layout, Targets
 from logitcache.views.epochs import EpochLoader
 
 EveryRow = Callable[[Tensor], Tensor]

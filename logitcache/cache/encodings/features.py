@@ -8,13 +8,22 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from logitcache import reductions
 from logitcache.cache.encodings.base import Fitted, RowArray, TableShape
 from logitcache.cache.format.arrays import Storage
 from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import RecipeError
-from logitcache.reductions import FeatureKind, Layout, channels_in_place
-from logitcache.targets import CompactFeature, FeatureValues
+from logitcache.targets import (
+    CompactFeature,
+    FeatureKind,
+    FeatureValues,
+    Layout,
+    as_maps,
+    attention,
+    channels_in_place,
+    grad_cam,
+    pooled,
+    resized,
+)
 
 LEVELS = 127
 DIMS: dict[tuple[str, int], tuple[str, ...]] = {
@@ -30,9 +39,9 @@ DIMS: dict[tuple[str, int], tuple[str, ...]] = {
 """Names of a feature's axes, by its kind and how many it has."""
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "pooled": reductions.pooled,
+    "pooled": pooled,
     "maps": lambda values: values,
-    "attention": reductions.attention,
+    "attention": attention,
 }
 
 
@@ -103,14 +112,14 @@ class Feature(Extended):
         values = channels_in_place(values, self.layout)
         gradient = None if gradient is None else channels_in_place(gradient, self.layout)
         if self.size is not None:
-            values = reductions.as_maps(values)
-            gradient = None if gradient is None else reductions.as_maps(gradient)
+            values = as_maps(values)
+            gradient = None if gradient is None else as_maps(gradient)
         if gradient is not None and self.kind == "grad_cam":
-            values = reductions.grad_cam(values, gradient)
+            values = grad_cam(values, gradient)
         else:
             values = _REDUCTIONS[self.kind](values)
         if self.size is not None:
-            values = reductions.resized(values, (self.size, self.size) if isinstance(self.size, int) else self.size)
+            values = resized(values, (self.size, self.size) if isinstance(self.size, int) else self.size)
         if (self.kind, values.ndim - 1) not in DIMS:
             raise RecipeError(
                 f"the tap {self.tap!r} holds {list(values.shape[1:])} for each image, which is neither a vector [C], "

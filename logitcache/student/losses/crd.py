@@ -10,10 +10,9 @@ from torch.nn import functional as F
 
 from logitcache.config.recipe import Count, Fraction, Positive
 from logitcache.logits import at_least_float32
-from logitcache.reductions import pooled
 from logitcache.student.adapters import Projection, num_pooled, unit
 from logitcache.student.losses.base import Context, FeatureLoss, Site, full_precision
-from logitcache.targets import Batch, Targets
+from logitcache.targets import Batch, Targets, pooled
 
 
 @full_precision
