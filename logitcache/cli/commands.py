@@ -14,14 +14,8 @@ from typer import Argument, Exit, Option, Typer
 from logitcache.cli import caches, completion, explain, stage_one, stage_two
 from logitcache.cli.common import CommandResult, Overrides, add_command, as_options
 from logitcache.cli.help import Command, GroupedCommands, epilog
-from logitcache.config.shipped_recipes import copy_recipes, find_recipes, shipped_recipes
+from logitcache.config.shipped_recipes import NEW_RECIPES, copy_recipes, find_recipes, shipped_recipes
 from logitcache.runtime import console
-
-NEW = (
-    *("recipe", "new", "--images", "photos"),
-    *("--teacher", "timm:resnet50.a1_in1k", "--student", "timm:mobilenetv3_small_100.lamb_in1k"),
-)
-"""The first command for a folder of one's own."""
 
 app = Typer(
     cls=GroupedCommands,
@@ -30,7 +24,7 @@ app = Typer(
     # Typer's own limit is 80 columns, however wide the terminal.
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 1000},
     help="Run a teacher once, then train any number of students on the pixels it saw.",
-    epilog=epilog("demo", "getting-started.md", shlex.join(["logitcache", *NEW])),
+    epilog=epilog("demo", "getting-started.md", shlex.join(["logitcache", *NEW_RECIPES])),
 )
 recipe_app = Typer(
     cls=GroupedCommands,
@@ -63,10 +57,10 @@ def demo(
     ),
     quick: Annotated[bool, Option("--quick", help="A few seconds; the numbers mean little.")] = False,
 ) -> CommandResult:
-    """Run both stages on bundled images, in about a minute."""
+    """Run both stages on bundled images, in about a minute. Writes demo.json, and demo.svg with the story."""
     from logitcache.report.demo import run_demo
 
-    return CommandResult(asdict(run_demo(out, quick=quick)), follows=NEW)
+    return CommandResult(asdict(run_demo(out, quick=quick)), follows=NEW_RECIPES)
 
 
 def recipe_check(
@@ -151,7 +145,9 @@ def env() -> CommandResult:
 
 _START, _ONE, _TWO, _CACHES = "Start", "Stage one: make a cache", "Stage two: train students", "Caches"
 _COMMANDS = {
-    "demo": Command(demo, _START, "demo --out logitcache-demo", "getting-started.md", shlex.join(["logitcache", *NEW])),
+    "demo": Command(
+        demo, _START, "demo --out logitcache-demo", "getting-started.md", shlex.join(["logitcache", *NEW_RECIPES])
+    ),
     "env": Command(env, _START, "env --json", "getting-started.md", "logitcache demo"),
     "plan": Command(
         stage_one.plan,
@@ -215,7 +211,7 @@ _RECIPES = "Commands"
 _RECIPE_COMMANDS = {
     "new": Command(
         recipe_new,
-        *(_RECIPES, shlex.join(NEW), "how-to/distil-your-photographs.md"),
+        *(_RECIPES, shlex.join(NEW_RECIPES), "how-to/distil-your-photographs.md"),
         "logitcache plan pipelines/photos/precompute.yaml",
     ),
     "check": Command(

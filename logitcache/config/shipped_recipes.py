@@ -9,6 +9,12 @@ from pathlib import Path
 from logitcache.errors import RecipeError, did_you_mean
 
 _SCHEMA = re.compile(r"# yaml-language-server: \$schema=(\S+)")
+NEW_RECIPES = (
+    *("recipe", "new", "--images", "photos"),
+    *("--teacher", "timm:resnet50.a1_in1k", "--student", "timm:mobilenetv3_small_100.lamb_in1k"),
+)
+"""The words of the first command for a folder of one's own."""
+
 _COMMAND = re.compile(r"^# +logitcache ([\w-]+) ", re.MULTILINE)
 
 

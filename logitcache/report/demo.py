@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -10,9 +11,12 @@ from typing import Any
 
 import torch
 
+from logitcache.cache.cache import open_cache
 from logitcache.config.recipe import load_recipe
+from logitcache.config.shipped_recipes import NEW_RECIPES
 from logitcache.models import Bundled as BundledTeacher
 from logitcache.models import Classifier, resolve_preprocessing
+from logitcache.report.demo_picture import demo_picture
 from logitcache.runtime.console import logger, silenced
 from logitcache.stage_one.precompute import PrecomputeRecipe, PrecomputeResult, precompute
 from logitcache.store.files import write_atomically
@@ -62,6 +66,7 @@ class DemoStudent:
     """One way to train the student, over several seeds."""
 
     name: str
+    from_cache: bool
     top1_mean: float
     top1_std: float
     seeds: int
@@ -71,7 +76,10 @@ class DemoStudent:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The demo's figures; `passes_saved`: teacher passes of online training beyond those that filled the cache."""
+    """The demo's figures; `passes_saved`: teacher passes of online training beyond those that filled the cache.
+
+    `next` is the first command for a folder of one's own.
+    """
 
     teacher: DemoTeacher
     cache: PrecomputeResult
@@ -79,6 +87,7 @@ class DemoResult:
     passes_saved: int
     seconds: float
     report: str
+    picture: str
     next: str
 
 
@@ -129,8 +138,10 @@ def run_demo(directory: Path, quick: bool = False) -> DemoResult:
         passes_saved=sum(count for *_, count in cached) * epochs * NUM_IMAGES - NUM_VIEWS * NUM_IMAGES,
         seconds=round(time.perf_counter() - started, 1),
         report=str(directory / "demo.json"),
-        next=f"logitcache inspect {directory / 'cache.zarr'}",
+        picture=str(directory / "demo.svg"),
+        next=shlex.join(["logitcache", *NEW_RECIPES]),
     )
+    write_atomically(directory / "demo.svg", demo_picture(result, open_cache(cache.cache)).encode())
     write_atomically(directory / "demo.json", json.dumps(asdict(result), indent=2).encode())
     return result
 
@@ -158,6 +169,7 @@ def _train(
     top1 = [result.top1 for result in results if result.top1 is not None]
     student = DemoStudent(
         name=name,
+        from_cache=recipe is StudentRecipe,
         top1_mean=statistics.mean(top1),
         top1_std=statistics.stdev(top1) if seeds > 1 else 0.0,
         seeds=seeds,
