@@ -32,7 +32,7 @@ from scale import TOP10, WITHIN, off
 from scale_model import LABELS_BYTES, SKELETON_BYTES
 
 from logitcache.cache.cache import Cache
-from logitcache.cache.encodings.packed_top_k import PackedTopK
+from logitcache.cache.encodings.top_k import PackedTopK
 from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest

@@ -15,8 +15,7 @@ from logitcache.store.remote.client import is_remote
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.evaluation.multi_label import THRESHOLD
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
-from logitcache.student.optim.averaging import Average
-from logitcache.student.optim.optimizers import AdamW, LearningRateSchedule, Optimizer
+from logitcache.student.optim.optimizers import AdamW, Average, LearningRateSchedule, Optimizer
 from logitcache.targets import Layout
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level

@@ -8,7 +8,7 @@ from torch import Tensor
 from logitcache.cache.encodings.auto import Auto
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.measure import ErrorMeter, divergences, measure, stored_bytes
-from logitcache.cache.encodings.packed_top_k import PackedTopK
+from logitcache.cache.encodings.top_k import PackedTopK
 from logitcache.cache.encodings.uint8 import UInt8
 from logitcache.errors import RecipeError
 

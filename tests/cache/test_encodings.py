@@ -16,8 +16,7 @@ from logitcache.cache.encodings.base import LogitsForm
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.fitted_transform import TransformForm
 from logitcache.cache.encodings.head import HeadForm
-from logitcache.cache.encodings.packed_top_k import PackedTopK
-from logitcache.cache.encodings.top_k import TopK, kept_and_tail
+from logitcache.cache.encodings.top_k import PackedTopK, TopK, kept_and_tail
 from logitcache.cache.encodings.uint8 import UInt8
 from logitcache.errors import RecipeError
 from logitcache.logits import TopKLogits, dense_logits, log_probs, top1

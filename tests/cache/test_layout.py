@@ -13,8 +13,7 @@ from zarr.storage import MemoryStore
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.features import FeatureForm
 from logitcache.cache.encodings.head import HeadForm
-from logitcache.cache.encodings.packed_top_k import PackedTopK
-from logitcache.cache.encodings.top_k import TopK
+from logitcache.cache.encodings.top_k import PackedTopK, TopK
 from logitcache.cache.format.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYTES, PAGE, ArrayGroup, ArrayLayout
 from logitcache.cache.format.commits import Records, read_records
 from logitcache.cache.format.layout import MOST_DECODED, SHARD_BYTES, Layout

@@ -14,7 +14,7 @@ from logitcache.cache.encodings.basis import compand, expand, fit_basis
 from logitcache.cache.encodings.bits import pack_bits, pack_digits, unpack_bits, unpack_digits
 from logitcache.cache.encodings.fitted_transform import FittedTransform, TransformForm
 from logitcache.cache.encodings.measure import measure, stored, stored_bytes
-from logitcache.cache.encodings.packed_top_k import PackedTopK
+from logitcache.cache.encodings.top_k import PackedTopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import CompactLogits

@@ -8,8 +8,7 @@ from logitcache.cache.encodings.auto import Auto
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.fitted_transform import TransformForm
 from logitcache.cache.encodings.head import Head, HeadForm
-from logitcache.cache.encodings.packed_top_k import PackedTopK
-from logitcache.cache.encodings.top_k import TopK
+from logitcache.cache.encodings.top_k import PackedTopK, TopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
 

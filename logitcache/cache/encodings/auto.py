@@ -12,7 +12,7 @@ from logitcache.cache.encodings.basis import fit_basis
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.fitted_transform import FittedTransform
 from logitcache.cache.encodings.measure import Errors, measure, stored_bytes
-from logitcache.cache.encodings.packed_top_k import PackedTopK
+from logitcache.cache.encodings.top_k import PackedTopK
 from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
 from logitcache.config.recipe import Positive

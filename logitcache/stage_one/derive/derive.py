@@ -24,9 +24,8 @@ from logitcache.errors import MismatchError, RecipeError
 from logitcache.runtime.device import resolve_device
 from logitcache.stage_one.cluster.cluster import Cluster
 from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, fill_on_cluster, open_same
-from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.derive_task import DeriveTask
-from logitcache.stage_one.derive.source import SourceCache, Tables
+from logitcache.stage_one.derive.source import DeriveRecipe, SourceCache, Tables
 from logitcache.stage_one.lifecycle import PrecomputeResult, begun, result_of
 from logitcache.stage_one.loop import Claims, Done, fill, parse_part
 from logitcache.stage_one.todo import Skeleton, Todo

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from logitcache.student.evaluation.single_label import by_training_images
+from logitcache.student.evaluation.single_label import means_of_groups
 from logitcache.targets import Targets
 
 THRESHOLD = 0.5
@@ -137,11 +137,8 @@ class MultiLabelTally:
 
     def groups(self, training: NDArray[np.int64] | None, head: int, tail: int) -> tuple[GroupPrecision, ...] | None:
         """Return the figures of classes by their `training` images [C]; None if these are not known."""
-        groups = []
-        for name, training_images, members in by_training_images(self.per_class(None, training), head, tail):
-            found = [item.average_precision for item in members if item.average_precision is not None]
-            groups.append(GroupPrecision(name, training_images, len(found), _mean(np.array(found))))
-        return tuple(groups) or None
+        classes = self.per_class(None, training)
+        return means_of_groups(classes, head, tail, lambda item: item.average_precision, GroupPrecision)
 
     @functools.cached_property
     def logits(self) -> Numbers:

@@ -1,6 +1,6 @@
 """Figures for images of one class: counts that add up over batches, and what is computed from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self, TypeVar
 
@@ -159,6 +159,7 @@ class Counted(Protocol):
 
 
 C = TypeVar("C", bound=Counted)
+G = TypeVar("G")
 
 
 def by_training_images(classes: Sequence[C], head: int, tail: int) -> list[tuple[str, str, list[C]]]:
@@ -179,8 +180,19 @@ def by_training_images(classes: Sequence[C], head: int, tail: int) -> list[tuple
 
 def group_accuracies(classes: Sequence[ClassAccuracy], head: int, tail: int) -> tuple[GroupAccuracy, ...] | None:
     """Return the accuracy of classes by their training images; None if these are not known."""
+    return means_of_groups(classes, head, tail, lambda item: item.top1, GroupAccuracy)
+
+
+def means_of_groups(
+    classes: Sequence[C],
+    head: int,
+    tail: int,
+    figure: Callable[[C], float | None],
+    group: Callable[[str, str, int, float | None], G],
+) -> tuple[G, ...] | None:
+    """Return the mean of a figure over the classes that have one, by their training images; None if not known."""
     groups = []
     for name, training_images, members in by_training_images(classes, head, tail):
-        found = [item.top1 for item in members if item.top1 is not None]
-        groups.append(GroupAccuracy(name, training_images, len(found), float(np.mean(found)) if found else None))
+        found = [value for item in members if (value := figure(item)) is not None]
+        groups.append(group(name, training_images, len(found), float(np.mean(found)) if found else None))
     return tuple(groups) or None

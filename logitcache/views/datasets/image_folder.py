@@ -3,7 +3,7 @@
 import math
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, Literal
@@ -103,11 +103,11 @@ class ImageFolder(DatasetBase):
             raise DataError(f"the image folder '{root}' {state}.\n  Fix: correct root.")
         walk = _Walk(root, math.inf if num_images is None else _OTHERS_PER_IMAGE * num_images + _MOST_OTHERS)
         if self.labelled is False:
-            return self._images(root, unlabelled(str(root), _images_below(walk, "")))
+            return self._images(root, unlabelled(str(root), walk.images()))
         entries = sorted(entry.name for entry in os.scandir(root) if not entry.name.startswith("."))
         loose = [name for name in entries if is_image(os.path.join(root, name)) and (root / name).is_file()]
         classes = [name for name in entries if (root / name).is_dir()]
-        images = [_images_below(walk, name) for name in classes]
+        images = [walk.images(name) for name in classes]
         return self._images(root, by_class(str(root), loose, classes, images, self.labelled))
 
     def _images(self, root: Path, listing: Listing) -> "FolderImages":
@@ -171,8 +171,12 @@ class _Walk:
         self.root = root
         self._left = most
 
-    def below(self, top: str) -> Iterator[tuple[str, list[str]]]:
-        """Yield each folder with its file names, neither hidden, links followed as torchvision does."""
+    def images(self, folder: str = "") -> PackedIds:
+        """Return the paths of the images in a folder and its folders, relative to the root.
+
+        None of them is hidden; links are followed as torchvision does.
+        """
+        found, top = {}, os.path.join(self.root, folder) if folder else str(self.root)
         for parent, folders, names in os.walk(top, followlinks=True, onerror=_unreadable_folder):
             self._left -= len(folders) + len(names)
             if self._left < 0:
@@ -183,19 +187,11 @@ class _Walk:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             for name in folders:
                 _check_link(os.path.join(parent, name))
-            yield parent, sorted(name for name in names if not name.startswith("."))
-
-
-def _images_below(walk: _Walk, folder: str) -> PackedIds:
-    """Return the paths of the images in a folder and its folders, relative to the root."""
-    root = walk.root
-    top = os.path.join(root, folder) if folder else str(root)
-    found = {}
-    for parent, names in walk.below(top):
-        inside = os.path.relpath(parent, root).replace(os.sep, "/")
-        prefix = "" if inside == "." else f"{inside}/"
-        found[parent] = PackedIds(prefix + name for name in names if is_image(os.path.join(parent, name)))
-    return PackedIds.joined([found[parent] for parent in sorted(found)])
+            inside = os.path.relpath(parent, self.root).replace(os.sep, "/")
+            prefix = "" if inside == "." else f"{inside}/"
+            shown = (name for name in sorted(names) if not name.startswith("."))
+            found[parent] = PackedIds(prefix + name for name in shown if is_image(os.path.join(parent, name)))
+        return PackedIds.joined([found[parent] for parent in sorted(found)])
 
 
 def _check_link(folder: str) -> None:
