@@ -97,10 +97,9 @@ def results(
                 f"{len(busy)} workers have several threads, of which one at a time computes: --nthreads 1 is better"
             )
         resources = {GPU: 1} if on_gpus and any(GPU in worker["resources"] for worker in found.values()) else None
-        count = len(items)
-        given = ([name] * count, [pickle.dumps(opener)] * count, [workers.threads] * count, items)
+        function = functools.partial(call, name, pickle.dumps(opener), workers.threads)
         try:
-            futures = client.map(call, *given, key=list(keys), resources=resources, retries=RETRIES)
+            futures = client.map(function, items, key=list(keys), resources=resources, retries=RETRIES)
         except OSError as error:
             raise LostScheduler(f"the scheduler of {client} is gone: {error}") from error
         numbers = {future.key: number for number, future in enumerate(futures)}
