@@ -14,6 +14,11 @@ from logitcache.targets import Layout, channels_in_place
 
 Shape = tuple[int, ...]
 
+INPUT = ":input"
+"""Suffix of a tap of a module's input, as in `fc:input`."""
+
+SHOWN = 40
+
 
 class TapLayout(NamedTuple):
     """A tap and the layout that the recipe gives for it."""
@@ -106,12 +111,6 @@ def _known_channels(network: nn.Module) -> Mapping[str, int]:
     entries = listed if isinstance(listed, (list, tuple)) else getattr(listed, "info", ())
     known = [entry for entry in entries if isinstance(entry, dict)]
     return {entry["module"]: entry["num_chs"] for entry in known if "module" in entry and "num_chs" in entry}
-
-
-INPUT = ":input"
-"""Suffix of a tap of a module's input, as in `fc:input`."""
-
-SHOWN = 40
 
 
 class Tapped(nn.Module):

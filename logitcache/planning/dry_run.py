@@ -38,6 +38,12 @@ from logitcache.views.spec import Views, require_one_size
 Quartiles = NDArray[np.float64]
 """[3]: lower quartile, median and upper quartile of a measurement, as others may use the machine meanwhile."""
 
+NOT_READ = "0" * 64
+"""In place of digests, which would read every image."""
+
+CALIBRATION_SECONDS, FEWEST_ROWS = 20.0, 256
+"""A dry run takes as many calibration rows as are answered in this time, and at least these."""
+
 
 def by_row(marks: Sequence[Sequence[float]], num_workers: int) -> list[Quartiles]:
     """Return the quartiles of what each row adds to sums that were noted after batches, the first sum being the rows.
@@ -81,13 +87,6 @@ def timed_answers(teachers: Sequence[Teacher]) -> Iterator[AnswerTimes]:
             hooks.callback(teacher.register_forward_pre_hook(before).remove)
             hooks.callback(teacher.register_forward_hook(after).remove)
         yield times
-
-
-NOT_READ = "0" * 64
-"""In place of digests, which would read every image."""
-
-CALIBRATION_SECONDS, FEWEST_ROWS = 20.0, 256
-"""A dry run takes as many calibration rows as are answered in this time, and at least these."""
 
 
 @dataclass(frozen=True)

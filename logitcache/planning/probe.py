@@ -26,6 +26,18 @@ from logitcache.store.base import Shard
 REPEATS = 5
 """How often a shard is encoded to time it, within a second."""
 
+BATCHES, SECONDS, FEWEST = 32, 20.0, 3
+"""Batches of a probe by default: it ends after SECONDS, but not before it has the FEWEST."""
+
+RUN_ROWS = 2048
+"""Rows that lie beside each other in a shard are probed together: compression looks for what they have in common."""
+
+MOST_BYTES = 256 << 20
+"""The most bytes of rows that a probe holds in memory."""
+
+ALONE = 64
+"""Images that are rendered once more, alone, to time rendering."""
+
 
 class Piece(NamedTuple):
     """Rows of a shard that were answered, and their places in it."""
@@ -113,19 +125,6 @@ def encoded(array: ArrayLayout, values: NDArray[Any], repeats: int = 1) -> Encod
         cores.append(time.process_time() - busy)
         size = stored.nbytes
     return EncodeCost(size - array.hot_bytes(0), min(clocks), min(cores))
-
-
-BATCHES, SECONDS, FEWEST = 32, 20.0, 3
-"""Batches of a probe by default: it ends after SECONDS, but not before it has the FEWEST."""
-
-RUN_ROWS = 2048
-"""Rows that lie beside each other in a shard are probed together: compression looks for what they have in common."""
-
-MOST_BYTES = 256 << 20
-"""The most bytes of rows that a probe holds in memory."""
-
-ALONE = 64
-"""Images that are rendered once more, alone, to time rendering."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,8 @@ from logitcache.views.canaries import require_rows, row_checksums
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 
+__all__ = ["PrecomputeRecipe", "PrecomputeResult", "precompute"]
+
 
 class PrecomputeTask(ShardTask):
     """Compute shards of teachers' answers; `waited` adds up the seconds spent waiting for rendered views.
@@ -146,9 +148,6 @@ class PrecomputeTask(ShardTask):
 
 def _flat(keys: Mapping[Shard, list[ViewKey]]) -> list[ViewKey]:
     return list(itertools.chain.from_iterable(keys.values()))
-
-
-__all__ = ["PrecomputeRecipe", "PrecomputeResult", "precompute"]
 
 
 def precompute(

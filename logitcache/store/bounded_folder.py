@@ -21,6 +21,12 @@ _RECOUNT_SECONDS = 5.0
 LastUses = Callable[[Path], Iterable[tuple[Path, float]]]
 """The files of a folder that may be removed, and when each was used last, in seconds; their own times count as well."""
 
+FOLDER, SIZE = "LOGITCACHE_LOCAL_COPY", "LOGITCACHE_LOCAL_COPY_SIZE"
+"""Environment variables: where the folder is, and how many bytes of shards it may hold, as 8G."""
+
+USED = "used"
+"""Folder beside a mirror: an empty file for each view, as old as its last use."""
+
 
 def _every_file(folder: Path) -> Iterator[tuple[Path, float]]:
     return ((Path(entry), 0.0) for entry in os.scandir(folder))
@@ -97,13 +103,6 @@ def size_limit(folder: Path, variable: str) -> int:
             f"{variable} is {stated!r}, which is no size. Fix: a number of bytes, or one with K, M or G, as 8G"
         )
     return int(match[1]) * _UNITS[match[2]]
-
-
-FOLDER, SIZE = "LOGITCACHE_LOCAL_COPY", "LOGITCACHE_LOCAL_COPY_SIZE"
-"""Environment variables: where the folder is, and how many bytes of shards it may hold, as 8G."""
-
-USED = "used"
-"""Folder beside a mirror: an empty file for each view, as old as its last use."""
 
 
 def mirrors_folder() -> BoundedFolder:

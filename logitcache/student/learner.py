@@ -24,6 +24,8 @@ from logitcache.views.epochs import EpochLoader
 
 EveryRow = Callable[[Tensor], Tensor]
 
+_SHOWN = 3
+
 
 class _EveryRow(torch.autograd.Function):
     """EveryRow of all ranks, in their order; the gradient of a row is the sum of what all ranks have for it."""
@@ -225,9 +227,6 @@ class Learner:
         # One more rank than there were begins with draws of its own.
         for own in kept[self.ranks.rank : self.ranks.rank + 1]:
             set_random_states(self.device, own["random"])
-
-
-_SHOWN = 3
 
 
 def require_finite_targets(loader: EpochLoader, epoch: int, num_batches: int, cache: str) -> None:

@@ -29,6 +29,8 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(hours=1)
 _meetings = itertools.count()
 
+CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -214,9 +216,6 @@ def _explained(error: Exception, rank: int, size: int) -> Exception:
         f"{first_line}. Fix: start all of them again with --resume"
     )
     return LogitCacheError(lost) if broken else error
-
-
-CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def require_possible(device: torch.device, ranks: Ranks) -> None:

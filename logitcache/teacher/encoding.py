@@ -29,6 +29,9 @@ from logitcache.views.spec import Views
 Tables = Mapping[str, NDArray[np.generic]]
 """Tables by array name, as in `net.logits.basis`."""
 
+FitAgain = Callable[[Mapping[str, TeacherEntry], int | None, int], Tables]
+"""Fits what has no form yet to some rows of some views, and returns tables by array name."""
+
 
 def fit(
     recipe: PrecomputeRecipe,
@@ -94,10 +97,6 @@ def _recorded(tables: Tables, num_views: int, num_rows: int) -> dict[str, Any]:
 def table_files(layout: Layout, tables: Tables) -> dict[str, bytes]:
     """Return the stored bytes of tables by key."""
     return {table.file: table_bytes(tables[table.name]) for table in layout.tables if table.name in tables}
-
-
-FitAgain = Callable[[Mapping[str, TeacherEntry], int | None, int], Tables]
-"""Fits what has no form yet to some rows of some views, and returns tables by array name."""
 
 
 def refit_damaged_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> dict[str, bytes]:

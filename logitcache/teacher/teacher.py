@@ -21,6 +21,8 @@ from logitcache.runtime.device import Precision, autocast, own_randomness
 from logitcache.targets import Targets
 from logitcache.views.datasets.images.labels import single_labels
 
+Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
+
 
 class Graded(NamedTuple):
     """The values at a tap, [B, ...], and the gradient of the logit of each image's class there, float32 [B, ...].
@@ -64,9 +66,6 @@ def classes_of(labels: Tensor, logits: Tensor) -> Tensor:
     """Return the class that each image's label names, else that of the answer, int64 [B]."""
     named = single_labels(labels)
     return torch.where((named >= 0) & (named < logits.shape[1]), named, logits.argmax(dim=1))
-
-
-Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
 
 
 class TeacherSource(Component):

@@ -17,6 +17,10 @@ from logitcache.views.keys import Draws, Words, order_words, permutation
 T = TypeVar("T")
 Ints = NDArray[np.int64]
 
+NUM_ROUNDS = 6
+
+MIN_SIDE = 3  # of the grid: smaller ones would favour some pairs
+
 
 class Drawn(Protocol):
     """Numbers of an epoch, in order, by slices."""
@@ -97,10 +101,6 @@ def share_of(items: Sequence[T], rank: int, world_size: int, unit: int = 1) -> S
     num_units = -(-len(items) // unit)
     start, stop = (num_units * place // world_size * unit for place in (rank, rank + 1))
     return items[start:stop]
-
-
-NUM_ROUNDS = 6
-MIN_SIDE = 3  # of the grid: smaller ones would favour some pairs
 
 
 class Pairing(NamedTuple):

@@ -19,6 +19,10 @@ _TAIL_WORDS = 2 * NUM_MOMENTS
 _LOWEST = torch.finfo(torch.float16).min
 """In place of -inf: of its exponential nothing is left either."""
 
+LARGEST_FALL = 255
+
+TIE = 2**-16
+
 
 class LargestLogits(Plain):
     """An encoding of the largest logits, whose rows name their classes."""
@@ -93,10 +97,6 @@ def kept_and_tail(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return kept, index, log_p.new_tensor([_LOWEST, 0.0, 0.0]).repeat(len(log_p), 1)
     variance, mean = torch.var_mean(dropped, dim=1, correction=0)
     return kept, index, torch.stack([dropped.logsumexp(dim=1), mean, variance], dim=1)
-
-
-LARGEST_FALL = 255
-TIE = 2**-16
 
 
 class PackedTopK(LargestLogits):

@@ -35,6 +35,21 @@ _opened: dict[str, Callable[[Any], Any]] = {}
 
 _held = contextlib.ExitStack()
 
+GPU = "GPU"
+"""The resource that a worker with a GPU has one of."""
+
+STARTS = 10
+"""How often in a row workers of this machine may end before one has started."""
+
+_NANNY = {
+    "distributed.worker.daemon": False,  # workers start the processes that render
+    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
+}
+"""Changed settings of Dask's nannies: with their allocator, a teacher on the CPU takes twice the time."""
+
+Pause = Callable[[float], None]
+"""Waits some seconds; raises if the user asks for a stop, or the workers of this machine cannot be started."""
+
 
 def call(name: str, opener: bytes, threads: int | None, item: Any) -> Any:
     """Apply a function to an item, with so many threads of torch; `opener` is a pickled Opener, opened once by name.
@@ -91,23 +106,6 @@ def _close_function() -> None:
 def dask_setup(worker: object) -> None:
     """Leave signals to the client, which ends the workers that it started; Dask calls this in a worker's process."""
     ignore_signals()
-
-
-GPU = "GPU"
-"""The resource that a worker with a GPU has one of."""
-
-STARTS = 10
-"""How often in a row workers of this machine may end before one has started."""
-
-_NANNY = {
-    "distributed.worker.daemon": False,  # workers start the processes that render
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None,
-}
-"""Changed settings of Dask's nannies: with their allocator, a teacher on the CPU takes twice the time."""
-
-
-Pause = Callable[[float], None]
-"""Waits some seconds; raises if the user asks for a stop, or the workers of this machine cannot be started."""
 
 
 class Workers(NamedTuple):

@@ -26,6 +26,8 @@ from logitcache.store.base import Shard
 from logitcache.targets import Targets
 from logitcache.teacher.calibration import calibration_keys, num_calibration_rows
 
+Tables = dict[str, NDArray[Any]]
+
 
 class DerivedTeacher(Component):
     """A teacher of the new cache, made of teachers of the source."""
@@ -98,9 +100,6 @@ class DeriveRecipe(Component):
         default="auto",
         description="Device that encodes: `auto` (the first of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or `mps`.",
     )
-
-
-Tables = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)

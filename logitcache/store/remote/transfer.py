@@ -31,6 +31,27 @@ CHUNK = 256 << 10
 REQUEST_SECONDS, VARIABLE = 30.0, "LOGITCACHE_REQUEST_SECONDS"
 """Time of a request beyond what its bytes take at the lowest rate; the environment variable that sets another."""
 
+_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_KEY_ID = re.compile(r"\bA[KS]IA[A-Z0-9]{12,}\b")
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
+_LONGEST_MESSAGE = 300
+_CREDENTIAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+_HOPELESS_NAMES = (*_CREDENTIAL_NAMES, "InvalidURL", "ParamValidationError")
+_WHERE_CREDENTIALS = (
+    "credentials where the tools of this storage look for them (for s3, AWS_PROFILE or AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY in the environment)"
+)
+_PASSING_STATUS = (408, 409, 425, 429)
+_PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown")
+ABSENT = (404, 410)
+PRECONDITION_FAILED = 412
+
+CHANGES = "it is being written. Fix: run the same command again once it is complete"
+NO_RANGES = (
+    "this server does not hand out parts of a file (ranges). Fix: a server that does, object storage, or a copy on "
+    "this machine"
+)
+
 
 class Refused(Exception):
     """An answer that no further attempt would improve: too long, compressed, or a redirect to another place."""
@@ -116,28 +137,7 @@ current: ContextVar[Transfer] = ContextVar("transfer")
 """The request that this thread makes; a task of an event loop inherits it from the thread that starts it."""
 
 
-_SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
-_KEY_ID = re.compile(r"\bA[KS]IA[A-Z0-9]{12,}\b")
-_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
-_LONGEST_MESSAGE = 300
-
 _HOPELESS = (PermissionError, NotImplementedError, TypeError, ImportError, LogitCacheError, Refused)
-_CREDENTIAL_NAMES = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
-_HOPELESS_NAMES = (*_CREDENTIAL_NAMES, "InvalidURL", "ParamValidationError")
-_WHERE_CREDENTIALS = (
-    "credentials where the tools of this storage look for them (for s3, AWS_PROFILE or AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY in the environment)"
-)
-_PASSING_STATUS = (408, 409, 425, 429)
-_PASSING_CODES = ("RequestTimeout", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch", "SlowDown")
-ABSENT = (404, 410)
-PRECONDITION_FAILED = 412
-
-CHANGES = "it is being written. Fix: run the same command again once it is complete"
-NO_RANGES = (
-    "this server does not hand out parts of a file (ranges). Fix: a server that does, object storage, or a copy on "
-    "this machine"
-)
 
 
 def require_place(parts: SplitResult) -> None:

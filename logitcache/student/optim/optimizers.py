@@ -21,6 +21,9 @@ from logitcache.student.optim.schedules import NonNegative, beyond
 
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0), Lenient]
 
+STATISTICS = frozenset({"running_mean", "running_var"})
+"""Buffers that are averaged: statistics of batch and instance normalisation. All others are copied."""
+
 
 class SGD(Component):
     """Stochastic gradient descent with momentum. Biases and normalisation do not decay."""
@@ -108,10 +111,6 @@ class LearningRateSchedule(Component):
 
 
 Optimizer = Annotated[SGD | AdamW, Field(discriminator="kind")]
-
-
-STATISTICS = frozenset({"running_mean", "running_var"})
-"""Buffers that are averaged: statistics of batch and instance normalisation. All others are copied."""
 
 
 class EMA(Component):

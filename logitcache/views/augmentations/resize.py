@@ -24,6 +24,18 @@ from torchvision.transforms.v2 import functional as F
 from logitcache.views.augmentations.base import AugmentationBase, Interpolation, Ints, Size, sizes_of
 from logitcache.views.keys import Draws
 
+Filter = Literal["bilinear", "bicubic"]
+
+Floats = NDArray[np.float64]
+
+_ONE = 1 << 22
+
+_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
+
+_SMALL = 64  # longest side of images whose weights are kept, and which are resampled as one batch
+
+_TILE = 32  # outputs of a large image that share one matrix: the weights farther away are zero
+
 
 def _with_weights(kernel: str, info: ValidationInfo) -> str:
     """Raise ValueError for an exact kernel with `nearest`."""
@@ -81,15 +93,6 @@ class Resize(AugmentationBase):
         height, width = params[0].tolist()  # equal for all rows: the images have one size
         boxes = sizes_of(len(images), (0, 0, *images.shape[2:]))
         return resized(images, boxes, (height, width), self.interpolation, self.kernel)
-
-
-Filter = Literal["bilinear", "bicubic"]
-Floats = NDArray[np.float64]
-
-_ONE = 1 << 22
-_SUPPORT = {"bilinear": 1.0, "bicubic": 2.0}
-_SMALL = 64  # longest side of images whose weights are kept, and which are resampled as one batch
-_TILE = 32  # outputs of a large image that share one matrix: the weights farther away are zero
 
 
 def resample(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: Filter) -> Tensor:

@@ -28,6 +28,10 @@ is there, 0 for one that is not, -1 if nobody knows."""
 
 _BLOCK = 1 << 16
 
+_STATE_BYTES = 32
+
+_MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
+
 
 class ImageDataset(Protocol):
     """Decoded images in a fixed order. Instances can be pickled, for workers that are spawned."""
@@ -194,10 +198,6 @@ def names_digest(names: Sequence[str]) -> str:
         # File names need not be valid UTF-8; their own bytes count.
         state.update(("\n" if number else "").encode() + name.encode(errors="surrogateescape"))
     return state.hexdigest()
-
-
-_STATE_BYTES = 32
-_MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
 
 
 def remember(path: Path | None, state: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -24,6 +24,10 @@ from logitcache.views.datasets.images.ids import PackedIds
 from logitcache.views.datasets.images.image_files import ImageFiles, Mode, Orientation
 from logitcache.views.datasets.images.labels import LabelTable, label_of_text, num_classes_of
 
+_GAP = 1 << 16  # bytes between two images that are cheaper to read than to ask for apart
+
+_SPAN = 1 << 21  # bytes that one request reads of several images
+
 
 class ArchiveSamples(NamedTuple):
     """Shards with their states, and of the images of all of them, in order, names and labels, and what `Places` holds.
@@ -109,10 +113,6 @@ def _labels(shards: Sequence[Shard], parts: Sequence[ShardIndex], required: bool
                 ) from cause
             number += 1
     return table.values
-
-
-_GAP = 1 << 16  # bytes between two images that are cheaper to read than to ask for apart
-_SPAN = 1 << 21  # bytes that one request reads of several images
 
 
 class WebDataset(DatasetBase):

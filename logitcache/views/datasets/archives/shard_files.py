@@ -22,6 +22,12 @@ _MOST_CHARACTERS = 1 << 26
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 
+_AHEAD = 3  # parts of a remote file that are fetched before they are used
+
+T = TypeVar("T")
+
+R = TypeVar("R")
+
 
 def expanded(pattern: str) -> list[str]:
     """Return names in order: {first..last} counts, with leading zeros as written, and {a,b} lists.
@@ -66,12 +72,6 @@ def _choices(inside: str) -> Sequence[str]:
         return inside.split(",")
     first, last = map(int, counted.groups())
     return [f"{number:0{len(counted[1])}d}" for number in range(first, last + 1)]
-
-
-_AHEAD = 3  # parts of a remote file that are fetched before they are used
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class LocalShard:

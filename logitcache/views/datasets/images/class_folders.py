@@ -32,6 +32,10 @@ SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 Split = Literal["train", "validation"]
 
+_BLOCK = 1024  # files whose results are awaited together
+
+_MEASURED = struct.Struct("<Q3q")  # digest, height, width, orientation: as long as the digests of a stamp index
+
 
 class Listing(NamedTuple):
     """Images in order, by their paths below a root; their labels [n] and what the classes are called."""
@@ -112,10 +116,6 @@ def _check_classes(root: str, classes: list[str], images: Sequence[PackedIds]) -
 
 def _why_no_images(root: str) -> str:
     return f"there are no images in '{root}'.\n  Fix: correct root, or add images ({known()})."
-
-
-_BLOCK = 1024  # files whose results are awaited together
-_MEASURED = struct.Struct("<Q3q")  # digest, height, width, orientation: as long as the digests of a stamp index
 
 
 def open_folder(

@@ -24,6 +24,38 @@ _WIDE_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _GREY = ("1", "L", "LA", "La", *_WIDE_GREY)
 _MOST_CHANNELS = 4
 
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
+)
+
+# Left unread these would be missed by nobody until the results are in.
+_OTHER_IMAGES = (
+    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".hdr"),
+    *(".dng", ".cr2", ".nef", ".arw", ".dcm", ".jpg_large"),
+)
+
+# Others would run other decoders, one of them an interpreter of PostScript.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")
+
+_SHOWN = 3
+
+Orientation = Literal["ignore", "apply"]
+"""What becomes of the EXIF orientation, in which cameras write how they were held."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+_UPRIGHT, _SWAPPED = 1, 5
+"""The orientation of what is stored as it is to be seen, and the first of those that swap height and width."""
+
 
 def from_pil(image: Image.Image, mode: Mode | None) -> Tensor:
     """Return uint8 [C, H, W]: C is 1 for mode L and 3 for RGB; without a mode, as the image is.
@@ -107,34 +139,6 @@ def _wrong_dtype(found: str, floating: bool) -> str:
     )
     return f"images are uint8, not {found}. {fix}"
 
-
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
-)
-# Left unread these would be missed by nobody until the results are in.
-_OTHER_IMAGES = (
-    *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".hdr"),
-    *(".dng", ".cr2", ".nef", ".arw", ".dcm", ".jpg_large"),
-)
-# Others would run other decoders, one of them an interpreter of PostScript.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")
-_SHOWN = 3
-
-Orientation = Literal["ignore", "apply"]
-"""What becomes of the EXIF orientation, in which cameras write how they were held."""
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_UPRIGHT, _SWAPPED = 1, 5
-"""The orientation of what is stored as it is to be seen, and the first of those that swap height and width."""
 
 Image.init()  # formats can be named only once every plugin is there
 
