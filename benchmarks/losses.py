@@ -32,7 +32,7 @@ from _harness import parser_of, print_json
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError
 from logitcache.runtime.console import configure, logger, silenced
-from logitcache.stage_one.loop import Part, parse_part
+from logitcache.stage_one.claims import Part, parse_part
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training import train

@@ -41,8 +41,8 @@ from logitcache.cache.read.row_sources import PackedRows, num_kept
 from logitcache.cache.read.shared_memory import SharedShards
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.writer import CacheWriter
-from logitcache.store.base import seal
 from logitcache.store.local import LocalStore
+from logitcache.store.shards import seal
 from logitcache.views.canaries import pixel_digest
 from logitcache.views.keys import ViewKey
 

@@ -46,8 +46,8 @@ from logitcache.cache.write.growth import begin_growth, forget_growth
 from logitcache.cache.write.writer import ShardEncoder
 from logitcache.planning.costs import StoreCost, skeleton_sizes, store_cost
 from logitcache.runtime.console import configure
-from logitcache.store.base import Shard, seal
 from logitcache.store.local import LocalStore
+from logitcache.store.shards import Shard, seal
 
 NUM_CLASSES = 1000
 QUICK, FULL = ((1_281_167, 79),), ((1_281_167, 79), (14_197_122, 90), (1_000_000_000, 4))

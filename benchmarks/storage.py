@@ -32,7 +32,7 @@ import logitcache as lc
 from logitcache.config.recipe import load_recipe
 from logitcache.models.small_cnn import small_cnn
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.store.bounded_folder import FOLDER
+from logitcache.store.mirrors_folder import FOLDER
 from logitcache.store.remote.client import Remote
 from logitcache.targets import Targets
 from logitcache.views.keys import ViewKey

@@ -29,8 +29,9 @@ from logitcache.cache.snapshot import Snapshot, locate, remembered_records, requ
 from logitcache.cache.verify import require_committed
 from logitcache.errors import RecipeError
 from logitcache.logits import LinearLogits
+from logitcache.reductions import FeatureShape
 from logitcache.runtime.versions import versions
-from logitcache.targets import FeatureShape, Targets
+from logitcache.targets import Targets
 from logitcache.views import canaries
 from logitcache.views.datasets.base import ImageDataset, Labels
 from logitcache.views.epochs import ChecksumsOf, EpochLoader

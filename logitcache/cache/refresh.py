@@ -10,9 +10,9 @@ from logitcache.cache.format.metadata import GROWING, ROOT, skeleton_limits, ske
 from logitcache.cache.write.growth import read_growth
 from logitcache.cache.write.unreadable_images import FILE as UNREADABLE
 from logitcache.errors import CacheError
-from logitcache.store.base import RECORD, RECORD_BYTES
 from logitcache.store.mirror import Mirror
 from logitcache.store.safe_files import MAX_METADATA_BYTES, parse_json
+from logitcache.store.shards import RECORD, RECORD_BYTES
 
 MAX_PAGE_BYTES = 1 << 18
 """Most bytes that a server may send for a commit record: a page that reports an error is a damaged record."""

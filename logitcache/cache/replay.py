@@ -12,7 +12,8 @@ from logitcache.cache.format.samples import read_digests
 from logitcache.cache.read.row_sources import RecordedRows
 from logitcache.config.trust import require_grant
 from logitcache.errors import DataError, MismatchError, RecipeError, RefusedError, ReplayMismatchError
-from logitcache.store.base import Shard, Store
+from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.views.augmentations.foreign import factories_of, foreign_transforms
 from logitcache.views.canaries import Level
 from logitcache.views.datasets import Dataset, open_dataset

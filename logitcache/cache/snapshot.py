@@ -27,12 +27,13 @@ from logitcache.cache.refresh import refresh
 from logitcache.cache.write.growth import read_growth
 from logitcache.errors import CacheError
 from logitcache.store import digest_index
-from logitcache.store.base import RECORD_BYTES, Shard, Store, StoredShard
+from logitcache.store.base import Store
 from logitcache.store.files import memory_of, read_memory, write_memory
 from logitcache.store.local import LocalStore
 from logitcache.store.mirror import mirror_of
 from logitcache.store.remote.client import is_remote
 from logitcache.store.safe_files import open_folder
+from logitcache.store.shards import RECORD_BYTES, Shard, StoredShard
 
 SHOWN = 5
 

@@ -13,7 +13,7 @@ from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError
 from logitcache.runtime.console import track
-from logitcache.store.base import Shard, StoredShard
+from logitcache.store.shards import Shard, StoredShard
 
 SHOWN = 5
 LISTED = 1000

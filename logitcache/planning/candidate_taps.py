@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logitcache.models.taps import TapLayout, known_layouts
+from logitcache.models.layouts import TapLayout, known_layouts
+from logitcache.reductions import channels_in_place
 from logitcache.runtime.device import autocast, to_device
-from logitcache.targets import channels_in_place
 from logitcache.teacher.teacher import Teacher
 
 DIMENSIONS = (2, 3, 4)

@@ -16,7 +16,7 @@ from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import metadata_files
 from logitcache.cache.format.samples import sample_sizes
 from logitcache.cache.write.writer import THREADS
-from logitcache.store.base import RECORD_BYTES, Shard
+from logitcache.store.shards import RECORD_BYTES, Shard
 
 LISTED = 1000
 """Keys in one answer of an object store."""

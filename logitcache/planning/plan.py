@@ -25,10 +25,12 @@ from logitcache.planning.costs import (
     skeleton_sizes,
     store_cost,
 )
-from logitcache.planning.dry_run import DryRun, Quartiles, dry_run, most_bytes, upper_bounds
+from logitcache.planning.dry_run import DryRun, dry_run
 from logitcache.planning.probe import Probe, probe
+from logitcache.planning.timing import Quartiles
+from logitcache.planning.upper_bounds import most_bytes, upper_bounds
 from logitcache.runtime.tables import as_text, format_bytes
-from logitcache.stage_one.loop import Claims
+from logitcache.stage_one.claims import Claims
 from logitcache.store.remote.client import is_remote
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.views.keys import ViewKey

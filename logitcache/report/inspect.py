@@ -17,7 +17,7 @@ from logitcache.cache.format.manifest_diff import is_more
 from logitcache.cache.snapshot import Snapshot, open_snapshot, require_sound_skeleton
 from logitcache.cache.write.error_summary import errors_of
 from logitcache.logits import top1
-from logitcache.store.base import Shard
+from logitcache.store.shards import Shard
 from logitcache.student.evaluation.multi_label import MultiLabelTally
 from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache
-from logitcache.cache.read.gather import ShardReader
+from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.cache.snapshot import Snapshot
 from logitcache.report.inspect import ROWS, labels_as_seen
 from logitcache.stage_one.cluster.cluster import HERE, Cluster, gathered

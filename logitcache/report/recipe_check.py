@@ -15,7 +15,8 @@ from logitcache.config.mistakes import validate
 from logitcache.config.recipe import Component, load_recipe, load_sound, read_recipe, require_effect
 from logitcache.errors import LogitCacheError, RecipeError, caught, listed, raise_all
 from logitcache.runtime.console import logger
-from logitcache.stage_one.derive.source import DeriveRecipe, SourceCache
+from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
+from logitcache.stage_one.derive.source import SourceCache
 from logitcache.stage_one.inputs import require_teachers
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.compatibility import inexact_targets

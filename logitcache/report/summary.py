@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.read.gather import ShardReader
+from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.cache.snapshot import Snapshot
 from logitcache.errors import CacheError, RecipeError
 from logitcache.logits import Logits, TopKLogits
@@ -32,7 +32,7 @@ from logitcache.report.multi_label_summary import (
     measure_multi_label,
 )
 from logitcache.stage_one.cluster.cluster import HERE, Cluster, gathered
-from logitcache.store.base import Shard
+from logitcache.store.shards import Shard
 from logitcache.student.evaluation.validation import only_logits
 from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label

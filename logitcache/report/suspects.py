@@ -22,15 +22,15 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache, open_uncompared
-from logitcache.cache.read.gather import ShardReader
+from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.errors import DataError, RecipeError
 from logitcache.report.figures.base import as_csv
 from logitcache.report.figures.picture import picture
 from logitcache.report.images import class_names, views_as_seen
 from logitcache.report.page.page import Section, write_page
 from logitcache.runtime.console import logger, track
-from logitcache.store.base import Shard
 from logitcache.store.files import write_atomically
+from logitcache.store.shards import Shard
 from logitcache.student.evaluation.validation import only_logits
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.keys import ViewKey

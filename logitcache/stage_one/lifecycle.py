@@ -12,18 +12,21 @@ from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.manifest_diff import extends, is_more
 from logitcache.cache.format.metadata import read_manifest, repair_skeleton
 from logitcache.cache.format.row_errors import BOUND
+from logitcache.cache.write.create import create_skeleton
 from logitcache.cache.write.error_summary import finish_growth, note_errors
-from logitcache.cache.write.growth import begin_growth, create_skeleton, forget_growth
+from logitcache.cache.write.growth import begin_growth, forget_growth
 from logitcache.cache.write.unreadable_images import forget_unreadable
 from logitcache.cache.write.writer_locks import alone, preparing, writing
 from logitcache.config.trust import inherit
 from logitcache.errors import TargetErrorWarning
 from logitcache.runtime.console import logger
-from logitcache.stage_one.loop import Claims, Done, Left
+from logitcache.stage_one.claims import Claims, Left
+from logitcache.stage_one.loop import Done
 from logitcache.stage_one.todo import Todo
-from logitcache.store.base import Shard, Store
+from logitcache.store.base import Store
 from logitcache.store.files import remove_leftovers
-from logitcache.teacher.encoding import table_files
+from logitcache.store.shards import Shard
+from logitcache.teacher.fitting import table_files
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,19 @@ from logitcache.errors import DataError, MismatchError, RecipeError, caught
 from logitcache.models import weights_digest
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import to_device
+from logitcache.stage_one.claims import Claims, ShardGroup, parse_part
 from logitcache.stage_one.cluster.cluster import Cluster
 from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, fill_on_cluster, open_same
 from logitcache.stage_one.inputs import Inputs, open_inputs
 from logitcache.stage_one.lifecycle import PrecomputeResult, begun, result_of
-from logitcache.stage_one.loop import Claims, Done, RowBatch, ShardGroup, ShardTask, fill, parse_part
+from logitcache.stage_one.loop import Done, RowBatch, ShardTask, fill
 from logitcache.stage_one.todo import Todo, find_todo
-from logitcache.store.base import Shard
 from logitcache.store.remote.client import is_remote
+from logitcache.store.shards import Shard
 from logitcache.teacher.encoding import fill_rows
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import require_answers
-from logitcache.views.canaries import require_rows, row_checksums
+from logitcache.views.checksums import require_rows, row_checksums
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
 

@@ -27,11 +27,12 @@ from logitcache.models import weights_digest
 from logitcache.runtime.console import logger
 from logitcache.runtime.versions import versions
 from logitcache.stage_one.inputs import Inputs
-from logitcache.store.base import Shard, Store
+from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.targets import Targets
 from logitcache.teacher.answers import examples_of
 from logitcache.teacher.classes import other_classes
-from logitcache.teacher.encoding import Tables, fit, refit_damaged_tables
+from logitcache.teacher.fitting import Tables, fit, refit_damaged_tables
 from logitcache.teacher.teacher import Teacher, TeacherSource
 from logitcache.views import canaries
 from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation

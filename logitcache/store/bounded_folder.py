@@ -1,4 +1,4 @@
-"""Folders of a bounded size: the least recently used files make room for new ones. One holds all mirrors."""
+"""Folders of a bounded size: the least recently used files make room for new ones."""
 
 import os
 import re
@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from logitcache.errors import CacheError, RecipeError
-from logitcache.store.base import COMMITS, SHARD_NAME
+from logitcache.errors import RecipeError
 from logitcache.store.file_locks import PART, remove_abandoned
-from logitcache.store.files import fix_of, user_cache_directory
 
 _SIZE = re.compile(r"(\d{1,15})([KMG]?)", re.ASCII)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -20,12 +18,6 @@ _RECOUNT_SECONDS = 5.0
 
 LastUses = Callable[[Path], Iterable[tuple[Path, float]]]
 """The files of a folder that may be removed, and when each was used last, in seconds; their own times count as well."""
-
-FOLDER, SIZE = "LOGITCACHE_LOCAL_COPY", "LOGITCACHE_LOCAL_COPY_SIZE"
-"""Environment variables: where the folder is, and how many bytes of shards it may hold, as 8G."""
-
-USED = "used"
-"""Folder beside a mirror: an empty file for each view, as old as its last use."""
 
 
 def _every_file(folder: Path) -> Iterator[tuple[Path, float]]:
@@ -103,45 +95,3 @@ def size_limit(folder: Path, variable: str) -> int:
             f"{variable} is {stated!r}, which is no size. Fix: a number of bytes, or one with K, M or G, as 8G"
         )
     return int(match[1]) * _UNITS[match[2]]
-
-
-def mirrors_folder() -> BoundedFolder:
-    """Return the folder of all mirrors on this machine, which all runs share.
-
-    Each mirror has a folder in it, with the URL beside its files. The shards of the least recently used views are
-    removed first.
-    Raises RecipeError for a limit that is not a size, and for a user who has no home directory and names no folder.
-    """
-    if stated := os.environ.get(FOLDER, "").strip():
-        folder = Path(os.path.abspath(os.path.expanduser(stated)))
-    elif home := user_cache_directory():
-        folder = home / "copies"
-    else:
-        raise RecipeError(f"there is no home directory to keep copies of remote caches in. Fix: {FOLDER}=a folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return BoundedFolder(folder, size_limit(folder, SIZE), mirrored_shards)
-    except OSError as error:
-        raise CacheError(f"{folder} cannot be used: {error.strerror}. Fix: {FOLDER}=a folder to write to") from error
-
-
-def mirrored_shards(folder: Path) -> Iterator[tuple[Path, float]]:
-    """Yield the shards of all mirrors, and when their views were used last; links are not followed."""
-    used = {(file.parent.parent.name, file.name): file.stat().st_mtime for file in folder.glob(f"*/{USED}/*")}
-    for parent, _, names in os.walk(folder):
-        mirror, *rest = Path(parent).relative_to(folder).parts or ("",)
-        for name in names if len(rest) == 2 and not rest[1].endswith(COMMITS) else ():
-            if match := SHARD_NAME.fullmatch(name.removesuffix(PART)):
-                yield Path(parent, name), used.get((mirror, match[1]), 0.0)
-
-
-@contextmanager
-def writable(file: Path) -> Iterator[None]:
-    """Turn an error of the file system into a CacheError that names the mirror."""
-    try:
-        yield
-    except OSError as error:
-        raise CacheError(
-            f"the local copy {file} cannot be written: {error.strerror}. Fix: {fix_of(error) or 'remove the cause'}; "
-            f"or a smaller {SIZE}, or {FOLDER}=another folder"
-        ) from error

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.errors import CacheError
-from logitcache.store.base import Store, StoredShard
+from logitcache.store.base import Store
 from logitcache.store.digest_index import SHA256, remembered
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, open_below, read_below, regular_size
+from logitcache.store.shards import StoredShard
 
 
 class LocalStore(Store):

@@ -15,14 +15,17 @@ from typing import Any, TypeVar
 
 from logitcache.errors import CacheError, RemoteError
 from logitcache.runtime.console import track
-from logitcache.store.base import COMMITS, RECORD, Store, StoredShard, is_shard, recorded_bytes
-from logitcache.store.bounded_folder import SIZE, USED, BoundedFolder, mirrors_folder, writable
-from logitcache.store.download import Prefetcher, download, object_digests
+from logitcache.store.base import Store
+from logitcache.store.bounded_folder import BoundedFolder
+from logitcache.store.download import Prefetcher, download
 from logitcache.store.file_locks import locked_partial
 from logitcache.store.local import LocalStore
+from logitcache.store.mirrors_folder import SIZE, USED, mirrors_folder, writable
 from logitcache.store.remote.client import REQUESTS, Entry, Remote
+from logitcache.store.remote.digests import object_digests
 from logitcache.store.remote.transfer import too_long
 from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, parts_of, regular_size
+from logitcache.store.shards import COMMITS, RECORD, StoredShard, is_shard, recorded_bytes
 
 URL, LOCK = "url", "lock"
 """Files beside a mirror: its URL, and one to lock while it is refreshed."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.logits import at_least_float32
-from logitcache.targets import FeatureShape, as_maps, attention, pooled, resized
+from logitcache.reductions import FeatureShape, as_maps, attention, pooled, resized
 
 Shape = tuple[int, ...]
 

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.models import BuiltModel, Classifier, default_preprocessing, resolve_preprocessing
-from logitcache.models.taps import TapLayout, Tapped, layouts_of
+from logitcache.models.layouts import TapLayout, layouts_of
+from logitcache.models.taps import Tapped
+from logitcache.reductions import Layout
 from logitcache.student.lesson import Lesson
 from logitcache.student.losses.base import Site
 from logitcache.student.training_recipes import TrainingRecipe
-from logitcache.targets import Layout
 
 
 def build_classifier(

@@ -1,7 +1,6 @@
 """The state of training: weights, their average, the optimiser, the scaler and the position in the data."""
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -9,71 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from logitcache.errors import CacheError
-from logitcache.logits import NO_LOGITS, at_least_float32, dense_logits, mapped
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
+from logitcache.reductions import Layout
 from logitcache.runtime.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Context, StepSums
+from logitcache.student.optim.batch_norm import synchronize
 from logitcache.student.optim.schedules import Progress
-from logitcache.student.ranks import ALONE, Ranks, synchronize
+from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import TrainingRecipe
-from logitcache.targets import Batch, Layout, Targets
-from logitcache.views.epochs import EpochLoader
-
-EveryRow = Callable[[Tensor], Tensor]
-
-_SHOWN = 3
-
-
-class _EveryRow(torch.autograd.Function):
-    """EveryRow of all ranks, in their order; the gradient of a row is the sum of what all ranks have for it."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: list[int]) -> Tensor:
-        ctx.ranks, ctx.counts = ranks, counts
-        return ranks.rows_of_all(rows, counts)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        total = ctx.ranks.add_up(gradients[0].clone(memory_format=torch.contiguous_format))
-        return total.split(ctx.counts)[ctx.ranks.rank], None, None
-
-
-class WholeBatch:
-    """Gives losses that are no mean over rows what they look at, of the rows of all ranks."""
-
-    def __init__(self, losses: Sequence[Loss], ranks: Ranks) -> None:
-        self._ranks = ranks
-        self._asking = [loss for loss in losses if not loss.by_row and ranks.size > 1]
-        self._taps = sorted({tap for loss in self._asking for tap in loss.taps})
-
-    def __call__(self, outputs: Targets, batch: Batch) -> tuple[Targets, Batch]:
-        """Return outputs and batch with all rows, at least in float32; without images, which no such loss looks at."""
-        if not self._asking:
-            return outputs, batch
-        counts = self._ranks.gathered(len(batch))
-
-        def every_row(rows: Tensor) -> Tensor:
-            return cast(Tensor, _EveryRow.apply(rows, self._ranks, counts))
-
-        features = {tap: every_row(at_least_float32(outputs.features[tap])) for tap in self._taps}
-        student = Targets(every_row(at_least_float32(outputs.logits)), features)
-        teachers = {name: self._taught(name, targets, every_row) for name, targets in batch.teachers.items()}
-        images = batch.images.new_empty(sum(counts), 0)
-        labels, keys = every_row(batch.labels), every_row(batch.keys)
-        return student, Batch(images, labels, keys, teachers, mapped(batch.mixed, every_row))
-
-    def _taught(self, name: str, targets: Targets, every_row: EveryRow) -> Targets:
-        """Return what the losses ask of one teacher: other logits may have no dense form."""
-        asking = [loss for loss in self._asking if loss.teacher in (None, name)]
-        features = sorted({feature for loss in asking for feature in loss.features})
-        dense = any("raw logits" in loss.needs for loss in asking)
-        return Targets(
-            every_row(dense_logits(targets)) if dense else NO_LOGITS,
-            {feature: every_row(at_least_float32(targets.features[feature])) for feature in features},
-        )
+from logitcache.student.whole_batch import WholeBatch
+from logitcache.targets import Batch, Targets
 
 
 class Terms(nn.Module):
@@ -227,32 +173,3 @@ class Learner:
         # One more rank than there were begins with draws of its own.
         for own in kept[self.ranks.rank : self.ranks.rank + 1]:
             set_random_states(self.device, own["random"])
-
-
-def require_finite_targets(loader: EpochLoader, epoch: int, num_batches: int, cache: str) -> None:
-    """Read the targets of an epoch's first batches again; raise CacheError for the first that are NaN or infinite."""
-    for keys, teachers in itertools.islice(loader.targets(epoch), num_batches):
-        for teacher, targets in teachers.items():
-            for name, bad in _bad_rows(targets):
-                if rows := bad.nonzero().flatten().tolist():
-                    named = [
-                        f"image {loader.views.dataset.ids[keys[row].index]!r} (view {keys[row].view})" for row in rows
-                    ]
-                    more = f" and {len(rows) - _SHOWN} more of the batch" if len(rows) > _SHOWN else ""
-                    raise CacheError(
-                        f"{cache}: {name} of teacher {teacher!r} hold NaN or infinity for "
-                        f"{', '.join(named[:_SHOWN])}{more}: the loss is not finite whatever the learning rate.\n"
-                        f"  Fix: `logitcache verify {cache}`, with --repair RECIPE for what is damaged; if it finds "
-                        "nothing, these are the teacher's answers: make the cache again with `precision: float32`"
-                    )
-
-
-def _bad_rows(targets: Targets) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name of each target, and which rows hold a number that no teacher means, bool [B]."""
-    if targets.num_classes:
-        logits = targets.logits
-        # A form that keeps a distribution may give a class no probability: log p is then -inf.
-        wrong = ~logits.isfinite() if targets.keeps_logits else logits.isnan() | logits.isposinf()
-        yield "logits", wrong.any(dim=1)
-    for name, values in targets.features.items():
-        yield f"features {name!r}", ~values.isfinite().flatten(1).all(dim=1)

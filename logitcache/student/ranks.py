@@ -1,4 +1,4 @@
-"""Ranks: the processes that train together, as torchrun starts them, and their batch normalisation."""
+"""Ranks: the processes that train together, as torchrun starts them."""
 
 import itertools
 import os
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from logitcache.errors import LogitCacheError, RecipeError
@@ -28,8 +27,6 @@ T = TypeVar("T")
 # The others wait while the first one reads or writes.
 LONGEST_WAIT = timedelta(hours=1)
 _meetings = itertools.count()
-
-CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -216,33 +213,3 @@ def _explained(error: Exception, rank: int, size: int) -> Exception:
         f"{first_line}. Fix: start all of them again with --resume"
     )
     return LogitCacheError(lost) if broken else error
-
-
-def require_possible(device: torch.device, ranks: Ranks) -> None:
-    """Raise RecipeError if ranks compute on devices that cannot share statistics."""
-    if ranks.size > 1 and device.type != "cuda":
-        raise RecipeError(
-            f"sync_batch_norm is torch.nn.SyncBatchNorm, which needs CUDA devices; these {ranks.size} processes are on "
-            f"device {device.type!r}. Fix: sync_batch_norm: false (each process normalises its part of a batch), one "
-            "process, or machines with a GPU for each process"
-        )
-
-
-def synchronize(model: nn.Module, ranks: Ranks) -> None:
-    """Have the layers of a model share statistics, in place; the names of its weights stay.
-
-    Raises RecipeError for layers that do more than torch's own, as theirs would be lost.
-    """
-    if ranks.size == 1:
-        return
-    others = {
-        name: type(module).__name__
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and type(module) not in CONVERTED
-    }
-    if others:
-        raise RecipeError(
-            f"sync_batch_norm replaces layers of torch alone, the model has others that normalise by batch: {others}. "
-            "Fix: sync_batch_norm: false, or a model of nn.BatchNorm1d, 2d and 3d"
-        )
-    nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]

@@ -15,10 +15,12 @@ from logitcache.runtime.stopping import StopFlag, stop_flag
 from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.evaluation.validation import Validator, open_validator
-from logitcache.student.learner import Learner, require_finite_targets
+from logitcache.student.learner import Learner
 from logitcache.student.lesson import LiveTargets, TrainingData, as_given, open_training_data
+from logitcache.student.nonfinite import require_finite_targets
+from logitcache.student.optim.batch_norm import require_possible
 from logitcache.student.optim.schedules import Progress
-from logitcache.student.ranks import Ranks, joined, require_possible
+from logitcache.student.ranks import Ranks, joined
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import (
     RunResult,

@@ -10,13 +10,14 @@ from logitcache.config.recipe import NOWHERE, Component, Count, Lenient, Name, P
 from logitcache.config.trust import Trust
 from logitcache.errors import RecipeError, raise_all
 from logitcache.models import Model, Preprocessing
+from logitcache.reductions import Layout
 from logitcache.runtime.device import Precision
 from logitcache.store.remote.client import is_remote
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.evaluation.multi_label import THRESHOLD
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
-from logitcache.student.optim.optimizers import AdamW, Average, LearningRateSchedule, Optimizer
-from logitcache.targets import Layout
+from logitcache.student.optim.averaging import Average
+from logitcache.student.optim.optimizers import AdamW, LearningRateSchedule, Optimizer
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level
 from logitcache.views.datasets import Dataset

@@ -16,6 +16,7 @@ from logitcache.errors import RecipeError, caught, raise_all
 from logitcache.logits import NO_LOGITS
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
+from logitcache.reductions import Layout
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness
 from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts
@@ -25,7 +26,7 @@ from logitcache.student.lesson import Lesson
 from logitcache.student.optim.schedules import Progress
 from logitcache.student.ranks import ALONE
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
-from logitcache.targets import Batch, Layout, MixedLabels, Targets
+from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.order import share_of
 
 _REMEMBERED = 64

@@ -11,7 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.runtime.device import autocast, own_randomness, to_device
 from logitcache.targets import Targets
-from logitcache.teacher.teacher import Teacher, classes_of, values_of
+from logitcache.teacher.tap_gradients import classes_of
+from logitcache.teacher.teacher import Teacher, values_of
 
 PASSES = 2
 """How often each canary is answered: all in one batch, and again in other batches."""

@@ -1,8 +1,7 @@
 """`Teacher`: a frozen model that owns its normalisation; uint8 pixels in, `Targets` out."""
 
-import contextlib
 from collections.abc import Sequence
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -16,56 +15,13 @@ from logitcache.config.recipe import Component
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import NO_LOGITS
 from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
-from logitcache.models.taps import TapLayout, Tapped, layouts_of
+from logitcache.models.layouts import TapLayout, layouts_of
+from logitcache.models.taps import Tapped
 from logitcache.runtime.device import Precision, autocast, own_randomness
 from logitcache.targets import Targets
-from logitcache.views.datasets.images.labels import single_labels
+from logitcache.teacher.tap_gradients import tap_gradients
 
 Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
-
-
-class Graded(NamedTuple):
-    """The values at a tap, [B, ...], and the gradient of the logit of each image's class there, float32 [B, ...].
-
-    They come from a pass of their own: with gradients, attention layers take other paths than without, and differ in
-    the last bits. All other targets then do not depend on whether a cache has Grad-CAM maps, too.
-    """
-
-    values: Tensor
-    gradient: Tensor
-
-
-def tap_gradients(
-    classifier: Classifier, taps: Sequence[str], who: str, pixels: Tensor, labels: Tensor, logits: Tensor
-) -> dict[str, Graded]:
-    """Run uint8 pixels [B, C, H, W] through a classifier and return the values and gradients at its taps.
-
-    labels: int64 [B], -1 if there is none, or multi-hot [B, C]. logits: [B, K], as answered without gradients: they
-    decide the class if the label names none. `who` names the classifier in errors. Raises as `Tapped` does, and
-    RecipeError for a tap that the logits do not depend on.
-    """
-    network = classifier.module
-    tapped = Tapped(network, network, taps, who)
-    with contextlib.ExitStack() as hooks, torch.enable_grad():
-        hooks.callback(tapped.remove)
-        # Networks may change their input in place, which no leaf allows.
-        inputs = classifier.normalize(pixels).requires_grad_().clone()
-        output, values = tapped(inputs)
-        # A row's logit depends on that row alone: the gradient of the sum is each row's own.
-        chosen = classifier.checked(output).float().gather(1, classes_of(labels, logits)[:, None]).sum()
-        gradients = torch.autograd.grad(chosen, [values[tap] for tap in taps], allow_unused=True)
-    found = {}
-    for tap, gradient in zip(taps, gradients, strict=True):
-        if gradient is None:
-            raise RecipeError(f"{who}: the logits do not depend on {tap!r}. Fix: tap another module")
-        found[tap] = Graded(values[tap].detach(), gradient.float())
-    return found
-
-
-def classes_of(labels: Tensor, logits: Tensor) -> Tensor:
-    """Return the class that each image's label names, else that of the answer, int64 [B]."""
-    named = single_labels(labels)
-    return torch.where((named >= 0) & (named < logits.shape[1]), named, logits.argmax(dim=1))
 
 
 class TeacherSource(Component):

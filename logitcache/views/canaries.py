@@ -1,7 +1,6 @@
-"""Canaries: a few views recorded in stage one and rendered again before a student starts; checksums of every view."""
+"""Canaries: a few views recorded in stage one and rendered again before a student starts."""
 
 import hashlib
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
@@ -200,29 +199,4 @@ def _diagnosis(report: CanaryReport, limits: DriftLimits, has_parameters: bool) 
     return (
         f"more than numeric drift ({limits}): same images and crops, but another resize kernel or version.",
         "install the recorded versions, or precompute again.",
-    )
-
-
-def row_checksums(images: Tensor) -> NDArray[np.uint32]:
-    """Return the CRC-32 of every image's pixels in the order of [C, H, W], for uint8 [B, C, H, W] in any layout."""
-    # Image by image: a batch of another layout is never copied as a whole.
-    return np.array([zlib.crc32(np.ascontiguousarray(image).data) for image in images.numpy()], dtype=np.uint32)
-
-
-def require_rows(images: Tensor, keys: Sequence[ViewKey], recorded: NDArray[np.uint32], ids: Sequence[str]) -> None:
-    """Raise ReplayMismatchError naming the first of `images` [B, C, H, W] that is not the recorded one.
-
-    `recorded` are the checksums [B] of `keys`; `ids` names the images of the data set, by index.
-    """
-    found = row_checksums(images)
-    wrong = np.flatnonzero(found != recorded)
-    if len(wrong) == 0:
-        return
-    row = int(wrong[0])
-    view, index = keys[row]
-    raise ReplayMismatchError(
-        f"view {view} of image {ids[index]!r} (index {index}) is not the one that the teacher saw: its pixels have the "
-        f"CRC-32 {found[row]:08x}, recorded is {recorded[row]:08x}; {len(wrong)} of the batch's {len(keys)} images "
-        "differ. Fix: put back the original image and the recorded versions, or precompute again; verify: numeric "
-        "compares only the canaries"
     )

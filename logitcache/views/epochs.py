@@ -12,10 +12,11 @@ from torch.utils.data import Sampler
 
 from logitcache.errors import RecipeError
 from logitcache.targets import Batch, MixedLabels, Targets
-from logitcache.views.canaries import require_rows
+from logitcache.views.checksums import require_rows
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod, ViewLoader
-from logitcache.views.order import Drawn, Ints, share_of
+from logitcache.views.order import Drawn, share_of
+from logitcache.views.pairing import Ints
 from logitcache.views.sampling import EveryImage, Sampling
 from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, Views
 

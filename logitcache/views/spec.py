@@ -18,7 +18,7 @@ from logitcache.views.augmentations.base import Ints
 from logitcache.views.datasets.base import ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
-from logitcache.views.order import Pairing
+from logitcache.views.pairing import Pairing
 
 _BLOCK = 4096  # images planned at a time
 _SMALL = 1 << 16  # bytes of an image that is better augmented together with others

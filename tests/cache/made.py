@@ -22,8 +22,8 @@ from logitcache.cache.write.writer import commit_record
 from logitcache.config.recipe import load_recipe
 from logitcache.logits import CompactLogits
 from logitcache.stage_one.precompute import PrecomputeRecipe, PrecomputeResult, precompute
-from logitcache.store.base import Shard
 from logitcache.store.local import LocalStore
+from logitcache.store.shards import Shard
 
 COUNT = 300
 """Images of the sound cache: six shards of at most 128 rows."""

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache, open_cache
-from logitcache.cache.read import gather
+from logitcache.cache.read import shard_reader
 from logitcache.errors import CacheError
 from logitcache.logits import log_probs
 from logitcache.stage_one.precompute import precompute
@@ -89,14 +89,14 @@ def da_softmax(logits: Any) -> Any:
 
 def test_only_the_shards_that_are_computed_are_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Any] = []
-    compare = gather.require_intact
+    compare = shard_reader.require_intact
 
     def noted(root: Path, layout: Any, shards: Any) -> None:
         read.extend(shards)
         compare(root, layout, shards)
 
     opened = open_cache(cache)
-    monkeypatch.setattr(gather, "require_intact", noted)
+    monkeypatch.setattr(shard_reader, "require_intact", noted)
     logits = opened.as_dask()["t"]["logits"]
     assert read == []
     assert logits[1, 130:140].compute().shape == (10, 16)

@@ -16,8 +16,8 @@ from logitcache.cache.cache import open_cache
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.writer import commit_record
 from logitcache.errors import CacheError, LogitCacheError
-from logitcache.store.base import RECORD_BYTES
 from logitcache.store.local import LocalStore
+from logitcache.store.shards import RECORD_BYTES
 from logitcache.views.keys import ViewKey
 from tests.cache.made import COUNT, Pixels, forge, run, teacher
 

@@ -15,8 +15,8 @@ from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.snapshot import Snapshot, locate, open_snapshot
 from logitcache.cli import main
 from logitcache.errors import CacheError
-from logitcache.store.bounded_folder import FOLDER
 from logitcache.store.local import LocalStore
+from logitcache.store.mirrors_folder import FOLDER
 from logitcache.store.remote.client import Remote
 from logitcache.store.safe_files import inside, parse_json
 from logitcache.views.keys import ViewKey

@@ -12,7 +12,7 @@ from zarr.storage import MemoryStore
 
 from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.write.writer import hot_shard
-from logitcache.store.base import Shard
+from logitcache.store.shards import Shard
 
 
 @settings(max_examples=15)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from logitcache.cache.encodings.features import FeatureForm, FittedFeature
-from logitcache.targets import FeatureKind, feature_values
+from logitcache.reductions import FeatureKind
+from logitcache.targets import feature_values
 
 FORM = FeatureForm(dtype="int8", storage="packed")
 SHAPES: list[tuple[FeatureKind, tuple[int, ...]]] = [

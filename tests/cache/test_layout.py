@@ -22,8 +22,8 @@ from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.write.writer import ShardEncoder
 from logitcache.errors import RecipeError
 from logitcache.models import Preprocessing
-from logitcache.store.base import Shard
 from logitcache.store.local import LocalStore
+from logitcache.store.shards import Shard
 
 ENCODINGS = [Dense(), Dense(dtype="float32"), Dense(storage="packed"), TopK(k=1), TopK(k=3, storage="packed")]
 

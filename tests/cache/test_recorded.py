@@ -20,7 +20,7 @@ from logitcache.errors import CacheError, MismatchError, RecipeError, ReplayMism
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.verify_and_repair import verify
 from logitcache.views.augmentations import HorizontalFlip
-from logitcache.views.canaries import require_rows
+from logitcache.views.checksums import require_rows
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, ViewSpec
 from tests.cache.made import (

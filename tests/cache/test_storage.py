@@ -28,11 +28,12 @@ from logitcache.errors import CacheError, RecipeError
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.summary import summarize
 from logitcache.report.verify_and_repair import verify
-from logitcache.stage_one.loop import parse_part
+from logitcache.stage_one.claims import parse_part
 from logitcache.stage_one.precompute import precompute
-from logitcache.store.base import Shard, Store
-from logitcache.store.bounded_folder import FOLDER, SIZE
+from logitcache.store.base import Store
+from logitcache.store.mirrors_folder import FOLDER, SIZE
 from logitcache.store.remote.client import Remote
+from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 from tests.cache.elsewhere import bytes_here, change, flipped, new_url, objects, shards_here, upload
 from tests.cache.made import (

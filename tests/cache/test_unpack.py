@@ -16,7 +16,7 @@ from numcodecs import zstd
 from logitcache.cache.format.arrays import ArrayLayout, Order
 from logitcache.cache.read.stored_array import _content_bytes
 from logitcache.errors import CacheError
-from logitcache.store.base import Shard
+from logitcache.store.shards import Shard
 from tests.cache.made import stored_array
 
 COUNT, ROWS = 2500, 2048

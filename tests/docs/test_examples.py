@@ -18,7 +18,7 @@ from logitcache.cli.commands import app
 from logitcache.config.recipe import load_recipe
 from logitcache.report.recipe_check import check_recipes
 from logitcache.stage_one.derive.derive import derive
-from logitcache.stage_one.derive.source import DeriveRecipe
+from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
 from tests.cache.made import verified

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
-from logitcache.models.taps import TapLayout, layouts_of
-from logitcache.targets import channels_in_place
+from logitcache.models.layouts import TapLayout, layouts_of
+from logitcache.reductions import channels_in_place
 
 
 class Turn(nn.Module):

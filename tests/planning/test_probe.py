@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from logitcache.cache.format.arrays import ArrayLayout, Order
 from logitcache.cache.write.writer import ShardEncoder
-from logitcache.planning import probe
+from logitcache.planning import compression, probe
+from logitcache.planning.compression import EncodeCost, payload
 from logitcache.planning.dry_run import correction, dry_run
-from logitcache.planning.probe import EncodeCost, Mark, Measured, payload
-from logitcache.store.base import Shard
+from logitcache.planning.probe import Mark, Measured
+from logitcache.store.shards import Shard
 from tests.cache.made import COUNT, PACKED_TOP2, Linear, Pixels, recipe, teacher
 
 ROWS = 8192
@@ -84,7 +85,7 @@ def test_sums_over_a_shard_are_no_rows_to_write(tmp_path: Path, monkeypatch: pyt
         seconds = 0.5 + 0.5 * len(values)
         return EncodeCost(100, seconds, seconds)
 
-    monkeypatch.setattr(probe, "encoded", encoded)
+    monkeypatch.setattr(compression, "encoded", encoded)
     with dry_run(
         recipe(tmp_path / "c", teachers={"t": teacher(PACKED_TOP2)}, shard_rows=128),
         teachers={"t": Linear()},

@@ -23,7 +23,7 @@ from logitcache.errors import LogitCacheError
 from logitcache.report.verify_and_repair import verify
 from logitcache.runtime.console import configure
 from logitcache.stage_one.precompute import precompute
-from logitcache.store.bounded_folder import FOLDER
+from logitcache.store.mirrors_folder import FOLDER
 from logitcache.store.remote.transfer import VARIABLE
 from logitcache.views.keys import ViewKey
 from tests.cache.made import contents, raw

@@ -21,7 +21,7 @@ import torch
 
 from logitcache.cache.cache import open_cache
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.store.bounded_folder import FOLDER
+from logitcache.store.mirrors_folder import FOLDER
 from logitcache.store.remote import client
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE16, TOP2_PACKED, Linear, Pixels, raw, recipe, teacher

@@ -24,10 +24,10 @@ from logitcache.cache.write.writer_locks import Claim, writing
 from logitcache.cli import main
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import Stopped
-from logitcache.stage_one import loop
+from logitcache.stage_one import claims
 from logitcache.stage_one.precompute import precompute
-from logitcache.store.base import Shard
 from logitcache.store.local import LocalStore
+from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 from tests.cache.made import AGAIN, DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, teacher
 from tests.stage_one.apart import ended, forked, until
@@ -196,7 +196,7 @@ def one_waits_until_a_holder_is_killed(path: Path, whole: dict[str, bytes]) -> d
     holder = holding(path)
     child, report = start(path, wait=True)
     until(lambda: records(path), NUM_SHARDS - 1)
-    time.sleep(10 * loop.POLL)
+    time.sleep(10 * claims.POLL)
     waited = not report.exists()
     os.kill(holder, signal.SIGKILL)
     ended(holder)
@@ -216,7 +216,7 @@ def one_that_waits_is_stopped(path: Path, whole: dict[str, bytes]) -> dict[str, 
 
     child = forked(waits)
     until(lambda: records(path), NUM_SHARDS - 1)
-    time.sleep(5 * loop.POLL)
+    time.sleep(5 * claims.POLL)
     os.kill(child, signal.SIGTERM)
     code = ended(child)
     os.kill(holder, signal.SIGKILL)
@@ -304,7 +304,7 @@ SCENARIOS = (
 
 def found_in(root: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    loop.POLL = 0.05
+    claims.POLL = 0.05
     assert ended(forked(lambda: 0 if run(root / "whole") else 1)) == 0
     whole = contents(root / "whole")
     found = {}

@@ -19,14 +19,15 @@ from logitcache.config.recipe import dump_recipe
 from logitcache.errors import CacheError, DataError, MismatchError, MissingExtraError, RecipeError, Stopped
 from logitcache.runtime.console import configure
 from logitcache.runtime.stopping import StopFlag
-from logitcache.stage_one import loop
+from logitcache.stage_one import claims
 from logitcache.stage_one import precompute as module
+from logitcache.stage_one.claims import Claims
 from logitcache.stage_one.cluster import fill_on_cluster
 from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, shard_filler
 from logitcache.stage_one.cluster.workers import call, located, release
 from logitcache.stage_one.inputs import open_inputs
 from logitcache.stage_one.lifecycle import begun
-from logitcache.stage_one.loop import Claims, Done
+from logitcache.stage_one.loop import Done
 from logitcache.stage_one.precompute import PrecomputeRecipe, open_precompute_task, precompute
 from logitcache.stage_one.todo import Todo, find_todo
 from tests.cache.made import PACKED, Linear, Pixels, contents, recipe, teacher
@@ -245,7 +246,7 @@ def test_a_cluster_waits_for_other_parts(tmp_path: Path, monkeypatch: pytest.Mon
     real = StopFlag.wait
 
     def wait(flag: StopFlag, seconds: float) -> bool:
-        if seconds == loop.POLL:
+        if seconds == claims.POLL:
             with monkeypatch.context() as patch:
                 patch.setattr(StopFlag, "wait", real)
                 precompute(plan, part="1/2")

@@ -17,7 +17,7 @@ from logitcache.cache.write.writer_locks import preparing
 from logitcache.errors import CacheError, RecipeError
 from logitcache.runtime import console
 from logitcache.runtime.stopping import StopFlag
-from logitcache.stage_one.loop import parse_part
+from logitcache.stage_one.claims import parse_part
 from logitcache.stage_one.precompute import precompute
 from logitcache.store.local import LocalStore
 from tests.cache.made import Linear, Pixels, contents, recipe, run

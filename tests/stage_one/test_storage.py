@@ -12,7 +12,7 @@ import pytest
 from logitcache.cli.app import main
 from logitcache.config.recipe import dump_recipe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.store.bounded_folder import FOLDER
+from logitcache.store.mirrors_folder import FOLDER
 from tests.cache.made import DENSE16, TOP2_PACKED, contents, recipe, teacher
 from tests.front import FAULTS
 from tests.objects import KEY_ID, SECRET, Bucket, bucket, connecting, website

@@ -11,12 +11,13 @@ import pytest
 
 from logitcache.cache.snapshot import locate
 from logitcache.errors import CacheError, RecipeError
-from logitcache.store.base import Shard, StoredShard, is_shard
-from logitcache.store.bounded_folder import FOLDER, USED, BoundedFolder, mirrored_shards, mirrors_folder
+from logitcache.store.bounded_folder import BoundedFolder
 from logitcache.store.file_locks import PART, locked_partial
 from logitcache.store.local import LocalStore
 from logitcache.store.mirror import Mirror, mirror_of
+from logitcache.store.mirrors_folder import FOLDER, USED, mirrored_shards, mirrors_folder
 from logitcache.store.remote.client import Remote
+from logitcache.store.shards import Shard, StoredShard, is_shard
 
 SIZE = 100
 

@@ -18,7 +18,7 @@ from fsspec.registry import _registry as registry
 from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError, RemoteError
 from logitcache.store.remote import client
 from logitcache.store.remote.client import Remote, is_remote
-from logitcache.store.remote.transfer import plain
+from logitcache.store.remote.failures import plain
 from tests.front import FAULTS
 from tests.objects import KEY_ID, SECRET, Bucket, bucket, connecting, website
 from tests.stage_one.apart import ended, forked

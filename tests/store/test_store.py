@@ -14,9 +14,10 @@ from logitcache.cache.format.metadata import ROOT
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
-from logitcache.store.base import Store, StoredShard
-from logitcache.store.bounded_folder import FOLDER
+from logitcache.store.base import Store
 from logitcache.store.file_locks import PART
+from logitcache.store.mirrors_folder import FOLDER
+from logitcache.store.shards import StoredShard
 from tests.cache.elsewhere import change, flipped, new_url, upload
 from tests.cache.made import contents
 from tests.objects import bucket, website

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from logitcache.errors import LogitCacheError, RecipeError, Stopped
 from logitcache.models import SmallCNN
+from logitcache.reductions import FeatureShape
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student import build_model, compatibility, lesson
 from logitcache.student.adapters import PlaceMap, matched, num_channels, perceptron, unit
@@ -20,7 +21,6 @@ from logitcache.student.learner import Learner
 from logitcache.student.losses import CKA, RKD, SRRL, AttentionTransfer, CrossEntropy, GradCAM, KLDivergence
 from logitcache.student.losses.base import HeldTeacher
 from logitcache.student.training import train
-from logitcache.targets import FeatureShape
 from tests.student.featured import LOSSES, MAPS, VECTORS, fill_featured
 from tests.student.small import GREY, IMAGES, LINEAR, fill, metrics, network, recipe, recorded_losses, student, weights
 

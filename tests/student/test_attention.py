@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from logitcache.models import Classifier, Preprocessing
+from logitcache.reductions import FeatureShape
 from logitcache.student.learner import Learner
 from logitcache.student.losses.base import HeldTeacher, Site
 from logitcache.student.optim.schedules import Progress
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.targets import Batch, FeatureShape, Targets
+from logitcache.targets import Batch, Targets
 
 timm = pytest.importorskip("timm")
 HALF = (0.5,) * 3

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
-from logitcache.student.optim.optimizers import EMA
+from logitcache.student.optim.averaging import EMA
 from logitcache.student.training import train
 from tests.student.small import student
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
+from logitcache.reductions import FeatureKind, FeatureShape
 from logitcache.student import losses
 from logitcache.student.losses import (
     CKA,
@@ -26,7 +27,7 @@ from logitcache.student.losses import (
 )
 from logitcache.student.losses.base import Context, FeatureLoss, HeldTeacher, Site
 from logitcache.student.optim.schedules import Progress, constant
-from logitcache.targets import Batch, FeatureKind, FeatureShape, Targets
+from logitcache.targets import Batch, Targets
 
 NUM_IMAGES, CLASSES, ROWS = 40, 5, 6
 Array = NDArray[np.float64]

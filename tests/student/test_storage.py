@@ -8,7 +8,7 @@ import pytest
 
 from logitcache.cli.app import main
 from logitcache.config.recipe import dump_recipe
-from logitcache.store.bounded_folder import FOLDER, SIZE
+from logitcache.store.mirrors_folder import FOLDER, SIZE
 from logitcache.student.training import train
 from tests.cache.made import contents
 from tests.front import FAULTS

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from logitcache.errors import ReplayMismatchError
-from logitcache.views.canaries import require_rows, row_checksums
+from logitcache.views.checksums import require_rows, row_checksums
 from logitcache.views.keys import ViewKey
 
 IMAGES = torch.randint(0, 256, (5, 3, 7, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

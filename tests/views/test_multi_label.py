@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from logitcache.errors import DataError, RecipeError
 from logitcache.views.datasets import ImageDataset, as_image_dataset
-from logitcache.views.datasets.base import Fingerprint, Scan, ScanMemory, fingerprint
+from logitcache.views.datasets.base import Fingerprint, fingerprint
 from logitcache.views.datasets.fingerprint_diff import explain_difference
 from logitcache.views.datasets.images.labels import class_counts, single_labels
+from logitcache.views.datasets.scan_memory import Scan, ScanMemory
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.mixing import MixUp
 from logitcache.views.sampling import ClassBalanced

@@ -30,7 +30,7 @@ from logitcache.store.file_locks import turn
 from logitcache.store.remote import client, protocols
 from logitcache.views.datasets import ImageFolder, WebDataset, webdataset
 from logitcache.views.datasets.archives import shard_files
-from logitcache.views.datasets.archives.shard_files import expanded
+from logitcache.views.datasets.archives.braces import expanded
 from logitcache.views.datasets.archives.shard_index import index_of
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.keys import ViewKey

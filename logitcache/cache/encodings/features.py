@@ -12,18 +12,8 @@ from logitcache.cache.encodings.base import Fitted, RowArray, TableShape
 from logitcache.cache.format.arrays import Storage
 from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import RecipeError
-from logitcache.targets import (
-    CompactFeature,
-    FeatureKind,
-    FeatureValues,
-    Layout,
-    as_maps,
-    attention,
-    channels_in_place,
-    grad_cam,
-    pooled,
-    resized,
-)
+from logitcache.reductions import FeatureKind, Layout, as_maps, attention, channels_in_place, grad_cam, pooled, resized
+from logitcache.targets import CompactFeature, FeatureValues
 
 LEVELS = 127
 DIMS: dict[tuple[str, int], tuple[str, ...]] = {

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from logitcache.store.base import COMMITS, RECORD_BYTES, Shard, StoredShard, record_name
+from logitcache.store.shards import COMMITS, RECORD_BYTES, Shard, StoredShard, record_name
 
 Storage = Annotated[
     Literal["hot", "packed"],

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.format.layout import Layout
 from logitcache.errors import CacheError
-from logitcache.store.base import RECORD, RECORD_BYTES, SIZE_BYTES, Shard, Store, record_name
+from logitcache.store.base import Store
 from logitcache.store.safe_files import read_folder
+from logitcache.store.shards import RECORD, RECORD_BYTES, SIZE_BYTES, Shard, record_name
 
 
 @dataclass(frozen=True)

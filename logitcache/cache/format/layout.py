@@ -12,7 +12,7 @@ from logitcache.cache.format.arrays import FLAT_KEYS, PAGE, ArrayGroup, ArrayLay
 from logitcache.cache.format.manifest import LOGITS, VIEWS, Manifest, TeacherEntry
 from logitcache.cache.format.row_errors import NUM_STATISTICS
 from logitcache.errors import CacheError, RecipeError
-from logitcache.store.base import RECORD_BYTES, Shard
+from logitcache.store.shards import RECORD_BYTES, Shard
 
 SHARD_BYTES, MAX_BYTES = 32 << 20, 1 << 60
 """Bytes of the rows of the largest array in a shard, about; bytes that no array has."""

@@ -7,7 +7,7 @@ from typing import Any
 from logitcache.cache.format.manifest import LOGITS, Manifest, TeacherEntry
 from logitcache.config.recipe import Component
 from logitcache.errors import MismatchError
-from logitcache.targets import Layout
+from logitcache.reductions import Layout
 
 Outputs = tuple[int, ...] | None
 

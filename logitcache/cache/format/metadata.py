@@ -30,8 +30,9 @@ from logitcache.cache.format.samples import (
     sample_sizes,
 )
 from logitcache.errors import CacheError
-from logitcache.store.base import NOT_FINITE, Store
+from logitcache.store.base import Store
 from logitcache.store.safe_files import MAX_METADATA_BYTES, parse_json
+from logitcache.store.shards import NOT_FINITE
 
 ROOT = "zarr.json"
 

@@ -8,7 +8,7 @@ from dask.base import tokenize
 from numpy.typing import NDArray
 
 from logitcache.cache.format.manifest import LOGITS
-from logitcache.cache.read.gather import ShardReader
+from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.cache.snapshot import Snapshot
 
 

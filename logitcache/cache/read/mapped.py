@@ -17,7 +17,7 @@ from logitcache.cache.format.arrays import PAGE, ArrayLayout
 from logitcache.cache.read.row_sources import RowSource
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.errors import CacheError
-from logitcache.store.base import Shard
+from logitcache.store.shards import Shard
 
 HUGE_PAGE = 2 << 20
 MOST_ADDRESSES = 1 << 44

@@ -16,7 +16,7 @@ from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.layout import Layout
 from logitcache.cache.read.shared_memory import SharedShards, name_of
 from logitcache.cache.read.stored_array import StoredArray
-from logitcache.store.base import Shard
+from logitcache.store.shards import Shard
 from logitcache.views.keys import ViewKey
 
 PACKED_SHARDS = 8

@@ -22,8 +22,9 @@ from logitcache.cache.format.arrays import INDEX_CHECKSUM_BYTES, INDEX_ENTRY_BYT
 from logitcache.cache.format.commits import Records
 from logitcache.cache.format.derivation import fix_of_contents
 from logitcache.errors import CacheError
-from logitcache.store.base import NOT_FINITE, Shard, Store, StoredShard
+from logitcache.store.base import Store
 from logitcache.store.safe_files import parse_json
+from logitcache.store.shards import NOT_FINITE, Shard, StoredShard
 
 _THREADS = min(8, os.cpu_count() or 1)
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}

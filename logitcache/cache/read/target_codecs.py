@@ -16,7 +16,8 @@ from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.metadata import read_tables
 from logitcache.errors import CacheError
 from logitcache.logits import NO_LOGITS, Logits
-from logitcache.store.base import Shard, Store
+from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 from logitcache.targets import Targets
 
 

@@ -9,7 +9,8 @@ from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.metadata import ROOT, metadata_files
 from logitcache.cache.format.row_errors import NUM_STATISTICS, RowErrors, summary
 from logitcache.cache.snapshot import Snapshot
-from logitcache.store.base import Shard, Store
+from logitcache.store.base import Store
+from logitcache.store.shards import Shard
 
 
 def errors_of(snapshot: Snapshot, group: ArrayGroup, shards: Iterable[Shard]) -> tuple[RowErrors, ...]:

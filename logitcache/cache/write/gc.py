@@ -17,8 +17,9 @@ from logitcache.cache.snapshot import locate
 from logitcache.cache.write.growth import read_growth
 from logitcache.cache.write.writer_locks import alone, preparing, try_creating
 from logitcache.errors import CacheError
-from logitcache.store.base import SHARD_NAME, Store
+from logitcache.store.base import Store
 from logitcache.store.files import LEFTOVER
+from logitcache.store.shards import SHARD_NAME
 
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
 _TABLE_NAMES = frozenset().union(*(form.table_names for form in (*get_args(get_args(Form)[0]), FeatureForm)))

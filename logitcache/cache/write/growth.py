@@ -1,14 +1,11 @@
-"""Create a cache, and note its growth: what it is to become, while its root still describes what it is.
+"""Growth: what a cache is to become, while its root still describes what it is.
 
 Further views and teachers are written beside the cache; nobody reads them yet. When all of it is committed, the
 arrays' metadata and then, in one atomic step, the root describe the grown cache: readers see the old state or the new.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -16,35 +13,13 @@ from pydantic import Field
 from logitcache.cache.format.layout import layout_of, require_possible
 from logitcache.cache.format.manifest import Manifest, TeacherEntry, TeacherName
 from logitcache.cache.format.manifest_diff import extends, is_more
-from logitcache.cache.format.metadata import GROWING, ROOT, metadata_files
-from logitcache.cache.format.samples import Samples
-from logitcache.cache.write.writer_locks import PREPARING, explained
+from logitcache.cache.format.metadata import GROWING
+from logitcache.cache.write.writer_locks import explained
 from logitcache.config.recipe import Component, Count
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
 from logitcache.store.files import sync_directory
 from logitcache.store.safe_files import parse_json
-
-
-def create_skeleton(
-    target: Path, store: Store, manifest: Manifest, samples: Samples, tables: Mapping[str, bytes]
-) -> None:
-    """Write metadata, tables (bytes by key) and samples into `target`, then rename it to the folder of the cache."""
-    files, path = {**metadata_files(manifest), **samples.files(), **tables}, store.path
-    with explained(path), store.creating(files, ROOT):
-        for leftover in [*target.iterdir(), *(target / PREPARING).parent.iterdir()]:
-            if leftover not in (target / PREPARING, (target / PREPARING).parent):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        for key, data in files.items():
-            (target / key).parent.mkdir(parents=True, exist_ok=True)
-            with open(target / key, "wb") as file:  # in place: one of them carries a lock
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for folder, _, _ in os.walk(target):
-            sync_directory(Path(folder))
-        target.replace(path)
-        sync_directory(path.parent)
 
 
 class Growth(Component):

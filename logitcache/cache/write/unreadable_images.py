@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.samples import read_digests
 from logitcache.errors import CacheError
-from logitcache.store.base import Shard, Store
+from logitcache.store.base import Store
 from logitcache.store.safe_files import parse_json
+from logitcache.store.shards import Shard
 
 FILE = "digest/unreadable"
 """Not in the root, which readers of Zarr would not understand."""

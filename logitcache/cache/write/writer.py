@@ -17,7 +17,8 @@ from zarr.storage import MemoryStore
 from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout, Rows
 from logitcache.cache.format.layout import Layout
 from logitcache.errors import RecipeError
-from logitcache.store.base import Shard, Store, seal
+from logitcache.store.base import Store
+from logitcache.store.shards import Shard, seal
 
 THREADS = 2
 _ABSENT = 2**64 - 1

@@ -16,9 +16,10 @@ from pathlib import Path
 from logitcache.cache.format.metadata import ROOT
 from logitcache.errors import CacheError
 from logitcache.runtime.console import logger
-from logitcache.store.base import Shard, Store
+from logitcache.store.base import Store
 from logitcache.store.file_locks import is_at
 from logitcache.store.files import LEFTOVER, fix_of
+from logitcache.store.shards import Shard
 
 PREPARING, WRITING = f"digest/{ROOT}", f"label/{ROOT}"
 """The files whose locks are for one process that prepares or finishes a cache, and for all that write to it."""

@@ -21,11 +21,12 @@ from logitcache.config.recipe import Component
 from logitcache.errors import CacheError, MismatchError
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.stopping import stop_flag
+from logitcache.stage_one.claims import Claims
 from logitcache.stage_one.cluster.cluster import FIRST, Cluster, LostScheduler, results, running
 from logitcache.stage_one.cluster.workers import Pause, Workers
-from logitcache.stage_one.loop import Claims, Done, ShardTask, fill, stopped_message
+from logitcache.stage_one.loop import Done, ShardTask, fill, stopped_message
 from logitcache.stage_one.todo import Todo
-from logitcache.store.base import Shard
+from logitcache.store.shards import Shard
 
 AGAIN, LOSSES = 300.0, 5
 """Seconds to wait for a scheduler that was lost, and how often in a row it may be lost with nothing committed."""

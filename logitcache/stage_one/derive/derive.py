@@ -22,16 +22,18 @@ from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.config.trust import inherit
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.runtime.device import resolve_device
+from logitcache.stage_one.claims import Claims, parse_part
 from logitcache.stage_one.cluster.cluster import Cluster
 from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, fill_on_cluster, open_same
+from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.derive_task import DeriveTask
-from logitcache.stage_one.derive.source import DeriveRecipe, SourceCache, Tables
+from logitcache.stage_one.derive.source import SourceCache, Tables
 from logitcache.stage_one.lifecycle import PrecomputeResult, begun, result_of
-from logitcache.stage_one.loop import Claims, Done, fill, parse_part
+from logitcache.stage_one.loop import Done, fill
 from logitcache.stage_one.todo import Skeleton, Todo
 from logitcache.store.base import Store
 from logitcache.store.remote.client import is_remote
-from logitcache.teacher.encoding import fit_logits, refit_damaged_tables
+from logitcache.teacher.fitting import fit_logits, refit_damaged_tables
 
 __all__ = ["DeriveRecipe", "derive"]
 

@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from logitcache.cache.format.arrays import Rows
 from logitcache.cache.format.manifest import LOGITS
+from logitcache.stage_one.claims import ShardGroup
 from logitcache.stage_one.derive.source import SourceCache
-from logitcache.stage_one.loop import RowBatch, ShardGroup, ShardTask
+from logitcache.stage_one.loop import RowBatch, ShardTask
 from logitcache.stage_one.todo import Todo
-from logitcache.store.base import Shard
+from logitcache.store.shards import Shard
 from logitcache.targets import Targets
 from logitcache.teacher.encoding import fill_rows
 

@@ -1,105 +1,29 @@
-"""The recipe of a derived cache, and its source: a finished cache, restricted to what the new teachers are made of."""
+"""The source of a derived cache: a finished cache, restricted to what the new teachers are made of."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from logitcache.cache.encodings import Encoding
-from logitcache.cache.format.derivation import Average
-from logitcache.cache.format.manifest import LOGITS, Manifest, TeacherEntry, TeacherName
+from logitcache.cache.format.manifest import LOGITS, Manifest, TeacherEntry
 from logitcache.cache.format.metadata import read_tables
-from logitcache.cache.read.gather import ShardReader
+from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.cache.snapshot import Snapshot
-from logitcache.config.recipe import NOWHERE, Component, Count, Name, Positive
 from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.logits import EnsembleLogits, at_least_float32, dense_logits
 from logitcache.models import Classifier
 from logitcache.runtime.console import track
-from logitcache.store.base import Shard
+from logitcache.stage_one.derive.derive_recipe import DerivedTeacher, DeriveRecipe
+from logitcache.store.shards import Shard
 from logitcache.targets import Targets
 from logitcache.teacher.calibration import calibration_keys, num_calibration_rows
 
 Tables = dict[str, NDArray[Any]]
-
-
-class DerivedTeacher(Component):
-    """A teacher of the new cache, made of teachers of the source."""
-
-    members: Annotated[dict[TeacherName, Positive], Field(min_length=1)] | None = Field(
-        default=None,
-        description="Weight of each teacher of the source that counts; by default the one that has this teacher's "
-        "name. Weights count by their ratio.",
-        examples=[{"resnet50": 1, "vit": 3}],
-    )
-    average: Average | None = Field(
-        default=None,
-        description="What is averaged for several members: `logits`, or `probabilities` at `temperature`.",
-        examples=["probabilities"],
-    )
-    temperature: Positive = Field(
-        default=1.0, description="Temperature T at which `average: probabilities` is exact: the mean of softmax(z / T)."
-    )
-    logits: Encoding | None = Field(
-        default=None,
-        description="Encoding of the member's logits, or of the mean; by default none are encoded anew.",
-        examples=[{"kind": "transform"}],
-    )
-    keep: tuple[Name, ...] | Literal["all"] = Field(
-        default=(),
-        description="Targets of the member that are copied as they are: names of features, and `logits` unless "
-        "they are encoded anew; `all` copies all.",
-        examples=[["pooled"]],
-    )
-
-    @model_validator(mode="after")
-    def _options_agree(self) -> Self:
-        several = self.members is not None and len(self.members) > 1
-        if self.logits is None and not self.keep:
-            raise ValueError("nothing is kept: give an encoding as `logits`, or name what is copied in `keep`")
-        if several and (self.average is None or self.logits is None or self.keep):
-            raise ValueError(
-                "several members are made one: `average: probabilities` or `average: logits`, with `logits`, and no "
-                "`keep`, as nobody has the features of a mean"
-            )
-        if self.average is not None and not several:
-            raise ValueError("average: there is one member. Name at least two in `members`, or leave it out")
-        if self.temperature != 1.0 and self.average != "probabilities":
-            raise ValueError("temperature is of `average: probabilities`: leave it out")
-        if self.logits is not None and LOGITS in self.keep:
-            raise ValueError("logits are either encoded anew or kept: leave out `logits`, or logits in `keep`")
-        return self
-
-
-class DeriveRecipe(Component):
-    """Which finished cache, what is made of it, and where that goes."""
-
-    stand_ins: ClassVar[dict[str, object]] = {"cache": NOWHERE, "out": NOWHERE}
-
-    cache: str = Field(description="Finished cache to read, a folder or a URL.", examples=["caches/imagenet.zarr"])
-    out: str = Field(description="New cache to make, a folder or a URL.", examples=["caches/imagenet-small.zarr"])
-    num_views: Count | None = Field(
-        default=None, description="Number of the source's first views to take; by default all.", examples=[4]
-    )
-    teachers: Annotated[dict[TeacherName, DerivedTeacher], Field(min_length=1)] = Field(
-        description="Teachers of the new cache, by name.", examples=[{"resnet50": {"logits": {"kind": "transform"}}}]
-    )
-    shard_rows: Count | None = Field(
-        default=None,
-        description="Rows of a shard, as for precompute. By default those of the source if something is copied, which "
-        "allows no others.",
-        examples=[16384],
-    )
-    device: str = Field(
-        default="auto",
-        description="Device that encodes: `auto` (the first of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or `mps`.",
-    )
 
 
 @dataclass(frozen=True)

@@ -17,23 +17,18 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from logitcache.errors import LogitCacheError, RecipeError, RemoteError
-from logitcache.store.remote.protocols import S3, WEB, connected, entry, listed
-from logitcache.store.remote.protocols import Entry as Entry
-from logitcache.store.remote.transfer import (
+from logitcache.store.remote.failures import (
     CHANGES,
-    MAX_ANSWER_BYTES,
-    METADATA,
     NO_RANGES,
     PRECONDITION_FAILED,
-    Bounds,
-    Refused,
     plain,
     refusal,
-    request_seconds,
     require_place,
     status_of,
-    too_long,
 )
+from logitcache.store.remote.protocols import S3, WEB, connected, entry, listed
+from logitcache.store.remote.protocols import Entry as Entry
+from logitcache.store.remote.transfer import MAX_ANSWER_BYTES, METADATA, Bounds, Refused, request_seconds, too_long
 
 REQUESTS = 16
 """Requests of a process that are in flight at a time."""

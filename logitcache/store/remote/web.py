@@ -13,7 +13,8 @@ from fsspec.asyn import get_loop, sync
 from fsspec.implementations.http import HTTPFileSystem
 from yarl import URL
 
-from logitcache.store.remote.transfer import ABSENT, NO_RANGES, Refused, current
+from logitcache.store.remote.failures import ABSENT, NO_RANGES
+from logitcache.store.remote.transfer import Refused, current
 
 REDIRECTS = 5
 _REDIRECTED = (301, 302, 303, 307, 308)

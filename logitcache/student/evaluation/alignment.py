@@ -11,11 +11,11 @@ from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
 from logitcache.models import Classifier
 from logitcache.models.taps import Tapped
+from logitcache.reductions import pooled
 from logitcache.runtime.device import autocast
 from logitcache.student.build_model import decide_layouts
 from logitcache.student.evaluation.validation import Validator
 from logitcache.student.training_recipes import TrainingRecipe
-from logitcache.targets import pooled
 from logitcache.views.keys import ViewKey
 
 KINDS = ("pooled", "maps")

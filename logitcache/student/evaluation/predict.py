@@ -23,7 +23,8 @@ from logitcache.student.losses import BinaryCrossEntropy, MultiLabelKL
 from logitcache.student.runs.trained import MODES, EvaluationTransform, load_student
 from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.views.datasets.image_folder import LARGEST, ImageFolder
-from logitcache.views.datasets.images.image_files import Mode, Orientation, decode, is_image
+from logitcache.views.datasets.images.image_files import Orientation, decode, is_image
+from logitcache.views.datasets.images.pixels import Mode
 from logitcache.views.datasets.webdataset import WebDataset
 
 

@@ -5,9 +5,10 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from logitcache.logits import at_least_float32
+from logitcache.reductions import FeatureKind, as_maps, attention, resized
 from logitcache.student.adapters import PlaceMap, unit
 from logitcache.student.losses.base import Context, FeatureLoss, Site
-from logitcache.targets import Batch, FeatureKind, Targets, as_maps, attention, resized
+from logitcache.targets import Batch, Targets
 
 
 def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from logitcache.config.recipe import Component, Name
 from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
+from logitcache.reductions import FeatureKind, FeatureShape
 from logitcache.student.optim.schedules import Context as Context
 from logitcache.student.optim.schedules import Schedule, TemperatureBase, Weight, constant
-from logitcache.targets import Batch, FeatureKind, FeatureShape, MixedLabels, Targets
+from logitcache.targets import Batch, MixedLabels, Targets
 
 P = ParamSpec("P")
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from logitcache.logits import at_least_float32
+from logitcache.reductions import pooled
 from logitcache.student.adapters import unit
 from logitcache.student.losses.base import Context, FeatureLoss, full_precision
-from logitcache.targets import Batch, Targets, pooled
+from logitcache.targets import Batch, Targets
 
 
 @full_precision

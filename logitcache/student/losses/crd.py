@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from logitcache.config.recipe import Count, Fraction, Positive
 from logitcache.logits import at_least_float32
+from logitcache.reductions import pooled
 from logitcache.student.adapters import Projection, num_pooled, unit
 from logitcache.student.losses.base import Context, FeatureLoss, Site, full_precision
-from logitcache.targets import Batch, Targets, pooled
+from logitcache.targets import Batch, Targets
 
 
 @full_precision

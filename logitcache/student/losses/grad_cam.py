@@ -7,11 +7,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from logitcache import targets
+from logitcache import reductions
 from logitcache.logits import at_least_float32, top1
+from logitcache.reductions import FeatureKind, resized
 from logitcache.student.adapters import PlaceMap, as_places, unit
 from logitcache.student.losses.base import UNLABELLED, Context, FeatureLoss, Need, Site, targets_of
-from logitcache.targets import Batch, FeatureKind, Targets, resized
+from logitcache.targets import Batch, Targets
 from logitcache.views.datasets.images.labels import single_labels
 
 
@@ -26,7 +27,7 @@ def grad_cam(logits: Tensor, student: Tensor, teacher: Tensor, classes: Tensor) 
     wanted = at_least_float32(teacher)
     score = logits.gather(1, classes[:, None]).sum()
     (gradient,) = torch.autograd.grad(score, student, create_graph=True)
-    maps = as_places(targets.grad_cam(at_least_float32(student), at_least_float32(gradient)))
+    maps = as_places(reductions.grad_cam(at_least_float32(student), at_least_float32(gradient)))
     found = resized(maps, (wanted.shape[1], wanted.shape[2]))
     return (unit(found.flatten(1)) - unit(wanted.flatten(1))).square().mean()
 

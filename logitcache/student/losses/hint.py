@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logitcache.logits import at_least_float32
+from logitcache.reductions import FeatureKind
 from logitcache.student.adapters import Projection, matched, num_channels
 from logitcache.student.losses.base import Context, FeatureLoss, Site
-from logitcache.targets import Batch, FeatureKind, Targets
+from logitcache.targets import Batch, Targets
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from logitcache.logits import at_least_float32
+from logitcache.reductions import pooled
 from logitcache.student.adapters import unit
 from logitcache.student.losses.base import Context, FeatureLoss, full_precision
-from logitcache.targets import Batch, Targets, pooled
+from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-7
 

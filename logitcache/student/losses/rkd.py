@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from logitcache.logits import at_least_float32
+from logitcache.reductions import pooled
 from logitcache.student.adapters import unit
 from logitcache.student.losses.base import Context, FeatureLoss, full_precision
 from logitcache.student.optim.schedules import Weight, constant
-from logitcache.targets import Batch, Targets, pooled
+from logitcache.targets import Batch, Targets
 
 
 @full_precision

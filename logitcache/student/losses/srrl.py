@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from logitcache.errors import RecipeError
 from logitcache.logits import Logits, at_least_float32, dense_logits
+from logitcache.reductions import pooled
 from logitcache.student.adapters import Projection, num_pooled
 from logitcache.student.losses.base import Context, FeatureLoss, Need, Site, full_precision, targets_of
 from logitcache.student.losses.hint import hint
 from logitcache.student.optim.schedules import Weight, constant
-from logitcache.targets import Batch, Targets, pooled
+from logitcache.targets import Batch, Targets
 
 
 @full_precision

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from logitcache.logits import at_least_float32
+from logitcache.reductions import FeatureKind
 from logitcache.student.adapters import matched, num_channels, perceptron
 from logitcache.student.losses.base import Context, FeatureLoss, Site
-from logitcache.targets import Batch, FeatureKind, Targets
+from logitcache.targets import Batch, Targets
 
 EPSILON = 1e-5
 FIRST_VARIANCE = 5.0

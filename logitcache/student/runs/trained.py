@@ -18,7 +18,7 @@ from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.crops import CenterCrop
 from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.augmentations.resize import Resize
-from logitcache.views.datasets.images.image_files import Mode, from_value
+from logitcache.views.datasets.images.pixels import Mode, from_value
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import ViewSpec
 

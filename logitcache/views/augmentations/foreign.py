@@ -21,7 +21,7 @@ from logitcache.config.factories import call_factory
 from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError, did_you_mean
 from logitcache.views.augmentations.base import AugmentationBase, Ints, Size, pair, sizes_of
-from logitcache.views.datasets.map_style import untouched
+from logitcache.views.datasets.images.random_state import untouched
 from logitcache.views.keys import Draws
 
 Transform = Callable[[Tensor], object]

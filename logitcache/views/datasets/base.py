@@ -1,14 +1,10 @@
 """Data sets: what every kind offers, and the fingerprint that identifies one."""
 
 import hashlib
-import io
-import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +13,6 @@ from torch import Tensor
 
 from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import DataError
-from logitcache.store import digest_index
-from logitcache.store.files import memory_of, read_memory, write_memory
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 UNLABELLED = -1
@@ -27,10 +21,6 @@ Labels = NDArray[np.int64 | np.int8]
 is there, 0 for one that is not, -1 if nobody knows."""
 
 _BLOCK = 1 << 16
-
-_STATE_BYTES = 32
-
-_MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
 
 
 class ImageDataset(Protocol):
@@ -198,78 +188,3 @@ def names_digest(names: Sequence[str]) -> str:
         # File names need not be valid UTF-8; their own bytes count.
         state.update(("\n" if number else "").encode() + name.encode(errors="surrogateescape"))
     return state.hexdigest()
-
-
-def remember(path: Path | None, state: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays for a state of the files, a digest of 32 bytes, if the user has a cache directory."""
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **arrays)
-    write_memory(path, state + buffer.getvalue())
-
-
-def recall(path: Path | None, state: bytes) -> dict[str, NDArray[Any]] | None:
-    """Read the arrays of a state; None if there are none, or those of another state."""
-    stored = read_memory(path)
-    if stored is None or stored[:_STATE_BYTES] != state:
-        return None
-    with np.load(io.BytesIO(stored[_STATE_BYTES:]), allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-class Scan(NamedTuple):
-    """Labels [n] or [n, C], sizes [n, 2] (height, width) and digests [n] of all images."""
-
-    labels: Labels
-    sizes: NDArray[np.int64]
-    digests: NDArray[np.uint64]
-
-
-@dataclass(frozen=True)
-class ScanMemory:
-    """The memory of one data set that is made of the files below `root` and of nothing else.
-
-    `files` names them, if they are known; else all are looked at. `name` tells apart what is made of the same files:
-    options and the versions that decode them. `opened_ns` is a moment before the files were opened: the data set may
-    hold them in memory, so a file that changed since then makes the memory unusable.
-    """
-
-    root: Path
-    name: str
-    opened_ns: int
-    files: tuple[str, ...] | None = None
-
-    def recall(self, num_images: int) -> Scan | None:
-        """Return the remembered scan, if no file has changed since."""
-        state = self._state()
-        found = None if state is None else recall(self._path(), state)
-        return Scan(**found) if found is not None and len(found["labels"]) == num_images else None
-
-    def remember(self, scan: Scan) -> None:
-        """Remember a scan, unless a file changed around the opening or since."""
-        state = self._state()
-        if state is not None:
-            remember(self._path(), state, scan._asdict())
-
-    def _path(self) -> Path | None:
-        return memory_of(f"{self.root}\n{self.name}", "scan.npz")
-
-    def _state(self) -> bytes | None:
-        """Return the digest of all stamps below the root; None if one is not old enough."""
-        state = hashlib.sha256()
-        for num_files, path in enumerate(self._paths(), 1):
-            try:
-                stamp = digest_index.stamp(os.stat(path))
-            except OSError:
-                stamp = digest_index.NO_STAMP
-            if not digest_index.settled(stamp, self.opened_ns) or num_files > _MOST_FILES:
-                return None
-            state.update(os.fsencode(path) + repr(stamp).encode() + b"\n")
-        return state.digest()
-
-    def _paths(self) -> Iterator[str]:
-        if self.files is not None:
-            yield from (os.path.join(self.root, name) for name in self.files)
-            return
-        for parent, folders, names in os.walk(self.root, followlinks=True):
-            folders.sort()
-            yield from (os.path.join(parent, name) for name in sorted(names))

@@ -10,7 +10,7 @@ from logitcache.config.factories import call_factory
 from logitcache.errors import DataError
 from logitcache.views.datasets.base import DatasetBase, ImageDataset
 from logitcache.views.datasets.images.ids import NumberedIds, PackedIds
-from logitcache.views.datasets.images.image_files import from_value
+from logitcache.views.datasets.images.pixels import from_value
 from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
 
 _OFFERED = ("ids", "labels", "num_classes", "class_names", "read", "sizes", "digests")

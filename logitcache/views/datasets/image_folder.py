@@ -19,17 +19,11 @@ from logitcache.store.digest_index import SHA256, Measure, remembered
 from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import open_regular
 from logitcache.views.datasets.base import DatasetBase
-from logitcache.views.datasets.images.class_folders import (
-    Listing,
-    RemoteImages,
-    Split,
-    by_class,
-    of_split,
-    open_folder,
-    unlabelled,
-)
+from logitcache.views.datasets.images.class_folders import Listing, Split, by_class, of_split, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds, PathsBelow
-from logitcache.views.datasets.images.image_files import ImageFiles, Mode, Orientation, head_of, is_image
+from logitcache.views.datasets.images.image_files import ImageFiles, Orientation, head_of, is_image
+from logitcache.views.datasets.images.pixels import Mode
+from logitcache.views.datasets.images.remote_folder import RemoteImages, open_folder
 
 _OTHERS_PER_IMAGE, _MOST_OTHERS = 10, 50_000
 """Files and folders looked at for each image that a manifest records, and besides."""

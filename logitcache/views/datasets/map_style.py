@@ -1,20 +1,19 @@
-"""Map style: objects with `__len__` and `__getitem__`; reading them leaves the global generators as they were."""
+"""Map style: any object with `__len__` and `__getitem__`, as torch's own data sets are."""
 
-import contextlib
 import functools
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.errors import DataError, LogitCacheError
 from logitcache.runtime.console import track
-from logitcache.views.datasets.base import Labels, Scan, ScanMemory, pixel_digest
+from logitcache.views.datasets.base import Labels, pixel_digest
 from logitcache.views.datasets.images.labels import LabelTable, as_label, num_classes_of
+from logitcache.views.datasets.images.random_state import elsewhere, position, torch_untouched, untouched
+from logitcache.views.datasets.scan_memory import Scan, ScanMemory
 
 
 class MapStyle(Protocol):
@@ -166,46 +165,3 @@ def _split(item: object) -> tuple[object, object]:
     if len(item) not in (1, 2):
         raise ValueError(f"an item is an image or (image, label), not {len(item)} values")
     return item[0], item[1] if len(item) == 2 else None
-
-
-@contextlib.contextmanager
-def untouched() -> Iterator[None]:
-    """Restore the global generators of Python, numpy and torch on leaving."""
-    python, array = random.getstate(), np.random.get_state()
-    try:
-        with torch_untouched():
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
-
-
-@contextlib.contextmanager
-def torch_untouched() -> Iterator[None]:
-    """Restore torch's generators, in a hundredth of the time that numpy's takes."""
-    host = torch.default_generator.get_state()
-    # torch.manual_seed reaches the generators of every device, even if only a CPU draw follows.
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = torch.cuda.get_rng_state_all() if in_use else None
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(host)
-        if devices is not None:
-            torch.cuda.set_rng_state_all(devices)
-
-
-@contextlib.contextmanager
-def elsewhere(seed: int) -> Iterator[None]:
-    """Put the global generators in another state for a while."""
-    with untouched():
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-def position() -> tuple[int, int]:
-    """Return where Python's and numpy's global generators stand; a draw moves it."""
-    with untouched():
-        return random.getrandbits(64), int(np.random.randint(2**62))

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from logitcache.errors import DataError, LogitCacheError, RecipeError, did_you_mean
 from logitcache.store import digest_index
-from logitcache.views.datasets.base import DatasetBase, ScanMemory
+from logitcache.views.datasets.base import DatasetBase
 from logitcache.views.datasets.custom import class_names
 from logitcache.views.datasets.images import torchvision_files
 from logitcache.views.datasets.images.ids import NumberedIds
-from logitcache.views.datasets.images.image_files import Mode, from_pil
+from logitcache.views.datasets.images.pixels import Mode, from_pil
 from logitcache.views.datasets.map_style import MapImages, MapStyle, num_items
+from logitcache.views.datasets.scan_memory import ScanMemory
 
 Scalar = str | int | float | bool | None
 _OURS = {"self", "root", "download", "transform", "target_transform", "transforms", "loader"}

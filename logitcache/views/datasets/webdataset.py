@@ -17,12 +17,14 @@ from logitcache.config.recipe import Count
 from logitcache.errors import DataError, RemoteError
 from logitcache.runtime.console import track
 from logitcache.store.remote.client import REQUESTS, Entry, is_remote
-from logitcache.views.datasets.archives.shard_files import MOST_NAMES, RemoteShard, Shard, expanded, shard_at
+from logitcache.views.datasets.archives.braces import MOST_NAMES, expanded
+from logitcache.views.datasets.archives.shard_files import RemoteShard, Shard, shard_at
 from logitcache.views.datasets.archives.shard_index import LABEL, Places, ShardIndex, differ, index_of
 from logitcache.views.datasets.base import UNLABELLED, DatasetBase, Labels, digest_of
 from logitcache.views.datasets.images.ids import PackedIds
-from logitcache.views.datasets.images.image_files import ImageFiles, Mode, Orientation
+from logitcache.views.datasets.images.image_files import ImageFiles, Orientation
 from logitcache.views.datasets.images.labels import LabelTable, label_of_text, num_classes_of
+from logitcache.views.datasets.images.pixels import Mode
 
 _GAP = 1 << 16  # bytes between two images that are cheaper to read than to ask for apart
 

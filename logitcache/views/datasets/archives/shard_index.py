@@ -18,9 +18,10 @@ from logitcache.store.files import memory_of
 from logitcache.store.remote.client import Entry
 from logitcache.views.datasets.archives.shard_files import Shard
 from logitcache.views.datasets.archives.tar_members import TarMember, members
-from logitcache.views.datasets.base import digest_of, recall, remember
+from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.ids import PackedIds, narrowed
 from logitcache.views.datasets.images.image_files import head_of, is_read, known, some
+from logitcache.views.datasets.scan_memory import recall, remember
 
 LABEL = ".cls"
 Unsigned = NDArray[np.unsignedinteger[Any]]
