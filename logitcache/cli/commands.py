@@ -11,7 +11,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from logitcache.cli import caches, completion, explain, stage_one, stage_two
+from logitcache.cli import caches, completion, explain, reports, stage_one, stage_two
 from logitcache.cli.common import CommandResult, Overrides, add_command, as_options
 from logitcache.cli.help import Command, GroupedCommands, epilog
 from logitcache.config.shipped_recipes import NEW_RECIPES, copy_recipes, find_recipes, shipped_recipes
@@ -182,6 +182,11 @@ _COMMANDS = {
         stage_two.predict,
         *(_TWO, "predict runs/photos photo.jpg photos/ --top 3", "how-to/use-a-trained-student.md"),
         "logitcache.load_student(RUN), in Python",
+    ),
+    "report": Command(
+        reports.report,
+        *(_TWO, "report runs/ caches/fashion_mnist/train.zarr --out report.html"),
+        *("how-to/report.md", "logitcache predict RUN IMAGE"),
     ),
     "summary": Command(
         caches.summary,

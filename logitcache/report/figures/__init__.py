@@ -9,6 +9,7 @@ from logitcache.report.figures.curves import curves as curves
 from logitcache.report.figures.embedding import embedding as embedding
 from logitcache.report.figures.heat_map import heat_map as heat_map
 from logitcache.report.figures.pareto import pareto as pareto
+from logitcache.report.figures.per_class import MOST_CLASSES as MOST_CLASSES
 from logitcache.report.figures.per_class import per_class as per_class
 from logitcache.report.figures.picture import picture as picture
 from logitcache.report.figures.reliability import reliability as reliability

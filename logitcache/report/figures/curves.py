@@ -38,13 +38,12 @@ def curves(
                 lw=1.3 if len(lines) <= MOST_SERIES else 0.8,
                 marker=marker,
                 ms=3,
-                label=shortened(name) if named and len(lines) > 1 else None,
+                label=shortened(name) if named else None,
             )
         axes.set_xlabel(x)
         axes.xaxis.get_major_locator().set_params(integer=all(isinstance(row[x], int) for row in rows))
         if log:
             log_scale(axes, "y")
-        if len(lines) > 1:
-            axes.legend(loc="best", handlelength=1.2)
+        axes.legend(loc="best", handlelength=1.2)
 
     return draw(title or y, rows, plot, caption)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from logitcache.report.figures.base import Figure, Rows, draw, shortened
 
@@ -22,10 +23,24 @@ def embedding(rows: Rows, *, title: str = "embedding", caption: str = "", label:
 
         colors = matplotlib.colormaps["tab20"](numbers % 20)
         axes.scatter(*places.T, s=9, c=colors, lw=0, alpha=0.85, rasterized=len(rows) > _MOST_VECTORS)
-        for number, name in enumerate(labels) if len(labels) <= _MOST_NAMES else ():
-            x, y = np.median(places[numbers == number], axis=0)
-            axes.text(x, y, shortened(name, 14), fontsize=9, ha="center", va="center", weight="bold")
-        axes.set(xticks=[], yticks=[])
+        if len(labels) <= _MOST_NAMES:
+            middles = np.array([np.median(places[numbers == number], axis=0) for number in range(len(labels))])
+            for name, (x, y) in zip(labels, _apart(middles, np.ptp(places, axis=0)), strict=True):
+                axes.text(x, y, shortened(name, 14), fontsize=9, ha="center", va="center", weight="bold")
+        axes.set(xticks=[], yticks=[], frame_on=False)
         axes.grid(False)
 
     return draw(title, rows, plot, caption, (340, 320))
+
+
+def _apart(middles: NDArray[np.float64], extent: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Move names up, from the lowest on, until none covers another."""
+    width, height = 0.24 * extent[0], 0.045 * extent[1]
+    moved = middles.copy()
+    order = np.argsort(middles[:, 1])
+    for number, own in enumerate(order):
+        for other in order[:number]:
+            near = abs(moved[own] - moved[other]) < (width, height)
+            if near.all():
+                moved[own, 1] = moved[other, 1] + height
+    return moved

@@ -26,8 +26,8 @@ def heat_map(
         axes.imshow(np.ma.masked_invalid(table), cmap="viridis", aspect="auto")
         axes.set_xticks(range(len(columns)), [shortened(name, 16) for name in columns], rotation=45, ha="right")
         axes.set_yticks(range(len(lines)), [shortened(name, 16) for name in lines])
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
+        axes.set_xlabel(x if x != "x" else "")
+        axes.set_ylabel(y if y != "y" else "")
         low, high = (np.nanmin(table), np.nanmax(table)) if np.isfinite(table).any() else (0.0, 0.0)
         for line, column in np.argwhere(np.isfinite(table)) if len(columns) <= _MOST_NUMBERS else ():
             number = table[line, column]

@@ -5,8 +5,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache
@@ -76,19 +78,9 @@ def evaluate(
     weighed and timed beside the student.
     """
     run = Path(run)
-    recipe = read_run(run, overrides)
-    device = resolve_device(recipe.device)
-    stored = read_stored(run / "model.json")
-    # A network draws its first weights, which are then replaced.
-    with own_randomness(device, recipe.seed):
-        built = load_model(run, stated_factory(run, stored, overrides), recipe.trust)
-    classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run))).to(device).eval()
-    num_classes = stored.num_classes
-    validator = _images(run, recipe, num_classes)
+    recipe, classifier, validator, device = open_run(run, overrides)
     assert recipe.validation is not None, "or there would be no images"
-    batch = min(recipe.validation.batch_size, validator.num_images)
-    require_memory(run, classifier, batch, device.type, "--set validation.batch_size=")
-    trained_by, class_counts = _learnt_from(run, recipe, num_classes, overrides)
+    trained_by, class_counts = _learnt_from(run, recipe, read_stored(run / "model.json").num_classes, overrides)
     tally = validator.tally(classifier, device, recipe.precision)
     measures, per_class = tally.measures(), tally.per_class(validator.class_names, class_counts)
     own, teacher, image = measures.quality, measures.teacher_quality, validator.sample()[0].to(device)
@@ -110,6 +102,31 @@ def evaluate(
         teachers_left_out=left_out,
         epoch=None if (recorded := read_evaluation(run)) is None else recorded.epoch,
     )
+
+
+class OpenedRun(NamedTuple):
+    """A finished run to measure: its recipe, its model on a device, and the images."""
+
+    recipe: StudentRecipe | TeacherRecipe
+    classifier: Classifier
+    validator: Validator
+    device: torch.device
+
+
+def open_run(run: Path, overrides: Sequence[str] = ()) -> OpenedRun:
+    """Load a finished run and open its validation images, or others by `overrides`. Raises as `evaluate`."""
+    recipe = read_run(run, overrides)
+    device = resolve_device(recipe.device)
+    stored = read_stored(run / "model.json")
+    # A network draws its first weights, which are then replaced.
+    with own_randomness(device, recipe.seed):
+        built = load_model(run, stated_factory(run, stored, overrides), recipe.trust)
+    classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run))).to(device).eval()
+    validator = _images(run, recipe, stored.num_classes)
+    assert recipe.validation is not None, "or there would be no images"
+    batch = min(recipe.validation.batch_size, validator.num_images)
+    require_memory(run, classifier, batch, device.type, "--set validation.batch_size=")
+    return OpenedRun(recipe, classifier, validator, device)
 
 
 def require_memory(run: Path, classifier: Classifier, batch: int, device: str, option: str) -> None:

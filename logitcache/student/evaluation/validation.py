@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,8 +59,9 @@ class Validator:
         self._views, self._labels = views, labels
         self.is_labelled = bool(((views.dataset.labels if labels is None else labels) >= 0).any())
         self.class_names = views.dataset.class_names if labels is None else None
+        self.is_multi_label = is_multi_label(views.dataset.labels)
         several = functools.partial(MultiLabelTally.of, threshold=threshold)
-        self._tally: Callable[..., AnyTally] = several if is_multi_label(views.dataset.labels) else Tally.of
+        self._tally: Callable[..., AnyTally] = several if self.is_multi_label else Tally.of
         self._loader = EpochLoader(
             views, targets_of, batch_size=batch_size, num_workers=num_workers, rank=0, world_size=1
         )
@@ -83,10 +84,17 @@ class Validator:
     def _keys(self, start: int, count: int) -> list[ViewKey]:
         return [ViewKey(0, index) for index in self._indices[start : start + count]]
 
-    def batches(self, device: torch.device, what: str, ranks: Ranks = ALONE) -> Iterator[Batch]:
-        """Yield all images in batches on a device, in order; to each of several ranks its share of the batches."""
+    def batches(
+        self, device: torch.device, what: str, ranks: Ranks = ALONE, some: Sequence[int] | None = None
+    ) -> Iterator[Batch]:
+        """Yield all images, or `some` of them by position, in batches on a device, in order.
+
+        To each of several ranks its share of the batches.
+        """
         size = self._loader.batch_size
-        keys = [self._keys(start, size) for start in range(0, self.num_images, size)]
+        every = self._keys(0, self.num_images)
+        chosen = every if some is None else [every[position] for position in some]
+        keys = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         own = share_of(keys, ranks.rank, ranks.size)
         for batch in track(self._loader.batches(own), what, len(own), "batches"):
             if self._labels is not None:

@@ -1,0 +1,33 @@
+"""The commands that show results: a page."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from logitcache.cli.common import CommandResult, Overrides, Trust
+
+
+def report(
+    paths: Annotated[list[str], Argument(metavar="RUN|SWEEP|CACHE...", help="Runs, folders of runs, and caches.")],
+    overrides: Overrides,
+    trust: Trust,
+    out: Annotated[Path, Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
+    measure: Annotated[
+        int, Option("--measure", min=0, metavar="N", help="Run the N best models over their validation images.")
+    ] = 8,
+    points: Annotated[
+        int, Option("--points", min=20, metavar="N", help="Images of confusions, similarities, PCA and t-SNE.")
+    ] = 500,
+    latency: Annotated[bool, Option("--latency", help="Time the models that are run, too.")] = False,
+) -> CommandResult:
+    """Write one self-contained HTML page on runs, sweeps and caches.
+
+    Curves, comparisons, calibration, confusion against the teacher, representations, views, encoding errors and
+    provenance; every figure has its data as CSV. --measure 0 reads files alone.
+    """
+    from logitcache.report.page.report import write_report
+
+    found = write_report(paths, out, overrides, trust, measure=measure, points=points, latency=latency)
+    return CommandResult(asdict(found))

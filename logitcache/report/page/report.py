@@ -1,0 +1,91 @@
+"""The report on runs, sweeps and caches: one HTML file."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.errors import RecipeError
+from logitcache.report.environment import environment
+from logitcache.report.page.cache_sections import sections_of_cache
+from logitcache.report.page.measured import measure_run
+from logitcache.report.page.model_sections import sections_of_models
+from logitcache.report.page.page import Section, Table, write_page
+from logitcache.report.page.run_files import RunFiles, find_runs, read_runs
+from logitcache.report.page.run_sections import provenance, sections_of_runs
+from logitcache.runtime.console import logger, track
+from logitcache.store.remote.client import is_remote
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """The file, its bytes, what it is of, and the runs whose models were run for it."""
+
+    out: str
+    bytes: int
+    runs: int
+    caches: int
+    measured: tuple[str, ...]
+
+
+def write_report(
+    paths: Sequence[str | Path],
+    out: Path = Path("report.html"),
+    overrides: Sequence[str] = (),
+    trust: Collection[str] = (),
+    *,
+    measure: int = 8,
+    points: int = 500,
+    latency: bool = False,
+) -> ReportResult:
+    """Write a report on runs, folders of runs (sweeps) and caches.
+
+    The best `measure` runs are run over their validation images, and answer `points` images beside their teachers;
+    `latency` times them. `overrides` change the recipes of runs, as for `evaluate`; of caches alone, they locate the
+    images. Raises RecipeError for a path that is none of these.
+    """
+    caches = [str(path) for path in paths if _is_cache(str(path))]
+    folders = [Path(path).expanduser() for path in paths if not _is_cache(str(path))]
+    found = {folder: find_runs(folder) for folder in folders}
+    for folder, below in found.items():
+        if not below:
+            raise RecipeError(
+                f"{folder} is no cache, no run and no folder of runs. Fix: name the `out:` of a training, a folder "
+                "with several, or the `cache:` of a precompute recipe"
+            )
+    runs = read_runs(list(dict.fromkeys(run for below in found.values() for run in below)))
+    sections: list[Section] = []
+    measured: list[str] = []
+    if runs:
+        best = sorted((run for run in runs if run.result), key=lambda run: -(run.quality or 0.0))[:measure]
+        models = [
+            measure_run(run.path, run.name, [*overrides, *_granted(trust)], points, latency)
+            for run in track(best, "measure runs", len(best), "runs")
+        ]
+        measured = [model.name for model in models]
+        for note in (f"{model.name}: {model.note}" for model in models if model.note):
+            logger.info(note)
+        speeds = {model.name: model.latency_ms for model in models if model.latency_ms is not None}
+        sections += sections_of_runs(runs, speeds)
+        sections += sections_of_models(models) if models else ()
+    for cache in caches:
+        sections += sections_of_cache(cache, points, () if runs else overrides, trust)
+    sections += [provenance(runs)] if runs else []
+    here = environment()
+    rows = [{"key": key, "value": str(value)} for key, value in here.items()]
+    sections.append(Section("Environment of this report", tables=[Table("environment", rows)]))
+    lead = _lead(runs, caches, measured)
+    size = write_page(out, "logitcache report", lead, sections)
+    return ReportResult(str(out), size, len(runs), len(caches), tuple(measured))
+
+
+def _is_cache(path: str) -> bool:
+    return is_remote(path) or (Path(path).expanduser() / "zarr.json").is_file()
+
+
+def _granted(trust: Collection[str]) -> list[str]:
+    return [f"trust=[{', '.join(trust)}]"] if trust else []
+
+
+def _lead(runs: Sequence[RunFiles], caches: Sequence[str], measured: Sequence[str]) -> str:
+    parts = [f"{len(runs)} runs, of which {len(measured)} were measured again for this page"] if runs else []
+    return "; ".join([*parts, *caches]) + "."
