@@ -6,12 +6,14 @@ docs/reference/recipes.md           the blocks between `<!-- keys of … -->` an
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
 from logitcache.config.recipe import Component
+from logitcache.config.recipe_keys import type_text, value_text
 from logitcache.report.recipe_check import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +32,24 @@ WORDS = {
     "logitcache.student.ensembles": "Ensemble",
 }
 """The first word of the title of a model with a `kind`, by the start of its module."""
+
+
+_ANCHORS = {
+    "learning rate schedule": "learning-rate-schedule",
+    "teacher source": "teacher-source",
+    "live teacher": "live-teacher",
+    "derived teacher": "derived-teacher",
+    "class groups": "class-groups",
+    "drift limits": "drift-limits",
+    "view spec": "view-spec",
+    "preprocessing": "preprocessing",
+    "feature": "feature",
+    "validation": "validation",
+    "ema": "ema",
+    **{word: f"{word}s" for word in ("augmentation", "model", "encoding", "schedule", "optimizer", "ensemble")},
+    **{"dataset": "data-sets", "loss": "losses", "mixing": "mixing", "sampling": "sampling"},
+}
+"""The section of each word of a type."""
 
 
 class _Untitled(GenerateJsonSchema):
@@ -100,9 +120,58 @@ def _tidy(value: Any, names: dict[str, str]) -> Any:
     return found
 
 
+def keys_of(name: str) -> str:
+    """Describe the models whose titles are a name, `View spec`, or begin with it and end with their kind, `Loss`."""
+    parts: dict[str, tuple[Any, Any]] = {}
+    for schema in map(schema_of, RECIPES):
+        for part in (schema, *schema["$defs"].values()):
+            title = part.get("title", "")
+            if title == name or (title.startswith(f"{name} ") and name in WORDS.values()):
+                parts[title] = (part["anyOf"][-1] if "anyOf" in part else part, schema["$defs"])
+    assert parts, name
+    return "\n".join(_section(title, *parts[title]) for title in sorted(parts))
+
+
+def _section(title: str, schema: Any, definitions: Any) -> str:
+    word, _, kind = title.partition(" ")
+    heading = f"### {word} `{kind}`" if word in WORDS.values() else f"### {title}"
+    texts = [] if title in RECIPES else [heading]
+    texts += [_filled(paragraph) for paragraph in schema["description"].split("\n\n")]
+    keys = ((name, key) for name, key in schema["properties"].items() if "const" not in key)
+    items = [_item(name, key, schema.get("required", ()), definitions) for name, key in keys]
+    return "\n\n".join([*texts, *(["\n".join(items)] if items else [])]) + "\n"
+
+
+def _item(name: str, key: Any, required: Any, definitions: Any) -> str:
+    default = key.get("default")
+    stated = (
+        f", `{value_text(default)}` by default" if default is not None else "" if "default" in key else ", required"
+    )
+    stated = "" if name in ("plan_version", "torchvision_version") else stated
+    kinds = _linked(type_text(key, definitions).replace(" or `null`", "" if default is None else " or `null`"))
+    return _filled(f"- `{name}` ({kinds}{stated}): {key['description']}", "  ")
+
+
+def _linked(text: str) -> str:
+    """Link the words of a type to their sections."""
+    for words, anchor in _ANCHORS.items():
+        text = re.sub(rf"(?<![\w`#[-]){words}(?![\w`\]-])", f"[{words}](#{anchor})", text)
+    return text
+
+
+def _filled(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+
+
+def page() -> str:
+    """Return the page of recipe keys, its blocks made anew."""
+    block = r"(<!-- keys of ([\w -]+) -->\n).*?(<!-- end -->)"
+    return re.sub(block, lambda m: f"{m[1]}\n{keys_of(m[2])}\n{m[3]}", PAGE.read_text(), flags=re.DOTALL)
+
+
 def files() -> dict[Path, str]:
     """Return all that is generated, by file."""
-    found = {}
+    found = {PAGE: page()}
     for command in RECIPES:
         text = json.dumps(schema_of(command), indent=1, ensure_ascii=False)
         found[ROOT / f"pipelines/schemas/{command}.json"] = f"{text}\n"

@@ -1,7 +1,6 @@
 """The commands that describe the keys of recipes, from the shipped JSON Schemas."""
 
 import json
-import re
 import shutil
 import textwrap
 from typing import Annotated, Any
@@ -9,7 +8,7 @@ from typing import Annotated, Any
 from typer import Argument
 
 from logitcache.cli.common import CommandResult
-from logitcache.config.recipe_keys import COMMANDS, Key, explain, read_schema
+from logitcache.config.recipe_keys import COMMANDS, Key, explain, read_schema, value_text
 
 _INDENT = " " * 11
 
@@ -52,8 +51,8 @@ def _text(key: Key) -> str:
     facts = {
         "recipes": ", ".join(key.commands),
         "type": key.type,
-        "default": _flow(entries["default"]) if "default" in entries else "",
-        "example": " or ".join(f"`{key.path[-1]}: {_flow(one)}`" for one in entries.get("examples", ())),
+        "default": value_text(entries["default"]) if "default" in entries else "",
+        "example": " or ".join(f"`{key.path[-1]}: {value_text(one)}`" for one in entries.get("examples", ())),
         "below it": ", ".join(key.names()),
     }
     paragraphs = [textwrap.fill(one, width) for one in entries.get("description", "").split("\n\n")]
@@ -64,8 +63,3 @@ def _text(key: Key) -> str:
     ]
     body = "\n".join([*paragraphs, *wrapped, f"{'docs:':{len(_INDENT)}}{key.link}"])
     return f"{key.name}\n{textwrap.indent(body, '  ')}\n"
-
-
-def _flow(value: Any) -> str:
-    """Write a value as YAML on one line: JSON, without the quotes that words do not need."""
-    return re.sub(r'"([A-Za-z][\w./-]*(?::\w+)?)"', r"\1", json.dumps(value, ensure_ascii=False))

@@ -4,6 +4,7 @@ The schemas are made of the models by docs/generate.py. Reading them takes no to
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -147,6 +148,11 @@ def type_text(schema: Schema, definitions: Schema) -> str:
         case "object":
             return _word(schema) if "title" in schema else "map"
     return "any value"
+
+
+def value_text(value: object) -> str:
+    """Write a value as YAML on one line: JSON, without the quotes that words do not need."""
+    return re.sub(r'"([A-Za-z][\w./-]*(?::\w+)?)"', r"\1", json.dumps(value, ensure_ascii=False))
 
 
 def _word(schema: Schema) -> str:
