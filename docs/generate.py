@@ -137,7 +137,7 @@ def _section(title: str, schema: Any, definitions: Any) -> str:
     heading = f"### {word} `{kind}`" if word in WORDS.values() else f"### {title}"
     texts = [] if title in RECIPES else [heading]
     texts += [_filled(paragraph) for paragraph in schema["description"].split("\n\n")]
-    keys = ((name, key) for name, key in schema["properties"].items() if "const" not in key)
+    keys = ((name, key) for name, key in schema["properties"].items() if name != "kind" or "enum" in key)
     items = [_item(name, key, schema.get("required", ()), definitions) for name, key in keys]
     return "\n\n".join([*texts, *(["\n".join(items)] if items else [])]) + "\n"
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from logitcache.cli.app import main
 from logitcache.config.recipe_keys import explain
 from logitcache.report.recipe_check import RECIPES
 from logitcache.student.losses.kl_divergence import KLDivergence
+
+PAGE = Path(__file__).parents[2] / "docs/reference/recipes.md"
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -78,11 +81,17 @@ def test_a_wrong_key_gets_the_nearest(capsys: pytest.CaptureFixture[str], wrong:
 
 
 @pytest.mark.parametrize("command", RECIPES)
-def test_every_key_and_kind_is_found_by_its_full_name(command: str) -> None:
+def test_every_key_and_kind_is_found_by_its_full_name_and_linked_to_a_heading(command: str) -> None:
+    anchors = {
+        line.lstrip("# ").replace("`", "").lower().replace(" ", "-")
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("#")
+    }
     waiting = explain(command)
     seen = set()
     while waiting:
         key = waiting.pop()
+        assert key.link.partition("#")[2] in anchors, key.name
         for child, _ in key.children():
             if child.path != key.path and child.name not in seen:
                 seen.add(child.name)
