@@ -1,17 +1,20 @@
-"""Write what a computer can write of the models and the code: `python docs/generate.py`.
+"""Write what a computer can write of the models and the code: `python -m docs.generate`.
 
 pipelines/schemas/KIND.json         the JSON Schema of the recipes of each command
 docs/reference/recipes.md           the blocks between `<!-- keys of … -->` and `<!-- end -->`
+docs/reference/errors.md            every error, by docs/errors.py
 """
 
 import json
 import re
 import textwrap
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from docs.errors import errors_page
 from logitcache.config.recipe import Component
 from logitcache.config.recipe_keys import type_text, value_text
 from logitcache.report.recipe_check import RECIPES
@@ -79,6 +82,7 @@ def models_of(annotation: Any) -> set[type[Component]]:
     return found
 
 
+@cache
 def schema_of(command: str) -> dict[str, Any]:
     """Return the JSON Schema of the recipes of a command, definitions named by their titles."""
     schema = RECIPES[command].model_json_schema(schema_generator=_Untitled)
@@ -171,7 +175,7 @@ def page() -> str:
 
 def files() -> dict[Path, str]:
     """Return all that is generated, by file."""
-    found = {PAGE: page()}
+    found = {PAGE: page(), ROOT / "docs/reference/errors.md": errors_page()}
     for command in RECIPES:
         text = json.dumps(schema_of(command), indent=1, ensure_ascii=False)
         found[ROOT / f"pipelines/schemas/{command}.json"] = f"{text}\n"

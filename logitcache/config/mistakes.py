@@ -13,7 +13,7 @@ from logitcache.config.yaml_text import Keys, dotted, nearest, show
 
 R = TypeVar("R", bound=BaseModel)
 
-_WRONG = {
+WRONG = {
     "extra_forbidden": "unknown key",
     "union_tag_invalid": "unknown kind",
     "int_type": "must be a whole number",
@@ -143,7 +143,7 @@ class _Error:
             return f"give at least {'one' if self.least == 1 else self.least}"
         text = self.message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
         text = text.replace("Input should be", "must be").replace("String should", "must")
-        return _WRONG.get(self.type, text)
+        return WRONG.get(self.type, text)
 
     def _fix(self) -> str:
         if self.meant is not None:

@@ -1,6 +1,5 @@
 """Keys of recipes describe themselves; schemas and pages that are made of them are up to date."""
 
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -12,17 +11,12 @@ import pytest
 import yaml
 from pydantic.fields import FieldInfo
 
+from docs import generate
 from logitcache.config.recipe import Component, load_recipe, read_recipe
 from logitcache.errors import RecipeError
 from logitcache.report.recipe_check import RECIPES, command_of
 
 ROOT = Path(__file__).parents[2]
-_SPEC = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-generate = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(generate)
-
 MODELS = sorted(set().union(*map(generate.models_of, RECIPES.values())), key=generate.title_of)
 RECIPE_FILES = sorted((ROOT / "pipelines").rglob("*.yaml"))
 SCHEMAS = {
@@ -48,7 +42,7 @@ def test_every_key_has_a_description_and_an_example(model: type[Component]) -> N
 
 def test_generated_files_are_up_to_date() -> None:
     old = [file for file, text in generate.files().items() if not file.exists() or file.read_text() != text]
-    assert old == [], "run: python docs/generate.py"
+    assert old == [], "run: python -m docs.generate"
 
 
 @pytest.mark.parametrize("command", RECIPES)
