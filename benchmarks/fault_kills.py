@@ -3,6 +3,7 @@
 One process imports all that commands need; every command is a fork of it, so that a kill costs a fraction of a second.
 """
 
+import itertools
 import json
 import os
 import random
@@ -20,13 +21,13 @@ import torch
 from logitcache.cache.cache import open_cache
 from logitcache.cli import main
 from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, contents, flip, recipe, stamps, teacher
-from tests.stage_one.apart import ended, forked
+from tests.stage_one.apart import by_two, ended, forked, until
 from tests.stage_one.killing import committed, counting
 
-SECONDS = 100.0
-"""Within which every command ends."""
+SECONDS = 300.0
+"""Within which every command ends, also on a machine that is used by others."""
 
-_PIXELS = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": 300, "num_classes": 16}}
+_PIXELS = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": 90, "num_classes": 16}}
 _MODEL = {"kind": "custom", "factory": "tests.cache.made:Linear"}
 
 
@@ -37,7 +38,7 @@ def write_recipes(folder: Path) -> None:
         "second": teacher(TOP2_PACKED, model=_MODEL | {"arguments": {"num_classes": 16, "seed": 1}}),
     }
     views = {"num_views": 2, "seed": 3, "augmentations": FLIP_AND_CROP}
-    recorded = {"row_checksums": True, "record_parameters": True, "shard_rows": 128, "batch_size": 64}
+    recorded = {"row_checksums": True, "record_parameters": True, "shard_rows": 40, "batch_size": 20}
     whole = recipe(Path("c.zarr"), dataset=_PIXELS, teachers=entries, views=views, **recorded)
     less = recipe(
         Path("c.zarr"),
@@ -47,12 +48,12 @@ def write_recipes(folder: Path) -> None:
         **recorded,
     )
     derived = {"cache": "c.zarr", "out": "d.zarr", "teachers": {"first": {"logits": TOP2_PACKED}}}
-    trained = {"epochs": 2, "batch_size": 64, "num_workers": 0}
+    trained = {"epochs": 2, "batch_size": 20, "num_workers": 0}
     student = trained | {"cache": "c.zarr", "dataset": _PIXELS, "out": "run", "model": _MODEL}
     documents = {
         "precompute": whole.model_dump(mode="json", exclude_none=True),
         "less": less.model_dump(mode="json", exclude_none=True),
-        "derive": derived | {"shard_rows": 128, "device": "cpu"},
+        "derive": derived | {"shard_rows": 40, "device": "cpu"},
         "student": student | {"losses": [{"kind": "kl_divergence", "teacher": "first"}], "device": "cpu"},
     }
     for name, document in documents.items():
@@ -106,18 +107,18 @@ def _from(name: str, change: Callable[[Path], object] = lambda cache: None) -> C
 COMMANDS = (
     Command("precompute", 34, "precompute precompute.yaml", keeps=True),
     Command("growth", 20, "precompute precompute.yaml", _from("less.zarr"), keeps=True),
-    Command("derive", 14, "derive derive.yaml", _from("c.zarr"), _derived, beside=("c.zarr", "d.zarr")),
-    Command("repair", 14, "verify c.zarr --repair precompute.yaml", _from("c.zarr", _damage)),
+    Command("derive", 14, "derive derive.yaml", _from("precompute.zarr"), _derived, beside=("c.zarr", "d.zarr")),
+    Command("repair", 14, "verify c.zarr --repair precompute.yaml", _from("precompute.zarr", _damage)),
     Command(
         "train-student",
         12,
         "train-student student.yaml",
-        _from("c.zarr"),
+        _from("precompute.zarr"),
         _weights,
         again="--resume",
         beside=("c.zarr", "run"),
     ),
-    Command("gc", 4, "gc c.zarr", _from("c.zarr", _litter)),
+    Command("gc", 4, "gc c.zarr", _from("precompute.zarr", _litter)),
     Command("workers", 2, "precompute precompute.yaml --workers 1"),
 )
 """All that write; their shares make a hundred."""
@@ -131,19 +132,20 @@ class Kills:
         self._folder, self._sound = folder, folder / "sound"
         self._sound.mkdir()
         write_recipes(self._sound)
-        for name, path in (("less", "less.zarr"), ("precompute", "c.zarr")):
-            assert ended(self._started(self._sound, f"precompute {name}.yaml --set cache={path}"), SECONDS) == 0
-        self._calls: dict[str, int] = {}
-        self._seconds: dict[str, float] = {}
-        self._results: dict[str, Mapping[str, bytes]] = {}
-        for command in COMMANDS:
-            self._measure(command)
+        assert by_two(("less", "precompute"), self._make) == [0, 0]
+        timed = [command for command in COMMANDS if command.name != "workers"]
+        measured = {command.name: found for command, found in zip(timed, by_two(timed, self._measure), strict=True)}
+        self._seconds = {name: seconds for name, (seconds, _) in measured.items()}
+        self._calls = {name: calls for name, (_, calls) in measured.items()}
+        self._results = {command.name: command.result(self._folder / command.name) for command in timed}
+        self._results["workers"] = self._results["precompute"]
+        assert all(self._results.values())
 
     def wrong(self, number: int) -> list[str]:
         """Kill a command, which the number decides as it decides when, and run it again; returns what is wrong."""
         command = _command(number)
         generator, folder = random.Random(number), self._fresh(command, str(number))
-        for _ in range(generator.choice((1, 1, 2))):
+        for _ in range(_times(number)):
             self._kill(command, folder, generator)
         found = self._state(command, folder)
         shutil.rmtree(folder)
@@ -156,24 +158,31 @@ class Kills:
         command.before(self._sound, folder)
         return folder
 
-    def _measure(self, command: Command) -> None:
-        """Run a command without a kill: its result, how long it takes, and how often it changes files."""
-        folder, calls = self._fresh(command, command.name), self._folder / "calls"
+    def _make(self, name: str) -> int:
+        """Make a sound cache of a recipe."""
+        return ended(self._started(self._sound, f"precompute {name}.yaml --set cache={name}.zarr"), SECONDS)
+
+    def _measure(self, command: Command) -> tuple[float, int]:
+        """Run a command without a kill: returns how long it takes, and how often it changes files."""
+        folder, calls = self._fresh(command, command.name), self._folder / f"{command.name}.calls"
         began = time.monotonic()
         code = ended(self._started(folder, command.arguments, None, calls), SECONDS)
         assert code == 0, f"{command.name}: {self._log(folder)}"
-        self._seconds[command.name], self._calls[command.name] = time.monotonic() - began, int(calls.read_text())
-        self._results[command.name] = command.result(folder)
-        assert self._results[command.name]
+        return time.monotonic() - began, int(calls.read_text())
 
     def _kill(self, command: Command, folder: Path, generator: random.Random) -> None:
-        """Kill a command and all that it started, at a change of a file or at a time."""
+        """Kill a command and all that it started: at a change of a file, at a time, or once so many files are there."""
         arguments, point = self._continued(command, folder), None
-        if generator.random() < 0.6 and command.name != "workers":
+        if command.name == "workers":  # which take seconds to start
+            files = generator.randrange(len(self._results["workers"]))
+        elif generator.random() < 0.6:
             point = generator.randrange(self._calls[command.name])
         child = self._started(folder, arguments, point)
-        if point is None:
+        if command.name == "workers":
+            until(lambda: _num_files(folder / "c.zarr") >= files or _has_ended(child), seconds=SECONDS)
+        elif point is None:
             time.sleep(generator.uniform(0, self._seconds[command.name]))
+        if point is None:
             with suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
         ended(child, SECONDS)
@@ -228,6 +237,25 @@ def _command(number: int) -> Command:
             return command
         place -= command.share
     raise AssertionError("shares make a hundred")
+
+
+def numbers(count: int) -> range:
+    """Return the first numbers whose commands are killed so many times in all."""
+    kills = itertools.accumulate(map(_times, itertools.count()))
+    return range(1 + sum(1 for _ in itertools.takewhile(lambda done: done < count, kills)))
+
+
+def _times(number: int) -> int:
+    """Return how often a command is killed before it may end."""
+    return random.Random(number).choice((1, 1, 2))
+
+
+def _num_files(folder: Path) -> int:
+    return sum(file.is_file() for file in folder.rglob("*"))
+
+
+def _has_ended(child: int) -> bool:
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _views(path: Path) -> int:

@@ -8,7 +8,8 @@ from hostile_cases.servers import SERVERS
 from hostile_cases.stores import STORES
 from hostile_cases.texts import TEXTS
 from hostile_cases.views import VIEWS
+from tests.stage_one.apart import by_two
 
 CASES: tuple[Case, ...] = (*DATASETS, *VIEWS, *MODELS, *STORES, *TEXTS, *RUN_FOLDERS, *SERVERS)
 
-__all__ = ["CASES", "COMMANDS", "ENVIRONMENT", "make_sound"]
+__all__ = ["CASES", "COMMANDS", "ENVIRONMENT", "by_two", "make_sound"]

@@ -12,18 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# All that the commands import, before anything forks.
 import numpy as np
 from PIL import Image
 
 import logitcache.cli
+from tests.stage_one.apart import ended, forked, import_package
 
-for _needed in (
-    *("report.demo", "report.beside_teachers", "report.inspect", "planning.plan", "report.recipe_check"),
-    *("report.summary", "report.verify_and_repair", "student.training", "stage_one.derive.derive", "teacher.online"),
-    "stage_one.precompute",
-):
-    importlib.import_module(f"logitcache.{_needed}")
+# All that the commands import, before anything forks.
+import_package()
 for _optional in ("timm", "aiohttp", "s3fs", "torch._dynamo", "torch.utils.flop_counter"):
     with contextlib.suppress(ImportError):
         importlib.import_module(_optional)
@@ -81,14 +77,7 @@ AGAIN = PRECOMPUTE.replace("c.zarr", "again.zarr").replace("path: teacher", "pat
 
 def make_sound(folder: Path) -> None:
     """Make the images, a teacher, a cache and a finished run, in a child: this process keeps no threads."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            code = _make(folder)
-        finally:
-            os._exit(code)
-    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+    if ended(forked(lambda: _make(folder))):
         raise SystemExit("the sound cache could not be made")
 
 

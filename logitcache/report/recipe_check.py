@@ -27,6 +27,7 @@ from logitcache.student.trial import require_fit, require_taps
 from logitcache.teacher.classes import outputs_of
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import ImageDataset
+from logitcache.views.datasets.torchvision import Torchvision
 from logitcache.views.spec import Views
 
 RECIPES: dict[str, type[Component]] = {
@@ -140,7 +141,12 @@ def _checks_of_derivation(recipe: DeriveRecipe, stated: Collection[str]) -> Iter
 
 
 def _opened(entry: object, otherwise: str) -> ImageDataset | None:
-    """Open a data set of a recipe; None if there is none, or if it is not here, which is reported."""
+    """Open a data set of a recipe; None if there is none, or if it is not here, which is reported.
+
+    A check downloads nothing.
+    """
+    if isinstance(entry, Torchvision):
+        entry = entry.model_copy(update={"download": False})
     try:
         return None if entry is None else open_dataset(entry)
     except LogitCacheError as error:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from logitcache.cache.cache import open_cache
+from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.format.layout import MAX_BYTES, layout_of, require_possible
 from logitcache.cache.format.manifest import parse_manifest
 from logitcache.cache.snapshot import open_snapshot
@@ -23,6 +22,7 @@ from logitcache.stage_one.precompute import precompute
 from logitcache.store.safe_files import MAX_METADATA_BYTES
 from logitcache.views.keys import ViewKey
 from tests.cache.made import COUNT, PACKED, TOP2, Linear, Pixels, contents, recipe, teacher
+from tests.memory import taking_at_most
 
 NUM_FLIPS = 200
 MEMORY = 128 << 20
@@ -56,11 +56,18 @@ def scratch(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(whole, tmp_path_factory.mktemp("scratch") / "c.zarr"))
 
 
-@pytest.fixture(autouse=True)
-def _in_little() -> Any:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY >> 10
+def opened(path: Path) -> Cache:
+    """Open a cache in little memory."""
+    with taking_at_most(MEMORY):
+        return open_cache(path)
+
+
+def test_the_guard_sees_what_is_given_back_at_once_and_nothing_of_before() -> None:
+    assert len(b"x" * (2 * MEMORY)) > 0
+    with taking_at_most(MEMORY):
+        pass
+    with pytest.raises(AssertionError), taking_at_most(MEMORY):
+        assert len(b"x" * (2 * MEMORY)) > 0
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -99,8 +106,11 @@ def test_a_fuzzed_manifest_is_refused_or_its_layout_is_possible(data: st.DataObj
     manifest = changed(manifest, data, spots)
     signed = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     try:
-        parsed = parse_manifest({"logitcache": {"format_version": 1, "manifest": manifest, "sha256": signed}}, "here")
-        require_possible(parsed, "here")
+        with taking_at_most(MEMORY):
+            parsed = parse_manifest(
+                {"logitcache": {"format_version": 1, "manifest": manifest, "sha256": signed}}, "here"
+            )
+            require_possible(parsed, "here")
     except CacheError:
         return
     layout = layout_of(parsed)
@@ -132,7 +142,9 @@ def test_fuzzed_bytes_of_the_root_are_refused_or_mean_the_same(data: st.DataObje
     stored = sound[:start] + data.draw(st.binary(max_size=4)) + sound[start + length :]
     (scratch / "zarr.json").write_bytes(stored)
     try:
-        assert open_snapshot(scratch).manifest == open_snapshot(whole).manifest
+        with taking_at_most(MEMORY):
+            found = open_snapshot(scratch).manifest
+        assert found == open_snapshot(whole).manifest
     except CacheError:
         pass
     finally:
@@ -150,7 +162,7 @@ def test_fuzzed_metadata_of_an_array_is_refused(data: st.DataObject, name: str, 
         if metadata == found:
             return
         with pytest.raises(CacheError):
-            open_cache(scratch)
+            opened(scratch)
     finally:
         (scratch / name / "zarr.json").write_bytes(sound)
 
@@ -169,14 +181,14 @@ def test_flips_and_truncations_of_any_file_are_noticed(whole: Path, scratch: Pat
             del data[offset:]
         (scratch / name).write_bytes(data)
         try:
-            open_cache(scratch)
+            opened(scratch)
         except CacheError:
             pass
         else:
             assert name.endswith("zarr.json"), (name, offset)
             assert json.loads(data) == json.loads(sound[name]), (name, offset)
         (scratch / name).write_bytes(sound[name])
-    open_cache(scratch)
+    opened(scratch)
 
 
 def link_to_elsewhere(path: Path) -> None:
@@ -207,7 +219,7 @@ def test_no_link_is_followed(name: str, whole: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(whole, tmp_path / "c.zarr"))
     link_to_elsewhere(path / name)
     with pytest.raises(CacheError, match="no link in a cache is followed"):
-        open_cache(path)
+        opened(path)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +229,7 @@ def test_no_link_to_a_shard_is_followed(name: str, whole: Path, tmp_path: Path) 
     path = Path(shutil.copytree(whole, tmp_path / "c.zarr"))
     link_to_elsewhere(path / name)
     with pytest.raises(CacheError, match=r"no regular file|is damaged"):
-        open_cache(path)
+        opened(path)
 
 
 @pytest.mark.parametrize("name", ["u.logits.commits/zarr.json", "t.logits/zarr.json", "label/c/0", "t.logits/c.0.0.0"])
@@ -225,7 +237,7 @@ def test_a_pipe_is_refused_and_not_waited_for(name: str, whole: Path, tmp_path: 
     path = Path(shutil.copytree(whole, tmp_path / "c.zarr"))
     pipe(path / name)
     with pytest.raises(CacheError, match="no regular file"):
-        open_cache(path)
+        opened(path)
 
 
 def grow(path: Path) -> None:
@@ -237,7 +249,7 @@ def test_endless_metadata_is_refused_unread(name: str, whole: Path, tmp_path: Pa
     path = Path(shutil.copytree(whole, tmp_path / "c.zarr"))
     grow(path / name)
     with pytest.raises(CacheError, match=f"{MAX_METADATA_BYTES} at most"):
-        open_cache(path)
+        opened(path)
 
 
 @pytest.mark.parametrize("name", ["label/c/0", "canary/c/0/0/0/0", "u.logits.commits/c.0.0.0.0", "t.logits/c.1.0.0"])
@@ -245,7 +257,7 @@ def test_an_endless_file_is_refused_unread(name: str, whole: Path, tmp_path: Pat
     path = Path(shutil.copytree(whole, tmp_path / "c.zarr"))
     grow(path / name)
     with pytest.raises(CacheError):
-        open_cache(path)
+        opened(path)
 
 
 def test_what_is_read_after_the_changes_is_the_same(whole: Path, scratch: Path) -> None:

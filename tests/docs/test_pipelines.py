@@ -43,9 +43,13 @@ def test_there_are_recipes_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPE_FILES, ids=lambda path: str(path.relative_to(PIPELINES)))
-def test_recipe_is_valid_and_names_the_command_it_is_for(path: Path) -> None:
+def test_recipe_is_valid_and_names_the_command_it_is_for_and_a_check_writes_nothing(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     (checked,) = check_recipes([path])
     assert checked.error is None
+    assert list(tmp_path.iterdir()) == []
     relative = path.relative_to(PIPELINES.parent)
     assert f"#   logitcache {checked.command} {relative}" in path.read_text()
 

@@ -1,17 +1,21 @@
 """Processes of their own: started, waited for, and ended. Nothing waits for ever, and what was seen is told."""
 
+import importlib
+import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from json import loads
 from pathlib import Path
 from typing import Any
+
+import logitcache
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -31,7 +35,7 @@ def program(name: str, folder: Path, seconds: float = 300) -> Any:
         out.seek(0)
         errors.seek(0)
         assert code == 0, f"{name}: {f'still runs after {seconds} s' if code is None else code}\n{errors.read()}"
-        return loads(out.read())
+        return json.loads(out.read())
 
 
 def stopped(arguments: list[str], signum: int, committed: Callable[[], int]) -> tuple[int, str]:
@@ -55,6 +59,12 @@ def _end(process: "subprocess.Popen[Any]", signum: int) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signum)
     process.wait()
+
+
+def import_package() -> None:
+    """Import every module of the package in this process, so that none of its forks has to."""
+    for module in pkgutil.walk_packages(logitcache.__path__, "logitcache."):
+        importlib.import_module(module.name)
 
 
 def forked(action: Callable[[], int]) -> int:
@@ -83,6 +93,25 @@ def ended(child: int, seconds: float = 100) -> int:
             os.waitpid(child, 0)
             raise AssertionError(f"process {child} did not end within {seconds} s")
         time.sleep(0.005)
+
+
+def by_two(items: Sequence[Any], action: Callable[[Any], Any], seconds: float = 100) -> list[Any]:
+    """Do something with each item, every second one in another fork of this process; returns the results, as of JSON.
+
+    Raises AssertionError if a fork fails, or takes longer than `seconds`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+
+        def some(first: int) -> int:
+            Path(folder, str(first)).write_text(json.dumps([action(item) for item in items[first::2]]))
+            return 0
+
+        children = [forked(lambda first=first: some(first)) for first in (0, 1)]  # type: ignore[misc]
+        assert [ended(child, seconds) for child in children] == [0, 0]
+        found: list[Any] = [None] * len(items)
+        for first in (0, 1):
+            found[first::2] = json.loads(Path(folder, str(first)).read_text())
+    return found
 
 
 def until(seen: Callable[[], int], at_least: int = 1, seconds: float = 100) -> None:

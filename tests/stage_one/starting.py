@@ -18,11 +18,11 @@ from tests.stage_one import dying
 from tests.stage_one.test_cluster import named
 
 
-def main(root: Path, count: int) -> dict[str, Any]:
+def main(root: Path, count: int, num_workers: int = 2) -> dict[str, Any]:
     (root / "killed").mkdir()
     os.environ |= {dying.FOLDER: str(root / "killed"), dying.COUNT: str(count)}
     workers.__name__ = dying.__name__  # what is preloaded
-    precompute(named(root / "c.zarr"), workers=2)
+    precompute(named(root / "c.zarr"), workers=num_workers)
     precompute(named(root / "w.zarr"))
     killed = len(list((root / "killed").iterdir()))
     return {"killed": killed, "identical": contents(root / "c.zarr") == contents(root / "w.zarr")}
