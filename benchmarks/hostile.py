@@ -45,7 +45,10 @@ _PLAIN_CLASSES = ("numpy", "collections", "torch._utils", "_codecs")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended, and what the audit hook saw; `code` is None if it was killed for hanging."""
+    """How a command ended, and what the audit hook saw; `code` is None if it was killed for hanging.
+
+    `seconds` are without those for which it could have run, but others had the processors.
+    """
 
     code: int | None
     seconds: float
@@ -72,9 +75,12 @@ def guarded(arguments: Sequence[str], folder: Path, environment: Mapping[str, st
     else:
         os.killpg(child, signal.SIGKILL)
         _, _, usage = os.wait4(child, 0)
+    ended, delayed = time.perf_counter(), 0.0
+    if (folder / "ended.txt").exists():
+        ended, delayed = map(float, (folder / "ended.txt").read_text().split())
     seen = tuple(dict.fromkeys(found.read_text(errors="replace").splitlines())) if found.exists() else ()
     output = log.read_text(errors="replace") if log.exists() else ""
-    return Outcome(code, time.perf_counter() - began, usage.ru_maxrss / 1024, seen, output)
+    return Outcome(code, ended - began - delayed, usage.ru_maxrss / 1024, seen, output)
 
 
 def _run(
@@ -98,6 +104,7 @@ def _run(
         os.dup2(output, 2)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         report = os.open(found, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        waits = os.open("/proc/self/schedstat", os.O_RDONLY)
         sys.addaudithook(_Hook(report, folder, ports))
         from logitcache.cli import main
 
@@ -106,6 +113,9 @@ def _run(
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 98
     finally:
+        with contextlib.suppress(OSError):
+            delayed = int(os.pread(waits, 100, 0).split()[1]) / 1e9
+            (folder / "ended.txt").write_text(f"{time.perf_counter()} {delayed}")
         os._exit(code & 0xFF)
 
 

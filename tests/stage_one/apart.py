@@ -1,5 +1,6 @@
 """Processes of their own: started, waited for, and ended. Nothing waits for ever, and what was seen is told."""
 
+import gc
 import importlib
 import json
 import os
@@ -62,9 +63,10 @@ def _end(process: "subprocess.Popen[Any]", signum: int) -> None:
 
 
 def import_package() -> None:
-    """Import every module of the package in this process, so that none of its forks has to."""
+    """Import every module of the package in this process, so that no fork has to, nor copies them."""
     for module in pkgutil.walk_packages(logitcache.__path__, "logitcache."):
         importlib.import_module(module.name)
+    gc.freeze()  # a collection writes into all that it looks at
 
 
 def forked(action: Callable[[], int]) -> int:

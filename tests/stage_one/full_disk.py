@@ -15,7 +15,7 @@ from logitcache.cache.cache import Cache
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import damaged
 from logitcache.errors import CacheError
-from tests.cache.made import Pixels, contents, run
+from tests.cache.made import Linear, Pixels, contents, run
 
 
 def mount(disk: Path, *options: str) -> bool:
@@ -28,18 +28,19 @@ def main(root: Path) -> dict[str, Any] | None:
     disk.mkdir()
     if not mount(disk, "-o", "size=480k"):
         return None
-    path, changes = disk / "c.zarr", {"shard_rows": 2048, "batch_size": 1024}
-    images = Pixels(6000)
+    path, changes = disk / "c.zarr", {"shard_rows": 256, "batch_size": 128}
+    teacher = Linear(128)  # whose rows are wide, so that few images fill the disk
+    images = Pixels(750)
     try:
-        run(path, images, **changes)
+        run(path, images, teacher, **changes)
         raise AssertionError("the disk is not full")
     except CacheError as error:
         message = str(error)
     cache = Cache(open_snapshot(path))
     sound = not damaged(cache.snapshot)
     assert mount(disk, "-o", "remount,size=8m")
-    result = run(path, images, **changes)
-    run(root / "w.zarr", images, **changes)
+    result = run(path, images, teacher, **changes)
+    run(root / "w.zarr", images, teacher, **changes)
     return {
         "error": message,
         "sound": sound,
