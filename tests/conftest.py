@@ -55,7 +55,7 @@ def _two_threads() -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Compute with one thread: arrays are small, and threads wait for each other on a busy machine."""
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
