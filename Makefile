@@ -55,7 +55,7 @@ format: $(INSTALLED)
 
 # Without losses.py, which takes an hour and a data set, compare_checkouts.py, and modules that the scripts import.
 bench: $(INSTALLED)
-	@set -e; for script in $(filter-out benchmarks/_%.py $(addprefix benchmarks/,losses.py compare_checkouts.py scale_model.py fault_kills.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
+	@set -e; for script in $(filter-out benchmarks/_%.py $(addprefix benchmarks/,losses.py compare_checkouts.py scale_model.py fault_cases.py fault_kills.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
