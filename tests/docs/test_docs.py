@@ -71,3 +71,11 @@ def allowed(kind: dict[str, object]) -> list[object]:
     values = kind.get("enum", [kind.get("const")])
     assert isinstance(values, list)
     return values
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name not in ("errors.md", "format.md")], ids=lambda page: page.name
+)
+def test_no_line_outside_of_examples_and_tables_is_long(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert [line for line in text.splitlines() if len(line) > 120 and not line.startswith("|")] == []
