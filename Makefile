@@ -8,13 +8,15 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-integrations docs lint format bench clean
+.PHONY: help demo test test-integrations docs wheel test-wheel lint format bench clean
 
 help:
 	@echo "make demo    few labels, many unlabelled images: a student from the cache against one on labels"
 	@echo "make test    ruff, mypy and pytest (ARGS='-k replay' goes to pytest)"
 	@echo "make test-integrations  other libraries' loops, in $(INTEGRATIONS)"
 	@echo "make docs    the documentation site, in site/"
+	@echo "make wheel   the wheel, in dist/"
+	@echo "make test-wheel  the wheel, installed into an empty environment and used there"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
 	@echo "make bench   the scripts in benchmarks/, but losses.py"
@@ -40,7 +42,7 @@ test: lint
 $(INTEGRATIONS)/.installed: pyproject.toml
 	@echo "Installing into $(INTEGRATIONS): a few minutes, once"
 	@test -x $(INTEGRATIONS)/bin/pip || $(PYTHON) -m venv $(INTEGRATIONS)
-	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lightning,accelerate]' 'pytest>=8.3' 'hypothesis>=6.120'
+	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lightning,accelerate,keras,timm]' 'jax>=0.4.30' 'pytest>=8.3' 'hypothesis>=6.120'
 	@touch $@
 
 test-integrations: $(INTEGRATIONS)/.installed
@@ -48,6 +50,13 @@ test-integrations: $(INTEGRATIONS)/.installed
 
 docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+
+wheel: $(INSTALLED)
+	@rm -rf dist
+	@$(PY) -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+test-wheel: wheel
+	@PYTHON=$(PYTHON) .ci/wheel
 
 format: $(INSTALLED)
 	@$(PY) -m ruff check --fix --quiet .

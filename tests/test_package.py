@@ -72,6 +72,7 @@ MODULES = {
     "google-crc32c": "google_crc32c",
     "hypothesis": "hypothesis",
     "Jinja2": "jinja2",
+    "keras": "keras",
     "lightning": "lightning",
     "jsonschema": "jsonschema",
     "lmdb": "lmdb",
@@ -155,3 +156,18 @@ def test_extras_that_messages_name_exist() -> None:
     }
     assert named
     assert named <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_oldest_constraints_are_the_lower_bounds() -> None:
+    stated = dict(line.split("==") for line in (ROOT / ".ci/oldest.txt").read_text().split() if "==" in line)
+    extras = PROJECT["optional-dependencies"]
+    every = [*PROJECT["dependencies"], *extras["timm"], *extras["xarray"], *extras["cluster"]]
+    bounds = dict(re.findall(r"^([\w-]+)(?:\[.*\])?>=([\d.]+)$", "\n".join(every), re.MULTILINE))
+
+    def padded(version: str) -> str:
+        return ".".join([*version.split("."), "0", "0"][:3])
+
+    assert {name: padded(version) for name, version in stated.items() if name != "distributed"} == {
+        name: padded(version) for name, version in bounds.items()
+    }
+    assert stated["distributed"] == stated["dask"]

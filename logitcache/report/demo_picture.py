@@ -2,6 +2,7 @@
 
 import base64
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from logitcache.views.keys import ViewKey
 if TYPE_CHECKING:
     from logitcache.report.demo import DemoResult
 
-_WIDTH, _LEFT, _COLUMN, _BAR, _SIDE = 760, 24, 310, 290, 56
+_WIDTH, _LEFT, _COLUMN, _BAR, _SIDE = 760, 24, 325, 280, 56
 _NUM_SEEN = 10
 _STYLE = """
 text { font: 13px system-ui, sans-serif; fill: #1d2125 }
@@ -33,7 +34,8 @@ text { font: 13px system-ui, sans-serif; fill: #1d2125 }
 def demo_picture(result: "DemoResult", cache: Cache) -> str:
     """Draw the demo's results; `cache` is the one that it made."""
     lines = [*_accuracies(result), *_seen(cache), *_costs(result, cache)]
-    lines += [("head", "Your own folder"), ("mono", result.next)]
+    *firsts, last = textwrap.wrap(result.next, 90, break_long_words=False, break_on_hyphens=False)
+    lines += [("head", "Your own folder"), *(("mono", f"{line} \\") for line in firsts), ("mono", last)]
     body, top = [f'<text class="title" x="{_LEFT}" y="36">One teacher, run once; students from its cache</text>'], 48
     for kind, content in lines:
         if kind == "raw":

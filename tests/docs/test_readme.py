@@ -104,7 +104,8 @@ def test_every_command_shown_exists_with_its_options() -> None:
 
 def test_every_recipe_shown_is_valid_with_its_overrides() -> None:
     for words in commands():
-        recipes = [word for word in words if word.startswith("pipelines/")]
+        # Those of pipelines/photos are written by `recipe new`; tests/docs/test_examples.py runs them.
+        recipes = [word for word in words if word.startswith("pipelines/") and "photos" not in word]
         overrides = [value for option, value in pairwise(words) if option == "--set"]
         for checked in check_recipes([ROOT / path for path in recipes], overrides):
             assert checked.error is None

@@ -31,6 +31,8 @@ BUNDLED = {"kind": "bundled", "num_images": 40}
 HERE = {
     "s3://bucket": "bucket",
     "/data/photos": "photos",
+    "torchvision:resnet50": "timm:test_resnet.r160_in1k",
+    "torchvision:mobilenet_v3_small": "timm:test_efficientnet.r160_in1k",
     "resnet50.a1_in1k": "test_resnet.r160_in1k",
     "mobilenetv3_small_100.lamb_in1k": "test_efficientnet.r160_in1k",
 }
