@@ -15,7 +15,7 @@ from logitcache.cache.format.layout import CHECKSUMS, PARAMETERS, Layout
 from logitcache.cache.format.metadata import read_manifest
 from logitcache.cache.format.samples import read_canaries, read_labels
 from logitcache.cache.read.gather import StoredRows
-from logitcache.cache.read.row_sources import RecordedRows, shuffle_block
+from logitcache.cache.read.row_sources import RecordedRows, num_kept
 from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.replay import (
     open_images,
@@ -209,7 +209,11 @@ class Cache:
         """Raise ReplayMismatchError unless views rendered here are those that the teacher saw, within limits."""
         pixels = torch.from_numpy(read_canaries(self.snapshot.store, self.manifest))
         report = canaries.compare(views, self.manifest.canaries, pixels)
-        warning = canaries.judge(report, verify, self._origin(views), limits)
+        exact = self.manifest.views.targets == "exact"
+        may_replay = bool(self.manifest.parameters) and views.recorded is None and exact
+        name = f"{self.location}, spec {self.manifest.views.digest()[:8]}…"
+        origin = canaries.Origin(name, self.manifest.versions, versions(), may_replay)
+        warning = canaries.judge(report, verify, origin, limits)
         if warning:
             warnings.warn(warning, stacklevel=2)
 
@@ -218,12 +222,6 @@ class Cache:
         columns = self.manifest.parameters
         if columns:
             require_planned(self._recorded[PARAMETERS], columns, views, self.shards)
-
-    def _origin(self, views: Views) -> canaries.Origin:
-        name = f"{self.location}, spec {self.manifest.views.digest()[:8]}…"
-        exact = self.manifest.views.targets == "exact"
-        may_replay = bool(self.manifest.parameters) and views.recorded is None and exact
-        return canaries.Origin(name, self.manifest.versions, versions(), may_replay)
 
     def loader(
         self,
@@ -255,8 +253,15 @@ class Cache:
 
     @property
     def shuffle_block(self) -> int | None:
-        """Rows to shuffle among if a packed view has more shards than are kept decoded; None for all."""
-        return shuffle_block(self.layout)
+        """Rows to shuffle among if a packed view has more shards than are kept decoded; None for all.
+
+        It depends on the cache alone, not on a machine's memory: so does the order of an epoch.
+        """
+        packed = [array for group in self.layout.targets for array in group.rows if array.storage == "packed"]
+        kept = min(map(num_kept, packed), default=self.layout.shards_per_view)
+        if self.layout.shards_per_view <= kept:
+            return None
+        return kept // 2 * self.layout.shard_rows  # a batch at the seam of two blocks needs both
 
 
 def open_cache(path: str | Path) -> Cache:

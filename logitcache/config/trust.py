@@ -63,7 +63,9 @@ def require_grant(risks: Sequence[str], digest: str, trust: Collection[str], wha
 def is_granted(digest: str, trust: Collection[str] = ()) -> bool:
     """Return whether the user vouches for a manifest, or wrote it."""
     stated = os.environ.get(VARIABLE, "").replace(",", " ").split()
-    return digest in (*trust, *stated) or _is_remembered(digest)
+    folder = _folder()
+    is_remembered = folder is not None and _is_own(folder, stat.S_IFDIR) and _is_own(folder / digest, stat.S_IFREG)
+    return digest in (*trust, *stated) or is_remembered
 
 
 def remember(digest: str) -> None:
@@ -80,11 +82,6 @@ def inherit(before: str, after: str) -> None:
     """Grant the manifest of a cache that has grown, if the one before was granted."""
     if before != after and is_granted(before):
         remember(after)
-
-
-def _is_remembered(digest: str) -> bool:
-    folder = _folder()
-    return folder is not None and _is_own(folder, stat.S_IFDIR) and _is_own(folder / digest, stat.S_IFREG)
 
 
 def _folder() -> Path | None:

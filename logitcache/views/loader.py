@@ -177,22 +177,17 @@ class ViewLoader:
             if isinstance(rendered, LogitCacheError):
                 raise rendered
             if isinstance(rendered, _Copied):
-                self._warn_of_copy(rendered.why)
-                rendered = torch.from_numpy(rendered.images)
+                if not self._has_copied:
+                    warnings.warn(
+                        f"shared memory refuses rendered images, which come through a pipe, more slowly: {rendered.why}"
+                        ". Fix: a larger /dev/shm (a container's: docker run --shm-size 2g), a smaller batch_size or "
+                        "fewer num_workers",
+                        stacklevel=2,
+                    )
+                self._has_copied, rendered = True, torch.from_numpy(rendered.images)
             yield rendered
         if images is not self._images:
             raise RuntimeError("another epoch was started from the same loader; one loader serves one at a time")
-
-    def _warn_of_copy(self, why: str) -> None:
-        """Warn of the first batch that came through a pipe."""
-        if not self._has_copied:
-            self._has_copied = True
-            warnings.warn(
-                f"shared memory refuses rendered images, which come through a pipe, more slowly: {why}. "
-                "Fix: a larger /dev/shm (a container's: docker run --shm-size 2g), a smaller batch_size or fewer "
-                "num_workers",
-                stacklevel=3,
-            )
 
     def close(self) -> None:
         """End the workers; nothing can be rendered afterwards."""

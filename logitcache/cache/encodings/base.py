@@ -210,6 +210,11 @@ class Fitted:
     tables: Tables = field(repr=False)
     _placed: dict[torch.device, dict[str, Tensor]] = field(init=False, default_factory=dict, repr=False)
 
+    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
+        """List the arrays that a row of `num_classes` logits takes."""
+        found: tuple[RowArray, ...] = self.form.arrays(num_classes)
+        return found
+
     def _tensors(self) -> dict[str, Tensor]:
         """Return what decoding uses, on the CPU: the tables."""
         return {name: torch.from_numpy(np.array(values)) for name, values in self.tables.items()}

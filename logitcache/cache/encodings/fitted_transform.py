@@ -119,10 +119,6 @@ class FittedTransform(Fitted):
 
     form: TransformForm
 
-    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
-        """List the arrays that a row of `num_classes` logits takes."""
-        return self.form.arrays(num_classes)
-
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """Encode logits [B, C]. Raises RowError for a row that is not finite, or far beyond the calibration rows."""
         form, table = self.form, self._on(logits.device)

@@ -129,10 +129,6 @@ class FittedHead(Fitted):
 
     form: HeadForm
 
-    def arrays(self, num_classes: int) -> tuple[RowArray, ...]:
-        """List the arrays that a row takes: none beside the feature."""
-        return self.form.arrays(num_classes)
-
     def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """Keep nothing of the logits: the feature is kept as such."""
         return {}

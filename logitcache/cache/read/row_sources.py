@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.format.arrays import ArrayLayout
-from logitcache.cache.format.layout import Layout
 from logitcache.cache.read.shared_memory import SharedShards, name_of
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.store.shards import Shard
@@ -56,18 +55,6 @@ class RowSource(ABC):
 def num_kept(layout: ArrayLayout) -> int:
     """Return how many decoded shards of a packed array are kept."""
     return max(PACKED_SHARDS, KEPT_BYTES // (layout.shard_rows * layout.row_bytes))
-
-
-def shuffle_block(layout: Layout) -> int | None:
-    """Return among how many rows to shuffle if a packed view has more shards than are kept decoded; None for all.
-
-    It depends on the cache alone, not on a machine's memory: so does the order of an epoch.
-    """
-    packed = [array for group in layout.targets for array in group.rows if array.storage == "packed"]
-    kept = min(map(num_kept, packed), default=layout.shards_per_view)
-    if layout.shards_per_view <= kept:
-        return None
-    return kept // 2 * layout.shard_rows  # a batch at the seam of two blocks needs both
 
 
 class PackedRows(RowSource):
