@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from logitcache.errors import CacheError, LogitCacheError
@@ -131,6 +131,16 @@ def view_memory(path: Path | None) -> memoryview | None:
 def fix_of(cause: OSError) -> str | None:
     """Return what a user can do about an error of the file system; None if nothing is known."""
     return _FIXES.get(cause.errno or 0)
+
+
+@contextlib.contextmanager
+def explained(what: object, doing: str = "written", fix: str = "", more: str = "") -> Iterator[None]:
+    """Raise an error of the file system as CacheError, with a fix, by default that of `fix_of`."""
+    try:
+        yield
+    except OSError as error:
+        fix = fix or fix_of(error) or "remove the cause"
+        raise CacheError(f"{what} cannot be {doing}: {error.strerror}. Fix: {fix}{more}") from error
 
 
 def sync_directory(directory: Path) -> None:

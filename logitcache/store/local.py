@@ -11,7 +11,7 @@ from typing import Any
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
 from logitcache.store.digest_index import SHA256, remembered
-from logitcache.store.files import write_atomically
+from logitcache.store.files import explained, write_atomically
 from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, open_below, read_below, regular_size
 from logitcache.store.shards import StoredShard
 
@@ -57,12 +57,8 @@ class LocalStore(Store):
     def remove(self, keys: Iterable[str]) -> None:
         """Remove files."""
         for file in (inside(self.path, key) for key in keys):
-            try:
+            with explained(file, "removed", "make its folder writable"):
                 file.unlink(missing_ok=True)
-            except OSError as error:
-                raise CacheError(
-                    f"{file} cannot be removed: {error.strerror}. Fix: make its folder writable"
-                ) from error
 
     def sizes(self) -> dict[str, int]:
         """List the sizes of all files, by key."""

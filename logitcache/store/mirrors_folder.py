@@ -6,13 +6,13 @@ first.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from logitcache.errors import CacheError, RecipeError
 from logitcache.store.bounded_folder import BoundedFolder, size_limit
 from logitcache.store.file_locks import PART
-from logitcache.store.files import fix_of, user_cache_directory
+from logitcache.store.files import explained, user_cache_directory
 from logitcache.store.shards import COMMITS, SHARD_NAME
 
 FOLDER, SIZE = "LOGITCACHE_LOCAL_COPY", "LOGITCACHE_LOCAL_COPY_SIZE"
@@ -50,13 +50,6 @@ def mirrored_shards(folder: Path) -> Iterator[tuple[Path, float]]:
                 yield Path(parent, name), used.get((mirror, match[1]), 0.0)
 
 
-@contextmanager
-def writable(file: Path) -> Iterator[None]:
+def writable(file: Path) -> AbstractContextManager[None]:
     """Turn an error of the file system into a CacheError that names the mirror."""
-    try:
-        yield
-    except OSError as error:
-        raise CacheError(
-            f"the local copy {file} cannot be written: {error.strerror}. Fix: {fix_of(error) or 'remove the cause'}; "
-            f"or a smaller {SIZE}, or {FOLDER}=another folder"
-        ) from error
+    return explained(f"the local copy {file}", more=f"; or a smaller {SIZE}, or {FOLDER}=another folder")

@@ -8,9 +8,9 @@ from pathlib import Path
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import ROOT, metadata_files
 from logitcache.cache.format.samples import Samples
-from logitcache.cache.write.writer_locks import PREPARING, explained
+from logitcache.cache.write.writer_locks import PREPARING
 from logitcache.store.base import Store
-from logitcache.store.files import sync_directory
+from logitcache.store.files import explained, sync_directory
 
 
 def create_skeleton(

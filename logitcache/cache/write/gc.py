@@ -18,7 +18,7 @@ from logitcache.cache.write.growth import read_growth
 from logitcache.cache.write.writer_locks import alone, preparing, try_creating
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
-from logitcache.store.files import LEFTOVER
+from logitcache.store.files import LEFTOVER, explained
 from logitcache.store.shards import SHARD_NAME
 
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
@@ -169,8 +169,6 @@ def _beside(path: Path) -> Garbage:
 
 
 def _remove_folder(path: Path) -> None:
-    try:
+    with explained(path, "removed", "make its folder writable"):
         if path.is_dir():
             shutil.rmtree(path)
-    except OSError as error:
-        raise CacheError(f"{path} cannot be removed: {error.strerror}. Fix: make its folder writable") from error

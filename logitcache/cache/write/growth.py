@@ -14,11 +14,10 @@ from logitcache.cache.format.layout import layout_of, require_possible
 from logitcache.cache.format.manifest import Manifest, TeacherEntry, TeacherName
 from logitcache.cache.format.manifest_diff import extends, is_more
 from logitcache.cache.format.metadata import GROWING
-from logitcache.cache.write.writer_locks import explained
 from logitcache.config.recipe import Component, Count
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
-from logitcache.store.files import sync_directory
+from logitcache.store.files import explained, sync_directory
 from logitcache.store.safe_files import parse_json
 
 

@@ -18,7 +18,7 @@ from logitcache.errors import CacheError
 from logitcache.runtime.console import logger
 from logitcache.store.base import Store
 from logitcache.store.file_locks import is_at
-from logitcache.store.files import LEFTOVER, fix_of
+from logitcache.store.files import LEFTOVER, explained
 from logitcache.store.shards import Shard
 
 PREPARING, WRITING = f"digest/{ROOT}", f"label/{ROOT}"
@@ -212,14 +212,3 @@ def _forget_locks() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_locks)
-
-
-@contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Raise an error of the file system as CacheError."""
-    try:
-        yield
-    except OSError as error:
-        raise CacheError(
-            f"{path} cannot be written: {error.strerror}. Fix: {fix_of(error) or 'remove the cause'}"
-        ) from error
