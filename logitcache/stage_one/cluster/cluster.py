@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 
 import torch
@@ -188,23 +187,17 @@ def _workers(client: "Client", pause: Pause) -> dict[str, Any]:
 def _ended(client: "Client", futures: "Sequence[Future]", pause: Pause) -> "Iterator[Future]":
     """Yield futures as they end, in whatever way.
 
-    Dask's `as_completed` blocks: neither a signal nor workers that cannot start would end the wait for a result.
+    Waits between looks, as neither a signal nor workers that cannot start would end a blocking wait for a result.
     """
-    ended: SimpleQueue[Future] = SimpleQueue()
-    for future in futures:
-        future.add_done_callback(ended.put)
-    checked = time.monotonic()
-    for _ in futures:
-        while True:
-            pause(0.0)
-            try:
-                future = ended.get(timeout=POLL)
-                break
-            except Empty:
-                if time.monotonic() - checked > REMINDER:
-                    _workers(client, pause)
-                    checked = time.monotonic()
-        yield future
+    from distributed import as_completed
+
+    ended, checked = as_completed(futures, loop=client.loop), time.monotonic()
+    while not ended.is_empty():
+        pause(0.0 if ended.has_ready() else POLL)
+        yield from ended.next_batch(block=False)
+        if time.monotonic() - checked > REMINDER:
+            _workers(client, pause)
+            checked = time.monotonic()
 
 
 def _result(future: "Future") -> Any:
