@@ -21,7 +21,7 @@ from tests.stage_one.test_cluster import named
 def main(root: Path, count: int, num_workers: int = 2) -> dict[str, Any]:
     (root / "killed").mkdir()
     os.environ |= {dying.FOLDER: str(root / "killed"), dying.COUNT: str(count)}
-    workers.__name__ = dying.__name__  # what is preloaded
+    workers.PRELOAD = dying.__name__
     precompute(named(root / "c.zarr"), workers=num_workers)
     precompute(named(root / "w.zarr"))
     killed = len(list((root / "killed").iterdir()))

@@ -39,7 +39,7 @@ def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "killed"
     folder.mkdir()
     monkeypatch.setenv(dying.FOLDER, str(folder))
-    monkeypatch.setattr(workers, "worker", dying)
+    monkeypatch.setattr(workers, "PRELOAD", dying.__name__)
     return folder
 
 

@@ -35,6 +35,9 @@ _opened: dict[str, Callable[[Any], Any]] = {}
 
 _held = contextlib.ExitStack()
 
+PRELOAD = __name__
+"""The module whose `dask_setup` each worker of this machine calls as it starts."""
+
 GPU = "GPU"
 """The resource that a worker with a GPU has one of."""
 
@@ -129,7 +132,7 @@ def local_cluster(workers: int, device: torch.device, pause: Pause) -> Iterator[
     options: dict[str, Any] = {
         "nthreads": 1,
         "memory_limit": 0,
-        "preload": [__name__],
+        "preload": [PRELOAD],
         "silence_logs": logging.CRITICAL,
     }
     specs = {number: {"cls": Nanny, "options": {**options, **own}} for number, own in enumerate(_own(workers, device))}
