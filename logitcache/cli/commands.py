@@ -188,6 +188,10 @@ _COMMANDS = {
         *(_TWO, "report runs/ caches/fashion_mnist/train.zarr --out report.html"),
         *("how-to/report.md", "logitcache predict RUN IMAGE"),
     ),
+    "log": Command(
+        reports.log,
+        *(_TWO, "log runs/ --to tensorboard", "how-to/track-runs.md", "logitcache report RUN"),
+    ),
     "summary": Command(
         caches.summary,
         *(_CACHES, "summary caches/fashion_mnist/train.zarr", "getting-started.md", "logitcache train-student RECIPE"),

@@ -1,0 +1,79 @@
+"""What trackers share: a run's rows in, each step written once, however often a run is resumed or exported."""
+
+import json
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from logitcache.config.recipe import Component
+from logitcache.errors import MissingExtraError
+from logitcache.store.files import write_atomically
+from logitcache.store.safe_files import read_bounded
+
+_NOTE = "tracking.json"
+_MOST_BYTES = 1 << 20
+_PLACES = ("epoch", "step")
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run's folder, the name that it is shown by, and its recipe by dotted key."""
+
+    path: Path
+    name: str
+    recipe: Mapping[str, Any]
+
+    def note(self) -> dict[str, Any]:
+        """Read what was noted of earlier exports: an id for services, and by kind the last step."""
+        try:
+            found: dict[str, Any] = json.loads(read_bounded(self.path / _NOTE, _MOST_BYTES))
+        except FileNotFoundError:
+            found = {"id": secrets.token_hex(8)}
+            self._write(found)
+        return found
+
+    def note_step(self, kind: str, step: int) -> None:
+        """Note the last step that a kind of tracker has."""
+        self._write(self.note() | {kind: step})
+
+    def _write(self, note: dict[str, Any]) -> None:
+        write_atomically(self.path / _NOTE, json.dumps(note).encode())
+
+
+class Sink(ABC):
+    """An opened tracker of one run."""
+
+    @abstractmethod
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write the metrics of a step; those that are there already are left as they are."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write what is pending, and end."""
+
+
+class TrackerBase(Component, ABC):
+    """An entry of `trackers`; nothing of its library is imported before it is opened."""
+
+    extra: ClassVar[str]
+
+    @abstractmethod
+    def open(self, run: TrackedRun) -> Sink:
+        """Open the tracker for a run, new or written before. Raises ImportError without its library."""
+
+    def opened(self, run: TrackedRun) -> Sink:
+        """Open the tracker. Raises MissingExtraError."""
+        try:
+            return self.open(run)
+        except ImportError as error:
+            raise MissingExtraError(f"a tracker of kind {self.extra}", self.extra) from error
+
+
+def write_rows(sink: Sink, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows of metrics.jsonl, at the optimiser step after which they were measured."""
+    for row in rows:
+        values = {name: float(v) for name, v in row.items() if name not in _PLACES and v is not None}
+        sink.write(row["step"], values)
