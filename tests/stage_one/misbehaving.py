@@ -1,6 +1,6 @@
 """Caches in storage that misbehaves: a program that writes, continues and reads them while requests fail.
 
-    python -m tests.stage_one.misbehaving DIRECTORY ROUNDS [STEP]
+    python -m tests.stage_one.misbehaving DIRECTORY ROUNDS [FAULT ...]
 
 Prints by case, as JSON, how many rounds left another cache than storage without faults, lost or returned other rows,
 reached another server, or took longer than SECONDS; how many requests failed, and how long the slowest command took.
@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,14 +76,17 @@ CASES = {
     "endless bodies": Case("endless error", _any, 0.02),
 }
 
+FEW = [*CASES][::3]
+"""Those of quick checks."""
 
-def rounds(root: Path, store: Bucket, count: int, step: int) -> dict[str, dict[str, Any]]:
-    """Let each fault, or one of `step` faults, happen in so many rounds."""
+
+def rounds(root: Path, store: Bucket, count: int, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Let each of the named faults happen in so many rounds."""
     local = root / "local.zarr"
     precompute(plan(local), teachers=TEACHERS, dataset=Pixels(NUM_IMAGES))
     found = {}
-    for name, case in [*CASES.items()][::step]:
-        other = Front(folder(root))
+    for name in names:
+        case, other = CASES[name], Front(folder(root))
         store.front.location = lambda request, other=other: f"{other.url}{request.target}"  # type: ignore[misc]
         store.front.seen.clear()
         wrong, slowest = 0, 0.0
@@ -135,14 +138,14 @@ def _rows(location: str) -> list[np.ndarray[Any, Any]]:
     return [np.asarray(values) for name in sorted(answers) for values in raw(answers[name].compact)]
 
 
-def main(root: Path, count: int, step: int = 1) -> dict[str, dict[str, Any]]:
+def main(root: Path, count: int, names: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch, bucket() as store:
         patch.setenv(VARIABLE, "1")
         patch.setenv(FOLDER, str(root))  # changed below
-        return rounds(root, store, count, step)
+        return rounds(root, store, count, names or [*CASES])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     configure(quiet=True)
-    print(json.dumps(main(Path(sys.argv[1]), *map(int, sys.argv[2:]))))
+    print(json.dumps(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))

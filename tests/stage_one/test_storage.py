@@ -304,6 +304,6 @@ def test_processes_of_a_machine_share_a_copy(apart: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_storage_that_misbehaves_loses_nothing(tmp_path: Path) -> None:
-    for name, found in misbehaving.main(tmp_path, 1, 3).items():
+    for name, found in misbehaving.main(tmp_path, 1, misbehaving.FEW).items():
         assert (name, found["wrong"]) == (name, 0)
         assert found["faults"] > 0
