@@ -31,15 +31,40 @@ settings.register_profile("same", derandomize=True, database=None, deadline=None
 settings.load_profile("same")
 
 
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have xdist take files in the order of the items, not those of most tests first."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    """Return whether the file of a test has what starts processes."""
+    names = vars(getattr(item, "module", None) or object)
+    return any(name in names for name in ("program", "stopped", "subprocess", "multiprocessing"))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the tests that need a device which is not there."""
+    """Begin with the files that start processes, which take longest; skip tests of a device that is not there."""
+    items.sort(key=_starts_processes, reverse=True)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _checkout_as_it_was() -> Iterator[None]:
+    """Fail if tests leave something at the top of the checkout, but for the caches of tools."""
+    before = set(os.listdir(ROOT))
+    yield
+    left = [name for name in os.listdir(ROOT) if name not in before and not name.startswith((".", "__"))]
+    assert left == [], "a test worked in the checkout and not in a folder of its own"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """The versions that decide pixels and logits, for manifests and messages."""
 
 import platform
+from functools import cache
 from importlib.metadata import version
 
 LIBRARIES = ("logitcache", "torch", "torchvision", "numpy", "pillow", "zarr", "numcodecs")
@@ -8,6 +9,11 @@ LIBRARIES = ("logitcache", "torch", "torchvision", "numpy", "pillow", "zarr", "n
 
 def versions() -> dict[str, str]:
     """Return library versions and the CPU's capability, such as `x86_64 AVX512`."""
+    return dict(_versions())
+
+
+@cache  # each takes the parsing of a file
+def _versions() -> dict[str, str]:
     import torch
     from PIL import features
 

@@ -63,14 +63,14 @@ def _end(process: "subprocess.Popen[Any]", signum: int) -> None:
 
 
 def import_package() -> None:
-    """Import every module of the package in this process, so that no fork has to, nor copies them."""
+    """Import every module of the package in this process, so that no fork has to."""
     for module in pkgutil.walk_packages(logitcache.__path__, "logitcache."):
         importlib.import_module(module.name)
-    gc.freeze()  # a collection writes into all that it looks at
 
 
 def forked(action: Callable[[], int]) -> int:
     """Start a child that does something and exits with its result; returns its id."""
+    gc.freeze()  # a collection writes into all that it looks at, which would be copied
     child = os.fork()
     if child == 0:
         status = 99

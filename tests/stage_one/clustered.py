@@ -30,7 +30,7 @@ from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import FLIP_AND_CROP, TOP2_PACKED, Linear, contents, recipe, teacher
 from tests.stage_one.apart import ended, forked, until
 
-COUNT, NUM_VIEWS, SHARD_ROWS, BATCH, LAST_BATCH = 600, 4, 128, 32, 24
+COUNT, NUM_VIEWS, SHARD_ROWS, BATCH, LAST_BATCH = 184, 4, 40, 32, 24
 NUM_SHARDS = 20
 MARKS = "LOGITCACHE_TEST_MARKS"
 """Names the folder in which teachers tell where they were built: their recipe goes into the cache, and is the same."""
@@ -44,7 +44,7 @@ class Slow(Linear):
         mark("built")
 
     def forward(self, images: Tensor) -> Tensor:
-        time.sleep(0.02)
+        time.sleep(0.04)
         return super().forward(images)
 
 

@@ -35,9 +35,9 @@ def run(path: Path, num_views: int = 2, names: Sequence[str] = ("first", "second
     entries = {"first": teacher(DENSE16), "second": teacher(TOP2_PACKED)}
     views = {"num_views": num_views, "seed": 3, "augmentations": FLIP_AND_CROP}
     teachers = {name: entries[name] for name in names}
-    plan = recipe(path, teachers=teachers, views=views, shard_rows=128, batch_size=64, **RECORDED)
+    plan = recipe(path, teachers=teachers, views=views, shard_rows=40, batch_size=20, **RECORDED)
     modules = {name: TEACHERS[name] for name in names}
-    return precompute(plan, teachers=modules, dataset=Pixels(300)).shards_written
+    return precompute(plan, teachers=modules, dataset=Pixels(90)).shards_written
 
 
 def begin(path: Path) -> int:
@@ -48,7 +48,7 @@ def begin(path: Path) -> int:
 def state(path: Path) -> int:
     """Open the cache as a student would; returns its views, and ten for each teacher."""
     cache = open_cache(path)
-    cache.rows([ViewKey(cache.num_views - 1, 299)])
+    cache.rows([ViewKey(cache.num_views - 1, 89)])
     return cache.num_views + 10 * len(cache.manifest.teachers)
 
 

@@ -29,14 +29,14 @@ from tests.front import SHORT
 from tests.stage_one.apart import ended, forked
 
 URL = "LOGITCACHE_TEST_URL"
-NUM_IMAGES, NUM_SHARDS, NUM_KILLS = 300, 6, 4
+NUM_IMAGES, NUM_SHARDS, NUM_KILLS = 90, 6, 4
 TEACHERS = {"first": Linear(16), "second": Linear(7, seed=1)}
 
 
 def plan(cache: Any) -> PrecomputeRecipe:
     """Return a recipe of two teachers, one hot and one packed: six shards."""
     entries = {"first": teacher(DENSE16), "second": teacher(TOP2_PACKED)}
-    return recipe(cache, teachers=entries, shard_rows=128, batch_size=64)
+    return recipe(cache, teachers=entries, shard_rows=40, batch_size=20)
 
 
 def run(cache: str) -> int:

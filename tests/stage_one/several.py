@@ -34,14 +34,14 @@ from tests.stage_one.apart import ended, forked, until
 from tests.stage_one.killing import committed
 
 NUM_SHARDS = 9
-"""Three views of 300 images, by 128 rows."""
+"""Three views of 90 images, by 40 rows."""
 
 
 class Slow(Linear):
     """A teacher that takes its time, so that no process is done before the others begin."""
 
     def forward(self, images: Tensor) -> Tensor:
-        time.sleep(0.01)
+        time.sleep(0.02)
         return super().forward(images)
 
 
@@ -74,13 +74,13 @@ def run(
             path,
             teachers=named,
             views={"num_views": plan["num_views"], "seed": 3, "augmentations": FLIP_AND_CROP},
-            shard_rows=128,
+            shard_rows=40,
             batch_size=32,
             row_checksums=True,
             record_parameters=True,
         ),
         teachers={name: modules[name] for name in named},
-        dataset=Pixels(300),
+        dataset=Pixels(90),
         part=part,
         wait=wait,
     )
@@ -148,7 +148,7 @@ def holding(path: Path) -> int:
 
     def hold() -> int:
         with writing(LocalStore(path)):
-            assert Claim(LocalStore(path), Shard(2, 256, 300)).take()
+            assert Claim(LocalStore(path), Shard(2, 80, 90)).take()
             (path.parent / "result-held").touch()
             time.sleep(600)
         return 0
@@ -226,9 +226,9 @@ def one_that_waits_is_stopped(path: Path, whole: dict[str, bytes]) -> dict[str, 
 
 def students_are_trained_as_soon_as_the_cache_is_whole(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     """`precompute --wait && train-student` by two processes at once, beside a third, which is killed."""
-    pixels = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": 300, "num_classes": 16}}
+    pixels = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": 90, "num_classes": 16}}
     slow = {"kind": "custom", "factory": "tests.stage_one.several:Slow"}
-    plan = recipe(path, dataset=pixels, teachers={"t": teacher(model=slow)}, shard_rows=128, batch_size=32)
+    plan = recipe(path, dataset=pixels, teachers={"t": teacher(model=slow)}, shard_rows=40, batch_size=32)
     (path.parent / "result.yaml").write_text(dump_recipe(plan))
     model = {"kind": "custom", "factory": "tests.cache.made:Linear"}
     student = {"cache": str(path), "dataset": pixels, "model": model, "epochs": 1, "batch_size": 64, "num_workers": 0}
@@ -276,7 +276,7 @@ def read_while_it_grows(path: Path, whole: dict[str, bytes]) -> dict[str, Any]:
     def grown() -> bool:
         done = report.exists()
         cache = open_cache(path)
-        cache.rows([ViewKey(cache.num_views - 1, 299)])
+        cache.rows([ViewKey(cache.num_views - 1, 89)])
         seen.append([cache.num_views, len(cache.manifest.teachers)])
         return done
 

@@ -87,7 +87,7 @@ def test_a_users_error_reaches_the_client_as_it_is_and_is_not_tried_again(outcom
     found = outcomes["errors"]
     error = found["users"]
     assert (error["error"], error["exit_code"]) == ("DataError", 2)
-    assert "answers image '00576' with inf or nan (logits)" in error["message"]
+    assert "answers image '00160' with inf or nan (logits)" in error["message"]
     assert re.search(r"\n  On worker: tcp://127\.0\.0\.1:\d+, \S+, process \d+$", error["message"])
     assert found["overflowed"] == 1
 

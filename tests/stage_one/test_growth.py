@@ -47,7 +47,14 @@ MODULES: dict[str, nn.Module] = {"t": Linear(), "u": Linear(7, seed=1), "v": Lin
 CANARIES = "canary/c/0/0/0/0"
 
 
-def grow(path: Path, num_views: int, names: str, modules: dict[str, nn.Module] | None = None, **changes: Any) -> Any:
+def grow(
+    path: Path,
+    num_views: int,
+    names: str,
+    modules: dict[str, nn.Module] | None = None,
+    num_images: int = NUM_IMAGES,
+    **changes: Any,
+) -> Any:
     """Precompute some of the three teachers on some views."""
     changes = {"shard_rows": 2048, "batch_size": 100} | changes
     plan = recipe(
@@ -57,7 +64,7 @@ def grow(path: Path, num_views: int, names: str, modules: dict[str, nn.Module] |
         **changes,
     )
     chosen = {name: (modules or MODULES)[name] for name in names}
-    return precompute(plan, teachers=chosen, dataset=changes.get("images", Pixels(NUM_IMAGES)))
+    return precompute(plan, teachers=chosen, dataset=Pixels(num_images))
 
 
 def same_but_canaries(one: Path, other: Path) -> bool:
@@ -273,14 +280,14 @@ def test_a_teacher_whose_rows_do_not_fill_pages_is_stored_packed(tmp_path: Path)
     assert torch.equal(opened.rows(views)["v"].logits, apart.rows(views)["v"].logits)
 
 
-@pytest.mark.parametrize("shard_rows", [1, 7, 100])
-def test_any_number_of_rows_is_a_shard(shard_rows: int, tmp_path: Path) -> None:
-    grow(tmp_path / "c.zarr", 1, "tuv", shard_rows=shard_rows)
+@pytest.mark.parametrize(("shard_rows", "num_images"), [(1, 40), (7, 100), (100, NUM_IMAGES)])
+def test_any_number_of_rows_is_a_shard(shard_rows: int, num_images: int, tmp_path: Path) -> None:
+    grow(tmp_path / "c.zarr", 1, "tuv", num_images=num_images, shard_rows=shard_rows)
     assert verified(tmp_path / "c.zarr") == ()
     opened = open_cache(tmp_path / "c.zarr")
     assert opened.manifest.shard_rows == shard_rows
-    grow(tmp_path / "d.zarr", 1, "tuv")
-    views = [ViewKey(0, index) for index in range(NUM_IMAGES)]
+    grow(tmp_path / "d.zarr", 1, "tuv", num_images=num_images)
+    views = [ViewKey(0, index) for index in range(num_images)]
     ours, theirs = opened.rows(views), open_cache(tmp_path / "d.zarr").rows(views)
     assert all(torch.equal(ours[name].logits, theirs[name].logits) for name in "tuv")
 

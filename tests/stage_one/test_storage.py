@@ -20,7 +20,7 @@ from tests.stage_one import misbehaving, remotely
 from tests.stage_one.apart import program
 
 LINEAR = {"kind": "custom", "factory": "tests.cache.made:Linear"}
-IMAGES = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": 300, "num_classes": 16}}
+IMAGES = {"kind": "custom", "factory": "tests.cache.made:Pixels", "arguments": {"count": 90, "num_classes": 16}}
 TEACHERS = {"t": teacher(DENSE16, model=LINEAR)}
 TWO = TEACHERS | {"u": teacher(TOP2_PACKED, model=LINEAR)}
 SHARD = "t.logits/c.1.1.0"
@@ -57,7 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 def plan(cache: Any, **changes: Any) -> PrecomputeRecipe:
     """Return the recipe of a cache at a path or a URL."""
-    return recipe(cache, **({"dataset": IMAGES, "teachers": TEACHERS, "shard_rows": 128} | changes))
+    return recipe(cache, **({"dataset": IMAGES, "teachers": TEACHERS, "shard_rows": 40} | changes))
 
 
 def written(folder: Path, cache: str, **changes: Any) -> str:

@@ -3,8 +3,8 @@
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -92,12 +92,25 @@ def table_bytes(table: NDArray[Any]) -> bytes:
     return np.ascontiguousarray(table).astype(table.dtype.newbyteorder("<")).tobytes()
 
 
+@dataclass(frozen=True)
+class _Described:
+    """A manifest, equal to others of the same stored form."""
+
+    stored: str
+    manifest: Manifest = field(compare=False)
+
+
 def metadata_files(manifest: Manifest) -> dict[str, bytes]:
     """Return the metadata of a cache as this zarr-python writes it, by key."""
+    return dict(_metadata_files(_Described(json.dumps(manifest.attributes()), manifest)))
+
+
+@lru_cache(maxsize=8)  # zarr-python takes milliseconds for each array, and a process opens a cache more than once
+def _metadata_files(described: _Described) -> Mapping[str, bytes]:
     files: dict[str, Buffer] = {}
     store = MemoryStore(store_dict=files)
-    group = zarr.create_group(store, attributes={"logitcache": manifest.attributes()})
-    for options in _array_options(manifest):
+    group = zarr.create_group(store, attributes={"logitcache": described.manifest.attributes()})
+    for options in _array_options(described.manifest):
         group.create_array(**options)
     with warnings.catch_warnings():
         # Not yet in the specification, but every reader either uses it or passes over it.
