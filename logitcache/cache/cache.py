@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from logitcache.runtime.versions import versions
 from logitcache.targets import Targets
 from logitcache.views import canaries
 from logitcache.views.datasets.base import ImageDataset, Labels
-from logitcache.views.epochs import ChecksumsOf, EpochLoader
+from logitcache.views.epochs import ChecksumsOf, EpochLoader, LoaderOptions
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
 
@@ -234,12 +234,11 @@ class Cache:
         replay: Replay = "planned",
         factories: Sequence[str] = (),
         trust: Collection[str] = (),
-        **options: Any,
+        **options: Unpack[LoaderOptions],
     ) -> EpochLoader:
         """Stream batches of images and targets, once the images are proved to be those of the cache.
 
-        `dataset` to `trust` as for `views`; further options, `seed`, `drop_last`, `views_per_image`, `sampling`,
-        `rank`, `world_size` and `start_method`, are those of `EpochLoader`.
+        `dataset` to `trust` as for `views`; the further options are those of `EpochLoader`.
         """
         return EpochLoader(
             self.views(dataset, verify, limits, replay, factories, trust),

@@ -3,6 +3,7 @@
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +30,18 @@ _DRAWN = 1 << 14  # images whose keys are drawn at a time, a batch at least
 def no_targets(keys: Sequence[ViewKey]) -> Mapping[str, Targets]:
     """Give no targets: for training on labels."""
     return {}
+
+
+class LoaderOptions(TypedDict, total=False):
+    """Options that `Cache.loader` passes on to `EpochLoader`, which has their defaults."""
+
+    seed: int
+    drop_last: bool
+    views_per_image: int
+    sampling: Sampling
+    rank: int | None
+    world_size: int | None
+    start_method: StartMethod
 
 
 class EpochSampler(Sampler[list[ViewKey]]):
