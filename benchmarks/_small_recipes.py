@@ -51,7 +51,7 @@ def _sets(changes: Iterable[str], inputs: Path) -> Iterable[str]:
 
 def jobs() -> list[Job]:
     """List the jobs of every recipe, each after those that it reads."""
-    return [*_of_options(), *_of_bundled_images(), *_of_fashion_mnist(), *_of_photographs()]
+    return [*_of_options(), *_of_bundled_images(), *_of_sweeps(), *_of_fashion_mnist(), *_of_photographs()]
 
 
 def selected(pattern: str, quick: bool) -> list[Job]:
@@ -109,6 +109,29 @@ def _of_bundled_images() -> list[Job]:
             after=("derive/precompute.yaml",),
             quick=True,
         ),
+    ]
+
+
+def _of_sweeps() -> list[Job]:
+    caches = ("fashion_mnist/precompute.yaml", "fashion_mnist/precompute_test.yaml")
+    changes = (
+        "student.cache=caches/fashion_mnist-precompute.zarr",
+        "student.validation.cache=caches/fashion_mnist-precompute_test.zarr",
+        *(f"student.{change}" for change in (*CPU, "epochs=2", "batch_size=16")),
+        "seeds=2",
+        "inexact_targets=warn",
+    )
+    return [
+        Job(
+            f"sweeps/{name}.yaml",
+            "sweep",
+            f"sweeps/{name}.yaml",
+            f"sweeps/{name}",
+            changes,
+            caches,
+            (f"sweeps/{name}",),
+        )
+        for name in ("temperature", "temperature_weight", "losses")
     ]
 
 

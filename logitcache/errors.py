@@ -6,6 +6,7 @@ ValueError
     │   └── RecipeErrors         several of them at once
     ├── DataError            2   an image or a label cannot be read
     │   └── RefusedError         a file names what only a user may open, or nobody
+    ├── DivergenceError      2   the loss or the weights of a model in training are no longer finite
     ├── MissingExtraError    2   an optional dependency is not installed
     ├── CacheError           3   a cache is damaged, incomplete, busy or not a cache
     ├── RemoteError          3   storage at a URL does not answer, or refuses
@@ -60,6 +61,10 @@ class RowError(DataError):
     def __init__(self, row: int, why: str) -> None:
         super().__init__(f"row {row} of a batch: {why}")
         self.row, self.why = row, why
+
+
+class DivergenceError(LogitCacheError):
+    """The loss or the weights of a model in training are no longer finite."""
 
 
 class TargetErrorWarning(UserWarning):

@@ -6,7 +6,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from logitcache.logits import BatchValue, Logits, at_least_float32, log_probs
+from logitcache.logits import BatchValue, Logits, at_least_float32, log_probs, mapped
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,16 @@ class Batch(BatchValue):
     keys: Tensor
     teachers: Mapping[str, Targets]
     mixed: MixedLabels | None = None
+    _parts: dict[int, tuple["Batch", ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def parts(self, count: int) -> tuple["Batch", ...]:
+        """Cut into at most so many parts; what one student's losses decode of a part, another's find decoded."""
+        if count == 1:
+            return (self,)
+        if count not in self._parts:
+            size = -(-len(self) // count)
+            self._parts[count] = tuple(self[slice(start, start + size)] for start in range(0, len(self), size))
+        return self._parts[count]
 
     @property
     def targets(self) -> Targets:
@@ -128,6 +138,18 @@ class Batch(BatchValue):
             names = sorted(self.teachers)
             raise ValueError(f"the batch has targets of {names}: take one, as in batch.teachers['name']")
         return next(iter(self.teachers.values()))
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of the teachers' answers in the forms in which they are kept."""
+        kept: list[Tensor] = []
+
+        def collected(tensor: Tensor) -> Tensor:
+            kept.append(tensor)
+            return tensor
+
+        mapped(self.teachers, collected)
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def __len__(self) -> int:
         return len(self.images)

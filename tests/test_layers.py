@@ -1,4 +1,4 @@
-"""Imports point down: cli → report → (planning → stage_one → teacher) | student → cache → views → everything else."""
+"""Imports point down: cli → report → planning → stage_one → teacher | sweeps → student → cache → views → the rest."""
 
 import ast
 from collections.abc import Iterator
@@ -14,7 +14,8 @@ BELOW = {
     "stage_one": ("teacher",),
     "planning": ("stage_one",),
     "student": ("cache",),
-    "report": ("planning", "student"),
+    "sweeps": ("stage_one", "student"),
+    "report": ("planning", "sweeps"),
     "cli": ("report",),
 }
 """What lies right below each folder; all other folders and modules are at the bottom."""

@@ -173,6 +173,11 @@ _COMMANDS = {
         *(_TWO, "train-teacher pipelines/fashion_mnist/teacher.yaml --resume"),
         *("how-to/bring-your-teacher.md", "logitcache precompute RECIPE, with model: {kind: run, path: RUN}"),
     ),
+    "sweep": Command(
+        stage_two.sweep,
+        *(_TWO, "sweep pipelines/fashion_mnist/student.yaml sweeps/t --grid losses.0.temperature=1,2,4 --seeds 3"),
+        *("how-to/compare-many-students.md", "logitcache evaluate OUT/runs/NAME"),
+    ),
     "evaluate": Command(
         stage_two.evaluate,
         *(_TWO, "evaluate runs/fashion_mnist/student --latency"),

@@ -1,4 +1,4 @@
-"""The commands of stage two: train and evaluate."""
+"""The commands of stage two: train, sweep and evaluate."""
 
 from dataclasses import asdict
 from enum import StrEnum
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, BadParameter, Option
 
-from logitcache.cli.common import CommandResult, Overrides, Recipe, Trust
+from logitcache.cli.common import CommandResult, Overrides, Recipe, Scheduler, Trust, Workers
 from logitcache.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -81,6 +81,61 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
     with joined() as ranks:
         result = train(load_own(recipe, TeacherRecipe, overrides), resume=resume)
         return _trained(result, ranks.is_first)
+
+
+class TableFormat(StrEnum):
+    """A format of the comparison of cells."""
+
+    CSV = "csv"
+    JSON = "json"
+    MARKDOWN = "markdown"
+    LATEX = "latex"
+
+
+def sweep(
+    recipe: Recipe,
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder of the runs and of the comparison.")],
+    overrides: Overrides,
+    trust: Trust,
+    grid: Annotated[
+        list[str],
+        Option("--grid", metavar="KEY=V1,V2", help="Train with each of these values; repeatable, all with all."),
+    ] = [],  # noqa: B006  # Typer's way
+    seeds: Annotated[
+        int | None, Option("--seeds", min=1, metavar="N", show_default="1", help="Seeds of each cell.")
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        Option("--baseline", metavar="CELL", help="The cell that others are compared with; by default the first."),
+    ] = None,
+    table: Annotated[
+        TableFormat | None, Option("--table", help="Print the comparison in a format, and no more.")
+    ] = None,
+    workers: Workers = None,
+    scheduler: Scheduler = None,
+) -> CommandResult:
+    """Train many students from one cache, on one stream of batches, and compare them.
+
+    RECIPE is a student's, or a sweep's (kind: sweep). The same command continues what was stopped or killed; of a
+    finished sweep it prints the comparison.
+    """
+    from logitcache.report.recipe_check import load_sweep
+    from logitcache.runtime.tables import as_text
+    from logitcache.stage_one.cluster.cluster import Cluster
+    from logitcache.sweeps import sweep as sweeping
+    from logitcache.sweeps.table_formats import TableFormat as Format
+    from logitcache.sweeps.table_formats import format_table, shown_rows
+
+    found = load_sweep(recipe, overrides, trust=trust, grid=grid, seeds=seeds, baseline=baseline)
+    result = sweeping.sweep(found, out, Cluster(scheduler, workers))
+    document = asdict(result)
+    if table is not None:
+        text = format_table(result.comparison, Format(table))
+    else:
+        shown = {key: value for key, value in document.items() if key not in ("comparison", "failed", "exit_code")}
+        text = as_text(shown | {"cells": shown_rows(result.comparison)})
+    errors = tuple(f"{run} failed: {why}" for run, why in result.failed.items())
+    return CommandResult(document, text, errors, "FailedStudents", result.exit_code)
 
 
 def _granted(trust: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from logitcache.cache.cache import Cache
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.config.mistakes import validate
-from logitcache.config.recipe import Component, load_recipe, load_sound, read_recipe, require_effect
+from logitcache.config.recipe import NOWHERE, Component, load_recipe, load_sound, read_recipe, require_effect
 from logitcache.errors import LogitCacheError, RecipeError, caught, listed, raise_all
 from logitcache.runtime.console import logger
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
@@ -24,6 +24,8 @@ from logitcache.student.evaluation.validation import mapped_labels
 from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, require_live
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_fit, require_taps
+from logitcache.sweeps.cells import members_of, parse_grid
+from logitcache.sweeps.sweep_recipe import SweepRecipe, as_sweep
 from logitcache.teacher.classes import outputs_of
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import ImageDataset
@@ -35,6 +37,7 @@ RECIPES: dict[str, type[Component]] = {
     "derive": DeriveRecipe,
     "train-student": StudentRecipe,
     "train-teacher": TeacherRecipe,
+    "sweep": SweepRecipe,
 }
 
 R = TypeVar("R", bound=Component)
@@ -140,6 +143,17 @@ def _checks_of_derivation(recipe: DeriveRecipe, stated: Collection[str]) -> Iter
         yield lambda: SourceCache.of(recipe, Snapshot.read(store))
 
 
+def _checks_of_sweep(recipe: SweepRecipe, stated: Collection[str]) -> Iterator[Check]:
+    """Yield checks of every cell by itself, with its first seed."""
+    try:
+        members = members_of(recipe, Path(NOWHERE))
+    except RecipeError as error:
+        yield partial(raise_all, [error])
+        return
+    for member in {member.cell: member for member in reversed(members)}.values():
+        yield from _checks_of_student(member.recipe, ("model", "dataset"))
+
+
 def _opened(entry: object, otherwise: str) -> ImageDataset | None:
     """Open a data set of a recipe; None if there is none, or if it is not here, which is reported.
 
@@ -159,6 +173,7 @@ _CHECKS: dict[type[Component], Callable[[Any, Collection[str]], Iterator[Check]]
     DeriveRecipe: _checks_of_derivation,
     StudentRecipe: _checks_of_student,
     TeacherRecipe: _checks_of_teacher,
+    SweepRecipe: _checks_of_sweep,
 }
 
 
@@ -169,7 +184,7 @@ def command_of(path: str | Path) -> str:
     if not data.keys() & RECIPES[command].model_fields.keys():
         raise RecipeError(
             f"{path}:1: no recipe has these keys; `precompute` needs teachers, `derive` cache, out and teachers, "
-            "`train-student` cache and model, `train-teacher` dataset and model"
+            "`train-student` cache and model, `train-teacher` dataset and model, `sweep` kind and student"
         )
     return command
 
@@ -202,6 +217,27 @@ def load_own(path: str | Path, model: type[R], overrides: Sequence[str] = ()) ->
                 f"Fix: run `logitcache {command} {shlex.quote(str(path))}`, or name a recipe of `{own}`"
             ) from error
         raise
+
+
+def load_sweep(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    trust: Sequence[str] = (),
+    grid: Sequence[str] = (),
+    seeds: int | None = None,
+    baseline: str | None = None,
+) -> SweepRecipe:
+    """Load the recipe of a sweep, or that of a student, and add what the command line varies."""
+    varied = {"grid": parse_grid(grid), "seeds": seeds, "baseline": baseline}
+    granted = f"trust=[{', '.join(trust)}]"
+    if read_recipe(path).get("kind") != "sweep":
+        student = load_own(path, StudentRecipe, [*overrides, *[granted] * bool(trust)])
+        return load_recipe(as_sweep(student, **varied), SweepRecipe)
+    recipe = load_own(path, SweepRecipe, [*overrides, *[f"student.{granted}"] * bool(trust)])
+    changes = {key: value for key, value in varied.items() if value}
+    stated = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return load_recipe(stated | changes, SweepRecipe) if changes else recipe
 
 
 def _misfit(data: Mapping[str, Any], model: type[Component]) -> tuple[int, int]:

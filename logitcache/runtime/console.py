@@ -9,12 +9,12 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress
 
 T = TypeVar("T")
@@ -32,6 +32,7 @@ class _Handler(logging.Handler):
 
     console: "Console | None" = None
     progress: "Progress | None" = None
+    above: "Callable[[], RenderableType] | None" = None
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one line."""
@@ -109,6 +110,24 @@ def silenced() -> Iterator[None]:
         _output.console, logger.disabled = shown, False
 
 
+@contextmanager
+def shown_above(render: "Callable[[], RenderableType]") -> Iterator[bool]:
+    """Show what a function renders above the bars within the block, as it changes; yield whether a terminal does.
+
+    A log file gets none of it.
+    """
+    if _output.console is None or not _output.console.is_terminal:
+        yield False
+        return
+    _output.above = render
+    _output.progress = _start_progress()
+    try:
+        yield True
+    finally:
+        finish()
+        _output.above = None
+
+
 def track(iterable: Iterable[T], description: str, total: int, unit: str = "images", done: int = 0) -> Iterator[T]:
     """Yield the items and show how many of `total` were taken, counted from `done`."""
     if _output.console is None:
@@ -152,9 +171,17 @@ def _with_bar(iterable: Iterable[T], description: str, total: int, unit: str, do
 def _start_progress() -> "Progress":
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    class Display(Progress):
+        """Bars, and above them what `shown_above` renders."""
+
+        def get_renderables(self) -> "Iterable[RenderableType]":
+            if _output.above is not None:
+                yield _output.above()
+            yield from super().get_renderables()
+
     text, unit = (TextColumn(field, markup=False) for field in ("{task.description}", "{task.fields[unit]}"))
     columns = (text, BarColumn(), MofNCompleteColumn(), unit, TimeRemainingColumn())
-    progress = Progress(*columns, console=_output.console, transient=True)
+    progress = Display(*columns, console=_output.console, transient=True)
     progress.start()
     return progress
 

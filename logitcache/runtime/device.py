@@ -121,6 +121,28 @@ def set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
         torch.mps.set_rng_state(states["mps"])
 
 
+class OwnRandomness:
+    """Random states that one model draws from: within a block draws go on from the block before, whoever drew between.
+
+    Blocks are not nested.
+    """
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self._device, self._before = device, dict[str, Tensor]()
+        with own_randomness(device, seed):
+            self._states = random_states(device)
+
+    def __enter__(self) -> None:
+        assert not self._before, "blocks are not nested"
+        self._before = random_states(self._device)
+        set_random_states(self._device, self._states)
+
+    def __exit__(self, *_: object) -> None:
+        self._states = random_states(self._device)
+        set_random_states(self._device, self._before)
+        self._before = {}
+
+
 @contextmanager
 def own_randomness(device: torch.device, seed: int) -> Iterator[None]:
     """Seed the generators of the CPU and of one device for a block; the caller's states are put back."""

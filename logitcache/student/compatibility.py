@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from logitcache.cache.cache import Cache
 from logitcache.cache.encodings.head import PENULTIMATE
 from logitcache.cache.format.manifest import LOGITS, TeacherEntry
-from logitcache.cache.format.row_errors import BOUND
+from logitcache.cache.format.row_errors import BOUND, RowErrors
 from logitcache.errors import RecipeError
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.losses import Loss
@@ -233,17 +233,42 @@ def inexact_targets(losses: Sequence[Loss], ensembles: Mapping[str, Ensemble], c
                 yield f"losses.{number} ({loss.kind}): {reason}"
 
 
-def _inexact(loss: Loss, name: str, entry: TeacherEntry) -> str | None:
-    """Describe the errors of a teacher's logits at the temperatures of a loss, 1 if it has none; None if within."""
-    recorded = [one for one in entry.errors_of(LOGITS) if one.temperature is not None]
-    if not recorded:
-        return None
+def target_error(losses: Sequence[Loss], ensembles: Mapping[str, Ensemble], cache: Cache) -> float | None:
+    """Return the largest recorded error of the targets at the losses' temperatures, times T², in nats."""
+    held = held_teachers(cache)
+    names = {
+        number: asked_targets([loss], ensembles, held) if shares_classes(loss) else ()
+        for number, loss in enumerate(losses)
+    }
+    found = (_worst(losses[number], cache.manifest.teachers[name]) for number, asked in names.items() for name in asked)
+    return max((one.scaled for one in found if one is not None), default=None)
+
+
+def _recorded(entry: TeacherEntry) -> list[RowErrors]:
+    return [one for one in entry.errors_of(LOGITS) if one.temperature is not None]  # ascending
+
+
+def _temperatures(loss: Loss) -> tuple[float, float]:
+    """Return the lowest and the highest temperature of a loss, 1 if it has none."""
     temperature = getattr(loss, "temperature", None)
-    lowest, highest = temperature.bounds if isinstance(temperature, TemperatureBase) else (1.0, 1.0)
-    temperatures = [one.temperature or 0.0 for one in recorded]  # ascending
+    return temperature.bounds if isinstance(temperature, TemperatureBase) else (1.0, 1.0)
+
+
+def _worst(loss: Loss, entry: TeacherEntry) -> RowErrors | None:
+    """Return the largest error of a teacher's logits at the temperatures of a loss; None if none is recorded."""
+    recorded, (lowest, highest) = _recorded(entry), _temperatures(loss)
+    temperatures = [one.temperature or 0.0 for one in recorded]
     start = max((n for n, at in enumerate(temperatures) if at <= lowest), default=0)
     stop = min((n for n, at in enumerate(temperatures) if at >= highest), default=len(recorded) - 1)
-    worst = max(recorded[start : stop + 1], key=lambda one: one.scaled)
+    return max(recorded[start : stop + 1], key=lambda one: one.scaled, default=None)
+
+
+def _inexact(loss: Loss, name: str, entry: TeacherEntry) -> str | None:
+    """Describe the errors of a teacher's logits at the temperatures of a loss; None if they are within the bound."""
+    worst, (lowest, highest) = _worst(loss, entry), _temperatures(loss)
+    if worst is None:
+        return None
+    temperatures = [one.temperature or 0.0 for one in _recorded(entry)]
     bound, what = BOUND, f"the bound is {BOUND:g}"
     if not temperatures[0] <= lowest <= highest <= temperatures[-1]:
         span = f"{lowest:.3g}" if lowest == highest else f"{lowest:.3g} to {highest:.3g}"

@@ -1,50 +1,75 @@
-"""Stage two: train a student from a cache, or any model on labels. One loop serves both."""
+"""Stage two: train students from a cache, or any model on labels. One loop serves one student and many."""
 
 import time
-from dataclasses import asdict, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from logitcache.config.recipe import require_effect
-from logitcache.errors import LogitCacheError, MismatchError, RecipeError
+from logitcache.errors import RecipeError, Stopped
 from logitcache.runtime.console import logger, track
-from logitcache.runtime.device import own_randomness, resolve_device, synchronize
+from logitcache.runtime.device import OwnRandomness, resolve_device, synchronize
 from logitcache.runtime.stopping import StopFlag, stop_flag
 from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts
-from logitcache.student.ensembles import with_ensembles
 from logitcache.student.evaluation.validation import Validator, open_validator
 from logitcache.student.learner import Learner
-from logitcache.student.lesson import LiveTargets, TrainingData, as_given, open_training_data
-from logitcache.student.nonfinite import require_finite_targets
+from logitcache.student.lesson import Lesson, LiveTargets, as_given
 from logitcache.student.optim.batch_norm import require_possible
-from logitcache.student.optim.schedules import Progress
-from logitcache.student.ranks import Ranks, joined
+from logitcache.student.ranks import ALONE, Ranks, joined
 from logitcache.student.runs.run_directory import RunDirectory
-from logitcache.student.runs.run_result import (
-    RunResult,
-    best_epoch,
-    extend,
-    keep_if_best,
-    require_measurable,
-    save_kept,
-)
-from logitcache.student.runs.state_shapes import most_bytes, require_alike, require_place, require_shapes
+from logitcache.student.runs.run_result import RunResult, require_measurable
 from logitcache.student.runs.trained import Evaluation, evaluated_as
+from logitcache.student.runs.training_run import SHOWN, TrainingRun
+from logitcache.student.training_data import Stream, TrainingData, open_training_data
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_trainable
 from logitcache.targets import Batch
-from logitcache.views.augmentations import Augmentation
 
-SHOWN = ("top1", "top5", "mean_ap", "f1_macro", "agreement")
-"""Metrics printed per epoch, if measured."""
-BEST = ("top1", "mean_ap")
-"""Metrics of which a run reports the best epoch."""
+AnyRecipe = StudentRecipe | TeacherRecipe
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Watcher:
+    """What is done about each student's errors and metrics: by default errors are raised, and metrics logged."""
+
+    def begins(self, directory: RunDirectory, resumes: bool) -> None:
+        """Take note that a run begins or, if it `resumes`, continues."""
+        if resumes and not directory.begun:
+            logger.info(f"there is no run in {directory.path} to resume: a new one starts")
+
+    def failed(self, recipe: TrainingRecipe, error: Exception) -> None:
+        """Record that a student failed, which then leaves; or raise."""
+        raise error
+
+    def ended_epoch(self, recipe: TrainingRecipe, row: dict[str, Any]) -> None:
+        """Show the metrics of an epoch."""
+        shown = [f"epoch {row['epoch'] + 1}/{recipe.epochs}", f"loss {row['loss']:.4f}"]
+        shown += [f"{name} {100 * row[f'val_{name}']:.2f} %" for name in SHOWN if f"val_{name}" in row]
+        logger.info("  ".join([*shown, f"{row['seconds']:.1f} s"]))
+
+    def shared(self, batch: Batch, students: int, seconds: float) -> None:
+        """Take note that students waited so long for a batch, and now train on it."""
+
+    def each(self, recipe_of: Callable[[T], TrainingRecipe], act: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Return what a function makes of the items of those students that do not fail in it; a stop ends all."""
+        made = []
+        for item in items:
+            try:
+                made.append(act(item))
+            except Stopped:
+                raise
+            except Exception as error:  # models and losses of the user's own may raise anything
+                self.failed(recipe_of(item), error)
+        return made
 
 
 def train(
-    recipe: StudentRecipe | TeacherRecipe,
+    recipe: AnyRecipe,
     *,
     resume: bool = False,
     live: LiveTargets | None = None,
@@ -61,53 +86,83 @@ def train(
     recipe do not belong together, Stopped after SIGTERM or Ctrl-C.
     """
     with joined() as ranks:
-        return _train(as_given(recipe, dataset, model), resume, live, dataset, model, ranks)
+        given = as_given(recipe, dataset, model)
+        (result,) = train_together(
+            [given], Watcher(), resume=resume, live=live, dataset=dataset, model=model, ranks=ranks
+        )
+        return result
 
 
-def _train(
-    recipe: StudentRecipe | TeacherRecipe,
-    resume: bool,
-    live: LiveTargets | None,
-    dataset: object | None,
-    model: nn.Module | None,
-    ranks: Ranks,
-) -> RunResult:
-    device = resolve_device(recipe.device)
+def train_together(
+    recipes: Sequence[AnyRecipe],
+    watcher: Watcher,
+    *,
+    resume: bool = True,
+    until: int | None = None,
+    stop: StopFlag | None = None,
+    live: LiveTargets | None = None,
+    dataset: object | None = None,
+    model: nn.Module | None = None,
+    ranks: Ranks = ALONE,
+) -> list[RunResult]:
+    """Train students on one stream, each bit for bit as alone; return the results of those that finished.
+
+    Batches are rendered, read and moved once for all: the recipes agree in what decides them. A student whose own part
+    fails leaves. With `until`, all pause after so many epochs. `stop` is the caller's flag; by default SIGTERM and
+    Ctrl-C stop.
+    """
+    device = resolve_device(recipes[0].device)
     ranks.use(device)
-    _require_parts(recipe, device, ranks)
-    run = RunDirectory(recipe.out, ranks)
-    before = run.require_recipe(recipe, resume)
-    if not run.begun:
-        require_effect(recipe, recipe.epochs)
-    data = open_training_data(recipe, live, run.learns_from(), ranks, dataset)
-    validator = open_validator(recipe, data.lesson.num_classes)
-    require_measurable(recipe, validator)
-    identity = data.identity | ({} if validator is None else {"validation": validator.identity()})
-    run.require_identity(identity)
-    if (finished := run.finished(RunResult)) is not None and finished.epochs >= recipe.epochs:
-        logger.info(f"{run.path} is finished, there is nothing to do")
-        return finished
-    with own_randomness(device, recipe.seed):
-        sample = None if validator is None else validator.sample()
-        classifier = build_classifier(recipe, data.lesson, sample, model)
-        layouts = decide_layouts(recipe, classifier, black(data.lesson))
-        adapters = build_adapters(recipe, data.lesson, classifier, layouts)
-        require_trainable(recipe, data.lesson, classifier, device, layouts, ranks.size)
-        learner = Learner(recipe, classifier, device, adapters, ranks, layouts)
-        with run.held(), stop_flag() as stop:
-            if resume and not run.begun:
-                logger.info(f"there is no run in {run.path} to resume: a new one starts")
-            _take_up(learner, run, len(data.loader), recipe.epochs)
-            if before is not None:
-                extend(recipe, run, before, learner.step, len(data.loader))
-            run.open(recipe, identity)
-            while learner.epoch < recipe.epochs:
-                _train_epoch(recipe, data, learner, run, stop)
-                measured = _measure(recipe, data, learner, run, validator, stop)
-                _finish_epoch(recipe, data, learner, run, measured)
-    height, width = (data.lesson.image_shape if sample is None else sample.shape)[-2:]
-    augmentations = evaluated_as(() if validator is None else validator.augmentations, (height, width))
-    return _finish_run(recipe, data, learner, run, augmentations)
+    starts = watcher.each(lambda recipe: recipe, lambda recipe: _Start.of(recipe, device, resume, ranks), recipes)
+    if not starts:
+        return []
+    data = open_training_data(starts[0].recipe, live, starts[0].directory.learns_from(), dataset)
+    starts = watcher.each(_recipe, lambda start: start._replace(lesson=data.lesson(start.recipe)), starts)
+    if not starts:
+        return []
+    stream = data.stream([start.recipe for start in starts], ranks)
+    opened = _Opened(data, stream, {}, device, ranks, lambda directory: watcher.begins(directory, resume))
+    with ExitStack() as locks:
+        found = watcher.each(_recipe, lambda start: _prepare(start, opened, model, locks), starts)
+        results = [result for result in found if isinstance(result, RunResult)]
+        group = _Group([run for run in found if isinstance(run, TrainingRun)], watcher)
+        found.clear()
+        with stop_flag() if stop is None else nullcontext(stop) as flag:
+            return results + _train(group, opened, flag, until)
+
+
+class _Start(NamedTuple):
+    """A recipe that agrees with its run directory, how many epochs a run had that it extends, and its lesson."""
+
+    recipe: AnyRecipe
+    directory: RunDirectory
+    before: int | None
+    lesson: Lesson | None = None
+
+    @classmethod
+    def of(cls, recipe: AnyRecipe, device: torch.device, resume: bool, ranks: Ranks) -> "_Start":
+        """Check a recipe by itself, and against what its run directory holds."""
+        _require_parts(recipe, device, ranks)
+        directory = RunDirectory(recipe.out, ranks)
+        before = directory.require_recipe(recipe, resume)
+        if not directory.begun:
+            require_effect(recipe, recipe.epochs)
+        return cls(recipe, directory, before)
+
+
+def _recipe(item: "_Start | TrainingRun") -> TrainingRecipe:
+    return item.recipe
+
+
+class _Opened(NamedTuple):
+    """What the students of a stream share."""
+
+    data: TrainingData
+    stream: Stream
+    validators: dict[str, Validator]
+    device: torch.device
+    ranks: Ranks
+    begins: Callable[[RunDirectory], None]
 
 
 def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -> None:
@@ -122,178 +177,119 @@ def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -
         )
 
 
-def _take_up(learner: Learner, run: RunDirectory, num_batches: int, epochs: int) -> None:
-    """Continue from the checkpoint, if there is one, which lies within epochs of so many batches."""
-    if run.begun:
-        own = learner.state()
-        saved = run.load_checkpoint(most_bytes(own))
-        with run.reading(run.checkpoint):
-            require_alike(saved, own)
-            require_place(saved.get("place", (0, 0, 0)), num_batches, epochs)
-        try:
-            learner.load(saved)
-        except Exception as cause:  # what a module does with a foreign state is its own business
-            # Earlier releases read every tap as channels first.
-            turned = [f"{tap}: channels_first" for tap, layout in learner.layouts.items() if layout == "channels_last"]
-            entry = f"tap_layouts: {{{', '.join(turned)}}}, " if turned else ""
-            raise MismatchError(
-                f"{run.checkpoint} is of another model or release: {cause}. "
-                f"Fix: {entry}the code that began this run, or another `out:`"
-            ) from cause
-        with run.reading(run.checkpoint):
-            require_shapes(learner.optimizer)
-    run.rewind(learner.epoch)
-
-
-def _train_epoch(
-    recipe: TrainingRecipe, data: TrainingData, learner: Learner, run: RunDirectory, stop: StopFlag
-) -> None:
-    """Run an epoch, from where the learner is in it: the loop of stage two."""
-    started = time.perf_counter() - learner.seconds
-    learner.trained.train()
-    batches = data.loader.epoch(learner.epoch, learner.batch)
-    name = f"epoch {learner.epoch + 1}/{recipe.epochs}"
-    for batch in track(batches, name, len(data.loader), "batches", learner.batch):
-        batch = batch.to(learner.device)
-        batch = batch if data.live is None else replace(batch, teachers=data.live(batch.images, batch.labels))
-        batch = with_ensembles(batch, data.ensembles)
-        progress = Progress(learner.step, len(data.loader), recipe.epochs)
-        factor = recipe.schedule.factor(learner.step, len(data.loader), recipe.epochs)
-        for group in learner.optimizer.param_groups:
-            group["lr"] = recipe.optimizer.lr * factor
-        rows = learner.ranks.mean_rows(_rows(recipe, batch))
-        micros = _split(batch, recipe.micro_batches)
-        for micro in micros:
-            with learner.ranks.exchanging(learner.terms, micro is micros[-1]):
-                terms: Tensor = learner.terms(micro, progress)
-                micro_rows = _rows(recipe, micro)
-                loss_of_batch = (terms * (micro_rows / rows)).sum()
-                learner.scaler.scale(loss_of_batch).backward()  # type: ignore[no-untyped-call]
-            learner.add(terms, micro_rows)
-        learner.scaler.unscale_(learner.optimizer)
-        if recipe.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(learner.trained.parameters(), recipe.clip_norm)
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
-        learner.optimizer.zero_grad(set_to_none=True)
-        learner.end_step()
-        learner.seconds = time.perf_counter() - started
-        _keep_place(recipe, data, learner, run, learner.ranks.agreed(stop))
-    synchronize(learner.device)
-    learner.seconds = time.perf_counter() - started
-
-
-def _split(batch: Batch, count: int) -> list[Batch]:
-    size = -(-len(batch) // count)
-    return [batch[slice(start, start + size)] for start in range(0, len(batch), size)]
-
-
-def _rows(recipe: TrainingRecipe, batch: Batch) -> Tensor:
-    """Count the rows that each loss is a mean over, [L]: micro-batches then sum to what the whole batch gives."""
-    return torch.stack([loss.rows(batch) for loss in recipe.losses])
-
-
-def _keep_place(
-    recipe: TrainingRecipe, data: TrainingData, learner: Learner, run: RunDirectory, stop: StopFlag
-) -> None:
-    if stop or (recipe.checkpoint_steps is not None and learner.step % recipe.checkpoint_steps == 0):
-        _save(data, learner, run)
-    if stop:
-        raise stop.stopped(
-            f"stopped in epoch {learner.epoch + 1} after step {learner.step}; the state is in {run.checkpoint}. "
-            "The same command with --resume continues"
+def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: ExitStack) -> TrainingRun | RunResult:
+    """Compare a run with its data, build the student, and continue from a checkpoint; or return a finished result."""
+    (recipe, directory, before, lesson), (data, stream, validators, device, ranks, begins) = start, opened
+    assert lesson is not None
+    validator = open_validator(recipe, lesson.num_classes, validators)
+    require_measurable(recipe, validator)
+    identity = data.identity(recipe) | ({} if validator is None else {"validation": validator.identity()})
+    directory.require_identity(identity)
+    if (finished := directory.finished(RunResult)) is not None and finished.epochs >= recipe.epochs:
+        logger.info(f"{directory.path} is finished, there is nothing to do")
+        return finished
+    randomness = OwnRandomness(device, recipe.seed)
+    with randomness:
+        sample = None if validator is None else validator.sample()
+        classifier = build_classifier(recipe, lesson, sample, model)
+        layouts = decide_layouts(recipe, classifier, black(lesson))
+        adapters = build_adapters(recipe, lesson, classifier, layouts)
+        require_trainable(recipe, lesson, classifier, device, layouts, ranks.size)
+        learner = Learner(recipe, classifier, device, adapters, ranks, layouts)
+        height, width = (lesson.image_shape if sample is None else sample.shape)[-2:]
+        evaluation = Evaluation(
+            augmentations=evaluated_as(() if validator is None else validator.augmentations, (height, width)),
+            class_names=stream.class_names(lesson.num_classes),
+            epoch=recipe.epochs,
         )
+        locks.enter_context(directory.held())
+        begins(directory)
+        run = TrainingRun(recipe, learner, randomness, directory, stream, validator, evaluation, lesson.num_classes)
+        run.take_up(before)
+        directory.open(recipe, identity)
+    return run
 
 
-def _save(data: TrainingData, learner: Learner, run: RunDirectory) -> None:
-    _require_finite(data, learner, run)
-    run.save_checkpoint(learner.state())
+class _Group:
+    """The students of a stream; one that fails leaves at once, and its memory is free for the others."""
+
+    def __init__(self, runs: list[TrainingRun], watcher: Watcher) -> None:
+        self.runs, self.watcher = runs, watcher
+
+    def at(self, epoch: int) -> list[TrainingRun]:
+        """Return the students in an epoch: others may be ahead, and wait."""
+        return [run for run in self.runs if run.learner.epoch == epoch]
+
+    def each(self, act: Callable[[TrainingRun], R], runs: Sequence[TrainingRun]) -> list[R]:
+        """Let some of the students act in turn."""
+        made = self.watcher.each(_recipe, lambda run: (run, act(run)), runs)
+        if len(made) < len(runs):
+            failed = {id(run) for run in runs} - {id(run) for run, _ in made}
+            self.runs = [run for run in self.runs if id(run) not in failed]
+        return [value for _, value in made]
+
+    def step(self, batch: Batch, runs: Sequence[TrainingRun]) -> None:
+        """Let students train on a batch."""
+        self.each(lambda run: run.step(batch), runs)
+
+    def measure(self, validator: Validator, epoch: int, batch: Batch) -> None:
+        """Let the students that a validator measures in this epoch answer to a batch of its images."""
+        due = [run for run in self.at(epoch) if run.is_measured and run.validator is validator]
+        self.each(lambda run: run.measure(batch), due)
+
+    def share_wait(self, epoch: int, seconds: float) -> None:
+        """Add the time in which the students of an epoch waited to theirs, in equal parts."""
+        waiting = self.at(epoch)
+        for run in waiting:
+            run.learner.seconds += seconds / len(waiting)
 
 
-def _require_finite(data: TrainingData, learner: Learner, run: RunDirectory) -> None:
-    """Raise LogitCacheError if training has diverged: a checkpoint of that would be of no use."""
-    if not learner.finite():
-        if data.cache is not None:
-            require_finite_targets(data.loader, learner.epoch, learner.batch, data.cache)
-        raise LogitCacheError(
-            f"epoch {learner.epoch + 1}, step {learner.step}: the loss or the weights are no longer finite (loss "
-            f"{sum(learner.means())}); the last checkpoint in {run.path} is from before. Fix: train again into another "
-            "`out:` with a lower optimizer.lr, schedule.warmup_epochs, or clip_norm"
-        )
+def _train(group: _Group, opened: _Opened, stop: StopFlag, until: int | None) -> list[RunResult]:
+    """Train epoch by epoch; those that are behind catch up first."""
+    results: list[RunResult] = []
+    while True:
+        results += group.each(TrainingRun.finish, [run for run in group.runs if run.is_over])
+        group.runs = [run for run in group.runs if not run.is_over]
+        epochs = [run.learner.epoch for run in group.runs if until is None or run.learner.epoch < until]
+        if not epochs:
+            return results
+        epoch = min(epochs)
+        _train_epoch(group, opened, epoch, stop)
+        _measure(group, opened, epoch, stop)
+        for recipe, row in group.each(lambda run: (run.recipe, run.end_epoch()), group.at(epoch)):
+            group.watcher.ended_epoch(recipe, row)
 
 
-def _measure(
-    recipe: TrainingRecipe,
-    data: TrainingData,
-    learner: Learner,
-    run: RunDirectory,
-    validator: Validator | None,
-    stop: StopFlag,
-) -> dict[str, float]:
-    """Measure, after an epoch that asks for it; the state is kept first, so that a stop loses nothing."""
-    last = learner.epoch + 1 == recipe.epochs
-    every = recipe.validation.every if recipe.validation is not None else 1
-    if validator is None or not (last or (learner.epoch + 1) % every == 0):
-        return {}
-    _save(data, learner, run)
-    learner.share_statistics()
-    tally = validator.tally(learner.measured, learner.device, recipe.precision, learner.ranks, stop)
-    return {f"val_{name}": value for name, value in asdict(tally.measures()).items() if value is not None}
+def _train_epoch(group: _Group, opened: _Opened, epoch: int, stop: StopFlag) -> None:
+    """Give each batch of an epoch to the students that have not seen it: the loop of stage two."""
+    stream, device, runs = opened.stream, opened.device, group.at(epoch)
+    start, num_epochs = min(run.learner.batch for run in runs), max(run.recipe.epochs for run in runs)
+    for run in runs:
+        run.learner.trained.train()
+    name = f"epoch {epoch + 1}/{num_epochs}" + f", {len(runs)} students" * (len(runs) > 1)
+    batches = track(stream.batches(device, epoch, start), name, len(stream.loader), "batches", start)
+    del run, runs  # one that fails must not stay in memory
+    since = time.perf_counter()
+    for number, batch in enumerate(batches, start):
+        group.share_wait(epoch, waited := time.perf_counter() - since)
+        taking = [run for run in group.at(epoch) if run.learner.batch <= number]
+        group.watcher.shared(batch, len(taking), waited)
+        group.step(batch, taking)
+        del taking
+        since = time.perf_counter()
+        if agreed := opened.ranks.agreed(stop):
+            group.each(TrainingRun.save, group.at(epoch))
+            for run in group.runs:
+                raise run.stopped(agreed)
+        if not group.at(epoch):
+            return
+    synchronize(device)
+    group.share_wait(epoch, time.perf_counter() - since)
 
 
-def _finish_epoch(
-    recipe: TrainingRecipe, data: TrainingData, learner: Learner, run: RunDirectory, measured: dict[str, float]
-) -> None:
-    """Record the epoch and go to the next."""
-    _require_finite(data, learner, run)
-    means = learner.means()
-    row: dict[str, Any] = {
-        "epoch": learner.epoch,
-        "step": learner.step,
-        "lr": learner.optimizer.param_groups[0]["lr"],
-        "loss": sum(means),
-    }
-    row |= {f"loss_{n}_{loss.kind}": mean for n, (loss, mean) in enumerate(zip(recipe.losses, means, strict=True))}
-    row |= learner.in_effect(recipe.losses, Progress(learner.step - 1, len(data.loader), recipe.epochs))
-    speed = data.loader.images_per_epoch / max(learner.seconds, 1e-9)
-    row |= {"seconds": round(learner.seconds, 3), "images_per_second": round(speed, 1)}
-    row |= measured
-    if recipe.keep == "best" and measured:
-        keep_if_best(learner, run, row)
-    learner.end_epoch()
-    run.record(row)
-    _save(data, learner, run)
-    shown = [f"epoch {row['epoch'] + 1}/{recipe.epochs}", f"loss {row['loss']:.4f}"]
-    shown += [f"{name} {100 * row[f'val_{name}']:.2f} %" for name in SHOWN if f"val_{name}" in row]
-    logger.info("  ".join([*shown, f"{row['seconds']:.1f} s"]))
-
-
-def _finish_run(
-    recipe: TrainingRecipe,
-    data: TrainingData,
-    learner: Learner,
-    run: RunDirectory,
-    augmentations: tuple[Augmentation, ...],
-) -> RunResult:
-    rows, images = run.rows, recipe.epochs * data.loader.images_per_epoch
-    last, kept = rows[-1], rows[best_epoch(rows) if recipe.keep == "best" else -1]
-    evaluation = Evaluation(augmentations=augmentations, class_names=data.class_names, epoch=kept["epoch"] + 1)
-    learner.ranks.by_first(lambda: save_kept(recipe, run, learner, data.lesson.num_classes, evaluation))
-    measured = {name: kept.get(f"val_{name}") for name in (*SHOWN, "f1_micro")}
-    of_epochs = {name: [row[f"val_{name}"] for row in rows if f"val_{name}" in row] for name in BEST}
-    best = {f"best_{name}": max(values, default=None) for name, values in of_epochs.items()}
-    result = RunResult(
-        out=str(run.path),
-        epochs=recipe.epochs,
-        steps=learner.step,
-        images=images,
-        seconds=round(sum(row["seconds"] for row in rows), 3),
-        num_parameters=sum(p.numel() for p in learner.measured.parameters()),
-        loss=last["loss"],
-        **best,
-        teacher_passes=images * data.num_live,
-        **measured,
-    )
-    run.finish(asdict(result))
-    learner.ranks.by_first(lambda: run.best.unlink(missing_ok=True))
-    return result
+def _measure(group: _Group, opened: _Opened, epoch: int, stop: StopFlag) -> None:
+    """Measure the students whose epoch asks for it, those of the same images together."""
+    group.each(TrainingRun.begin_measuring, [run for run in group.at(epoch) if run.is_measured])
+    for validator in opened.validators.values():
+        if any(run.validator is validator for run in group.at(epoch) if run.is_measured):
+            validator.each_batch(partial(group.measure, validator, epoch), opened.device, opened.ranks, stop)

@@ -26,6 +26,7 @@ from logitcache.views.mixing import Mixings
 from logitcache.views.sampling import MIXED_SAMPLING, EveryImage, Sampling
 from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LabelLoss = Annotated[CrossEntropy | BinaryCrossEntropy, Field(discriminator="kind")]
 
 
@@ -152,8 +153,11 @@ class TrainingRecipe(Component):
         description="Whether a short last batch is left out. If one is too small for a loss that compares images, "
         "training is refused.",
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="Seed of the initial weights, the order and dropout."
+    seed: Seed = Field(default=0, description="Seed of the initial weights, the order and dropout.")
+    order_seed: Seed | None = Field(
+        default=None,
+        description="Seed of the order of images; by default `seed`. In a sweep, seeds of one order share batches.",
+        examples=[0],
     )
     optimizer: Optimizer = Field(default=AdamW(), description="Optimiser and its learning rate.")
     schedule: LearningRateSchedule = Field(

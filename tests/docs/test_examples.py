@@ -143,11 +143,14 @@ def test_recipes_run(name: str, text: str, world: Path) -> None:
     file.write_text(yaml.safe_dump(shrunk(entries)))
     (checked,) = check_recipes([file])
     assert checked.error is None
-    assert main([str(checked.command), str(file)]) == 0
+    folder = [str(made_by(entries))] if checked.command == "sweep" else []
+    assert main([str(checked.command), str(file), *folder]) == 0
     assert made_by(entries).exists()
 
 
 def made_by(entries: dict[str, Any]) -> Path:
+    if entries.get("kind") == "sweep":
+        return Path("sweeps/example")
     return Path(entries["out"] if "out" in entries else entries["cache"])
 
 

@@ -49,6 +49,8 @@ def here(text: str) -> str:
 def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe of few images, of networks that need no download, and of one epoch."""
     small = dict(entries)
+    if small.get("kind") == "sweep":
+        return small | {"student": shrunk(small["student"]), "seeds": min(2, small.get("seeds", 1))}
     if "views" in small:
         shapes = [
             entry | ({"size": 32} if "size" in entry else {}) for entry in small["views"].get("augmentations", [])

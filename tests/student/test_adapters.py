@@ -21,6 +21,7 @@ from logitcache.student.learner import Learner
 from logitcache.student.losses import CKA, RKD, SRRL, AttentionTransfer, CrossEntropy, GradCAM, KLDivergence
 from logitcache.student.losses.base import HeldTeacher
 from logitcache.student.training import train
+from logitcache.student.training_data import open_training_data
 from tests.student.featured import LOSSES, MAPS, VECTORS, fill_featured
 from tests.student.small import GREY, IMAGES, LINEAR, fill, metrics, network, recipe, recorded_losses, student, weights
 
@@ -135,9 +136,9 @@ def test_the_parameters_of_adapters_learn_and_do_not_count_as_the_students(featu
 def _learner(entry: Any) -> Learner:
     """A learner as training would build it."""
     torch.manual_seed(entry.seed)
-    source = lesson.open_training_data(entry, None)
-    classifier = build_model.build_classifier(entry, source.lesson, None)
-    return Learner(entry, classifier, torch.device("cpu"), build_model.build_adapters(entry, source.lesson, classifier))
+    site = open_training_data(entry).lesson(entry)
+    classifier = build_model.build_classifier(entry, site, None)
+    return Learner(entry, classifier, torch.device("cpu"), build_model.build_adapters(entry, site, classifier))
 
 
 @pytest.mark.parametrize(
@@ -239,11 +240,11 @@ def test_an_adapter_that_is_no_longer_finite_is_seen(featured: Path, tmp_path: P
 
 def test_looking_for_shapes_moves_nothing(featured: Path, tmp_path: Path) -> None:
     entry = student(tmp_path / "run", featured, losses=[LOSSES[3]])
-    source = lesson.open_training_data(entry, None)
-    classifier = build_model.build_classifier(entry, source.lesson, None)
+    site = open_training_data(entry).lesson(entry)
+    classifier = build_model.build_classifier(entry, site, None)
     before = {name: value.clone() for name, value in classifier.state_dict().items()}
     generator = torch.get_rng_state()
-    build_model.build_adapters(entry, source.lesson, classifier)
+    build_model.build_adapters(entry, site, classifier)
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
     assert not any(len(module._forward_hooks) for module in classifier.modules())

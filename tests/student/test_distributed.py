@@ -20,9 +20,9 @@ from logitcache.config.recipe import dump_recipe
 from logitcache.errors import DataError, RecipeError
 from logitcache.runtime.device import resolve_device
 from logitcache.student.evaluation.validation import Validator
-from logitcache.student.lesson import open_training_data
 from logitcache.student.ranks import Ranks
 from logitcache.student.training import train
+from logitcache.student.training_data import open_training_data
 from tests.student.featured import ON_FEATURES, fill_featured
 from tests.student.ranks import at_step, seen, together, train_together
 from tests.student.small import (
@@ -142,12 +142,9 @@ def test_ranks_part_every_batch_without_overlap(changes: Any, cache: Path, tmp_p
     if changes == "mixed":
         views = {"num_views": 2, "seed": 3, "mixing": [{"kind": "mixup"}]}
         cache, changes = fill(caches / "mixed for ranks", views=views), {}
-    epochs = []
+    epochs, entry = [], student(tmp_path / "any", cache, **changes)
     for size in (1, 2, 3):
-        ranks = [
-            open_training_data(student(tmp_path / "any", cache, **changes), None, ranks=Ranks(rank, size)).loader
-            for rank in range(size)
-        ]
+        ranks = [open_training_data(entry).stream([entry], Ranks(rank, size)).loader for rank in range(size)]
         batches = [zip(*(loader.keys(epoch) for loader in ranks), strict=True) for epoch in range(2)]
         epochs.append([[[key for part in parts for key in part] for parts in batch] for batch in batches])
     assert epochs[0] == epochs[1] == epochs[2]
@@ -203,15 +200,15 @@ def test_a_stop_of_a_rank_that_measures_stops_all_and_resume_gives_the_same_byte
     entries = {"model": BARE, "validation": VALIDATION}
     assert train_together(2, student(tmp_path / "never", cache, **entries)) == [(0, "")] * 2
     stopped = student(tmp_path / "stopped", cache, **entries)
-    tally = Validator.tally
+    each_batch = Validator.each_batch
 
-    def tally_stopped(self: Validator, *arguments: Any) -> Any:
+    def each_batch_stopped(self: Validator, *arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return tally(self, *arguments)
+        return each_batch(self, *arguments)
 
     def before(rank: int) -> None:
         if rank == asked:
-            Validator.tally = tally_stopped  # type: ignore[method-assign]
+            Validator.each_batch = each_batch_stopped  # type: ignore[method-assign]
 
     ended = train_together(2, stopped, before=before)
     assert [code for code, _ in ended] == [75] * 2

@@ -11,12 +11,12 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.student.learner import Learner
-from logitcache.student.lesson import open_training_data
 from logitcache.student.losses import CrossEntropy
 from logitcache.student.losses.base import Context, Site
 from logitcache.student.optim.schedules import Progress
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.training import train
+from logitcache.student.training_data import open_training_data
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.datasets import Bundled, open_dataset
 from logitcache.views.sampling import ClassBalanced
@@ -125,8 +125,9 @@ def test_the_priors_of_a_run_are_those_of_its_images(tmp_path: Path, monkeypatch
 def test_a_student_draws_every_class_alike_and_resumes_where_it_was(tmp_path: Path) -> None:
     cache = fill(tmp_path / "cache", images=LONG_TAILED, num_workers=0)
     changes: dict[str, Any] = {"sampling": BALANCED, "model": LINEAR, "epochs": 4, "dataset": LONG_TAILED}
-    source = open_training_data(student(tmp_path / "any", cache, **changes), None)
-    drawn = np.concatenate([batch.labels.numpy() for epoch in range(4) for batch in source.loader.epoch(epoch)])
+    entry = student(tmp_path / "any", cache, **changes)
+    stream = open_training_data(entry).stream([entry])
+    drawn = np.concatenate([batch.labels.numpy() for epoch in range(4) for batch in stream.loader.epoch(epoch)])
     assert len(drawn) == 4 * 110
     assert np.bincount(drawn, minlength=10).min() > 20, "of the smallest class there are two images"
     whole = train(student(tmp_path / "whole", cache, **changes))

@@ -10,10 +10,11 @@ import yaml
 from torch import Tensor, nn
 
 from logitcache.errors import MismatchError, RecipeError
-from logitcache.student import build_model, lesson
+from logitcache.student import build_model
 from logitcache.student.losses import Hint
 from logitcache.student.losses.base import Site
 from logitcache.student.training import train
+from logitcache.student.training_data import open_training_data
 from tests.student.featured import fill_featured
 from tests.student.small import student
 
@@ -51,10 +52,10 @@ def shapes(featured: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **changes
         model={"kind": "custom", "factory": "tests.student.test_tap_layouts:turned", **changes.pop("model", {})},
         **changes,
     )
-    source = lesson.open_training_data(entry, None)
-    classifier = build_model.build_classifier(entry, source.lesson, None)
+    found_lesson = open_training_data(entry).lesson(entry)
+    classifier = build_model.build_classifier(entry, found_lesson, None)
     monkeypatch.setattr(Hint, "adapter", lambda loss, site: found.append(site) or nn.Identity())
-    build_model.build_adapters(entry, source.lesson, classifier)
+    build_model.build_adapters(entry, found_lesson, classifier)
     return dict(found[0].taps)
 
 

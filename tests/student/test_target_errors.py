@@ -16,7 +16,7 @@ from logitcache.cli import main
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import TargetErrorWarning
 from logitcache.report.recipe_check import check_recipes
-from logitcache.student.lesson import open_training_data
+from logitcache.student.training_data import open_training_data
 from logitcache.views.keys import ViewKey
 from tests.student.small import NUM_IMAGES, fill, network, student
 
@@ -44,7 +44,7 @@ def doubts(tmp_path: Path, cache: Path, temperature: Any) -> tuple[str, ...]:
     assert checked.error is None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TargetErrorWarning)
-        open_training_data(entry, None)
+        open_training_data(entry).stream([entry])
     assert [str(one.message) for one in caught] == list(checked.warnings)
     return checked.warnings
 

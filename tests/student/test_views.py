@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from logitcache.cache.cache import open_cache
 from logitcache.errors import MismatchError, RecipeError, ReplayMismatchError
-from logitcache.student.lesson import open_training_data
 from logitcache.student.training import train
+from logitcache.student.training_data import open_training_data
 from logitcache.teacher.online import live_targets
 from logitcache.views.datasets import Bundled
 from logitcache.views.keys import ViewKey
@@ -178,11 +178,10 @@ def test_drift_within_wider_limits_is_accepted_when_numeric(
 def test_a_run_on_labels_that_was_begun_by_the_first_plan_keeps_it(tmp_path: Path) -> None:
     """The first release did not record the plan of a run; new ones take the newest for CutMix."""
     entry = teacher(tmp_path / "run", mixing=[{"kind": "cutmix"}])
-    new = open_training_data(entry, None).identity
+    new = open_training_data(entry).identity(entry)
     assert new["plan_version"] == 2
     begun = {"dataset": new["dataset"]}
-    assert open_training_data(entry, None, begun).identity == begun
-    assert open_training_data(entry, None, new).identity == new
-    assert (
-        "plan_version" not in open_training_data(teacher(tmp_path / "run", mixing=[{"kind": "mixup"}]), None).identity
-    )
+    assert open_training_data(entry, begun=begun).identity(entry) == begun
+    assert open_training_data(entry, begun=new).identity(entry) == new
+    mixup = teacher(tmp_path / "run", mixing=[{"kind": "mixup"}])
+    assert "plan_version" not in open_training_data(mixup).identity(mixup)

@@ -21,8 +21,9 @@ from logitcache.student.compatibility import require_labels
 from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
 from logitcache.student.evaluation.single_label import Measures, Tally
 from logitcache.student.lesson import views_of
+from logitcache.student.losses import Loss
 from logitcache.student.ranks import ALONE, Ranks
-from logitcache.student.training_recipes import TrainingRecipe
+from logitcache.student.training_recipes import TrainingRecipe, Validation
 from logitcache.targets import Batch
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, fingerprint, is_multi_label
@@ -33,6 +34,9 @@ from logitcache.views.order import share_of
 from logitcache.views.spec import Views, ViewSpec, require_one_size
 
 NUM_SAMPLES = 8
+_MEASURED_ON = {"validation", "verify", "drift_limits", "factories", "trust", "num_workers"}
+"""The entries of a recipe that decide how images to measure on are read."""
+
 AnyTally = Tally | MultiLabelTally
 AnyMeasures = Measures | MultiLabelMeasures
 
@@ -101,7 +105,21 @@ class Validator:
                 batch = replace(batch, labels=torch.from_numpy(self._labels[batch.keys[:, 1].numpy()]))
             yield batch.to(device)
 
-    @torch.no_grad()
+    def each_batch(
+        self,
+        take: Callable[[Batch], object],
+        device: torch.device,
+        ranks: Ranks = ALONE,
+        stop: StopFlag | None = None,
+    ) -> None:
+        """Give every batch to a function; raise Stopped on all ranks once the flag of any is set."""
+        for batch in self.batches(device, "validate", ranks):
+            if stop:
+                break
+            take(batch)
+        if stop is not None and (agreed := ranks.agreed(stop)):
+            raise agreed.stopped("stopped while measuring; the same command with --resume continues")
+
     def tally(
         self,
         model: nn.Module,
@@ -115,25 +133,60 @@ class Validator:
         Of several ranks each counts its share of the batches, and all get the sum. Raises Stopped on all of them once
         the flag of any is set.
         """
-        model.eval()
-        own: AnyTally | None = None
-        for batch in self.batches(device, "validate", ranks):
-            if stop:
-                break
-            with autocast(device, precision):
-                logits = model(batch.images).float()
-            found = self._tally(logits, batch.labels, batch.teachers)
-            own = found if own is None else operator.add(own, found)
-        if stop is not None and (agreed := ranks.agreed(stop)):
-            raise agreed.stopped("stopped while measuring; the same command with --resume continues")
-        return functools.reduce(operator.add, (part for part in ranks.gathered(own) if part is not None))
+        counted = Counted(self, model, device, precision)
+        self.each_batch(counted.add, device, ranks, stop)
+        return counted.total(ranks)
+
+    def counts(self, logits: Tensor, batch: Batch) -> AnyTally:
+        """Count what a model answers to one batch."""
+        return self._tally(logits, batch.labels, batch.teachers)
+
+    def require_labels(self, losses: Sequence[Loss]) -> None:
+        """Raise RecipeError if losses ask for labels of another kind than those of the images."""
+        require_labels(losses, self._views.dataset.labels, "validation: ")
 
 
-def open_validator(recipe: TrainingRecipe, num_classes: int) -> Validator | None:
-    """Open the images to measure on; raises MismatchError when they, or the cache's teachers, have other classes."""
-    validation = recipe.validation
-    if validation is None:
+class Counted:
+    """What one model answers to a validator's images, added up batch by batch."""
+
+    def __init__(self, validator: Validator, model: nn.Module, device: torch.device, precision: Precision) -> None:
+        self._validator, self._model = validator, model
+        self._device, self._precision = device, precision
+        self._own: AnyTally | None = None
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Run the model on a batch."""
+        self._model.eval()
+        with autocast(self._device, self._precision):
+            logits = self._model(batch.images).float()
+        found = self._validator.counts(logits, batch)
+        self._own = found if self._own is None else operator.add(self._own, found)
+
+    def total(self, ranks: Ranks = ALONE) -> AnyTally:
+        """Return the sum over all batches, and over all ranks."""
+        return functools.reduce(operator.add, (part for part in ranks.gathered(self._own) if part is not None))
+
+
+def open_validator(
+    recipe: TrainingRecipe, num_classes: int, opened: dict[str, Validator] | None = None
+) -> Validator | None:
+    """Open the images to measure on; raises MismatchError when they, or the cache's teachers, have other classes.
+
+    `opened`: validators that recipes of the same images share; a new one is added.
+    """
+    if recipe.validation is None:
         return None
+    key = f"{num_classes} {recipe.model_dump_json(include=_MEASURED_ON)}"
+    opened = {} if opened is None else opened
+    if key in opened:
+        opened[key].require_labels(recipe.losses)
+    else:
+        opened[key] = _open(recipe, recipe.validation, num_classes)
+    return opened[key]
+
+
+def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int) -> Validator:
     cache = None if validation.cache is None else only_logits(open_uncompared(validation.cache))
     if cache is None:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))

@@ -191,11 +191,15 @@ class RunDirectory:
     def rewind(self, epoch: int) -> None:
         """Forget the metrics of `epoch` and later ones, which will be computed again."""
         with self.reading(self._metrics):
-            lines = read_bounded(self._metrics, _MAX_JSON_BYTES).splitlines() if self._metrics.exists() else []
-            rows: list[dict[str, Any]] = [_ROW.validate_json(line, strict=True) for line in lines]
-            self._rows = [row for row in rows if row["epoch"] < epoch]
+            self._rows = [row for row in self.recorded() if row["epoch"] < epoch]
             if [row["epoch"] for row in self._rows] != list(range(epoch)):
                 raise ValueError("it lacks epochs that the checkpoint has")
+
+    def recorded(self) -> list[dict[str, Any]]:
+        """Read the metrics of all epochs that were recorded."""
+        with self.reading(self._metrics):
+            lines = read_bounded(self._metrics, _MAX_JSON_BYTES).splitlines() if self._metrics.exists() else []
+            return [_ROW.validate_json(line, strict=True) for line in lines]
 
     @_by_first
     def record(self, row: dict[str, Any]) -> None:

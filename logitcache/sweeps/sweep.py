@@ -1,0 +1,168 @@
+"""Train many students from one cache, those that can on one stream."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.config.recipe import dump_recipe
+from logitcache.errors import LogitCacheError, RecipeError, Stopped, rebuilt
+from logitcache.runtime.console import logger
+from logitcache.runtime.stopping import StopFlag, stop_flag
+from logitcache.stage_one.cluster.cluster import HERE, Cluster
+from logitcache.store.files import write_atomically
+from logitcache.student.compatibility import target_error
+from logitcache.student.training_data import CachedData
+from logitcache.sweeps.cells import Member, members_of
+from logitcache.sweeps.comparison import Comparison, compare
+from logitcache.sweeps.groups import groups_of
+from logitcache.sweeps.halving import promoted
+from logitcache.sweeps.outcomes import outcome_of
+from logitcache.sweeps.progress import Progress
+from logitcache.sweeps.spread import train_on_cluster
+from logitcache.sweeps.stream import read_sharing, train_group
+from logitcache.sweeps.sweep_recipe import SweepRecipe
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep: how its students ended, the comparison of its cells, and what sharing saved.
+
+    stopped: runs that halving ended. images_rendered: images that were read, decoded and augmented; images_trained:
+    those that students stepped on, each of which would alone have been rendered. teacher_passes_saved: forward passes
+    of teachers that training online would have taken. seconds_saved: seconds for which each student alone would have
+    waited for its batches; bytes_saved: of the teachers' answers, those that were read once for several students.
+    """
+
+    out: str
+    students: int
+    finished: int
+    failed: dict[str, str]
+    stopped: tuple[str, ...]
+    orders: str
+    images_rendered: int
+    images_trained: int
+    teacher_passes_saved: int
+    seconds_saved: float
+    bytes_saved: int
+    comparison: Comparison
+    exit_code: int = 0
+
+
+def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> SweepResult:
+    """Train every student of a sweep that is not finished, and compare its cells.
+
+    Runs are ordinary run folders in `out`/runs, bit for bit those that `train` makes of the same recipes. Killed
+    anywhere, the same call continues; finished runs are not trained again, and a group that the system killed is split.
+    A student's divergence or error ends it alone. Raises RecipeError if a cell is no recipe, Stopped after SIGTERM or
+    Ctrl-C.
+    """
+    out = Path(out)
+    members = members_of(recipe, out)
+    cluster.checked()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError("a sweep is one process, and starts its own. Fix: --workers N in place of torchrun")
+    with _locked(out), stop_flag() as stop, Progress(members) as progress:
+        write_atomically(out / "sweep.yaml", dump_recipe(recipe).encode())
+        logger.info(f"{len(members)} students of {len({m.cell for m in members})} cells; {_orders(members)}")
+        try:
+            left = _train(recipe, members, out, cluster, stop, progress)
+        except Stopped as error:
+            raise _worded(error, out) from error
+    return _result(recipe, members, left, out)
+
+
+def _train(
+    recipe: SweepRecipe, members: list[Member], out: Path, cluster: Cluster, stop: StopFlag, progress: Progress
+) -> list[Member]:
+    """Train rung by rung; return those that halving left out."""
+    going = members
+    for until in (*(recipe.halving.epochs if recipe.halving else ()), None):
+        pending = [member for member in going if _is_pending(member, until)]
+        groups = groups_of(pending, recipe.group_size, recipe.inexact_targets == "refuse", progress.refuse)
+        logger.info(f"{len(pending)} students to train, on {len(groups)} streams") if pending else None
+        if cluster.is_here:
+            for group in groups:
+                train_group(group, out, until, stop, progress.show)
+                if stop:
+                    raise stop.stopped("stopped")
+        elif groups:
+            train_on_cluster(cluster, groups, out, until, stop, progress.show)
+        if until is not None and recipe.halving is not None:
+            going = promoted(recipe.halving, going, until)
+    return [member for member in members if member not in going]
+
+
+def _is_pending(member: Member, until: int | None) -> bool:
+    """Return whether a run has epochs left to train: one that diverged would diverge again."""
+    outcome = outcome_of(member)
+    if outcome.state == "finished" or (outcome.failure is not None and outcome.failure.is_final):
+        return False
+    return until is None or outcome.epochs < until
+
+
+def _orders(members: Sequence[Member]) -> str:
+    """State whether seeds share the order of images, which is part of what they differ by if they do not."""
+    orders = {m.recipe.seed if m.recipe.order_seed is None else m.recipe.order_seed for m in members}
+    if len({member.seed for member in members}) == 1:
+        return "one seed"
+    if len(orders) == 1:
+        return f"seeds share one order of images (order_seed {orders.pop()})"
+    return "each seed has an order of images of its own (order_seed: 0 lets all seeds share one, and a stream)"
+
+
+def _result(recipe: SweepRecipe, members: list[Member], left: list[Member], out: Path) -> SweepResult:
+    outcomes = {member: outcome_of(member) for member in members}
+    failures = {m.run: outcome.failure for m, outcome in outcomes.items() if outcome.failure is not None}
+    sharing, done = read_sharing(out), [outcome.result for outcome in outcomes.values() if outcome.result is not None]
+    return SweepResult(
+        out=str(out),
+        students=len(members),
+        finished=len(done),
+        failed={run: f"{failure.error}: {failure.message}" for run, failure in failures.items()},
+        stopped=tuple(member.run for member in left if outcomes[member].state == "paused"),
+        orders=_orders(members),
+        images_rendered=sharing.images,
+        images_trained=sharing.images_alone,
+        teacher_passes_saved=sharing.images_alone,
+        seconds_saved=round(sharing.seconds_alone - sharing.seconds, 1),
+        bytes_saved=sharing.bytes_alone - sharing.bytes,
+        comparison=compare(outcomes, recipe.baseline, _target_errors(members)),
+        exit_code=next((failure.exit_code for failure in failures.values()), 0),
+    )
+
+
+def _target_errors(members: Sequence[Member]) -> dict[str, float]:
+    """Return the error of the targets that each cell learns from, by cell, where it is recorded."""
+    errors: dict[str, float] = {}
+    for member in members:
+        student = member.recipe
+        with contextlib.suppress(LogitCacheError):  # of a cache that is gone by now
+            error = target_error(student.losses, student.ensembles, CachedData.open(student, None, None, {}).cache)
+            errors |= {} if error is None else {member.cell: error}
+    return errors
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep every other sweep out of a folder; the lock ends with the process."""
+    out.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise RecipeError(f"another sweep writes to {out}. Fix: wait, or name another folder") from error
+    finally:
+        os.close(descriptor)
+
+
+def _worded(error: Stopped, out: Path) -> LogitCacheError:
+    """Return a stop with what holds of a sweep; that of a killed process keeps its reason."""
+    if type(error) is not Stopped:
+        return error
+    stopped = rebuilt(Stopped, f"stopped; every student's state is in {out}. The same command continues")
+    stopped.exit_code = error.exit_code
+    return stopped

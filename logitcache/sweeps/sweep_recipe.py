@@ -1,0 +1,122 @@
+"""The recipe of a sweep: a student, what varies, and over which seeds."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, JsonValue, model_validator
+
+from logitcache.config.recipe import NOWHERE, Component, Count, Float
+from logitcache.student.training_recipes import Seed, StudentRecipe
+
+Values = Annotated[list[JsonValue], Field(min_length=1)] | Annotated[dict[str, JsonValue], Field(min_length=1)]
+CellName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,=+-]*$", max_length=100)]
+_DECIDED = ("out", "seed", "cell")
+
+
+class SweptStudent(StudentRecipe):
+    """The recipe of a student without `out`: each run of a sweep has a folder of its own."""
+
+    out: str = Field(default=NOWHERE, description="Decided by the sweep.")
+
+
+class Halving(Component):
+    """Successive halving: at the end of some epochs only the best cells go on, with all their seeds.
+
+    Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization" (AISTATS 2016).
+    Of several metrics, cells go on front by front of those that no other surpasses in all of them.
+    """
+
+    epochs: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
+        description="Epochs after which students are compared, ascending.", examples=[[2, 6]]
+    )
+    keep: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
+        default=1 / 3, description="Share of the cells that goes on each time, one at least."
+    )
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        default=("val_top1",),
+        description="Columns of `metrics.jsonl` to compare by: more is better, or less for one such as `-loss`.",
+    )
+
+    @model_validator(mode="after")
+    def _ascend(self) -> Self:
+        if list(self.epochs) != sorted(set(self.epochs)):
+            raise ValueError("epochs must ascend")
+        return self
+
+
+class SweepRecipe(Component):
+    """Students that share a recipe but for what `grid` and `cells` change, each with every seed.
+
+    A key of `grid` is one of the student's recipe, as `--set` takes it, or several with commas between that change
+    together; a mapping of values names them. `cells` stand beside the grid's product.
+    """
+
+    kind: Literal["sweep"] = "sweep"
+    student: SweptStudent = Field(
+        description="Recipe of a student, without `out`: each run has a folder of its own.",
+        examples=[{"cache": "caches/fashion_mnist/train.zarr", "model": {"kind": "small_cnn"}, "epochs": 16}],
+    )
+    grid: dict[str, Values] = Field(
+        default={},
+        description="Values by key of the student's recipe; their product makes the cells. Keys with commas between "
+        "them change together; a mapping names its values.",
+        examples=[{"losses.0.temperature": [1, 2, 4]}],
+    )
+    cells: dict[CellName, dict[str, JsonValue]] = Field(
+        default={},
+        description="Cells beside those of the grid: by name, values by key of the student's recipe.",
+        examples=[{"labels": {"losses": [{"kind": "cross_entropy"}]}}],
+    )
+    seeds: Count | Annotated[tuple[Seed, ...], Field(min_length=1)] = Field(
+        default=1, description="Seeds of each cell: how many, counted from the student's `seed`, or a list."
+    )
+    baseline: str | None = Field(
+        default=None,
+        description="Cell that others are compared with, seed by seed; by default the first.",
+        examples=["labels"],
+    )
+    group_size: Count | None = Field(
+        default=None,
+        description="Most students on one stream of batches; by default all that can share.",
+        examples=[16],
+    )
+    halving: Halving | None = Field(
+        default=None,
+        description="Successive halving of the cells; by default all are trained to the end.",
+        examples=[{"epochs": [2, 6]}],
+    )
+    inexact_targets: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="What is done about cells at whose temperature the cache's encoding is beyond its bound.",
+    )
+
+    @property
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of each cell."""
+        first = self.student.seed
+        return self.seeds if isinstance(self.seeds, tuple) else tuple(range(first, first + self.seeds))
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        for reason in self._impossible():
+            raise ValueError(reason)
+        return self
+
+    def _impossible(self) -> Iterator[str]:
+        """Yield why entries exclude one another."""
+        keys = [key.strip() for names in self.grid for key in names.split(",")]
+        keys += [key for changes in self.cells.values() for key in changes]
+        for key in keys:
+            if key in _DECIDED:
+                yield f"{key} is not for grid and cells to change: the sweep decides it. Fix: `seeds`"
+        if len(set(self.all_seeds)) < len(self.all_seeds):
+            yield "seeds has one of them twice. Fix: each once"
+        if self.halving is not None and self.halving.epochs[-1] >= self.student.epochs:
+            yield f"halving.epochs must be less than the {self.student.epochs} epochs of a student"
+
+
+def as_sweep(student: StudentRecipe, **entries: Any) -> dict[str, Any]:
+    """Return the entries of a sweep over a student's recipe, as its file states it."""
+    stated = student.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    stated.pop("out", None)
+    return {"kind": "sweep", "student": stated} | {key: value for key, value in entries.items() if value}

@@ -1,0 +1,146 @@
+"""Write a comparison as CSV, JSON, Markdown or LaTeX."""
+
+import csv
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import StrEnum
+
+from logitcache.sweeps.comparison import Comparison, Difference, Row, Spread
+
+PERCENT = frozenset({"top1", "best_top1", "mean_ap", "best_mean_ap", "f1_macro", "agreement"})
+"""Measures that are fractions, and read as percentages."""
+
+TITLES = {
+    "top1": "top-1, last epoch",
+    "best_top1": "top-1, best epoch",
+    "mean_ap": "mAP, last epoch",
+    "best_mean_ap": "mAP, best epoch",
+    "f1_macro": "macro F1",
+    "agreement": "agreement",
+    "loss": "loss",
+}
+
+
+class TableFormat(StrEnum):
+    """A format of a table."""
+
+    CSV = "csv"
+    JSON = "json"
+    MARKDOWN = "markdown"
+    LATEX = "latex"
+
+
+def format_table(comparison: Comparison, form: TableFormat) -> str:
+    """Return a comparison in a format; CSV and JSON have every figure, the others what is read."""
+    return _FORMATS[form](comparison)
+
+
+def shown_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """Return the table as people read it: one mapping of titles to text a cell."""
+    measures = [name for name in TITLES if any(name in row.measures for row in comparison.rows)]
+    has_error = any(row.target_error is not None for row in comparison.rows)
+    return [_shown(row, comparison, measures, has_error) for row in comparison.rows]
+
+
+def _shown(row: Row, comparison: Comparison, measures: list[str], has_error: bool) -> dict[str, str]:
+    shown = {"cell": row.cell, "seeds": str(row.seeds)}
+    if has_error:
+        shown["target error"] = "" if row.target_error is None else f"{row.target_error:.2g}"
+    shown |= {TITLES[name]: _spread(row.measures.get(name), name in PERCENT) for name in measures}
+    if comparison.comparisons:
+        assert comparison.metric is not None
+        shown |= _difference(row, comparison, comparison.metric in PERCENT)
+    return shown
+
+
+def _spread(spread: Spread | None, percent: bool) -> str:
+    if spread is None:
+        return ""
+    scale, digits = (100, 2) if percent else (1, 4)
+    deviation = "" if spread.deviation is None else f" ± {scale * spread.deviation:.{digits}f}"
+    return f"{scale * spread.mean:.{digits}f}{deviation}"
+
+
+def _difference(row: Row, comparison: Comparison, percent: bool) -> dict[str, str]:
+    found = row.difference
+    scale, digits = (100, 2) if percent else (1, 4)
+    title = f"less {comparison.baseline}"
+    if found is None:
+        return {title: "baseline" if row.cell == comparison.baseline else "", "95 %": "", "p": "", "p (Holm)": ""}
+    deviation = "" if found.deviation is None else f" ± {scale * found.deviation:.{digits}f}"
+    interval = (
+        ""
+        if found.low is None or found.high is None
+        else f"{scale * found.low:+.{digits}f} to {scale * found.high:+.{digits}f}"
+    )
+    p, corrected = ("" if value is None else f"{value:.2g}" for value in (found.p, found.p_holm))
+    return {title: f"{scale * found.mean:+.{digits}f}{deviation}", "95 %": interval, "p": p, "p (Holm)": corrected}
+
+
+def _csv(comparison: Comparison) -> str:
+    rows = [_flat(row) for row in comparison.rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _flat(row: Row) -> dict[str, object]:
+    flat: dict[str, object] = {"cell": row.cell, "seeds": row.seeds, "target_error": row.target_error}
+    for name, spread in row.measures.items():
+        flat |= {f"{name}_mean": spread.mean, f"{name}_deviation": spread.deviation}
+    differences = asdict(row.difference) if row.difference else dict.fromkeys(Difference.__dataclass_fields__)
+    return flat | {f"difference_{key}": value for key, value in differences.items()}
+
+
+def _json(comparison: Comparison) -> str:
+    return json.dumps(asdict(comparison), indent=2) + "\n"
+
+
+def _markdown(comparison: Comparison) -> str:
+    rows = shown_rows(comparison)
+    if not rows:
+        return ""
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+    texts = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([texts[0], f"|{'---|' * len(rows[0])}", *texts[1:], "", *_notes(comparison)]) + "\n"
+
+
+def _latex(comparison: Comparison) -> str:
+    rows = shown_rows(comparison)
+    if not rows:
+        return ""
+    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (list(rows[0]), *(list(r.values()) for r in rows))]
+    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
+    return "\n".join([*(f"% {note}" for note in _notes(comparison)), begin, *body, r"\end{tabular}"]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Escape what LaTeX obeys."""
+    for character in "\\&%$#_{}":
+        text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
+    return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
+
+
+def _notes(comparison: Comparison) -> list[str]:
+    """State how cells were compared."""
+    if not comparison.comparisons:
+        return []
+    assert comparison.metric is not None
+    return [
+        f"Differences in {TITLES[comparison.metric]} from {comparison.baseline}, seed by seed, ± their deviation; "
+        "95 % intervals by Student's t, of three seeds or more; p of the paired t-test, and Holm's correction for "
+        f"{comparison.comparisons} comparisons."
+    ]
+
+
+_FORMATS: dict[TableFormat, Callable[[Comparison], str]] = {
+    TableFormat.CSV: _csv,
+    TableFormat.JSON: _json,
+    TableFormat.MARKDOWN: _markdown,
+    TableFormat.LATEX: _latex,
+}
