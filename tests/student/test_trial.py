@@ -220,7 +220,7 @@ def test_the_smallest_batch_is_that_of_the_loop(drop_last: bool, views_per_image
         except RecipeError:  # a process without a part, or no batch
             continue
         batches = [keys for loader in loaders for keys in loader.keys(0)]
-        seen = [len(micro) for keys in batches for micro in training._split(_batch(len(keys)), micro_batches)]
+        seen = [len(micro) for keys in batches for micro in _batch(len(keys)).parts(micro_batches)]
         entry = recipe(
             TeacherRecipe,
             **{"out": "run", "model": RESNET, "dataset": {"kind": "bundled"}, "epochs": 2},
