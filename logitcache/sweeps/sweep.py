@@ -82,7 +82,8 @@ def _train(
     for until in (*(recipe.halving.epochs if recipe.halving else ()), None):
         pending = [member for member in going if _is_pending(member, until)]
         groups = groups_of(pending, recipe.group_size, recipe.inexact_targets == "refuse", progress.refuse)
-        logger.info(f"{len(pending)} students to train, on {len(groups)} streams") if pending else None
+        if pending:
+            logger.info(f"{len(pending)} students to train, on {len(groups)} streams")
         if cluster.is_here:
             for group in groups:
                 train_group(group, out, until, stop, progress.show)
