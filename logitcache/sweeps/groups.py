@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from logitcache.config.recipe import Component, Count
-from logitcache.errors import KilledWorkerError, LogitCacheError
+from logitcache.errors import KilledWorkerError, LogitCacheError, MismatchError
 from logitcache.runtime.console import logger
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
@@ -85,16 +85,10 @@ def _stream_key(recipe: StudentRecipe, opened: dict[str, CachedData], refuse_ine
     data.lesson(recipe)
     if refuse_inexact:
         for reason in inexact_targets(recipe.losses, recipe.ensembles, data.cache):
-            raise RefusedCellError(reason)
+            raise MismatchError(reason)
     entries |= {"num_views": data.num_views, "begun": list(data.cache.manifest.teachers)}
     # What a student reads decides among how many rows it is shuffled.
     return json.dumps([entries, data.read_by([recipe]).shuffle_block])
-
-
-class RefusedCellError(LogitCacheError):
-    """A cell asks for targets that the cache's encoding does not serve."""
-
-    exit_code = 4
 
 
 class _Together(Component):

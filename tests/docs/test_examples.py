@@ -144,6 +144,8 @@ def test_recipes_run(name: str, text: str, world: Path) -> None:
     (checked,) = check_recipes([file])
     assert checked.error is None
     folder = [str(made_by(entries))] if checked.command == "sweep" else []
+    if folder:
+        precompute(load_recipe(Path("pipelines/fashion_mnist/precompute.yaml"), PrecomputeRecipe))
     assert main([str(checked.command), str(file), *folder]) == 0
     assert made_by(entries).exists()
 

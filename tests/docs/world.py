@@ -50,7 +50,10 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe of few images, of networks that need no download, and of one epoch."""
     small = dict(entries)
     if small.get("kind") == "sweep":
-        return small | {"student": shrunk(small["student"]), "seeds": min(2, small.get("seeds", 1))}
+        small |= {"student": shrunk(small["student"]), "seeds": min(2, small.get("seeds", 1))}
+        if "halving" in small:
+            small["student"]["epochs"], small["halving"] = 2, small["halving"] | {"epochs": [1]}
+        return small
     if "views" in small:
         shapes = [
             entry | ({"size": 32} if "size" in entry else {}) for entry in small["views"].get("augmentations", [])
