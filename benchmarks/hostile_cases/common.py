@@ -20,7 +20,8 @@ from tests.stage_one.apart import ended, forked, import_package
 
 # All that the commands import, before anything forks.
 import_package()
-for _optional in ("timm", "aiohttp", "s3fs", "torch._dynamo", "torch.utils.flop_counter"):
+_OPTIONAL = ("timm", "aiohttp", "s3fs", "torch._dynamo", "torch.utils.flop_counter", "matplotlib.figure", "jinja2")
+for _optional in (*_OPTIONAL, "matplotlib.backends.backend_svg", "sklearn.manifold", "torch.utils.tensorboard"):
     with contextlib.suppress(ImportError):
         importlib.import_module(_optional)
 
@@ -147,9 +148,19 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
         "--set",
         "model={kind: run, path: run}",
     ],
+    "view": lambda folder, case: ["inspect", _cache(folder, case), "--view", "1/0"],
+    "suspects": lambda folder, case: ["suspects", _cache(folder, case)],
+    "sweep": lambda folder, case: ["sweep", "student.yaml", "swept", "--set", f"cache={_cache(folder, case)}"],
+    "page": lambda folder, case: ["report", _cache(folder, case), "--points", "20"],
+    "predict": lambda folder, case: ["predict", "run", "images/a/00.png"],
+    "log": lambda folder, case: ["log", "run", "--to", "tensorboard"],
+    "run page": lambda folder, case: ["report", "run", "--points", "20"],
 }
 READERS = ("inspect", "verify", "summary", "gc", "train", "online", "check", "derive", "precompute", "plan")
-RUNS = ("evaluate", "resume", "teach", "start")
+READERS += ("view", "suspects", "sweep", "page")
+RUNS = ("evaluate", "resume", "teach", "start", "predict", "log", "run page")
+ALIKE = {"suspects": "summary", "sweep": "train", "view": "verify", "page": "inspect", "predict": "evaluate"}
+"""Commands that read the same as others, and end with the same codes where a case does not say otherwise."""
 
 Prepare = Callable[[Path], Any]
 
@@ -173,7 +184,8 @@ class Case:
 
     def codes(self, command: str) -> frozenset[int]:
         """Return the exit codes with which a command may end."""
-        return frozenset(self.ends.get(command, self.ends.get("else", (USAGE, DAMAGED, OTHER))))
+        named = (self.ends[name] for name in (command, ALIKE.get(command), "else") if name in self.ends)
+        return frozenset(next(named, (USAGE, DAMAGED, OTHER)))
 
     @contextlib.contextmanager
     def prepared(self, folder: Path) -> Iterator[tuple[Mapping[str, str], frozenset[int]]]:

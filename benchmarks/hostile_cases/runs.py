@@ -19,7 +19,8 @@ from hostile_cases.stores import DEEP, linked, written
 
 def run(name: str, prepare: Prepare, commands: tuple[str, ...] = ("evaluate", "teach"), **ends: Any) -> Case:
     """Spoil files of the run."""
-    usual = {**dict.fromkeys(RUNS, (USAGE, DAMAGED, OTHER)), "resume": (OK, USAGE, DAMAGED, OTHER)}
+    usual = dict.fromkeys(("evaluate", "teach", "start"), (USAGE, DAMAGED, OTHER))
+    usual |= dict.fromkeys(("resume", "log", "run page"), (OK, USAGE, DAMAGED, OTHER))
     return Case("run", name, prepare, {**usual, **ends}, commands, RUNS)
 
 
