@@ -135,10 +135,15 @@ class _Hook:
             line = f"looked up {arguments[0]}"
         elif event == "pickle.find_class" and not str(arguments[0]).startswith(_PLAIN_CLASSES):
             line = f"unpickled {arguments[0]}.{arguments[1]}"
-        elif event in _RUNS and not (event == "ctypes.dlopen" and arguments[0] is None):
+        elif event in _RUNS and not (event == "ctypes.dlopen" and self._is_installed(arguments[0])):
             line = f"{event} {arguments[:2]!r}"
         if line:
             os.write(self._report, (line.replace("\n", "\\n") + "\n").encode(errors="replace"))
+
+    @staticmethod
+    def _is_installed(library: object) -> bool:
+        """Whether a library is this process itself, one of an installed package, or that of a GPU's driver."""
+        return library in (None, "libnvidia-ml.so.1") or str(library).startswith(_READABLE)
 
     def _opened(self, path: object, mode: object, flags: object) -> str | None:
         if isinstance(path, int) or path is None:
@@ -150,7 +155,7 @@ class _Hook:
         writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         if writes and real not in ("/dev/null",):
             return f"wrote {real}"
-        inside = real.startswith((*_READABLE, str(REPOSITORY)))
+        inside = real.startswith((*_READABLE, str(REPOSITORY), f"/proc/{os.getpid()}/"))
         return None if inside else f"read {real}"
 
     def _connected(self, address: object) -> str | None:

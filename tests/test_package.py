@@ -89,6 +89,7 @@ MODULES = {
     "s3fs": "s3fs",
     "safetensors": "safetensors",
     "scikit-learn": "sklearn",
+    "threadpoolctl": "threadpoolctl",
     "scipy": "scipy",
     "tensorboard": "tensorboard",
     "tensorstore": "tensorstore",

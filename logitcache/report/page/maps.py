@@ -66,6 +66,7 @@ def maps(named: Mapping[str, Matrix], classes: Sequence[str]) -> Iterator[figure
         from scipy.linalg import orthogonal_procrustes
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
+        from threadpoolctl import threadpool_limits
     except ImportError as error:
         raise MissingExtraError("PCA and t-SNE", "report") from error
     some = dict(list(named.items())[:_MOST_MAPS])
@@ -78,7 +79,8 @@ def maps(named: Mapping[str, Matrix], classes: Sequence[str]) -> Iterator[figure
     for kind, place in makers.items():
         reference: NDArray[np.float64] | None = None
         for name, values in some.items():
-            points = place(values.astype(np.float64))
+            with threadpool_limits(1):  # threads wait for one another longer than so few images take
+                points = place(values.astype(np.float64))
             points = (points - points.mean(axis=0)) / (points.std() or 1.0)
             if reference is None:
                 reference = points
