@@ -14,7 +14,8 @@ def view(name: str, entry: Any, **views: Any) -> Case:
             manifest["views"]["augmentations"] = [entry, {"kind": "center_crop", "size": [8, 8]}]
         manifest["views"].update(views)
 
-    return Case("views", name, lambda folder: forge(folder, change), IMAGES, ("verify", "train"))
+    ends = IMAGES | {"suspects": IMAGES["train"]}  # it looks whether the images have changed
+    return Case("views", name, lambda folder: forge(folder, change), ends, ("verify", "train"))
 
 
 def torchvision_view(name: str, **options: Any) -> dict[str, Any]:

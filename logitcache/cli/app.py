@@ -86,17 +86,16 @@ def _explain(error: Exception, debug: bool) -> tuple[int, str]:
     trace = console.visible("".join(traceback.format_exception(error)))
     if debug:
         console.write(trace, err=True)
+    if isinstance(error, OSError):
+        from logitcache.store.files import refused_by_system
+
+        error = refused_by_system(error)
     if isinstance(error, LogitCacheError):
         return error.exit_code, str(error)
     if isinstance(error, UsageError):
         usage: Any = error  # Typer's base class, which it does not export
         command = "logitcache" if usage.ctx is None else usage.ctx.command_path
         return EXIT_USAGE, f"{usage.format_message()}\n  Fix: see `{command} --help`"
-    if isinstance(error, OSError):
-        from logitcache.store.files import fix_of
-
-        if (fix := fix_of(error)) is not None:
-            return EXIT_USAGE, f"{error.filename or 'the file system'}: {error.strerror}\n  Fix: {fix}"
     summary = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if debug:
         return EXIT_BUG, f"this is a bug in logitcache or in your own code: {summary}"

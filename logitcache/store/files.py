@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from logitcache.errors import CacheError, LogitCacheError
+from logitcache.errors import CacheError, LogitCacheError, RecipeError
 
 LEFTOVER = ".logitcache-tmp"
 """Suffix of the names of files that matter only while they are written."""
@@ -131,6 +131,14 @@ def view_memory(path: Path | None) -> memoryview | None:
 def fix_of(cause: OSError) -> str | None:
     """Return what a user can do about an error of the file system; None if nothing is known."""
     return _FIXES.get(cause.errno or 0)
+
+
+def refused_by_system(error: Exception) -> Exception:
+    """Return an error of the file system whose fix is known as a RecipeError that names both; any other as it is."""
+    fix = fix_of(error) if isinstance(error, OSError) else None
+    if not isinstance(error, OSError) or fix is None:
+        return error
+    return RecipeError(f"{error.filename or 'the file system'}: {error.strerror}\n  Fix: {fix}")
 
 
 @contextlib.contextmanager

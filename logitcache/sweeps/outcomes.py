@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from logitcache.errors import DivergenceError, LogitCacheError
-from logitcache.store.files import write_atomically
+from logitcache.store.files import refused_by_system, write_atomically
 from logitcache.store.safe_files import read_bounded
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import RunResult
@@ -48,6 +48,7 @@ _FAILURE = TypeAdapter(Failure)
 
 def record_failure(run: Path, error: Exception) -> Failure:
     """Write `failure.json` into a run's folder."""
+    error = refused_by_system(error)
     code = error.exit_code if isinstance(error, LogitCacheError) else 1
     failure = Failure(type(error).__name__, str(error) or type(error).__name__, code)
     run.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.config.recipe import dump_recipe
-from logitcache.errors import LogitCacheError, RecipeError, Stopped, rebuilt
+from logitcache.errors import CacheError, LogitCacheError, RecipeError, Stopped, rebuilt
 from logitcache.runtime.console import logger
 from logitcache.runtime.stopping import StopFlag, stop_flag
 from logitcache.stage_one.cluster.cluster import HERE, Cluster
@@ -117,6 +117,8 @@ def _orders(members: Sequence[Member]) -> str:
 def _result(recipe: SweepRecipe, members: list[Member], left: list[Member], out: Path) -> SweepResult:
     outcomes = {member: outcome_of(member) for member in members}
     failures = {m.run: outcome.failure for m, outcome in outcomes.items() if outcome.failure is not None}
+    damaged = {run for run, failure in failures.items() if failure.exit_code == CacheError.exit_code}
+    whole = [member for member in members if member.run not in damaged]
     sharing, done = read_sharing(out), [outcome.result for outcome in outcomes.values() if outcome.result is not None]
     return SweepResult(
         out=str(out),
@@ -130,7 +132,7 @@ def _result(recipe: SweepRecipe, members: list[Member], left: list[Member], out:
         teacher_passes_saved=sharing.images_alone,
         seconds_saved=round(sharing.seconds_alone - sharing.seconds, 1),
         bytes_saved=sharing.bytes_alone - sharing.bytes,
-        comparison=compare(outcomes, recipe.baseline, _target_errors(members)),
+        comparison=compare(outcomes, recipe.baseline, _target_errors(whole)),
         exit_code=next((failure.exit_code for failure in failures.values()), 0),
     )
 

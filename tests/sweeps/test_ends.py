@@ -1,5 +1,6 @@
 """How sweeps end: students that fail, stops, kills; and what the same command does then."""
 
+import errno
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from logitcache.config.recipe import dump_recipe
 from logitcache.errors import DataError, KilledWorkerError, RecipeError, Stopped
 from logitcache.student.learner import Learner
 from logitcache.sweeps import stream
+from logitcache.sweeps.outcomes import record_failure
 from logitcache.views.epochs import EpochLoader
 from tests.stage_one.apart import ended, forked
 from tests.student.small import DROPOUT, LINEAR, metrics, weights
@@ -235,3 +237,10 @@ def test_the_exit_code_tells_that_students_failed(
     assert "diverging,seed=0 failed: DivergenceError" in document["error"]["message"]
     assert metrics(tmp_path / "out/runs/sound,seed=0")
     assert weights(tmp_path / "out/runs/sound,seed=0")
+
+
+def test_an_error_of_the_file_system_is_recorded_with_its_fix(tmp_path: Path) -> None:
+    failure = record_failure(tmp_path, OSError(errno.ENOSPC, "No space left on device", "x"))
+    assert (failure.error, failure.exit_code) == ("RecipeError", 2)
+    assert "x: No space left on device" in failure.message
+    assert "Fix: " in failure.message

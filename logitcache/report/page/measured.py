@@ -45,6 +45,12 @@ class Beside:
     taps: Mapping[str, Matrix]
     features: Mapping[str, Matrix]
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no answer is NaN or infinity, of which no representation can be drawn."""
+        every = (self.student, *self.teachers.values(), *self.taps.values(), *self.features.values())
+        return all(bool(np.isfinite(answers).all()) for answers in every)
+
 
 @dataclass(frozen=True)
 class MeasuredRun:
@@ -118,7 +124,8 @@ def _beside(opened: OpenedRun, points: int) -> tuple[Beside | None, str]:
     generator = np.random.default_rng(0)
     count = min(points, validator.num_images)
     some = np.sort(generator.choice(validator.num_images, count, replace=False)).tolist()
-    return _answered(opened, validator, some), ""
+    beside = _answered(opened, validator, some)
+    return (beside, "") if beside.is_finite else (None, "not compared with its teachers: answers are NaN or infinite")
 
 
 @torch.no_grad()

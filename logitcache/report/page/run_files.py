@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.config.recipe import read_recipe
-from logitcache.store.safe_files import read_bounded
+from logitcache.store.safe_files import parse_json, read_bounded
+from logitcache.student.runs.run_directory import RunDirectory
 
 RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
 _MOST_BYTES = 64 << 20
@@ -63,9 +64,9 @@ def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
             path,
             os.path.relpath(path.absolute(), common),
             dict(_flat(read_recipe(path / RECIPE))),
-            [json.loads(line) for line in _read(path / METRICS).splitlines()],
-            json.loads(_read(path / "result.json") or "{}"),
-            json.loads(_read(path / "environment.json") or "{}"),
+            [_parsed(path / METRICS, line) for line in _read(path / METRICS).splitlines()],
+            _parsed(path / "result.json", _read(path / "result.json") or b"{}"),
+            _parsed(path / "environment.json", _read(path / "environment.json") or b"{}"),
         )
         for path in paths
     ]
@@ -76,6 +77,15 @@ def _read(path: Path) -> bytes:
         return read_bounded(path, _MOST_BYTES)
     except FileNotFoundError:
         return b""
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+    """Return the JSON object of a run's file. Raises CacheError for what is none."""
+    with RunDirectory(str(path.parent)).reading(path):
+        found = parse_json(text)
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+    return found
 
 
 def varying(runs: Sequence[RunFiles]) -> list[str]:
