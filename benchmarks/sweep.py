@@ -21,6 +21,7 @@ import os
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -75,7 +76,7 @@ def photos(folder: Path) -> dict[str, Any]:
     (folder / "class").mkdir(parents=True)
     for path, number in itertools.product(write_photos(folder / "class"), range(7)):
         os.link(path, path.with_name(f"{path.stem}-{number}.jpg"))
-    return {"kind": "image_folder", "root": str(folder)}
+    return {"kind": "image_folder", "root": str(folder), "labelled": False}
 
 
 def tile_files(folder: Path) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def tile_files(folder: Path) -> dict[str, Any]:
     (folder / "class").mkdir(parents=True)
     for number, tile in enumerate(in_memory().images):
         Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / "class" / f"{number:04}.png")
-    return {"kind": "image_folder", "root": str(folder)}
+    return {"kind": "image_folder", "root": str(folder), "labelled": False}
 
 
 class Arrivals(Watcher):
@@ -107,7 +108,7 @@ class Bench:
 
     def __init__(self, name: str, dataset: dict[str, Any], augmentations: Any, batch_size: int, folder: Path) -> None:
         self.name, self._batch_size, self._folder = name, batch_size, folder
-        self._numbers, self._cache = itertools.count(), str(folder / f"{name}.zarr")
+        self._cache = str(folder / f"{name}.zarr")
         entries = {
             "cache": self._cache,
             "dataset": dataset,
@@ -126,7 +127,7 @@ class Bench:
         return [
             load_recipe(
                 base
-                | {"out": str(self._folder / f"run{next(self._numbers)}")}
+                | {"out": tempfile.mkdtemp(dir=self._folder) + "/run"}
                 | {"losses": [{"kind": "kl_divergence", "temperature": 1 + number % 3}]},
                 StudentRecipe,
             )
