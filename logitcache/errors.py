@@ -5,7 +5,7 @@ ValueError
     ├── RecipeError          2   a recipe, an option or their combination is wrong
     │   └── RecipeErrors         several of them at once
     ├── DataError            2   an image or a label cannot be read
-    │   └── RefusedError         a file names what only a user may open, or nobody
+    │   └── RefusedError         a file names a place that needs a grant, or that is never opened
     ├── DivergenceError      2   the loss or the weights of a model in training are no longer finite
     ├── MissingExtraError    2   an optional dependency is not installed
     ├── CacheError           3   a cache is damaged, incomplete, busy or not a cache

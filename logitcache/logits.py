@@ -123,7 +123,7 @@ class _Distribution(BatchValue, ABC):
 
 @dataclass(frozen=True)
 class TopKLogits(_Distribution):
-    """The k largest log-probabilities, and what is known of the rest.
+    """The k largest log-probabilities, and moments of the rest.
 
     log_p: [B, k] descending; index: int64-able [B, k]; tail: [B, 3], of the C - k dropped log-probabilities the log of
     their total probability, their mean and their variance.

@@ -70,7 +70,7 @@ def _opened(recorded: Dataset, num_images: int) -> ImageDataset:
     if isinstance(recorded, Torchvision):
         return recorded.model_copy(update={"download": False}).open()
     if isinstance(recorded, ImageFolder | WebDataset) and recorded.labelled:
-        # The first release recorded this of images without labels too; the fingerprint tells them apart.
+        # The first release recorded `labelled` for unlabelled images too; the fingerprint holds the truth.
         recorded = recorded.model_copy(update={"labelled": None})
     return recorded.open(num_images) if isinstance(recorded, ImageFolder) else recorded.open()
 

@@ -35,17 +35,21 @@ class CommandResult:
 
 
 Recipe = Annotated[Path, Argument(metavar="RECIPE", help="A YAML file.")]
-Overrides = Annotated[
-    list[str],
-    Option(
+
+
+def set_option(help: str, autocompletion: Callable[..., Any] | None = None) -> Any:
+    """Return the repeatable option `--set KEY=VALUE`."""
+    return Option(
         "--set",
         default_factory=list,
         show_default=False,
         metavar="KEY=VALUE",
-        help="Change one key, as in optimizer.lr=0.1; repeatable.",
-        autocompletion=settings,
-    ),
-]
+        help=help,
+        autocompletion=autocompletion,
+    )
+
+
+Overrides = Annotated[list[str], set_option("Change one key, as in optimizer.lr=0.1; repeatable.", settings)]
 
 Trust = Annotated[
     list[str],

@@ -1,37 +1,21 @@
 """The commands that show results: a page, and the trackers of others."""
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
-from logitcache.cli.common import CommandResult, Overrides, Trust
-
-
-class TrackerKind(StrEnum):
-    """What metrics are written to."""
-
-    TENSORBOARD = "tensorboard"
-    WANDB = "wandb"
-    TRACKIO = "trackio"
-    MLFLOW = "mlflow"
+from logitcache.cli.common import CommandResult, Overrides, Trust, set_option
 
 
 def log(
     runs: Annotated[list[Path], Argument(metavar="RUN...", help="Runs, and folders of runs.")],
-    overrides: Annotated[
-        list[str],
-        Option(
-            "--set",
-            default_factory=list,
-            show_default=False,
-            metavar="KEY=VALUE",
-            help="A key of the tracker, as in project=mine; repeatable.",
-        ),
+    overrides: Annotated[list[str], set_option("A key of the tracker, as in project=mine; repeatable.")],
+    to: Annotated[
+        Literal["tensorboard", "wandb", "trackio", "mlflow"],
+        Option("--to", help="Tracker to write to."),
     ],
-    to: Annotated[TrackerKind, Option("--to", help="What to write the metrics to.")],
 ) -> CommandResult:
     """Write the metrics of runs to TensorBoard, Weights & Biases, Trackio or MLflow.
 
@@ -39,7 +23,7 @@ def log(
     """
     from logitcache.report.export_runs import export_runs
 
-    return CommandResult(asdict(export_runs(runs, to.value, overrides)), follows=("report", *map(str, runs)))
+    return CommandResult(asdict(export_runs(runs, to, overrides)), follows=("report", *map(str, runs)))
 
 
 def report(

@@ -92,7 +92,7 @@ def derive(
 
 
 def _answer(result: "PrecomputeResult", part: str | None, follows: tuple[str, ...]) -> CommandResult:
-    """Report what a run did, and what follows.
+    """Report the shards that a run wrote and those that are left.
 
     A cache that is not whole is an error, unless only a part was asked for.
     """

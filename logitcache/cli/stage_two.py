@@ -1,9 +1,8 @@
 """The commands of stage two: train, sweep and evaluate."""
 
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, BadParameter, Option
 
@@ -20,21 +19,6 @@ TeachersFrom = Annotated[
 Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
 
 
-class Orientation(StrEnum):
-    """Whether images are turned by the EXIF orientation of cameras."""
-
-    IGNORE = "ignore"
-    APPLY = "apply"
-
-
-class Verify(StrEnum):
-    """How exactly rendered pixels must equal those that the teacher saw."""
-
-    STRICT = "strict"
-    NUMERIC = "numeric"
-    OFF = "off"
-
-
 def train_student(
     recipe: Recipe,
     overrides: Overrides,
@@ -43,7 +27,7 @@ def train_student(
     online: Annotated[bool, Option("--online", help="Put the teacher back in the loop, to compare.")] = False,
     teachers_from: TeachersFrom = None,
     verify: Annotated[
-        Verify | None,
+        Literal["strict", "numeric", "off"] | None,
         Option("--verify", help="How exactly rendered pixels must equal those that the teacher saw."),
     ] = None,
 ) -> CommandResult:
@@ -83,15 +67,6 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
         return _trained(result, ranks.is_first)
 
 
-class TableFormat(StrEnum):
-    """A format of the comparison of cells."""
-
-    CSV = "csv"
-    JSON = "json"
-    MARKDOWN = "markdown"
-    LATEX = "latex"
-
-
 def sweep(
     recipe: Recipe,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder of the runs and of the comparison.")],
@@ -109,7 +84,8 @@ def sweep(
         Option("--baseline", metavar="CELL", help="The cell that others are compared with; by default the first."),
     ] = None,
     table: Annotated[
-        TableFormat | None, Option("--table", help="Print the comparison in a format, and no more.")
+        Literal["csv", "json", "markdown", "latex"] | None,
+        Option("--table", help="Print the comparison in a format, and no more."),
     ] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
@@ -123,14 +99,13 @@ def sweep(
     from logitcache.runtime.tables import as_text
     from logitcache.stage_one.cluster.cluster import Cluster
     from logitcache.sweeps import sweep as sweeping
-    from logitcache.sweeps.table_formats import TableFormat as Format
     from logitcache.sweeps.table_formats import format_table, shown_rows
 
     found = load_sweep(recipe, overrides, trust=trust, grid=grid, seeds=seeds, baseline=baseline)
     result = sweeping.sweep(found, out, Cluster(scheduler, workers))
     document = asdict(result)
     if table is not None:
-        text = format_table(result.comparison, Format(table))
+        text = format_table(result.comparison, table)
     else:
         shown = {key: value for key, value in document.items() if key not in ("comparison", "failed", "exit_code")}
         text = as_text(shown | {"cells": shown_rows(result.comparison)})
@@ -214,7 +189,7 @@ def predict(
     top: Annotated[int, Option("--top", min=1, metavar="K", help="Show the K most probable classes.")] = 5,
     batch_size: Annotated[int, Option("--batch-size", min=1, metavar="N", help="Images at a time.")] = 32,
     orientation: Annotated[
-        Orientation | None,
+        Literal["ignore", "apply"] | None,
         Option(
             "--orientation",
             show_default="as for the images that the run was measured on",
@@ -236,7 +211,7 @@ def predict(
         [*overrides, *_granted(trust)],
         top=top,
         batch_size=batch_size,
-        orientation=None if orientation is None else orientation.value,
+        orientation=orientation,
     )
     errors = tuple(one.error for one in found if one.error is not None)
     document = {

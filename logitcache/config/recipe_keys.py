@@ -206,7 +206,7 @@ def _search(roots: Sequence[Key], parts: Sequence[str]) -> list[Key]:
 
 
 def _find(key: Key, parts: Sequence[str], skipped: int, named: bool = False) -> Iterator[Key]:
-    """Yield the keys below that the parts mean if exactly so many levels are left out.
+    """Yield the keys below that match the parts with exactly `skipped` levels left out.
 
     `named`: the key itself is a part, so that the next part may be a name of the user's own.
     """

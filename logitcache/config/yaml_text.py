@@ -193,6 +193,15 @@ def dump_inline(data: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
+def flattened(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested maps and lists by dotted key."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not items:
+        yield key, value
+    for name, item in items:
+        yield from flattened(item, f"{key}.{name}" if key else str(name))
+
+
 def dotted(keys: Keys) -> str:
     """Write a key as `--set` takes it."""
     return ".".join(map(str, keys))

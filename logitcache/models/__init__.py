@@ -11,12 +11,12 @@ from logitcache.models.base import (
     default_preprocessing,
     resolve_preprocessing,
 )
+from logitcache.models.checkpoint import Checkpoint
 from logitcache.models.custom import Custom
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.stored import (
     Architecture,
     Bundled,
-    Checkpoint,
     Run,
     StoredModel,
     bundled_directory,

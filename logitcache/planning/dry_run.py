@@ -1,4 +1,4 @@
-"""Prepare stage one as `precompute` does, without writing: what is to do, and how long it takes to the first shard."""
+"""Prepare stage one as `precompute` does, without writing: the missing shards, and the seconds before the first one."""
 
 import contextlib
 import time

@@ -118,7 +118,7 @@ def _bounds(run: DryRun) -> dict[str, Any]:
 
 
 def _sizes(run: DryRun, packed: Mapping[str, float]) -> tuple[dict[str, Any], StoreCost]:
-    """Describe the size of a cache and what is to be added, given the bytes of a row of each packed array."""
+    """Return the sizes of a cache and of its missing shards, given the bytes of a row of each packed array."""
     todo, cache = run.todo, run.inputs.recipe.cache
     goal, layout, shards, skeleton = todo.goal, todo.layout, todo.shards, skeleton_sizes(todo.goal)
     new = {key: size for key, size in skeleton.items() if not todo.store.exists(key)}

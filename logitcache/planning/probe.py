@@ -58,7 +58,7 @@ class Probe:
 
 
 def probe(run: DryRun, batches: int | None = None) -> Probe:
-    """Fill some batches of what is to do, at most `batches`; at least one shard is to do."""
+    """Compute at most `batches` batches of the missing shards, of which there is at least one."""
     recipe, device = run.inputs.recipe, run.inputs.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -105,7 +105,7 @@ def _affordable(run: DryRun) -> int:
 
 
 def _steps(run: DryRun, task: PrecomputeTask, count: int) -> list[RowBatch]:
-    """Choose batches from all over what is to do, in runs that lie beside each other."""
+    """Choose batches spread over all missing shards, in consecutive runs."""
     recipe, todo = run.inputs.recipe, run.todo
     groups = Claims(todo.snapshot, todo.shards, recipe.views_per_image).groups
     in_group = [task.num_batches(group[0]) for group in groups]

@@ -1,1 +1,1 @@
-"""Results for people: the demo, what a cache is and how accurate its teachers are, checks of recipes and caches."""
+"""Results for people: demo, summaries of caches and teachers, checks of recipes, reports on runs."""

@@ -16,7 +16,8 @@ from logitcache.runtime.device import own_randomness, resolve_device
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.evaluation.cost import Contender, LatencyPlan
 from logitcache.student.evaluation.evaluate import EvaluationResult, evaluate, is_stated, read_run, require_known_source
-from logitcache.student.training_recipes import LiveTeacher, StudentRecipe
+from logitcache.student.live_teacher import LiveTeacher
+from logitcache.student.training_recipes import StudentRecipe
 from logitcache.teacher.online import recorded_risks, recorded_source
 
 

@@ -37,7 +37,7 @@ def views_as_seen(cache: Cache, overrides: Sequence[str] = (), trust: Collection
     """Bind the views that the teacher answered to their images. Raises as `Cache.views`; no answer is read."""
     spec, place = cache.manifest.views, locate_images(cache, overrides)
     require_trusted(spec, place.factories, cache.location)
-    dataset = place.dataset if overrides else None  # what is recorded is opened as a file's word
+    dataset = place.dataset if overrides else None  # a recorded data set is opened under the rules for manifests
     opened = open_images(cache.manifest, cache.location, dataset, cache.identity, trust)
     cache.require_dataset(opened)
     require_releases(spec, "strict", cache.location)

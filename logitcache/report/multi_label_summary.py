@@ -124,7 +124,7 @@ def _per_class(cache: Cache, found: list[_View]) -> list[dict[str, Any]]:
 
 
 def class_columns(label: int, names: Sequence[str] | None) -> dict[str, Any]:
-    """Return the columns that tell a class: its number, and its name if the cache records that."""
+    """Return the columns that identify a class: its number, and its name if the cache records names."""
     return {"label": label} | ({} if names is None or label >= len(names) else {"name": names[label]})
 
 

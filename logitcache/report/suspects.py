@@ -8,8 +8,8 @@ normalised margin
 in [0, 1], low if another class is more probable: `normalized_margin` of cleanlab. A label is suspect if another class c
 is the most probable one and p[c] reaches that class's threshold, the mean of p[c] over the images that are labelled c
 (Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset labels", JAIR 70, 2021, equation 2;
-there of out-of-sample probabilities). A teacher that was trained on these images, labels included, has learnt some
-wrong labels: the ranking shows where to look, it proves nothing.
+which uses out-of-sample probabilities). A teacher that was trained on these images and labels has learnt some of the
+wrong labels: the ranking orders images for review and proves nothing.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -192,7 +192,7 @@ def _of_shards(reader: ShardReader, shards: Sequence[Shard], labels: Labels) -> 
 
 
 def _views(cache: Cache, overrides: Sequence[str], trust: Collection[str], needed: bool) -> Views | None:
-    """Open the images, for their ids and pixels; None if they are not there and nobody asked for them."""
+    """Open the images, for their ids and pixels; None if they are missing and optional."""
     try:
         return views_as_seen(cache, overrides, trust)
     except (DataError, RecipeError) as error:

@@ -122,7 +122,7 @@ def set_random_states(device: torch.device, states: dict[str, Tensor]) -> None:
 
 
 class OwnRandomness:
-    """Random states that one model draws from: within a block draws go on from the block before, whoever drew between.
+    """Random states of one model: each block continues from the states that the previous block left.
 
     Blocks are not nested.
     """

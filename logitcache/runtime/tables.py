@@ -1,7 +1,9 @@
-"""Results as text: tables on a terminal, aligned columns in a pipe."""
+"""Results as text: tables on a terminal, aligned columns in a pipe, CSV."""
 
+import csv
+import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -22,6 +24,15 @@ def as_text(document: Mapping[str, Any]) -> str:
     with console.capture() as capture:
         _print(console, document)
     return capture.get()
+
+
+def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
+    """Format rows as CSV, with the columns in the order in which rows name them."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:

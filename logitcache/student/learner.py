@@ -100,7 +100,7 @@ class Learner:
         return cast(Classifier, self.model if self.ema is None else self.ema.module)
 
     def share_statistics(self) -> None:
-        """Give all ranks the first one's statistics of normalisation: all then measure the model that is kept."""
+        """Broadcast the normalisation statistics of the first rank: all ranks then measure the kept model."""
         for buffer in self.measured.buffers():
             self.ranks.take_firsts(buffer)
 

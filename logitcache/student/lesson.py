@@ -1,4 +1,4 @@
-"""What a model is to fit, and whether a recipe, its cache and its images belong together."""
+"""The targets and images of a training, and the checks that recipe, cache and images belong together."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

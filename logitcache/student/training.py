@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 
 class Watcher:
-    """What is done about each student's errors and metrics: by default errors are raised, and metrics logged."""
+    """Callbacks for the errors and metrics of each student; by default errors are raised and metrics logged."""
 
     def begins(self, directory: RunDirectory, resumes: bool) -> None:
         """Take note that a run begins or, if it `resumes`, continues."""

@@ -50,7 +50,7 @@ class TrainingData(Protocol):
     """What a recipe learns from, opened and checked before the first step."""
 
     def lesson(self, recipe: Any) -> Lesson:
-        """Return what a model is to fit; raise if the recipe does not fit the data."""
+        """Return the lesson of a recipe; raise if the recipe does not fit the data."""
 
     def identity(self, recipe: Any) -> dict[str, Any]:
         """Return what identifies the data that a recipe learns from."""
@@ -88,7 +88,7 @@ class CachedData:
         return held_teachers(self.cache)
 
     def lesson(self, recipe: StudentRecipe) -> Lesson:
-        """Return what a student is to fit; raise if its losses and the cache do not belong together."""
+        """Return the lesson of a student; raise if its losses do not fit the cache."""
         return lesson_of(recipe, self.cache)
 
     def read_by(self, recipes: Sequence[StudentRecipe]) -> Cache:
@@ -151,7 +151,7 @@ class LabelledData:
         return cls(Views(dataset, spec))
 
     def lesson(self, recipe: TeacherRecipe) -> Lesson:
-        """Return what a model is to fit; raise RecipeError if its losses and the labels do not belong together."""
+        """Return the lesson of a model; raise RecipeError if its losses do not fit the labels."""
         return lesson_of_images(recipe, self.views)
 
     def identity(self, recipe: TeacherRecipe) -> dict[str, Any]:

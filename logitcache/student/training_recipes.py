@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from logitcache.cache.cache import Replay
-from logitcache.config.recipe import NOWHERE, Component, Count, Lenient, Name, Positive
+from logitcache.config.recipe import NOWHERE, Component, Count, Name, Positive
 from logitcache.config.trust import Trust
 from logitcache.errors import RecipeError, raise_all
 from logitcache.models import Model, Preprocessing
@@ -14,7 +14,8 @@ from logitcache.reductions import Layout
 from logitcache.runtime.device import Precision
 from logitcache.store.remote.client import is_remote
 from logitcache.student.ensembles import Ensemble
-from logitcache.student.evaluation.multi_label import THRESHOLD
+from logitcache.student.evaluation.validation_recipe import Validation
+from logitcache.student.live_teacher import LiveTeacher
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
 from logitcache.student.optim.averaging import Average
 from logitcache.student.optim.optimizers import AdamW, LearningRateSchedule, Optimizer
@@ -28,87 +29,6 @@ from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 LabelLoss = Annotated[CrossEntropy | BinaryCrossEntropy, Field(discriminator="kind")]
-
-
-class ClassGroups(Component):
-    """Classes by their number of training images: head, medium and tail (Liu et al. 2019)."""
-
-    head: Annotated[int, Field(ge=0)] = Field(
-        default=100, description="A class with more training images than this is a head class."
-    )
-    tail: Annotated[int, Field(ge=0)] = Field(
-        default=20, description="A class with fewer training images than this is a tail class."
-    )
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Self:
-        if self.tail > self.head + 1:
-            raise ValueError(f"tail (< {self.tail}) and head (> {self.head}) have classes in common: raise head")
-        return self
-
-
-class Validation(Component):
-    """Untouched images to measure on: a data set, or a cache of it with whose teacher the student is compared."""
-
-    dataset: Dataset | None = Field(
-        default=None,
-        description="Images to measure on, if `cache` does not name them.",
-        examples=[{"kind": "image_folder", "root": "photos/val"}],
-    )
-    cache: str | None = Field(
-        default=None,
-        description="Cache of the images to measure on; it adds agreement with the teacher and KL divergence from it.",
-        examples=["caches/fashion_mnist/test.zarr"],
-    )
-    augmentations: tuple[Augmentation, ...] = Field(
-        default=(),
-        description="Augmentations of `dataset`, in this order, without chance: a resize and a crop.",
-        examples=[[{"kind": "resize", "size": 256}, {"kind": "center_crop", "size": 224}]],
-    )
-    class_map: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
-        default=None,
-        description="Class of the model for each class of the images, by name or index, for `evaluate` on images "
-        "of other classes; images of classes that are left out do not count, and their number is "
-        "reported.",
-        examples=[{"cat": 3, "7": 5}],
-    )
-    threshold: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] = Field(
-        default=THRESHOLD, description="Probability above which an answer to images of any number of classes is yes."
-    )
-    groups: ClassGroups = Field(default=ClassGroups(), description="Bounds of head and tail classes, for `evaluate`.")
-    taps: tuple[str, ...] = Field(
-        default=(),
-        description="Modules of the student that `evaluate` compares with the features of `cache` by linear CKA, "
-        "beside those that losses read.",
-        examples=[["layer4"]],
-    )
-    every: Count = Field(default=1, description="Epochs between two measurements; the last epoch is always measured.")
-    batch_size: Count = Field(default=512, description="Images of a forward pass.")
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.dataset is None and self.cache is None:
-            raise ValueError("name a data set (dataset) or a cache of one (cache)")
-        if self.cache is not None and self.augmentations:
-            raise ValueError("a cache brings its own augmentations: leave them out")
-        return self
-
-
-class LiveTeacher(Component):
-    """A teacher of the cache as a model of your own code, for `--online` and `evaluate`.
-
-    A cache records how to build all other teachers. `--teachers-from precompute.yaml` takes these entries from the
-    recipe that filled the cache.
-    """
-
-    model: Model = Field(
-        description="Model of the teacher.", examples=[{"kind": "custom", "factory": "mypackage.models:teacher"}]
-    )
-    preprocessing: Preprocessing | None = Field(
-        default=None,
-        description="Normalisation of the model's input; by default what the model brings along.",
-        examples=[{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}],
-    )
 
 
 class TrainingRecipe(Component):
@@ -229,9 +149,7 @@ class TrainingRecipe(Component):
         examples=[500],
     )
     num_workers: Annotated[int, Field(ge=0)] = Field(
-        default=2,
-        description="Processes that render images; 0 renders in the main process. Of several ranks, each starts so "
-        "many.",
+        default=2, description="Processes of each rank that render images; 0 renders in the main process."
     )
     start_method: StartMethod = Field(default="forkserver", description="How Python starts the rendering processes.")
     device: str = Field(
@@ -251,13 +169,13 @@ class TrainingRecipe(Component):
         return () if self.validation is None else self.validation.taps
 
     def require_entries(self, given: Collection[str] = ()) -> None:
-        """Raise RecipeError listing the entries that are missing, and in whose place no object is `given`."""
+        """Raise RecipeError listing the missing entries for which no object is `given`."""
         missing = [key for key in self.needed if getattr(self, key) is None and key not in given]
         fix = "Fix: name one, or pass the object itself: lc.train(recipe, {}=…)"
         raise_all([RecipeError(f"key '{key}' is missing. {fix.format(key)}") for key in missing])
 
     def idle(self, epochs: float) -> str | None:
-        """Return why parts of a batch are fewer than asked for, and which entries no loss looks at."""
+        """Return which entries have no effect."""
         return ". It ".join(self._without_effect()) or None
 
     def _without_effect(self) -> Iterator[str]:
@@ -365,12 +283,7 @@ class TeacherRecipe(TrainingRecipe):
         description="Augmentations, applied in this order and drawn afresh in every epoch.",
         examples=[[{"kind": "random_resized_crop", "size": 224}, {"kind": "horizontal_flip"}]],
     )
-    mixing: Mixings = Field(
-        default=(),
-        description="Ways to mix pairs of images, `mixup` or `cutmix` or both; at most one is drawn for a pair, by "
-        "their probabilities.",
-        examples=[[{"kind": "mixup"}]],
-    )
+    mixing: Mixings = ()
     losses: Annotated[tuple[LabelLoss, ...], Field(min_length=1)] = Field(
         default=(CrossEntropy(),), description="Losses on labels, which are added up."
     )

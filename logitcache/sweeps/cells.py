@@ -127,7 +127,7 @@ def label_of(value: JsonValue) -> str:
 
 
 def _short(name: str) -> str:
-    """Cut a name that a file system would refuse, and tell it from others by a digest."""
+    """Shorten a name that is too long for a file system; a digest keeps it unique."""
     if len(name) <= _LONGEST:
         return name
     return f"{name[: _LONGEST - 9]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -50,7 +50,7 @@ def groups_of(
 ) -> list[Group]:
     """Group students by what decides their batches, at most `size` together.
 
-    Of a student whose cache does not open or does not serve it, `failed` is told why. With `refuse_inexact` that
+    `failed` is called for a student whose cache does not open or does not serve it. With `refuse_inexact` that
     includes targets whose error is above the bound at a temperature that its losses ask for.
     """
     opened: dict[str, CachedData] = {}

@@ -20,7 +20,7 @@ _MAX_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run ended before its time: the class of the error, its message, and the exit code that it stands for."""
+    """Why a run ended before its time: class, message and exit code of the error."""
 
     error: str
     message: str

@@ -52,7 +52,7 @@ class _Recorder(Watcher):
         self.sharing = Sharing()
 
     def begins(self, directory: RunDirectory, resumes: bool) -> None:
-        """Be silent: that runs begin is nothing to report."""
+        """Report nothing: runs of a sweep begin silently."""
 
     def failed(self, recipe: TrainingRecipe, error: Exception) -> None:
         """Record why a student ended."""
@@ -63,7 +63,7 @@ class _Recorder(Watcher):
         self._show(Path(recipe.out).name, row)
 
     def shared(self, batch: Batch, students: int, seconds: float) -> None:
-        """Add up what a batch cost, and would have cost each student alone."""
+        """Add the cost of a batch, shared and as separate runs would have paid it."""
         images, read = len(batch), batch.target_bytes
         self.sharing += Sharing(images, seconds, read, images * students, seconds * students, read * students)
 

@@ -1,6 +1,5 @@
 """The recipe of a sweep: a student, what varies, and over which seeds."""
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
@@ -30,7 +29,7 @@ class Halving(Component):
         description="Epochs after which students are compared, ascending.", examples=[[2, 6]]
     )
     keep: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
-        default=1 / 3, description="Share of the cells that goes on each time, one at least."
+        default=1 / 3, description="Share of the cells that continues after each comparison, at least one."
     )
     metrics: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=("val_top1",),
@@ -87,7 +86,7 @@ class SweepRecipe(Component):
     )
     inexact_targets: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="What is done about cells at whose temperature the cache's encoding is beyond its bound.",
+        description="Handling of cells whose temperature the cache's encoding does not serve within its error bound.",
     )
 
     @property
@@ -98,21 +97,16 @@ class SweepRecipe(Component):
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        for reason in self._impossible():
-            raise ValueError(reason)
-        return self
-
-    def _impossible(self) -> Iterator[str]:
-        """Yield why entries exclude one another."""
         keys = [key.strip() for names in self.grid for key in names.split(",")]
         keys += [key for changes in self.cells.values() for key in changes]
         for key in keys:
             if key in _DECIDED:
-                yield f"{key} is not for grid and cells to change: the sweep decides it. Fix: `seeds`"
+                raise ValueError(f"{key} is not for grid and cells to change: the sweep decides it. Fix: `seeds`")
         if len(set(self.all_seeds)) < len(self.all_seeds):
-            yield "seeds has one of them twice. Fix: each once"
+            raise ValueError("seeds has one of them twice. Fix: each once")
         if self.halving is not None and self.halving.epochs[-1] >= self.student.epochs:
-            yield f"halving.epochs must be less than the {self.student.epochs} epochs of a student"
+            raise ValueError(f"halving.epochs must be less than the {self.student.epochs} epochs of a student")
+        return self
 
 
 def as_sweep(student: StudentRecipe, **entries: Any) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """Write a comparison as CSV, JSON, Markdown or LaTeX."""
 
-import csv
-import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from enum import StrEnum
+from typing import Literal
 
+from logitcache.runtime.tables import as_csv
 from logitcache.sweeps.comparison import Comparison, Difference, Row, Spread
+
+TableFormat = Literal["csv", "json", "markdown", "latex"]
 
 PERCENT = frozenset({"top1", "best_top1", "mean_ap", "best_mean_ap", "f1_macro", "agreement"})
 """Measures that are fractions, and read as percentages."""
@@ -23,17 +24,8 @@ TITLES = {
 }
 
 
-class TableFormat(StrEnum):
-    """A format of a table."""
-
-    CSV = "csv"
-    JSON = "json"
-    MARKDOWN = "markdown"
-    LATEX = "latex"
-
-
 def format_table(comparison: Comparison, form: TableFormat) -> str:
-    """Return a comparison in a format; CSV and JSON have every figure, the others what is read."""
+    """Return a comparison in a format; CSV and JSON have every column, the others a selection."""
     return _FORMATS[form](comparison)
 
 
@@ -80,12 +72,7 @@ def _difference(row: Row, comparison: Comparison, percent: bool) -> dict[str, st
 
 
 def _csv(comparison: Comparison) -> str:
-    rows = [_flat(row) for row in comparison.rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return as_csv([_flat(row) for row in comparison.rows])
 
 
 def _flat(row: Row) -> dict[str, object]:
@@ -139,8 +126,8 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 _FORMATS: dict[TableFormat, Callable[[Comparison], str]] = {
-    TableFormat.CSV: _csv,
-    TableFormat.JSON: _json,
-    TableFormat.MARKDOWN: _markdown,
-    TableFormat.LATEX: _latex,
+    "csv": _csv,
+    "json": _json,
+    "markdown": _markdown,
+    "latex": _latex,
 }

@@ -236,8 +236,16 @@ def _at_most_one(mixings: tuple[Mixing, ...]) -> tuple[Mixing, ...]:
     return mixings
 
 
-Mixings = Annotated[tuple[Mixing, ...], Field(max_length=8), AfterValidator(_at_most_one)]
-"""Ways to mix, at most one of which is drawn for a pair."""
+Mixings = Annotated[
+    tuple[Mixing, ...],
+    Field(
+        max_length=8,
+        description="Ways to mix pairs of images, `mixup` or `cutmix` or both; at most one is drawn for a pair, by "
+        "their probabilities.",
+        examples=[[{"kind": "mixup"}]],
+    ),
+    AfterValidator(_at_most_one),
+]
 
 
 def newest_plan(mixings: Sequence[Mixing]) -> PlanVersion:

@@ -57,12 +57,7 @@ class ViewSpec(Component):
         "fixed size at the end.",
         examples=[[{"kind": "random_resized_crop", "size": 224}, {"kind": "horizontal_flip"}]],
     )
-    mixing: Mixings = Field(
-        default=(),
-        description="Ways to mix pairs of images, `mixup` or `cutmix` or both; at most one is drawn for a pair, by "
-        "their probabilities.",
-        examples=[[{"kind": "mixup"}]],
-    )
+    mixing: Mixings = ()
     pairing_window: Annotated[int, Field(ge=2, multiple_of=2)] | None = Field(
         default=None,
         description="Number of consecutive images, even, among which partners are found; by default all. A divisor "

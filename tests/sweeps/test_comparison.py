@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -123,8 +123,8 @@ def comparison() -> Comparison:
 
 
 def test_csv_and_json_have_every_figure(comparison: Comparison) -> None:
-    rows = list(csv.DictReader(io.StringIO(format_table(comparison, TableFormat.CSV))))
-    document = json.loads(format_table(comparison, TableFormat.JSON))
+    rows = list(csv.DictReader(io.StringIO(format_table(comparison, "csv"))))
+    document = json.loads(format_table(comparison, "json"))
     assert [row["cell"] for row in rows] == ["base", "better", "worse"]
     for flat, row in zip(rows[1:], document["rows"][1:], strict=True):
         assert float(flat["top1_mean"]) == row["measures"]["top1"]["mean"]
@@ -135,14 +135,14 @@ def test_csv_and_json_have_every_figure(comparison: Comparison) -> None:
 
 
 def test_markdown_is_a_table_with_its_notes(comparison: Comparison) -> None:
-    lines = format_table(comparison, TableFormat.MARKDOWN).splitlines()
+    lines = format_table(comparison, "markdown").splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert "| better | 4 | 0.0012 | 68.25 ± " in lines[3]
     assert "2 comparisons" in lines[-1]
 
 
 def test_latex_escapes_what_it_would_obey() -> None:
-    text = format_table(compare(outcomes({"a_b": [0.5, 0.6], "c&d": [0.6, 0.7]})), TableFormat.LATEX)
+    text = format_table(compare(outcomes({"a_b": [0.5, 0.6], "c&d": [0.6, 0.7]})), "latex")
     assert r"a\_b & 2 & " in text
     assert r"c\&d" in text
     assert r"less a\_b" in text
@@ -155,9 +155,9 @@ def test_latex_escapes_what_it_would_obey() -> None:
 def test_nothing_that_is_finished_is_compared_with_nothing() -> None:
     compared = compare(outcomes({"base": [None], "other": [None]}))
     assert (compared.metric, compared.comparisons) == (None, 0)
-    for form in TableFormat:
+    for form in get_args(TableFormat):
         assert format_table(compared, form) is not None
-    assert math.isfinite(len(format_table(compared, TableFormat.MARKDOWN)))
+    assert math.isfinite(len(format_table(compared, "markdown")))
 
 
 def test_cells_keep_the_order_of_the_recipe(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from logitcache.logits import TopKLogits
 from logitcache.models import Checkpoint, Custom, Preprocessing, SmallCNN, save_weights
 from logitcache.models.small_cnn import small_cnn
 from logitcache.stage_one.precompute import precompute
-from logitcache.student.training_recipes import LiveTeacher
+from logitcache.student.live_teacher import LiveTeacher
 from logitcache.teacher.online import live_targets
 from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE32, TOP2, Linear, Pixels, forge, recipe, run, teacher

@@ -1,4 +1,4 @@
-"""The largest log-probabilities, as they are or in few bits, with what is needed to stand for the rest."""
+"""The k largest log-probabilities of a row, in float16 or rounded, and moments of the others."""
 
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -25,7 +25,7 @@ TIE = 2**-16
 
 
 class LargestLogits(Plain):
-    """An encoding of the largest logits, whose rows name their classes."""
+    """An encoding of the k largest logits of a row, with the indices of their classes."""
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits"})
     any_bits: ClassVar[bool] = False
@@ -146,5 +146,5 @@ class PackedTopK(LargestLogits):
 
 
 def _width(num_classes: int) -> int:
-    """Return the bits that tell `num_classes` classes apart."""
+    """Return the number of bits of the index of one of `num_classes` classes."""
     return max(1, (num_classes - 1).bit_length())

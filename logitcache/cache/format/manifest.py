@@ -143,7 +143,7 @@ class TeacherEntry(Extended):
 
     @property
     def unfitted(self) -> tuple[str, ...]:
-        """Name what is to be kept and was not decided how."""
+        """List the targets whose encoding is not decided yet."""
         stored = {*([] if self.stored_logits is None else [LOGITS]), *self.stored_features}
         return tuple(name for name in self.targets if name not in stored)
 

@@ -98,7 +98,7 @@ def _pool(process: int) -> ThreadPoolExecutor:
 
 @dataclass(frozen=True)
 class StoredArray:
-    """An array in a store, the records of its group, and `fix`, which tells how lost shards are written again.
+    """An array in a store and the commit records of its group; `fix` is the advice of errors about lost shards.
 
     It can be pickled: each process opens the store and reads the metadata itself.
     """

@@ -1,6 +1,5 @@
 """`Figure`, and `draw`, which turns a plot on matplotlib's axes into one."""
 
-import csv
 import hashlib
 import io
 import re
@@ -11,11 +10,12 @@ from html import escape
 from typing import Any, Literal
 
 from logitcache.errors import MissingExtraError
+from logitcache.runtime import tables
 
 Rows = Sequence[Mapping[str, Any]]
 
 COLORS = ("#3d85c6", "#dd7a34", "#2e9e6b", "#c65180", "#8d70d6", "#ab9420", "#38a7b0", "#8c8c8c")
-"""Colours of series, to be told apart on white, on black and by people who mix up red and green."""
+"""Colours of series, distinct on white, on black and with red-green colour blindness."""
 
 MOST_SERIES = len(COLORS)
 WIDTH, HEIGHT = 340, 240
@@ -71,13 +71,10 @@ class Figure:
 
 
 def as_csv(rows: Rows) -> str:
-    """Write rows as CSV, with the columns in the order in which rows name them, and numbers with six digits."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-    return table.getvalue()
+    """Format rows as CSV, numbers with six digits."""
+    return tables.as_csv(
+        [{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    )
 
 
 def draw(

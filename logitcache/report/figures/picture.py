@@ -22,11 +22,11 @@ def as_image(pixels: NDArray[np.uint8]) -> Image.Image:
 def picture(
     pixels: NDArray[np.uint8], rows: Rows = (), *, title: str = "", caption: str = "", side: int = _SIDE
 ) -> Figure:
-    """Show pixels, uint8 [C, H, W] of one or three channels; `rows` are what is known of the image."""
+    """Show pixels, uint8 [C, H, W] of one or three channels; `rows` are data about the image, for its CSV."""
     image = as_image(pixels)
     image.thumbnail((_MOST_PIXELS, _MOST_PIXELS))
     width, height = (round(side * length / max(image.size)) for length in image.size)
-    # As JPEG if that loses nothing that can be seen.
+    # Large pictures are JPEG, whose losses are invisible at this size.
     form = "png" if max(image.size) <= 64 else "jpeg"
     file = io.BytesIO()
     image.save(file, form, quality=88)

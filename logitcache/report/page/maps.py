@@ -59,8 +59,8 @@ def compared(named: Mapping[str, Matrix]) -> list[figures.Figure]:
 def maps(named: Mapping[str, Matrix], classes: Sequence[str]) -> Iterator[figures.Figure]:
     """Yield PCA, then t-SNE of the first nine representations, each turned onto the first one's map.
 
-    The caption has what a map cannot show: CKA and shared neighbours in the full space, and how many neighbours the
-    map keeps. Raises MissingExtraError without scikit-learn.
+    The caption has CKA and shared neighbours in the full space, and the share of neighbours that the map keeps. Raises
+    MissingExtraError without scikit-learn.
     """
     try:
         from scipy.linalg import orthogonal_procrustes

@@ -47,7 +47,7 @@ class Beside:
 
     @property
     def is_finite(self) -> bool:
-        """Whether no answer is NaN or infinity, of which no representation can be drawn."""
+        """Whether all answers are finite: PCA and t-SNE take no others."""
         every = (self.student, *self.teachers.values(), *self.taps.values(), *self.features.values())
         return all(bool(np.isfinite(answers).all()) for answers in every)
 

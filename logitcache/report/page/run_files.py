@@ -1,18 +1,18 @@
-"""What the files of training runs tell without running a model."""
+"""Read the files of training runs, without running a model."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from logitcache.config.recipe import read_recipe
-from logitcache.store.safe_files import parse_json, read_bounded
+from logitcache.config.yaml_text import flattened
 from logitcache.student.runs.run_directory import RunDirectory
+from logitcache.student.runs.run_result import RunResult
 
-RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
-_MOST_BYTES = 64 << 20
+RECIPE = "recipe.yaml"
 _DEEPEST = 4
 """Folders below one that holds runs, as of a sweep."""
 
@@ -22,14 +22,18 @@ _PLACES = ("out", "device", "num_workers", "start_method", "checkpoint_steps", "
 
 @dataclass(frozen=True)
 class RunFiles:
-    """A run's name on the page, its recipe by dotted key, its metrics, and what it measured, if it has finished."""
+    """A run's name on the page, its recipe by dotted key, its metrics, and its result if it has finished.
+
+    `versions` are those of each session, `learns_from` identifies the data.
+    """
 
     path: Path
     name: str
     recipe: dict[str, Any]
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
-    environment: dict[str, Any]
+    versions: list[dict[str, str]]
+    learns_from: dict[str, Any]
 
     @property
     def quality(self) -> float | None:
@@ -59,33 +63,21 @@ def find_runs(folder: Path) -> list[Path]:
 def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
     """Read runs; those without a finished epoch have no metrics. Raises CacheError for a file that is damaged."""
     common = os.path.commonpath([path.absolute().parent for path in paths]) if paths else ""
-    return [
-        RunFiles(
-            path,
-            os.path.relpath(path.absolute(), common),
-            dict(_flat(read_recipe(path / RECIPE))),
-            [_parsed(path / METRICS, line) for line in _read(path / METRICS).splitlines()],
-            _parsed(path / "result.json", _read(path / "result.json") or b"{}"),
-            _parsed(path / "environment.json", _read(path / "environment.json") or b"{}"),
-        )
-        for path in paths
-    ]
+    return [_read(path, os.path.relpath(path.absolute(), common)) for path in paths]
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return read_bounded(path, _MOST_BYTES)
-    except FileNotFoundError:
-        return b""
-
-
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
-    """Return the JSON object of a run's file. Raises CacheError for what is none."""
-    with RunDirectory(str(path.parent)).reading(path):
-        found = parse_json(text)
-        if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    return found
+def _read(path: Path, name: str) -> RunFiles:
+    run = RunDirectory(str(path))
+    result, environment = run.finished(RunResult), run.environment()
+    return RunFiles(
+        path,
+        name,
+        dict(flattened(read_recipe(path / RECIPE))),
+        run.recorded(),
+        {} if result is None else asdict(result),
+        environment.versions,
+        environment.learns_from,
+    )
 
 
 def varying(runs: Sequence[RunFiles]) -> list[str]:
@@ -96,11 +88,3 @@ def varying(runs: Sequence[RunFiles]) -> list[str]:
         for key in keys
         if key.split(".")[0] not in _PLACES and len({json.dumps(run.recipe.get(key)) for run in runs}) > 1
     ]
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not items:
-        yield key, value
-    for name, item in items:
-        yield from _flat(item, f"{key}.{name}" if key else str(name))

@@ -19,7 +19,7 @@ _MOST_RECIPES = 100
 
 
 def sections_of_runs(runs: Sequence[RunFiles], latencies: Mapping[str, float]) -> Iterator[Section]:
-    """Yield the sections; `latencies` are the milliseconds of an image by the name of a run, as far as measured."""
+    """Yield the sections; `latencies` are milliseconds per image of the runs that were timed, by name."""
     keys = varying(runs)
     tables = [Table("runs", [_row(run, keys, latencies) for run in runs])]
     if seeds := _over_seeds(runs, keys):
@@ -37,14 +37,11 @@ def provenance(runs: Sequence[RunFiles]) -> Section:
     """Return what made the runs: versions, identities and recipes."""
     rows = [
         {"run": run.name}
-        | {name: str(value) for name, value in (run.environment.get("versions") or [{}])[-1].items()}
-        | {"sessions with other versions": len(run.environment.get("versions") or [{}]) - 1}
+        | {name: str(value) for name, value in (run.versions or [{}])[-1].items()}
+        | {"sessions with other versions": max(len(run.versions) - 1, 0)}
         for run in runs
     ]
-    learnt = [
-        {"run": run.name, **{key: str(value)[:16] for key, value in run.environment.get("learns_from", {}).items()}}
-        for run in runs
-    ]
+    learnt = [{"run": run.name, **{key: str(value)[:16] for key, value in run.learns_from.items()}} for run in runs]
     recipes = [
         (f"{run.name}/{RECIPE}", read_bounded(run.path / RECIPE, 1 << 20).decode()) for run in runs[:_MOST_RECIPES]
     ]

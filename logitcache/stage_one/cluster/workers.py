@@ -78,7 +78,7 @@ def call(name: str, opener: bytes, threads: int | None, item: Any) -> Any:
 
 
 def located(error: LogitCacheError) -> LogitCacheError:
-    """Add to an error where it was raised: the worker as Dask names it, its host and its process."""
+    """Add the place of an error: the worker as Dask names it, its host and its process."""
     return rebuilt(type(error), f"{error}\n  On worker: {_worker()}{platform.node()}, process {os.getpid()}")
 
 

@@ -59,7 +59,7 @@ class DerivedTeacher(Component):
 
 
 class DeriveRecipe(Component):
-    """Which finished cache, what is made of it, and where that goes."""
+    """A finished cache, the targets to derive from it, and the new cache."""
 
     stand_ins: ClassVar[dict[str, object]] = {"cache": NOWHERE, "out": NOWHERE}
 

@@ -20,10 +20,11 @@ from logitcache.runtime.stopping import StopFlag
 from logitcache.student.compatibility import require_labels
 from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
 from logitcache.student.evaluation.single_label import Measures, Tally
+from logitcache.student.evaluation.validation_recipe import Validation
 from logitcache.student.lesson import views_of
 from logitcache.student.losses import Loss
 from logitcache.student.ranks import ALONE, Ranks
-from logitcache.student.training_recipes import TrainingRecipe, Validation
+from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.targets import Batch
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, fingerprint, is_multi_label

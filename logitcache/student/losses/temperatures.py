@@ -119,11 +119,10 @@ class ConfidenceTemperature(TemperatureBase):
 
     kind: Literal["by_confidence"] = "by_confidence"
     low: Positive = Field(
-        description="Temperature of a row whose classes are all alike to the teacher, as its largest probability "
-        "nears 0.",
+        description="Temperature of a row for which the teacher is uncertain, as its largest probability nears 0.",
         examples=[2],
     )
-    high: Positive = Field(description="Temperature of a row of which the teacher is certain.", examples=[6])
+    high: Positive = Field(description="Temperature of a row for which the teacher is certain.", examples=[6])
 
     def idle(self, epochs: float) -> str | None:
         """Return why all rows have one temperature."""

@@ -22,6 +22,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from logitcache.config.recipe import Component, dump_recipe, load_recipe
 from logitcache.config.trust import remember
+from logitcache.config.yaml_text import flattened
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models.weights import load_plain
 from logitcache.runtime.versions import versions
@@ -47,7 +48,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Environment(Component):
+class Environment(Component):
     """The versions of each session of a run, and the identity of what it learns from."""
 
     versions: list[dict[str, str]]
@@ -58,7 +59,7 @@ _ROW: TypeAdapter[dict[str, int | float | None]] = TypeAdapter(dict[str, int | f
 
 
 def _by_first(method: Callable[Concatenate["RunDirectory", P], T]) -> Callable[Concatenate["RunDirectory", P], T]:
-    """Let only the first of several ranks touch the directory: the others get what it found."""
+    """Call a method on the first rank alone, and broadcast its result."""
 
     @wraps(method)
     def shared(run: "RunDirectory", /, *args: P.args, **options: P.kwargs) -> T:
@@ -68,7 +69,7 @@ def _by_first(method: Callable[Concatenate["RunDirectory", P], T]) -> Callable[C
 
 
 class RunDirectory:
-    """Where a training run keeps what it makes; several ranks call it together, and the first reads and writes."""
+    """The folder of a training run; all ranks call its methods together, and the first one reads and writes."""
 
     def __init__(self, path: str, ranks: Ranks = ALONE) -> None:
         self.path = Path(path)
@@ -156,18 +157,19 @@ class RunDirectory:
     @_by_first
     def learns_from(self) -> dict[str, Any]:
         """Return the identity of what a run that has begun learns from; nothing of one that has not."""
-        return self._sessions().learns_from
+        return self.environment().learns_from
 
-    def _sessions(self) -> _Environment:
-        empty = _Environment(versions=[], learns_from={})
-        return self._parsed(self._environment, TypeAdapter(_Environment)) if self._begun else empty
+    def environment(self) -> Environment:
+        """Read the versions and the identity of what a run learns from; both empty for a run that has not begun."""
+        empty = Environment(versions=[], learns_from={})
+        return self.parsed(self._environment, TypeAdapter(Environment)) if self._begun else empty
 
     @_by_first
     def require_identity(self, identity: dict[str, Any]) -> None:
         """Raise MismatchError unless a run that has begun learns from the same data and is measured on the same."""
         if not self._begun:
             return
-        old, new = dict(_flat(self._sessions().learns_from)), dict(_flat(identity))
+        old, new = dict(flattened(self.environment().learns_from)), dict(flattened(identity))
         changed = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
         if changed:
             raise MismatchError(
@@ -178,7 +180,7 @@ class RunDirectory:
     @_by_first
     def open(self, recipe: Component, identity: dict[str, Any]) -> None:
         """Write the recipe and the environment; a continuation adds its versions if they changed."""
-        sessions = self._sessions().versions
+        sessions = self.environment().versions
         sessions += [versions()] * (versions() not in sessions[-1:])
         remove_leftovers(self.path)
         text = dump_recipe(recipe).encode()
@@ -199,7 +201,10 @@ class RunDirectory:
         """Read the metrics of all epochs that were recorded."""
         with self.reading(self._metrics):
             lines = read_bounded(self._metrics, _MAX_JSON_BYTES).splitlines() if self._metrics.exists() else []
-            return [_ROW.validate_json(line, strict=True) for line in lines]
+            rows = [_ROW.validate_json(line, strict=True) for line in lines]
+            if any(not isinstance(row.get(key), int) for row in rows for key in ("epoch", "step")):
+                raise ValueError("a line names no epoch or step")
+            return rows
 
     @_by_first
     def record(self, row: dict[str, Any]) -> None:
@@ -249,10 +254,11 @@ class RunDirectory:
         """Return what a finished run measured, as a dataclass; None for one that is not finished."""
         if not self._result.exists():
             return None
-        found = self._parsed(self._result, TypeAdapter(kind))
+        found = self.parsed(self._result, TypeAdapter(kind))
         return dataclasses.replace(found, out=str(self.path))  # type: ignore[type-var]
 
-    def _parsed(self, path: Path, form: TypeAdapter[T]) -> T:
+    def parsed(self, path: Path, form: TypeAdapter[T]) -> T:
+        """Read a JSON file of the run. Raises CacheError for one that is missing, damaged or too large."""
         with self.reading(path):
             return form.validate_json(read_bounded(path, _MAX_JSON_BYTES), strict=True)
 
@@ -285,14 +291,6 @@ def _entries(recipe: Component) -> dict[str, Any]:
     """List what decides the numbers, by dotted key."""
     return {
         key: value
-        for key, value in _flat(yaml.safe_load(dump_recipe(recipe)))
+        for key, value in flattened(yaml.safe_load(dump_recipe(recipe)))
         if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
     }
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    if not items:
-        yield key, value
-    for name, item in items:
-        yield from _flat(item, f"{key}.{name}" if key else str(name))

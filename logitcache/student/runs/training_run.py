@@ -45,7 +45,7 @@ class TrainingRun:
         evaluation: Evaluation,
         num_classes: int,
     ) -> None:
-        """Take up a learner; `evaluation` says how images reach the model outside training, but for the epoch."""
+        """Wrap a learner; `evaluation` is the preprocessing of evaluation, its epoch not yet known."""
         self.recipe, self.learner, self.directory, self.validator = recipe, learner, directory, validator
         self._randomness, self._stream, self._evaluation = randomness, stream, evaluation
         self._num_batches, self._num_classes = len(stream.loader), num_classes
@@ -67,7 +67,7 @@ class TrainingRun:
                 require_place(saved.get("place", (0, 0, 0)), self._num_batches, self.recipe.epochs)
             try:
                 learner.load(saved)
-            except Exception as cause:  # what a module does with a foreign state is its own business
+            except Exception as cause:  # modules raise anything for a foreign state
                 # Earlier releases read every tap as channels first.
                 turned = [f"{tap}: channels_first" for tap, at in learner.layouts.items() if at == "channels_last"]
                 entry = f"tap_layouts: {{{', '.join(turned)}}}, " if turned else ""

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pydantic import TypeAdapter
+
 from logitcache.config.recipe import Component
 from logitcache.errors import MissingExtraError
 from logitcache.store.files import write_atomically
-from logitcache.store.safe_files import read_bounded
+from logitcache.student.runs.run_directory import RunDirectory
 
 _NOTE = "tracking.json"
-_MOST_BYTES = 1 << 20
+_FORM: TypeAdapter[dict[str, Any]] = TypeAdapter(dict[str, int | str])
 _PLACES = ("epoch", "step")
 
 
@@ -27,12 +29,11 @@ class TrackedRun:
     recipe: Mapping[str, Any]
 
     def note(self) -> dict[str, Any]:
-        """Read what was noted of earlier exports: an id for services, and by kind the last step."""
-        try:
-            found: dict[str, Any] = json.loads(read_bounded(self.path / _NOTE, _MOST_BYTES))
-        except FileNotFoundError:
-            found = {"id": secrets.token_hex(8)}
-            self._write(found)
+        """Read the note of earlier exports: an id for services, and by kind of tracker the last step."""
+        if (self.path / _NOTE).exists():
+            return RunDirectory(str(self.path)).parsed(self.path / _NOTE, _FORM)
+        found: dict[str, Any] = {"id": secrets.token_hex(8)}
+        self._write(found)
         return found
 
     def note_step(self, kind: str, step: int) -> None:
@@ -48,11 +49,11 @@ class Sink(ABC):
 
     @abstractmethod
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the metrics of a step; those that are there already are left as they are."""
+        """Write the metrics of a step; skip those that the tracker already has."""
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is pending, and end."""
+        """Flush pending metrics and close."""
 
 
 class TrackerBase(Component, ABC):

@@ -1,7 +1,7 @@
 """The escape hatch: transforms of torchvision, or of the user, that draw from the global generators.
 
-The generators are seeded for each image from its key and put back afterwards. What a transform makes of its seed is its
-own affair and may change with any release: these augmentations are locked to the torchvision they were first used with.
+The global generators are seeded from the key of each image and restored afterwards. How a transform uses its seed may
+change with any release: a cache records the release of torchvision, and these augmentations refuse another.
 """
 
 import functools
@@ -28,6 +28,17 @@ Transform = Callable[[Tensor], object]
 
 _ENUMS: dict[str, Callable[[Any], object]] = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
 
+NewSize = Annotated[
+    Size | None,
+    Field(
+        description="Side of the result, or [height, width], if the transform changes the size of an image; by "
+        "default it keeps it.",
+        examples=[32],
+    ),
+]
+DrawnBy = Annotated[
+    str, Field(description="Release of torchvision that draws the transform; filled in by stage one, leave it out.")
+]
 
 SEEDS = ("torch_seed", "numpy_seed", "python_seed")
 
@@ -91,16 +102,8 @@ class Torchvision(AugmentationBase):
     kind: Literal["torchvision"] = "torchvision"
     name: str = Field(description="Class of torchvision.transforms.v2.", examples=["ElasticTransform"])
     options: dict[str, JsonValue] = Field(default={}, description="Arguments of the class.")
-    size: Size | None = Field(
-        default=None,
-        description="Side of the result, or [height, width], if the transform changes the size of an image; by "
-        "default it keeps it.",
-        examples=[32],
-    )
-    torchvision_version: str = Field(
-        default_factory=lambda: version("torchvision"),
-        description="Release of torchvision that draws the transform; filled in by stage one, leave it out.",
-    )
+    size: NewSize = None
+    torchvision_version: DrawnBy = Field(default_factory=lambda: version("torchvision"))
 
     @model_validator(mode="after")
     def _exists(self) -> Self:
@@ -135,16 +138,8 @@ class Custom(AugmentationBase):
         examples=["mypackage.views:sharpen"],
     )
     arguments: dict[str, JsonValue] = Field(default={}, description="Keyword arguments of the function.")
-    size: Size | None = Field(
-        default=None,
-        description="Side of the result, or [height, width], if the callable changes the size of an image; by "
-        "default it keeps it.",
-        examples=[32],
-    )
-    torchvision_version: str = Field(
-        default_factory=lambda: version("torchvision"),
-        description="Release of torchvision that draws the transform; filled in by stage one, leave it out.",
-    )
+    size: NewSize = None
+    torchvision_version: DrawnBy = Field(default_factory=lambda: version("torchvision"))
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw seeds."""

@@ -27,9 +27,19 @@ from logitcache.views.augmentations.base import (
 from logitcache.views.augmentations.color import adjust_contrast
 from logitcache.views.keys import Draws, below
 
-Bins = Annotated[int, Field(ge=2, le=65536)]
-PolicyFill = Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | None
-"""A level, one for each channel, or none: black, into which bilinear interpolation fades."""
+Bins = Annotated[
+    int, Field(ge=2, le=65536, description="Number of steps into which the range of each operation is divided.")
+]
+PolicyInterpolation = Annotated[
+    Literal["nearest", "bilinear"], Field(description="Interpolation of operations that move pixels.")
+]
+PolicyFill = Annotated[
+    Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | None,
+    Field(
+        description="Level, or one for each channel, of places that an operation leaves empty; by default 0, black.",
+        examples=[128, [124, 116, 104]],
+    ),
+]
 
 
 def overlap(shift: int, length: int) -> tuple[int, int, int]:
@@ -151,17 +161,9 @@ class RandAugment(AugmentationBase):
     magnitude: Annotated[int, Field(ge=0)] = Field(
         default=9, description="Strength of every operation: the index of a bin, below `num_magnitude_bins`."
     )
-    num_magnitude_bins: Bins = Field(
-        default=31, description="Number of steps into which the range of each operation is divided."
-    )
-    interpolation: Literal["nearest", "bilinear"] = Field(
-        default="nearest", description="Interpolation of operations that move pixels."
-    )
-    fill: PolicyFill = Field(
-        default=None,
-        description="Level, or one for each channel, of places that an operation leaves empty; by default 0, black.",
-        examples=[128, [124, 116, 104]],
-    )
+    num_magnitude_bins: Bins = 31
+    interpolation: PolicyInterpolation = "nearest"
+    fill: PolicyFill = None
 
     @model_validator(mode="after")
     def _has_bin(self) -> Self:
@@ -195,17 +197,9 @@ class TrivialAugmentWide(AugmentationBase):
     columns: ClassVar[tuple[str, ...]] = ("operation", "bin", "sign")
 
     kind: Literal["trivial_augment_wide"] = "trivial_augment_wide"
-    num_magnitude_bins: Bins = Field(
-        default=31, description="Number of steps into which the range of each operation is divided."
-    )
-    interpolation: Literal["nearest", "bilinear"] = Field(
-        default="nearest", description="Interpolation of operations that move pixels."
-    )
-    fill: PolicyFill = Field(
-        default=None,
-        description="Level, or one for each channel, of places that an operation leaves empty; by default 0, black.",
-        examples=[128, [124, 116, 104]],
-    )
+    num_magnitude_bins: Bins = 31
+    interpolation: PolicyInterpolation = "nearest"
+    fill: PolicyFill = None
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw number, bin and sign of the operation."""

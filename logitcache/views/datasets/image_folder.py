@@ -21,7 +21,7 @@ from logitcache.store.safe_files import open_regular
 from logitcache.views.datasets.base import DatasetBase
 from logitcache.views.datasets.images.class_folders import Listing, Split, by_class, of_split, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds, PathsBelow
-from logitcache.views.datasets.images.image_files import ImageFiles, Orientation, head_of, is_image
+from logitcache.views.datasets.images.image_files import Decoder, ImageFiles, Orientation, head_of, is_image
 from logitcache.views.datasets.images.pixels import Mode
 from logitcache.views.datasets.images.remote_folder import RemoteImages, open_folder
 
@@ -48,7 +48,7 @@ class ImageFolder(DatasetBase):
         "without credentials.",
         examples=["photos", "s3://bucket/train"],
     )
-    mode: Mode = Field(default="RGB", description="Channels of the pixels: `RGB`, or `L` for grey.")
+    mode: Mode = "RGB"
     labelled: bool | None = Field(
         default=None,
         description="Whether the folders directly below `root` are the classes, in order of their names. By "
@@ -56,14 +56,8 @@ class ImageFolder(DatasetBase):
         "image below `root` without a label.",
         examples=[True, False],
     )
-    decoder: Literal["pillow"] = Field(
-        default="pillow", description="Library that turns files into pixels; the cache records it with its version."
-    )
-    orientation: Orientation = Field(
-        default="ignore",
-        description="What becomes of the EXIF orientation of cameras: `ignore` keeps pixels as they are stored, as "
-        "torchvision does; `apply` rotates them. A cache stays as it was made.",
-    )
+    decoder: Decoder = "pillow"
+    orientation: Orientation = "ignore"
     split: Split | None = Field(
         default=None,
         description="Part of the images: `validation` is every `holdout`-th image in order, `train` the others. By "

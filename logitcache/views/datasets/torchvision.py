@@ -48,7 +48,7 @@ class Torchvision(DatasetBase):
     download: bool = Field(
         default=False, description="Whether missing files are downloaded; nothing is downloaded otherwise."
     )
-    mode: Mode = Field(default="RGB", description="Channels of the pixels: `RGB`, or `L` for grey.")
+    mode: Mode = "RGB"
     options: dict[str, Scalar | tuple[Scalar, ...]] = Field(default={}, description="Further arguments of the class.")
 
     def risks(self) -> tuple[str, ...]:

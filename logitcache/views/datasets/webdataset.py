@@ -22,7 +22,7 @@ from logitcache.views.datasets.archives.shard_files import RemoteShard, Shard, s
 from logitcache.views.datasets.archives.shard_index import LABEL, Places, ShardIndex, differ, index_of
 from logitcache.views.datasets.base import UNLABELLED, DatasetBase, Labels, digest_of
 from logitcache.views.datasets.images.ids import PackedIds
-from logitcache.views.datasets.images.image_files import ImageFiles, Orientation
+from logitcache.views.datasets.images.image_files import Decoder, ImageFiles, Orientation
 from logitcache.views.datasets.images.labels import LabelTable, label_of_text, num_classes_of
 from logitcache.views.datasets.images.pixels import Mode
 
@@ -135,7 +135,7 @@ class WebDataset(DatasetBase):
         "lists. http(s):// takes a server that answers ranges.",
         examples=["s3://bucket/train-{000..146}.tar"],
     )
-    mode: Mode = Field(default="RGB", description="Channels of the pixels: `RGB`, or `L` for grey.")
+    mode: Mode = "RGB"
     labelled: bool | None = Field(
         default=None,
         description="Whether samples have labels. By default they may; `true` refuses archives without labels, "
@@ -147,14 +147,8 @@ class WebDataset(DatasetBase):
         description="Number of classes; by default one more than the largest label. Classes have no names.",
         examples=[1000],
     )
-    decoder: Literal["pillow"] = Field(
-        default="pillow", description="Library that turns files into pixels; the cache records it with its version."
-    )
-    orientation: Orientation = Field(
-        default="ignore",
-        description="What becomes of the EXIF orientation of cameras: `ignore` keeps pixels as they are stored, as "
-        "torchvision does; `apply` rotates them. A cache stays as it was made.",
-    )
+    decoder: Decoder = "pillow"
+    orientation: Orientation = "ignore"
 
     @field_validator("shards")
     @classmethod

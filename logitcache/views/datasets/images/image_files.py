@@ -8,11 +8,12 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Annotated, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from pydantic import Field
 from torch import Tensor
 
 from logitcache.errors import DataError
@@ -23,7 +24,7 @@ EXTENSIONS = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".gif"),
 )
 
-# Left unread these would be missed by nobody until the results are in.
+# Silently skipping such files would change the data set without an error.
 _OTHER_IMAGES = (
     *(".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".tga", ".exr", ".hdr"),
     *(".dng", ".cr2", ".nef", ".arw", ".dcm", ".jpg_large"),
@@ -34,8 +35,17 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "PPM", "GIF")
 
 _SHOWN = 3
 
-Orientation = Literal["ignore", "apply"]
-"""What becomes of the EXIF orientation, in which cameras write how they were held."""
+Orientation = Annotated[
+    Literal["ignore", "apply"],
+    Field(
+        description="Handling of the EXIF orientation: `ignore` keeps pixels as they are stored, as "
+        "torchvision does; `apply` rotates them. A cache stays as it was made."
+    ),
+]
+Decoder = Annotated[
+    Literal["pillow"],
+    Field(description="Library that turns files into pixels; the cache records it with its version."),
+]
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

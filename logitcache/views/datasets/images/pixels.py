@@ -1,14 +1,15 @@
 """Pixels: from whatever holds an image to uint8 [C, H, W]."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
-Mode = Literal["L", "RGB"]
+Mode = Annotated[Literal["L", "RGB"], Field(description="Channels of the pixels: `RGB`, or `L` for grey.")]
 
 _WIDE_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 _GREY = ("1", "L", "LA", "La", *_WIDE_GREY)

@@ -1,0 +1,74 @@
+"""The recipe entry `validation`: the images to measure on, and what is measured."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from logitcache.config.recipe import Component, Count, Lenient
+from logitcache.student.evaluation.multi_label import THRESHOLD
+from logitcache.views.augmentations import Augmentation
+from logitcache.views.datasets import Dataset
+
+
+class ClassGroups(Component):
+    """Classes by their number of training images: head, medium and tail (Liu et al. 2019)."""
+
+    head: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="A class with more training images than this is a head class."
+    )
+    tail: Annotated[int, Field(ge=0)] = Field(
+        default=20, description="A class with fewer training images than this is a tail class."
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.tail > self.head + 1:
+            raise ValueError(f"tail (< {self.tail}) and head (> {self.head}) have classes in common: raise head")
+        return self
+
+
+class Validation(Component):
+    """Untouched images to measure on: a data set, or a cache of it with whose teacher the student is compared."""
+
+    dataset: Dataset | None = Field(
+        default=None,
+        description="Images to measure on, if `cache` does not name them.",
+        examples=[{"kind": "image_folder", "root": "photos/val"}],
+    )
+    cache: str | None = Field(
+        default=None,
+        description="Cache of the images to measure on; it adds agreement with the teacher and KL divergence from it.",
+        examples=["caches/fashion_mnist/test.zarr"],
+    )
+    augmentations: tuple[Augmentation, ...] = Field(
+        default=(),
+        description="Augmentations of `dataset`, in this order, without chance: a resize and a crop.",
+        examples=[[{"kind": "resize", "size": 256}, {"kind": "center_crop", "size": 224}]],
+    )
+    class_map: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Class of the model for each class of the images, by name or index, for `evaluate` on images "
+        "of other classes; images of classes that are left out do not count, and their number is "
+        "reported.",
+        examples=[{"cat": 3, "7": 5}],
+    )
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] = Field(
+        default=THRESHOLD, description="Probability above which an answer to images of any number of classes is yes."
+    )
+    groups: ClassGroups = Field(default=ClassGroups(), description="Bounds of head and tail classes, for `evaluate`.")
+    taps: tuple[str, ...] = Field(
+        default=(),
+        description="Modules of the student that `evaluate` compares with the features of `cache` by linear CKA, "
+        "beside those that losses read.",
+        examples=[["layer4"]],
+    )
+    every: Count = Field(default=1, description="Epochs between two measurements; the last epoch is always measured.")
+    batch_size: Count = Field(default=512, description="Images of a forward pass.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if self.dataset is None and self.cache is None:
+            raise ValueError("name a data set (dataset) or a cache of one (cache)")
+        if self.cache is not None and self.augmentations:
+            raise ValueError("a cache brings its own augmentations: leave them out")
+        return self
