@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,11 @@ for _variable, _folder in {
     os.environ[_variable] = str(Path(_HOME.name, _folder))
 os.environ |= {"HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "120"}
 os.environ["LOGITCACHE_SHARED_MEMORY"] = "0"  # or the same shards of different tests would be decoded once
+os.environ["OMP_WAIT_POLICY"] = "passive"  # or threads that wait keep their cores busy
 os.environ.pop("FORCE_COLOR", None)
+# Or each of the many interpreters that tests start would compile the package.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

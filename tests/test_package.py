@@ -48,6 +48,12 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_the_import_of_training_and_precompute_imports_no_torchvision() -> None:
+    code = "import sys, logitcache.stage_one.precompute, logitcache.student.training; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torchvision" not in done.stdout.split()
+
+
 def test_the_installed_version_is_the_packages() -> None:
     assert importlib.metadata.version("logitcache") == logitcache.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+|rc\d+)?", logitcache.__version__)

@@ -1,18 +1,21 @@
 """Models of torchvision, by name."""
 
 from collections.abc import Collection
-from typing import Literal, Self
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import Field, JsonValue
 from torch import nn
-from torchvision import models as zoo
-from torchvision.models import WeightsEnum
 
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.models.base import BuiltModel, Preprocessing, PretrainedFacts, channels_fix, risky_options
 from logitcache.models.weights import did_you_mean
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 # What torchvision sets unasked when it gives these their weights; the network is another without.
 _SET_BY_WEIGHTS: dict[str, dict[str, JsonValue]] = {
@@ -44,7 +47,7 @@ class Torchvision(Component):
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the network, with the weights' own normalisation and size when it has weights."""
-        require_known(self.name, zoo.list_models(module=zoo), "torchvision", "classifier")
+        _require_classifier(self.name)
         if in_channels != 3:
             raise RecipeError(
                 f"torchvision's {self.name} takes 3 channels, the images have {in_channels}.\n  Fix: {channels_fix(3)}"
@@ -55,7 +58,7 @@ class Torchvision(Component):
 
     def pretrained_facts(self) -> PretrainedFacts:
         """Return what torchvision records of the weights; downloads nothing. Raises RecipeError for unknown ones."""
-        require_known(self.name, zoo.list_models(module=zoo), "torchvision", "classifier")
+        _require_classifier(self.name)
         weights = _find_weights(self.name, self.weights or "DEFAULT")
         transforms = weights.transforms()
         preprocessing = Preprocessing(
@@ -73,10 +76,10 @@ class Torchvision(Component):
         options = {**unasked, **self.options}
         return self.model_copy(update={"weights": None, "new_head": False, "options": options})
 
-    def _network(self, weights: WeightsEnum | None, num_classes: int | None) -> nn.Module:
+    def _network(self, weights: "WeightsEnum | None", num_classes: int | None) -> nn.Module:
         counts = {} if num_classes is None else {"num_classes": num_classes}
         try:
-            module: nn.Module = zoo.get_model_builder(self.name)(weights=weights, **counts, **self.options)
+            module: nn.Module = _library().get_model_builder(self.name)(weights=weights, **counts, **self.options)
         except OSError as error:
             assert weights is not None
             raise LogitCacheError(
@@ -91,7 +94,7 @@ class Torchvision(Component):
             ) from error
         return module
 
-    def _pretrained(self, weights: WeightsEnum, num_classes: int | None) -> BuiltModel:
+    def _pretrained(self, weights: "WeightsEnum", num_classes: int | None) -> BuiltModel:
         own_classes, preprocessing, _ = self.pretrained_facts()
         wanted = own_classes if num_classes is None else num_classes
         if wanted != own_classes and not self.new_head:
@@ -122,8 +125,17 @@ def another_count(who: str, own_classes: int, wanted: int) -> RecipeError:
     )
 
 
-def _find_weights(name: str, weights: str) -> WeightsEnum:
-    enum = zoo.get_model_weights(name)
+def _library() -> ModuleType:
+    return import_module("torchvision.models")  # imports torch's compiler, for seconds
+
+
+def _require_classifier(name: str) -> None:
+    zoo = _library()
+    require_known(name, zoo.list_models(module=zoo), "torchvision", "classifier")
+
+
+def _find_weights(name: str, weights: str) -> "WeightsEnum":
+    enum = _library().get_model_weights(name)
     if weights not in enum.__members__:
         raise RecipeError(
             f"torchvision's {name} has no weights '{weights}'.\n"

@@ -30,6 +30,8 @@ from logitcache.views.spec import Views
 
 StartMethod = Literal["fork", "spawn", "forkserver"]
 
+_PRELOADED = (__name__, "torchvision.transforms.v2")
+
 _ENDING = 5.0
 """Seconds that a worker may take to end after its connections are closed."""
 
@@ -139,7 +141,8 @@ class ViewLoader:
                 require_main_guard(f"num_workers {num_workers}")
             context = _recording(start_method, self._workers)
             if start_method == "forkserver":
-                context.set_forkserver_preload([__name__])  # torch is imported once, not once a worker
+                # Torch, and torchvision if views need it, are imported once, not once a worker.
+                context.set_forkserver_preload([name for name in _PRELOADED if name in sys.modules])
             end_of_workers, end = context.Pipe(duplex=False)
             options = {
                 "multiprocessing_context": context,

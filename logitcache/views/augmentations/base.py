@@ -4,9 +4,12 @@ An augmentation plans, then applies. Semantics are those of the torchvision v2 t
 integers and exact float64 arithmetic only, no exp, log or pow, whose bytes differ between numpy releases.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from importlib import import_module
+from types import ModuleType
 from typing import Annotated, Literal
 
 import numpy as np
@@ -53,6 +56,20 @@ class AugmentationBase(Component, ABC):
     @abstractmethod
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Change images of one size, uint8 [B, C, H, W], by their parameters."""
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    """Import torchvision's kernels when they are first needed: torchvision imports torch's compiler, for seconds."""
+    return import_module("torchvision.transforms.v2.functional")
+
+
+class TorchvisionBase(AugmentationBase):
+    """An augmentation by torchvision's kernels, imported when it is made: before there are workers to import them."""
+
+    def model_post_init(self, context: object) -> None:
+        """Import the kernels."""
+        kernels()
 
 
 def pair(size: Size) -> tuple[int, int]:

@@ -5,11 +5,10 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, field_validator
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from logitcache.config.recipe import Fraction, Lenient
 from logitcache.errors import DataError
-from logitcache.views.augmentations.base import AugmentationBase, Ints, Ordered, Size, pair, replace_rows
+from logitcache.views.augmentations.base import Ints, Ordered, Size, TorchvisionBase, kernels, pair, replace_rows
 from logitcache.views.keys import Draws, bernoulli, uniform
 
 STEPS = 65536
@@ -18,7 +17,7 @@ STEPS = 65536
 Sigma = Annotated[float, Field(ge=1 / STEPS, le=65536.0), Lenient]
 
 
-class GaussianBlur(AugmentationBase):
+class GaussianBlur(TorchvisionBase):
     """Blur by a Gaussian. Borders are mirrored."""
 
     columns: ClassVar[tuple[str, ...]] = ("applied", "sigma")
@@ -68,5 +67,5 @@ class GaussianBlur(AugmentationBase):
         return replace_rows(
             images,
             np.flatnonzero(params[:, 0]).tolist(),
-            lambda row, image: F.gaussian_blur_image(image, size, [sigmas[row], sigmas[row]]),
+            lambda row, image: kernels().gaussian_blur_image(image, size, [sigmas[row], sigmas[row]]),
         )

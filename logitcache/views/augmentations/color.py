@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from logitcache.config.recipe import Float, Fraction
-from logitcache.views.augmentations.base import AugmentationBase, Ints, replace_rows, require_colors
+from logitcache.views.augmentations.base import Ints, TorchvisionBase, kernels, replace_rows, require_colors
 from logitcache.views.keys import Draws, below, bernoulli, uniform
 
 Factors = Float | tuple[Float, Float]
@@ -40,20 +39,20 @@ def adjust_contrast(image: Tensor, factor: float) -> Tensor:
     The mean is of an exact sum. torchvision's float32 sum is rounded above 2²⁴, which a large image exceeds, in an
     order that depends on the number of threads.
     """
-    grey = F.rgb_to_grayscale_image(image) if len(image) == 3 else image
+    grey = kernels().rgb_to_grayscale_image(image) if len(image) == 3 else image
     mean = torch.tensor(int(grey.sum()) / grey.numel(), dtype=torch.float32)
     return image.mul(factor).add_(mean, alpha=1.0 - factor).clamp_(0, 255).to(torch.uint8)
 
 
 ADJUSTMENTS: tuple[Callable[[Tensor, float], Tensor], ...] = (
-    F.adjust_brightness_image,
+    lambda image, factor: kernels().adjust_brightness_image(image, factor),
     adjust_contrast,
-    F.adjust_saturation_image,
-    F.adjust_hue_image,
+    lambda image, factor: kernels().adjust_saturation_image(image, factor),
+    lambda image, factor: kernels().adjust_hue_image(image, factor),
 )
 
 
-class ColorJitter(AugmentationBase):
+class ColorJitter(TorchvisionBase):
     """Change brightness, contrast, saturation and hue in random order.
 
     A number x stands for factors in [max(0, 1 - x), 1 + x] (hue: [-x, x]); [lowest, highest] gives the range itself. A
@@ -144,7 +143,7 @@ class ColorJitter(AugmentationBase):
         return replace_rows(images, np.flatnonzero(params[:, 0]).tolist(), adjust)
 
 
-class RandomGrayscale(AugmentationBase):
+class RandomGrayscale(TorchvisionBase):
     """Turn an image to grey; it keeps its number of channels, one or three."""
 
     columns: ClassVar[tuple[str, ...]] = ("applied",)
@@ -162,5 +161,5 @@ class RandomGrayscale(AugmentationBase):
         if images.shape[1] == 1:
             return images
         return replace_rows(
-            images, np.flatnonzero(params[:, 0]).tolist(), lambda row, image: F.rgb_to_grayscale_image(image, 3)
+            images, np.flatnonzero(params[:, 0]).tolist(), lambda row, image: kernels().rgb_to_grayscale_image(image, 3)
         )

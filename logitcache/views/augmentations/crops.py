@@ -1,12 +1,11 @@
 """Crops: of the centre, anywhere, and of a random area and aspect ratio."""
 
-from typing import Annotated, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from logitcache.config.recipe import Lenient, Positive
 from logitcache.errors import DataError
@@ -18,7 +17,9 @@ from logitcache.views.augmentations.base import (
     Ordered,
     RatioKnots,
     Size,
+    TorchvisionBase,
     drawn_sides,
+    kernels,
     no_params,
     pair,
     sizes_of,
@@ -30,7 +31,7 @@ NUM_TRIES = 10
 Share = Annotated[float, Field(gt=0.0, le=1.0), Lenient]
 
 
-class CenterCrop(AugmentationBase):
+class CenterCrop(TorchvisionBase):
     """Crop the centre; an image that is too small is padded with black."""
 
     kind: Literal["center_crop"] = "center_crop"
@@ -42,7 +43,7 @@ class CenterCrop(AugmentationBase):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop the centre."""
-        return cast(Tensor, F.center_crop(images, list(pair(self.size))))
+        return cast(Tensor, kernels().center_crop(images, list(pair(self.size))))
 
 
 class RandomCrop(AugmentationBase):
@@ -94,14 +95,15 @@ class RandomCrop(AugmentationBase):
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Pad and crop."""
         if self.padding:
-            fill = float(self.fill) if self.padding_mode == "constant" else None
-            images = F.pad(images, [self.padding], fill=fill, padding_mode=self.padding_mode)
+            widths = ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding))
+            options: dict[str, Any] = {"constant_values": self.fill} if self.padding_mode == "constant" else {}
+            images = torch.from_numpy(np.pad(images.numpy(), widths, self.padding_mode, **options))
         height, width = pair(self.size)
         windows = images.unfold(2, height, 1).unfold(3, width, 1).numpy()
         return torch.from_numpy(windows[np.arange(len(images)), :, params[:, 0], params[:, 1]])
 
 
-class RandomResizedCrop(AugmentationBase):
+class RandomResizedCrop(TorchvisionBase):
     """Crop a random area and aspect ratio, then resize to `size`."""
 
     columns: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width")

@@ -9,13 +9,12 @@ import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor
-from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
 from logitcache.config.factories import call_factory
 from logitcache.config.recipe import Component
@@ -25,8 +24,6 @@ from logitcache.views.datasets.images.random_state import untouched
 from logitcache.views.keys import Draws
 
 Transform = Callable[[Tensor], object]
-
-_ENUMS: dict[str, Callable[[Any], object]] = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
 
 NewSize = Annotated[
     Size | None,
@@ -167,15 +164,16 @@ def factories_of(augmentations: Sequence[Component]) -> list[str]:
 
 @functools.cache
 def _torchvision_transform(name: str, options: str) -> Transform:
+    from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
+
     made = getattr(v2, name, None)
     if not (isinstance(made, type) and issubclass(made, v2.Transform)):
         known = [each for each in dir(v2) if isinstance(getattr(v2, each), type)]
         raise RecipeError(f"torchvision.transforms.v2 has no transform '{name}'.{did_you_mean(name, known)}")
     try:
+        enums = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
         given = json.loads(options).items()
-        texts = {
-            name: _ENUMS[name](value) if name in _ENUMS and isinstance(value, str) else value for name, value in given
-        }
+        texts = {n: enums[n](value) if n in enums and isinstance(value, str) else value for n, value in given}
         transform: Transform = made(**texts)
     except (TypeError, ValueError) as cause:
         raise RecipeError(f"torchvision's {name} does not take these options: {cause}") from cause

@@ -7,25 +7,27 @@ RandAugment after Cubuk et al. 2020 (arXiv:1909.13719), TrivialAugment after Mü
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
 from logitcache.views.augmentations.base import (
-    AugmentationBase,
     Fill,
     Ints,
+    TorchvisionBase,
+    kernels,
     replace_rows,
     require_colors,
     require_values,
 )
 from logitcache.views.augmentations.color import adjust_contrast
 from logitcache.views.keys import Draws, below
+
+if TYPE_CHECKING:
+    from torchvision.transforms import InterpolationMode
 
 Bins = Annotated[
     int, Field(ge=2, le=65536, description="Number of steps into which the range of each operation is divided.")
@@ -50,13 +52,15 @@ def overlap(shift: int, length: int) -> tuple[int, int, int]:
 class Warp(NamedTuple):
     """How operations that move pixels interpolate and fill."""
 
-    interpolation: InterpolationMode
+    interpolation: "InterpolationMode"
     fill: list[float] | None
 
     def shear(self, image: Tensor, x: float, y: float) -> Tensor:
         """Shear by slopes, about the top left corner."""
         degrees = [math.degrees(math.atan(x)), math.degrees(math.atan(y))]
-        return cast(Tensor, F.affine_image(image, 0.0, [0, 0], 1.0, degrees, self.interpolation, self.fill, [0, 0]))
+        return cast(
+            Tensor, kernels().affine_image(image, 0.0, [0, 0], 1.0, degrees, self.interpolation, self.fill, [0, 0])
+        )
 
     def translate(self, image: Tensor, x: float, y: float) -> Tensor:
         """Move by whole pixels, rounded towards zero: a copy, with nothing to interpolate."""
@@ -71,7 +75,7 @@ class Warp(NamedTuple):
 
     def rotate(self, image: Tensor, degrees: float) -> Tensor:
         """Turn about the centre."""
-        return cast(Tensor, F.rotate_image(image, degrees, self.interpolation, fill=self.fill))
+        return cast(Tensor, kernels().rotate_image(image, degrees, self.interpolation, fill=self.fill))
 
 
 Operation = Callable[[Tensor, float, Warp], Tensor]
@@ -82,14 +86,14 @@ OPERATIONS: dict[str, Operation] = {
     "translate_x": lambda image, magnitude, warp: warp.translate(image, magnitude, 0.0),
     "translate_y": lambda image, magnitude, warp: warp.translate(image, 0.0, magnitude),
     "rotate": lambda image, magnitude, warp: warp.rotate(image, magnitude),
-    "brightness": lambda image, magnitude, warp: F.adjust_brightness_image(image, 1.0 + magnitude),
-    "color": lambda image, magnitude, warp: F.adjust_saturation_image(image, 1.0 + magnitude),
+    "brightness": lambda image, magnitude, warp: kernels().adjust_brightness_image(image, 1.0 + magnitude),
+    "color": lambda image, magnitude, warp: kernels().adjust_saturation_image(image, 1.0 + magnitude),
     "contrast": lambda image, magnitude, warp: adjust_contrast(image, 1.0 + magnitude),
-    "sharpness": lambda image, magnitude, warp: F.adjust_sharpness_image(image, 1.0 + magnitude),
-    "posterize": lambda image, magnitude, warp: F.posterize_image(image, int(magnitude)),
-    "solarize": lambda image, magnitude, warp: F.solarize_image(image, 255.0 * magnitude),
-    "auto_contrast": lambda image, magnitude, warp: F.autocontrast_image(image),
-    "equalize": lambda image, magnitude, warp: F.equalize_image(image),
+    "sharpness": lambda image, magnitude, warp: kernels().adjust_sharpness_image(image, 1.0 + magnitude),
+    "posterize": lambda image, magnitude, warp: kernels().posterize_image(image, int(magnitude)),
+    "solarize": lambda image, magnitude, warp: kernels().solarize_image(image, 255.0 * magnitude),
+    "auto_contrast": lambda image, magnitude, warp: kernels().autocontrast_image(image),
+    "equalize": lambda image, magnitude, warp: kernels().equalize_image(image),
 }
 """Operations by name, from an image [C, H, W] and a signed magnitude. Plans hold their numbers: append only."""
 NAMES = tuple(OPERATIONS)
@@ -136,6 +140,8 @@ def apply_policy(
     levels = (policy.fill,) if isinstance(policy.fill, int) else policy.fill
     if levels is not None:
         require_values(f"{policy.kind}.fill", levels, images)
+    from torchvision.transforms import InterpolationMode
+
     warp = Warp(InterpolationMode(policy.interpolation), None if levels is None else list(map(float, levels)))
     height, width = images.shape[2:]
     steps = params.reshape(len(images), -1, 3)
@@ -151,7 +157,7 @@ def apply_policy(
     return replace_rows(images, rows.tolist(), change)
 
 
-class RandAugment(AugmentationBase):
+class RandAugment(TorchvisionBase):
     """Apply operations of random kind and sign, all of one strength. Images have one channel or three."""
 
     kind: Literal["rand_augment"] = "rand_augment"
@@ -191,7 +197,7 @@ class RandAugment(AugmentationBase):
         return apply_policy(self, narrow_range, images, params)
 
 
-class TrivialAugmentWide(AugmentationBase):
+class TrivialAugmentWide(TorchvisionBase):
     """Apply one operation of random kind, strength and sign. Images have one channel or three."""
 
     columns: ClassVar[tuple[str, ...]] = ("operation", "bin", "sign")

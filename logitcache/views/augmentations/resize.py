@@ -18,10 +18,8 @@ import torch
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
-from logitcache.views.augmentations.base import AugmentationBase, Interpolation, Ints, Size, sizes_of
+from logitcache.views.augmentations.base import Interpolation, Ints, Size, TorchvisionBase, kernels, sizes_of
 from logitcache.views.keys import Draws
 
 Filter = Literal["bilinear", "bicubic"]
@@ -54,17 +52,19 @@ def resized(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: I
     if kernel == "exact":
         assert interpolation != "nearest"
         return resample(images, boxes, size, interpolation)
+    from torchvision.transforms import InterpolationMode
+
     mode, out = InterpolationMode(interpolation), list(size)
     # The kernel itself: dispatching on the type of image takes as long as resizing a small one.
     return torch.stack(
         [
-            F.resize_image(image[:, top : top + height, left : left + width], out, mode, antialias=True)
+            kernels().resize_image(image[:, top : top + height, left : left + width], out, mode, antialias=True)
             for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True)
         ]
     )
 
 
-class Resize(AugmentationBase):
+class Resize(TorchvisionBase):
     """Resize the whole image."""
 
     columns: ClassVar[tuple[str, ...]] = ("height", "width")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal, cast
 
 import PIL
-import torchvision.datasets
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
@@ -59,6 +58,8 @@ class Torchvision(DatasetBase):
 
     def open(self) -> MapImages:
         """Open the files; raises RecipeError for wrong arguments, DataError for missing data."""
+        import torchvision  # imports torch's compiler, for seconds
+
         made = _class_named(self.name)
         arguments = self._arguments(_parameters(made))
         root = cast(str | None, arguments.get("root"))
@@ -118,14 +119,12 @@ def _decoded(image: object, mode: Mode) -> Tensor:
 
 
 def _class_named(name: str) -> type:
-    known = [
-        each
-        for each in torchvision.datasets.__all__
-        if inspect.isclass(getattr(torchvision.datasets, each)) and each != "VisionDataset"
-    ]
+    from torchvision import datasets
+
+    known = [each for each in datasets.__all__ if inspect.isclass(getattr(datasets, each)) and each != "VisionDataset"]
     if name not in known:
         raise RecipeError(f"torchvision.datasets has no '{name}'.{did_you_mean(name, known)}")
-    return cast(type, getattr(torchvision.datasets, name))
+    return cast(type, getattr(datasets, name))
 
 
 def _parameters(made: type) -> set[str]:

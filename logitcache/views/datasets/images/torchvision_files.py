@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torchvision.datasets
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -52,12 +51,12 @@ def files_of(name: str, train: bool) -> tuple[str, ...]:
     if name in _MNIST:
         part = "train" if train else "t10k"
         return f"{name}/raw/{part}-images-idx3-ubyte", f"{name}/raw/{part}-labels-idx1-ubyte"
-    return tuple(_cifar_files(getattr(torchvision.datasets, name), train))
+    return tuple(_cifar_files(_class_named(name), train))
 
 
 def read_stored(name: str, root: Path, train: bool) -> StoredImages:
     """Read a split of a set below a root. Raises DataError for files that are missing, or other than torchvision's."""
-    made = getattr(torchvision.datasets, name)
+    made = _class_named(name)
     try:
         return _mnist(made, root, train) if name in _MNIST else _cifar(made, root, train)
     except (OSError, ValueError, KeyError, TypeError, pickle.UnpicklingError, EOFError, IndexError) as cause:
@@ -70,6 +69,12 @@ def read_stored(name: str, root: Path, train: bool) -> StoredImages:
             f"{name} cannot be opened in '{root}': {reason}.\n"
             "  Fix: correct root, or set download: true if torchvision can fetch it."
         ) from cause
+
+
+def _class_named(name: str) -> Any:
+    from torchvision import datasets  # imports torch's compiler, for seconds
+
+    return getattr(datasets, name)
 
 
 def _bytes(path: Path) -> bytes:
