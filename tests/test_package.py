@@ -76,6 +76,7 @@ MODULES = {
     "dask": "dask",
     "fsspec": "fsspec",
     "google-crc32c": "google_crc32c",
+    "gradio": "gradio",
     "hypothesis": "hypothesis",
     "Jinja2": "jinja2",
     "keras": "keras",

@@ -60,7 +60,7 @@ def _run(arguments: list[str]) -> int:
     if answer.is_shown:
         _print(answer, as_json)
         console.write(resume, err=True)
-    return answer.exit_code
+    return answer.exit_code if answer.serve is None else answer.serve()
 
 
 def _print(answer: CommandResult, as_json: bool) -> None:

@@ -188,6 +188,15 @@ _COMMANDS = {
         *(_TWO, "predict runs/photos photo.jpg photos/ --top 3", "how-to/use-a-trained-student.md"),
         "logitcache.load_student(RUN), in Python",
     ),
+    "app": Command(
+        reports.app,
+        *(
+            _TWO,
+            "app runs/student runs/wide --cache caches/fashion_mnist/train.zarr",
+            "how-to/use-a-trained-student.md",
+        ),
+        "logitcache report RUN",
+    ),
     "report": Command(
         reports.report,
         *(_TWO, "report runs/ caches/fashion_mnist/train.zarr --out report.html"),

@@ -22,7 +22,8 @@ from logitcache.runtime import console
 class CommandResult:
     """The result of a command; `text` is what people read, by default a table of the document.
 
-    Of several processes with one result, one shows it. `follows` are the words of the command that comes next.
+    Of several processes with one result, one shows it. `follows` are the words of the command that comes next. A
+    server's `serve` runs after the result is shown, until a signal, and returns the exit code.
     """
 
     document: Mapping[str, Any]
@@ -32,6 +33,7 @@ class CommandResult:
     exit_code: int = 0
     is_shown: bool = True
     follows: tuple[str, ...] = ()
+    serve: Callable[[], int] | None = None
 
 
 Recipe = Annotated[Path, Argument(metavar="RECIPE", help="A YAML file.")]

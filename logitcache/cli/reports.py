@@ -1,4 +1,4 @@
-"""The commands that show results: a page, and the trackers of others."""
+"""The commands that show results: pages, and the trackers of others."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -48,3 +48,44 @@ def report(
 
     found = write_report(paths, out, overrides, trust, measure=measure, points=points, latency=latency)
     return CommandResult(asdict(found))
+
+
+def app(
+    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folders made by training.")],
+    overrides: Overrides,
+    trust: Trust,
+    cache: Annotated[
+        str | None,
+        Option("--cache", metavar="CACHE", help="Show what its teachers answered to the images that it was made of."),
+    ] = None,
+    online: Annotated[
+        bool, Option("--online", help="Load the cache's teachers too, for images that it does not have.")
+    ] = False,
+    top: Annotated[int, Option("--top", min=1, metavar="K", help="Show the K most probable classes.")] = 5,
+    host: Annotated[
+        str, Option("--host", metavar="HOST", help="Address to listen on; 0.0.0.0 lets other machines use the page.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None,
+        Option(
+            "--port",
+            min=0,
+            max=65535,
+            metavar="PORT",
+            show_default="the first free from 7860",
+            help="Port to listen on; 0 is any.",
+        ),
+    ] = None,
+) -> CommandResult:
+    """Serve a page: drop an image, see what students and teachers answer.
+
+    It is served until Ctrl-C, and students answer as by predict. With --cache, an image of its data set is recognised
+    by its bytes or pixels, or chosen by index or id, and the page shows its teachers' cached answers over all views; no
+    teacher is loaded for it. --set dataset.root=DIR gives the folder of these images, other keys change the runs'
+    recipes.
+    """
+    from logitcache.report.app.server import Page
+
+    page = Page(runs, cache, host, port, overrides=overrides, trust=trust, online=online, top=top)
+    document = {"url": page.url, "runs": [str(run) for run in runs], "cache": cache}
+    return CommandResult(document, f"{page.url} (Ctrl-C ends it)\n", serve=page.serve)

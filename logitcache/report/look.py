@@ -73,7 +73,7 @@ def look(
         mixed_with=_partner(views, chosen),
         classes=tuple(row for name, rows in answers.items() for row in _over_views(name, rows, names, top)),
         views=tuple(
-            {"view": view, "teacher": name, "classes": ", ".join(_scores(row, names, top))}
+            {"view": view, "teacher": name, "classes": ", ".join(scores(row, names, top))}
             for name, rows in answers.items()
             for view, row in enumerate(rows)
         ),
@@ -94,14 +94,22 @@ def _parsed(text: str, cache: Cache, images: ImageDataset) -> ViewKey:
             f"--view {text}: {cache.location} has the views 0 to {cache.num_views - 1}. Fix: VIEW/INDEX or VIEW/ID, as "
             f"in --view 0/{images.ids[0]}"
         )
-    if image in images.ids:
-        return ViewKey(int(view), images.ids.index(image))
-    if image.isdecimal() and int(image) < len(cache):
-        return ViewKey(int(view), int(image))
-    raise RecipeError(
-        f"--view {text}: {cache.location} has no image {image!r}.{did_you_mean(image, images.ids)} Fix: an index from "
-        f"0 to {len(cache) - 1}, or an id such as {images.ids[0]!r}"
-    )
+    if (index := index_of(image, images.ids)) is not None:
+        return ViewKey(int(view), index)
+    raise RecipeError(f"--view {text}: {cache.location} has {unknown_image(image, images.ids)}")
+
+
+def index_of(image: str, ids: Sequence[str]) -> int | None:
+    """Return the index of an image that its id or its index names; None if there is none."""
+    if image in ids:
+        return ids.index(image)
+    return int(image) if image.isdecimal() and int(image) < len(ids) else None
+
+
+def unknown_image(image: str, ids: Sequence[str]) -> str:
+    """Describe an image that is not there, and what would be."""
+    near = did_you_mean(image, ids)
+    return f"no image {image!r}.{near} Fix: an index from 0 to {len(ids) - 1}, or an id such as {ids[0]!r}"
 
 
 def _partner(views: Views, key: ViewKey) -> str | None:
@@ -113,7 +121,8 @@ def _best(row: NDArray[np.float32], top: int) -> list[int]:
     return [int(c) for c in np.argsort(-row, kind="stable")[:top]]
 
 
-def _scores(row: NDArray[np.float32], names: Sequence[str], top: int) -> list[str]:
+def scores(row: NDArray[np.float32], names: Sequence[str], top: int) -> list[str]:
+    """Return the most probable classes of a row [C] as text, best first."""
     return [f"{names[c]} {100 * row[c]:.1f} %" for c in _best(row, top)]
 
 

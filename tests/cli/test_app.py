@@ -22,6 +22,7 @@ COMMANDS = [
     ["train-teacher"],
     ["evaluate"],
     ["predict"],
+    ["app"],
     ["sweep"],
     ["report"],
     ["log"],

@@ -42,6 +42,7 @@ EXCERPTS: dict[str, dict[str, Any]] = {
 NOT_RUN = {
     " make ": "runs this suite, and the demo, which tests/cli/test_end_to_end.py runs",
     " demo ": "takes a minute; tests/cli/test_end_to_end.py runs it",
+    " app ": "serves until Ctrl-C; tests/integrations/test_app.py drives it with a browser",
     " pip install ": "takes a network",
     " --workers ": "starts processes, as tests/stage_one/test_local_cluster.py does",
     " --scheduler ": "takes a scheduler, as tests/stage_one/test_cluster.py starts one",

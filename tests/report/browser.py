@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,20 @@ def look(
     expressions: Sequence[str] = (),
 ) -> Seen:
     """Open a file at each width; evaluate expressions in it at the last one."""
+
+    async def act(tab: Tab) -> None:
+        for width in widths:
+            await tab.open(page.as_uri(), width, scheme)
+            if screenshots is not None:
+                await tab.screenshot(screenshots / f"{page.stem}-{width}-{scheme}.png")
+        tab.seen.values = [await tab.value(expression) for expression in expressions]
+        tab.seen.pdf = base64.b64decode((await tab.call("Page.printToPDF"))["data"])
+
+    return use(act)
+
+
+def use(act: Callable[["Tab"], Awaitable[None]]) -> Seen:
+    """Let a function act in a tab of a fresh browser."""
     assert PROGRAM is not None
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
@@ -46,17 +60,13 @@ def look(
             [PROGRAM, *options, "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            return asyncio.run(
-                asyncio.wait_for(_drive(Path(profile), page, widths, scheme, screenshots, expressions), SECONDS)
-            )
+            return asyncio.run(asyncio.wait_for(_drive(Path(profile), act), SECONDS))
         finally:
             process.kill()
             process.wait()
 
 
-async def _drive(
-    profile: Path, page: Path, widths: Sequence[int], scheme: str, screenshots: Path | None, expressions: Sequence[str]
-) -> Seen:
+async def _drive(profile: Path, act: Callable[["Tab"], Awaitable[None]]) -> Seen:
     opened = profile / "DevToolsActivePort"
     while not (opened.exists() and len(opened.read_text().splitlines()) == 2):
         await asyncio.sleep(0.05)
@@ -65,42 +75,68 @@ async def _drive(
         async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
             (target,) = [one for one in await response.json() if one["type"] == "page"]
         async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-            return await _Tab(socket).visit(page, widths, scheme, screenshots, expressions)
+            tab = Tab(socket)
+            for domain in ("Page", "Runtime", "Log", "Network", "DOM"):
+                await tab.call(f"{domain}.enable")
+            await act(tab)
+            return tab.seen
 
 
-class _Tab:
+class Tab:
+    """A tab of the browser, and what it has `seen`."""
+
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._number, self.seen = socket, 0, Seen()
         self._events: list[str] = []
 
-    async def visit(
-        self, page: Path, widths: Sequence[int], scheme: str, screenshots: Path | None, expressions: Sequence[str]
-    ) -> Seen:
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            await self._call(f"{domain}.enable")
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        await self._call("Emulation.setEmulatedMedia", features=features)
-        for width in widths:
-            metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-            await self._call("Emulation.setDeviceMetricsOverride", **metrics)
-            self._events.clear()
-            await self._call("Page.navigate", url=page.as_uri())
-            while "Page.loadEventFired" not in self._events:
-                await self._receive()
-            self.seen.widths[width] = await self._value("document.documentElement.scrollWidth")
-            if screenshots is not None:
-                shot = await self._call("Page.captureScreenshot", captureBeyondViewport=True)
-                (screenshots / f"{page.stem}-{width}-{scheme}.png").write_bytes(base64.b64decode(shot["data"]))
-        self.seen.values = [await self._value(expression) for expression in expressions]
-        self.seen.pdf = base64.b64decode((await self._call("Page.printToPDF"))["data"])
-        return self.seen
+    async def open(self, url: str, width: int, scheme: str = "light") -> None:
+        """Open a page at a width, and wait until it is loaded."""
+        await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+        await self.call("Emulation.setDeviceMetricsOverride", **metrics)
+        self._events.clear()
+        await self.call("Page.navigate", url=url)
+        while "Page.loadEventFired" not in self._events:
+            await self._receive()
+        await self.measure(width)
 
-    async def _value(self, expression: str) -> Any:
-        found = await self._call("Runtime.evaluate", expression=expression, returnByValue=True)
+    async def measure(self, width: int) -> None:
+        """Note how far the page scrolls sideways."""
+        self.seen.widths[width] = await self.value("document.documentElement.scrollWidth")
+
+    async def screenshot(self, file: Path) -> None:
+        """Write a picture of the whole page."""
+        shot = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
+        file.write_bytes(base64.b64decode(shot["data"]))
+
+    async def choose(self, selector: str, file: Path) -> None:
+        """Choose a file in an input, as a user who drops it there."""
+        root = (await self.call("DOM.getDocument"))["root"]["nodeId"]
+        node = (await self.call("DOM.querySelector", nodeId=root, selector=selector))["nodeId"]
+        await self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+
+    async def write(self, selector: str, text: str) -> None:
+        """Write into a field, and press Enter."""
+        await self.value(f"document.querySelector({json.dumps(selector)}).focus()")
+        await self.call("Input.insertText", text=text)
+        for kind in ("keyDown", "keyUp"):
+            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+            await self.call("Input.dispatchKeyEvent", type=kind, **key)
+
+    async def until(self, expression: str) -> Any:
+        """Wait until an expression is true, and return its value."""
+        while not (found := await self.value(expression)):
+            await asyncio.sleep(0.1)
+        return found
+
+    async def value(self, expression: str) -> Any:
+        """Evaluate an expression in the page."""
+        found = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def _call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a method of the DevTools protocol, and return its result."""
         self._number += 1
         number = self._number
         await self._socket.send_str(json.dumps({"id": number, "method": method, "params": parameters}))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from logitcache.errors import LogitCacheError
-from logitcache.models import read_stored
+from logitcache.models import Classifier, read_stored
 from logitcache.runtime.console import track
-from logitcache.runtime.device import autocast, own_randomness, resolve_device
+from logitcache.runtime.device import Precision, autocast, own_randomness, resolve_device
 from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import open_regular
 from logitcache.student.evaluation.evaluate import require_memory, stated_factory, unopened_recipe
@@ -51,11 +51,91 @@ class Prediction:
     error: str | None = None
 
 
-class _Source(NamedTuple):
-    """The name of an image, and what reads it, uint8 [C, H, W]."""
+class ImageSource(NamedTuple):
+    """The name of an image, and what reads it: anything that `EvaluationTransform` takes."""
 
     name: str
-    read: Callable[[], Tensor]
+    read: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A finished run, opened to predict: its model on a device, and how its evaluation transforms images.
+
+    `is_multi_label`: it learnt images of any number of classes. `orientation`: handling of the EXIF orientation.
+    """
+
+    name: str
+    model: Classifier
+    transform: EvaluationTransform
+    class_names: tuple[str, ...] | None
+    device: torch.device
+    precision: Precision
+    is_multi_label: bool
+    orientation: Orientation
+
+    @classmethod
+    def open(
+        cls,
+        run: str | Path,
+        overrides: Sequence[str] = (),
+        orientation: Orientation | None = None,
+        batch_size: int = 1,
+    ) -> "Predictor":
+        """Load a run for batches of a size; `overrides` change its recipe. Raises RecipeError."""
+        run = Path(run)
+        recipe = unopened_recipe(run, overrides)
+        device = resolve_device(recipe.device)
+        factory = stated_factory(run, read_stored(run / "model.json"), overrides)
+        # A network draws its first weights, which are then replaced.
+        with own_randomness(device, recipe.seed):
+            student = load_student(run, factory=factory, factories=recipe.factories, trust=recipe.trust)
+        model, transform = student.classifier.to(device), student.preprocess
+        require_memory(run, model, batch_size, device.type, "--batch-size ")
+        several = any(isinstance(loss, BinaryCrossEntropy | MultiLabelKL) for loss in recipe.losses)
+        turned = orientation or _recorded(recipe)
+        return cls(str(run), model, transform, student.class_names, device, recipe.precision, several, turned)
+
+    def sources(self, image: str | Path) -> Iterator[ImageSource]:
+        """Yield the images of a file, a folder or a URL; if it cannot be listed, one whose reading fails."""
+        name, mode = os.fspath(image), self._mode
+        try:
+            single = is_image(name) if is_remote(name) else not os.path.isdir(name)
+            if single:
+                yield ImageSource(name, partial(_read, name, mode, self.orientation))
+                return
+            folder = ImageFolder(root=name, mode=mode, labelled=False, orientation=self.orientation).open()
+            for index, below in enumerate(folder.ids):
+                yield ImageSource(f"{name.rstrip('/')}/{below}", partial(folder.read, index))
+        except (LogitCacheError, OSError) as error:
+            yield ImageSource(name, partial(_raise, error))
+
+    def source(self, content: bytes, name: str) -> ImageSource:
+        """Return the image of a file's content."""
+        return ImageSource(name, lambda: decode(io.BytesIO(content), self._mode, name, self.orientation))
+
+    @property
+    def _mode(self) -> Mode:
+        return MODES.get(self.transform.num_channels, "RGB")
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[ImageSource], top: int = 5) -> tuple[Prediction, ...]:
+        """Predict the `top` classes of a batch of images; one that cannot be read has `error` instead."""
+        with ThreadPoolExecutor() as pool:
+            pixels = list(pool.map(partial(_pixels, self.transform), images))
+        shapes: dict[torch.Size, dict[int, Tensor]] = {}
+        for row, image in enumerate(pixels):
+            if isinstance(image, Tensor):
+                shapes.setdefault(image.shape, {})[row] = image
+        scores: dict[int, tuple[ClassScore, ...]] = {}
+        for rows in shapes.values():
+            with autocast(self.device, self.precision):
+                logits = self.model(torch.stack(list(rows.values())).to(self.device)).float().cpu()
+            scores |= zip(rows, _scored(logits, self.is_multi_label, top, self.class_names), strict=True)
+        return tuple(
+            Prediction(source.name, scores.get(row, ()), image if isinstance(image, str) else None)
+            for row, (source, image) in enumerate(zip(images, pixels, strict=True))
+        )
 
 
 def predict(
@@ -74,57 +154,17 @@ def predict(
     `overrides` such as device=cpu change the run's recipe. An image that cannot be read does not stop the others.
     Raises RecipeError for a run that cannot be loaded.
     """
-    run = Path(run)
-    recipe = unopened_recipe(run, overrides)
-    device = resolve_device(recipe.device)
-    factory = stated_factory(run, read_stored(run / "model.json"), overrides)
-    # A network draws its first weights, which are then replaced.
-    with own_randomness(device, recipe.seed):
-        student = load_student(run, factory=factory, factories=recipe.factories, trust=recipe.trust)
-    model, transform = student.classifier.to(device), student.preprocess
-    require_memory(run, model, batch_size, device.type, "--batch-size ")
-    several = any(isinstance(loss, BinaryCrossEntropy | MultiLabelKL) for loss in recipe.losses)
-    sources = [each for image in images for each in _sources(image, transform, orientation or _recorded(recipe))]
+    predictor = Predictor.open(run, overrides, orientation, batch_size)
+    sources = [each for image in images for each in predictor.sources(image)]
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
-    found: list[Prediction] = []
-    with ThreadPoolExecutor() as pool, torch.no_grad():
-        for batch in track(batches, "predict", len(batches), "batches"):
-            pixels = list(pool.map(partial(_pixels, transform), batch))
-            shapes: dict[torch.Size, dict[int, Tensor]] = {}
-            for row, image in enumerate(pixels):
-                if isinstance(image, Tensor):
-                    shapes.setdefault(image.shape, {})[row] = image
-            scores: dict[int, tuple[ClassScore, ...]] = {}
-            for rows in shapes.values():
-                with autocast(device, recipe.precision):
-                    logits = model(torch.stack(list(rows.values())).to(device)).float().cpu()
-                scores |= zip(rows, _scored(logits, several, top, student.class_names), strict=True)
-            found += [
-                Prediction(source.name, scores.get(row, ()), image if isinstance(image, str) else None)
-                for row, (source, image) in enumerate(zip(batch, pixels, strict=True))
-            ]
-    return tuple(found)
+    shown = track(batches, "predict", len(batches), "batches")
+    return tuple(one for batch in shown for one in predictor.predict(batch, top))
 
 
 def _recorded(recipe: TrainingRecipe) -> Orientation:
     """Return how the images that a run was measured on were turned; files of other kinds have no orientation."""
     entry = None if recipe.validation is None else recipe.validation.dataset
     return entry.orientation if isinstance(entry, ImageFolder | WebDataset) else "ignore"
-
-
-def _sources(image: str | Path, transform: EvaluationTransform, orientation: Orientation) -> Iterator[_Source]:
-    """Yield the images of a file, a folder or a URL; if it cannot be listed, one whose reading fails."""
-    name, mode = os.fspath(image), MODES.get(transform.num_channels, "RGB")
-    try:
-        single = is_image(name) if is_remote(name) else not os.path.isdir(name)
-        if single:
-            yield _Source(name, partial(_read, name, mode, orientation))
-            return
-        folder = ImageFolder(root=name, mode=mode, labelled=False, orientation=orientation).open()
-        for index, below in enumerate(folder.ids):
-            yield _Source(f"{name.rstrip('/')}/{below}", partial(folder.read, index))
-    except (LogitCacheError, OSError) as error:
-        yield _Source(name, partial(_raise, error))
 
 
 def _raise(error: Exception) -> Tensor:
@@ -138,7 +178,7 @@ def _read(name: str, mode: Mode, orientation: Orientation) -> Tensor:
         return decode(file, mode, name, orientation)
 
 
-def _pixels(transform: EvaluationTransform, source: _Source) -> Tensor | str:
+def _pixels(transform: EvaluationTransform, source: ImageSource) -> Tensor | str:
     """Read and transform an image; return why it cannot be, naming it."""
     try:
         return transform(source.read())
