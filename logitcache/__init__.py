@@ -21,11 +21,12 @@ _MODULES = {
     "models.base": ("Classifier", "Preprocessing"),
     "planning.plan": ("plan",),
     "report": ("figures",),
+    "shipping.export": ("export",),
+    "shipping.predict": ("predict",),
     "stage_one.derive.derive": ("DeriveRecipe", "derive"),
     "stage_one.precompute": ("PrecomputeRecipe", "precompute"),
     "student": ("losses",),
     "student.evaluation.evaluate": ("evaluate",),
-    "student.evaluation.predict": ("predict",),
     "student.runs.trained": ("load_student",),
     "student.training": ("train",),
     "student.training_recipes": ("StudentRecipe", "TeacherRecipe"),
@@ -57,11 +58,12 @@ if TYPE_CHECKING:
     from logitcache.models.base import Classifier as Classifier, Preprocessing as Preprocessing
     from logitcache.planning.plan import plan as plan
     from logitcache.report import figures as figures
+    from logitcache.shipping.export import export as export
+    from logitcache.shipping.predict import predict as predict
     from logitcache.stage_one.derive.derive import DeriveRecipe as DeriveRecipe, derive as derive
     from logitcache.stage_one.precompute import PrecomputeRecipe as PrecomputeRecipe, precompute as precompute
     from logitcache.student import losses as losses
     from logitcache.student.evaluation.evaluate import evaluate as evaluate
-    from logitcache.student.evaluation.predict import predict as predict
     from logitcache.student.runs.trained import load_student as load_student
     from logitcache.student.training import train as train
     from logitcache.student.training_recipes import StudentRecipe as StudentRecipe, TeacherRecipe as TeacherRecipe

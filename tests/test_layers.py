@@ -1,4 +1,4 @@
-"""Imports point down: cli → report → planning → stage_one → teacher | sweeps → student → cache → views → the rest."""
+"""Imports point down, as `BELOW` lists: from cli to report, and from student to cache, to views and all others."""
 
 import ast
 from collections.abc import Iterator
@@ -15,7 +15,8 @@ BELOW = {
     "planning": ("stage_one",),
     "student": ("cache",),
     "sweeps": ("stage_one", "student"),
-    "report": ("planning", "sweeps"),
+    "shipping": ("student",),
+    "report": ("planning", "sweeps", "shipping"),
     "cli": ("report",),
 }
 """What lies right below each folder; all other folders and modules are at the bottom."""

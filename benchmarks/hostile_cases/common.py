@@ -27,6 +27,8 @@ for _optional in (
     "sklearn.manifold",
     "torch.utils.tensorboard",
     "gradio",
+    "onnxscript",
+    "onnxruntime",
 ):
     with contextlib.suppress(ImportError):
         importlib.import_module(_optional)
@@ -103,6 +105,7 @@ def _make(folder: Path) -> int:
         ["train-teacher", "teacher.yaml"],
         ["precompute", "precompute.yaml"],
         ["train-student", "student.yaml"],
+        ["export", "run", "model.onnx"],
     ):
         if logitcache.cli.main([*arguments, "-q"]):
             return 1
@@ -161,13 +164,16 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
     "predict": lambda folder, case: ["predict", "run", "images/a/00.png"],
     # It opens both and, as no machine has the address, ends there.
     "app": lambda folder, case: ["app", "run", "--cache", _cache(folder, case), "--host", "192.0.2.1"],
+    "export": lambda folder, case: ["export", "run", "again.onnx"],
+    "predict file": lambda folder, case: ["predict", "model.onnx", "images/a/00.png"],
     "log": lambda folder, case: ["log", "run", "--to", "tensorboard"],
     "run page": lambda folder, case: ["report", "run", "--points", "20"],
 }
 READERS = ("inspect", "verify", "summary", "gc", "train", "online", "check", "derive", "precompute", "plan")
 READERS += ("view", "suspects", "sweep", "page", "app")
-RUNS = ("evaluate", "resume", "teach", "start", "predict", "log", "run page", "app")
+RUNS = ("evaluate", "resume", "teach", "start", "predict", "export", "log", "run page", "app")
 ALIKE = {"suspects": "summary", "sweep": "train", "view": "verify", "page": "inspect", "predict": "evaluate"}
+ALIKE |= {"export": "evaluate"}
 """Commands that read the same as others, and end with the same codes where a case does not say otherwise."""
 
 Prepare = Callable[[Path], Any]

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from typer import Argument, Exit, Option, Typer
 
-from logitcache.cli import caches, completion, explain, reports, stage_one, stage_two
+from logitcache.cli import caches, completion, explain, reports, shipping, stage_one, stage_two
 from logitcache.cli.common import CommandResult, Overrides, add_command, as_options
 from logitcache.cli.help import Command, GroupedCommands, epilog
 from logitcache.config.shipped_recipes import NEW_RECIPES, copy_recipes, find_recipes, shipped_recipes
@@ -144,6 +144,7 @@ def env() -> CommandResult:
 
 
 _START, _ONE, _TWO, _CACHES = "Start", "Stage one: make a cache", "Stage two: train students", "Caches"
+_SHIP = "Ship a student"
 _COMMANDS = {
     "demo": Command(
         demo, _START, "demo --out logitcache-demo", "getting-started.md", shlex.join(["logitcache", *NEW_RECIPES])
@@ -196,6 +197,11 @@ _COMMANDS = {
             "how-to/use-a-trained-student.md",
         ),
         "logitcache report RUN",
+    ),
+    "export": Command(
+        shipping.export,
+        *(_SHIP, "export runs/fashion_mnist/student student.onnx --latency", "how-to/ship-a-student.md"),
+        "logitcache predict FILE IMAGE",
     ),
     "report": Command(
         reports.report,

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option, Typer
+from typer import Argument, BadParameter, Option, Typer
 
 from logitcache.cli.completion import settings
 from logitcache.errors import Stopped
 from logitcache.runtime import console
+
+if TYPE_CHECKING:
+    from logitcache.student.evaluation.cost import LatencyPlan
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,22 @@ Workers = Annotated[
     ),
 ]
 
+BatchSizes = Annotated[
+    list[int],
+    Option("--batch-size", min=1, metavar="N", show_default="1, 32", help="Images at a time; repeatable."),
+]
+Threads = Annotated[
+    list[int],
+    Option("--threads", min=1, metavar="N", show_default="all", help="CPU threads; repeatable."),
+]
+Repeats = Annotated[
+    int | None,
+    Option("--repeats", min=1, metavar="N", show_default="30", help="Batches to take the median of."),
+]
+WarmUp = Annotated[
+    int | None, Option("--warm-up", min=1, metavar="N", show_default="5", help="Batches that do not count.")
+]
+
 _Quiet = Annotated[bool, Option("-q", "--quiet", help="Show no progress.")]
 _Verbose = Annotated[bool, Option("-v", "--verbose", help="Show more messages.")]
 # `main` reads these two itself, since they matter when the rest cannot be parsed.
@@ -94,6 +113,27 @@ _Json = Annotated[bool, Option("--json", help="Print one JSON document on stdout
 _Debug = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 
 _OUTPUT_OPTIONS = {"quiet": _Quiet, "verbose": _Verbose, "json": _Json, "debug": _Debug}
+
+
+def granted(trust: list[str]) -> list[str]:
+    """Return the override of a recipe for --trust."""
+    return [f"trust=[{', '.join(trust)}]"] if trust else []
+
+
+def latency_plan(
+    latency: bool, batch_sizes: list[int], threads: list[int], repeats: int | None, warm_up: int | None
+) -> "LatencyPlan | None":
+    """Return how to time models; None without --latency. Raises BadParameter for options that need it."""
+    options = {"--batch-size": batch_sizes, "--threads": threads, "--repeats": repeats, "--warm-up": warm_up}
+    unused = [option for option, value in options.items() if value and not latency]
+    if unused:
+        raise BadParameter("has no effect: nothing is timed without --latency", param_hint=unused)
+    if not latency:
+        return None
+    from logitcache.student.evaluation.cost import LatencyPlan
+
+    timing = {"batch_sizes": tuple(batch_sizes), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
+    return LatencyPlan.model_validate({key: value for key, value in timing.items() if value})
 
 
 def as_options(overrides: list[str]) -> list[str]:

@@ -6,7 +6,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, BadParameter, Option
 
-from logitcache.cli.common import CommandResult, Overrides, Recipe, Scheduler, Trust, Workers
+from logitcache.cli.common import (
+    BatchSizes,
+    CommandResult,
+    Overrides,
+    Recipe,
+    Repeats,
+    Scheduler,
+    Threads,
+    Trust,
+    WarmUp,
+    Workers,
+    granted,
+    latency_plan,
+)
 from logitcache.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -39,7 +52,7 @@ def train_student(
     from logitcache.student.training import train
     from logitcache.student.training_recipes import StudentRecipe
 
-    changes = [*overrides, *_granted(trust), *([] if verify is None else [f"verify={verify}"])]
+    changes = [*overrides, *granted(trust), *([] if verify is None else [f"verify={verify}"])]
     with joined() as ranks:
         student = load_own(recipe, StudentRecipe, changes)
         live = None
@@ -113,11 +126,6 @@ def sweep(
     return CommandResult(document, text, errors, "FailedStudents", result.exit_code)
 
 
-def _granted(trust: list[str]) -> list[str]:
-    """Return the override of a recipe for --trust."""
-    return [f"trust=[{', '.join(trust)}]"] if trust else []
-
-
 def _trained(result: "RunResult", is_shown: bool) -> CommandResult:
     """Leave measures out of the text that such images have not."""
     from logitcache.runtime.tables import as_text
@@ -135,21 +143,10 @@ def evaluate(
     latency: Annotated[
         bool, Option("--latency", help="Time the model too, and the teachers where they can be built.")
     ] = False,
-    batch_size: Annotated[
-        list[int],
-        Option("--batch-size", min=1, metavar="N", show_default="1, 32", help="Images at a time; repeatable."),
-    ] = [],  # noqa: B006  # Typer's way
-    threads: Annotated[
-        list[int],
-        Option("--threads", min=1, metavar="N", show_default="all", help="CPU threads; repeatable."),
-    ] = [],  # noqa: B006
-    repeats: Annotated[
-        int | None,
-        Option("--repeats", min=1, metavar="N", show_default="30", help="Batches to take the median of."),
-    ] = None,
-    warm_up: Annotated[
-        int | None, Option("--warm-up", min=1, metavar="N", show_default="5", help="Batches that do not count.")
-    ] = None,
+    batch_size: BatchSizes = [],  # noqa: B006  # Typer's way
+    threads: Threads = [],  # noqa: B006
+    repeats: Repeats = None,
+    warm_up: WarmUp = None,
 ) -> CommandResult:
     """Measure a trained model again.
 
@@ -157,17 +154,11 @@ def evaluate(
     figures are printed and the exit code is 2. The options from --batch-size to --warm-up need
     --latency.
     """
-    options = {"--batch-size": batch_size, "--threads": threads, "--repeats": repeats, "--warm-up": warm_up}
-    unused = [option for option, value in options.items() if value and not latency]
-    if unused:
-        raise BadParameter("has no effect: nothing is timed without --latency", param_hint=unused)
+    plan = latency_plan(latency, batch_size, threads, repeats, warm_up)
     from logitcache.report.beside_teachers import evaluate_beside_teachers
     from logitcache.runtime.tables import as_text
-    from logitcache.student.evaluation.cost import LatencyPlan
 
-    timing = {"batch_sizes": tuple(batch_size), "threads": tuple(threads), "repeats": repeats, "warm_up": warm_up}
-    plan = LatencyPlan.model_validate({key: value for key, value in timing.items() if value}) if latency else None
-    result = evaluate_beside_teachers(run, [*overrides, *_granted(trust)], plan, teachers_from)
+    result = evaluate_beside_teachers(run, [*overrides, *granted(trust)], plan, teachers_from)
     document = asdict(result)
     shown = document if document["epoch"] is not None else document | {"epoch": "not recorded"}
     failed = tuple(
@@ -180,7 +171,7 @@ def evaluate(
 
 
 def predict(
-    run: Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")],
+    run: Annotated[Path, Argument(metavar="RUN|FILE", help="A folder made by training, or an exported ONNX file.")],
     images: Annotated[
         list[str], Argument(metavar="IMAGE...", help="Image files, folders, or URLs (https://…, s3://…).")
     ],
@@ -197,21 +188,17 @@ def predict(
         ),
     ] = None,
 ) -> CommandResult:
-    """Predict the classes of images by a trained model.
+    """Predict the classes of images by a trained model, or an exported one.
 
     Images are transformed as in the run's evaluation; of a folder all images below it are taken. --set device=cpu
     chooses the device. If images cannot be read, the others are predicted and the exit code is 2.
     """
     from logitcache.errors import DataError
-    from logitcache.student.evaluation import predict as prediction
+    from logitcache.shipping.predict import predict as predicted
+    from logitcache.student.evaluation.predict import predictions_text
 
-    found = prediction.predict(
-        run,
-        images,
-        [*overrides, *_granted(trust)],
-        top=top,
-        batch_size=batch_size,
-        orientation=orientation,
+    found = predicted(
+        run, images, [*overrides, *granted(trust)], top=top, batch_size=batch_size, orientation=orientation
     )
     errors = tuple(one.error for one in found if one.error is not None)
     document = {
@@ -220,5 +207,5 @@ def predict(
         "failed": len(errors),
         "predictions": [asdict(one) for one in found],
     }
-    text = prediction.predictions_text(found)
+    text = predictions_text(found)
     return CommandResult(document, text, errors, DataError.__name__, DataError.exit_code if errors else 0)

@@ -152,7 +152,10 @@ class Classifier(nn.Module):
                 f"the images have {pixels.shape[1]} channels, the model's mean and std have"
                 f" {len(self.mean)}.\n  Fix: {channels_fix(len(self.mean))}"
             )
-        values = pixels.to(torch.float32)
+        return self.scale(pixels.to(torch.float32))
+
+    def scale(self, values: Tensor) -> Tensor:
+        """Normalise float32 values of 0 to 255 [B, C, H, W], in place, once they have the network's size."""
         size = self.preprocessing.size
         if size is not None and values.shape[2:] != size:
             values = functional.interpolate(values, size, mode="bilinear", antialias=True)

@@ -3,6 +3,7 @@
 import re
 import shlex
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from logitcache.cli.app import main
 from logitcache.cli.commands import app
 from logitcache.config.recipe import load_recipe
 from logitcache.report.recipe_check import check_recipes
+from logitcache.shipping.export import export
 from logitcache.stage_one.derive.derive import derive
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
@@ -24,7 +26,7 @@ from logitcache.student.training import train
 from tests.cache.made import verified
 from tests.docs.world import COLOURED, HALF, PHOTOS, here, make_world, shrunk
 from tests.models.hub import keep_timm_weights
-from tests.student.small import student
+from tests.student.small import TEST_IMAGES, student
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -91,11 +93,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cache = folder / "caches/fashion_mnist/train.zarr"
     changes = [f"cache={cache}", "dataset.num_images=50", "num_workers=0", "views.num_views=2"]
     precompute(load_recipe(FASHION, PrecomputeRecipe, changes))
-    train(student(folder / "runs/student", cache, epochs=1))
+    train(student(folder / "runs/student", cache, epochs=1, validation={"dataset": TEST_IMAGES}))
+    if find_spec("onnxscript") is not None:
+        export(folder / "runs/student", folder / "student.onnx")
     (folder / "runs/photos").symlink_to("student")
     Image.new("L", (40, 30)).save(folder / "shoe.png")
     Image.new("RGB", (40, 30)).save(folder / "photo.jpg")
     return folder
+
+
+def require_extra(name: str) -> None:
+    """Skip the examples of a page without the libraries that it takes."""
+    if name.startswith("ship-a-student"):
+        pytest.importorskip("onnxscript", reason="exports need the extra export")
 
 
 def by_this_environment() -> list[Any]:
@@ -106,6 +116,7 @@ def by_this_environment() -> list[Any]:
 
 @pytest.mark.parametrize(("name", "code"), by_this_environment())
 def test_python_runs(name: str, code: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_extra(name)
     monkeypatch.chdir(place)
     code = code.replace("s3://bucket/caches/train.zarr", "caches/fashion_mnist/train.zarr")
     torch.manual_seed(0)
@@ -170,6 +181,7 @@ def reason(line: str) -> str | None:
 
 @pytest.mark.parametrize(("name", "text"), blocks("bash"))
 def test_commands_run_as_they_are_written(name: str, text: str, world: Path) -> None:
+    require_extra(name)
     for line in lines_of(here(text)):
         if reason(line) is None:
             program, *words = shlex.split(line)

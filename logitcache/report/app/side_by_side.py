@@ -14,8 +14,9 @@ from logitcache.report.figures.base import Figure
 from logitcache.report.figures.picture import picture
 from logitcache.report.images import probabilities
 from logitcache.report.look import MOST_VIEWS
+from logitcache.shipping.predict import open_predictor
 from logitcache.store.safe_files import read_bounded
-from logitcache.student.evaluation.predict import ImageSource, Predictor
+from logitcache.student.evaluation.predict import ImageSource
 from logitcache.student.lesson import LiveTargets
 from logitcache.teacher.online import live_targets
 from logitcache.views.datasets.image_folder import LARGEST
@@ -44,7 +45,7 @@ class SideBySide:
     """Finished runs and, with a cache, its teachers.
 
     `overrides` change the runs' recipes; those of `dataset` locate the images of the cache. `online` loads the teachers
-    too, for images that are not of the cache. Raises as `Predictor.open`, `KnownImages` and `live_targets`.
+    too, for images that are not of the cache. Raises as `open_predictor`, `KnownImages` and `live_targets`.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class SideBySide:
             )
         self.top = top
         granted = [f"trust=[{', '.join(trust)}]"] if trust else []
-        self.students = {str(run): Predictor.open(run, [*of_runs, *granted]) for run in runs}
+        self.students = {str(run): open_predictor(run, [*of_runs, *granted]) for run in runs}
         self._first = next(iter(self.students.values()))
         self.known = None if cache is None else KnownImages(cache, of_images, trust)
         self._live: LiveTargets | None = None

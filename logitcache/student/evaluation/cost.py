@@ -142,7 +142,7 @@ def latencies(
     contenders = [(name, teacher) for name, teacher in teachers.items() if teacher is not None]
     for threads, count in itertools.product(plan.threads or (torch.get_num_threads(),), plan.batch_sizes):
         pixels = image.expand(count, *image.shape).contiguous()
-        with _threads(threads):
+        with limited_threads(threads):
             own = _median_seconds(student, pixels, plan)
             rows.append(Latency(STUDENT, count, threads, device, student.precision, own, count / own, None))
             for name, teacher in contenders:
@@ -167,7 +167,8 @@ def _median_seconds(contender: Contender, pixels: Tensor, plan: LatencyPlan) -> 
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def limited_threads(count: int) -> Iterator[None]:
+    """Let torch compute with so many threads in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

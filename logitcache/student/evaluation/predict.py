@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from logitcache.errors import LogitCacheError
-from logitcache.models import Classifier, read_stored
+from logitcache.models import read_stored
 from logitcache.runtime.console import track
-from logitcache.runtime.device import Precision, autocast, own_randomness, resolve_device
+from logitcache.runtime.device import autocast, own_randomness, resolve_device
 from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import open_regular
 from logitcache.student.evaluation.evaluate import require_memory, stated_factory, unopened_recipe
@@ -60,17 +60,17 @@ class ImageSource(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictor:
-    """A finished run, opened to predict: its model on a device, and how its evaluation transforms images.
+    """A trained model, opened to predict: uint8 pixels [B, C, h, w] on the CPU in, logits [B, K] out.
 
-    `is_multi_label`: it learnt images of any number of classes. `orientation`: handling of the EXIF orientation.
+    It computes on `device`, and `transform` brings images to it. `is_multi_label`: it learnt images of any number of
+    classes. `orientation`: handling of the EXIF orientation.
     """
 
     name: str
-    model: Classifier
+    logits: Callable[[Tensor], Tensor]
     transform: EvaluationTransform
     class_names: tuple[str, ...] | None
     device: torch.device
-    precision: Precision
     is_multi_label: bool
     orientation: Orientation
 
@@ -92,9 +92,14 @@ class Predictor:
             student = load_student(run, factory=factory, factories=recipe.factories, trust=recipe.trust)
         model, transform = student.classifier.to(device), student.preprocess
         require_memory(run, model, batch_size, device.type, "--batch-size ")
-        several = any(isinstance(loss, BinaryCrossEntropy | MultiLabelKL) for loss in recipe.losses)
-        turned = orientation or _recorded(recipe)
-        return cls(str(run), model, transform, student.class_names, device, recipe.precision, several, turned)
+
+        def logits(pixels: Tensor) -> Tensor:
+            with autocast(device, recipe.precision):
+                found: Tensor = model(pixels.to(device))
+            return found.float().cpu()
+
+        turned = orientation or orientation_of(recipe)
+        return cls(str(run), logits, transform, student.class_names, device, learns_several(recipe), turned)
 
     def sources(self, image: str | Path) -> Iterator[ImageSource]:
         """Yield the images of a file, a folder or a URL; if it cannot be listed, one whose reading fails."""
@@ -129,8 +134,7 @@ class Predictor:
                 shapes.setdefault(image.shape, {})[row] = image
         scores: dict[int, tuple[ClassScore, ...]] = {}
         for rows in shapes.values():
-            with autocast(self.device, self.precision):
-                logits = self.model(torch.stack(list(rows.values())).to(self.device)).float().cpu()
+            logits = self.logits(torch.stack(list(rows.values())))
             scores |= zip(rows, _scored(logits, self.is_multi_label, top, self.class_names), strict=True)
         return tuple(
             Prediction(source.name, scores.get(row, ()), image if isinstance(image, str) else None)
@@ -138,30 +142,25 @@ class Predictor:
         )
 
 
-def predict(
-    run: str | Path,
-    images: Sequence[str | Path],
-    overrides: Sequence[str] = (),
-    *,
-    top: int = 5,
-    batch_size: int = 32,
-    orientation: Orientation | None = None,
-) -> tuple[Prediction, ...]:
-    """Predict the classes of images: files, folders with all that lies below, and URLs.
+def learns_several(recipe: TrainingRecipe) -> bool:
+    """Return whether a recipe's losses give each class a probability of its own."""
+    return any(isinstance(loss, BinaryCrossEntropy | MultiLabelKL) for loss in recipe.losses)
 
-    Images are transformed as in the run's evaluation; equal batches give the logits that `evaluate` measures.
-    `orientation`: whether the EXIF orientation is applied; by default as for the images that the run was measured on.
-    `overrides` such as device=cpu change the run's recipe. An image that cannot be read does not stop the others.
-    Raises RecipeError for a run that cannot be loaded.
+
+def predict_images(
+    predictor: Predictor, images: Sequence[str | Path], top: int = 5, batch_size: int = 32
+) -> tuple[Prediction, ...]:
+    """Predict the classes of images: files, folders with all that lies below, and URLs; in order.
+
+    An image that cannot be read does not stop the others.
     """
-    predictor = Predictor.open(run, overrides, orientation, batch_size)
     sources = [each for image in images for each in predictor.sources(image)]
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     shown = track(batches, "predict", len(batches), "batches")
     return tuple(one for batch in shown for one in predictor.predict(batch, top))
 
 
-def _recorded(recipe: TrainingRecipe) -> Orientation:
+def orientation_of(recipe: TrainingRecipe) -> Orientation:
     """Return how the images that a run was measured on were turned; files of other kinds have no orientation."""
     entry = None if recipe.validation is None else recipe.validation.dataset
     return entry.orientation if isinstance(entry, ImageFolder | WebDataset) else "ignore"

@@ -1,0 +1,139 @@
+"""Export a finished run as one file, compare the file with the run, and time both."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch.export import ExportedProgram
+
+from logitcache.errors import RecipeError
+from logitcache.models import read_stored, weights_digest
+from logitcache.runtime.versions import versions
+from logitcache.shipping.exported import ExportedModel
+from logitcache.shipping.graph import PixelsToLogits, as_input, example, record, to_onnx, to_pt2
+from logitcache.shipping.latency import Predict, time_in_turns
+from logitcache.shipping.metadata import Arithmetic, Metadata, Pixels, Provenance
+from logitcache.shipping.parity import TOLERANCE, Parity, compare
+from logitcache.shipping.record import new_file, record_of, write_with_record
+from logitcache.student.evaluation.cost import LatencyPlan
+from logitcache.student.evaluation.evaluate import OpenedRun, open_run
+from logitcache.student.evaluation.predict import learns_several, orientation_of
+from logitcache.student.runs.run_directory import RunDirectory
+from logitcache.student.runs.trained import read_evaluation
+from logitcache.views.augmentations.foreign import factories_of
+
+Format = Literal["onnx", "pt2"]
+
+
+@dataclass(frozen=True)
+class ExportLatency:
+    """The median seconds of a batch on the CPU by turns: eager torch, and the file; `speed_up` is their ratio."""
+
+    batch_size: int
+    threads: int
+    eager_seconds: float
+    exported_seconds: float
+    speed_up: float
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported run: the file, its record beside it, and how it compares with the run."""
+
+    run: str
+    file: str
+    record: str
+    format: Format
+    pixels: Pixels
+    shape: tuple[int, ...]
+    bytes: int
+    weights: str
+    parity: Parity
+    latencies: tuple[ExportLatency, ...]
+
+
+def export(
+    run: str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    pixels: Pixels = "uint8",
+    format: Format = "onnx",
+    tolerance: float = TOLERANCE,
+    overwrite: bool = False,
+    latency: LatencyPlan | None = None,
+) -> ExportResult:
+    """Export a finished run to `out`, by default RUN/model.onnx or RUN/model.pt2, with a record in JSON beside it.
+
+    The graph takes images of the evaluation's size and normalises them. The file is compared with the run on the CPU
+    over all validation images before it is written. `overrides` name other images, as for `evaluate`. Raises
+    RecipeError for a model that cannot be exported, MismatchError for a file that answers otherwise.
+    """
+    run = Path(run)
+    file = new_file(run / f"model.{format}" if out is None else out, overwrite)
+    opened = open_run(run, [*overrides, "device=cpu"])
+    metadata = describe(run, opened, pixels)
+    program = record(PixelsToLogits(opened.classifier, pixels), example(metadata.shape, pixels))
+    data = to_onnx(program, metadata) if format == "onnx" else to_pt2(program, metadata)
+    predictor = ExportedModel(file, data, metadata).session if format == "onnx" else _runs(program, pixels)
+    parity = compare(opened.classifier, predictor(), opened.validator)
+    parity.require(f"'{file}'", tolerance)
+    image = opened.validator.sample()[0]
+    turns = () if latency is None else time_in_turns(lambda threads: opened.classifier, predictor, image, latency)
+    result = ExportResult(
+        run=str(run),
+        file=str(file),
+        record=str(record_of(file)),
+        format=format,
+        pixels=pixels,
+        shape=metadata.shape,
+        bytes=len(data),
+        weights=metadata.run.weights,
+        parity=parity,
+        latencies=tuple(ExportLatency(*asdict(turn).values()) for turn in turns),
+    )
+    write_with_record(file, data, asdict(result), metadata)
+    return result
+
+
+def _runs(program: ExportedProgram, pixels: Pixels) -> Callable[..., Predict]:
+    """Return what makes a function of uint8 pixels for a number of threads, which torch sets."""
+    module = program.module()
+    return lambda threads=0: lambda images: module(as_input(images, pixels))
+
+
+def describe(run: Path, opened: OpenedRun, pixels: Pixels, arithmetic: Arithmetic = "float32") -> Metadata:
+    """Return the metadata of a run's export. Raises RecipeError if the run did not record its evaluation's transform.
+
+    So it does for a transform of the user's own code, which a file cannot bring along.
+    """
+    recorded = read_evaluation(run)
+    if recorded is None:
+        raise RecipeError(
+            f"{run} did not record how its images were evaluated (trained by an earlier release).\n"
+            "  Fix: train it again, or one epoch more (--resume --set epochs=…), with this release"
+        )
+    if factories := factories_of(recorded.augmentations):
+        raise RecipeError(
+            f"{run} was evaluated through the factory '{factories[0]}', which no exported file can bring along.\n"
+            "  Fix: validate on augmentations of the library, a resize and a crop"
+        )
+    stored, environment = read_stored(run / "model.json"), RunDirectory(str(run)).environment()
+    channels, height, width = opened.validator.sample().shape[1:]
+    return Metadata(
+        pixels=pixels,
+        shape=(channels, height, width),
+        num_classes=stored.num_classes,
+        multi_label=learns_several(opened.recipe),
+        arithmetic=arithmetic,
+        orientation=orientation_of(opened.recipe),
+        preprocessing=opened.classifier.preprocessing,
+        evaluation=recorded,
+        run=Provenance(
+            model=None if stored.model is None else stored.model.model_dump(mode="json"),
+            weights=weights_digest(opened.classifier.module),
+            learns_from=environment.learns_from,
+            versions=versions(),
+        ),
+    )
