@@ -33,6 +33,7 @@ WORDS = {
     "logitcache.student.optim.schedules": "Schedule",
     "logitcache.student.optim.optimizers": "Optimizer",
     "logitcache.student.ensembles": "Ensemble",
+    "logitcache.student.trackers": "Tracker",
 }
 """The first word of the title of a model with a `kind`, by the start of its module."""
 
@@ -49,7 +50,10 @@ _ANCHORS = {
     "feature": "feature",
     "validation": "validation",
     "ema": "ema",
-    **{word: f"{word}s" for word in ("augmentation", "model", "encoding", "schedule", "optimizer", "ensemble")},
+    **{
+        word: f"{word}s"
+        for word in ("augmentation", "model", "encoding", "schedule", "optimizer", "ensemble", "tracker")
+    },
     **{"dataset": "data-sets", "loss": "losses", "mixing": "mixing", "sampling": "sampling"},
 }
 """The section of each word of a type."""

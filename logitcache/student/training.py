@@ -24,6 +24,7 @@ from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import RunResult, require_measurable
 from logitcache.student.runs.trained import Evaluation, evaluated_as
 from logitcache.student.runs.training_run import SHOWN, TrainingRun
+from logitcache.student.trackers.live import tracked
 from logitcache.student.training_data import Stream, TrainingData, open_training_data
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_trainable
@@ -207,6 +208,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
         run = TrainingRun(recipe, learner, randomness, directory, stream, validator, evaluation, lesson.num_classes)
         run.take_up(before)
         directory.open(recipe, identity)
+        locks.enter_context(tracked(directory, recipe.trackers))
     return run
 
 

@@ -19,6 +19,7 @@ from logitcache.student.live_teacher import LiveTeacher
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
 from logitcache.student.optim.averaging import Average
 from logitcache.student.optim.optimizers import AdamW, LearningRateSchedule, Optimizer
+from logitcache.student.trackers import Trackers
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level
 from logitcache.views.datasets import Dataset
@@ -65,9 +66,7 @@ class TrainingRecipe(Component):
         description="k: one decode of an image serves k views. An epoch is then k views of every k-th image; "
         "`epochs` and `batch_size` are multiples of k.",
     )
-    sampling: Sampling = Field(
-        default=EveryImage(), description="Images that an epoch takes, always as many as there are."
-    )
+    sampling: Sampling = Field(default=EveryImage(), description="Images of an epoch, always as many as there are.")
     drop_last: bool = Field(
         default=False,
         description="Whether a short last batch is left out. If one is too small for a loss that compares images, "
@@ -121,6 +120,7 @@ class TrainingRecipe(Component):
         description="Images to measure on after an epoch; by default nothing is measured.",
         examples=[{"cache": "caches/fashion_mnist/test.zarr"}],
     )
+    trackers: Trackers = ()
     verify: Level = Field(
         default="strict",
         description="How exactly pixels rendered here must be those that the teacher saw. `strict` refuses any "

@@ -39,6 +39,13 @@ EXCERPTS: dict[str, dict[str, Any]] = {
         "views": {"augmentations": [{"kind": "center_crop", "size": 32}]},
     },
     "ensembles": {"cache": "caches/ensemble.zarr", "out": "run", "epochs": 1, "model": {"kind": "small_cnn"}},
+    "trackers": {
+        "cache": "caches/ensemble.zarr",
+        "out": "run",
+        "epochs": 1,
+        "model": {"kind": "small_cnn"},
+        "losses": [{"kind": "kl_divergence", "teacher": "a"}],
+    },
 }
 """What the rest of a recipe may be of which a page shows a part, by the first key of that part."""
 NOT_RUN = {

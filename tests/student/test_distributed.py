@@ -37,6 +37,7 @@ from tests.student.small import (
     teacher,
     weights,
 )
+from tests.student.test_trackers import scalars
 
 BARE = {"kind": "custom", "factory": "tests.student.test_distributed:bare"}
 BOTH = [{"kind": "kl_divergence", "temperature": 2}, {"kind": "cross_entropy", "weight": 0.5}]
@@ -165,6 +166,15 @@ def test_all_ranks_keep_the_same_weights(changes: dict[str, Any], cache: Path, t
     first, second = (rank["weights"] for rank in seen(recipe, 2))
     assert first == second
     assert 1 < len(set(first)) <= STEPS  # steps that overflow in float16, on any rank, move nothing on all
+
+
+def test_the_first_rank_alone_writes_to_trackers(cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+    recipe = student(tmp_path / "run", cache, trackers=[{"kind": "tensorboard"}])
+    assert [code for code, _ in train_together(2, recipe)] == [0, 0]
+    events = tmp_path / "run/tensorboard"
+    assert len(list(events.iterdir())) == 1
+    assert [step for step, _ in scalars(events)["loss"]] == [row["step"] for row in metrics(tmp_path / "run")]
 
 
 def _stop(rank: int) -> None:

@@ -12,6 +12,7 @@ from logitcache.sweeps.groups import groups_of
 from logitcache.views.spec import Views
 from tests.student.featured import LOSSES, ON_FEATURES
 from tests.student.small import DROPOUT, LINEAR, metrics, weights
+from tests.student.test_trackers import scalars
 from tests.sweeps.small import CODE, VALIDATION, alone, assert_same, run, swept
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,6 +34,7 @@ CELLS: dict[str, dict[str, Any]] = {
     "other_parts": {"micro_batches": 3, "losses": [KL | {"temperature": 4}], "checkpoint_steps": 3},
     "bfloat16": {"precision": "bfloat16", "channels_last": True},
     "best": {"keep": "best", "validation": VALIDATION},
+    "tracked": {"trackers": [{"kind": "tensorboard"}]},
 }
 
 
@@ -53,6 +55,14 @@ def test_a_student_beside_others_is_the_student_alone(cell: str, many: Path, tmp
     beside = many / f"{cell},seed=0"
     alone(beside, tmp_path / "alone")
     assert_same(beside, tmp_path / "alone")
+
+
+def test_students_have_trackers_of_their_own_which_change_nothing(many: Path) -> None:
+    runs = {name: many / f"{name},seed=0" for name in ("tracked", "plain")}
+    assert weights(runs["tracked"]) == weights(runs["plain"])
+    points = scalars(runs["tracked"] / "tensorboard")["loss"]
+    assert [step for step, _ in points] == [row["step"] for row in metrics(runs["tracked"])]
+    assert not (runs["plain"] / "tensorboard").exists()
 
 
 def test_losses_that_train_adapters_share_a_stream_with_others(featured: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from logitcache.student.ranks import ALONE, Ranks
 # A continuation may change how fast and where a run computes, never what. Places are free: the identity of what lies
 # there is compared.
 _FREE = (
-    *("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers"),
+    *("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers", "trackers"),
     *("validation.groups", "validation.taps"),
     *("out", "cache", "dataset", "validation.cache", "validation.dataset"),
 )
@@ -80,6 +80,7 @@ class RunDirectory:
         self._recipe, self._environment = self.path / "recipe.yaml", self.path / "environment.json"
         self._metrics = self.path / "metrics.jsonl"
         self._rows: list[dict[str, Any]] = []
+        self.followers: list[Callable[[list[dict[str, Any]]], None]] = []  # get all rows after each epoch
         self._lock: int | None = None
 
     @property
@@ -216,6 +217,8 @@ class RunDirectory:
         writer.writeheader()
         writer.writerows(self._rows)
         write_atomically(self.path / "metrics.csv", table.getvalue().encode())
+        for follow in self.followers:
+            follow(self._rows)
 
     @_by_first
     def save_checkpoint(self, state: dict[str, Any]) -> None:

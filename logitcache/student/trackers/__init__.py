@@ -15,3 +15,13 @@ from logitcache.student.trackers.wandb import WandB
 
 Tracker = Annotated[TensorBoard | WandB | Trackio | MLflow, Field(discriminator="kind")]
 """An entry of `trackers`."""
+
+Trackers = Annotated[
+    tuple[Tracker, ...],
+    Field(
+        description="Trackers that get the metrics of each epoch when it ends, from the first process: the rows that "
+        "`logitcache log RUN` writes afterwards.",
+        examples=[[{"kind": "tensorboard"}]],
+    ),
+]
+"""The entry `trackers` of a recipe."""

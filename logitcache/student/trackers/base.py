@@ -29,10 +29,10 @@ class TrackedRun:
     recipe: Mapping[str, Any]
 
     def note(self) -> dict[str, Any]:
-        """Read the note of earlier exports: an id for services, and by kind of tracker the last step."""
+        """Read the note of earlier exports: an id and a name for services, and by kind of tracker the last step."""
         if (self.path / _NOTE).exists():
             return RunDirectory(str(self.path)).parsed(self.path / _NOTE, _FORM)
-        found: dict[str, Any] = {"id": secrets.token_hex(8)}
+        found: dict[str, Any] = {"id": secrets.token_hex(8), "name": self.name}
         self._write(found)
         return found
 

@@ -20,7 +20,9 @@ class MLflow(TrackerBase):
     kind: Literal["mlflow"] = "mlflow"
     experiment: str = Field(default="logitcache", description="Name of the experiment, made if it is not there.")
     tracking_uri: str | None = Field(
-        default=None, description="Server or store, as sqlite:///mlflow.db; by default MLFLOW_TRACKING_URI."
+        default=None,
+        description="Server or store; by default the environment's `MLFLOW_TRACKING_URI`.",
+        examples=["sqlite:///mlflow.db"],
     )
 
     def open(self, run: TrackedRun) -> Sink:

@@ -15,7 +15,11 @@ class TensorBoard(TrackerBase):
     extra: ClassVar[str] = "tensorboard"
 
     kind: Literal["tensorboard"] = "tensorboard"
-    folder: str | None = Field(default=None, description="Folder of the event files; by default RUN/tensorboard.")
+    folder: str | None = Field(
+        default=None,
+        description="Folder with the event files of each run in a folder of its name; by default `RUN/tensorboard`.",
+        examples=["events"],
+    )
 
     def open(self, run: TrackedRun) -> Sink:
         """Open a new event file beside those of earlier sessions."""

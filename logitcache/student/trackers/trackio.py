@@ -29,7 +29,7 @@ class _Run(Sink):
         self._run, self._last = run, note.get("trackio", -1)
         self._opened: Any = trackio.init(
             project=entry.project,
-            name=f"{run.name}-{note['id'][:6]}",
+            name=f"{note.get('name', run.name)}-{note['id'][:6]}",  # the name that another session began it by
             config=dict(run.recipe),
             resume="allow",
             embed=False,
