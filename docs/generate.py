@@ -34,6 +34,8 @@ WORDS = {
     "logitcache.student.optim.optimizers": "Optimizer",
     "logitcache.student.ensembles": "Ensemble",
     "logitcache.student.trackers": "Tracker",
+    "logitcache.sweeps.search.space": "Range",
+    "logitcache.sweeps.search.search_recipe": "Search",
 }
 """The first word of the title of a model with a `kind`, by the start of its module."""
 
@@ -55,6 +57,7 @@ _ANCHORS = {
         for word in ("augmentation", "model", "encoding", "schedule", "optimizer", "ensemble", "tracker")
     },
     **{"dataset": "data-sets", "loss": "losses", "mixing": "mixing", "sampling": "sampling"},
+    **{"range": "ranges", "search": "searches", "finalists": "finalists", "halving": "halving", "timing": "timing"},
 }
 """The section of each word of a type."""
 

@@ -30,6 +30,8 @@ _MODULES = {
     "student.runs.trained": ("load_student",),
     "student.training": ("train",),
     "student.training_recipes": ("StudentRecipe", "TeacherRecipe"),
+    "sweeps.sweep": ("sweep",),
+    "sweeps.sweep_recipe": ("SweepRecipe",),
     "targets": ("Batch", "Targets"),
     "views.keys": ("ViewKey",),
     "views.spec": ("ViewSpec",),
@@ -67,6 +69,8 @@ if TYPE_CHECKING:
     from logitcache.student.runs.trained import load_student as load_student
     from logitcache.student.training import train as train
     from logitcache.student.training_recipes import StudentRecipe as StudentRecipe, TeacherRecipe as TeacherRecipe
+    from logitcache.sweeps.sweep import sweep as sweep
+    from logitcache.sweeps.sweep_recipe import SweepRecipe as SweepRecipe
     from logitcache.targets import Batch as Batch, Targets as Targets
     from logitcache.views.keys import ViewKey as ViewKey
     from logitcache.views.spec import ViewSpec as ViewSpec

@@ -91,6 +91,7 @@ MODULES = {
     "onnx": "onnx",
     "onnxruntime": "onnxruntime",
     "onnxscript": "onnxscript",
+    "optuna": "optuna",
     "Pillow": "PIL",
     "pydantic": "pydantic",
     "pytest": "pytest",

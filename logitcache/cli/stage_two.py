@@ -89,6 +89,21 @@ def sweep(
         list[str],
         Option("--grid", metavar="KEY=V1,V2", help="Train with each of these values; repeatable, all with all."),
     ] = [],  # noqa: B006  # Typer's way
+    search: Annotated[
+        str | None,
+        Option("--search", metavar="KIND", help="random, optuna, or a mapping: '{kind: optuna, batch: 4}'."),
+    ] = None,
+    space: Annotated[
+        list[str],
+        Option(
+            "--space",
+            metavar="KEY=V1,V2",
+            help="Search these values, or a range: '{kind: log_uniform, low: 1e-3, high: 0.1}'; repeatable.",
+        ),
+    ] = [],  # noqa: B006
+    trials: Annotated[
+        int | None, Option("--trials", min=1, metavar="N", help="Trials of the search, those before included.")
+    ] = None,
     seeds: Annotated[
         int | None, Option("--seeds", min=1, metavar="N", show_default="1", help="Seeds of each cell.")
     ] = None,
@@ -105,23 +120,27 @@ def sweep(
 ) -> CommandResult:
     """Train many students from one cache, on one stream of batches, and compare them.
 
-    RECIPE is a student's, or a sweep's (kind: sweep). The same command continues what was stopped or killed; of a
-    finished sweep it prints the comparison.
+    RECIPE is a student's, or a sweep's (kind: sweep). Cells are the product of --grid, or the --trials of a --space:
+    drawn at random, or chosen by Optuna. The same command continues what was stopped or killed; of a finished sweep it
+    prints the comparison.
     """
     from logitcache.report.recipe_check import load_sweep
     from logitcache.runtime.tables import as_text
     from logitcache.stage_one.cluster.cluster import Cluster
     from logitcache.sweeps import sweep as sweeping
-    from logitcache.sweeps.table_formats import format_table, shown_rows
+    from logitcache.sweeps.search.trials import parse_search
+    from logitcache.sweeps.table_formats import format_table, shown_rows, shown_trials
 
-    found = load_sweep(recipe, overrides, trust=trust, grid=grid, seeds=seeds, baseline=baseline)
+    searching = parse_search(search, space, trials)
+    found = load_sweep(recipe, overrides, trust=trust, grid=grid, search=searching, seeds=seeds, baseline=baseline)
     result = sweeping.sweep(found, out, Cluster(scheduler, workers))
     document = asdict(result)
     if table is not None:
         text = format_table(result.comparison, table)
     else:
         shown = {key: value for key, value in document.items() if key not in ("comparison", "failed", "exit_code")}
-        text = as_text(shown | {"cells": shown_rows(result.comparison)})
+        tables = {"trials": shown_trials(result.trials), "cells": shown_rows(result.comparison)}
+        text = as_text(shown | tables)
     errors = tuple(f"{run} failed: {why}" for run, why in result.failed.items())
     return CommandResult(document, text, errors, "FailedStudents", result.exit_code)
 

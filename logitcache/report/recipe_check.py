@@ -25,6 +25,7 @@ from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, requi
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_fit, require_taps
 from logitcache.sweeps.cells import members_of, parse_grid
+from logitcache.sweeps.search.search import require_sound
 from logitcache.sweeps.sweep_recipe import SweepRecipe, as_sweep
 from logitcache.teacher.classes import outputs_of
 from logitcache.views.datasets import open_dataset
@@ -144,9 +145,9 @@ def _checks_of_derivation(recipe: DeriveRecipe, stated: Collection[str]) -> Iter
 
 
 def _checks_of_sweep(recipe: SweepRecipe, stated: Collection[str]) -> Iterator[Check]:
-    """Yield checks of every cell by itself, with its first seed."""
+    """Yield checks of every cell by itself, and of every choice and end of a range of a search, with the first seed."""
     try:
-        members = members_of(recipe, Path(NOWHERE))
+        members = members_of(recipe, Path(NOWHERE)) + require_sound(recipe)
     except RecipeError as error:
         yield partial(raise_all, [error])
         return
@@ -225,11 +226,17 @@ def load_sweep(
     *,
     trust: Sequence[str] = (),
     grid: Sequence[str] = (),
+    search: Mapping[str, Any] | None = None,
     seeds: int | None = None,
     baseline: str | None = None,
 ) -> SweepRecipe:
-    """Load the recipe of a sweep, or that of a student, and add what the command line varies."""
+    """Load the recipe of a sweep, or that of a student, and add what the command line varies.
+
+    Entries of `search` replace those of the recipe.
+    """
+    added = dict(search or {})
     varied = {"grid": parse_grid(grid), "seeds": seeds, "baseline": baseline}
+    varied |= {"search": {"kind": "random"} | added if added else {}}
     granted = f"trust=[{', '.join(trust)}]"
     if read_recipe(path).get("kind") != "sweep":
         student = load_own(path, StudentRecipe, [*overrides, *[granted] * bool(trust)])
@@ -237,6 +244,8 @@ def load_sweep(
     recipe = load_own(path, SweepRecipe, [*overrides, *[f"student.{granted}"] * bool(trust)])
     changes = {key: value for key, value in varied.items() if value}
     stated = recipe.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    if added:
+        changes["search"] = {"kind": "random"} | (stated.get("search") or {}) | added
     return load_recipe(stated | changes, SweepRecipe) if changes else recipe
 
 

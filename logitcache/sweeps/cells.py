@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,16 +47,25 @@ class Member:
 
 
 def members_of(recipe: SweepRecipe, out: Path) -> list[Member]:
-    """Return every student of a sweep, cell by cell; raise RecipeError listing every cell that is no recipe."""
-    cells, errors, members = cells_of(recipe), list[LogitCacheError](), list[Member]()
+    """Return every student of the cells that a recipe states; raise RecipeError listing every cell that is no recipe.
+
+    Trials of a search come later.
+    """
+    cells = cells_of(recipe)
     known = [cell.name for cell in cells]
     if recipe.baseline is not None and recipe.baseline not in known:
         raise RecipeError(
             f"baseline {recipe.baseline!r} is no cell.{did_you_mean(recipe.baseline, known)} Fix: one of {known}"
         )
+    return members_from(cells, recipe, recipe.all_seeds, out)
+
+
+def members_from(cells: Sequence[Cell], recipe: SweepRecipe, seeds: Sequence[int], out: Path) -> list[Member]:
+    """Return the students of cells, cell by cell; raise RecipeError listing every cell that is no recipe."""
+    errors, members = list[LogitCacheError](), list[Member]()
     base = recipe.student.model_dump(mode="json", by_alias=True, exclude_unset=True)
     for cell in cells:
-        for seed in recipe.all_seeds:
+        for seed in seeds:
             folder = str(out / "runs" / f"{cell.name},seed={seed}")
             changes = cell.changes | {"seed": seed, "out": folder}  # type: ignore[operator]
             try:
@@ -71,17 +80,16 @@ def members_of(recipe: SweepRecipe, out: Path) -> list[Member]:
 
 
 def cells_of(recipe: SweepRecipe) -> list[Cell]:
-    """Return the cells of a sweep: the product of its grid, then those beside it."""
-    axes = [list(_axis(keys, values, list(recipe.grid))) for keys, values in recipe.grid.items()]
-    cells = [
-        Cell(
-            ",".join(label for label, _ in point) or ONLY,
-            {key: to for _, change in point for key, to in change.items()},
-        )
-        for point in itertools.product(*axes)
-        if axes or not recipe.cells
+    """Return the cells that a recipe states: the product of its grid, then those beside it."""
+    axes = [
+        [(f"{title_of(keys, list(recipe.grid))}={label}", change) for label, change in options_of(keys, values).items()]
+        for keys, values in recipe.grid.items()
     ]
-    cells = [Cell(_short(cell.name), cell.changes) for cell in cells]
+    cells = [
+        named_cell([label for label, _ in point] or [ONLY], [change for _, change in point])
+        for point in itertools.product(*axes)
+        if axes or not (recipe.cells or recipe.search)
+    ]
     cells += [Cell(name, changes) for name, changes in recipe.cells.items()]
     names = [cell.name for cell in cells]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -89,23 +97,35 @@ def cells_of(recipe: SweepRecipe) -> list[Cell]:
     return cells
 
 
-def _axis(
-    keys: str, values: Sequence[JsonValue] | Mapping[str, JsonValue], every: Sequence[str]
-) -> Iterator[tuple[str, dict[str, JsonValue]]]:
-    """Yield a label such as `temperature=2`, and the changes, for each value of a key or of several together."""
+def named_cell(labels: Sequence[str], changes: Sequence[Mapping[str, JsonValue]]) -> Cell:
+    """Return a cell of several changes, named by a label such as `temperature=2` of each."""
+    name = ",".join(_UNUSUAL.sub("_", label) for label in labels)
+    return Cell(_short(name), {key: to for change in changes for key, to in change.items()})
+
+
+def options_of(
+    keys: str, values: Sequence[JsonValue] | Mapping[str, JsonValue], where: str = "grid"
+) -> dict[str, dict[str, JsonValue]]:
+    """Return the changes of each value of a key, or of several keys together, by its label.
+
+    `where` is the entry that has the keys, for errors.
+    """
     names = [key.strip() for key in keys.split(",")]
     labels = list(values) if isinstance(values, Mapping) else [label_of(value) for value in values]
     labels = [f"{label}~{labels[:n].count(label)}" if label in labels[:n] else label for n, label in enumerate(labels)]
-    title = title_of(keys, every)
+    options = {}
     for label, value in zip(labels, values.values() if isinstance(values, Mapping) else values, strict=True):
         together = value if len(names) > 1 else [value]
         if not isinstance(together, list) or len(together) != len(names):
-            raise RecipeError(f"grid.{keys}: {json.dumps(value)} is no list of {len(names)} values, one for each key")
-        yield _UNUSUAL.sub("_", f"{title}={label}"), dict(zip(names, together, strict=True))
+            raise RecipeError(
+                f"{where}.{keys}: {json.dumps(value)} is no list of {len(names)} values, one for each key"
+            )
+        options[label] = dict(zip(names, together, strict=True))
+    return options
 
 
 def title_of(keys: str, every: Sequence[str]) -> str:
-    """Return the shortest end of a key that no other key of the grid ends with: `temperature`."""
+    """Return the shortest end of a key that no other of `every` ends with: `temperature`."""
     first = keys.split(",")[0].strip()
     parts, others = first.split("."), [other.split(",")[0].strip() for other in every if other != keys]
     for count in range(1, len(parts)):
@@ -133,14 +153,14 @@ def _short(name: str) -> str:
     return f"{name[: _LONGEST - 9]}~{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def parse_grid(texts: Sequence[str]) -> dict[str, Any]:
-    """Read `--grid KEY=V1,V2` options; values are YAML. Raises RecipeError."""
+def parse_grid(texts: Sequence[str], option: str = "--grid") -> dict[str, Any]:
+    """Read `KEY=V1,V2` options; values are YAML. Raises RecipeError."""
     grid = {}
     for text in texts:
         key, equals, values = text.partition("=")
         parsed = RecipeText({})
         parsed.override(f"values=[{values}]", lambda keys: None)
         if not equals or not key.strip() or parsed.mistakes or not parsed.data.get("values"):
-            raise RecipeError(f"--grid {text}: write KEY=V1,V2, such as losses.0.temperature=1,2,4")
+            raise RecipeError(f"{option} {text}: write KEY=V1,V2, such as losses.0.temperature=1,2,4")
         grid[key.strip()] = parsed.data["values"]
     return grid

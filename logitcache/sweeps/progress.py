@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from logitcache.errors import LogitCacheError
 from logitcache.runtime.console import logger, shown_above, visible
 from logitcache.student.runs.training_run import SHOWN
 from logitcache.student.training_recipes import StudentRecipe
@@ -44,16 +43,21 @@ class _Standing:
 class Progress:
     """Every student of a sweep by the name of its run; a context in which a terminal shows them."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
-        """Read how the runs stand."""
+    def __init__(self) -> None:
+        """Begin without students."""
         self._standings: dict[str, _Standing] = {}
+        self._ending = contextlib.ExitStack()
+        self._is_live, self._logged = False, time.monotonic()
+
+    def add(self, members: Sequence[Member]) -> None:
+        """Read how runs stand that are not shown yet."""
         for member in members:
+            if member.run in self._standings:
+                continue
             outcome = outcome_of(member)
             state = "finished" if outcome.state == "finished" else "waiting"
             rows = outcome.rows[-1] if outcome.rows else {}
             self._standings[member.run] = _Standing(state, outcome.epochs, member.recipe.epochs, rows)
-        self._ending = contextlib.ExitStack()
-        self._is_live, self._logged = False, time.monotonic()
 
     def __enter__(self) -> Self:
         self._is_live = self._ending.enter_context(shown_above(self._table))
@@ -77,7 +81,7 @@ class Progress:
             self._logged = time.monotonic()
             logger.info(self._text())
 
-    def refuse(self, recipe: StudentRecipe, error: LogitCacheError) -> None:
+    def refuse(self, recipe: StudentRecipe, error: Exception) -> None:
         """Record and show why a student cannot begin."""
         self.show(Path(recipe.out).name, record_failure(Path(recipe.out), error))
 

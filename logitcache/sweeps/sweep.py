@@ -10,20 +10,23 @@ from pathlib import Path
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, Stopped, rebuilt
 from logitcache.runtime.console import logger
-from logitcache.runtime.stopping import StopFlag, stop_flag
+from logitcache.runtime.stopping import stop_flag
 from logitcache.stage_one.cluster.cluster import HERE, Cluster
 from logitcache.store.files import write_atomically
 from logitcache.student.compatibility import target_error
 from logitcache.student.training_data import CachedData
+from logitcache.sweeps.architecture_costs import ArchitectureCosts
 from logitcache.sweeps.cells import Member, members_of
 from logitcache.sweeps.comparison import Comparison, compare
-from logitcache.sweeps.groups import groups_of
-from logitcache.sweeps.halving import promoted
 from logitcache.sweeps.outcomes import outcome_of
 from logitcache.sweeps.progress import Progress
-from logitcache.sweeps.spread import train_on_cluster
-from logitcache.sweeps.stream import read_sharing, train_group
+from logitcache.sweeps.search.search import require_sound, search
+from logitcache.sweeps.search.search_recipe import Optuna
+from logitcache.sweeps.search.study import import_optuna
+from logitcache.sweeps.search.trials import TrialResult
+from logitcache.sweeps.stream import read_sharing
 from logitcache.sweeps.sweep_recipe import SweepRecipe
+from logitcache.sweeps.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class SweepResult:
     those that students stepped on, each of which would alone have been rendered. teacher_passes_saved: forward passes
     of teachers that training online would have taken. seconds_saved: seconds for which each student alone would have
     waited for its batches; bytes_saved: of the teachers' answers, those that were read once for several students.
+    comparison: of the finalists of a search, if it has any; trials: of a search.
     """
 
     out: str
@@ -48,6 +52,7 @@ class SweepResult:
     seconds_saved: float
     bytes_saved: int
     comparison: Comparison
+    trials: tuple[TrialResult, ...] = ()
     exit_code: int = 0
 
 
@@ -61,47 +66,25 @@ def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> Swee
     """
     out = Path(out)
     members = members_of(recipe, out)
+    require_sound(recipe)
     cluster.checked()
+    if isinstance(recipe.search, Optuna):
+        import_optuna()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep is one process, and starts its own. Fix: --workers N in place of torchrun")
-    with _locked(out), stop_flag() as stop, Progress(members) as progress:
+    costs = ArchitectureCosts(out / "architectures", recipe.latency)
+    with _locked(out), stop_flag() as stop, Progress() as progress:
         write_atomically(out / "sweep.yaml", dump_recipe(recipe).encode())
-        logger.info(f"{len(members)} students of {len({m.cell for m in members})} cells; {_orders(members)}")
+        trainer = Trainer(recipe, out, cluster, stop, progress, costs)
         try:
-            left = _train(recipe, members, out, cluster, stop, progress)
+            if recipe.search is not None:
+                found = search(recipe, trainer)
+                return _result(recipe, found.members, found.compared, out, found.trials)
+            logger.info(f"{len(members)} students of {len({m.cell for m in members})} cells; {_orders(members)}")
+            trainer.train(members, recipe.halving)
         except Stopped as error:
             raise _worded(error, out) from error
-    return _result(recipe, members, left, out)
-
-
-def _train(
-    recipe: SweepRecipe, members: list[Member], out: Path, cluster: Cluster, stop: StopFlag, progress: Progress
-) -> list[Member]:
-    """Train rung by rung; return those that halving left out."""
-    going = members
-    for until in (*(recipe.halving.epochs if recipe.halving else ()), None):
-        pending = [member for member in going if _is_pending(member, until)]
-        groups = groups_of(pending, recipe.group_size, recipe.inexact_targets == "refuse", progress.refuse)
-        if pending:
-            logger.info(f"{len(pending)} students to train, on {len(groups)} streams")
-        if cluster.is_here:
-            for group in groups:
-                train_group(group, out, until, stop, progress.show)
-                if stop:
-                    raise stop.stopped("stopped")
-        elif groups:
-            train_on_cluster(cluster, groups, out, until, stop, progress.show)
-        if until is not None and recipe.halving is not None:
-            going = promoted(recipe.halving, going, until)
-    return [member for member in members if member not in going]
-
-
-def _is_pending(member: Member, until: int | None) -> bool:
-    """Return whether a run has epochs left to train: one that diverged would diverge again."""
-    outcome = outcome_of(member)
-    if outcome.state == "finished" or (outcome.failure is not None and outcome.failure.is_final):
-        return False
-    return until is None or outcome.epochs < until
+    return _result(recipe, members, members, out)
 
 
 def _orders(members: Sequence[Member]) -> str:
@@ -114,25 +97,32 @@ def _orders(members: Sequence[Member]) -> str:
     return "each seed has an order of images of its own (order_seed: 0 lets all seeds share one, and a stream)"
 
 
-def _result(recipe: SweepRecipe, members: list[Member], left: list[Member], out: Path) -> SweepResult:
+def _result(
+    recipe: SweepRecipe,
+    members: Sequence[Member],
+    compared: Sequence[Member],
+    out: Path,
+    trials: tuple[TrialResult, ...] = (),
+) -> SweepResult:
     outcomes = {member: outcome_of(member) for member in members}
     failures = {m.run: outcome.failure for m, outcome in outcomes.items() if outcome.failure is not None}
     damaged = {run for run, failure in failures.items() if failure.exit_code == CacheError.exit_code}
-    whole = [member for member in members if member.run not in damaged]
+    whole = [member for member in compared if member.run not in damaged]
     sharing, done = read_sharing(out), [outcome.result for outcome in outcomes.values() if outcome.result is not None]
     return SweepResult(
         out=str(out),
         students=len(members),
         finished=len(done),
         failed={run: f"{failure.error}: {failure.message}" for run, failure in failures.items()},
-        stopped=tuple(member.run for member in left if outcomes[member].state == "paused"),
-        orders=_orders(members),
+        stopped=tuple(member.run for member in members if outcomes[member].state == "paused"),
+        orders=_orders(compared or members),
         images_rendered=sharing.images,
         images_trained=sharing.images_alone,
         teacher_passes_saved=sharing.images_alone,
         seconds_saved=round(sharing.seconds_alone - sharing.seconds, 1),
         bytes_saved=sharing.bytes_alone - sharing.bytes,
-        comparison=compare(outcomes, recipe.baseline, _target_errors(whole)),
+        comparison=compare({m: outcomes[m] for m in compared}, recipe.baseline, _target_errors(whole)),
+        trials=trials,
         exit_code=next((failure.exit_code for failure in failures.values()), 0),
     )
 

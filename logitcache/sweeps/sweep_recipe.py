@@ -6,10 +6,13 @@ from pydantic import Field, JsonValue, model_validator
 
 from logitcache.config.recipe import NOWHERE, Component, Count, Float
 from logitcache.student.training_recipes import Seed, StudentRecipe
+from logitcache.sweeps.search.search_recipe import Search
+from logitcache.sweeps.search.space import Choices
 
-Values = Annotated[list[JsonValue], Field(min_length=1)] | Annotated[dict[str, JsonValue], Field(min_length=1)]
 CellName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,=+-]*$", max_length=100)]
 _DECIDED = ("out", "seed", "cell")
+COSTS = {"latency", "parameters", "flops"}
+"""Objectives that are measured of a model without training it, of which less is better."""
 
 
 class SweptStudent(StudentRecipe):
@@ -22,7 +25,8 @@ class Halving(Component):
     """Successive halving: at the end of some epochs only the best cells go on, with all their seeds.
 
     Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization" (AISTATS 2016).
-    Of several metrics, cells go on front by front of those that no other surpasses in all of them.
+    Of several metrics, cells go on front by front of those that no other surpasses in all of them, and within a front
+    by crowding distance, as in Schmucker et al., "Multi-objective asynchronous successive halving" (2021).
     """
 
     epochs: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
@@ -31,9 +35,11 @@ class Halving(Component):
     keep: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
         default=1 / 3, description="Share of the cells that continues after each comparison, at least one."
     )
-    metrics: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        default=("val_top1",),
-        description="Columns of `metrics.jsonl` to compare by: more is better, or less for one such as `-loss`.",
+    metrics: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Objectives as those of `search`, or columns of `metrics.jsonl`, to compare by: of a column more "
+        "is better, or less for one such as `-loss`. By default the objectives of `search`, or `accuracy`.",
+        examples=[["accuracy", "latency"]],
     )
 
     @model_validator(mode="after")
@@ -43,11 +49,20 @@ class Halving(Component):
         return self
 
 
+class Timing(Component):
+    """How the latency of a model is measured: once, in turns with others, on black images of the training size."""
+
+    batch_size: Count = Field(default=1, description="Images at a time.")
+    threads: Count = Field(default=1, description="CPU threads.")
+    warm_up: Count = Field(default=5, description="Batches that do not count.")
+    repeats: Count = Field(default=30, description="Batches to take the median of.")
+
+
 class SweepRecipe(Component):
-    """Students that share a recipe but for what `grid` and `cells` change, each with every seed.
+    """Students that share a recipe but for what `grid`, `search` and `cells` change, each with every seed.
 
     A key of `grid` is one of the student's recipe, as `--set` takes it, or several with commas between that change
-    together; a mapping of values names them. `cells` stand beside the grid's product.
+    together; a mapping of values names them. `cells` stand beside the grid's product, or the trials of a search.
     """
 
     kind: Literal["sweep"] = "sweep"
@@ -55,7 +70,7 @@ class SweepRecipe(Component):
         description="Recipe of a student, without `out`: each run has a folder of its own.",
         examples=[{"cache": "caches/fashion_mnist/train.zarr", "model": {"kind": "small_cnn"}, "epochs": 16}],
     )
-    grid: dict[str, Values] = Field(
+    grid: dict[str, Choices] = Field(
         default={},
         description="Values by key of the student's recipe; their product makes the cells. Keys with commas between "
         "them change together; a mapping names its values.",
@@ -65,6 +80,11 @@ class SweepRecipe(Component):
         default={},
         description="Cells beside those of the grid: by name, values by key of the student's recipe.",
         examples=[{"labels": {"losses": [{"kind": "cross_entropy"}]}}],
+    )
+    search: Search | None = Field(
+        default=None,
+        description="Search of a space, in place of `grid`: each trial is a cell.",
+        examples=[{"kind": "random", "space": {"model.width": [4, 8]}, "trials": 2}],
     )
     seeds: Count | Annotated[tuple[Seed, ...], Field(min_length=1)] = Field(
         default=1, description="Seeds of each cell: how many, counted from the student's `seed`, or a list."
@@ -84,6 +104,7 @@ class SweepRecipe(Component):
         description="Successive halving of the cells; by default all are trained to the end.",
         examples=[{"epochs": [2, 6]}],
     )
+    latency: Timing = Field(default=Timing(), description="Measurement of latency, if anything is compared by it.")
     inexact_targets: Literal["refuse", "warn"] = Field(
         default="refuse",
         description="Handling of cells whose temperature the cache's encoding does not serve within its error bound.",
@@ -95,13 +116,32 @@ class SweepRecipe(Component):
         first = self.student.seed
         return self.seeds if isinstance(self.seeds, tuple) else tuple(range(first, first + self.seeds))
 
+    @property
+    def compared_by(self) -> tuple[str, ...]:
+        """What halving compares cells by."""
+        stated = None if self.halving is None else self.halving.metrics
+        return stated or (("accuracy",) if self.search is None else self.search.objectives)
+
+    @property
+    def needed_costs(self) -> set[str]:
+        """The costs of a model that halving or the search compares by."""
+        objectives = () if self.search is None else self.search.objectives
+        return COSTS & {*objectives, *(self.compared_by if self.halving else ())}
+
     @model_validator(mode="after")
     def _is_possible(self) -> Self:
-        keys = [key.strip() for names in self.grid for key in names.split(",")]
+        space = {} if self.search is None else self.search.space
+        keys = [key.strip() for names in (*self.grid, *space) for key in names.split(",")]
         keys += [key for changes in self.cells.values() for key in changes]
         for key in keys:
             if key in _DECIDED:
                 raise ValueError(f"{key} is not for grid and cells to change: the sweep decides it. Fix: `seeds`")
+        if self.search is not None:
+            if self.grid:
+                raise ValueError("a search takes the place of the grid. Fix: the grid's keys in search.space")
+            images = self.student.validation is not None or any(key.startswith("validation") for key in space)
+            if missing := [name for name in self.search.objectives if name not in COSTS and not images]:
+                raise ValueError(f"{missing[0]} is measured on validation images. Fix: student.validation")
         if len(set(self.all_seeds)) < len(self.all_seeds):
             raise ValueError("seeds has one of them twice. Fix: each once")
         if self.halving is not None and self.halving.epochs[-1] >= self.student.epochs:

@@ -1,12 +1,13 @@
 """Write a comparison as CSV, JSON, Markdown or LaTeX."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Literal
 
 from logitcache.runtime.tables import as_csv
 from logitcache.sweeps.comparison import Comparison, Difference, Row, Spread
+from logitcache.sweeps.search.trials import TrialResult
 
 TableFormat = Literal["csv", "json", "markdown", "latex"]
 
@@ -24,6 +25,16 @@ TITLES = {
 }
 
 
+_OBJECTIVES = {
+    "accuracy": ("accuracy, %", 100),
+    "agreement": ("agreement, %", 100),
+    "latency": ("latency, ms", 1000),
+    "parameters": ("parameters", 1),
+    "flops": ("MFLOP", 1e-6),
+}
+"""Title and factor of each objective."""
+
+
 def format_table(comparison: Comparison, form: TableFormat) -> str:
     """Return a comparison in a format; CSV and JSON have every column, the others a selection."""
     return _FORMATS[form](comparison)
@@ -34,6 +45,16 @@ def shown_rows(comparison: Comparison) -> list[dict[str, str]]:
     measures = [name for name in TITLES if any(name in row.measures for row in comparison.rows)]
     has_error = any(row.target_error is not None for row in comparison.rows)
     return [_shown(row, comparison, measures, has_error) for row in comparison.rows]
+
+
+def shown_trials(trials: Sequence[TrialResult]) -> list[dict[str, str]]:
+    """Return the trials of a search as people read them: one mapping of titles to text a trial."""
+    return [
+        {"trial": trial.cell, "state": trial.state, "epochs": str(trial.epochs)}
+        | {_OBJECTIVES[name][0]: f"{_OBJECTIVES[name][1] * value:.4g}" for name, value in trial.values.items()}
+        | {"front": "front" if trial.is_front else ""}
+        for trial in trials
+    ]
 
 
 def _shown(row: Row, comparison: Comparison, measures: list[str], has_error: bool) -> dict[str, str]:

@@ -53,6 +53,10 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
         small |= {"student": shrunk(small["student"]), "seeds": min(2, small.get("seeds", 1))}
         if "halving" in small:
             small["student"]["epochs"], small["halving"] = 2, small["halving"] | {"epochs": [1]}
+        if "search" in small:
+            small["search"] = small["search"] | {"trials": 2, "batch": 2}
+            small["latency"] = {"repeats": 2, "warm_up": 1}
+            small["student"]["validation"] = {"dataset": BUNDLED | {"split": "test"}}
         return small
     if "views" in small:
         shapes = [

@@ -11,7 +11,7 @@ from logitcache.config.recipe import load_recipe
 from logitcache.errors import RecipeError
 from logitcache.report.recipe_check import check_recipes, load_sweep
 from logitcache.sweeps.cells import cells_of, members_of, parse_grid
-from logitcache.sweeps.halving import best, surpasses
+from logitcache.sweeps.objectives import best, surpasses
 from logitcache.sweeps.sweep import sweep
 from logitcache.sweeps.sweep_recipe import SweepRecipe
 from tests.student.small import LINEAR, fill, metrics, weights
@@ -166,6 +166,7 @@ def test_the_best_of_several_scores_go_front_by_front() -> None:
     assert set(best(scores, 4)) == {"a", "b", "c", "e"}
     assert set(best(scores, 2)) == {"a", "b"}, "the ends of the front come first"
     assert best({name: (own[0],) for name, own in scores.items()}, 3) == ["a", "e", "c"]
+    assert best(dict.fromkeys("abcd", (1.0, 2.0)), 2) == ["a", "b"], "equal ones in their order"
 
 
 def test_the_command_line_varies_a_students_recipe(

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -134,7 +134,7 @@ def _countable() -> Iterator[None]:
 def latencies(
     student: Contender, teachers: Mapping[str, Contender | None], image: Tensor, plan: LatencyPlan
 ) -> tuple[Latency, ...]:
-    """Time the student, and those of its teachers that are at hand, one after the other on the device of `image`.
+    """Time the student, and those of its teachers that are at hand, in turns on the device of `image`.
 
     `image`: uint8 [C, H, W], of which batches are made. Neither the copy to the device nor torch.compile is part of it.
     """
@@ -142,28 +142,33 @@ def latencies(
     contenders = [(name, teacher) for name, teacher in teachers.items() if teacher is not None]
     for threads, count in itertools.product(plan.threads or (torch.get_num_threads(),), plan.batch_sizes):
         pixels = image.expand(count, *image.shape).contiguous()
-        with limited_threads(threads):
-            own = _median_seconds(student, pixels, plan)
-            rows.append(Latency(STUDENT, count, threads, device, student.precision, own, count / own, None))
-            for name, teacher in contenders:
-                taken = _median_seconds(teacher, pixels, plan)
-                speeds = count / taken, taken / own
-                rows.append(Latency(name, count, threads, device, teacher.precision, taken, *speeds))
+        timed = [(student, pixels), *((teacher, pixels) for _, teacher in contenders)]
+        own, *others = median_seconds(timed, threads, plan.warm_up, plan.repeats)
+        rows.append(Latency(STUDENT, count, threads, device, student.precision, own, count / own, None))
+        for (name, teacher), taken in zip(contenders, others, strict=True):
+            rows.append(Latency(name, count, threads, device, teacher.precision, taken, count / taken, taken / own))
     return tuple(rows)
 
 
 @torch.inference_mode()
-def _median_seconds(contender: Contender, pixels: Tensor, plan: LatencyPlan) -> float:
-    contender.model.eval()
-    seconds = []
-    for _ in range(plan.warm_up + plan.repeats):
-        synchronize(pixels.device)
-        started = time.perf_counter()
-        with autocast(pixels.device, contender.precision):
-            contender.model(pixels)
-        synchronize(pixels.device)
-        seconds.append(time.perf_counter() - started)
-    return max(statistics.median(seconds[plan.warm_up :]), 1e-9)
+def median_seconds(timed: Sequence[tuple[Contender, Tensor]], threads: int, warm_up: int, repeats: int) -> list[float]:
+    """Return the median time of each model on its batch, uint8 [B, C, H, W].
+
+    Models take turns, so that what else the machine does meanwhile slows all of them.
+    """
+    seconds: list[list[float]] = [[] for _ in timed]
+    for contender, _ in timed:
+        contender.model.eval()
+    with limited_threads(threads):
+        for _ in range(warm_up + repeats):
+            for (contender, pixels), found in zip(timed, seconds, strict=True):
+                synchronize(pixels.device)
+                started = time.perf_counter()
+                with autocast(pixels.device, contender.precision):
+                    contender.model(pixels)
+                synchronize(pixels.device)
+                found.append(time.perf_counter() - started)
+    return [max(statistics.median(found[warm_up:]), 1e-9) for found in seconds]
 
 
 @contextmanager

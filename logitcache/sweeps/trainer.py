@@ -1,0 +1,65 @@
+"""Train students of a sweep rung by rung: those that share batches together, here or on a cluster."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.runtime.console import logger
+from logitcache.runtime.stopping import StopFlag
+from logitcache.stage_one.cluster.cluster import Cluster
+from logitcache.sweeps.architecture_costs import ArchitectureCosts
+from logitcache.sweeps.cells import Member
+from logitcache.sweeps.groups import groups_of
+from logitcache.sweeps.halving import promoted
+from logitcache.sweeps.outcomes import outcome_of
+from logitcache.sweeps.progress import Progress
+from logitcache.sweeps.spread import train_on_cluster
+from logitcache.sweeps.stream import train_group
+from logitcache.sweeps.sweep_recipe import Halving, SweepRecipe
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Where and how the students of a sweep train."""
+
+    recipe: SweepRecipe
+    out: Path
+    cluster: Cluster
+    stop: StopFlag
+    progress: Progress
+    costs: ArchitectureCosts
+
+    def train(self, members: Sequence[Member], halving: Halving | None) -> list[Member]:
+        """Train students to their end; return those that halving left out. Raises Stopped."""
+        self.progress.add(members)
+        going = list(members)
+        if self.recipe.needed_costs:
+            going = self.costs.measured(going, self.progress.refuse)
+        for until in (*(halving.epochs if halving else ()), None):
+            self._train_until(going, until)
+            if until is not None and halving is not None:
+                going = promoted(going, until, halving.keep, self.recipe.compared_by, self.costs)
+        return [member for member in members if member not in going]
+
+    def _train_until(self, members: Sequence[Member], until: int | None) -> None:
+        """Train students that have not failed for good until so many epochs are done, or to their end."""
+        pending = [member for member in members if _is_pending(member, until)]
+        refuse_inexact = self.recipe.inexact_targets == "refuse"
+        groups = groups_of(pending, self.recipe.group_size, refuse_inexact, self.progress.refuse)
+        if pending:
+            logger.info(f"{len(pending)} students to train, on {len(groups)} streams")
+        if self.cluster.is_here:
+            for group in groups:
+                train_group(group, self.out, until, self.stop, self.progress.show)
+                if self.stop:
+                    raise self.stop.stopped("stopped")
+        elif groups:
+            train_on_cluster(self.cluster, groups, self.out, until, self.stop, self.progress.show)
+
+
+def _is_pending(member: Member, until: int | None) -> bool:
+    """Return whether a run has epochs left to train: one that diverged would diverge again."""
+    outcome = outcome_of(member)
+    if outcome.state == "finished" or (outcome.failure is not None and outcome.failure.is_final):
+        return False
+    return until is None or outcome.epochs < until
