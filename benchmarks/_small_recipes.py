@@ -121,17 +121,20 @@ def _of_sweeps() -> list[Job]:
         "seeds=2",
         "inexact_targets=warn",
     )
+    # Latency is measured, and no two checkouts measure the same.
+    searching = ("search.kind=random", "search.objectives=[accuracy, parameters]", "search.trials=4", "search.batch=4")
+    searching += (changes[0], *changes[2:-2], "halving.epochs=[1]", "search.finalists.seeds=2")
     return [
         Job(
             f"sweeps/{name}.yaml",
             "sweep",
             f"sweeps/{name}.yaml",
             f"sweeps/{name}",
-            changes,
+            searching if name == "architecture" else changes,
             caches,
             (f"sweeps/{name}",),
         )
-        for name in ("temperature", "temperature_weight", "losses")
+        for name in ("temperature", "temperature_weight", "losses", "architecture")
     ]
 
 
