@@ -24,6 +24,7 @@ from logitcache.sweeps.search.search import require_sound, search
 from logitcache.sweeps.search.search_recipe import Optuna
 from logitcache.sweeps.search.study import import_optuna
 from logitcache.sweeps.search.trials import TrialResult
+from logitcache.sweeps.spread import Spread
 from logitcache.sweeps.stream import read_sharing
 from logitcache.sweeps.sweep_recipe import SweepRecipe
 from logitcache.sweeps.trainer import Trainer
@@ -73,9 +74,9 @@ def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> Swee
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep is one process, and starts its own. Fix: --workers N in place of torchrun")
     costs = ArchitectureCosts(out / "architectures", recipe.latency)
-    with _locked(out), stop_flag() as stop, Progress() as progress:
+    with _locked(out), stop_flag() as stop, Progress() as progress, Spread(cluster, stop) as spread:
         write_atomically(out / "sweep.yaml", dump_recipe(recipe).encode())
-        trainer = Trainer(recipe, out, cluster, stop, progress, costs)
+        trainer = Trainer(recipe, out, None if cluster.is_here else spread, stop, progress, costs)
         try:
             if recipe.search is not None:
                 found = search(recipe, trainer)

@@ -6,25 +6,24 @@ from pathlib import Path
 
 from logitcache.runtime.console import logger
 from logitcache.runtime.stopping import StopFlag
-from logitcache.stage_one.cluster.cluster import Cluster
 from logitcache.sweeps.architecture_costs import ArchitectureCosts
 from logitcache.sweeps.cells import Member
 from logitcache.sweeps.groups import groups_of
 from logitcache.sweeps.halving import promoted
 from logitcache.sweeps.outcomes import outcome_of
 from logitcache.sweeps.progress import Progress
-from logitcache.sweeps.spread import train_on_cluster
+from logitcache.sweeps.spread import Spread
 from logitcache.sweeps.stream import train_group
 from logitcache.sweeps.sweep_recipe import Halving, SweepRecipe
 
 
 @dataclass(frozen=True)
 class Trainer:
-    """Where and how the students of a sweep train."""
+    """Where and how the students of a sweep train: on the workers of `spread`, or here without them."""
 
     recipe: SweepRecipe
     out: Path
-    cluster: Cluster
+    spread: Spread | None
     stop: StopFlag
     progress: Progress
     costs: ArchitectureCosts
@@ -48,13 +47,13 @@ class Trainer:
         groups = groups_of(pending, self.recipe.group_size, refuse_inexact, self.progress.refuse)
         if pending:
             logger.info(f"{len(pending)} students to train, on {len(groups)} streams")
-        if self.cluster.is_here:
-            for group in groups:
-                train_group(group, self.out, until, self.stop, self.progress.show)
-                if self.stop:
-                    raise self.stop.stopped("stopped")
-        elif groups:
-            train_on_cluster(self.cluster, groups, self.out, until, self.stop, self.progress.show)
+        if self.spread is not None and groups:
+            self.spread.train(groups, self.out, until, self.progress.show)
+            return
+        for group in groups:
+            train_group(group, self.out, until, self.stop, self.progress.show)
+            if self.stop:
+                raise self.stop.stopped("stopped")
 
 
 def _is_pending(member: Member, until: int | None) -> bool:
