@@ -165,15 +165,18 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
     # It opens both and, as no machine has the address, ends there.
     "app": lambda folder, case: ["app", "run", "--cache", _cache(folder, case), "--host", "192.0.2.1"],
     "export": lambda folder, case: ["export", "run", "again.onnx"],
+    "quantize": lambda folder, case: [
+        *("quantize", "run", "again.int8.onnx", "--images", "4", "--least-agreement", "0")
+    ],
     "predict file": lambda folder, case: ["predict", "model.onnx", "images/a/00.png"],
     "log": lambda folder, case: ["log", "run", "--to", "tensorboard"],
     "run page": lambda folder, case: ["report", "run", "--points", "20"],
 }
 READERS = ("inspect", "verify", "summary", "gc", "train", "online", "check", "derive", "precompute", "plan")
 READERS += ("view", "suspects", "sweep", "page", "app")
-RUNS = ("evaluate", "resume", "teach", "start", "predict", "export", "log", "run page", "app")
+RUNS = ("evaluate", "resume", "teach", "start", "predict", "export", "quantize", "log", "run page", "app")
 ALIKE = {"suspects": "summary", "sweep": "train", "view": "verify", "page": "inspect", "predict": "evaluate"}
-ALIKE |= {"export": "evaluate"}
+ALIKE |= {"export": "evaluate", "quantize": "evaluate"}
 """Commands that read the same as others, and end with the same codes where a case does not say otherwise."""
 
 Prepare = Callable[[Path], Any]

@@ -203,6 +203,11 @@ _COMMANDS = {
         *(_SHIP, "export runs/fashion_mnist/student student.onnx --latency", "how-to/ship-a-student.md"),
         "logitcache predict FILE IMAGE",
     ),
+    "quantize": Command(
+        shipping.quantize,
+        *(_SHIP, "quantize runs/fashion_mnist/student student.int8.onnx --latency", "how-to/ship-a-student.md"),
+        "logitcache predict FILE IMAGE",
+    ),
     "report": Command(
         reports.report,
         *(_TWO, "report runs/ caches/fashion_mnist/train.zarr --out report.html"),

@@ -43,6 +43,16 @@ class Parity:
             f"{100 * self.agreement:.2f} % of {self.images} images.\n  Fix: --tolerance, if that is near enough"
         )
 
+    def require_agreement(self, what: str, least: float) -> None:
+        """Raise MismatchError if the fraction of equal answers is below `least`."""
+        if self.agreement < least:
+            raise MismatchError(
+                f"{what} is not written: it gives the float run's answer on {100 * self.agreement:.2f} % of "
+                f"{self.images} images, at least {100 * least:g} % are asked for.\n"
+                "  Fix: --keep-worst 3 keeps sensitive layers in float, --images takes more to calibrate; or lower "
+                "--least-agreement"
+            )
+
 
 def compare(eager: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tensor], validator: Validator) -> Parity:
     """Run two models (uint8 pixels on the CPU in, logits out) over all images of a validator."""

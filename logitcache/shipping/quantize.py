@@ -1,0 +1,131 @@
+"""Quantise a finished run to an int8 ONNX file, compare it with the run, and time it against the float file."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from logitcache.runtime.console import logger
+from logitcache.shipping.calibration import calibration_images
+from logitcache.shipping.export import describe
+from logitcache.shipping.exported import ExportedModel, Session
+from logitcache.shipping.graph import PixelsToLogits, example, record, to_onnx
+from logitcache.shipping.latency import time_in_turns
+from logitcache.shipping.metadata import Metadata, Pixels
+from logitcache.shipping.parity import Parity, compare
+from logitcache.shipping.record import new_file, record_of, write_with_record
+from logitcache.shipping.sensitivity import LayerSensitivity, measure_sensitivity
+from logitcache.shipping.static_quantizer import StaticQuantizer, count_fused, require_layers
+from logitcache.student.evaluation.cost import LatencyPlan
+from logitcache.student.evaluation.evaluate import open_run
+
+LEAST_AGREEMENT = 0.9
+
+
+@dataclass(frozen=True)
+class Int8Latency:
+    """The median seconds of a batch on the CPU by turns, of the float file and the int8 file, and their ratio."""
+
+    batch_size: int
+    threads: int
+    float_seconds: float
+    int8_seconds: float
+    speed_up: float
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """An int8 file and its record: bytes of the float file and of this one, and how it compares with the float run.
+
+    `operators` are those of the graph that onnxruntime makes of it: all, those on integers, and layers with weights
+    that stayed in float. `keep_float` are layers that were kept so.
+    """
+
+    run: str
+    file: str
+    record: str
+    pixels: Pixels
+    calibration_images: int
+    keep_float: tuple[str, ...]
+    float_bytes: int
+    bytes: int
+    operators: dict[str, int]
+    parity: Parity
+    latencies: tuple[Int8Latency, ...]
+    sensitivity: tuple[LayerSensitivity, ...]
+
+
+def quantize(
+    run: str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    pixels: Pixels = "uint8",
+    num_images: int = 256,
+    keep_float: Sequence[str] = (),
+    keep_worst: int = 0,
+    sensitivity: bool = False,
+    least_agreement: float = LEAST_AGREEMENT,
+    overwrite: bool = False,
+    latency: LatencyPlan | None = None,
+) -> QuantizeResult:
+    """Quantise a finished run after training, to `out`, by default RUN/model.int8.onnx.
+
+    Activations are calibrated on `num_images` unaugmented images of the data that the run learnt from. Layers of
+    `keep_float`, and the `keep_worst` ones whose quantisation alone changes the logits most, stay in float. Raises
+    RecipeError for a model that cannot be quantised, MismatchError if fewer than `least_agreement` answers are the
+    float run's; nothing is written then.
+    """
+    run = Path(run)
+    file = new_file(run / "model.int8.onnx" if out is None else out, overwrite)
+    opened = open_run(run, [*overrides, "device=cpu"])
+    metadata = describe(run, opened, pixels, "int8")
+    images = calibration_images(run, opened.recipe, metadata, num_images, overrides)
+    program = record(PixelsToLogits(opened.classifier, pixels), example(metadata.shape, pixels))
+    floating = to_onnx(program, metadata.model_copy(update={"arithmetic": "float32"}))
+    quantizer = StaticQuantizer(floating, images, metadata)
+    require_layers(keep_float, quantizer.layers)
+    rows: tuple[LayerSensitivity, ...] = ()
+    if sensitivity or keep_worst:
+        own = _model(file, floating, metadata)()(images)
+        rows = measure_sensitivity(quantizer, lambda data: _model(file, data, metadata)(), own, images)
+    kept = tuple(dict.fromkeys([*keep_float, *(row.layer for row in rows[:keep_worst])]))
+    data = quantizer.quantize(kept)
+    predictor = _model(file, data, metadata)
+    parity = compare(opened.classifier, predictor(), opened.validator)
+    parity.require_agreement(f"'{file}'", least_agreement)
+    image = opened.validator.sample()[0]
+    turns = () if latency is None else time_in_turns(_model(file, floating, metadata), predictor, image, latency)
+    result = QuantizeResult(
+        run=str(run),
+        file=str(file),
+        record=str(record_of(file)),
+        pixels=pixels,
+        calibration_images=len(images),
+        keep_float=kept,
+        float_bytes=len(floating),
+        bytes=len(data),
+        operators=count_fused(data, str(file)),
+        parity=parity,
+        latencies=tuple(Int8Latency(*asdict(turn).values()) for turn in turns),
+        sensitivity=rows,
+    )
+    warn_if_slow(result)
+    write_with_record(file, data, asdict(result), metadata)
+    return result
+
+
+def _model(file: Path, data: bytes, metadata: Metadata) -> Callable[..., Session]:
+    """Return what opens a session for a number of threads."""
+    return ExportedModel(file, data, metadata).session
+
+
+def warn_if_slow(result: QuantizeResult) -> None:
+    """Warn of layers that onnxruntime computes in float, and of times that are not better than in float."""
+    if left := result.operators["float_layers"] - len(result.keep_float):
+        logger.warning(f"{result.file}: onnxruntime computes {left} layers with weights in float, not on integers")
+    for row in result.latencies:
+        if row.speed_up <= 1:
+            logger.warning(
+                f"{result.file}: int8 is not faster on this machine, {row.speed_up:.2f} times the speed of float at "
+                f"batch {row.batch_size} and {row.threads} threads"
+            )

@@ -1,0 +1,158 @@
+"""Quantise an exported float graph after training, by onnxruntime: its layers, its calibration, its operators."""
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logitcache.errors import MissingExtraError, RecipeError, did_you_mean
+from logitcache.shipping.exported import open_session
+from logitcache.shipping.graph import INPUT, as_input, with_metadata
+from logitcache.shipping.metadata import Metadata
+
+_PREFIX = "classifier.module."
+_BATCH = 32
+_INTEGER = ("QLinear", "QGemm", "MatMulInteger", "ConvInteger", "MatMulNBits", "QAttention")
+_HEAVY = ("Conv", "Gemm", "MatMul")
+
+
+def layers_of(data: bytes) -> dict[str, str]:
+    """Return the operators of a graph that have weights, by the path of their module in the network."""
+    import onnx
+
+    graph = onnx.ModelProto.FromString(data).graph
+    found = {}
+    for node in graph.node:
+        weights = [name for name in node.input[1:] if name.startswith(_PREFIX)]
+        if node.op_type in _HEAVY and weights:
+            found[weights[0].removeprefix(_PREFIX).rpartition(".")[0]] = node.name
+    return found
+
+
+def require_layers(names: Collection[str], layers: Collection[str]) -> None:
+    """Raise RecipeError for a name that is no layer of the network."""
+    for name in names:
+        if name not in layers:
+            raise RecipeError(
+                f"--keep-float {name!r} is no layer with weights.{did_you_mean(name, layers)} Fix: one of "
+                f"{', '.join(list(layers)[:12])}{', …' if len(layers) > 12 else ''}"
+            )
+
+
+class StaticQuantizer:
+    """Quantise a float ONNX graph with calibration images: U8 activations, S8 weights by channel, as QDQ."""
+
+    def __init__(self, data: bytes, images: Tensor, metadata: Metadata) -> None:
+        """Prepare a graph; images are uint8 [N, C, h, w]. Raises RecipeError for one that has nothing to quantise."""
+        self._metadata = metadata
+        self._batches = [{INPUT: as_input(batch, metadata.pixels).numpy()} for batch in torch.split(images, _BATCH)]
+        self.layers = layers_of(data)
+        if not self.layers:
+            raise RecipeError(
+                "the model cannot be quantised: its graph has no convolution and no linear layer with weights of its "
+                f"own ({', '.join(sorted(_kinds(data)))}). Fix: `export` it in float"
+            )
+        with tempfile.TemporaryDirectory() as folder, _library() as library, _quiet():
+            source, prepared = Path(folder, "float.onnx"), Path(folder, "prepared.onnx")
+            source.write_bytes(data)
+            try:
+                library.quant_pre_process(str(source), str(prepared))
+            except Exception as cause:  # its steps raise anything
+                raise RecipeError(
+                    f"the model cannot be quantised: onnxruntime cannot infer its shapes ({str(cause)[:200]}). "
+                    "Fix: another model, or `export` it in float"
+                ) from cause
+            self._prepared = prepared.read_bytes()
+
+    def quantize(self, keep_float: Collection[str] = (), only: str | None = None) -> bytes:
+        """Return the int8 file; layers of `keep_float` stay in float, or all but `only`."""
+        import onnx
+
+        nodes = {"nodes_to_exclude": [self.layers[name] for name in keep_float]}
+        if only is not None:
+            nodes = {"nodes_to_quantize": [self.layers[only]]}
+        with tempfile.TemporaryDirectory() as folder, _library() as library, _quiet():
+            source, target = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
+            source.write_bytes(self._prepared)
+            library.quantize_static(
+                str(source),
+                str(target),
+                library.reader(self._batches),
+                quant_format=library.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=library.QuantType.QUInt8,
+                weight_type=library.QuantType.QInt8,
+                **nodes,
+            )
+            model = onnx.ModelProto.FromString(target.read_bytes())
+        del model.opset_import[:]
+        model.opset_import.extend(
+            entry
+            for entry in onnx.ModelProto.FromString(self._prepared).opset_import
+            if entry.domain in ("", "ai.onnx")
+        )
+        return with_metadata(model, self._metadata)
+
+
+def count_fused(data: bytes, who: str) -> dict[str, int]:
+    """Count operators of the graph that onnxruntime makes of a file, those on integers, and layers left in float."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "optimized.onnx")
+        open_session(data, 1, who, optimized=file)
+        kinds = Counter(node.op_type for node in onnx.ModelProto.FromString(file.read_bytes()).graph.node)
+    integer = sum(count for kind, count in kinds.items() if kind.startswith(_INTEGER))
+    floating = sum(kinds[kind] for kind in (*_HEAVY, "FusedConv", "FusedMatMul", "FusedGemm"))
+    return {"all": kinds.total(), "integer": integer, "float_layers": floating}
+
+
+def _kinds(data: bytes) -> set[str]:
+    import onnx
+
+    return {node.op_type for node in onnx.ModelProto.FromString(data).graph.node}
+
+
+class _Library:
+    """The functions of onnxruntime's quantisation."""
+
+    def __init__(self) -> None:
+        from onnxruntime import quantization
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        class Reader(quantization.CalibrationDataReader):  # type: ignore[misc,unused-ignore]
+            def __init__(self, batches: list[dict[str, np.ndarray[Any, Any]]]) -> None:
+                self._left = iter(batches)
+
+            def get_next(self) -> dict[str, np.ndarray[Any, Any]] | None:
+                return next(self._left, None)
+
+        self.quant_pre_process, self.quantize_static = quant_pre_process, quantization.quantize_static
+        self.QuantFormat, self.QuantType, self.reader = quantization.QuantFormat, quantization.QuantType, Reader
+
+
+@contextmanager
+def _library() -> Iterator[_Library]:
+    try:
+        yield _Library()
+    except ImportError as error:
+        raise MissingExtraError("quantisation", "export") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what onnxruntime logs of layers that it leaves in float, which the counts report."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
