@@ -2,10 +2,13 @@
 
 import contextlib
 import fcntl
+import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, Stopped, rebuilt
@@ -13,6 +16,7 @@ from logitcache.runtime.console import logger
 from logitcache.runtime.stopping import stop_flag
 from logitcache.stage_one.cluster.cluster import HERE, Cluster
 from logitcache.store.files import write_atomically
+from logitcache.store.safe_files import read_bounded
 from logitcache.student.compatibility import target_error
 from logitcache.student.training_data import CachedData
 from logitcache.sweeps.architecture_costs import ArchitectureCosts
@@ -57,6 +61,23 @@ class SweepResult:
     exit_code: int = 0
 
 
+RESULT = "sweep.json"
+"""The file of a sweep's folder that has its result, once it has ended."""
+_FORM = TypeAdapter(SweepResult)
+_MAX_BYTES = 64 << 20
+
+
+def read_sweep(out: Path) -> SweepResult | None:
+    """Read the result of the sweep of a folder; None if none has ended there. Raises CacheError if it is damaged."""
+    try:
+        return _FORM.validate_json(read_bounded(out / RESULT, _MAX_BYTES), strict=True)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CacheError(f"{out / RESULT} is damaged: {reason}. Fix: the sweep's command again writes it") from error
+
+
 def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> SweepResult:
     """Train every student of a sweep that is not finished, and compare its cells.
 
@@ -75,17 +96,21 @@ def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> Swee
         raise RecipeError("a sweep is one process, and starts its own. Fix: --workers N in place of torchrun")
     costs = ArchitectureCosts(out / "architectures", recipe.latency)
     with _locked(out), stop_flag() as stop, Progress() as progress, Spread(cluster, stop) as spread:
+        (out / RESULT).unlink(missing_ok=True)
         write_atomically(out / "sweep.yaml", dump_recipe(recipe).encode())
         trainer = Trainer(recipe, out, None if cluster.is_here else spread, stop, progress, costs)
         try:
             if recipe.search is not None:
                 found = search(recipe, trainer)
-                return _result(recipe, found.members, found.compared, out, found.trials)
-            logger.info(f"{len(members)} students of {len({m.cell for m in members})} cells; {_orders(members)}")
-            trainer.train(members, recipe.halving)
+                result = _result(recipe, found.members, found.compared, out, found.trials)
+            else:
+                logger.info(f"{len(members)} students of {len({m.cell for m in members})} cells; {_orders(members)}")
+                trainer.train(members, recipe.halving)
+                result = _result(recipe, members, members, out)
         except Stopped as error:
             raise _worded(error, out) from error
-    return _result(recipe, members, members, out)
+        write_atomically(out / RESULT, json.dumps(asdict(result), indent=2).encode())
+    return result
 
 
 def _orders(members: Sequence[Member]) -> str:

@@ -114,7 +114,7 @@ def _markdown(comparison: Comparison) -> str:
         return ""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     texts = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([texts[0], f"|{'---|' * len(rows[0])}", *texts[1:], "", *_notes(comparison)]) + "\n"
+    return "\n".join([texts[0], f"|{'---|' * len(rows[0])}", *texts[1:], "", *notes(comparison)]) + "\n"
 
 
 def _latex(comparison: Comparison) -> str:
@@ -124,7 +124,7 @@ def _latex(comparison: Comparison) -> str:
     lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (list(rows[0]), *(list(r.values()) for r in rows))]
     body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
     begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
-    return "\n".join([*(f"% {note}" for note in _notes(comparison)), begin, *body, r"\end{tabular}"]) + "\n"
+    return "\n".join([*(f"% {note}" for note in notes(comparison)), begin, *body, r"\end{tabular}"]) + "\n"
 
 
 def _escaped(text: str) -> str:
@@ -134,7 +134,7 @@ def _escaped(text: str) -> str:
     return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """State how cells were compared."""
     if not comparison.comparisons:
         return []

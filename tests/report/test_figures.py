@@ -18,12 +18,16 @@ CELLS = [{"T": t, "w": w, "top1": t * w} for t in (1, 2, 4) for w in (0.1, 0.5)]
 CLASSES = [{"name": f"class {c}", "a": c / 40, "b": None if c == 3 else 1 - c / 40} for c in range(40)]
 BINS = [{"model": "m", "bin": b, "images": b, "confidence": b / 5, "accuracy": b / 6} for b in range(5)]
 POINTS = [{"x": n * 0.1, "y": -n, "class": n % 3} for n in range(30)]
+CHANGES = [
+    {"cell": f"c{n}", "mean": n - 20.0, "low": None if n == 3 else n - 21.0, "high": n - 19.0} for n in range(50)
+]
 COSTS = [{"run": f"r{n}", "cost": 10.0**n, "top1": [0.5, 0.4, 0.9][n]} for n in range(3)]
 FIGURES = {
     "curves": lambda: lc.figures.curves(ROWS, "loss"),
     "many curves": lambda: lc.figures.curves(MANY, "loss", log=True),
     "heat map": lambda: lc.figures.heat_map(CELLS, "T", "w", "top1"),
     "per class": lambda: lc.figures.per_class(CLASSES, ["a", "b"]),
+    "intervals": lambda: lc.figures.intervals(CHANGES),
     "reliability": lambda: lc.figures.reliability(BINS),
     "embedding": lambda: lc.figures.embedding(POINTS),
     "pareto": lambda: lc.figures.pareto(COSTS, "cost", "top1"),

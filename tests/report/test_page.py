@@ -1,10 +1,12 @@
 """Reports: one page on runs, folders of runs and caches; a browser opens it without complaint."""
 
+import html
 import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -12,14 +14,18 @@ import torch
 import yaml
 
 from logitcache.cli.app import main
+from logitcache.config.recipe import load_recipe
 from logitcache.report.page.maps import cka, shared_neighbours
 from logitcache.report.page.measured import measure_run
 from logitcache.report.page.model_sections import sections_of_models
 from logitcache.report.page.report import write_report
-from logitcache.report.page.run_files import read_runs, varying
+from logitcache.report.page.run_files import RunFiles, read_runs, varying
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
-from tests.student.small import TEST_IMAGES, fill, network, student
+from logitcache.sweeps.sweep import SweepResult, read_sweep, sweep
+from logitcache.sweeps.sweep_recipe import SweepRecipe
+from logitcache.sweeps.table_formats import format_table, shown_rows
+from tests.student.small import TEST_IMAGES, TINY, fill, network, student
 
 pytest.importorskip("matplotlib", reason="reports need the extra report")
 
@@ -163,6 +169,64 @@ def test_runs_are_compared_by_the_keys_in_which_they_differ(twelve: Path, tmp_pa
     (table,) = re.findall(r"<caption>over seeds.*?</table>", text, re.DOTALL)
     assert table.count("<tr>") == 1 + 6
     assert "accuracy by batch_size and losses.0.temperature" in text
+
+
+@pytest.fixture(scope="module")
+def swept(world: Path) -> tuple[Path, SweepResult]:
+    """A sweep of three cells and three seeds, of which halving ends one cell."""
+    entries = {"cache": str(world / "train.zarr"), "model": TINY, "epochs": 2, "batch_size": 32, "num_workers": 0}
+    entries |= {"device": "cpu", "order_seed": 0, "validation": {"cache": str(world / "test.zarr")}}
+    entries |= {"losses": [{"kind": "kl_divergence"}], "optimizer": {"kind": "adamw", "lr": 0.01}}
+    more = {"grid": {"losses.0.temperature": [1, 4, 8]}, "seeds": 3, "halving": {"epochs": [1], "keep": 0.6}}
+    recipe = load_recipe({"kind": "sweep", "student": entries, "inexact_targets": "warn"} | more, SweepRecipe)
+    return world / "sweep", sweep(recipe, world / "sweep")
+
+
+@pytest.mark.filterwarnings("ignore::logitcache.errors.TargetErrorWarning")
+def test_the_page_of_a_sweep_has_the_table_of_the_sweep(swept: tuple[Path, SweepResult], tmp_path: Path) -> None:
+    folder, result = swept
+    assert read_sweep(folder) == result
+    assert len(result.stopped) == 3
+    write_report([folder], tmp_path / "r.html", measure=0)
+    text = html.unescape((tmp_path / "r.html").read_text())
+    (table,) = re.findall(r"<caption>cells.*?</table>", text, re.DOTALL)
+    cells = re.findall(r"<td>(.*?)</td>", table)
+    assert cells == [text for row in shown_rows(result.comparison) for text in row.values()]
+    assert any("±" in cell for cell in cells)
+    assert quote(format_table(result.comparison, "csv"), safe=" ,.:/") in text
+    (ended,) = re.findall(r"<caption>ended by halving.*?</table>", text, re.DOTALL)
+    assert sorted(re.findall(r"<tr><td>(.*?)</td>", ended)) == sorted(result.stopped)
+    assert "<caption>over seeds" not in text
+    assert "9 students, 6 finished, 3 ended by halving; seeds share one order of images (order_seed 0)." in text
+    write_report([folder.parent / "sweep/runs"], tmp_path / "runs.html", measure=0)
+    assert "<caption>over seeds" in (tmp_path / "runs.html").read_text()
+
+
+@pytest.mark.filterwarnings("ignore::logitcache.errors.TargetErrorWarning")
+def test_a_damaged_table_of_a_sweep_is_named(
+    swept: tuple[Path, SweepResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(swept[0], tmp_path / "sweep")
+    (copy / "sweep.json").write_text('{"out": 3}')
+    assert main(["report", str(copy), "--measure", "0", "--out", str(tmp_path / "r.html")]) == 3
+    assert f"{copy / 'sweep.json'} is damaged" in capsys.readouterr().err
+    (copy / "sweep.json").unlink()
+    write_report([copy], tmp_path / "r.html", measure=0)
+    assert "<caption>over seeds" in (tmp_path / "r.html").read_text()
+
+
+def test_what_another_kind_implies_is_no_difference() -> None:
+    def run(name: str, **recipe: Any) -> RunFiles:
+        return RunFiles(Path(name), name, recipe, [], {}, [], {})
+
+    runs = [
+        run("a", **{"losses.0.kind": "dkd", "losses.0.beta": 8.0, "losses.0.weight": 1.0, "validation": None}),
+        run("b", **{"losses.0.kind": "kl", "losses.0.temperature": 2.0, "losses.0.weight": 0.5, "validation.every": 1}),
+        run("c", **{"losses.0.kind": "kl", "losses.0.temperature": 4.0, "losses.0.weight": 0.5, "validation.every": 1}),
+    ]
+    assert varying(runs) == [
+        *("losses.0.kind", "losses.0.weight", "validation", "losses.0.temperature", "validation.every")
+    ]
 
 
 def test_names_of_runs_and_classes_are_text(world: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def curves(
                 lw=1.3 if len(lines) <= MOST_SERIES else 0.8,
                 marker=marker,
                 ms=3,
-                label=shortened(name) if named else None,
+                label=shortened(name, 36) if named else None,
             )
         axes.set_xlabel(x)
         axes.xaxis.get_major_locator().set_params(integer=all(isinstance(row[x], int) for row in rows))

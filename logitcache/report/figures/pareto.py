@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from logitcache.report.figures.base import COLORS, Figure, Rows, draw, log_scale, shortened
+from logitcache.report.figures.base import COLORS, Figure, Rows, draw, log_scale
 
-_MOST_NAMES = 6
+_MOST_NAMES = 12
 _LOG_RANGE = 10
 
 
@@ -19,7 +19,7 @@ def front(rows: Rows, cost: str, quality: str) -> list[int]:
 
 
 def pareto(rows: Rows, cost: str, quality: str, name: str = "run", *, title: str = "", caption: str = "") -> Figure:
-    """Draw `quality` (more is better) over `cost` (less is better), and name the members of the front."""
+    """Draw `quality` (more is better) over `cost` (less is better); the caption names the members of the front."""
     chosen = front(rows, cost, quality)
     marked = [dict(row) | {"front": number in chosen} for number, row in enumerate(rows)]
 
@@ -35,14 +35,14 @@ def pareto(rows: Rows, cost: str, quality: str, name: str = "run", *, title: str
             ms=4,
             lw=1.2,
         )
-        for row in steps[-_MOST_NAMES:]:
+        for number, row in enumerate(steps, 1):
             axes.annotate(
-                shortened(row[name]),
+                str(number),
                 (row[cost], row[quality]),
-                (-4, 3),
+                (-3, 3),
                 textcoords="offset points",
                 fontsize=9,
-                ha="right" if row is steps[-1] and len(steps) > 1 else "left",
+                ha="right",
                 va="bottom",
             )
         costs = [row[cost] for row in rows]
@@ -52,4 +52,6 @@ def pareto(rows: Rows, cost: str, quality: str, name: str = "run", *, title: str
         axes.set_xlabel(cost)
         axes.set_ylabel(quality)
 
-    return draw(title or f"{quality} by {cost}", marked, plot, caption)
+    legend = [f"{number} {rows[row][name]}" for number, row in enumerate(chosen[:_MOST_NAMES], 1)]
+    legend += [f"and {len(chosen) - _MOST_NAMES} more"] if len(chosen) > _MOST_NAMES else []
+    return draw(title or f"{quality} by {cost}", marked, plot, "\n".join(filter(None, [caption, *legend])))

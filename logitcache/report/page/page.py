@@ -12,12 +12,16 @@ from logitcache.store.files import write_atomically
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as a table; of more than `most` rows the page shows the first, the CSV all."""
+    """Rows as a table; of more than `most` rows the page shows the first, the CSV all.
+
+    `full_csv` takes the place of the rows' own CSV, if these are rounded for people.
+    """
 
     title: str
     rows: Rows
     caption: str = ""
     most: int = 200
+    full_csv: str | None = None
 
     @property
     def columns(self) -> list[str]:
@@ -27,7 +31,7 @@ class Table:
     @property
     def csv(self) -> str:
         """The rows as CSV."""
-        return as_csv(self.rows)
+        return as_csv(self.rows) if self.full_csv is None else self.full_csv
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from logitcache.report.page.model_sections import sections_of_models
 from logitcache.report.page.page import Section, Table, write_page
 from logitcache.report.page.run_files import RunFiles, find_runs, read_runs
 from logitcache.report.page.run_sections import provenance, sections_of_runs
+from logitcache.report.page.sweep_sections import sections_of_sweeps
 from logitcache.runtime.console import logger, track
 from logitcache.store.remote.client import is_remote
 
@@ -65,7 +66,8 @@ def write_report(
         for note in (f"{model.name}: {model.note}" for model in models if model.note):
             logger.info(note)
         speeds = {model.name: model.latency_ms for model in models if model.latency_ms is not None}
-        sections += sections_of_runs(runs, speeds)
+        sweeps = list(sections_of_sweeps(folders, runs))
+        sections += [*sweeps, *sections_of_runs(runs, speeds, is_swept=bool(sweeps))]
         sections += sections_of_models(models) if models else ()
     for cache in caches:
         sections += sections_of_cache(cache, points, () if runs else overrides, trust)

@@ -81,10 +81,15 @@ def _read(path: Path, name: str) -> RunFiles:
 
 
 def varying(runs: Sequence[RunFiles]) -> list[str]:
-    """Return the keys of recipes in which runs differ, but for places and speed."""
+    """Return the keys of recipes in which runs differ, but for places, speed and what another `kind` implies."""
     keys = dict.fromkeys(key for run in runs for key in run.recipe)
-    return [
-        key
-        for key in keys
-        if key.split(".")[0] not in _PLACES and len({json.dumps(run.recipe.get(key)) for run in runs}) > 1
-    ]
+    found = {key: {json.dumps(run.recipe[key]) for run in runs if key in run.recipe} for key in keys}
+    lacking = {key for key in keys if any(key not in run.recipe for run in runs)}
+    differ = [key for key in keys if key.split(".")[0] not in _PLACES and len(found[key]) + (key in lacking) > 1]
+    kinds = {key.removesuffix("kind") for key in differ if key.endswith(".kind")}
+
+    def is_implied(key: str) -> bool:
+        own = key.rpartition(".")[0] + "."
+        return key in lacking and len(found[key]) == 1 and own in kinds and not key.endswith(".kind")
+
+    return [key for key in differ if not is_implied(key)]

@@ -11,18 +11,25 @@ from logitcache.report.page.run_files import RECIPE, RunFiles, varying
 from logitcache.store.safe_files import read_bounded
 
 _MOST_KEYS, _MOST_VALUES = 4, 16
-"""Keys that heat maps take two of, and values of such a key."""
+"""Keys that heat maps take two of, those of most values, and values of such a key."""
 
 _MEASURED = ("top1", "best_top1", "mean_ap", "best_mean_ap", "agreement", "loss", "num_parameters", "seconds")
 _PLACES_OF_METRICS = ("epoch", "step")
 _MOST_RECIPES = 100
+_MOST_RUNS = 40
 
 
-def sections_of_runs(runs: Sequence[RunFiles], latencies: Mapping[str, float]) -> Iterator[Section]:
-    """Yield the sections; `latencies` are milliseconds per image of the runs that were timed, by name."""
+def sections_of_runs(
+    runs: Sequence[RunFiles], latencies: Mapping[str, float], is_swept: bool = False
+) -> Iterator[Section]:
+    """Yield the sections; `latencies` are milliseconds per image of the runs that were timed, by name.
+
+    `is_swept`: the page has the sweep's own comparison over seeds.
+    """
     keys = varying(runs)
-    tables = [Table("runs", [_row(run, keys, latencies) for run in runs])]
-    if seeds := _over_seeds(runs, keys):
+    best = sorted(runs, key=lambda run: -(run.quality or 0.0))
+    tables = [Table("runs", [_row(run, keys, latencies) for run in best], "The best first.", most=_MOST_RUNS)]
+    if not is_swept and (seeds := _over_seeds(runs, keys)):
         caption = "Mean and sample standard deviation over seeds."
         tables.append(Table("over seeds", seeds, caption))
     yield Section("Comparison", _differences(runs, keys), _fronts(runs, latencies), tables)
@@ -52,7 +59,7 @@ def _row(run: RunFiles, keys: Sequence[str], latencies: Mapping[str, float]) -> 
     epochs = f"{len(run.metrics)} of {run.recipe.get('epochs')}" if not run.result else run.result.get("epochs")
     found = {name: run.result[name] for name in _MEASURED if run.result.get(name) is not None}
     latency = {"latency_ms": latencies[run.name]} if run.name in latencies else {}
-    return {"run": run.name, **{key: run.recipe.get(key) for key in keys}, "epochs": epochs, **found, **latency}
+    return {"run": run.name, "epochs": epochs, **found, **latency, **{key: run.recipe.get(key) for key in keys}}
 
 
 def _differences(runs: Sequence[RunFiles], keys: Sequence[str]) -> str:
@@ -67,15 +74,15 @@ def _over_seeds(runs: Sequence[RunFiles], keys: Sequence[str]) -> list[dict[str,
     others = [key for key in keys if key != "seed"]
     groups: dict[str, list[RunFiles]] = {}
     for run in runs:
-        if run.quality is not None:
+        if run.result and run.quality is not None:
             groups.setdefault(str([run.recipe.get(key) for key in others]), []).append(run)
     return [
-        {key: members[0].recipe.get(key) for key in others}
-        | {
+        {
             "seeds": len(members),
             "mean": statistics.mean(found := [run.quality or 0.0 for run in members]),
             "deviation": statistics.stdev(found) if len(found) > 1 else None,
         }
+        | {key: members[0].recipe.get(key) for key in others}
         for members in groups.values()
         if len(groups) < len(runs)
     ]
@@ -105,15 +112,17 @@ def _fronts(runs: Sequence[RunFiles], latencies: Mapping[str, float]) -> list[fi
 
 
 def _heat_maps(runs: Sequence[RunFiles], keys: Sequence[str]) -> Iterator[figures.Figure]:
-    """Yield mean quality by each two keys in which runs differ."""
-    known = [run for run in runs if run.quality is not None]
+    """Yield mean quality of finished runs by each two keys in which they differ."""
+    known = [run for run in runs if run.result and run.quality is not None]
     values = {
         key: sorted(
             {run.recipe.get(key) for run in known if not isinstance(run.recipe.get(key), list | dict)}, key=_order
         )
         for key in keys
     }
-    usable: list[str] = [key for key in keys if key != "seed" and 1 < len(values[key]) <= _MOST_VALUES][:_MOST_KEYS]
+    usable: list[str] = [key for key in keys if key != "seed" and 1 < len(values[key]) <= _MOST_VALUES]
+    chosen = sorted(usable, key=lambda key: -len(values[key]))[:_MOST_KEYS]
+    usable = [key for key in usable if key in chosen]
     for x, y in itertools.combinations(usable, 2):
         cells = itertools.product(values[y], values[x])
         rows: list[dict[str, Any]] = []
