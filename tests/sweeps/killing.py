@@ -1,6 +1,6 @@
 """Kill a sweep again and again at random moments, and look at what is trained twice and what it ends with.
 
-    python -m tests.sweeps.killing DIRECTORY [KILLS]
+    python -m tests.sweeps.killing DIRECTORY [KILLS] [grid|random|optuna]
 
 One process imports torch once; every run of the sweep is a fork of it. Prints a JSON document.
 """
@@ -29,6 +29,24 @@ SWEEP: dict[str, Any] = {
     "grid": {"losses.0.temperature": [1, 4], "model": [DROPOUT, TINY]},
     "seeds": 2,
 }
+SEARCH: dict[str, Any] = {
+    "student": SWEEP["student"] | {"epochs": 2},
+    "halving": {"epochs": [1], "keep": 0.5},
+    "search": {
+        "space": {"losses.0.temperature": [1, 4], "optimizer.lr": {"kind": "log_uniform", "low": 1e-4, "high": 0.1}},
+        "trials": 8,
+        "batch": 4,
+        "finalists": {"seeds": 2},
+    },
+}
+
+
+def sweep_of(kind: str) -> dict[str, Any]:
+    """Return the entries of a sweep by a grid, or by a kind of search; an Optuna study has two objectives."""
+    if kind == "grid":
+        return SWEEP
+    objectives = ["accuracy", "parameters"] if kind == "optuna" else ["accuracy"]
+    return SEARCH | {"search": SEARCH["search"] | {"kind": kind, "objectives": objectives}}
 
 
 def noting_steps(notes: Path) -> None:
@@ -73,8 +91,9 @@ def killed_at(number: int, calls: int) -> None:
         counted(owner, name)
 
 
-def kill(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
+def kill(folder: Path, kills: int, kind: str = "grid", seed: int = 0) -> dict[str, Any]:
     """Kill a sweep so often, then let it end; return what was found."""
+    entries = sweep_of(kind)
     torch.set_num_threads(1)
     cache, moments = fill(folder / "cache"), random.Random(seed)
     notes, out = folder / "notes", folder / "out"
@@ -85,7 +104,7 @@ def kill(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
         noting_steps(notes)
         if number < kills:
             killed_at(number, moments.randint(1, 45))
-        run(cache, out, **SWEEP)
+        (folder / "result").write_text(repr(run(cache, out, **entries).trials))
         return 0
 
     endings = []
@@ -93,16 +112,27 @@ def kill(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
         moments.random()  # a fork's draws are its own
         endings.append(ended(forked(lambda number=number: session(number)), 300))  # type: ignore[misc]
     whole = folder / "whole"
-    assert ended(forked(lambda: run(cache, whole, **SWEEP).exit_code), 300) == 0
+
+    def uninterrupted() -> int:
+        (folder / "expected").write_text(repr(run(cache, whole, **entries).trials))
+        return 0
+
+    assert ended(forked(uninterrupted), 300) == 0
     names = sorted(path.name for path in (whole / "runs").iterdir())
     pairs = [(whole / "runs" / name, out / "runs" / name) for name in names]
     return {
         "kills": endings.count(-signal.SIGKILL),
         "ended": endings[-1],
-        "same": all(weights(a) == weights(b) and metrics(a) == metrics(b) for a, b in pairs),
+        "same": all(kept(a) == kept(b) for a, b in pairs),
+        "trials": (folder / "result").read_text() == (folder / "expected").read_text(),
         "runs": len(names),
         "twice": steps_again(notes),
     }
+
+
+def kept(folder: Path) -> tuple[Any, bytes | None]:
+    """Return the metrics of a run, and its weights if it is finished: halving leaves some without."""
+    return metrics(folder), weights(folder) if (folder / "weights.safetensors").exists() else None
 
 
 def steps_again(notes: Path) -> int:
@@ -119,4 +149,4 @@ def steps_again(notes: Path) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(kill(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 50)))
+    print(json.dumps(kill(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 50, *sys.argv[3:4])))

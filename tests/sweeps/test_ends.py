@@ -158,6 +158,16 @@ def test_a_sweep_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_pat
     assert 0 < found["twice"] <= STEPS, "nothing is trained twice beyond an epoch"
 
 
+@pytest.mark.parametrize("kind", ["random", "optuna"])
+def test_a_search_that_is_killed_again_and_again_ends_with_the_same_trials_and_bytes(kind: str, tmp_path: Path) -> None:
+    if kind == "optuna":
+        pytest.importorskip("optuna")
+    found = kill(tmp_path, 6, kind)
+    assert found["kills"] >= 4
+    assert (found["ended"], found["same"], found["trials"]) == (0, True, True)
+    assert found["twice"] <= STEPS, "nothing is trained twice beyond an epoch"
+
+
 def test_a_killed_group_is_split_and_finished_students_are_not_trained_again(
     cache: Path, tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
