@@ -13,7 +13,8 @@ Images: 32 px in memory, PNG files of 32 px, and JPEG files of 500 x 375 px crop
 scikit-learn. `quarter`: students of s = r / 4, of which eight may take 0.35 of the CPU time. `weights`: students of a
 group whose weights differ by a byte from those of separate runs. `memory`: by how much a student raises the peak of the
 process, over four times its own weights: these, gradients and AdamW's moments. By the clock figures mean nothing on a
-busy machine; --quick leaves out the clock, and 32 students. Exits 1 when a goal is missed.
+busy machine; --quick leaves out the clock, 2 and 32 students, half of the images and some rounds. Exits 1
+when a goal is missed.
 """
 
 import itertools
@@ -48,9 +49,9 @@ SMALL_CNN = {"kind": "small_cnn", "width": 8}
 Clock = Callable[[], float]
 
 
-def in_memory() -> TileImages:
-    """A factory: 1024 images of 32 px."""
-    return TileImages(tiles().repeat(4, 1, 1, 1))
+def in_memory(repeats: int) -> TileImages:
+    """A factory: 256 images of 32 px, so often."""
+    return TileImages(tiles().repeat(repeats, 1, 1, 1))
 
 
 def student(layers: int, width: int = 256) -> nn.Module:
@@ -71,18 +72,18 @@ def code(factory: str, **arguments: Any) -> dict[str, Any]:
     return {"kind": "custom", "factory": f"sweep:{factory}", "arguments": arguments}
 
 
-def photos(folder: Path) -> dict[str, Any]:
-    """Write 192 JPEG files, of which eight each are alike."""
+def photos(folder: Path, alike: int) -> dict[str, Any]:
+    """Write 24 JPEG files, each so often."""
     (folder / "class").mkdir(parents=True)
-    for path, number in itertools.product(write_photos(folder / "class"), range(7)):
+    for path, number in itertools.product(write_photos(folder / "class"), range(alike - 1)):
         os.link(path, path.with_name(f"{path.stem}-{number}.jpg"))
     return {"kind": "image_folder", "root": str(folder), "labelled": False}
 
 
-def tile_files(folder: Path) -> dict[str, Any]:
-    """Write 1024 PNG files of 32 px."""
+def tile_files(folder: Path, repeats: int) -> dict[str, Any]:
+    """Write 256 PNG files of 32 px, each so often."""
     (folder / "class").mkdir(parents=True)
-    for number, tile in enumerate(in_memory().images):
+    for number, tile in enumerate(in_memory(repeats).images):
         Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / "class" / f"{number:04}.png")
     return {"kind": "image_folder", "root": str(folder), "labelled": False}
 
@@ -165,8 +166,8 @@ class Bench:
 
 def cpu_rows(bench: Bench, model: dict[str, Any], quick: bool) -> Iterator[Row]:
     """Compare CPU times."""
-    for count in (2, 8) if quick else (2, 8, 32):
-        ratio, r, s = bench.measured(count, model, 3)
+    for count in (8,) if quick else (2, 8, 32):
+        ratio, r, s = bench.measured(count, model, 2 if quick else 3)
         formula = (r + count * s) / (count * (r + s))
         note = f"ratio {ratio:.2f}, s / r {s / r:.2f}"
         yield Row(f"{bench.name}, {count} students, CPU", ratio / formula, 1.10, at_most=True, note=note)
@@ -182,13 +183,13 @@ def clock_rows(bench: Bench, model: dict[str, Any]) -> Iterator[Row]:
         yield Row(case, ratio / formula, 1.15, at_most=True, note=f"ratio {ratio:.2f}")
 
 
-def quarter(bench: Bench) -> Row:
+def quarter(bench: Bench, quick: bool) -> Row:
     """Compare eight students whose step takes a quarter of rendering."""
     layers = 1
     for _ in range(3):  # to the number of layers that takes as long
         few, many = (bench.step(1, code("student", layers=count)) - bench.rendering() for count in (1, 33))
         layers = max(0, 1 + round((bench.rendering() / 4 - few) / max((many - few) / 32, 1e-6)))
-    ratio, r, s = bench.measured(8, code("student", layers=layers), 5)
+    ratio, r, s = bench.measured(8, code("student", layers=layers), 2 if quick else 5)
     return Row(f"{bench.name}, 8 students, quarter", ratio, 0.35, at_most=True, note=f"s / r {s / r:.2f}")
 
 
@@ -225,15 +226,17 @@ def _peak(work: Callable[[], object]) -> int:
 
 def rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure everything."""
-    memory_bench = Bench("32 px in memory", code("in_memory"), PADDED, 64, folder)
-    files = Bench("32 px files", tile_files(folder / "files"), PADDED, 64, folder)
-    jpeg = Bench("224 px JPEG", photos(folder / "photos"), [CROP, FLIP], 16, folder)
-    models = {memory_bench: SMALL_CNN, files: SMALL_CNN, jpeg: code("student", layers=8)}
-    yield memory(memory_bench)
-    yield weights(memory_bench)
+    repeats = 2 if quick else 4
+    few = Bench("256 images of 32 px", code("in_memory", repeats=1), PADDED, 64, folder)
+    in_ram = Bench("32 px in memory", code("in_memory", repeats=repeats), PADDED, 64, folder)
+    files = Bench("32 px files", tile_files(folder / "files", repeats), PADDED, 64, folder)
+    jpeg = Bench("224 px JPEG", photos(folder / "photos", 2 * repeats), [CROP, FLIP], 16, folder)
+    models = {in_ram: SMALL_CNN, files: SMALL_CNN, jpeg: code("student", layers=8)}
+    yield memory(few)
+    yield weights(few)
     for bench, model in models.items():
         yield from cpu_rows(bench, model, quick)
-    yield quarter(jpeg)
+    yield quarter(jpeg, quick)
     if not quick:
         for bench, model in models.items():
             yield from clock_rows(bench, model)
