@@ -16,6 +16,7 @@ from logitcache.student.evaluation.cost import (
     count_flops,
     count_parameters,
     latencies,
+    median_seconds,
 )
 
 RGB = Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -115,3 +116,22 @@ def test_every_batch_size_is_timed_under_every_number_of_threads() -> None:
     assert all(row.seconds > 0 for row in rows)
     [row] = latencies(Contender(FAST, "float32"), {}, IMAGE, LatencyPlan(batch_sizes=(2,), repeats=1, warm_up=1))
     assert row.threads == torch.get_num_threads()
+
+
+def test_models_are_timed_in_turns() -> None:
+    called: list[tuple[str, int]] = []
+
+    class Noting(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, pixels: Tensor) -> Tensor:
+            called.append((self.name, len(pixels)))
+            return pixels
+
+    timed = [(Contender(Noting(name), "float32"), torch.zeros(count, 1)) for name, count in (("a", 1), ("b", 4))]
+    found = median_seconds(timed, 1, warm_up=1, repeats=2)
+    assert called == 3 * [("a", 1), ("b", 4)]
+    assert len(found) == 2
+    assert min(found) > 0

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +12,10 @@ from logitcache.config.recipe import load_recipe
 from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
+from logitcache.sweeps.search.trials import TrialResult
 from logitcache.sweeps.sweep import SweepResult, sweep
 from logitcache.sweeps.sweep_recipe import SweepRecipe
-from tests.student.small import TEST_IMAGES, TINY, metrics, weights
+from tests.student.small import LINEAR, TEST_IMAGES, TINY, metrics, weights
 
 VALIDATION = {"dataset": TEST_IMAGES, "batch_size": 40}
 CODE = {"kind": "custom", "factory": "tests.sweeps.small:"}
@@ -84,3 +86,23 @@ class Failing(nn.Module):
 
 def failing(at: int = 0, error: str = "mine") -> nn.Module:
     return Failing(at, error)
+
+
+FEW_IMAGES = {"dataset": {"kind": "bundled", "split": "test", "num_images": 40}, "batch_size": 40}
+STUDENT = {"model": LINEAR, "validation": FEW_IMAGES, "batch_size": 100}
+LR = {"kind": "log_uniform", "low": 1e-5, "high": 0.1}
+KINDS = ["random", "optuna"]
+
+
+def searched(cache: Path, out: Path, kind: str = "random", **entries: Any) -> SweepResult:
+    """Search learning rates of a linear student; entries of a sweep stand beside those of its search."""
+    if kind == "optuna":
+        pytest.importorskip("optuna")
+    of_sweep = {key: entries.pop(key) for key in ("student", "halving", "cells", "seeds", "baseline") if key in entries}
+    of_sweep["student"] = STUDENT | of_sweep.get("student", {})
+    search = {"kind": kind, "space": {"optimizer.lr": LR}, "trials": 4, "batch": 2} | entries
+    return run(cache, out, search=search, **of_sweep)
+
+
+def run_of(out: Path, trial: TrialResult, seed: int = 0) -> Path:
+    return out / "runs" / f"{trial.cell},seed={seed}"

@@ -9,37 +9,17 @@ from typing import Any
 import pytest
 
 from logitcache.cli import main
-from logitcache.errors import CacheError, MissingExtraError, RecipeError
+from logitcache.errors import MissingExtraError, RecipeError
 from logitcache.report.recipe_check import check_recipes, load_sweep
 from logitcache.student.learner import Learner
-from logitcache.sweeps.search.trials import TrialResult
 from tests.student.small import LINEAR, UNLABELLED, fill, metrics
-from tests.sweeps.small import CODE, alone, assert_same, run, swept
+from tests.sweeps.small import CODE, KINDS, STUDENT, alone, assert_same, run_of, searched, swept
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-IMAGES = {"dataset": {"kind": "bundled", "split": "test", "num_images": 40}, "batch_size": 40}
-STUDENT = {"model": LINEAR, "validation": IMAGES, "batch_size": 100}
-LR = {"kind": "log_uniform", "low": 1e-5, "high": 0.1}
-KINDS = ["random", "optuna"]
-
-
-def searched(cache: Path, out: Path, kind: str = "random", **entries: Any) -> Any:
-    """Search learning rates of a linear student; entries of a sweep stand beside those of its search."""
-    if kind == "optuna":
-        pytest.importorskip("optuna")
-    of_sweep = {key: entries.pop(key) for key in ("student", "halving", "cells", "seeds", "baseline") if key in entries}
-    of_sweep["student"] = STUDENT | of_sweep.get("student", {})
-    search = {"kind": kind, "space": {"optimizer.lr": LR}, "trials": 4, "batch": 2} | entries
-    return run(cache, out, search=search, **of_sweep)
 
 
 def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("weights.safetensors")}
-
-
-def runs_of(result: Any, out: Path, trial: TrialResult, seed: int = 0) -> Path:
-    return out / "runs" / f"{trial.cell},seed={seed}"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,11 +29,11 @@ def test_trials_are_ordinary_students_of_one_stream(kind: str, cache: Path, tmp_
     assert {trial.state for trial in result.trials} == {"finished"}
     assert (result.images_rendered, result.images_trained) == (2 * 2 * 200, 2 * 2 * 4 * 200), "a stream for each batch"
     for trial in result.trials:
-        found = [metrics(runs_of(result, tmp_path / "out", trial, seed))[-1]["val_top1"] for seed in (0, 1)]
+        found = [metrics(run_of(tmp_path / "out", trial, seed))[-1]["val_top1"] for seed in (0, 1)]
         assert trial.values == {"accuracy": pytest.approx(statistics.fmean(found))}
     best = max(trial.values["accuracy"] for trial in result.trials)
     assert [trial.is_front for trial in result.trials] == [t.values["accuracy"] == best for t in result.trials]
-    one = runs_of(result, tmp_path / "out", result.trials[3], 1)
+    one = run_of(tmp_path / "out", result.trials[3], 1)
     alone(one, tmp_path / "alone")
     assert_same(one, tmp_path / "alone")
 
@@ -112,7 +92,7 @@ def test_halving_within_a_batch_stops_trials_and_lets_others_go_on(cache: Path, 
     result = searched(cache, tmp_path, "optuna", **options)
     assert [trial.state for trial in result.trials[:4]].count("stopped") == 2
     for batch in (result.trials[:4], result.trials[4:]):
-        first = {t.cell: metrics(runs_of(result, tmp_path, t))[0]["val_top1"] for t in batch}
+        first = {t.cell: metrics(run_of(tmp_path, t))[0]["val_top1"] for t in batch}
         gone_on = [first[trial.cell] for trial in batch if trial.state == "finished"]
         assert min(gone_on) >= max(first[trial.cell] for trial in batch if trial.state == "stopped")
     assert {(trial.state, trial.epochs) for trial in result.trials} == {("stopped", 1), ("finished", 3)}
@@ -169,7 +149,7 @@ def test_agreement_with_the_teacher_needs_no_labels(cache: Path, tmp_path: Path)
     student = {"validation": {"cache": str(unlabelled), "dataset": UNLABELLED, "batch_size": 200}}
     result = searched(cache, tmp_path / "out", objectives=["agreement"], student=student, trials=2)
     for trial in result.trials:
-        row = metrics(runs_of(result, tmp_path / "out", trial))[-1]
+        row = metrics(run_of(tmp_path / "out", trial))[-1]
         assert trial.values == {"agreement": row["val_agreement"]}
         assert row.get("val_top1") is None
 
@@ -229,46 +209,3 @@ def test_the_command_line_searches(cache: Path, tmp_path: Path, capsys: pytest.C
     assert main(["sweep", str(tmp_path / "out/sweep.yaml"), str(tmp_path / "out"), "--trials", "3", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["finished"], document["trials"][:2]) == (3, trials)
-
-
-COSTLY = {
-    "objectives": ["accuracy", "latency", "parameters", "flops"],
-    "space": {"model.width": [2, 4], "ema": [0.5, 0.9]},
-}
-CNN = {"model": {"kind": "small_cnn", "width": 2}, "epochs": 1}
-
-
-def test_an_architecture_is_measured_once_and_a_resumed_search_compares_by_the_same_numbers(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    times = iter([[0.25], [0.5]])
-    timed: list[int] = []
-    monkeypatch.setattr(
-        "logitcache.sweeps.architecture_costs.median_seconds",
-        lambda contenders, *options: timed.append(len(contenders)) or next(times),
-    )
-    result = searched(cache, tmp_path, student=CNN, trials=8, batch=1, **COSTLY)
-    assert timed == [1, 1], "for eight trials of two widths"
-    latency = {trial.changes["model.width"]: trial.values["latency"] for trial in result.trials}
-    assert sorted(latency.values()) == [0.25, 0.5]
-    counts = {trial.changes["model.width"]: trial.values["parameters"] for trial in result.trials}
-    assert counts[2] < counts[4]
-    (one, *_) = result.trials
-    recorded = json.loads((runs_of(result, tmp_path, one) / "result.json").read_text())["num_parameters"]
-    assert one.values["parameters"] == recorded
-    assert searched(cache, tmp_path, student=CNN, trials=8, batch=1, **COSTLY).trials == result.trials
-    record, *_ = sorted((tmp_path / "architectures").iterdir())
-    assert json.loads(record.read_text())["measured"] == {
-        "device": "cpu", "precision": "float32", "batch_size": 1, "threads": 1, "warm_up": 5, "repeats": 30,
-    }  # fmt: skip
-    record.write_text("{}")
-    with pytest.raises(CacheError, match=r"is damaged: .*Fix: remove it; the model is then measured again"):
-        searched(cache, tmp_path, student=CNN, trials=8, batch=1, **COSTLY)
-
-
-def test_a_model_that_cannot_be_measured_fails_as_its_student_would(cache: Path, tmp_path: Path) -> None:
-    models = {"sound": LINEAR, "large": {"kind": "timm", "name": "no_such_model"}}
-    result = searched(cache, tmp_path, space={"model": models}, objectives=["parameters"], trials=6, batch=6)
-    assert {trial.state for trial in result.trials if "large" in trial.cell} == {"failed"}
-    assert {trial.state for trial in result.trials if "sound" in trial.cell} == {"finished"}
-    assert "no_such_model" in str(list(result.failed.values()))

@@ -91,6 +91,7 @@ def _run(
             students[trial.number] = members_from([trial.cell], recipe, recipe.all_seeds, trainer.out)
         except RecipeError as error:
             refused[trial.number] = str(error)
+            logger.info(f"trial {trial.number} is no recipe: {error}")
     own = {member.run: member for of_trial in students.values() for member in of_trial}
     own = {run: members.setdefault(run, member) for run, member in own.items()}
     if not all(map(trials.is_told, batch)):
