@@ -106,6 +106,7 @@ MODULES = {
     "tensorstore": "tensorstore",
     "timm": "timm",
     "torch": "torch",
+    "torchao": "torchao",
     "torchvision": "torchvision",
     "trackio": "trackio",
     "typer": "typer",

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from logitcache.cli.common import (
     BatchSizes,
@@ -78,12 +78,24 @@ def quantize(
     trust: Trust,
     out: Annotated[
         Path | None,
-        Argument(metavar="OUT", show_default="RUN/model.int8.onnx", help="The file; its record lies beside it."),
+        Argument(
+            metavar="OUT",
+            show_default="RUN/model.int8.onnx",
+            help="The file; its record lies beside it. With --qat, the folder of the run that is trained.",
+        ),
     ] = None,
     pixels: Pixels = "uint8",
+    qat: Annotated[
+        bool,
+        Option(
+            "--qat", help="Train for int8 on the run's own data; OUT is the new run's folder, --set changes its recipe."
+        ),
+    ] = False,
+    resume: Annotated[bool, Option("--resume", help="With --qat: continue from the last checkpoint.")] = False,
     images: Annotated[
-        int, Option("--images", min=1, metavar="N", help="Unaugmented training images for the ranges of activations.")
-    ] = 256,
+        int | None,
+        Option("--images", min=1, metavar="N", show_default="256", help="Unaugmented training images to calibrate on."),
+    ] = None,
     keep_float: Annotated[
         list[str], Option("--keep-float", metavar="LAYER", help="Keep a layer in float; repeatable.")
     ] = [],  # noqa: B006  # Typer's way
@@ -106,24 +118,49 @@ def quantize(
     repeats: Repeats = None,
     warm_up: WarmUp = None,
 ) -> CommandResult:
-    """Quantise a trained model to int8 after training, as one ONNX file.
+    """Quantise a trained model to int8, as one ONNX file: after training or, with --qat, by training for it.
 
-    Weights are signed 8-bit integers with a scale for each channel, activations unsigned ones. The file is compared
-    with the run over all validation images; the integer operators that onnxruntime fuses are counted.
+    --qat goes on distilling from the run's cache with its losses and all else: the new run is one as any other, a
+    tenth of the epochs long, by a tenth of the learning rate, unless --set chooses. Weights are signed 8-bit integers
+    with a scale for each channel, activations unsigned ones. The file is compared with the run over all validation
+    images; after training, the integer operators that onnxruntime fuses are counted.
     """
+    plan = latency_plan(latency, batch_size, threads, repeats, warm_up)
+    changes = [*overrides, *granted(trust)]
+    if qat:
+        after = {"--images": images, "--keep-worst": keep_worst, "--sensitivity": sensitivity}
+        if unused := [option for option, value in after.items() if value]:
+            raise BadParameter("has no effect with --qat: it is of quantising after training", param_hint=unused)
+        if out is None:
+            raise BadParameter("is missing: --qat trains a run, in a folder of its own", param_hint="OUT")
+        from logitcache.shipping.quantization_aware import train_quantized
+
+        made = train_quantized(
+            run,
+            out,
+            changes,
+            keep_float=keep_float,
+            pixels=pixels,
+            resume=resume,
+            overwrite=overwrite,
+            latency=plan,
+        )
+        return CommandResult(asdict(made), follows=("predict", made.exported.file, "IMAGE"))
+    if resume:
+        raise BadParameter("has no effect without --qat", param_hint="--resume")
     from logitcache.shipping.quantize import quantize as quantized
 
     result = quantized(
         run,
         out,
-        [*overrides, *granted(trust)],
+        changes,
         pixels=pixels,
-        num_images=images,
+        num_images=256 if images is None else images,
         keep_float=keep_float,
         keep_worst=keep_worst,
         sensitivity=sensitivity,
         least_agreement=least_agreement,
         overwrite=overwrite,
-        latency=latency_plan(latency, batch_size, threads, repeats, warm_up),
+        latency=plan,
     )
     return CommandResult(asdict(result), follows=("predict", result.file, "IMAGE"))

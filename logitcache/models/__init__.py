@@ -13,6 +13,8 @@ from logitcache.models.base import (
 )
 from logitcache.models.checkpoint import Checkpoint
 from logitcache.models.custom import Custom
+from logitcache.models.quantized import Quantized
+from logitcache.models.quantized_run import QuantizedRun
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.stored import (
     Architecture,
@@ -38,6 +40,8 @@ __all__ = [
     "Custom",
     "Model",
     "Preprocessing",
+    "Quantized",
+    "QuantizedRun",
     "Run",
     "SmallCNN",
     "StoredModel",
@@ -56,4 +60,6 @@ __all__ = [
     "weights_digest",
 ]
 
-Model = Annotated[Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | Custom, Field(discriminator="kind")]
+Model = Annotated[
+    Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | QuantizedRun | Custom, Field(discriminator="kind")
+]

@@ -15,6 +15,7 @@ from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
 from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
+from logitcache.models.quantized import Quantized
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
@@ -26,7 +27,7 @@ _MAX_BYTES = 1 << 20
 _MOST_SIDE, _MOST_COUNT = 2048, 1 << 20
 """Pixels of a side, and classes or channels, of a network that a file describes; of its options, all in all, too."""
 
-Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom, Field(discriminator="kind")]
+Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom | Quantized, Field(discriminator="kind")]
 
 
 class StoredModel(Component):
@@ -40,13 +41,18 @@ class StoredModel(Component):
     num_classes: Annotated[Count, Field(le=_MOST_COUNT)]
     in_channels: Annotated[Count, Field(le=_MOST_COUNT)]
 
+    @property
+    def network(self) -> Architecture | None:
+        """The entry of the float network, of a quantised one too."""
+        return self.model.model if isinstance(self.model, Quantized) else self.model
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if len(self.preprocessing.mean) != self.in_channels:
             raise ValueError(f"{len(self.preprocessing.mean)} means for {self.in_channels} channels")
         if max(self.preprocessing.size or (0,)) > _MOST_SIDE:
             raise ValueError(f"input_size {self.preprocessing.size} is above {_MOST_SIDE}")
-        if isinstance(self.model, Timm | Torchvision) and _extent(self.model.options) > _MOST_COUNT:
+        if isinstance(self.network, Timm | Torchvision) and _extent(self.network.options) > _MOST_COUNT:
             raise ValueError(f"the numbers in its options add up to more than {_MOST_COUNT}")
         return self
 
@@ -130,12 +136,13 @@ def _described(
     stored, digest = _read(description)
     source = _trusted(stored.model, description, factory).architecture()
     held = _held_in(weights)
-    if isinstance(source, Custom):
+    network = source.model if isinstance(source, Quantized) else source
+    if isinstance(network, Custom):
         return stored, source, held  # the user's own code
     beside = f"beside the path in a recipe: trust: {digest}"
     require_grant(source.risks(), digest, trust, str(description), beside)
     try:
-        require_buildable(partial(source.build, stored.num_classes, stored.in_channels), held)
+        require_buildable(partial(network.build, stored.num_classes, stored.in_channels), held)
     except TooLarge as error:
         raise _unreadable(description, f"it describes another network than {weights.name} holds: {error}") from error
     return stored, source, held
@@ -156,6 +163,8 @@ def _held_in(weights: Path) -> Held:
 
 def _trusted(model: Architecture | None, description: Path, factory: str | None) -> Architecture:
     """Replace a stored factory by the user's own."""
+    if isinstance(model, Quantized):
+        return model.model_copy(update={"model": _trusted(model.model, description, factory)})
     if model is not None and not isinstance(model, Custom):
         if factory is not None:
             raise RecipeError(f"{description} is of kind {model.kind}, which needs no `factory`.\n  Fix: leave it out.")

@@ -8,13 +8,14 @@ from typing import Literal
 from torch.export import ExportedProgram
 
 from logitcache.errors import RecipeError
-from logitcache.models import read_stored, weights_digest
+from logitcache.models import Classifier, read_stored, weights_digest
+from logitcache.models.fake_quantization import FakeQuantized, to_int8
 from logitcache.runtime.versions import versions
 from logitcache.shipping.exported import ExportedModel
 from logitcache.shipping.graph import PixelsToLogits, as_input, example, record, to_onnx, to_pt2
 from logitcache.shipping.latency import Predict, time_in_turns
 from logitcache.shipping.metadata import Arithmetic, Metadata, Pixels, Provenance
-from logitcache.shipping.parity import TOLERANCE, Parity, compare
+from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare
 from logitcache.shipping.record import new_file, record_of, write_with_record
 from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.evaluation.evaluate import OpenedRun, open_run
@@ -73,12 +74,18 @@ def export(
     run = Path(run)
     file = new_file(run / f"model.{format}" if out is None else out, overwrite)
     opened = open_run(run, [*overrides, "device=cpu"])
-    metadata = describe(run, opened, pixels)
-    program = record(PixelsToLogits(opened.classifier, pixels), example(metadata.shape, pixels))
+    classifier, is_int8 = opened.classifier, isinstance(opened.classifier.module, FakeQuantized)
+    metadata = describe(run, opened, pixels, "int8" if is_int8 else "float32")
+    if isinstance(classifier.module, FakeQuantized):
+        classifier = Classifier(to_int8(classifier.module), classifier.preprocessing)
+    program = record(PixelsToLogits(classifier, pixels), example(metadata.shape, pixels))
     data = to_onnx(program, metadata) if format == "onnx" else to_pt2(program, metadata)
     predictor = ExportedModel(file, data, metadata).session if format == "onnx" else _runs(program, pixels)
     parity = compare(opened.classifier, predictor(), opened.validator)
-    parity.require(f"'{file}'", tolerance)
+    if is_int8:  # the last bits of fused integer operators are other than those of their imitation
+        parity.require_agreement(f"'{file}'", LEAST_INT8_AGREEMENT)
+    else:
+        parity.require(f"'{file}'", tolerance)
     image = opened.validator.sample()[0]
     turns = () if latency is None else time_in_turns(lambda threads: opened.classifier, predictor, image, latency)
     result = ExportResult(

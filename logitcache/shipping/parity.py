@@ -14,6 +14,8 @@ from logitcache.student.evaluation.single_label import Measures
 from logitcache.student.evaluation.validation import Validator
 
 TOLERANCE, LEAST_AGREEMENT = 1e-4, 0.999
+LEAST_INT8_AGREEMENT = 0.9
+"""Of an int8 file with a run that imitated int8 in training."""
 
 
 @dataclass(frozen=True)

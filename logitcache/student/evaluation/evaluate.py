@@ -280,9 +280,9 @@ def stated_factory(run: Path, stored: StoredModel, overrides: Sequence[str]) -> 
             f"{run} is of a module that was passed to train, and names no model.\n"
             f"  Fix: --set {MODEL_FACTORY}pkg.mod:function, which returns such a module"
         )
-    if isinstance(stored.model, Custom) and not stated:
+    if isinstance(stored.network, Custom) and not stated:
         raise RecipeError(
-            f"{run} is a model of the factory '{stored.model.factory}', and what a file names is never called.\n"
-            f"  Fix: if you trust it, --set {MODEL_FACTORY}{stored.model.factory}"
+            f"{run} is a model of the factory '{stored.network.factory}', and what a file names is never called.\n"
+            f"  Fix: if you trust it, --set {MODEL_FACTORY}{stored.network.factory}"
         )
     return stated[-1] if stated else None
