@@ -51,7 +51,9 @@ def report(
 
 
 def app(
-    runs: Annotated[list[Path], Argument(metavar="RUN...", help="Folders made by training.")],
+    runs: Annotated[
+        list[Path], Argument(metavar="RUN|FILE...", help="Folders made by training, and exported ONNX files.")
+    ],
     overrides: Overrides,
     trust: Trust,
     cache: Annotated[

@@ -170,6 +170,8 @@ def test_options_without_a_cache_and_what_is_no_run_are_refused(
     assert "--online has no effect without a cache. Fix: --cache" in refused([run, "--online"], capsys)
     assert "--set dataset has no effect without a cache" in refused([run, "--set", "dataset.root=x"], capsys)
     assert "is no run" in refused([run, str(tmp_path)], capsys)
+    assert "has no recipe for 'device=cpu'" in refused(["a.onnx", "--set", "device=cpu"], capsys)
+    assert "has no recipe" not in refused([run, str(tmp_path / "a.onnx"), "--set", "device=cpu"], capsys)
     assert main(["app", run, "--cache", str(tmp_path)]) == 3
 
 

@@ -42,7 +42,7 @@ class Shown:
 
 
 class SideBySide:
-    """Finished runs and, with a cache, its teachers.
+    """Finished runs or files exported from them and, with a cache, its teachers.
 
     `overrides` change the runs' recipes; those of `dataset` locate the images of the cache. `online` loads the teachers
     too, for images that are not of the cache. Raises as `open_predictor`, `KnownImages` and `live_targets`.
@@ -66,7 +66,9 @@ class SideBySide:
             )
         self.top = top
         granted = [f"trust=[{', '.join(trust)}]"] if trust else []
-        self.students = {str(run): open_predictor(run, [*of_runs, *granted]) for run in runs}
+        folders = [run for run in runs if Path(run).is_dir()]  # exported files have no recipe to change
+        changes: dict[bool, Sequence[str]] = {True: [*of_runs, *granted], False: () if folders else of_runs}
+        self.students = {str(run): open_predictor(run, changes[run in folders]) for run in runs}
         self._first = next(iter(self.students.values()))
         self.known = None if cache is None else KnownImages(cache, of_images, trust)
         self._live: LiveTargets | None = None
