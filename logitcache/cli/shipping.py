@@ -92,6 +92,10 @@ def quantize(
         ),
     ] = False,
     resume: Annotated[bool, Option("--resume", help="With --qat: continue from the last checkpoint.")] = False,
+    method: Annotated[
+        Literal["onnxruntime", "pt2e"],
+        Option("--method", help="Quantise after training by onnxruntime, or by torchao's PT2E (extra quant)."),
+    ] = "onnxruntime",
     images: Annotated[
         int | None,
         Option("--images", min=1, metavar="N", show_default="256", help="Unaugmented training images to calibrate on."),
@@ -155,6 +159,7 @@ def quantize(
         out,
         changes,
         pixels=pixels,
+        method=method,
         num_images=256 if images is None else images,
         keep_float=keep_float,
         keep_worst=keep_worst,

@@ -6,7 +6,7 @@ normalisation that follows a convolution is folded into it; any other keeps its 
 
 import copy
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, Self
 
 import torch
@@ -92,6 +92,19 @@ def imitate_int8(
     for parameter in prepared.parameters():
         parameter.requires_grad_(True)  # those that folding made have none
     return FakeQuantized(prepared).eval()
+
+
+@torch.no_grad()
+def calibrate(network: FakeQuantized, batches: Iterable[Tensor]) -> None:
+    """Set the ranges of activations to their means over batches of normalised images, [B, C, h, w]."""
+    network.train()
+    for number, batch in enumerate(batches, 1):
+        for module in network.modules():
+            if _is_quantizer(module) and module.ch_axis == -1:
+                observer: Any = module.activation_post_process
+                observer.averaging_constant = 1 / number
+        network(batch)
+    network.eval()
 
 
 @torch.no_grad()

@@ -3,7 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
+import torch
+from torch import Tensor
+
+from logitcache.models import Classifier
+from logitcache.models.fake_quantization import calibrate, imitate_int8, to_int8
 from logitcache.runtime.console import logger
 from logitcache.shipping.calibration import calibration_images
 from logitcache.shipping.export import describe
@@ -19,6 +25,8 @@ from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.evaluation.evaluate import open_run
 
 LEAST_AGREEMENT = 0.9
+_BATCH = 32
+Method = Literal["onnxruntime", "pt2e"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ def quantize(
     overrides: Sequence[str] = (),
     *,
     pixels: Pixels = "uint8",
+    method: Method = "onnxruntime",
     num_images: int = 256,
     keep_float: Sequence[str] = (),
     keep_worst: int = 0,
@@ -72,7 +81,8 @@ def quantize(
 
     Activations are calibrated on `num_images` unaugmented images of the data that the run learnt from. Layers of
     `keep_float`, and the `keep_worst` ones whose quantisation alone changes the logits most, stay in float. Raises
-    RecipeError for a model that cannot be quantised, MismatchError if fewer than `least_agreement` answers are the
+    `method`: by onnxruntime's `quantize_static`, or by torchao's PT2E (extra `quant`). Raises RecipeError for a model
+    that cannot be quantised, MismatchError if fewer than `least_agreement` answers are the
     float run's; nothing is written then.
     """
     run = Path(run)
@@ -89,7 +99,7 @@ def quantize(
         own = _model(file, floating, metadata)()(images)
         rows = measure_sensitivity(quantizer, lambda data: _model(file, data, metadata)(), own, images)
     kept = tuple(dict.fromkeys([*keep_float, *(row.layer for row in rows[:keep_worst])]))
-    data = quantizer.quantize(kept)
+    data = quantizer.quantize(kept) if method == "onnxruntime" else _by_pt2e(opened.classifier, images, kept, metadata)
     predictor = _model(file, data, metadata)
     parity = compare(opened.classifier, predictor(), opened.validator)
     parity.require_agreement(f"'{file}'", least_agreement)
@@ -112,6 +122,16 @@ def quantize(
     warn_if_slow(result)
     write_with_record(file, data, asdict(result), metadata)
     return result
+
+
+def _by_pt2e(classifier: Classifier, images: Tensor, keep_float: Sequence[str], metadata: Metadata) -> bytes:
+    """Quantise by torchao's PT2E: the network that imitates int8, calibrated and not trained."""
+    batches = [classifier.normalize(batch) for batch in torch.split(images, _BATCH)]
+    height, width = batches[0].shape[2:]
+    network = imitate_int8(classifier.module, metadata.shape[0], (height, width), keep_float)
+    calibrate(network, batches)
+    shipped = Classifier(to_int8(network), classifier.preprocessing)
+    return to_onnx(record(PixelsToLogits(shipped, metadata.pixels), example(metadata.shape, metadata.pixels)), metadata)
 
 
 def _model(file: Path, data: bytes, metadata: Metadata) -> Callable[..., Session]:

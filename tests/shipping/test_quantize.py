@@ -84,6 +84,17 @@ def test_predict_takes_int8_files(measured: QuantizeResult, tmp_path: Path, caps
     assert [each["logit"] for each in found["classes"]] == pytest.approx(sorted(logits, reverse=True)[:5], abs=1e-6)
 
 
+def test_pt2e_quantises_after_training_too(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="PT2E needs the extra quant")
+    found = quantize(run, tmp_path / "pt2e.onnx", method="pt2e", num_images=40, keep_float=["0.0"], least_agreement=0.0)
+    own, other = expected(run, pixels()), answers(Path(found.file), pixels().numpy())
+    assert np.abs(own - other).max() < 0.2 * np.abs(own).max()
+    kinds = [each.data_type for each in onnx.load(found.file).graph.initializer]
+    assert kinds.count(onnx.TensorProto.INT8) >= 6
+    assert found.operators["integer"] >= 6
+    assert found.parity.agreement == (own.argmax(axis=1) == other.argmax(axis=1)).mean()
+
+
 def test_unknown_layers_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "x.onnx"
     assert main(["quantize", str(run), str(out), "--keep-float", "0.4.body.1", "--images", "4"]) == 2
