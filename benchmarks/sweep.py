@@ -49,9 +49,9 @@ SMALL_CNN = {"kind": "small_cnn", "width": 8}
 Clock = Callable[[], float]
 
 
-def in_memory(repeats: int) -> TileImages:
-    """A factory: 256 images of 32 px, so often."""
-    return TileImages(tiles().repeat(repeats, 1, 1, 1))
+def in_memory(count: int) -> TileImages:
+    """A factory: so many images of 32 px, at most 1024."""
+    return TileImages(tiles().repeat(4, 1, 1, 1)[:count])
 
 
 def student(layers: int, width: int = 256) -> nn.Module:
@@ -80,10 +80,10 @@ def photos(folder: Path, alike: int) -> dict[str, Any]:
     return {"kind": "image_folder", "root": str(folder), "labelled": False}
 
 
-def tile_files(folder: Path, repeats: int) -> dict[str, Any]:
-    """Write 256 PNG files of 32 px, each so often."""
+def tile_files(folder: Path, count: int) -> dict[str, Any]:
+    """Write so many PNG files of 32 px."""
     (folder / "class").mkdir(parents=True)
-    for number, tile in enumerate(in_memory(repeats).images):
+    for number, tile in enumerate(in_memory(count).images):
         Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / "class" / f"{number:04}.png")
     return {"kind": "image_folder", "root": str(folder), "labelled": False}
 
@@ -186,7 +186,7 @@ def clock_rows(bench: Bench, model: dict[str, Any]) -> Iterator[Row]:
 def quarter(bench: Bench, quick: bool) -> Row:
     """Compare eight students whose step takes a quarter of rendering."""
     layers = 1
-    for _ in range(3):  # to the number of layers that takes as long
+    for _ in range(2):  # to the number of layers that takes as long; the first time warms up
         few, many = (bench.step(1, code("student", layers=count)) - bench.rendering() for count in (1, 33))
         layers = max(0, 1 + round((bench.rendering() / 4 - few) / max((many - few) / 32, 1e-6)))
     ratio, r, s = bench.measured(8, code("student", layers=layers), 2 if quick else 5)
@@ -204,13 +204,20 @@ def weights(bench: Bench) -> Row:
     return Row(f"{bench.name}, weights that differ", sum(a != b for a, b in files), 0, "", at_most=True)
 
 
-def memory(bench: Bench) -> Row:
+def memory(bench: Bench, quick: bool) -> Row:
     """Compare what further students add to the peak of a process with four times their weights."""
     model = code("student", layers=12, width=1024)
     size = sum(parameter.numel() * 4 for parameter in student(12, 1024).parameters())
-    few, many = (_peak(lambda count=count: bench.step(count, model)) for count in (2, 6))  # type: ignore[misc]
+    counts = (1, 3) if quick else (2, 6)
+    few, many = (_peak(lambda count=count: bench.step(count, model)) for count in counts)  # type: ignore[misc]
     note = f"{size / 1e6:.0f} MB of weights each"
-    return Row(f"{bench.name}, memory of a student", (many - few) / 4 / (4 * size), 1.25, at_most=True, note=note)
+    return Row(
+        f"{bench.name}, memory of a student",
+        (many - few) / (counts[1] - counts[0]) / (4 * size),
+        1.25,
+        at_most=True,
+        note=note,
+    )
 
 
 def _peak(work: Callable[[], object]) -> int:
@@ -226,13 +233,13 @@ def _peak(work: Callable[[], object]) -> int:
 
 def rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure everything."""
-    repeats = 2 if quick else 4
-    few = Bench("256 images of 32 px", code("in_memory", repeats=1), PADDED, 64, folder)
-    in_ram = Bench("32 px in memory", code("in_memory", repeats=repeats), PADDED, 64, folder)
-    files = Bench("32 px files", tile_files(folder / "files", repeats), PADDED, 64, folder)
-    jpeg = Bench("224 px JPEG", photos(folder / "photos", 2 * repeats), [CROP, FLIP], 16, folder)
+    count = 512 if quick else 1024
+    few = Bench("192 images of 32 px", code("in_memory", count=192), PADDED, 64, folder)
+    in_ram = Bench("32 px in memory", code("in_memory", count=count), PADDED, 64, folder)
+    files = Bench("32 px files", tile_files(folder / "files", count), PADDED, 64, folder)
+    jpeg = Bench("224 px JPEG", photos(folder / "photos", count // 128), [CROP, FLIP], 16, folder)
     models = {in_ram: SMALL_CNN, files: SMALL_CNN, jpeg: code("student", layers=8)}
-    yield memory(few)
+    yield memory(few, quick)
     yield weights(few)
     for bench, model in models.items():
         yield from cpu_rows(bench, model, quick)
