@@ -25,12 +25,13 @@ def server(
     keys: tuple[str, ...] = (),
     reports: tuple[int, ...] = (USAGE, DAMAGED, OTHER),
 ) -> Case:
-    """Serve the cache from a server with a fault, as a web server or as S3; `reports` are codes of inspect and gc."""
+    """Serve the cache from a server with a fault, as a web server or as S3; `reports`: if a command reads no shard."""
     location = "http://127.0.0.1:PORT/c.zarr" if scheme == "http" else "s3://bucket/c.zarr"
     commands = (
         ("inspect", "verify", "train") if scheme == "http" else ("inspect", "verify", "gc", "train", "precompute")
     )
-    every = {**dict.fromkeys(READERS, ends), **dict.fromkeys(("inspect", "gc"), reports if ends != ANY else ends)}
+    of_reports = dict.fromkeys(("inspect", "gc", "plan", "check"), reports if ends != ANY else ends)
+    every = {**dict.fromkeys(READERS, ends), **of_reports}
     return Case(
         "server" if not keys else "key",
         name,
@@ -159,7 +160,7 @@ SERVERS = [
     server("a byte every half second", at_root(dripping)),
     server("headers without end", at_root(dripping_headers)),
     server("a gzip bomb", at_root(zipped)),
-    # `inspect` reports how much of a cache is committed, `gc` what else lies there.
+    # Records that are none commit nothing: `inspect` and `plan` count their shards as missing, `gc` lists other files.
     server("records without end", at_root(endless, "commits/c."), reports=ANY),
     server("records of HTML", at_root(html, "commits/c."), reports=ANY),
     server("records of nothing", at_root(lambda h: h.send(200), "commits/c."), reports=ANY),

@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from pydantic import Field
+from torch import nn
 
 from logitcache.models.base import (
     BuiltModel,
@@ -13,6 +14,7 @@ from logitcache.models.base import (
 )
 from logitcache.models.checkpoint import Checkpoint
 from logitcache.models.custom import Custom
+from logitcache.models.pruned import Pruned
 from logitcache.models.quantized import Quantized
 from logitcache.models.quantized_run import QuantizedRun
 from logitcache.models.small_cnn import SmallCNN
@@ -40,6 +42,7 @@ __all__ = [
     "Custom",
     "Model",
     "Preprocessing",
+    "Pruned",
     "Quantized",
     "QuantizedRun",
     "Run",
@@ -49,6 +52,7 @@ __all__ = [
     "Torchvision",
     "bundled_directory",
     "default_preprocessing",
+    "kept",
     "load_into",
     "load_model",
     "load_weights",
@@ -61,5 +65,10 @@ __all__ = [
 ]
 
 Model = Annotated[
-    Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | QuantizedRun | Custom, Field(discriminator="kind")
+    Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | Pruned | QuantizedRun | Custom, Field(discriminator="kind")
 ]
+
+
+def kept(model: Model, module: nn.Module) -> tuple[nn.Module, Architecture]:
+    """Return what a run stores of the module that it trained, and the architecture that loads it."""
+    return model.kept(module) if isinstance(model, Pruned) else (module, model.architecture())

@@ -15,6 +15,7 @@ from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
 from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
+from logitcache.models.pruned_network import PrunedNetwork
 from logitcache.models.quantized import Quantized
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.timm import Timm
@@ -27,7 +28,14 @@ _MAX_BYTES = 1 << 20
 _MOST_SIDE, _MOST_COUNT = 2048, 1 << 20
 """Pixels of a side, and classes or channels, of a network that a file describes; of its options, all in all, too."""
 
-Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom | Quantized, Field(discriminator="kind")]
+Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom | PrunedNetwork | Quantized, Field(discriminator="kind")]
+
+
+def unwrapped(model: Architecture) -> SmallCNN | Torchvision | Timm | Custom:
+    """Return the architecture of a network before it was pruned or quantised."""
+    while isinstance(model, PrunedNetwork | Quantized):
+        model = model.model
+    return model
 
 
 class StoredModel(Component):
@@ -43,8 +51,8 @@ class StoredModel(Component):
 
     @property
     def network(self) -> Architecture | None:
-        """The entry of the float network, of a quantised one too."""
-        return self.model.model if isinstance(self.model, Quantized) else self.model
+        """The entry of the network before it was pruned or quantised."""
+        return None if self.model is None else unwrapped(self.model)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -136,8 +144,7 @@ def _described(
     stored, digest = _read(description)
     source = _trusted(stored.model, description, factory).architecture()
     held = _held_in(weights)
-    network = source.model if isinstance(source, Quantized) else source
-    if isinstance(network, Custom):
+    if isinstance(unwrapped(source), Custom):
         return stored, source, held  # the user's own code
     beside = f"beside the path in a recipe: trust: {digest}"
     require_grant(source.risks(), digest, trust, str(description), beside)
@@ -163,7 +170,7 @@ def _held_in(weights: Path) -> Held:
 
 def _trusted(model: Architecture | None, description: Path, factory: str | None) -> Architecture:
     """Replace a stored factory by the user's own."""
-    if isinstance(model, Quantized):
+    if isinstance(model, PrunedNetwork | Quantized):
         return model.model_copy(update={"model": _trusted(model.model, description, factory)})
     if model is not None and not isinstance(model, Custom):
         if factory is not None:
@@ -197,10 +204,9 @@ def _require_counts(description: Path, num_classes: int | None, in_channels: int
         )
 
 
-class Run(Component):
-    """A run of `train-student` or `train-teacher`: its final weights, its normalisation."""
+class OfRun(Component):
+    """A run of `train-student` or `train-teacher`, whose network a recipe's model begins with."""
 
-    kind: Literal["run"] = "run"
     path: str = Field(description="Folder of the run.", examples=["runs/teacher"])
     factory: str | None = Field(
         default=None,
@@ -224,6 +230,10 @@ class Run(Component):
         directory = Path(self.path).expanduser()
         return directory / "model.json", directory / "weights.safetensors"
 
+    def stored(self) -> StoredModel:
+        """Read the run's description. Raises RecipeError."""
+        return read_stored(self._files[0])
+
     def risks(self) -> tuple[str, ...]:
         """Name the folder, and the function that builds the model if there is one."""
         function = () if self.factory is None else (f"the function '{self.factory}'",)
@@ -232,6 +242,12 @@ class Run(Component):
     def architecture(self) -> Architecture:
         """Return the entry that the run was built from."""
         return _described(*self._files, self.factory, self.trust)[1]
+
+
+class Run(OfRun):
+    """A run of `train-student` or `train-teacher`: its final weights, its normalisation."""
+
+    kind: Literal["run"] = "run"
 
 
 class Bundled(Component):

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def derive(
 
 def _require_apart(recipe: DeriveRecipe) -> None:
     """Raise RecipeError if one of both caches is, or lies in, the other."""
-    here, there = (one if is_remote(one) else Path(one).resolve().as_posix() for one in (recipe.out, recipe.cache))
+    here, there = (one if is_remote(one) else os.path.realpath(one) for one in (recipe.out, recipe.cache))
     if f"{here}/".startswith(f"{there}/") or f"{there}/".startswith(f"{here}/"):
         raise RecipeError(
             f"out is {recipe.out}, cache {recipe.cache}: a cache is not changed by deriving from it. Fix: another path"

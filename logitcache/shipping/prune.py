@@ -1,0 +1,161 @@
+"""Prune a run's network, and train what is left from the same cache."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from logitcache.config.recipe import load_recipe, read_recipe
+from logitcache.errors import RecipeError
+from logitcache.models import Classifier, Pruned, Run, read_stored, resolve_preprocessing
+from logitcache.models.pruned import LAYERS
+from logitcache.runtime.console import logger
+from logitcache.runtime.device import own_randomness, resolve_device
+from logitcache.student.evaluation.cost import Contender, LatencyPlan, count_flops, count_parameters, latencies
+from logitcache.student.evaluation.evaluate import MODEL_FACTORY, read_run, require_known_source, stated_factory
+from logitcache.student.runs.run_directory import RunDirectory
+from logitcache.student.runs.run_result import RunResult
+from logitcache.student.runs.trained import EvaluationTransform, load_student, read_evaluation
+from logitcache.student.training import train
+from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
+from logitcache.views.augmentations.foreign import factories_of
+
+_SEARCH_STEPS = 4
+_TIMING = LatencyPlan(batch_sizes=(8,), warm_up=3, repeats=15)
+_ANY_SIZE = (64, 64)
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned and fine-tuned student beside its parent.
+
+    `flops` are the operations for one image, of which a multiplication and its addition are two. `zeros` is the share
+    of the weights of convolutions and linear layers that are zero. The parent's `top1` is that of its kept epoch.
+    """
+
+    parent: str
+    flops: int
+    flops_of_parent: int
+    num_parameters_of_parent: int
+    zeros: float
+    top1_of_parent: float | None
+    run: RunResult
+
+
+def prune(
+    run: str | Path,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    macs: float | None = None,
+    latency: float | None = None,
+    sparsity: float | None = None,
+    unpruned: Sequence[str] = (),
+    round_to: int = 8,
+    resume: bool = False,
+) -> PruneResult:
+    """Prune a run's network and train it further by the run's own recipe, into the folder `out`.
+
+    Give one target: a share of the parent's multiply-adds (`macs`) or of its time (`latency`, measured here in turns,
+    8 images at a time) by removing channels, or a share of weights to set to zero (`sparsity`). `overrides` change the
+    recipe, such as epochs=5. A stopped run continues with `resume`, to the same bytes. Raises RecipeError for a network
+    that cannot be pruned, and as training.
+    """
+    run = Path(run)
+    if set_here := [text for text in overrides if text.startswith(("model", "out=")) and text[:14] != MODEL_FACTORY]:
+        raise RecipeError(f"--set {set_here[0]}: prune sets the model and the folder itself.\n  Fix: leave it out")
+    recipe = read_run(run, overrides)
+    require_known_source(run, recipe, overrides)
+    shared = {
+        "path": str(run),
+        "factory": stated_factory(run, read_stored(run / "model.json"), overrides),
+        "trust": recipe.trust,
+        "image_size": _image_size(run),
+        "unpruned": tuple(unpruned),
+        "round_to": round_to,
+    }
+    if latency is not None:
+        macs = _begun_with(Path(out), resume) or _macs_for(latency, recipe, shared)
+    model = load_recipe(shared | {"kind": "pruned", "macs": macs, "sparsity": sparsity}, Pruned)
+    result = train(recipe.model_copy(update={"out": str(out), "model": model}), resume=resume)
+    return _compared(model, result)
+
+
+def _image_size(run: Path) -> tuple[int, int] | None:
+    """Return the height and width at which a run is evaluated; None if it did not record that."""
+    recorded, channels = read_evaluation(run), read_stored(run / "model.json").in_channels
+    if recorded is None or factories_of(recorded.augmentations):
+        return None
+    pixels = torch.zeros((channels, *_ANY_SIZE), dtype=torch.uint8)
+    height, width = EvaluationTransform(recorded.augmentations, channels)(pixels).shape[1:]
+    return height, width
+
+
+def _begun_with(out: Path, resume: bool) -> float | None:
+    """Return the share of multiply-adds that was chosen when a run to resume began; None if there is none."""
+    path = out / "recipe.yaml"
+    if not (resume and path.exists()):
+        return None
+    model = load_recipe(path, StudentRecipe if "cache" in read_recipe(path) else TeacherRecipe).model
+    return model.macs if isinstance(model, Pruned) else None
+
+
+def _macs_for(latency: float, recipe: TrainingRecipe, shared: Mapping[str, object]) -> float:
+    """Search the largest share of multiply-adds that takes at most a share of the parent's time, by bisection."""
+    device = resolve_device(recipe.device)
+    least, most, found = 0.0, 1.0, None
+    for step in range(1 + _SEARCH_STEPS):
+        macs = latency if step == 0 else (least + most) / 2
+        model = load_recipe(dict(shared) | {"kind": "pruned", "macs": macs}, Pruned)
+        pruned, parent = (Contender(each.to(device), recipe.precision) for each in (_built(model), _parent(model)))
+        _, timed = latencies(pruned, {"parent": parent}, _black(model).to(device), _TIMING)
+        assert timed.speed_up is not None, "it is the row of the parent"
+        share = 1 / timed.speed_up
+        logger.info(f"{macs:.2f} of the multiply-adds take {share:.2f} of the time")
+        if share <= latency:
+            least, found = macs, macs
+        else:
+            most = macs
+    if found is None:
+        raise RecipeError(
+            f"no share of the channels of {shared['path']} takes at most {latency} of its time on this machine.\n"
+            "  Fix: a larger `latency`, or a target of multiply-adds: macs"
+        )
+    return found
+
+
+def _built(model: Pruned | Run) -> Classifier:
+    """Build a network with its weights, in evaluation mode."""
+    stored = model.stored()
+    with own_randomness(torch.device("cpu"), 0):
+        built = model.build(stored.num_classes, stored.in_channels)
+    return Classifier(built.module, resolve_preprocessing(built, None, who=model.path)).eval()
+
+
+def _parent(model: Pruned) -> Classifier:
+    return _built(Run(path=model.path, factory=model.factory, trust=model.trust))
+
+
+def _black(model: Pruned) -> Tensor:
+    """Return an image of the size at which the run is evaluated, uint8 [C, H, W]."""
+    stored = model.stored()
+    size = model.image_size or stored.preprocessing.size or _ANY_SIZE
+    return torch.zeros((stored.in_channels, *size), dtype=torch.uint8)
+
+
+def _compared(model: Pruned, result: RunResult) -> PruneResult:
+    parent = _parent(model)
+    student = load_student(result.out, factory=model.factory, trust=model.trust).classifier
+    weights = [part.weight for part in student.modules() if isinstance(part, LAYERS)]
+    of_parent = RunDirectory(model.path).finished(RunResult)
+    return PruneResult(
+        parent=model.path,
+        flops=count_flops(student, _black(model)),
+        flops_of_parent=count_flops(parent, _black(model)),
+        num_parameters_of_parent=count_parameters(parent),
+        zeros=sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights),
+        top1_of_parent=None if of_parent is None else of_parent.top1,
+        run=result,
+    )
