@@ -23,6 +23,8 @@ _MODULES = {
     "report": ("figures",),
     "shipping.export": ("export",),
     "shipping.predict": ("predict",),
+    "shipping.prune": ("prune",),
+    "shipping.quantize": ("quantize",),
     "stage_one.derive.derive": ("DeriveRecipe", "derive"),
     "stage_one.precompute": ("PrecomputeRecipe", "precompute"),
     "student": ("losses",),
@@ -62,6 +64,8 @@ if TYPE_CHECKING:
     from logitcache.report import figures as figures
     from logitcache.shipping.export import export as export
     from logitcache.shipping.predict import predict as predict
+    from logitcache.shipping.prune import prune as prune
+    from logitcache.shipping.quantize import quantize as quantize
     from logitcache.stage_one.derive.derive import DeriveRecipe as DeriveRecipe, derive as derive
     from logitcache.stage_one.precompute import PrecomputeRecipe as PrecomputeRecipe, precompute as precompute
     from logitcache.student import losses as losses

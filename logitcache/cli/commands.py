@@ -208,6 +208,11 @@ _COMMANDS = {
         *(_SHIP, "quantize runs/fashion_mnist/student student.int8.onnx --latency", "how-to/ship-a-student.md"),
         "logitcache predict FILE IMAGE",
     ),
+    "prune": Command(
+        shipping.prune,
+        *(_SHIP, "prune runs/student runs/pruned --macs 0.5 --set epochs=3", "how-to/ship-a-student.md"),
+        "logitcache evaluate OUT --latency",
+    ),
     "report": Command(
         reports.report,
         *(_TWO, "report runs/ caches/fashion_mnist/train.zarr --out report.html"),

@@ -67,6 +67,7 @@ Trust = Annotated[
     ),
 ]
 
+Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
 Part = Annotated[
     str | None,
     Option("--part", metavar="I/N", help="Take each N-th shard only; 1/N to N/N make the whole, in any order."),

@@ -1,4 +1,4 @@
-"""The commands of shipping: export and quantize."""
+"""The commands of shipping: export, quantize and prune."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +11,7 @@ from logitcache.cli.common import (
     CommandResult,
     Overrides,
     Repeats,
+    Resume,
     Threads,
     Trust,
     WarmUp,
@@ -169,3 +170,54 @@ def quantize(
         latency=plan,
     )
     return CommandResult(asdict(result), follows=("predict", result.file, "IMAGE"))
+
+
+def prune(
+    run: Run,
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder of the pruned run.")],
+    overrides: Overrides,
+    trust: Trust,
+    macs: Annotated[
+        float | None,
+        Option("--macs", min=0.0, max=1.0, metavar="X", help="Remove channels until X of the multiply-adds are left."),
+    ] = None,
+    latency: Annotated[
+        float | None,
+        Option(
+            "--latency", min=0.0, max=1.0, metavar="X", help="Remove channels until a batch takes X of its time here."
+        ),
+    ] = None,
+    sparsity: Annotated[
+        float | None, Option("--sparsity", min=0.0, max=1.0, metavar="X", help="Set X of the weights to zero.")
+    ] = None,
+    unpruned: Annotated[
+        list[str], Option("--unpruned", metavar="LAYER", help="Leave a layer as it is; repeatable.")
+    ] = [],  # noqa: B006  # Typer's way
+    round_to: Annotated[
+        int, Option("--round-to", min=1, metavar="N", help="Leave a multiple of N channels in each layer.")
+    ] = 8,
+    resume: Resume = False,
+) -> CommandResult:
+    """Prune a trained model, and train what is left from the same cache.
+
+    Give one of --macs, --latency and --sparsity. OUT is an ordinary run: evaluate, predict, export and prune take it.
+    Fine-tuning follows the run's own recipe, which --set changes, as in --set epochs=3 --set optimizer.lr=1e-4.
+    """
+    if sum(target is not None for target in (macs, latency, sparsity)) != 1:
+        raise BadParameter("give one of the three", param_hint="--macs, --latency, --sparsity")
+    from logitcache.runtime.tables import as_text
+    from logitcache.shipping.prune import prune as pruned
+
+    result = pruned(
+        run,
+        out,
+        [*overrides, *granted(trust)],
+        macs=macs,
+        latency=latency,
+        sparsity=sparsity,
+        unpruned=unpruned,
+        round_to=round_to,
+        resume=resume,
+    )
+    document = asdict(result)
+    return CommandResult(document, as_text(document), follows=("evaluate", str(out), "--latency"))

@@ -12,6 +12,7 @@ from logitcache.cli.common import (
     Overrides,
     Recipe,
     Repeats,
+    Resume,
     Scheduler,
     Threads,
     Trust,
@@ -29,7 +30,6 @@ TeachersFrom = Annotated[
     Path | None,
     Option("--teachers-from", metavar="RECIPE", help="Take models of your own code from this precompute recipe."),
 ]
-Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
 
 
 def train_student(

@@ -65,7 +65,8 @@ __all__ = [
 ]
 
 Model = Annotated[
-    Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | Pruned | QuantizedRun | Custom, Field(discriminator="kind")
+    Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | Pruned | QuantizedRun | Custom,
+    Field(discriminator="kind"),
 ]
 
 

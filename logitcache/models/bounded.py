@@ -18,7 +18,7 @@ from logitcache.store.safe_files import require_bounded
 
 _MAX_HEADER_BYTES = 16 << 20
 _SLACK_VALUES = 1 << 24  # buffers that a network computes are in no file
-_TIMES = 4  # some constructors replace layers that they have made
+_TIMES = 4
 _MODULES_PER_TENSOR, _SLACK_MODULES = 32, 512
 
 
@@ -48,14 +48,14 @@ def held_in(weights: Path) -> Held:
     return Held(len(shapes), sum(shape.numel() for shape in shapes))
 
 
-def require_buildable(build: Callable[[], object], held: Held) -> None:
-    """Build a network without values; raise TooLarge as soon as it exceeds what its weights hold.
+def require_buildable(build: Callable[[], object], held: Held, times: int) -> None:
+    """Build a network without values; raise TooLarge as soon as it exceeds so many times what its weights hold.
 
     Constructors that compute with values are run on the CPU, within the same bounds.
     """
     for device in ("meta", "cpu"):
         try:
-            with own_randomness(torch.device("cpu"), 0), torch.device(device), _at_most(held):
+            with own_randomness(torch.device("cpu"), 0), torch.device(device), _at_most(held, times):
                 build()
         except TooLarge:
             raise
@@ -65,9 +65,9 @@ def require_buildable(build: Callable[[], object], held: Held) -> None:
 
 
 @contextmanager
-def _at_most(held: Held) -> Iterator[None]:
+def _at_most(held: Held, times: int) -> Iterator[None]:
     """Raise TooLarge if the modules that this thread makes in the block exceed the contents of a file."""
-    values = _TIMES * held.num_values + _SLACK_VALUES
+    values = times * held.num_values + _SLACK_VALUES
     modules = _MODULES_PER_TENSOR * held.num_tensors + _SLACK_MODULES
     thread = threading.get_ident()
 

@@ -10,17 +10,17 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.utils.flop_counter import FlopCounterMode
 
 from logitcache.config.recipe import Count
-from logitcache.errors import RecipeError
+from logitcache.errors import MissingExtraError, RecipeError
 from logitcache.models.base import BuiltModel
+from logitcache.models.operations import flops_of
 from logitcache.models.pruned_network import PrunedNetwork
 from logitcache.models.stored import Architecture, OfRun
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
-_SEARCH_STEPS = 5
+_SEARCH_STEPS, _MOST = 5, 0.95
 
 
 class Pruned(OfRun):
@@ -121,15 +121,15 @@ class Pruned(OfRun):
     def _with_fewer_channels(self, module: nn.Module, layers: dict[str, nn.Module], image: Tensor) -> nn.Module:
         """Remove the smallest share of channels that leaves at most `macs` of the multiply-adds, by bisection.
 
-        A share c of the channels keeps from c² (convolutions) to c (depthwise ones) of the multiply-adds.
+        A share c of the channels keeps from c² (convolutions) to c (depthwise ones) of a layer's multiply-adds.
         """
         assert self.macs is not None, "the validator asked for one of both"
-        most = multiply_adds(module, image) * self.macs
-        least, enough, found = 1 - math.sqrt(self.macs), 1 - self.macs, None
+        most = flops_of(module, image) * self.macs
+        least, enough, found = 1 - math.sqrt(self.macs), _MOST if self.unpruned else 1 - self.macs, None
         share = enough
         for _ in range(1 + _SEARCH_STEPS):
             pruned = self._without(share, module, layers, image)
-            if pruned is None or multiply_adds(pruned, image) <= most:
+            if pruned is None or flops_of(pruned, image) <= most:
                 enough, found = share, found if pruned is None else pruned
             else:
                 least = share
@@ -147,13 +147,12 @@ class Pruned(OfRun):
     ) -> nn.Module | None:
         """Remove a share of the channels from a copy of a module; None if a layer would lose all of them.
 
-        Raises RecipeError if torch-pruning is not installed or cannot prune the module.
+        Raises RecipeError if torch-pruning cannot prune the module, MissingExtraError if it is not installed.
         """
         try:
             import torch_pruning
         except ImportError as error:
-            fix = "Fix: pip install 'logitcache[prune]'"
-            raise RecipeError(f"removing channels needs torch-pruning.\n  {fix}") from error
+            raise MissingExtraError("removing channels", "prune") from error
         module = copy.deepcopy(module).eval()
         left_out = [part for path, part in module.named_modules() if isinstance(part, LAYERS) and path not in layers]
         try:
@@ -216,11 +215,3 @@ def _unmasked(module: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(part, "weight") and any(isinstance(each, _Mask) for each in part.modules()):
             parametrize.remove_parametrizations(part, "weight", leave_parametrized=True)
     return module
-
-
-@torch.no_grad()
-def multiply_adds(module: nn.Module, image: Tensor) -> int:
-    """Count the multiply-adds of convolutions, matrix products and attention for images [B, C, H, W]."""
-    with FlopCounterMode(display=False) as counter:
-        module.eval()(image)
-    return int(counter.get_total_flops()) // 2

@@ -76,7 +76,7 @@ class PrunedNetwork(Component):
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the architecture and make its layers smaller.
 
-        Raises ValueError, LookupError or RuntimeError if the sizes are not those of a pruned network.
+        Raises LookupError or RuntimeError if the sizes are not those of a pruned network.
         """
         built = self.model.build(num_classes, in_channels)
         parts = dict(built.module.named_modules())
@@ -117,8 +117,10 @@ def _changed(before: nn.Module, after: nn.Module) -> dict[LayerSize, int | tuple
 
 def _shrink(part: nn.Module, name: str, shape: tuple[int, ...]) -> None:
     """Keep the first values of a parameter or buffer along each axis."""
-    value = part.get_parameter(name) if name in part._parameters else part.get_buffer(name)
+    value = {**part._parameters, **part._buffers}.get(name)
+    if value is None:
+        raise LookupError(f"a {type(part).__name__} has no '{name}'")
     if len(shape) != value.ndim or any(size > full for size, full in zip(shape, value.shape, strict=True)):
-        raise ValueError(f"'{name}' is {list(value.shape)} and cannot shrink to {list(shape)}")
+        raise IndexError(f"'{name}' is {list(value.shape)} and cannot shrink to {list(shape)}")
     kept: Tensor = value.detach()[tuple(slice(size) for size in shape)].clone()
     setattr(part, name, nn.Parameter(kept, requires_grad=value.requires_grad) if name in part._parameters else kept)

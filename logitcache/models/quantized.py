@@ -8,11 +8,12 @@ from logitcache.config.recipe import Component, Count
 from logitcache.models.base import BuiltModel
 from logitcache.models.custom import Custom
 from logitcache.models.fake_quantization import imitate_int8
+from logitcache.models.pruned_network import PrunedNetwork
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 
-Plain = Annotated[SmallCNN | Torchvision | Timm | Custom, Field(discriminator="kind")]
+Plain = Annotated[SmallCNN | Torchvision | Timm | Custom | PrunedNetwork, Field(discriminator="kind")]
 Side = Annotated[Count, Field(le=2048)]
 
 

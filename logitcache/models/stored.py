@@ -27,8 +27,12 @@ from logitcache.store.safe_files import read_bounded
 _MAX_BYTES = 1 << 20
 _MOST_SIDE, _MOST_COUNT = 2048, 1 << 20
 """Pixels of a side, and classes or channels, of a network that a file describes; of its options, all in all, too."""
+_TIMES, _TIMES_PRUNED = 4, 16
+"""How many values a network may take while it is built, for each in the file: some constructors replace layers."""
 
-Architecture = Annotated[SmallCNN | Torchvision | Timm | Custom | PrunedNetwork | Quantized, Field(discriminator="kind")]
+Architecture = Annotated[
+    SmallCNN | Torchvision | Timm | Custom | PrunedNetwork | Quantized, Field(discriminator="kind")
+]
 
 
 def unwrapped(model: Architecture) -> SmallCNN | Torchvision | Timm | Custom:
@@ -144,12 +148,14 @@ def _described(
     stored, digest = _read(description)
     source = _trusted(stored.model, description, factory).architecture()
     held = _held_in(weights)
+    network = source.model if isinstance(source, Quantized) else source
     if isinstance(unwrapped(source), Custom):
         return stored, source, held  # the user's own code
     beside = f"beside the path in a recipe: trust: {digest}"
     require_grant(source.risks(), digest, trust, str(description), beside)
     try:
-        require_buildable(partial(network.build, stored.num_classes, stored.in_channels), held)
+        times = _TIMES_PRUNED if isinstance(network, PrunedNetwork) else _TIMES
+        require_buildable(partial(network.build, stored.num_classes, stored.in_channels), held, times)
     except TooLarge as error:
         raise _unreadable(description, f"it describes another network than {weights.name} holds: {error}") from error
     return stored, source, held
@@ -238,6 +244,11 @@ class OfRun(Component):
         """Name the folder, and the function that builds the model if there is one."""
         function = () if self.factory is None else (f"the function '{self.factory}'",)
         return (f"the run '{self.path}'", *function)
+
+    def parent(self) -> dict[str, str]:
+        """Return the digest of the weights that training starts from, which a continuation must not change."""
+        with open(self._files[1], "rb") as file:
+            return {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
 
     def architecture(self) -> Architecture:
         """Return the entry that the run was built from."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from logitcache.config.recipe import require_effect
 from logitcache.errors import RecipeError, Stopped
-from logitcache.models import QuantizedRun
+from logitcache.models import Pruned, QuantizedRun
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import OwnRandomness, resolve_device, synchronize
 from logitcache.runtime.stopping import StopFlag, stop_flag
@@ -186,7 +186,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
     validator = open_validator(recipe, lesson.num_classes, validators)
     require_measurable(recipe, validator)
     identity = data.identity(recipe) | ({} if validator is None else {"validation": validator.identity()})
-    if isinstance(recipe.model, QuantizedRun):
+    if isinstance(recipe.model, Pruned | QuantizedRun):
         identity["parent"] = recipe.model.parent()
     directory.require_identity(identity)
     if (finished := directory.finished(RunResult)) is not None and finished.epochs >= recipe.epochs:

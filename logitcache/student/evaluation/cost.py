@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from logitcache.config.recipe import Component, Count
+from logitcache.models.operations import flops_of
 from logitcache.runtime.device import Precision, autocast, synchronize
 
 STUDENT = "student"
@@ -110,25 +109,9 @@ def count_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
 
 
-@torch.no_grad()
 def count_flops(model: nn.Module, image: Tensor) -> int:
     """Return the floating-point operations for an image, uint8 [C, H, W], as torch's FlopCounterMode counts them."""
-    model.eval()
-    with _countable(), FlopCounterMode(display=False) as counter:
-        model(image[None])
-    return int(counter.get_total_flops())
-
-
-@contextmanager
-def _countable() -> Iterator[None]:
-    """Keep torch from kernels that join what the counter knows only apart: those of whole attention layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    return flops_of(model, image[None])
 
 
 def latencies(
