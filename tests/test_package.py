@@ -107,6 +107,7 @@ MODULES = {
     "timm": "timm",
     "torch": "torch",
     "torchao": "torchao",
+    "torch-pruning": "torch_pruning",
     "torchvision": "torchvision",
     "trackio": "trackio",
     "typer": "typer",

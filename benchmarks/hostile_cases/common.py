@@ -168,15 +168,16 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
     "quantize": lambda folder, case: [
         *("quantize", "run", "again.int8.onnx", "--images", "4", "--least-agreement", "0")
     ],
+    "prune": lambda folder, case: ["prune", "run", "pruned", "--sparsity", "0.5"],
     "predict file": lambda folder, case: ["predict", "model.onnx", "images/a/00.png"],
     "log": lambda folder, case: ["log", "run", "--to", "tensorboard"],
     "run page": lambda folder, case: ["report", "run", "--points", "20"],
 }
 READERS = ("inspect", "verify", "summary", "gc", "train", "online", "check", "derive", "precompute", "plan")
 READERS += ("view", "suspects", "sweep", "page", "app")
-RUNS = ("evaluate", "resume", "teach", "start", "predict", "export", "quantize", "log", "run page", "app")
+RUNS = ("evaluate", "resume", "teach", "start", "predict", "export", "quantize", "prune", "log", "run page", "app")
 ALIKE = {"suspects": "summary", "sweep": "train", "view": "verify", "page": "inspect", "predict": "evaluate"}
-ALIKE |= {"export": "evaluate", "quantize": "evaluate"}
+ALIKE |= {"export": "evaluate", "quantize": "evaluate", "prune": "evaluate"}
 """Commands that read the same as others, and end with the same codes where a case does not say otherwise."""
 
 Prepare = Callable[[Path], Any]
