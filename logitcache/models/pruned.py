@@ -16,7 +16,8 @@ from logitcache.errors import MissingExtraError, RecipeError
 from logitcache.models.base import BuiltModel
 from logitcache.models.operations import flops_of
 from logitcache.models.pruned_network import PrunedNetwork
-from logitcache.models.stored import Architecture, OfRun
+from logitcache.models.quantized import Quantized
+from logitcache.models.stored import Architecture, OfRun, unwrapped
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -66,6 +67,8 @@ class Pruned(OfRun):
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the run's network with its final weights, and prune it. Raises RecipeError."""
+        if isinstance(super().architecture(), Quantized):
+            raise RecipeError(f"{self.path} is quantised, and no layers are left to prune.\n  Fix: prune before that")
         built = super().build(num_classes, in_channels)
         layers = self._layers(built.module)
         if self.sparsity is not None:
@@ -86,8 +89,7 @@ class Pruned(OfRun):
         return (_unmasked(module), before) if self.macs is None else (module, self._described(before, module))
 
     def _described(self, before: Architecture, module: nn.Module) -> PrunedNetwork:
-        unpruned = before.model if isinstance(before, PrunedNetwork) else before
-        return PrunedNetwork.of(unpruned, module, self._counts, self._size)
+        return PrunedNetwork.of(unwrapped(before), module, self._counts, self._size)
 
     @property
     def _counts(self) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Prune a run's network, and train what is left from the same cache."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,22 +9,20 @@ from torch import Tensor
 
 from logitcache.config.recipe import load_recipe, read_recipe
 from logitcache.errors import RecipeError
-from logitcache.models import Classifier, Pruned, Run, read_stored, resolve_preprocessing
+from logitcache.models import Classifier, Pruned, Run, resolve_preprocessing
 from logitcache.models.pruned import LAYERS
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness, resolve_device
+from logitcache.shipping.fine_tuning import evaluated_size, fine_tuning_recipe
 from logitcache.student.evaluation.cost import Contender, LatencyPlan, count_flops, count_parameters, latencies
-from logitcache.student.evaluation.evaluate import MODEL_FACTORY, read_run, require_known_source, stated_factory
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import RunResult
-from logitcache.student.runs.trained import EvaluationTransform, load_student, read_evaluation
+from logitcache.student.runs.trained import load_student
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
-from logitcache.views.augmentations.foreign import factories_of
 
 _SEARCH_STEPS = 4
 _TIMING = LatencyPlan(batch_sizes=(8,), warm_up=3, repeats=15)
-_ANY_SIZE = (64, 64)
 
 
 @dataclass(frozen=True)
@@ -64,33 +62,21 @@ def prune(
     that cannot be pruned, and as training.
     """
     run = Path(run)
-    if set_here := [text for text in overrides if text.startswith(("model", "out=")) and text[:14] != MODEL_FACTORY]:
-        raise RecipeError(f"--set {set_here[0]}: prune sets the model and the folder itself.\n  Fix: leave it out")
-    recipe = read_run(run, overrides)
-    require_known_source(run, recipe, overrides)
-    shared = {
-        "path": str(run),
-        "factory": stated_factory(run, read_stored(run / "model.json"), overrides),
-        "trust": recipe.trust,
-        "image_size": _image_size(run),
-        "unpruned": tuple(unpruned),
+    entry = {
+        "kind": "pruned",
+        "image_size": list(evaluated_size(run)),
+        "unpruned": list(unpruned),
         "round_to": round_to,
+        "sparsity": sparsity,
     }
     if latency is not None:
-        macs = _begun_with(Path(out), resume) or _macs_for(latency, recipe, shared)
-    model = load_recipe(shared | {"kind": "pruned", "macs": macs, "sparsity": sparsity}, Pruned)
-    result = train(recipe.model_copy(update={"out": str(out), "model": model}), resume=resume)
-    return _compared(model, result)
-
-
-def _image_size(run: Path) -> tuple[int, int] | None:
-    """Return the height and width at which a run is evaluated; None if it did not record that."""
-    recorded, channels = read_evaluation(run), read_stored(run / "model.json").in_channels
-    if recorded is None or factories_of(recorded.augmentations):
-        return None
-    pixels = torch.zeros((channels, *_ANY_SIZE), dtype=torch.uint8)
-    height, width = EvaluationTransform(recorded.augmentations, channels)(pixels).shape[1:]
-    return height, width
+        macs = _begun_with(Path(out), resume) or _macs_for(
+            latency, fine_tuning_recipe(run, out, entry | _ANY, overrides)
+        )
+    recipe = fine_tuning_recipe(run, out, entry | {"macs": macs}, overrides)
+    result = train(recipe, resume=resume)
+    assert isinstance(recipe.model, Pruned), "it is the entry of this function"
+    return _compared(recipe.model, result)
 
 
 def _begun_with(out: Path, resume: bool) -> float | None:
@@ -102,13 +88,14 @@ def _begun_with(out: Path, resume: bool) -> float | None:
     return model.macs if isinstance(model, Pruned) else None
 
 
-def _macs_for(latency: float, recipe: TrainingRecipe, shared: Mapping[str, object]) -> float:
+def _macs_for(latency: float, recipe: TrainingRecipe) -> float:
     """Search the largest share of multiply-adds that takes at most a share of the parent's time, by bisection."""
+    assert isinstance(recipe.model, Pruned), "it is the entry of `prune`"
     device = resolve_device(recipe.device)
     least, most, found = 0.0, 1.0, None
     for step in range(1 + _SEARCH_STEPS):
         macs = latency if step == 0 else (least + most) / 2
-        model = load_recipe(dict(shared) | {"kind": "pruned", "macs": macs}, Pruned)
+        model = recipe.model.model_copy(update={"macs": macs})
         pruned, parent = (Contender(each.to(device), recipe.precision) for each in (_built(model), _parent(model)))
         _, timed = latencies(pruned, {"parent": parent}, _black(model).to(device), _TIMING)
         assert timed.speed_up is not None, "it is the row of the parent"
@@ -120,7 +107,7 @@ def _macs_for(latency: float, recipe: TrainingRecipe, shared: Mapping[str, objec
             most = macs
     if found is None:
         raise RecipeError(
-            f"no share of the channels of {shared['path']} takes at most {latency} of its time on this machine.\n"
+            f"no share of the channels of {recipe.model.path} takes at most {latency} of its time on this machine.\n"
             "  Fix: a larger `latency`, or a target of multiply-adds: macs"
         )
     return found
@@ -141,8 +128,8 @@ def _parent(model: Pruned) -> Classifier:
 def _black(model: Pruned) -> Tensor:
     """Return an image of the size at which the run is evaluated, uint8 [C, H, W]."""
     stored = model.stored()
-    size = model.image_size or stored.preprocessing.size or _ANY_SIZE
-    return torch.zeros((stored.in_channels, *size), dtype=torch.uint8)
+    assert model.image_size is not None, "`prune` sets it"
+    return torch.zeros((stored.in_channels, *model.image_size), dtype=torch.uint8)
 
 
 def _compared(model: Pruned, result: RunResult) -> PruneResult:

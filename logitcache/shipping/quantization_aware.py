@@ -4,24 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from logitcache.config.recipe import load_recipe
 from logitcache.errors import RecipeError
-from logitcache.models import read_stored
 from logitcache.shipping.export import ExportResult, export
+from logitcache.shipping.fine_tuning import STATED, evaluated_size, fine_tuning_recipe
 from logitcache.shipping.metadata import Pixels
 from logitcache.student.evaluation.cost import LatencyPlan
-from logitcache.student.evaluation.evaluate import MODEL_FACTORY, read_run, require_known_source, stated_factory
 from logitcache.student.runs.run_result import RunResult
-from logitcache.student.runs.trained import EvaluationTransform, read_evaluation
 from logitcache.student.training import AnyRecipe, train
 
 _PART = 10
 """Training for int8 takes this part of the parent's epochs and learning rate, if these are not set."""
-_SIDE = 256
-_STATED = (MODEL_FACTORY, "validation", "dataset", "cache=", "trust=", "factories=")
-"""Overrides that say where images lie, and what may be called."""
 
 
 @dataclass(frozen=True)
@@ -42,30 +34,8 @@ def quantization_aware_recipe(
     RecipeError for a run whose losses read taps.
     """
     run = Path(run)
-    parent = read_run(run, [text for text in overrides if text.startswith(_STATED)])
-    require_known_source(run, parent, overrides)
-    stored, recorded = read_stored(run / "model.json"), read_evaluation(run)
-    size = stored.preprocessing.size
-    if size is None:
-        if recorded is None:
-            raise RecipeError(f"{run} did not record how its images were evaluated. Fix: train it with this release")
-        transform = EvaluationTransform(recorded.augmentations, stored.in_channels)
-        _, height, width = transform(torch.zeros(stored.in_channels, _SIDE, _SIDE, dtype=torch.uint8)).shape
-        size = height, width
-    entries = parent.model_dump(mode="json", by_alias=True)
-    entries["out"] = str(out)
-    entries["model"] = {
-        "kind": "quantized",
-        "path": str(run),
-        "input_size": list(size),
-        "keep_float": list(keep_float),
-        "factory": stated_factory(run, stored, overrides),
-    }
-    entries["epochs"] = max(1, parent.epochs // _PART // parent.views_per_image) * parent.views_per_image
-    entries["optimizer"]["lr"] = parent.optimizer.lr / _PART
-    entries["schedule"]["warmup_epochs"] = 0
-    others = [text for text in overrides if not text.startswith(MODEL_FACTORY)]
-    recipe = load_recipe(entries, type(parent), others)
+    model = {"kind": "quantized", "input_size": list(evaluated_size(run)), "keep_float": list(keep_float)}
+    recipe = fine_tuning_recipe(run, out, model, overrides, _PART)
     if recipe.taps:
         raise RecipeError(
             f"{run} learnt by losses that read its taps {recipe.taps}, which a recorded network has not.\n"
@@ -92,7 +62,7 @@ def train_quantized(
     """
     recipe = quantization_aware_recipe(run, out, overrides, keep_float)
     trained = train(recipe, resume=resume)
-    stated = [text for text in overrides if text.startswith(_STATED)]
+    stated = [text for text in overrides if text.startswith(STATED)]
     file = Path(out) / "model.int8.onnx"
     exported = export(out, file, stated, pixels=pixels, overwrite=overwrite or resume, latency=latency)
     return QuantizationAwareResult(str(run), trained, exported)
