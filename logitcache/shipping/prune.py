@@ -70,9 +70,8 @@ def prune(
         "sparsity": sparsity,
     }
     if latency is not None:
-        macs = _begun_with(Path(out), resume) or _macs_for(
-            latency, fine_tuning_recipe(run, out, entry | _ANY, overrides)
-        )
+        any_share = fine_tuning_recipe(run, out, entry | {"macs": latency}, overrides)
+        macs = _begun_with(Path(out), resume) or _macs_for(latency, any_share)
     recipe = fine_tuning_recipe(run, out, entry | {"macs": macs}, overrides)
     result = train(recipe, resume=resume)
     assert isinstance(recipe.model, Pruned), "it is the entry of this function"

@@ -37,6 +37,7 @@ def entry_of(kind: str, directory: Path) -> tuple[dict[str, Any], int]:
         "timm": ({"name": TINY_TIMM, "pretrained": False}, 1),
         "checkpoint": ({"model": {"kind": "small_cnn"}, "path": weights}, 1),
         "run": ({"path": str(directory / "run")}, 1),
+        "pruned": ({"path": str(directory / "run"), "macs": 0.6, "round_to": 2, "image_size": (28, 28)}, 1),
         "quantized": ({"path": str(directory / "run"), "input_size": (32, 32), "keep_float": ("3",)}, 1),
         "custom": (
             {
@@ -52,6 +53,8 @@ def entry_of(kind: str, directory: Path) -> tuple[dict[str, Any], int]:
 
 @pytest.mark.parametrize("kind", sorted(KINDS - {"bundled"}))
 def test_every_kind_predicts_and_can_be_stored(kind: str, tmp_path: Path) -> None:
+    if kind == "pruned":
+        pytest.importorskip("torch_pruning", reason="removing channels needs the extra prune")
     if kind == "quantized":
         pytest.importorskip("torchao", reason="training for int8 needs the extra quant")
     entry, channels = entry_of(kind, tmp_path)

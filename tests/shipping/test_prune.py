@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from logitcache.errors import LogitCacheError, MismatchError, MissingExtraError, RecipeError, Stopped
 from logitcache.models import Pruned, Run, SmallCNN, StoredModel, Timm, Torchvision, kept, load_model, save_model
 from logitcache.models.base import default_preprocessing
+from logitcache.shipping.predict import predict
 from logitcache.shipping.prune import prune
 from logitcache.student.learner import Learner
 from logitcache.student.runs.trained import load_student
@@ -197,14 +199,36 @@ def _never(*_: object) -> list[float]:
     raise AssertionError("a run that began has chosen")
 
 
+def test_a_pruned_run_is_trained_for_int8_and_exported(parent: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="training for int8 needs the extra quant")
+    from logitcache.shipping.quantization_aware import train_quantized
+
+    prune(parent, tmp_path / "pruned", FAST, macs=0.5)
+    found = train_quantized(tmp_path / "pruned", tmp_path / "int8", ("epochs=1",))
+    stored = json.loads((tmp_path / "int8/model.json").read_text())["model"]
+    assert [stored["kind"], stored["model"]["kind"], stored["model"]["model"]["kind"]] == [
+        *("quantized", "pruned_network", "small_cnn")
+    ]
+    assert found.parent == str(tmp_path / "pruned")
+    (answer,) = predict(found.exported.file, [_picture(tmp_path)])
+    assert answer.error is None
+    with pytest.raises(RecipeError, match="prune before"):
+        prune(tmp_path / "int8", tmp_path / "again", FAST, macs=0.5)
+
+
+def _picture(folder: Path) -> Path:
+    Image.new("L", (28, 28), 128).save(folder / "picture.png")
+    return folder / "picture.png"
+
+
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "no target": ({}, "one of `macs` and `sparsity`"),
     "two": ({"macs": 0.5, "sparsity": 0.5}, "one of `macs` and `sparsity`"),
     "all": ({"macs": 1.0}, "less than 1"),
     "unknown layer": ({"macs": 0.5, "unpruned": ["nowhere"]}, "no layer 'nowhere'"),
     "unreachable": ({"macs": 0.01}, "cannot be reached"),
-    "a model": ({"macs": 0.5, "overrides": ["model.width=3"]}, "prune sets the model"),
-    "a folder": ({"macs": 0.5, "overrides": ["out=elsewhere"]}, "prune sets the model"),
+    "a model": ({"macs": 0.5, "overrides": ["model.width=3"]}, "the model is that of"),
+    "a folder": ({"macs": 0.5, "overrides": ["out=elsewhere"]}, "the model is that of"),
 }
 
 
