@@ -80,10 +80,9 @@ def quantize(
     """Quantise a finished run after training, to `out`, by default RUN/model.int8.onnx.
 
     Activations are calibrated on `num_images` unaugmented images of the data that the run learnt from. Layers of
-    `keep_float`, and the `keep_worst` ones whose quantisation alone changes the logits most, stay in float. Raises
-    `method`: by onnxruntime's `quantize_static`, or by torchao's PT2E (extra `quant`). Raises RecipeError for a model
-    that cannot be quantised, MismatchError if fewer than `least_agreement` answers are the
-    float run's; nothing is written then.
+    `keep_float`, and the `keep_worst` ones whose quantisation alone changes the logits most, stay in float. `method`
+    is onnxruntime's `quantize_static` or torchao's PT2E (extra `quant`). Raises RecipeError for a model that cannot be
+    quantised, MismatchError if fewer than `least_agreement` answers are the float run's; nothing is written then.
     """
     run = Path(run)
     file = new_file(run / "model.int8.onnx" if out is None else out, overwrite)
