@@ -94,6 +94,7 @@ def student(cache: Path, out: Path, **changes: Any) -> Path:
 
 RISKY = {
     "run": {"kind": "run", "path": "runs/x"},
+    "quantized": {"kind": "quantized", "path": "runs/x", "input_size": (32, 32)},
     "pruned": {"kind": "pruned", "path": "runs/x", "macs": 0.5},
     "checkpoint": {
         "kind": "checkpoint",
