@@ -72,8 +72,9 @@ class _Module:
     def __init__(self, path: Path) -> None:
         self.name = path.relative_to(PACKAGE).as_posix()
         self.tree = ast.parse(path.read_text())
-        self.functions = [node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef)]
-        self.around = {child: node for node in ast.walk(self.tree) for child in ast.iter_child_nodes(node)}
+        self.nodes = [*ast.walk(self.tree)]
+        self.functions = [node for node in self.nodes if isinstance(node, ast.FunctionDef)]
+        self.around = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
 
     def function_of(self, node: ast.AST) -> ast.AST:
         """Return the function around a node, or the module."""
@@ -151,8 +152,10 @@ def find_errors() -> list[Error]:
 
 
 def _made(module: _Module) -> Iterator[tuple[str, ast.expr, str]]:
-    validators = _validators(module.tree)
-    for node in ast.walk(module.tree):
+    validators = _validators(module.nodes)
+    for node in module.nodes:
+        if not isinstance(node, ast.Call | ast.Yield | ast.Return):
+            continue
         scope = module.function_of(node)
         function = getattr(scope, "name", "")
         match node:
@@ -180,10 +183,10 @@ def _message(name: str, arguments: Sequence[ast.expr], scope: ast.AST) -> Iterat
         yield form.format(*one) if name in shown else one[0]
 
 
-def _validators(tree: ast.AST) -> set[str]:
+def _validators(nodes: Sequence[ast.AST]) -> set[str]:
     """Return the names of functions that pydantic calls to validate."""
     found = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         match node:
             case ast.Call(func=ast.Name(id=name), args=[ast.Name(id=function), *_]) if name in _VALIDATORS:
                 found.add(function)
