@@ -38,7 +38,7 @@ def test_workers_of_a_loader_in_a_cycle_end_at_once(start_method):
     loader = ViewLoader(Views(Images(textured(8, 8, 8)), ViewSpec()), 2, start_method)
     before = set(multiprocessing.active_children())
     batches = loader.render([[ViewKey(0, index)] for index in range(8)])
-    next(batches)
+    next(batches), next(batches)  # one of each worker: both have started
     workers = set(multiprocessing.active_children()) - before
     cycle: list[object] = [loader, batches]
     cycle.append(cycle)
