@@ -20,7 +20,7 @@ from logitcache.models import Classifier, SmallCNN, Timm, Torchvision, default_p
 from logitcache.runtime.device import own_randomness
 from logitcache.shipping.exported import ExportedModel
 from logitcache.shipping.graph import PixelsToLogits, example, record, to_onnx
-from logitcache.shipping.latency import time_in_turns
+from logitcache.shipping.latency import file_latencies
 from logitcache.shipping.metadata import Metadata, Provenance
 from logitcache.shipping.parity import LEAST_AGREEMENT, TOLERANCE
 from logitcache.shipping.static_quantizer import StaticQuantizer, count_fused
@@ -70,8 +70,8 @@ def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
         yield Row(f"{name}: difference", 1e6 * difference, 1e6 * TOLERANCE, "e-6", at_most=True)
         agreement = float((own.argmax(dim=1) == other.argmax(dim=1)).to(torch.float32).mean())
         yield Row(f"{name}: agreement", 100 * agreement, 100 * LEAST_AGREEMENT, "%")
-        (turns,) = time_in_turns(lambda threads, model=classifier: model, file.session, images[0], plan)
-        yield Row(f"{name}: eager / ONNX", turns.speed_up, 0.0, note=f"{1e3 * turns.second_seconds:.2f} ms")
+        (turns,) = file_latencies(lambda threads, model=classifier: model, file.session, images[0], plan)
+        yield Row(f"{name}: eager / ONNX", turns.speed_up, 0.0, note=f"{1e3 * turns.file_seconds:.2f} ms")
         try:
             data = StaticQuantizer(file.data, images[:32], metadata).quantize()
         except RecipeError as error:
@@ -79,7 +79,7 @@ def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
             continue
         int8 = ExportedModel(folder / "int8.onnx", data, metadata)
         fused = count_fused(data, name)
-        (turns,) = time_in_turns(file.session, int8.session, images[0], plan)
+        (turns,) = file_latencies(file.session, int8.session, images[0], plan)
         note = f"{fused['integer']} of {fused['all']} operators on integers, {fused['float_layers']} layers in float"
         yield Row(f"{name}: float / int8", turns.speed_up, GOALS.get(name, 0.0), note=note)
 

@@ -94,9 +94,13 @@ def quantize(
     ] = False,
     resume: Annotated[bool, Option("--resume", help="With --qat: continue from the last checkpoint.")] = False,
     method: Annotated[
-        Literal["onnxruntime", "pt2e"],
-        Option("--method", help="Quantise after training by onnxruntime, or by torchao's PT2E (extra quant)."),
-    ] = "onnxruntime",
+        Literal["onnxruntime", "pt2e"] | None,
+        Option(
+            "--method",
+            show_default="onnxruntime",
+            help="Quantise after training by onnxruntime, or by torchao's PT2E (extra quant).",
+        ),
+    ] = None,
     images: Annotated[
         int | None,
         Option("--images", min=1, metavar="N", show_default="256", help="Unaugmented training images to calibrate on."),
@@ -133,7 +137,7 @@ def quantize(
     plan = latency_plan(latency, batch_size, threads, repeats, warm_up)
     changes = [*overrides, *granted(trust)]
     if qat:
-        after = {"--images": images, "--keep-worst": keep_worst, "--sensitivity": sensitivity}
+        after = {"--method": method, "--images": images, "--keep-worst": keep_worst, "--sensitivity": sensitivity}
         if unused := [option for option, value in after.items() if value]:
             raise BadParameter("has no effect with --qat: it is of quantising after training", param_hint=unused)
         if out is None:
@@ -146,6 +150,7 @@ def quantize(
             changes,
             keep_float=keep_float,
             pixels=pixels,
+            least_agreement=least_agreement,
             resume=resume,
             overwrite=overwrite,
             latency=plan,
@@ -160,7 +165,7 @@ def quantize(
         out,
         changes,
         pixels=pixels,
-        method=method,
+        method=method or "onnxruntime",
         num_images=256 if images is None else images,
         keep_float=keep_float,
         keep_worst=keep_worst,

@@ -11,6 +11,9 @@ from torch.nn import functional
 from logitcache.config.recipe import Component, Count, Fraction, Positive
 from logitcache.errors import RecipeError
 
+Side = Annotated[Count, Field(le=2048)]
+"""Pixels of a side of the images of a network that a file describes."""
+
 
 class Preprocessing(Component):
     """How a model takes its pixels: (x / 255 - mean) / std, a number per channel, at `input_size`."""

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 from logitcache.config.recipe import Count
 from logitcache.errors import MissingExtraError, RecipeError
-from logitcache.models.base import BuiltModel
+from logitcache.models.base import BuiltModel, Side
 from logitcache.models.operations import flops_of
 from logitcache.models.pruned_network import PrunedNetwork
 from logitcache.models.quantized import Quantized
@@ -44,7 +44,7 @@ class Pruned(OfRun):
         description="Share of the weights of convolutions and linear layers to set to zero; their shapes stay.",
         examples=[0.8],
     )
-    image_size: tuple[Count, Count] | None = Field(
+    input_size: tuple[Side, Side] | None = Field(
         default=None,
         description="Height and width of the images for which multiply-adds are counted, in pixels; by default the "
         "input size of the run's model.",
@@ -100,11 +100,11 @@ class Pruned(OfRun):
     @property
     def _size(self) -> tuple[int, int]:
         """Height and width for which multiply-adds are counted."""
-        size = self.image_size or self.stored().preprocessing.size
+        size = self.input_size or self.stored().preprocessing.size
         if size is None:
             raise RecipeError(
                 f"the model of {self.path} takes images of any size, and multiply-adds depend on it.\n"
-                "  Fix: add the height and width that it is used at, as in image_size: [32, 32]"
+                "  Fix: add the height and width that it is used at, as in input_size: [32, 32]"
             )
         return size
 

@@ -4,18 +4,17 @@ import copy
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from logitcache.config.recipe import Component, Count
-from logitcache.models.base import BuiltModel
+from logitcache.models.base import BuiltModel, Side
 from logitcache.models.custom import Custom
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 
 Unpruned = Annotated[SmallCNN | Torchvision | Timm | Custom, Field(discriminator="kind")]
-_MOST_SIDE = 2048
 
 LayerSize = Literal[
     "in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "normalized_shape"
@@ -43,18 +42,12 @@ class PrunedNetwork(Component):
         description="Shapes of the pruned parameters and buffers, by their names.",
         examples=[{"layer1.0.conv1.weight": [40, 64, 3, 3]}],
     )
-    image_size: tuple[Count, Count] = Field(
+    input_size: tuple[Side, Side] = Field(
         description="Height and width of the images that the network was pruned for, in pixels.", examples=[[224, 224]]
     )
 
-    @model_validator(mode="after")
-    def _is_bounded(self) -> Self:
-        if max(self.image_size) > _MOST_SIDE:
-            raise ValueError(f"image_size {self.image_size} is above {_MOST_SIDE}")
-        return self
-
     @classmethod
-    def of(cls, model: Unpruned, module: nn.Module, counts: tuple[int, int], image_size: tuple[int, int]) -> Self:
+    def of(cls, model: Unpruned, module: nn.Module, counts: tuple[int, int], input_size: tuple[int, int]) -> Self:
         """Describe a pruned module by how it differs from its architecture before.
 
         `counts` are the numbers of classes and of input channels.
@@ -70,7 +63,7 @@ class PrunedNetwork(Component):
                 for name, value in module.state_dict().items()
                 if name in state and value.shape != state[name].shape
             },
-            image_size=image_size,
+            input_size=input_size,
         )
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
@@ -93,7 +86,7 @@ class PrunedNetwork(Component):
 
     def _try(self, module: nn.Module, in_channels: int) -> None:
         """Run the network on an image without values: layers that do not fit one another raise RuntimeError."""
-        image = torch.zeros((1, in_channels, *self.image_size), device="meta")
+        image = torch.zeros((1, in_channels, *self.input_size), device="meta")
         with torch.no_grad():
             copy.deepcopy(module).to("meta").eval()(image)
 

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from logitcache.config.recipe import Component, Count
-from logitcache.models.base import BuiltModel
+from logitcache.config.recipe import Component
+from logitcache.models.base import BuiltModel, Side
 from logitcache.models.custom import Custom
 from logitcache.models.fake_quantization import imitate_int8
 from logitcache.models.pruned_network import PrunedNetwork
@@ -14,7 +14,6 @@ from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 
 Plain = Annotated[SmallCNN | Torchvision | Timm | Custom | PrunedNetwork, Field(discriminator="kind")]
-Side = Annotated[Count, Field(le=2048)]
 
 
 class Quantized(Component):

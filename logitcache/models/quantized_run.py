@@ -5,9 +5,9 @@ from typing import Literal
 from pydantic import Field
 
 from logitcache.errors import RecipeError
-from logitcache.models.base import BuiltModel
+from logitcache.models.base import BuiltModel, Side
 from logitcache.models.fake_quantization import imitate_int8
-from logitcache.models.quantized import Quantized, Side
+from logitcache.models.quantized import Quantized
 from logitcache.models.stored import OfRun
 
 

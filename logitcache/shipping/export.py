@@ -13,7 +13,7 @@ from logitcache.models.fake_quantization import FakeQuantized, to_int8
 from logitcache.runtime.versions import versions
 from logitcache.shipping.exported import ExportedModel
 from logitcache.shipping.graph import PixelsToLogits, as_input, example, record, to_onnx, to_pt2
-from logitcache.shipping.latency import Predict, time_in_turns
+from logitcache.shipping.latency import FileLatency, Predict, file_latencies
 from logitcache.shipping.metadata import Arithmetic, Metadata, Pixels, Provenance
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare
 from logitcache.shipping.record import new_file, record_of, write_with_record
@@ -25,17 +25,6 @@ from logitcache.student.runs.trained import read_evaluation
 from logitcache.views.augmentations.foreign import factories_of
 
 Format = Literal["onnx", "pt2"]
-
-
-@dataclass(frozen=True)
-class ExportLatency:
-    """The median seconds of a batch on the CPU by turns: eager torch, and the file; `speed_up` is their ratio."""
-
-    batch_size: int
-    threads: int
-    eager_seconds: float
-    exported_seconds: float
-    speed_up: float
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class ExportResult:
     bytes: int
     weights: str
     parity: Parity
-    latencies: tuple[ExportLatency, ...]
+    latencies: tuple[FileLatency, ...]
 
 
 def export(
@@ -62,14 +51,16 @@ def export(
     pixels: Pixels = "uint8",
     format: Format = "onnx",
     tolerance: float = TOLERANCE,
+    least_agreement: float = LEAST_INT8_AGREEMENT,
     overwrite: bool = False,
     latency: LatencyPlan | None = None,
 ) -> ExportResult:
     """Export a finished run to `out`, by default RUN/model.onnx or RUN/model.pt2, with a record in JSON beside it.
 
     The graph takes images of the evaluation's size and normalises them. The file is compared with the run on the CPU
-    over all validation images before it is written. `overrides` name other images, as for `evaluate`. Raises
-    RecipeError for a model that cannot be exported, MismatchError for a file that answers otherwise.
+    over all validation images before it is written: logits may differ by `tolerance` times the largest logit (at least
+    1); of a run that imitated int8, `least_agreement` of the answers are equal. `overrides` name other images, as for
+    `evaluate`. Raises RecipeError for a model that cannot be exported, MismatchError for a file that answers otherwise.
     """
     run = Path(run)
     file = new_file(run / f"model.{format}" if out is None else out, overwrite)
@@ -83,11 +74,11 @@ def export(
     predictor = ExportedModel(file, data, metadata).session if format == "onnx" else _runs(program, pixels)
     parity = compare(opened.classifier, predictor(), opened.validator)
     if is_int8:  # the last bits of fused integer operators are other than those of their imitation
-        parity.require_agreement(f"'{file}'", LEAST_INT8_AGREEMENT)
+        parity.require_agreement(f"'{file}'", least_agreement)
     else:
         parity.require(f"'{file}'", tolerance)
     image = opened.validator.sample()[0]
-    turns = () if latency is None else time_in_turns(lambda threads: opened.classifier, predictor, image, latency)
+    turns = () if latency is None else file_latencies(lambda threads: opened.classifier, predictor, image, latency)
     result = ExportResult(
         run=str(run),
         file=str(file),
@@ -98,7 +89,7 @@ def export(
         bytes=len(data),
         weights=metadata.run.weights,
         parity=parity,
-        latencies=tuple(ExportLatency(*asdict(turn).values()) for turn in turns),
+        latencies=tuple(turns),
     )
     write_with_record(file, data, asdict(result), metadata)
     return result

@@ -6,18 +6,18 @@ from pydantic import Field, JsonValue, model_validator
 
 from logitcache.config.recipe import Component, Count
 from logitcache.models import Preprocessing
+from logitcache.models.base import Side
 from logitcache.student.runs.trained import Evaluation
 from logitcache.views.datasets.images.image_files import Orientation
 
 KEY = "logitcache"
 """The entry of an ONNX file's `metadata_props`, and of a .pt2 file's extra files, that holds it."""
 
-MOST_SIDE, MOST_COUNT = 2048, 1 << 20
-"""Pixels of a side, and classes or channels, of a file that is read."""
+MOST_COUNT = 1 << 20
+"""Classes or channels of a file that is read."""
 
 Pixels = Literal["uint8", "float"]
 Arithmetic = Literal["float32", "int8"]
-Side = Annotated[Count, Field(le=MOST_SIDE)]
 
 
 class Provenance(Component):

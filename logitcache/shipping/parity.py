@@ -15,7 +15,7 @@ from logitcache.student.evaluation.validation import Validator
 
 TOLERANCE, LEAST_AGREEMENT = 1e-4, 0.999
 LEAST_INT8_AGREEMENT = 0.9
-"""Of an int8 file with a run that imitated int8 in training."""
+"""Of an int8 file: with the float run, or with one that imitated int8 in training."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Parity:
         )
 
     def require_agreement(self, what: str, least: float) -> None:
-        """Raise MismatchError if the fraction of equal answers is below `least`."""
+        """Raise MismatchError if the fraction of equal answers of an int8 file is below `least`."""
         if self.agreement < least:
             raise MismatchError(
-                f"{what} is not written: it gives the float run's answer on {100 * self.agreement:.2f} % of "
+                f"{what} is not written: it gives the run's answer on {100 * self.agreement:.2f} % of "
                 f"{self.images} images, at least {100 * least:g} % are asked for.\n"
-                "  Fix: --keep-worst 3 keeps sensitive layers in float, --images takes more to calibrate; or lower "
+                "  Fix: --keep-float LAYER, more --images to calibrate on, or longer training with --qat; or a lower "
                 "--least-agreement"
             )
 

@@ -64,7 +64,7 @@ def prune(
     run = Path(run)
     entry = {
         "kind": "pruned",
-        "image_size": list(evaluated_size(run)),
+        "input_size": list(evaluated_size(run)),
         "unpruned": list(unpruned),
         "round_to": round_to,
         "sparsity": sparsity,
@@ -127,8 +127,8 @@ def _parent(model: Pruned) -> Classifier:
 def _black(model: Pruned) -> Tensor:
     """Return an image of the size at which the run is evaluated, uint8 [C, H, W]."""
     stored = model.stored()
-    assert model.image_size is not None, "`prune` sets it"
-    return torch.zeros((stored.in_channels, *model.image_size), dtype=torch.uint8)
+    assert model.input_size is not None, "`prune` sets it"
+    return torch.zeros((stored.in_channels, *model.input_size), dtype=torch.uint8)
 
 
 def _compared(model: Pruned, result: RunResult) -> PruneResult:

@@ -8,6 +8,7 @@ from logitcache.errors import RecipeError
 from logitcache.shipping.export import ExportResult, export
 from logitcache.shipping.fine_tuning import STATED, evaluated_size, fine_tuning_recipe
 from logitcache.shipping.metadata import Pixels
+from logitcache.shipping.parity import LEAST_INT8_AGREEMENT
 from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training import AnyRecipe, train
@@ -51,6 +52,7 @@ def train_quantized(
     *,
     keep_float: Sequence[str] = (),
     pixels: Pixels = "uint8",
+    least_agreement: float = LEAST_INT8_AGREEMENT,
     resume: bool = False,
     overwrite: bool = False,
     latency: LatencyPlan | None = None,
@@ -64,5 +66,13 @@ def train_quantized(
     trained = train(recipe, resume=resume)
     stated = [text for text in overrides if text.startswith(STATED)]
     file = Path(out) / "model.int8.onnx"
-    exported = export(out, file, stated, pixels=pixels, overwrite=overwrite or resume, latency=latency)
+    exported = export(
+        out,
+        file,
+        stated,
+        pixels=pixels,
+        least_agreement=least_agreement,
+        overwrite=overwrite or resume,
+        latency=latency,
+    )
     return QuantizationAwareResult(str(run), trained, exported)

@@ -15,29 +15,17 @@ from logitcache.shipping.calibration import calibration_images
 from logitcache.shipping.export import describe
 from logitcache.shipping.exported import ExportedModel, Session
 from logitcache.shipping.graph import PixelsToLogits, example, record, to_onnx
-from logitcache.shipping.latency import time_in_turns
+from logitcache.shipping.latency import FileLatency, file_latencies
 from logitcache.shipping.metadata import Metadata, Pixels
-from logitcache.shipping.parity import Parity, compare
+from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, Parity, compare
 from logitcache.shipping.record import new_file, record_of, write_with_record
 from logitcache.shipping.sensitivity import LayerSensitivity, measure_sensitivity
 from logitcache.shipping.static_quantizer import StaticQuantizer, count_fused, require_layers
 from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.evaluation.evaluate import open_run
 
-LEAST_AGREEMENT = 0.9
 _BATCH = 32
 Method = Literal["onnxruntime", "pt2e"]
-
-
-@dataclass(frozen=True)
-class Int8Latency:
-    """The median seconds of a batch on the CPU by turns, of the float file and the int8 file, and their ratio."""
-
-    batch_size: int
-    threads: int
-    float_seconds: float
-    int8_seconds: float
-    speed_up: float
 
 
 @dataclass(frozen=True)
@@ -58,7 +46,7 @@ class QuantizeResult:
     bytes: int
     operators: dict[str, int]
     parity: Parity
-    latencies: tuple[Int8Latency, ...]
+    latencies: tuple[FileLatency, ...]
     sensitivity: tuple[LayerSensitivity, ...]
 
 
@@ -73,7 +61,7 @@ def quantize(
     keep_float: Sequence[str] = (),
     keep_worst: int = 0,
     sensitivity: bool = False,
-    least_agreement: float = LEAST_AGREEMENT,
+    least_agreement: float = LEAST_INT8_AGREEMENT,
     overwrite: bool = False,
     latency: LatencyPlan | None = None,
 ) -> QuantizeResult:
@@ -103,7 +91,7 @@ def quantize(
     parity = compare(opened.classifier, predictor(), opened.validator)
     parity.require_agreement(f"'{file}'", least_agreement)
     image = opened.validator.sample()[0]
-    turns = () if latency is None else time_in_turns(_model(file, floating, metadata), predictor, image, latency)
+    turns = () if latency is None else file_latencies(_model(file, floating, metadata), predictor, image, latency)
     result = QuantizeResult(
         run=str(run),
         file=str(file),
@@ -115,7 +103,7 @@ def quantize(
         bytes=len(data),
         operators=count_fused(data, str(file)),
         parity=parity,
-        latencies=tuple(Int8Latency(*asdict(turn).values()) for turn in turns),
+        latencies=tuple(turns),
         sensitivity=rows,
     )
     warn_if_slow(result)

@@ -138,8 +138,8 @@ def _warn_of_rounding(manifest: Manifest) -> None:
         worst = max(entry.errors_of(LOGITS), key=lambda one: one.scaled, default=None)
         if worst is not None and worst.scaled > BOUND and isinstance(entry.logits, Dense):
             warnings.warn(
-                f"teachers.{name}: the logits have so large a common offset that float16 rounds away what tells classes"
-                f" apart: a mean KL divergence of {worst.mean:.2g} nats at T = {worst.temperature:g}. Fix: precompute "
+                f"teachers.{name}: the logits have so large a common offset that float16 rounds away differences of "
+                f"classes: a mean KL divergence of {worst.mean:.2g} nats at T = {worst.temperature:g}. Fix: precompute "
                 f"into another cache with teachers.{name}.logits: {{kind: dense, dtype: float32}}, or {{kind: uint8}} "
                 "or {kind: transform, step: 0.1}, which store each row without its offset",
                 TargetErrorWarning,

@@ -20,7 +20,7 @@ _KEPT = b"logitcache kept 1\n"
 _FIXES = {
     errno.EACCES: "make it readable and writable for you, or name another path",
     errno.EDQUOT: "free space within your quota, or name a path on another disk",
-    errno.EEXIST: "name another path, or remove what is there",
+    errno.EEXIST: "name another path, or remove that file or folder",
     errno.EFBIG: "raise the limit of file sizes of this shell or job (`ulimit -f unlimited`); the disk is not full",
     errno.EISDIR: "name a file, not a folder",
     errno.ELOOP: "name another path: symbolic links lead in a circle",

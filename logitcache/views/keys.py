@@ -103,7 +103,7 @@ class Draws(NamedTuple):
     def words(self, stream: str, ordinal: int, count: int) -> Words:
         """Return `count` words per key, [B, count], each uniform in 0..2³²-1.
 
-        `ordinal` tells apart several operations that draw from one stream.
+        `ordinal` distinguishes several operations that draw from one stream.
         """
         counter_low = STREAMS[stream] << 16 | ordinal << 8
         key = (self.seed & 0xFFFFFFFF, self.seed >> 32)

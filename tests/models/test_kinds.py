@@ -37,7 +37,7 @@ def entry_of(kind: str, directory: Path) -> tuple[dict[str, Any], int]:
         "timm": ({"name": TINY_TIMM, "pretrained": False}, 1),
         "checkpoint": ({"model": {"kind": "small_cnn"}, "path": weights}, 1),
         "run": ({"path": str(directory / "run")}, 1),
-        "pruned": ({"path": str(directory / "run"), "macs": 0.6, "round_to": 2, "image_size": (28, 28)}, 1),
+        "pruned": ({"path": str(directory / "run"), "macs": 0.6, "round_to": 2, "input_size": (28, 28)}, 1),
         "quantized": ({"path": str(directory / "run"), "input_size": (32, 32), "keep_float": ("3",)}, 1),
         "custom": (
             {

@@ -105,7 +105,7 @@ def test_pt2_answers_as_the_run(run: Path, tmp_path: Path, capsys: pytest.Captur
     assert json.loads(extra["logitcache.json"])["num_classes"] == 10
     (latency,) = document["latencies"]
     assert (latency["batch_size"], latency["threads"]) == (3, torch.get_num_threads())
-    assert latency["speed_up"] == pytest.approx(latency["eager_seconds"] / latency["exported_seconds"])
+    assert latency["speed_up"] == pytest.approx(latency["reference_seconds"] / latency["file_seconds"])
 
 
 def test_nothing_is_overwritten_unasked(run: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:

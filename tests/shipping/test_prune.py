@@ -64,7 +64,7 @@ def _flops(module: nn.Module, images: Tensor) -> int:
 def test_a_stored_pruned_network_is_the_one_that_was_pruned(name: str, tmp_path: Path) -> None:
     model, channels = NETWORKS[name]
     parent = _saved(tmp_path / "run", model, channels)
-    entry = Pruned(path=str(tmp_path / "run"), macs=0.5, image_size=(32, 32))
+    entry = Pruned(path=str(tmp_path / "run"), macs=0.5, input_size=(32, 32))
     built = entry.build(10, channels).module.eval()
     module, architecture = kept(entry, built)
     (tmp_path / "pruned").mkdir()
@@ -80,7 +80,7 @@ def test_a_stored_pruned_network_is_the_one_that_was_pruned(name: str, tmp_path:
 def test_removing_channels_is_setting_them_to_zero(tmp_path: Path) -> None:
     """Oracle: the parent, in which removed channels leave their normalisation as zeros."""
     parent = _saved(tmp_path / "run", SmallCNN(width=16), 1)
-    pruned = Pruned(path=str(tmp_path / "run"), macs=0.5, image_size=(28, 28)).build(10, 1).module.eval()
+    pruned = Pruned(path=str(tmp_path / "run"), macs=0.5, input_size=(28, 28)).build(10, 1).module.eval()
     removed = 0
     for before, after in zip(_norms(parent), _norms(pruned), strict=True):
         gone = ~torch.isin(before.weight, after.weight)
@@ -102,7 +102,7 @@ def test_what_was_pruned_can_be_pruned_again_and_is_described_by_its_first_archi
     _saved(tmp_path / "run", SmallCNN(width=32), 1)
     path, flops = "run", []
     for number in range(2):
-        entry = Pruned(path=str(tmp_path / path), macs=0.6, image_size=(28, 28), round_to=2)
+        entry = Pruned(path=str(tmp_path / path), macs=0.6, input_size=(28, 28), round_to=2)
         module, architecture = kept(entry, entry.build(10, 1).module)
         path = f"pruned{number}"
         (tmp_path / path).mkdir()
@@ -114,7 +114,7 @@ def test_what_was_pruned_can_be_pruned_again_and_is_described_by_its_first_archi
 
 def test_layers_of_the_user_s_choice_stay(tmp_path: Path) -> None:
     parent = _saved(tmp_path / "run", SmallCNN(width=16), 1)
-    entry = Pruned(path=str(tmp_path / "run"), macs=0.8, image_size=(28, 28), round_to=1, unpruned=("0.4",))
+    entry = Pruned(path=str(tmp_path / "run"), macs=0.8, input_size=(28, 28), round_to=1, unpruned=("0.4",))
     pruned = dict(entry.build(10, 1).module.named_modules())
     for name, part in parent.named_modules():
         if name.startswith("0.4.") and isinstance(part, nn.Conv2d):
@@ -245,14 +245,14 @@ def test_a_network_that_the_tracer_cannot_follow_is_refused_with_the_fix(tmp_pat
     model = Timm(name="vit_tiny_patch16_224", pretrained=False, options={"img_size": 32, "depth": 1})
     _saved(tmp_path / "run", model, 3)
     with pytest.raises(RecipeError, match=r"sparsity: 0\.5"):
-        Pruned(path=str(tmp_path / "run"), macs=0.5, image_size=(32, 32)).build(10, 3)
+        Pruned(path=str(tmp_path / "run"), macs=0.5, input_size=(32, 32)).build(10, 3)
 
 
 def test_without_torch_pruning_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _saved(tmp_path / "run", SmallCNN(width=16), 1)
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
     with pytest.raises(MissingExtraError, match=r"logitcache\[prune\]"):
-        Pruned(path=str(tmp_path / "run"), macs=0.5, image_size=(28, 28)).build(10, 1)
+        Pruned(path=str(tmp_path / "run"), macs=0.5, input_size=(28, 28)).build(10, 1)
 
 
 FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
@@ -264,7 +264,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
     "other axes": lambda stored: stored["shapes"].update({"0.0.weight": [8]}),
     "shapes that do not fit": lambda stored: stored["shapes"].update({"0.2.weight": [3]}),
     "no shapes": lambda stored: stored.update(shapes={}),
-    "a huge image": lambda stored: stored.update(image_size=[1 << 20, 1 << 20]),
+    "a huge image": lambda stored: stored.update(input_size=[1 << 20, 1 << 20]),
     "negative": lambda stored: stored["sizes"]["0.0"].update({"out_channels": -1}),
     "another attribute": lambda stored: stored["sizes"].update({"0.0": {"__class__": 3}}),
     "a pruned network inside": lambda stored: stored.update(model=json.loads(json.dumps(stored))),
@@ -274,7 +274,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("case", FORGERIES)
 def test_a_forged_description_is_refused(case: str, tmp_path: Path) -> None:
     _saved(tmp_path / "run", SmallCNN(width=16), 1)
-    entry = Pruned(path=str(tmp_path / "run"), macs=0.5, image_size=(28, 28))
+    entry = Pruned(path=str(tmp_path / "run"), macs=0.5, input_size=(28, 28))
     module, architecture = kept(entry, entry.build(10, 1).module)
     (tmp_path / "pruned").mkdir()
     save_model(tmp_path / "pruned", module, _stored(architecture, 1))

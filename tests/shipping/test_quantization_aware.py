@@ -13,6 +13,7 @@ from logitcache.cli.app import main
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import Classifier, Preprocessing, Quantized, SmallCNN, load_model, read_stored
 from logitcache.models.fake_quantization import FakeQuantized, imitate_int8, to_int8
+from logitcache.shipping.export import export
 from logitcache.shipping.quantization_aware import quantization_aware_recipe, train_quantized
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.runs.training_run import TrainingRun
@@ -111,7 +112,16 @@ def test_what_cannot_be_trained_for_int8_is_refused_with_the_reason(run: Path, q
     with pytest.raises(RecipeError, match="no convolution or linear layer"):
         imitate_int8(nn.Sequential(nn.AvgPool2d(2), nn.Flatten()), 1, (8, 8))
     assert main(["quantize", str(run), "--qat"]) == 2
+    for option in (["--method", "pt2e"], ["--images", "4"], ["--keep-worst", "1"], ["--sensitivity"]):
+        assert main(["quantize", str(run), str(tmp_path / "unused"), "--qat", *option]) == 2
+    assert not (tmp_path / "unused").exists()
     assert main(["quantize", str(run), "--resume"]) == 2
+
+
+def test_the_least_agreement_of_the_caller_holds_for_the_file(quantized: Path, tmp_path: Path) -> None:
+    with pytest.raises(MismatchError, match="at least 110 %"):
+        export(quantized, tmp_path / "model.onnx", least_agreement=1.1)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_layers_that_are_kept_have_no_quantiser() -> None:

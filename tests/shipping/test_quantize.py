@@ -14,8 +14,9 @@ from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import load_model
 from logitcache.shipping.calibration import calibration_images
 from logitcache.shipping.exported import ExportedModel, open_exported
+from logitcache.shipping.latency import FileLatency
 from logitcache.shipping.parity import Parity
-from logitcache.shipping.quantize import Int8Latency, QuantizeResult, quantize, warn_if_slow
+from logitcache.shipping.quantize import QuantizeResult, quantize, warn_if_slow
 from logitcache.shipping.static_quantizer import StaticQuantizer
 from logitcache.student.evaluation.evaluate import read_run
 from logitcache.views.datasets import open_dataset
@@ -122,7 +123,7 @@ def test_too_few_equal_answers_are_refused() -> None:
 def test_what_is_not_faster_is_reported(measured: QuantizeResult, caplog: pytest.LogCaptureFixture) -> None:
     from dataclasses import replace
 
-    rows = (Int8Latency(1, 2, 0.1, 0.2, 0.5), Int8Latency(32, 2, 0.2, 0.1, 2.0))
+    rows = (FileLatency(1, 2, 0.1, 0.2, 0.5), FileLatency(32, 2, 0.2, 0.1, 2.0))
     warn_if_slow(replace(measured, latencies=rows))
     told = [record.getMessage() for record in caplog.records if "not faster" in record.getMessage()]
     assert len(told) == 1

@@ -85,7 +85,7 @@ def _deviation(rows: Tensor, images: Tensor) -> Tensor:
     fitted, judged = (rows[~held_out], rows[held_out]) if int(images.max()) >= HELD_OUT else (rows, rows)
     mean, vectors = _principal(fitted, images[~held_out] if len(fitted) < len(rows) else images)
     variance = ((judged - mean) @ vectors.T).square().mean(dim=0)
-    # Few rows tell a variance badly, and neighbours are alike, but for the first.
+    # Few rows estimate a variance badly, and neighbours are alike, but for the first.
     padded = torch.nn.functional.pad(variance[None, None], (SMOOTHED // 2,) * 2, mode="replicate")
     smooth = torch.nn.functional.avg_pool1d(padded, SMOOTHED, 1)[0, 0]
     return torch.cat([variance[:LEADING], smooth[LEADING:]]).sqrt()

@@ -29,7 +29,7 @@ def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
     """Raise MismatchError listing every way in which a recipe is another than one that continues or extends a cache."""
     lines = _differences(recorded, wanted)
     lacks = _lacks(recorded, wanted)
-    # More views, teachers and features are no fault, but tell a recipe of other teachers from one that leaves some out.
+    # More views, teachers and features are no fault, but a recipe of other teachers differs from one that omits some.
     if lines or lacks:
         raise MismatchError(
             f"{where} was made by another recipe:\n  "

@@ -132,7 +132,7 @@ def opened(title: str, width: int, height: int) -> str:
 
 
 def shortened(text: object, length: int = 22) -> str:
-    """Shorten a name in the middle: both its ends tell names apart."""
+    """Shorten a name in the middle: both its ends distinguish names."""
     name = str(text)
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"

@@ -84,7 +84,7 @@ def results(
 ) -> Generator[tuple[int, Any], None, None]:
     """Yield the number of each item and what the opened function returns for it, as results arrive.
 
-    `name` tells the function from others on one scheduler: clients share tasks of the same key. With `on_gpus` only
+    `name` identifies the function on a scheduler, where clients share tasks of the same key. With `on_gpus` only
     workers with GPUs are used, if there are any. Raises what the function raises, RecipeError if no scheduler answers
     in `patience` seconds, LostScheduler if it is lost later.
     """

@@ -176,7 +176,7 @@ class Remote:
     def write(self, key: str, data: bytes | bytearray | memoryview, *, new: bool = False) -> None:
         """Write a file whole or not at all; with `new` raise FileExistsError if there is one, and if the storage can.
 
-        An attempt that seemed to fail may have written it: after FileExistsError compare what is there.
+        An attempt that seemed to fail may have written it: after FileExistsError compare the stored bytes.
         """
         self._require_listable()
         content = bytes(data)

@@ -3,9 +3,10 @@
 import itertools
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -133,29 +134,39 @@ def latencies(
     return tuple(rows)
 
 
-@torch.inference_mode()
 def median_seconds(timed: Sequence[tuple[Contender, Tensor]], threads: int, warm_up: int, repeats: int) -> list[float]:
-    """Return the median time of each model on its batch, uint8 [B, C, H, W].
-
-    Models take turns, so that what else the machine does meanwhile slows all of them.
-    """
-    seconds: list[list[float]] = [[] for _ in timed]
+    """Return the median seconds of each model on its batch, uint8 [B, C, H, W], timed in turns."""
     for contender, _ in timed:
         contender.model.eval()
-    with limited_threads(threads):
-        for _ in range(warm_up + repeats):
-            for (contender, pixels), found in zip(timed, seconds, strict=True):
-                synchronize(pixels.device)
+    return time_in_turns([partial(_predict, *one) for one in timed], threads, warm_up, repeats)
+
+
+def _predict(contender: Contender, pixels: Tensor) -> None:
+    with autocast(pixels.device, contender.precision):
+        contender.model(pixels)
+    synchronize(pixels.device)
+
+
+@torch.inference_mode()
+def time_in_turns(calls: Sequence[Callable[[], object]], threads: int, warm_up: int, repeats: int) -> list[float]:
+    """Return the median seconds of each call: in every round all are timed, in alternating order.
+
+    What else the machine does meanwhile then slows all of them. torch computes with so many threads; the first
+    `warm_up` rounds do not count.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    pairs = list(zip(calls, seconds, strict=True))
+    with _limited_threads(threads):
+        for number in range(warm_up + repeats):
+            for call, found in pairs[:: -1 if number % 2 else 1]:
                 started = time.perf_counter()
-                with autocast(pixels.device, contender.precision):
-                    contender.model(pixels)
-                synchronize(pixels.device)
+                call()
                 found.append(time.perf_counter() - started)
     return [max(statistics.median(found[warm_up:]), 1e-9) for found in seconds]
 
 
 @contextmanager
-def limited_threads(count: int) -> Iterator[None]:
+def _limited_threads(count: int) -> Iterator[None]:
     """Let torch compute with so many threads in the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -197,7 +197,7 @@ def _learnt_from(
 
 
 def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | TeacherRecipe:
-    """Read a run's recipe, but for its model, which `model.json` tells; `overrides` change it.
+    """Read a run's recipe, except its model, which `model.json` describes; `overrides` change it.
 
     No factory that a file names is left in it: what the user does not state again is refused or removed.
     """

@@ -1,6 +1,6 @@
 """The entry `search` of a sweep's recipe: how trials are chosen, what they vary, and what they are compared by."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,20 +10,6 @@ from logitcache.sweeps.search.space import RANGES, Space
 
 Objective = Literal["accuracy", "agreement", "latency", "parameters", "flops"]
 Objectives = Annotated[tuple[Objective, ...], Field(min_length=1)]
-
-_SPACE = Field(
-    description="Values by key of the student's recipe: a list of choices, a mapping that names them, or a range. "
-    "Keys with commas between them change together.",
-    examples=[{"optimizer.lr": {"kind": "log_uniform", "low": 1e-3, "high": 0.1}, "model.width": [4, 8, 16]}],
-)
-_TRIALS = Field(description="Trials of the whole search; it goes on if there are more than it had.", examples=[16])
-_OBJECTIVES: Any = Field(
-    default=("accuracy",),
-    description="What trials are compared by, after their last epoch: `accuracy` (top-1, or mean average precision) "
-    "and `agreement` with the teacher on the validation images, of which more is better; `latency`, `parameters` and "
-    "`flops` of the model, of which less is better.",
-)
-_SEED = Field(default=0, description="Seed of the choice of trials.")
 
 
 class Finalists(Component):
@@ -38,80 +24,78 @@ class Finalists(Component):
     )
 
 
-_FINALISTS = Field(
-    default=None,
-    description="Trials to train again with other seeds and compare with one another; by default none.",
-    examples=[{"seeds": 3}],
-)
+class SearchBase(Component):
+    """What all kinds of search have: the space, the number of trials, their objectives, and the finalists."""
+
+    space: Space = Field(
+        description="Values by key of the student's recipe: a list of choices, a mapping that names them, or a range. "
+        "Keys with commas between them change together.",
+        examples=[{"optimizer.lr": {"kind": "log_uniform", "low": 1e-3, "high": 0.1}, "model.width": [4, 8, 16]}],
+    )
+    trials: Count = Field(
+        description="Trials of the whole search; it goes on if there are more than it had.", examples=[16]
+    )
+    seed: Seed = Field(default=0, description="Seed of the choice of trials.")
+    objectives: Objectives = Field(
+        default=("accuracy",),
+        description="What trials are compared by, after their last epoch: `accuracy` (top-1, or mean average "
+        "precision) and `agreement` with the teacher on the validation images, of which more is better; `latency`, "
+        "`parameters` and `flops` of the model, of which less is better.",
+    )
+    finalists: Finalists | None = Field(
+        default=None,
+        description="Trials to train again with other seeds and compare with one another; by default none.",
+        examples=[{"seeds": 3}],
+    )
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        if len(set(self.objectives)) < len(self.objectives):
+            raise ValueError("objectives has one of them twice. Fix: each once")
+        for keys, values in self.space.items():
+            if isinstance(values, dict) and "kind" in values:
+                raise ValueError(
+                    f"space.{keys} is neither choices nor a range. Fix: a list, or a mapping with kind "
+                    f"({', '.join(RANGES)}), low and high, low being less than high"
+                )
+            if "," in keys and isinstance(values, Component):
+                raise ValueError(f"space.{keys}: a range is of one key. Fix: a list of lists, one value for each key")
+        return self
 
 
-class Random(Component):
+class Random(SearchBase):
     """Trials drawn at random: trial n depends on the seed, n and the key alone."""
 
     kind: Literal["random"] = "random"
-    space: Space = _SPACE
-    trials: Count = _TRIALS
     batch: Count | None = Field(
         default=None,
         description="Trials that train together, and of which halving keeps the best; by default all.",
         examples=[8],
     )
-    seed: Seed = _SEED
-    objectives: Objectives = _OBJECTIVES
-    finalists: Finalists | None = _FINALISTS
 
     @property
     def batch_size(self) -> int:
         """The number of trials that train together."""
         return self.batch or self.trials
 
-    @model_validator(mode="after")
-    def _is_possible(self) -> Self:
-        require_possible(self.space, self.objectives)
-        return self
 
-
-class Optuna(Component):
+class Optuna(SearchBase):
     """Trials that learn from those before, by Optuna; needs `pip install 'logitcache[tune]'`.
 
     Of one objective by TPE (Bergstra et al. 2011), of several by NSGA-II (Deb et al. 2002).
     """
 
     kind: Literal["optuna"] = "optuna"
-    space: Space = _SPACE
-    trials: Count = _TRIALS
     batch: Count = Field(
         default=8,
         description="Trials that are chosen and train together; those of them that halving leaves are a generation of "
         "NSGA-II.",
     )
-    seed: Seed = _SEED
-    objectives: Objectives = _OBJECTIVES
-    finalists: Finalists | None = _FINALISTS
 
     @property
     def batch_size(self) -> int:
         """The number of trials that train together."""
         return self.batch
 
-    @model_validator(mode="after")
-    def _is_possible(self) -> Self:
-        require_possible(self.space, self.objectives)
-        return self
-
 
 Search = Annotated[Random | Optuna, Field(discriminator="kind")]
-
-
-def require_possible(space: Space, objectives: Objectives) -> None:
-    """Raise ValueError for an objective that is named twice, and for a range that is none."""
-    if len(set(objectives)) < len(objectives):
-        raise ValueError("objectives has one of them twice. Fix: each once")
-    for keys, values in space.items():
-        if isinstance(values, dict) and "kind" in values:
-            raise ValueError(
-                f"space.{keys} is neither choices nor a range. Fix: a list, or a mapping with kind "
-                f"({', '.join(RANGES)}), low and high, low being less than high"
-            )
-        if "," in keys and isinstance(values, Component):
-            raise ValueError(f"space.{keys}: a range is of one key. Fix: a list of lists, one value for each key")

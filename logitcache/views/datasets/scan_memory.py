@@ -47,7 +47,7 @@ class Scan(NamedTuple):
 class ScanMemory:
     """The memory of one data set that is made of the files below `root` and of nothing else.
 
-    `files` names them, if they are known; else all are looked at. `name` tells apart what is made of the same files:
+    `files` names them, if they are known; else all are looked at. `name` distinguishes results of the same files:
     options and the versions that decode them. `opened_ns` is a moment before the files were opened: the data set may
     hold them in memory, so a file that changed since then makes the memory unusable.
     """

@@ -71,7 +71,7 @@ def key_of(name: str) -> str:
 
 
 def index_of(shard: Shard, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
-    """Return the state of an archive and its samples; reads it if it is new, has changed or cannot tell.
+    """Return the state of an archive and its samples; reads it if it is new, has changed, or if its state is unknown.
 
     Raises DataError naming the archive and the member for what is missing, broken or ambiguous, and CancelledError
     once the event is set.
