@@ -27,7 +27,10 @@ def log(
 
 
 def report(
-    paths: Annotated[list[str], Argument(metavar="RUN|SWEEP|CACHE...", help="Runs, folders of runs, and caches.")],
+    paths: Annotated[
+        list[str],
+        Argument(metavar="RUN|SWEEP|FILE|CACHE...", help="Runs, folders of runs, exported ONNX files, and caches."),
+    ],
     overrides: Overrides,
     trust: Trust,
     out: Annotated[Path, Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
@@ -39,7 +42,7 @@ def report(
     ] = 500,
     latency: Annotated[bool, Option("--latency", help="Time the models that are run, too.")] = False,
 ) -> CommandResult:
-    """Write one self-contained HTML page on runs, sweeps and caches.
+    """Write one self-contained HTML page on runs, sweeps, exported files and caches.
 
     Curves, comparisons, calibration, confusion against the teacher, representations, views, encoding errors and
     provenance; every figure has its data as CSV. --measure 0 reads files alone.

@@ -22,8 +22,11 @@ from logitcache.cli.common import (
     latency_plan,
 )
 from logitcache.errors import RecipeError
+from logitcache.runtime.tables import TableFormat
 
 if TYPE_CHECKING:
+    from logitcache.shipping.model_table import ModelTable
+    from logitcache.student.evaluation.evaluate import EvaluationResult
     from logitcache.student.runs.run_result import RunResult
 
 TeachersFrom = Annotated[
@@ -112,7 +115,7 @@ def sweep(
         Option("--baseline", metavar="CELL", help="The cell that others are compared with; by default the first."),
     ] = None,
     table: Annotated[
-        Literal["csv", "json", "markdown", "latex"] | None,
+        TableFormat | None,
         Option("--table", help="Print the comparison in a format, and no more."),
     ] = None,
     workers: Workers = None,
@@ -155,7 +158,9 @@ def _trained(result: "RunResult", is_shown: bool) -> CommandResult:
 
 
 def evaluate(
-    run: Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")],
+    models: Annotated[
+        list[Path], Argument(metavar="RUN|FILE...", help="Folders made by training, and exported ONNX files.")
+    ],
     overrides: Overrides,
     trust: Trust,
     teachers_from: TeachersFrom = None,
@@ -166,27 +171,38 @@ def evaluate(
     threads: Threads = [],  # noqa: B006
     repeats: Repeats = None,
     warm_up: WarmUp = None,
+    table: Annotated[
+        TableFormat | None, Option("--table", help="Print the table of models in a format, and no more.")
+    ] = None,
 ) -> CommandResult:
-    """Measure a trained model again.
+    """Measure a trained model again; several, or an exported file, in one table beside their teachers.
 
-    On its own images, or with --set validation.… on others. If a teacher that you name cannot be built or run, the
-    figures are printed and the exit code is 2. The options from --batch-size to --warm-up need
-    --latency.
+    On the images of the first run, or with --set validation.… on others, which files alone need. If a teacher that you
+    name cannot be built or run, the figures are printed and the exit code is 2. The options from --batch-size to
+    --warm-up need --latency.
     """
     plan = latency_plan(latency, batch_size, threads, repeats, warm_up)
-    from logitcache.report.beside_teachers import evaluate_beside_teachers
+    from logitcache.report.beside_teachers import compare_beside_teachers, evaluate_beside_teachers
     from logitcache.runtime.tables import as_text
+    from logitcache.shipping.exported import is_exported
+    from logitcache.shipping.table_formats import format_models, shown_models
 
-    result = evaluate_beside_teachers(run, [*overrides, *granted(trust)], plan, teachers_from)
-    document = asdict(result)
-    shown = document if document["epoch"] is not None else document | {"epoch": "not recorded"}
+    changes = [*overrides, *granted(trust)]
+    result: EvaluationResult | ModelTable
+    if len(models) > 1 or is_exported(models[0]) or table is not None:
+        result = compare_beside_teachers(models, changes, plan, teachers_from)
+        shown = {"images": result.images, "device": result.device, "models": shown_models(result)}
+        text = as_text(shown) if table is None else format_models(result, table)
+    else:
+        result = evaluate_beside_teachers(models[0], changes, plan, teachers_from)
+        text = as_text(asdict(result) | ({} if result.epoch is not None else {"epoch": "not recorded"}))
     failed = tuple(
         f"teacher {name!r} is neither counted nor timed: {result.teachers_left_out[name]}"
         for name in result.teachers_failed
     )
     code = RecipeError.exit_code if failed else 0
-    follows = ("predict", str(run), "IMAGE")
-    return CommandResult(document, as_text(shown), failed, RecipeError.__name__, code, follows=follows)
+    follows = ("predict", str(models[0]), "IMAGE")
+    return CommandResult(asdict(result), text, failed, RecipeError.__name__, code, follows=follows)
 
 
 def predict(

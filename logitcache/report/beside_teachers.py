@@ -1,8 +1,9 @@
-"""Evaluate a run, and compare what the student and its teachers cost."""
+"""Evaluate runs and exported files beside their teachers."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import read_manifest
@@ -13,12 +14,16 @@ from logitcache.models import Checkpoint, Classifier
 from logitcache.report.recipe_check import load_own
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness, resolve_device
+from logitcache.shipping.exported import is_exported
+from logitcache.shipping.model_table import ModelTable, compare_models
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.evaluation.cost import Contender, LatencyPlan
 from logitcache.student.evaluation.evaluate import EvaluationResult, evaluate, is_stated, read_run, require_known_source
 from logitcache.student.live_teacher import LiveTeacher
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.teacher.online import recorded_risks, recorded_source
+
+R = TypeVar("R", EvaluationResult, ModelTable)
 
 
 def evaluate_beside_teachers(
@@ -35,8 +40,30 @@ def evaluate_beside_teachers(
     teachers, and for names that its cache does not have; CacheError if the cache of named teachers is gone.
     """
     built, left_out, named = _teachers(run, overrides, teachers_from)
-    result = evaluate(run, overrides, latency=latency, teachers=built)
-    left_out |= result.teachers_left_out
+    return _explained(evaluate(run, overrides, latency=latency, teachers=built), left_out, named)
+
+
+def compare_beside_teachers(
+    models: Sequence[Path],
+    overrides: Sequence[str] = (),
+    latency: LatencyPlan | None = None,
+    teachers_from: Path | None = None,
+) -> ModelTable:
+    """Compare runs, exported files and the teachers of the first run in one table.
+
+    With exported files all are measured on the CPU, which runs them. Raises as `evaluate_beside_teachers`.
+    """
+    runs = [model for model in models if not is_exported(model)]
+    changes = list(overrides) if len(runs) == len(models) else [*overrides, "device=cpu"]
+    if teachers_from is not None and not runs:
+        raise RecipeError("exported files name no teachers. Fix: name the run too, or leave out --teachers-from")
+    built, left_out, named = _teachers(runs[0], changes, teachers_from) if runs else ({}, {}, ())
+    return _explained(compare_models(models, changes, latency=latency, teachers=built), left_out, named)
+
+
+def _explained(result: R, left_out: Mapping[str, str], named: Collection[str]) -> R:
+    """Add, and print, why teachers are neither counted nor timed."""
+    left_out = {**left_out, **result.teachers_left_out}
     for name, reason in left_out.items():
         logger.info(f"teacher {name!r} is neither counted nor timed: {reason}")
     return replace(result, teachers_left_out=left_out, teachers_failed=tuple(sorted(left_out.keys() & named)))

@@ -1,16 +1,18 @@
-"""Results as text: tables on a terminal, aligned columns in a pipe, CSV."""
+"""Results as text: tables on a terminal, aligned columns in a pipe, CSV, Markdown, LaTeX."""
 
 import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from logitcache.runtime.console import visible
+
+TableFormat = Literal["csv", "json", "markdown", "latex"]
 
 MISSING = "-"
 LONGEST_LIST = 240
@@ -33,6 +35,31 @@ def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def as_markdown(rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()) -> str:
+    """Format rows of the same columns as a table of Markdown, with notes below it; nothing without rows."""
+    if not rows:
+        return ""
+    texts = [f"| {' | '.join(line)} |" for line in (list(rows[0]), *(list(row.values()) for row in rows))]
+    return "\n".join([texts[0], f"|{'---|' * len(rows[0])}", *texts[1:], "", *notes]) + "\n"
+
+
+def as_latex(rows: Sequence[Mapping[str, str]], notes: Sequence[str] = ()) -> str:
+    """Format rows of the same columns as a table of LaTeX, with notes as comments; nothing without rows."""
+    if not rows:
+        return ""
+    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (list(rows[0]), *(list(r.values()) for r in rows))]
+    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
+    return "\n".join([*(f"% {note}" for note in notes), begin, *body, r"\end{tabular}"]) + "\n"
+
+
+def _escaped(text: str) -> str:
+    """Escape what LaTeX obeys."""
+    for character in "\\&%$#_{}":
+        text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
+    return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
 
 
 def _print(console: Console, document: Mapping[str, Any]) -> None:

@@ -14,10 +14,17 @@ from logitcache.runtime.versions import versions
 from logitcache.shipping.exported import ExportedModel
 from logitcache.shipping.graph import PixelsToLogits, as_input, example, record, to_onnx, to_pt2
 from logitcache.shipping.latency import FileLatency, Predict, file_latencies
-from logitcache.shipping.metadata import Arithmetic, Metadata, Pixels, Provenance
+from logitcache.shipping.metadata import (
+    Arithmetic,
+    Metadata,
+    Pixels,
+    Provenance,
+    new_file,
+    record_of,
+    write_with_record,
+)
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare
-from logitcache.shipping.record import new_file, record_of, write_with_record
-from logitcache.student.evaluation.cost import LatencyPlan
+from logitcache.student.evaluation.cost import LatencyPlan, count_flops, count_parameters
 from logitcache.student.evaluation.evaluate import OpenedRun, open_run
 from logitcache.student.evaluation.predict import learns_several, orientation_of
 from logitcache.student.runs.run_directory import RunDirectory
@@ -118,7 +125,8 @@ def describe(run: Path, opened: OpenedRun, pixels: Pixels, arithmetic: Arithmeti
             "  Fix: validate on augmentations of the library, a resize and a crop"
         )
     stored, environment = read_stored(run / "model.json"), RunDirectory(str(run)).environment()
-    channels, height, width = opened.validator.sample().shape[1:]
+    image = opened.validator.sample()[0]
+    channels, height, width = image.shape
     return Metadata(
         pixels=pixels,
         shape=(channels, height, width),
@@ -133,5 +141,7 @@ def describe(run: Path, opened: OpenedRun, pixels: Pixels, arithmetic: Arithmeti
             weights=weights_digest(opened.classifier.module),
             learns_from=environment.learns_from,
             versions=versions(),
+            num_parameters=count_parameters(opened.classifier) or None,
+            flops=count_flops(opened.classifier, image) or None,
         ),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitcache.errors import MissingExtraError, RecipeError
 from logitcache.shipping.graph import as_input
@@ -59,15 +59,15 @@ class ExportedModel:
         return EvaluationTransform(self.metadata.evaluation.augmentations, self.metadata.shape[0])
 
 
-@dataclass(frozen=True)
-class Session:
-    """A session of onnxruntime, as a function of uint8 pixels."""
+class Session(nn.Module):
+    """A session of onnxruntime, as a module without parameters: uint8 pixels [B, C, h, w] in, logits [B, K] out."""
 
-    session: Any
-    metadata: Metadata
+    def __init__(self, session: Any, metadata: Metadata) -> None:
+        super().__init__()
+        self.session, self.metadata = session, metadata
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the logits [B, K] of uint8 pixels [B, C, h, w]. Raises RecipeError for other shapes."""
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Predict on the CPU. Raises RecipeError for other shapes."""
         if tuple(pixels.shape[1:]) != self.metadata.shape:
             raise RecipeError(
                 f"the exported model takes images {list(self.metadata.shape)}, not {list(pixels.shape[1:])}.\n"
@@ -98,9 +98,20 @@ def open_session(data: bytes, threads: int, who: str, optimized: Path | None = N
         raise unreadable(who, f"onnxruntime cannot open it ({str(error).splitlines()[0][:200]})") from error
 
 
+def is_exported(path: str | Path) -> bool:
+    """Return whether a path is that of an exported file, by its suffix, and not of a run."""
+    path = Path(path).expanduser()
+    return path.suffix in (".onnx", ".pt2") and not path.is_dir()
+
+
 def open_exported(path: str | Path) -> ExportedModel:
     """Read a file that `export` or `quantize` wrote. Raises RecipeError for a broken, foreign or unsafe one."""
     path = Path(path).expanduser()
+    if path.suffix == ".pt2":
+        raise RecipeError(
+            f"'{path}' is not read: files of torch.export can hold pickles, which run code.\n"
+            "  Fix: export the run as ONNX; or torch.export.load, if you trust the file"
+        )
     try:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from logitcache.errors import RecipeError
-from logitcache.shipping.exported import open_exported
+from logitcache.shipping.exported import is_exported, open_exported
 from logitcache.student.evaluation.predict import Prediction, Predictor, predict_images
 from logitcache.views.datasets.images.image_files import Orientation
 
@@ -35,7 +35,7 @@ def open_predictor(
 ) -> Predictor:
     """Open a run or an exported ONNX file to predict with; raises as `predict`."""
     path = Path(model)
-    if path.is_dir() or path.suffix != ".onnx":
+    if not is_exported(path):
         return Predictor.open(path, overrides, orientation, batch_size)
     if overrides:
         raise RecipeError(f"'{path}' has no recipe for {overrides[0]!r} to change. Fix: leave it out, or name a run")

@@ -16,11 +16,15 @@ from logitcache.shipping.export import describe
 from logitcache.shipping.exported import ExportedModel, Session
 from logitcache.shipping.graph import PixelsToLogits, example, record, to_onnx
 from logitcache.shipping.latency import FileLatency, file_latencies
-from logitcache.shipping.metadata import Metadata, Pixels
+from logitcache.shipping.metadata import Metadata, Pixels, new_file, record_of, write_with_record
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, Parity, compare
-from logitcache.shipping.record import new_file, record_of, write_with_record
-from logitcache.shipping.sensitivity import LayerSensitivity, measure_sensitivity
-from logitcache.shipping.static_quantizer import StaticQuantizer, count_fused, require_layers
+from logitcache.shipping.static_quantizer import (
+    LayerSensitivity,
+    StaticQuantizer,
+    count_fused,
+    measure_sensitivity,
+    require_layers,
+)
 from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.evaluation.evaluate import open_run
 

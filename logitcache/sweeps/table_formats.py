@@ -3,13 +3,10 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Literal
 
-from logitcache.runtime.tables import as_csv
+from logitcache.runtime.tables import TableFormat, as_csv, as_latex, as_markdown
 from logitcache.sweeps.comparison import Comparison, Difference, Row, Spread
 from logitcache.sweeps.search.trials import TrialResult
-
-TableFormat = Literal["csv", "json", "markdown", "latex"]
 
 PERCENT = frozenset({"top1", "best_top1", "mean_ap", "best_mean_ap", "f1_macro", "agreement"})
 """Measures that are fractions, and read as percentages."""
@@ -108,32 +105,6 @@ def _json(comparison: Comparison) -> str:
     return json.dumps(asdict(comparison), indent=2) + "\n"
 
 
-def _markdown(comparison: Comparison) -> str:
-    rows = shown_rows(comparison)
-    if not rows:
-        return ""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    texts = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([texts[0], f"|{'---|' * len(rows[0])}", *texts[1:], "", *notes(comparison)]) + "\n"
-
-
-def _latex(comparison: Comparison) -> str:
-    rows = shown_rows(comparison)
-    if not rows:
-        return ""
-    lines = [" & ".join(map(_escaped, line)) + r" \\" for line in (list(rows[0]), *(list(r.values()) for r in rows))]
-    body = [r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
-    begin = rf"\begin{{tabular}}{{l{'r' * (len(rows[0]) - 1)}}}"
-    return "\n".join([*(f"% {note}" for note in notes(comparison)), begin, *body, r"\end{tabular}"]) + "\n"
-
-
-def _escaped(text: str) -> str:
-    """Escape what LaTeX obeys."""
-    for character in "\\&%$#_{}":
-        text = text.replace(character, r"\textbackslash " if character == "\\" else f"\\{character}")
-    return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
-
-
 def notes(comparison: Comparison) -> list[str]:
     """State how cells were compared."""
     if not comparison.comparisons:
@@ -149,6 +120,6 @@ def notes(comparison: Comparison) -> list[str]:
 _FORMATS: dict[TableFormat, Callable[[Comparison], str]] = {
     "csv": _csv,
     "json": _json,
-    "markdown": _markdown,
-    "latex": _latex,
+    "markdown": lambda comparison: as_markdown(shown_rows(comparison), notes(comparison)),
+    "latex": lambda comparison: as_latex(shown_rows(comparison), notes(comparison)),
 }

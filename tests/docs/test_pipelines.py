@@ -1,5 +1,6 @@
 """The recipes and the loop under pipelines/ are what a user copies: each must work as it stands."""
 
+import json
 import re
 import runpy
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from logitcache.cli.app import main
 from logitcache.config.recipe import load_recipe
 from logitcache.report.recipe_check import RECIPES, check_recipes, command_of
 from logitcache.stage_one.derive.derive import DeriveRecipe, derive
@@ -132,6 +134,42 @@ def test_generations_and_an_ensemble_of_two_teachers_run(tmp_path: Path) -> None
     cache = filled("ensemble", tmp_path / "both.zarr", f"teachers.mine.model.path={tmp_path}/2")
     changes = [f"cache={cache}", *SHORT, f"out={tmp_path}/student"]
     assert train(load_recipe(PIPELINES / "ensemble" / "student.yaml", StudentRecipe, changes)).images == 400
+
+
+def test_a_student_is_pruned_trained_for_int8_and_exported_and_one_table_has_all_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for extra, module in (("prune", "torch_pruning"), ("quant", "torchao"), ("export", "onnxscript")):
+        pytest.importorskip(module, reason=f"the pipeline needs the extra {extra}")
+    cache, steps = filled("fashion_mnist", tmp_path / "c.zarr"), ("float", "pruned", "int8")
+    test = load_recipe(PIPELINES / "fashion_mnist/precompute_test.yaml", PrecomputeRecipe)
+    entries = test.model_dump(mode="json", by_alias=True) | {"cache": str(tmp_path / "test.zarr"), "num_workers": 0}
+    entries["dataset"]["num_images"] = 100
+    precompute(load_recipe(entries, PrecomputeRecipe))
+    shorter = {"float": ["schedule.warmup_epochs=0"], "pruned": ["schedule.warmup_epochs=0"], "int8": []}
+    for name, before, file in zip(steps, ("", *steps), ("student", "pruned", "int8"), strict=False):
+        changes = [f"cache={cache}", f"out={tmp_path / name}", f"validation.cache={tmp_path / 'test.zarr'}"]
+        changes += [f"model.path={tmp_path / before}"] * bool(before)
+        small = ["epochs=1", "num_workers=0", "device=cpu", *shorter[name]]
+        train(load_recipe(PIPELINES / "shipping" / f"{file}.yaml", StudentRecipe, [*changes, *small]))
+    models = [str(tmp_path / name) for name in (*steps, "int8.onnx")]
+    assert main(["export", models[2], models[3]]) == 0
+    capsys.readouterr()
+    timed = ["--latency", "--batch-size", "1", "--threads", "1", "--repeats", "2", "--warm-up", "1"]
+    assert main(["evaluate", *models, *timed, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["models"]
+    assert [row["model"] for row in rows] == [*models, "teacher teacher"]
+    assert [row["parent"] for row in rows] == [None, *models[:3], None]
+    assert rows[1]["macs"] <= 0.5 * rows[0]["macs"]
+    assert rows[1]["macs"] == rows[3]["macs"]
+    assert rows[3]["arithmetic"] == "int8"
+    assert rows[3]["parent_agreement"] >= 0.9
+    known = ("num_parameters", "macs", "bytes", "retention")
+    assert all(row[key] > 0 for row in rows for key in known)
+    assert all(row["measures"][key] is not None for row in rows for key in ("top1", "agreement", "ece"))
+    (teacher,) = rows[4]["latencies"]
+    for row in rows:
+        assert row["latencies"][0]["speed_up"] == teacher["seconds"] / row["latencies"][0]["seconds"]
 
 
 def test_two_teachers_are_made_one_without_images_and_a_student_learns_from_it(tmp_path: Path) -> None:

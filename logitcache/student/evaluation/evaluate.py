@@ -27,7 +27,7 @@ from logitcache.student.evaluation.multi_label import ClassPrecision, GroupPreci
 from logitcache.student.evaluation.single_label import ClassAccuracy, GroupAccuracy
 from logitcache.student.evaluation.validation import AnyMeasures, Validator, open_validator
 from logitcache.student.runs.run_directory import MAX_RECIPE_BYTES
-from logitcache.student.runs.trained import read_evaluation
+from logitcache.student.runs.trained import Evaluation, read_evaluation
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.datasets import Dataset, open_dataset
@@ -116,17 +116,22 @@ class OpenedRun(NamedTuple):
 def open_run(run: Path, overrides: Sequence[str] = ()) -> OpenedRun:
     """Load a finished run and open its validation images, or others by `overrides`. Raises as `evaluate`."""
     recipe = read_run(run, overrides)
-    device = resolve_device(recipe.device)
-    stored = read_stored(run / "model.json")
+    classifier = load_run(run, recipe, overrides)
+    num_classes = read_stored(run / "model.json").num_classes
+    validator = open_images(str(run), recipe, read_evaluation(run), num_classes)
+    assert recipe.validation is not None, "or there would be no images"
+    device, batch = resolve_device(recipe.device), min(recipe.validation.batch_size, validator.num_images)
+    require_memory(run, classifier, batch, device.type, "--set validation.batch_size=")
+    return OpenedRun(recipe, classifier, validator, device)
+
+
+def load_run(run: Path, recipe: TrainingRecipe, overrides: Sequence[str] = ()) -> Classifier:
+    """Load the network of a finished run onto the device of its recipe. Raises RecipeError."""
+    device, stored = resolve_device(recipe.device), read_stored(run / "model.json")
     # A network draws its first weights, which are then replaced.
     with own_randomness(device, recipe.seed):
         built = load_model(run, stated_factory(run, stored, overrides), recipe.trust)
-    classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run))).to(device).eval()
-    validator = _images(run, recipe, stored.num_classes)
-    assert recipe.validation is not None, "or there would be no images"
-    batch = min(recipe.validation.batch_size, validator.num_images)
-    require_memory(run, classifier, batch, device.type, "--set validation.batch_size=")
-    return OpenedRun(recipe, classifier, validator, device)
+    return Classifier(built.module, resolve_preprocessing(built, None, who=str(run))).to(device).eval()
 
 
 def require_memory(run: Path, classifier: Classifier, batch: int, device: str, option: str) -> None:
@@ -143,17 +148,17 @@ def require_memory(run: Path, classifier: Classifier, batch: int, device: str, o
         )
 
 
-def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
-    """Open the images to measure on; raises RecipeError if the recipe names none.
+def open_images(who: str, recipe: TrainingRecipe, recorded: Evaluation | None, num_classes: int) -> Validator:
+    """Open the images to measure a model on, of which `who` is the name; raises RecipeError if the recipe names none.
 
-    Images that the user names, without augmentations for them, are brought to the model as the run recorded it.
+    Images that the user names, without augmentations for them, are brought to the model as it was `recorded`.
     """
-    validation, recorded = recipe.validation, read_evaluation(run)
+    validation = recipe.validation
     stated = validation is None or validation.cache is not None or "augmentations" in validation.model_fields_set
     if validation is not None and not stated and recorded is not None:
         for factory in factories_of(recorded.augmentations):
             raise RecipeError(
-                f"{run} was evaluated through the factory '{factory}', and what a file names is never called.\n"
+                f"{who} was evaluated through the factory '{factory}', and what a file names is never called.\n"
                 "  Fix: name the augmentations too: --set validation.augmentations=[…]"
             )
         changed = validation.model_copy(update={"augmentations": recorded.augmentations})
@@ -161,7 +166,7 @@ def _images(run: Path, recipe: TrainingRecipe, num_classes: int) -> Validator:
     validator = open_validator(recipe, num_classes)
     if validator is None:
         raise RecipeError(
-            f"{run} names no images to measure on. Fix: --set validation.dataset=… or --set validation.cache=…"
+            f"{who} names no images to measure on. Fix: --set validation.dataset=… or --set validation.cache=…"
         )
     if recipe.measured_taps:
         require_features(validator)
