@@ -50,12 +50,13 @@ __all__ = [
     "StoredModel",
     "Timm",
     "Torchvision",
+    "architecture_of",
     "bundled_directory",
     "default_preprocessing",
-    "kept",
     "load_into",
     "load_model",
     "load_weights",
+    "plain",
     "read_state",
     "read_stored",
     "resolve_preprocessing",
@@ -70,6 +71,11 @@ Model = Annotated[
 ]
 
 
-def kept(model: Model, module: nn.Module) -> tuple[nn.Module, Architecture]:
-    """Return what a run stores of the module that it trained, and the architecture that loads it."""
-    return model.kept(module) if isinstance(model, Pruned) else (module, model.architecture())
+def architecture_of(model: Model, module: nn.Module) -> Architecture:
+    """Return the architecture from which the weights of a module are loaded again, which was built from an entry."""
+    return model.architecture_of(module) if isinstance(model, Pruned) else model.architecture()
+
+
+def plain(model: Model, module: nn.Module) -> nn.Module:
+    """Return a trained module as the architecture of its entry has it."""
+    return model.plain(module) if isinstance(model, Pruned) else module

@@ -80,13 +80,16 @@ class Pruned(OfRun):
 
     def architecture(self) -> Architecture:
         """Return the run's architecture, without the channels that pruning removes."""
-        before = super().architecture()
-        return before if self.macs is None else self._described(before, self.build(*self._counts).module)
+        return super().architecture() if self.macs is None else self.architecture_of(self.build(*self._counts).module)
 
-    def kept(self, module: nn.Module) -> tuple[nn.Module, Architecture]:
-        """Return a trained module as plain layers, and its architecture."""
+    def architecture_of(self, module: nn.Module) -> Architecture:
+        """Return the architecture of a module that was built from this entry."""
         before = super().architecture()
-        return (_unmasked(module), before) if self.macs is None else (module, self._described(before, module))
+        return before if self.macs is None else self._described(before, module)
+
+    def plain(self, module: nn.Module) -> nn.Module:
+        """Return a trained module as plain layers."""
+        return _unmasked(module) if self.macs is None else module
 
     def _described(self, before: Architecture, module: nn.Module) -> PrunedNetwork:
         return PrunedNetwork.of(unwrapped(before), module, self._counts, self._size)

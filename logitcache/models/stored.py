@@ -246,8 +246,14 @@ class OfRun(Component):
         return (f"the run '{self.path}'", *function)
 
     def parent(self) -> dict[str, str]:
-        """Return the digest of the weights that training starts from, which a continuation must not change."""
-        with open(self._files[1], "rb") as file:
+        """Return the digest of the weights that training starts from, which a continuation must not change.
+
+        Raises RecipeError if they are gone.
+        """
+        description, weights = self._files
+        read_stored(description)
+        _held_in(weights)
+        with open(weights, "rb") as file:
             return {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
 
     def architecture(self) -> Architecture:

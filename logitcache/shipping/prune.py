@@ -73,9 +73,21 @@ def prune(
         any_share = fine_tuning_recipe(run, out, entry | {"macs": latency}, overrides)
         macs = _begun_with(Path(out), resume) or _macs_for(latency, any_share)
     recipe = fine_tuning_recipe(run, out, entry | {"macs": macs}, overrides)
-    result = train(recipe, resume=resume)
     assert isinstance(recipe.model, Pruned), "it is the entry of this function"
-    return _compared(recipe.model, result)
+    parent, image = _parent(recipe.model), _black(recipe.model)
+    measured = RunDirectory(recipe.model.path).finished(RunResult)
+    result = train(recipe, resume=resume)
+    student = load_student(result.out, factory=recipe.model.factory, trust=recipe.model.trust).classifier
+    weights = [part.weight for part in student.modules() if isinstance(part, LAYERS)]
+    return PruneResult(
+        parent=recipe.model.path,
+        flops=count_flops(student, image),
+        flops_of_parent=count_flops(parent, image),
+        num_parameters_of_parent=count_parameters(parent),
+        zeros=sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights),
+        top1_of_parent=None if measured is None else measured.top1,
+        run=result,
+    )
 
 
 def _begun_with(out: Path, resume: bool) -> float | None:
@@ -129,19 +141,3 @@ def _black(model: Pruned) -> Tensor:
     stored = model.stored()
     assert model.input_size is not None, "`prune` sets it"
     return torch.zeros((stored.in_channels, *model.input_size), dtype=torch.uint8)
-
-
-def _compared(model: Pruned, result: RunResult) -> PruneResult:
-    parent = _parent(model)
-    student = load_student(result.out, factory=model.factory, trust=model.trust).classifier
-    weights = [part.weight for part in student.modules() if isinstance(part, LAYERS)]
-    of_parent = RunDirectory(model.path).finished(RunResult)
-    return PruneResult(
-        parent=model.path,
-        flops=count_flops(student, _black(model)),
-        flops_of_parent=count_flops(parent, _black(model)),
-        num_parameters_of_parent=count_parameters(parent),
-        zeros=sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights),
-        top1_of_parent=None if of_parent is None else of_parent.top1,
-        run=result,
-    )

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
-from logitcache.models import BuiltModel, Classifier, default_preprocessing, resolve_preprocessing
+from logitcache.models import (
+    BuiltModel,
+    Classifier,
+    StoredModel,
+    architecture_of,
+    default_preprocessing,
+    resolve_preprocessing,
+)
 from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
 from logitcache.reductions import Layout
@@ -39,6 +46,16 @@ def build_classifier(
     if validation is not None:
         _try(classifier, validation, lesson.num_classes, "the validation images")
     return classifier
+
+
+def describe(recipe: TrainingRecipe, classifier: Classifier, lesson: Lesson) -> StoredModel:
+    """Describe the model that a run will end with; reads what the recipe's model starts from, which may go later."""
+    return StoredModel(
+        model=None if recipe.model is None else architecture_of(recipe.model, classifier.module),
+        preprocessing=classifier.preprocessing,
+        num_classes=lesson.num_classes,
+        in_channels=len(classifier.preprocessing.mean),
+    )
 
 
 def decide_layouts(

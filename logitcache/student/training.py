@@ -15,7 +15,7 @@ from logitcache.models import Pruned, QuantizedRun
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import OwnRandomness, resolve_device, synchronize
 from logitcache.runtime.stopping import StopFlag, stop_flag
-from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts
+from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts, describe
 from logitcache.student.evaluation.validation import Validator, open_validator
 from logitcache.student.learner import Learner
 from logitcache.student.lesson import Lesson, LiveTargets, as_given
@@ -192,8 +192,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
     if (finished := directory.finished(RunResult)) is not None and finished.epochs >= recipe.epochs:
         logger.info(f"{directory.path} is finished, there is nothing to do")
         return finished
-    randomness = OwnRandomness(device, recipe.seed)
-    with randomness:
+    with (randomness := OwnRandomness(device, recipe.seed)):
         sample = None if validator is None else validator.sample()
         classifier = build_classifier(recipe, lesson, sample, model)
         layouts = decide_layouts(recipe, classifier, black(lesson))
@@ -206,9 +205,10 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
             class_names=stream.class_names(lesson.num_classes),
             epoch=recipe.epochs,
         )
+        stored = describe(recipe, classifier, lesson)
         locks.enter_context(directory.held())
         begins(directory)
-        run = TrainingRun(recipe, learner, randomness, directory, stream, validator, evaluation, lesson.num_classes)
+        run = TrainingRun(recipe, learner, randomness, directory, stream, validator, evaluation, stored)
         run.take_up(before)
         directory.open(recipe, identity)
         locks.enter_context(tracked(directory, recipe.trackers))

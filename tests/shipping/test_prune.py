@@ -15,7 +15,18 @@ from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from logitcache.errors import LogitCacheError, MismatchError, MissingExtraError, RecipeError, Stopped
-from logitcache.models import Pruned, Run, SmallCNN, StoredModel, Timm, Torchvision, kept, load_model, save_model
+from logitcache.models import (
+    Pruned,
+    Run,
+    SmallCNN,
+    StoredModel,
+    Timm,
+    Torchvision,
+    architecture_of,
+    load_model,
+    plain,
+    save_model,
+)
 from logitcache.models.base import default_preprocessing
 from logitcache.shipping.predict import predict
 from logitcache.shipping.prune import prune
@@ -66,7 +77,7 @@ def test_a_stored_pruned_network_is_the_one_that_was_pruned(name: str, tmp_path:
     parent = _saved(tmp_path / "run", model, channels)
     entry = Pruned(path=str(tmp_path / "run"), macs=0.5, input_size=(32, 32))
     built = entry.build(10, channels).module.eval()
-    module, architecture = kept(entry, built)
+    module, architecture = plain(entry, built), architecture_of(entry, built)
     (tmp_path / "pruned").mkdir()
     save_model(tmp_path / "pruned", module, _stored(architecture, channels))
     images = torch.randn(3, channels, 32, 32)
@@ -103,7 +114,8 @@ def test_what_was_pruned_can_be_pruned_again_and_is_described_by_its_first_archi
     path, flops = "run", []
     for number in range(2):
         entry = Pruned(path=str(tmp_path / path), macs=0.6, input_size=(28, 28), round_to=2)
-        module, architecture = kept(entry, entry.build(10, 1).module)
+        built = entry.build(10, 1).module
+        module, architecture = plain(entry, built), architecture_of(entry, built)
         path = f"pruned{number}"
         (tmp_path / path).mkdir()
         save_model(tmp_path / path, module, _stored(architecture, 1))
@@ -176,6 +188,35 @@ def test_a_run_begun_from_other_weights_is_refused(parent: Path, tmp_path: Path)
     save_model(tmp_path / "parent", module, StoredModel.model_validate_json((parent / "model.json").read_bytes()))
     with pytest.raises(MismatchError, match=r"parent\.weights"):
         prune(tmp_path / "parent", tmp_path / "run", (*FAST, "epochs=2"), sparsity=0.5, resume=True)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "run": {"kind": "run"},
+    "pruned": {"kind": "pruned", "macs": 0.5, "input_size": [28, 28]},
+    "masked": {"kind": "pruned", "sparsity": 0.5},
+    "quantized": {"kind": "quantized", "input_size": [28, 28]},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_finishes_without_its_parent_and_does_not_resume_without_it(
+    kind: str, parent: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "quantized":
+        pytest.importorskip("torchao", reason="training for int8 needs the extra quant")
+    shutil.copytree(parent, tmp_path / "parent")
+    recipe = student(tmp_path / "run", cache, epochs=1, model={**KINDS[kind], "path": str(tmp_path / "parent")})
+    end_step = Learner.end_step
+
+    def without_parent(self: Learner) -> None:
+        shutil.rmtree(tmp_path / "parent", ignore_errors=True)
+        end_step(self)
+
+    monkeypatch.setattr(Learner, "end_step", without_parent)
+    train(recipe)
+    assert load_student(tmp_path / "run").epoch == 1
+    with pytest.raises(RecipeError, match=r"parent is not a run: (?s:.*)Fix: "):
+        train(recipe.model_copy(update={"epochs": 2}), resume=True)
 
 
 def test_a_share_of_the_time_becomes_a_share_of_multiply_adds(
@@ -275,7 +316,8 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
 def test_a_forged_description_is_refused(case: str, tmp_path: Path) -> None:
     _saved(tmp_path / "run", SmallCNN(width=16), 1)
     entry = Pruned(path=str(tmp_path / "run"), macs=0.5, input_size=(28, 28))
-    module, architecture = kept(entry, entry.build(10, 1).module)
+    built = entry.build(10, 1).module
+    module, architecture = plain(entry, built), architecture_of(entry, built)
     (tmp_path / "pruned").mkdir()
     save_model(tmp_path / "pruned", module, _stored(architecture, 1))
     stored = json.loads((tmp_path / "pruned/model.json").read_text())

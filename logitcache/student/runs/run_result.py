@@ -6,7 +6,7 @@ from typing import Any, cast
 from safetensors.torch import save
 
 from logitcache.errors import RecipeError
-from logitcache.models import StoredModel, kept, load_weights, read_state, save_model, save_weights
+from logitcache.models import StoredModel, load_weights, plain, read_state, save_model, save_weights
 from logitcache.runtime.console import logger
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded, require_bounded
@@ -89,7 +89,7 @@ def best_epoch(rows: list[dict[str, Any]]) -> int:
 
 
 def save_kept(
-    recipe: TrainingRecipe, run: RunDirectory, learner: Learner, num_classes: int, evaluation: Evaluation
+    recipe: TrainingRecipe, run: RunDirectory, learner: Learner, stored: StoredModel, evaluation: Evaluation
 ) -> None:
     """Write the weights that the recipe keeps, and what it takes to use them."""
     classifier = learner.measured
@@ -98,15 +98,7 @@ def save_kept(
         with run.reading(run.best):
             require_bounded(run.best, most_bytes(classifier.state_dict()))
             load_weights(classifier.module, read_state(run.best), str(run.best))
-    module, architecture = classifier.module, None
-    if recipe.model is not None:
-        module, architecture = kept(recipe.model, module)
-    stored = StoredModel(
-        model=architecture,
-        preprocessing=classifier.preprocessing,
-        num_classes=num_classes,
-        in_channels=len(classifier.preprocessing.mean),
-    )
+    module = classifier.module if recipe.model is None else plain(recipe.model, classifier.module)
     save_model(run.path, module, stored)
     # What the losses trained beside the model, by the number of the loss.
     if adapters := {name: parameter.detach().cpu() for name, parameter in learner.adapters.named_parameters()}:

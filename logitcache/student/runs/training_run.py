@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from logitcache.errors import DivergenceError, MismatchError
+from logitcache.models import StoredModel
 from logitcache.runtime.device import OwnRandomness
 from logitcache.runtime.stopping import StopFlag
 from logitcache.student.evaluation.validation import Counted, Validator
@@ -43,12 +44,15 @@ class TrainingRun:
         stream: Stream,
         validator: Validator | None,
         evaluation: Evaluation,
-        num_classes: int,
+        stored: StoredModel,
     ) -> None:
-        """Wrap a learner; `evaluation` is the preprocessing of evaluation, its epoch not yet known."""
+        """Wrap a learner; `evaluation` is the preprocessing of evaluation, its epoch not yet known.
+
+        `stored` describes the model that the run ends with: nothing that training starts from is needed at its end.
+        """
         self.recipe, self.learner, self.directory, self.validator = recipe, learner, directory, validator
         self._randomness, self._stream, self._evaluation = randomness, stream, evaluation
-        self._num_batches, self._num_classes = len(stream.loader), num_classes
+        self._num_batches, self._stored = len(stream.loader), stored
         self._counted: Counted | None = None
 
     @property
@@ -195,7 +199,7 @@ class TrainingRun:
         rows, images = run.rows, recipe.epochs * loader.images_per_epoch
         last, kept = rows[-1], rows[best_epoch(rows) if recipe.keep == "best" else -1]
         evaluation = self._evaluation.model_copy(update={"epoch": kept["epoch"] + 1})
-        learner.ranks.by_first(lambda: save_kept(recipe, run, learner, self._num_classes, evaluation))
+        learner.ranks.by_first(lambda: save_kept(recipe, run, learner, self._stored, evaluation))
         measured = {name: kept.get(f"val_{name}") for name in (*SHOWN, "f1_micro")}
         of_epochs = {name: [row[f"val_{name}"] for row in rows if f"val_{name}" in row] for name in BEST}
         best = {f"best_{name}": max(values, default=None) for name, values in of_epochs.items()}
