@@ -132,7 +132,7 @@ def quantize(
     --qat goes on distilling from the run's cache with its losses and all else: the new run is one as any other, a
     tenth of the epochs long, by a tenth of the learning rate, unless --set chooses. Weights are signed 8-bit integers
     with a scale for each channel, activations unsigned ones. The file is compared with the run over all validation
-    images; after training, the integer operators that onnxruntime fuses are counted.
+    images, and the integer operators that onnxruntime fuses are counted.
     """
     plan = latency_plan(latency, batch_size, threads, repeats, warm_up)
     changes = [*overrides, *granted(trust)]
@@ -143,19 +143,22 @@ def quantize(
         if out is None:
             raise BadParameter("is missing: --qat trains a run, in a folder of its own", param_hint="OUT")
         from logitcache.shipping.quantization_aware import train_quantized
+        from logitcache.student.ranks import joined
 
-        made = train_quantized(
-            run,
-            out,
-            changes,
-            keep_float=keep_float,
-            pixels=pixels,
-            least_agreement=least_agreement,
-            resume=resume,
-            overwrite=overwrite,
-            latency=plan,
-        )
-        return CommandResult(asdict(made), follows=("predict", made.exported.file, "IMAGE"))
+        with joined() as ranks:
+            made = train_quantized(
+                run,
+                out,
+                changes,
+                keep_float=keep_float,
+                pixels=pixels,
+                least_agreement=least_agreement,
+                resume=resume,
+                overwrite=overwrite,
+                latency=plan,
+            )
+            follows = ("predict", made.exported.file, "IMAGE")
+            return CommandResult(asdict(made), is_shown=ranks.is_first, follows=follows)
     if resume:
         raise BadParameter("has no effect without --qat", param_hint="--resume")
     from logitcache.shipping.quantize import quantize as quantized

@@ -6,7 +6,7 @@ normalisation that follows a convolution is folded into it; any other keeps its 
 
 import copy
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, Self
 
 import torch
@@ -111,30 +111,43 @@ def calibrate(network: FakeQuantized, batches: Iterable[Tensor]) -> None:
 def to_int8(network: FakeQuantized) -> nn.Module:
     """Return the graph with int8 weights, and quantisation in place of its imitation."""
     _library()  # it registers the operators
+    library: Any = torch.ops.quantized_decomposed
+
+    def integers(graph: torch.fx.GraphModule, node: Any, quantizer: Any) -> Any:
+        bounds = quantizer.activation_post_process.quant_min, quantizer.activation_post_process.quant_max
+        if quantizer.ch_axis != -1:
+            weight = _attribute(graph, node.args[0])
+            quantizer(weight)
+            scales, zeros = quantizer.scale, quantizer.zero_point.to(torch.int64)
+            form = quantizer.ch_axis, *bounds, torch.int8
+            values = library.quantize_per_channel(weight, scales, zeros, *form)
+            kept = [
+                _keep(graph, f"{node.name}_{name}", tensor)
+                for name, tensor in (("int8", values), ("scale", scales), ("zero", zeros))
+            ]
+            return graph.graph.call_function(library.dequantize_per_channel.default, (*kept, *form))
+        form = float(quantizer.scale), int(quantizer.zero_point), *bounds, torch.uint8
+        made = graph.graph.call_function(library.quantize_per_tensor.default, (node.args[0], *form))
+        return graph.graph.call_function(library.dequantize_per_tensor.default, (made, *form))
+
+    return _without_quantizers(network, integers)
+
+
+def to_float(network: FakeQuantized) -> nn.Module:
+    """Return the graph with its weights in float, and no quantisation."""
+    return _without_quantizers(network, lambda graph, node, quantizer: node.args[0])
+
+
+def _without_quantizers(network: FakeQuantized, replaced: Callable[[torch.fx.GraphModule, Any, Any], Any]) -> nn.Module:
+    """Copy the graph, with another node in place of each that imitates quantisation: `replaced` makes it."""
     graph = copy.deepcopy(network).eval().graph
     assert isinstance(graph, torch.fx.GraphModule)
-    library: Any = torch.ops.quantized_decomposed
     for node in list(graph.graph.nodes):
         quantizer = _quantizer(graph, node)
         if quantizer is None:
             continue
-        bounds = quantizer.activation_post_process.quant_min, quantizer.activation_post_process.quant_max
         with graph.graph.inserting_before(node):
-            if quantizer.ch_axis != -1:
-                weight = _attribute(graph, node.args[0])
-                quantizer(weight)
-                scales, zeros = quantizer.scale, quantizer.zero_point.to(torch.int64)
-                form = quantizer.ch_axis, *bounds, torch.int8
-                integers = library.quantize_per_channel(weight, scales, zeros, *form)
-                kept = [
-                    _keep(graph, f"{node.name}_{name}", tensor)
-                    for name, tensor in (("int8", integers), ("scale", scales), ("zero", zeros))
-                ]
-                made = graph.graph.call_function(library.dequantize_per_channel.default, (*kept, *form))
-            else:
-                values = float(quantizer.scale), int(quantizer.zero_point), *bounds, torch.uint8
-                made = graph.graph.call_function(library.quantize_per_tensor.default, (node.args[0], *values))
-                made = graph.graph.call_function(library.dequantize_per_tensor.default, (made, *values))
+            made = replaced(graph, node, quantizer)
         node.replace_all_uses_with(made)
         graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()

@@ -3,17 +3,18 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from torch import nn
 from torch.export import ExportedProgram
 
 from logitcache.errors import RecipeError
-from logitcache.models import Classifier, read_stored, weights_digest
-from logitcache.models.fake_quantization import FakeQuantized, to_int8
+from logitcache.models import Classifier, Quantized, read_stored, weights_digest
+from logitcache.models.fake_quantization import FakeQuantized, to_float, to_int8
 from logitcache.runtime.versions import versions
 from logitcache.shipping.exported import ExportedModel
 from logitcache.shipping.graph import PixelsToLogits, as_input, example, record, to_onnx, to_pt2
-from logitcache.shipping.latency import FileLatency, Predict, file_latencies
+from logitcache.shipping.latency import FileLatency, Predict, file_latencies, warn_if_slow
 from logitcache.shipping.metadata import (
     Arithmetic,
     Metadata,
@@ -24,6 +25,7 @@ from logitcache.shipping.metadata import (
     write_with_record,
 )
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare
+from logitcache.shipping.static_quantizer import count_fused
 from logitcache.student.evaluation.cost import LatencyPlan, count_flops, count_parameters
 from logitcache.student.evaluation.evaluate import OpenedRun, open_run
 from logitcache.student.evaluation.predict import learns_several, orientation_of
@@ -36,7 +38,11 @@ Format = Literal["onnx", "pt2"]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported run: the file, its record beside it, and how it compares with the run."""
+    """An exported run: the file, its record beside it, and how it compares with the run.
+
+    `operators` are those that onnxruntime makes of an int8 file: all, those on integers, and layers with weights that
+    stayed in float; None of other files. An int8 file is timed against the same network in float.
+    """
 
     run: str
     file: str
@@ -46,6 +52,7 @@ class ExportResult:
     shape: tuple[int, ...]
     bytes: int
     weights: str
+    operators: dict[str, int] | None
     parity: Parity
     latencies: tuple[FileLatency, ...]
 
@@ -72,20 +79,19 @@ def export(
     run = Path(run)
     file = new_file(run / f"model.{format}" if out is None else out, overwrite)
     opened = open_run(run, [*overrides, "device=cpu"])
-    classifier, is_int8 = opened.classifier, isinstance(opened.classifier.module, FakeQuantized)
-    metadata = describe(run, opened, pixels, "int8" if is_int8 else "float32")
-    if isinstance(classifier.module, FakeQuantized):
-        classifier = Classifier(to_int8(classifier.module), classifier.preprocessing)
-    program = record(PixelsToLogits(classifier, pixels), example(metadata.shape, pixels))
-    data = to_onnx(program, metadata) if format == "onnx" else to_pt2(program, metadata)
-    predictor = ExportedModel(file, data, metadata).session if format == "onnx" else _runs(program, pixels)
-    parity = compare(opened.classifier, predictor(), opened.validator)
-    if is_int8:  # the last bits of fused integer operators are other than those of their imitation
+    network, image = opened.classifier.module, opened.validator.sample()[0]
+    metadata = describe(run, opened, pixels, "int8" if isinstance(network, FakeQuantized) else "float32")
+    made = _made(to_int8(network) if isinstance(network, FakeQuantized) else network, file, metadata, format)
+    parity = compare(opened.classifier, made.predictor(), opened.validator)
+    operators: dict[str, int] | None = None
+    turns: tuple[FileLatency, ...] = ()
+    if isinstance(network, FakeQuantized):  # the last bits of fused integer operators are other than those imitated
         parity.require_agreement(f"'{file}'", least_agreement)
+        operators = count_fused(made.data, str(file)) if format == "onnx" else None
     else:
         parity.require(f"'{file}'", tolerance)
-    image = opened.validator.sample()[0]
-    turns = () if latency is None else file_latencies(lambda threads: opened.classifier, predictor, image, latency)
+    if latency is not None:
+        turns = tuple(file_latencies(_reference(opened, file, metadata, format), made.predictor, image, latency))
     result = ExportResult(
         run=str(run),
         file=str(file),
@@ -93,13 +99,42 @@ def export(
         format=format,
         pixels=pixels,
         shape=metadata.shape,
-        bytes=len(data),
+        bytes=len(made.data),
         weights=metadata.run.weights,
+        operators=operators,
         parity=parity,
-        latencies=tuple(turns),
+        latencies=turns,
     )
-    write_with_record(file, data, asdict(result), metadata)
+    if isinstance(network, FakeQuantized):
+        kept = len(stored.keep_float) if isinstance(stored := read_stored(run / "model.json").model, Quantized) else 0
+        warn_if_slow(result.file, 0 if operators is None else operators["float_layers"] - kept, turns)
+    write_with_record(file, made.data, asdict(result), metadata)
     return result
+
+
+class _Made(NamedTuple):
+    """The bytes of a file, and what opens it to predict with a number of threads."""
+
+    data: bytes
+    predictor: Callable[..., Predict]
+
+
+def _made(network: nn.Module, file: Path, metadata: Metadata, format: Format) -> _Made:
+    """Turn a network into the bytes of a file. Raises RecipeError."""
+    shipped = PixelsToLogits(Classifier(network, metadata.preprocessing), metadata.pixels)
+    program = record(shipped, example(metadata.shape, metadata.pixels))
+    if format == "pt2":
+        return _Made(to_pt2(program, metadata), _runs(program, metadata.pixels))
+    data = to_onnx(program, metadata)
+    return _Made(data, ExportedModel(file, data, metadata).session)
+
+
+def _reference(opened: OpenedRun, file: Path, metadata: Metadata, format: Format) -> Callable[..., Predict]:
+    """Return what a file is timed against: eager torch or, of an int8 file, the same network in float."""
+    network = opened.classifier.module
+    if isinstance(network, FakeQuantized):
+        return _made(to_float(network), file, metadata, format).predictor
+    return lambda threads: opened.classifier
 
 
 def _runs(program: ExportedProgram, pixels: Pixels) -> Callable[..., Predict]:

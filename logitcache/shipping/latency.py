@@ -1,12 +1,13 @@
 """Time an exported file in turns with what it was made from."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, get_num_threads
 
+from logitcache.runtime.console import logger
 from logitcache.student.evaluation.cost import LatencyPlan, time_in_turns
 
 Predict = Callable[[Tensor], Tensor]
@@ -16,7 +17,7 @@ Predict = Callable[[Tensor], Tensor]
 class FileLatency:
     """The median seconds of a batch on the CPU: of the reference, and of the file; `speed_up` is their ratio.
 
-    The reference is eager torch for an export, and the float file for one that was quantised after training.
+    The reference is eager torch for an export in float, and a float file for one in int8.
     """
 
     batch_size: int
@@ -35,3 +36,15 @@ def file_latencies(
         calls = [partial(make(threads), pixels) for make in (reference, file)]
         own, taken = time_in_turns(calls, threads, plan.warm_up, plan.repeats)
         yield FileLatency(count, threads, own, taken, own / taken)
+
+
+def warn_if_slow(file: str, float_layers: int, latencies: Sequence[FileLatency]) -> None:
+    """Warn of layers of an int8 file that onnxruntime computes in float, and of times not better than in float."""
+    if float_layers:
+        logger.warning(f"{file}: onnxruntime computes {float_layers} layers with weights in float, not on integers")
+    for row in latencies:
+        if row.speed_up <= 1:
+            logger.warning(
+                f"{file}: int8 is not faster on this machine, {row.speed_up:.2f} times the speed of float at "
+                f"batch {row.batch_size} and {row.threads} threads"
+            )

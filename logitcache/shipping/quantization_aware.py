@@ -10,6 +10,7 @@ from logitcache.shipping.fine_tuning import STATED, evaluated_size, fine_tuning_
 from logitcache.shipping.metadata import Pixels
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT
 from logitcache.student.evaluation.cost import LatencyPlan
+from logitcache.student.ranks import joined
 from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training import AnyRecipe, train
 
@@ -59,20 +60,22 @@ def train_quantized(
 ) -> QuantizationAwareResult:
     """Train a run's network for int8 into the folder `out`, and export it to OUT/model.int8.onnx.
 
-    It is `train` on the recipe of `quantization_aware_recipe`: checkpoints, resume and determinism are those of any
-    run. Raises as `train` and `export`.
+    It is `train` on the recipe of `quantization_aware_recipe`: checkpoints, resume, determinism and torchrun are as for
+    any run; the first process exports. Raises as `train` and `export`.
     """
     recipe = quantization_aware_recipe(run, out, overrides, keep_float)
-    trained = train(recipe, resume=resume)
     stated = [text for text in overrides if text.startswith(STATED)]
-    file = Path(out) / "model.int8.onnx"
-    exported = export(
-        out,
-        file,
-        stated,
-        pixels=pixels,
-        least_agreement=least_agreement,
-        overwrite=overwrite or resume,
-        latency=latency,
-    )
+    with joined() as ranks:
+        trained = train(recipe, resume=resume)
+        exported = ranks.by_first(
+            lambda: export(
+                out,
+                Path(out) / "model.int8.onnx",
+                stated,
+                pixels=pixels,
+                least_agreement=least_agreement,
+                overwrite=overwrite or resume,
+                latency=latency,
+            )
+        )
     return QuantizationAwareResult(str(run), trained, exported)

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from logitcache.models import Classifier
 from logitcache.models.fake_quantization import calibrate, imitate_int8, to_int8
-from logitcache.runtime.console import logger
 from logitcache.shipping.calibration import calibration_images
 from logitcache.shipping.export import describe
 from logitcache.shipping.exported import ExportedModel, Session
 from logitcache.shipping.graph import PixelsToLogits, example, record, to_onnx
-from logitcache.shipping.latency import FileLatency, file_latencies
+from logitcache.shipping.latency import FileLatency, file_latencies, warn_if_slow
 from logitcache.shipping.metadata import Metadata, Pixels, new_file, record_of, write_with_record
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, Parity, compare
 from logitcache.shipping.static_quantizer import (
@@ -110,7 +109,7 @@ def quantize(
         latencies=tuple(turns),
         sensitivity=rows,
     )
-    warn_if_slow(result)
+    warn_if_slow(result.file, result.operators["float_layers"] - len(kept), result.latencies)
     write_with_record(file, data, asdict(result), metadata)
     return result
 
@@ -128,15 +127,3 @@ def _by_pt2e(classifier: Classifier, images: Tensor, keep_float: Sequence[str], 
 def _model(file: Path, data: bytes, metadata: Metadata) -> Callable[..., Session]:
     """Return what opens a session for a number of threads."""
     return ExportedModel(file, data, metadata).session
-
-
-def warn_if_slow(result: QuantizeResult) -> None:
-    """Warn of layers that onnxruntime computes in float, and of times that are not better than in float."""
-    if left := result.operators["float_layers"] - len(result.keep_float):
-        logger.warning(f"{result.file}: onnxruntime computes {left} layers with weights in float, not on integers")
-    for row in result.latencies:
-        if row.speed_up <= 1:
-            logger.warning(
-                f"{result.file}: int8 is not faster on this machine, {row.speed_up:.2f} times the speed of float at "
-                f"batch {row.batch_size} and {row.threads} threads"
-            )

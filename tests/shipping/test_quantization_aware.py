@@ -1,6 +1,7 @@
 """Training for int8 from the cache: an ordinary run that resumes bit by bit and leaves an int8 file."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ from torch import nn
 from logitcache.cli.app import main
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import Classifier, Preprocessing, Quantized, SmallCNN, load_model, read_stored
-from logitcache.models.fake_quantization import FakeQuantized, imitate_int8, to_int8
+from logitcache.models.fake_quantization import FakeQuantized, imitate_int8, to_float, to_int8
 from logitcache.shipping.export import export
 from logitcache.shipping.quantization_aware import quantization_aware_recipe, train_quantized
+from logitcache.shipping.static_quantizer import count_fused
+from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.runs.training_run import TrainingRun
 from logitcache.student.training import train
 from tests.shipping.test_export import answers, pixels
+from tests.student.ranks import together
 from tests.student.small import student, weights
 
 pytest.importorskip("torchao", reason="training for int8 needs the extra quant")
@@ -57,6 +61,55 @@ def test_the_file_computes_on_integers_what_training_imitated(quantized: Path) -
     kinds = [each.data_type for each in onnx.load(file).graph.initializer]
     assert kinds.count(onnx.TensorProto.INT8) >= 7
     assert main(["predict", str(quantized), "no.png"]) == 2
+
+
+def test_the_integer_operators_of_the_file_are_counted_and_a_slow_one_is_reported(
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    record = json.loads((quantized / "model.int8.onnx.json").read_text())["measured"]
+    assert record["operators"] == count_fused((quantized / "model.int8.onnx").read_bytes(), "x")
+    assert record["operators"]["integer"] >= 6
+    timed: list[list[torch.Tensor]] = []
+
+    def twice_as_long(calls: Any, *_: object) -> list[float]:
+        timed.append([call() for call in calls])
+        return [0.1, 0.2]
+
+    monkeypatch.setattr("logitcache.shipping.latency.time_in_turns", twice_as_long)
+    plan = LatencyPlan(batch_sizes=(3,), threads=(1,))
+    found = export(quantized, tmp_path / "model.onnx", least_agreement=0.0, latency=plan)
+    assert [row.speed_up for row in found.latencies] == [0.5]
+    assert "0.50 times the speed of float at batch 3" in caplog.text
+    in_float, in_int8 = timed[0]
+    network = to_float(load_model(quantized).module)
+    with torch.no_grad():
+        assert torch.allclose(network((pixels(1).expand(3, 1, 28, 28) / 255 - 0.5) / 0.5), in_float, atol=1e-5)
+    assert not torch.allclose(in_int8, in_float, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_processes_train_one_network_for_int8_and_the_first_exports_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    out = tmp_path / "qat"
+
+    def work(rank: int) -> None:
+        found = train_quantized(run, out, ["epochs=2", "ema=0.9"], least_agreement=0.0)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(asdict(found)))
+
+    ended = together(2, tmp_path / "ranks", work)
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
+    network = load_model(out).module.eval()
+    with torch.no_grad():
+        own = network((pixels() / 255 - 0.5) / 0.5).numpy()
+    found = answers(out / "model.int8.onnx", pixels().numpy())
+    assert np.abs(found - own).max() < 0.2 * np.abs(own).max()
+    alone = train_quantized(run, tmp_path / "alone", ["epochs=2", "ema=0.9"], least_agreement=0.0)
+    assert json.loads((tmp_path / "0.json").read_text())["trained"]["loss"] == pytest.approx(
+        alone.trained.loss, rel=0.05
+    )
 
 
 class Killed(RuntimeError):
