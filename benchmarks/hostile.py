@@ -209,6 +209,7 @@ def main() -> int:
     cases = [case for case in table.CASES if options.only in f"{case.group}/{case.name}"]
     attempts = [(case, name) for case in cases for name in (case.commands[:1] if options.quick else case.every)]
     names = sorted({name for _, name in attempts})
+    table.import_libraries(names)
     with tempfile.TemporaryDirectory(prefix="logitcache-sound-") as outer:
         sound = Path(outer, "sound")
         table.make_sound(sound)

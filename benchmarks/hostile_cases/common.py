@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,21 @@ from PIL import Image
 import logitcache.cli
 from tests.stage_one.apart import ended, forked, import_package
 
-# All that the commands import, before anything forks.
 import_package()
-_OPTIONAL = ("timm", "aiohttp", "s3fs", "torch._dynamo", "torch.utils.flop_counter", "matplotlib.figure", "jinja2")
-for _optional in (
-    *_OPTIONAL,
-    "matplotlib.backends.backend_svg",
-    "sklearn.manifold",
-    "torch.utils.tensorboard",
-    "gradio",
-    "onnxscript",
-    "onnxruntime",
-):
-    with contextlib.suppress(ImportError):
-        importlib.import_module(_optional)
+_FIGURES = ("matplotlib.figure", "matplotlib.backends.backend_svg", "jinja2", "sklearn.manifold")
+_LIBRARIES = {
+    "": ("timm", "aiohttp", "s3fs", "torch._dynamo", "torch.utils.flop_counter"),
+    "view": _FIGURES,
+    "suspects": _FIGURES,
+    "page": _FIGURES,
+    "run page": _FIGURES,
+    "log": ("torch.utils.tensorboard",),
+    "export": ("onnxscript", "onnxruntime"),
+    "predict file": ("onnxruntime",),
+    "quantize": ("onnxscript", "onnxruntime"),
+    "app": ("gradio", "onnxruntime"),
+}
+"""What commands import besides the package, "" any of them."""
 
 OK, USAGE, DAMAGED, OTHER = 0, 2, 3, 4
 REQUEST_SECONDS = 0.5
@@ -84,6 +85,13 @@ DERIVE = "{cache: c.zarr, out: d.zarr, teachers: {t: {logits: {kind: uint8}}}}\n
 AGAIN = PRECOMPUTE.replace("c.zarr", "again.zarr").replace("path: teacher", "path: run")
 
 
+def import_libraries(commands: Iterable[str]) -> None:
+    """Import what commands need, before anything forks: a large process takes long to fork."""
+    for name in {library for command in ("", *commands) for library in _LIBRARIES.get(command, ())}:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+
+
 def make_sound(folder: Path) -> None:
     """Make the images, a teacher, a cache and a finished run, in a child: this process keeps no threads."""
     if ended(forked(lambda: _make(folder))):
@@ -101,13 +109,14 @@ def _make(folder: Path) -> int:
         (folder / f"{name}.yaml").write_text(text)
     os.chdir(folder)
     os.environ.update({**ENVIRONMENT, "HOME": str(folder / "maker")})
-    for arguments in (
+    commands = (
         ["train-teacher", "teacher.yaml"],
         ["precompute", "precompute.yaml"],
         ["train-student", "student.yaml"],
         ["export", "run", "model.onnx"],
-    ):
-        if logitcache.cli.main([*arguments, "-q"]):
+    )
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        if any(logitcache.cli.main([*arguments, "-q"]) for arguments in commands):
             return 1
     shutil.rmtree(folder / "maker", ignore_errors=True)  # a stranger's cache: no memory of having made it
     return 0

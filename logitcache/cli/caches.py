@@ -122,6 +122,6 @@ def gc(
     verb = "would be removed" if dry_run else "removed"
     lines = [f"{garbage.path}: {garbage.why} ({garbage.bytes} bytes)\n" for garbage in found]
     text = "".join(lines) + f"{len(found)} files or folders, {total} bytes, {verb}\n"
-    document = {"cache": cache, "dry_run": dry_run, "bytes": total, "found": [asdict(item) for item in found]}
+    document = {"cache": cache, "dry_run": dry_run, "bytes": total, "found": [{**vars(item)} for item in found]}
     follows = ("gc", cache) if dry_run and found else ("verify", cache)
     return CommandResult(document, text, follows=follows)

@@ -129,13 +129,26 @@ def _format(name: str, value: Any) -> str:
         case float():
             return f"{value:.4g}"
         case Mapping():
-            return yaml.safe_dump(dict(value), default_flow_style=True, sort_keys=False, width=math.inf).strip()
+            entry = {key: _shortened(item) for key, item in value.items()}
+            return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=math.inf).strip()
         case [least, most] if name.endswith("seconds"):
             return " to ".join(dict.fromkeys((_format(name, least), _format(name, most))))
         case list() | tuple():
             text = ", ".join(_format("", item) for item in value) or MISSING
             return text if len(text) <= LONGEST_LIST else f"{len(value)} entries"
     return str(value)
+
+
+def _shortened(value: Any) -> Any:
+    """Return an argument of an entry, with the number of its items for those of a long list."""
+    match value:
+        case Mapping() if len(value) <= LONGEST_LIST:
+            return {key: _shortened(item) for key, item in value.items()}
+        case list() | tuple() if len(value) <= LONGEST_LIST:
+            return [_shortened(item) for item in value]
+        case Mapping() | list() | tuple():
+            return f"{len(value)} entries"
+    return value
 
 
 def format_bytes(count: int) -> str:

@@ -62,8 +62,17 @@ class LocalStore(Store):
 
     def sizes(self) -> dict[str, int]:
         """List the sizes of all files, by key."""
-        found = [file for file in self.path.rglob("*") if file.is_symlink() or not file.is_dir()]
-        return {file.relative_to(self.path).as_posix(): file.lstat().st_size for file in found}
+        sizes, folders = {}, [""]
+        while folders:
+            folder = folders.pop()
+            with os.scandir(self.path / folder) as entries:
+                for entry in entries:
+                    key = f"{folder}{entry.name}"
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(f"{key}/")
+                    else:
+                        sizes[key] = entry.stat(follow_symlinks=False).st_size
+        return sizes
 
     def stored_bytes(self) -> int:
         """Add up the sizes of all files."""

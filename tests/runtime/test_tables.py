@@ -14,6 +14,7 @@ def test_results_are_aligned_text_in_a_pipe():
             "problems": [],
             "sizes": list(range(1000)),
             "encoding": {"kind": "head", "module": None, "sizes": [1, 2]},
+            "model": {"kind": "timm", "options": {"block_args": [1] * 1000, "layers": [2, 2]}},
             "drawn": [{"kind": "flip", "p": 0.5}, {"kind": "blur", "exact": True}],
             "students": [{"name": "cached", "top1": 0.79012}, {"name": "labels", "seeds": 3}],
         }
@@ -29,6 +30,7 @@ def test_results_are_aligned_text_in_a_pipe():
         "problems          -",
         "sizes             1000 entries",
         "encoding          {kind: head, module: null, sizes: [1, 2]}",
+        "model             {kind: timm, options: {block_args: 1000 entries, layers: [2, 2]}}",
         "drawn             {kind: flip, p: 0.5}, {kind: blur, exact: true}",
         "",
         "students:",
