@@ -14,6 +14,7 @@ from logitcache.models.base import (
 )
 from logitcache.models.checkpoint import Checkpoint
 from logitcache.models.custom import Custom
+from logitcache.models.hugging_face.transformers import Transformers
 from logitcache.models.pruned import Pruned
 from logitcache.models.quantized import Quantized
 from logitcache.models.quantized_run import QuantizedRun
@@ -50,6 +51,7 @@ __all__ = [
     "StoredModel",
     "Timm",
     "Torchvision",
+    "Transformers",
     "architecture_of",
     "bundled_directory",
     "default_preprocessing",
@@ -66,7 +68,7 @@ __all__ = [
 ]
 
 Model = Annotated[
-    Bundled | SmallCNN | Torchvision | Timm | Checkpoint | Run | Pruned | QuantizedRun | Custom,
+    Bundled | SmallCNN | Torchvision | Timm | Transformers | Checkpoint | Run | Pruned | QuantizedRun | Custom,
     Field(discriminator="kind"),
 ]
 

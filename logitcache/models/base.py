@@ -1,22 +1,27 @@
 """What all models share: preprocessing, and the classifier around a network."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from pydantic import Field, JsonValue, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from logitcache.config.recipe import Component, Count, Fraction, Positive
+from logitcache.config.recipe import Count, Extended, Fraction, Positive
 from logitcache.errors import RecipeError
 
 Side = Annotated[Count, Field(le=2048)]
 """Pixels of a side of the images of a network that a file describes."""
 
 
-class Preprocessing(Component):
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+class Preprocessing(Extended):
     """How a model takes its pixels: (x / 255 - mean) / std, a number per channel, at `input_size`."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"interpolation"})
 
     mean: Annotated[tuple[Fraction, ...], Field(min_length=1)] = Field(
         description="Mean of each channel, in units of pixel / 255.", examples=[[0.485, 0.456, 0.406]]
@@ -28,6 +33,10 @@ class Preprocessing(Component):
         default=None,
         description="Height and width of the images that the model takes, one number for both; by default any.",
         examples=[224],
+    )
+    interpolation: Interpolation = Field(
+        default="bilinear",
+        description="How images of another size are brought to `input_size`; both ways are antialiased.",
     )
 
     @model_validator(mode="after")
@@ -121,8 +130,8 @@ class Classifier(nn.Module):
         if not isinstance(found, Tensor) or found.ndim != 2:
             raise RecipeError(
                 f"{self._who} returned {_described(output)}, not logits [B, K].\n"
-                "  Fix: wrap it in a module whose forward returns the logits alone; torchvision's GoogLeNet and "
-                "Inception do so with model.options: {aux_logits: false}."
+                "  Fix: keep features alone (logits: null), or wrap it in a module whose forward returns logits alone; "
+                "torchvision's GoogLeNet and Inception do so with model.options: {aux_logits: false}."
             )
         return found
 
@@ -161,7 +170,9 @@ class Classifier(nn.Module):
         """Normalise float32 values of 0 to 255 [B, C, H, W], in place, once they have the network's size."""
         size = self.preprocessing.size
         if size is not None and values.shape[2:] != size:
-            values = functional.interpolate(values, size, mode="bilinear", antialias=True)
+            values = functional.interpolate(values, size, mode=self.preprocessing.interpolation, antialias=True)
+            if self.preprocessing.interpolation == "bicubic":
+                values = values.clamp_(0, 255)  # its weights are negative in part: it overshoots
         return values.div_(255).sub_(self.mean).div_(self.std)
 
 

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from logitcache.config.recipe import Component, Count
 from logitcache.models.base import BuiltModel, Side
 from logitcache.models.custom import Custom
+from logitcache.models.hugging_face.transformers import TransformersNetwork
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 
-Unpruned = Annotated[SmallCNN | Torchvision | Timm | Custom, Field(discriminator="kind")]
+Network = SmallCNN | Torchvision | Timm | TransformersNetwork | Custom
+"""A network as it was before anything was removed or imitated."""
+Unpruned = Annotated[Network, Field(discriminator="kind")]
 
 LayerSize = Literal[
     "in_channels", "out_channels", "groups", "num_features", "in_features", "out_features", "normalized_shape"

@@ -6,14 +6,10 @@ from pydantic import Field
 
 from logitcache.config.recipe import Component
 from logitcache.models.base import BuiltModel, Side
-from logitcache.models.custom import Custom
 from logitcache.models.fake_quantization import imitate_int8
-from logitcache.models.pruned_network import PrunedNetwork
-from logitcache.models.small_cnn import SmallCNN
-from logitcache.models.timm import Timm
-from logitcache.models.torchvision import Torchvision
+from logitcache.models.pruned_network import Network, PrunedNetwork
 
-Plain = Annotated[SmallCNN | Torchvision | Timm | Custom | PrunedNetwork, Field(discriminator="kind")]
+Plain = Annotated[Network | PrunedNetwork, Field(discriminator="kind")]
 
 
 class Quantized(Component):

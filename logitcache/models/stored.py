@@ -15,9 +15,8 @@ from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
 from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
-from logitcache.models.pruned_network import PrunedNetwork
+from logitcache.models.pruned_network import Network, PrunedNetwork
 from logitcache.models.quantized import Quantized
-from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 from logitcache.models.weights import load_weights, read_state, save_weights
@@ -30,12 +29,10 @@ _MOST_SIDE, _MOST_COUNT = 2048, 1 << 20
 _TIMES, _TIMES_PRUNED = 4, 16
 """How many values a network may take while it is built, for each in the file: some constructors replace layers."""
 
-Architecture = Annotated[
-    SmallCNN | Torchvision | Timm | Custom | PrunedNetwork | Quantized, Field(discriminator="kind")
-]
+Architecture = Annotated[Network | PrunedNetwork | Quantized, Field(discriminator="kind")]
 
 
-def unwrapped(model: Architecture) -> SmallCNN | Torchvision | Timm | Custom:
+def unwrapped(model: Architecture) -> Network:
     """Return the architecture of a network before it was pruned or quantised."""
     while isinstance(model, PrunedNetwork | Quantized):
         model = model.model

@@ -53,6 +53,9 @@ class Timm(Component):
             if num_classes is not None and config is not None and config.num_classes != num_classes:
                 raise another_count(f"timm's {self.name}", config.num_classes, num_classes)
         module = self._network(timm, num_classes, in_channels)
+        own: Any = getattr(module, "pretrained_cfg", {}).get("num_classes")  # known by now of a hub's or a folder's too
+        if self.pretrained and not self.new_head and num_classes not in (None, own):
+            raise another_count(f"timm's {self.name}", own, num_classes or 0)
         return BuiltModel(module, self._preprocessing(timm, module, in_channels))
 
     def pretrained_facts(self) -> PretrainedFacts:

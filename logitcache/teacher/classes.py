@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 from logitcache.errors import MismatchError, RecipeError
+from logitcache.models import Transformers
 from logitcache.teacher.teacher import TeacherSource
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.datasets.images.labels import class_index, listed_classes
@@ -25,7 +26,19 @@ def outputs_of(name: str, source: TeacherSource, dataset: ImageDataset) -> tuple
             f"teachers.{name}.classes lists {len(given)} outputs, the data set has {count} classes.\n"
             f"  Fix: one output for each of its {listed_classes(names, count)}, in their order"
         )
+    if given is None and isinstance(source.model, Transformers):
+        _require_order(name, source.model.labels, names)
     return given
+
+
+def _require_order(name: str, labels: tuple[str, ...], names: tuple[str, ...]) -> None:
+    """Raise RecipeError if the labels of a zero-shot teacher are the names of the classes in another order."""
+    if labels != names and sorted(labels) == sorted(names):
+        first = next(place for place, (one, other) in enumerate(zip(labels, names, strict=True)) if one != other)
+        raise RecipeError(
+            f"teachers.{name}.model.labels are the classes of the data set in another order: label {first} is "
+            f"{labels[first]!r}, class {first} is {names[first]!r}.\n  Fix: labels: {json.dumps(list(names))}"
+        )
 
 
 def _by_name(where: str, given: Mapping[str, int], names: tuple[str, ...], count: int | None) -> tuple[int, ...]:

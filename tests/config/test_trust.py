@@ -19,8 +19,8 @@ from pydantic import TypeAdapter
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cli import main
 from logitcache.config import trust
-from logitcache.errors import DataError, RecipeError
-from logitcache.models import Model
+from logitcache.errors import DataError, MismatchError, RecipeError, RefusedError
+from logitcache.models import Model, Timm
 from logitcache.stage_one.derive.derive import DeriveRecipe, derive
 from logitcache.store.remote.client import Remote
 from logitcache.teacher.online import live_targets
@@ -107,6 +107,8 @@ RISKY = {
     "HUB": {"kind": "timm", "name": "HF-HUB:evil/x"},
     "local": {"kind": "timm", "name": "local-dir:/tmp/x"},
     "path": {"kind": "timm", "name": "/tmp/x"},
+    "transformers of a folder": {"kind": "transformers", "path": "c.zarr/x"},
+    "transformers of the hub": {"kind": "transformers", "path": "hf://evil/x", "task": "features"},
     "checkpoint_path": {
         "kind": "timm",
         "name": "resnet18",
@@ -171,6 +173,8 @@ ELSEWHERE = {
     "ftp": {"kind": "image_folder", "root": "ftp://127.0.0.1:PORT/x"},
     "s3": {"kind": "image_folder", "root": "s3://bucket/x"},
     "file": {"kind": "image_folder", "root": "file:///etc"},
+    "hub": {"kind": "huggingface", "path": "hf://datasets/evil/x"},
+    "rows": {"kind": "huggingface", "path": "images"},
     "github": {"kind": "image_folder", "root": "github://a:b@/x"},
 }
 
@@ -489,3 +493,14 @@ def test_every_step_works_with_an_empty_home_and_another_one_for_the_student(
     ):
         monkeypatch.setenv("HOME", str(tmp_path / f"home{number}"))
         assert not step() or number == 0
+
+
+def test_a_grant_opens_a_folder_of_timm(cache: Path, tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    save_for_hf(Timm(name="test_resnet", pretrained=False).build(3, 3).module, tmp_path / "t", safe_serialization=True)
+    digest = from_elsewhere(cache, model={"kind": "timm", "name": f"local-dir:{tmp_path}/t"})
+    with pytest.raises(RefusedError, match="local-dir"):
+        live_targets(str(cache), "cpu")
+    with pytest.raises(MismatchError, match=r"teachers\.t\.weights"):  # it was built, and is another network
+        live_targets(str(cache), "cpu", trust=[digest])

@@ -1,5 +1,6 @@
 """Every kind of model builds, predicts and can be stored."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def entry_of(kind: str, directory: Path) -> tuple[dict[str, Any], int]:
         "run": ({"path": str(directory / "run")}, 1),
         "pruned": ({"path": str(directory / "run"), "macs": 0.6, "round_to": 2, "input_size": (28, 28)}, 1),
         "quantized": ({"path": str(directory / "run"), "input_size": (32, 32), "keep_float": ("3",)}, 1),
+        "transformers": ({"path": str(directory / "vit")}, 3),
         "custom": (
             {
                 "factory": "tests.models.nets:linear_model",
@@ -57,6 +59,9 @@ def test_every_kind_predicts_and_can_be_stored(kind: str, tmp_path: Path) -> Non
         pytest.importorskip("torch_pruning", reason="removing channels needs the extra prune")
     if kind == "quantized":
         pytest.importorskip("torchao", reason="training for int8 needs the extra quant")
+    if kind == "transformers":
+        pytest.importorskip("transformers", reason="models of Hugging Face need the extra hf")
+        importlib.import_module("tests.models.hugging_face").write_classifier(tmp_path / "vit", 7)
     entry, channels = entry_of(kind, tmp_path)
     model: Any = TypeAdapter(Model).validate_python(entry)
     built = model.build(7, channels)

@@ -82,6 +82,23 @@ def test_timm_names_are_corrected() -> None:
         Timm(name="resnet50.a1_in1").build(10, 3)
 
 
+def test_timm_reads_a_folder_and_puts_in_no_random_layer_unasked(tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    trained = Timm(name=TINY_TIMM, pretrained=False).build(7, 3).module
+    save_for_hf(trained, tmp_path / "t", safe_serialization=True)
+    entry = Timm(name=f"local-dir:{tmp_path}/t")
+    built = entry.build(None, 3)
+    assert built.preprocessing == Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3, input_size=(160, 160))
+    state = built.module.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in trained.state_dict().items())
+    assert entry.build(7, 3).module.state_dict().keys() == state.keys()
+    with pytest.raises(RecipeError, match=r"pretrained for 7 classes, 5 are asked for(.|\n)*new_head"):
+        entry.build(5, 3)
+    assert Timm(name=entry.name, new_head=True).build(5, 3).module.num_classes == 5
+    assert entry.architecture().build(5, 3).module.num_classes == 5
+
+
 def test_timm_without_its_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'logitcache\[timm\]'"):

@@ -23,7 +23,7 @@ from logitcache.views.datasets.fingerprint_diff import explain_difference
 from tests.views.archives import samples, tarred, written
 
 ADAPTER: TypeAdapter[Dataset] = TypeAdapter(Dataset)
-KINDS = ["bundled", "custom", "image_folder", "torchvision", "webdataset"]
+KINDS = ["bundled", "custom", "huggingface", "image_folder", "torchvision", "webdataset"]
 AT_URLS = ["image_folder at a URL", "webdataset at a URL"]
 CUSTOM = """
 import numpy as np
@@ -74,6 +74,12 @@ def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, object]:
     if kind == "custom":
         (tmp_path / "noise_data.py").write_text(CUSTOM)
         return {"kind": kind, "factory": "noise_data:Noise", "arguments": {"size": 9}}
+    if kind == "huggingface":
+        rows = pytest.importorskip("datasets", reason="the extra hf; tests/integrations has it too")
+        images = [Image.new("RGB", (5, 4), (number, 0, 0)) for number in range(4)]
+        made = rows.Dataset.from_dict({"image": images, "label": [0, 1, 0, 2]})
+        made.cast_column("image", rows.Image()).save_to_disk(tmp_path / "saved")
+        return {"kind": kind, "path": "saved", "label": "label"}
     place = f"file://{tmp_path}/" if kind in AT_URLS else ""
     if kind.startswith("webdataset"):
         written(tmp_path, "a-1.tar", tarred(samples(range(5))))

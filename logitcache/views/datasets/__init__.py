@@ -10,11 +10,14 @@ from pydantic import Field
 from logitcache.views.datasets.base import DatasetBase, ImageDataset
 from logitcache.views.datasets.bundled import Bundled
 from logitcache.views.datasets.custom import Custom, as_image_dataset
+from logitcache.views.datasets.huggingface import HuggingFace
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.torchvision import Torchvision
 from logitcache.views.datasets.webdataset import WebDataset
 
-Dataset = Annotated[Bundled | Custom | ImageFolder | Torchvision | WebDataset, Field(discriminator="kind")]
+Dataset = Annotated[
+    Bundled | Custom | HuggingFace | ImageFolder | Torchvision | WebDataset, Field(discriminator="kind")
+]
 
 
 def open_dataset(given: object) -> ImageDataset:

@@ -60,7 +60,7 @@ def as_image_dataset(dataset: object, name: str = "the data set") -> ImageDatase
     return MapImages(
         source,
         name,
-        _ids(getattr(source, "ids", None), length, name),
+        as_ids(getattr(source, "ids", None), length, name),
         from_value,
         class_names(source),
         getattr(source, "num_classes", None),
@@ -82,9 +82,10 @@ def _offers(value: object, attribute: str) -> bool:
     return inspect.getattr_static(value, attribute, missing) is not missing
 
 
-def _ids(ids: object, length: int, name: str) -> Sequence[str]:
+def as_ids(ids: object, length: int, name: str, prefix: str = "") -> Sequence[str]:
+    """Return given ids, which are unique, else the numbers of the images after a prefix. Raises DataError."""
     if ids is None:
-        return NumberedIds("", length)
+        return NumberedIds(prefix, length)
     given = list(cast(Sequence[object], ids))
     if len(given) != length:
         raise DataError(f"{name} holds {length} images but {len(given)} ids.")

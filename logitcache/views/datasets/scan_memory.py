@@ -36,7 +36,7 @@ def recall(path: Path | None, state: bytes) -> dict[str, NDArray[Any]] | None:
 
 
 class Scan(NamedTuple):
-    """Labels [n] or [n, C], sizes [n, 2] (height, width) and digests [n] of all images."""
+    """Labels [n] or [n, C], sizes [n, 2] (height, width) or heads [n, 3], and digests [n] of all images."""
 
     labels: Labels
     sizes: NDArray[np.int64]
