@@ -156,6 +156,8 @@ def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 @pytest.mark.parametrize(("name", "text"), blocks("yaml"))
 def test_recipes_run(name: str, text: str, world: Path) -> None:
     entries = yaml.safe_load(here(text))
+    if "kind: transformers" in text:
+        pytest.importorskip("transformers", reason="models of Hugging Face need the extra hf")
     if entries.get("search", {}).get("kind") == "optuna":
         pytest.importorskip("optuna")
     if "cache" not in entries:

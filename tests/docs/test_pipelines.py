@@ -9,10 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+<<<<<<< HEAD
 from logitcache.cli.app import main
+=======
+from logitcache.cache.cache import open_cache
+>>>>>>> 12959e2 (Pipelines and pages of Hugging Face and of zero-shot teachers)
 from logitcache.config.recipe import load_recipe
+from logitcache.models import load_model
 from logitcache.report.recipe_check import RECIPES, check_recipes, command_of
 from logitcache.stage_one.derive.derive import DeriveRecipe, derive
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
@@ -180,6 +186,23 @@ def test_two_teachers_are_made_one_without_images_and_a_student_learns_from_it(t
     changes = [f"cache={tmp_path}/d.zarr", *SHORT, f"out={tmp_path}/student", both]
     student = load_recipe(PIPELINES / "fashion_mnist" / "student.yaml", StudentRecipe, changes)
     assert train(student).teacher_passes == 0
+
+
+def test_photographs_and_names_of_classes_make_a_small_classifier(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="CLIP needs the extra hf")
+    model, cache = tmp_path / "clip", tmp_path / "c.zarr"
+    monkeypatch.setattr("sys.argv", ["tiny_clip.py", str(model)])
+    runpy.run_path(str(PIPELINES / "zero_shot" / "tiny_clip.py"), run_name="__main__")
+    changes = [f"cache={cache}", f"dataset.root={photos}", "views.num_views=2", *SMALL]
+    changes += [f"teachers.clip.model.path={model}", "views.augmentations.0.size=32"]
+    result = precompute(load_recipe(PIPELINES / "zero_shot" / "precompute.yaml", PrecomputeRecipe, changes))
+    assert result.row_views == 2 * 12
+    clip = open_cache(cache).manifest.teachers["clip"]
+    assert (clip.num_classes, [stored.shape for stored in clip.stored_features.values()]) == (3, [(16,)])
+    train_student("zero_shot", cache, tmp_path / "run")
+    assert load_model(tmp_path / "run").module.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
 def test_custom_loop_learns_from_a_cache(

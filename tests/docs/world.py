@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,9 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
             small["latency"] = {"repeats": 2, "warm_up": 1}
             small["student"]["validation"] = {"dataset": BUNDLED | {"split": "test"}}
         return small
+    if small.get("dataset", {}).get("kind") == "huggingface":
+        crop = {"augmentations": [{"kind": "center_crop", "size": 32}]}
+        small |= {"dataset": PHOTOS | {"labelled": False}, "views": small.get("views", crop)}
     if "views" in small:
         shapes = [
             entry | ({"size": 32} if "size" in entry else {}) for entry in small["views"].get("augmentations", [])
@@ -82,6 +86,8 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
 def _teacher(entry: dict[str, Any], is_grey: bool) -> dict[str, Any]:
     if entry.get("model", {}).get("kind") == "torchvision" and entry["model"].get("weights") is None:
         return {"preprocessing": HALF} | entry
+    if entry.get("model", {}).get("path", "").startswith("models/"):
+        return entry
     small = {"kind": "custom", "factory": "tests.docs.world:tiny"} if is_grey else UNTRAINED
     return entry | {"model": small, "preprocessing": GREY if is_grey else HALF}
 
@@ -109,6 +115,11 @@ def make_world(folder: Path) -> None:
     (folder / "teacher.yaml").write_text(yaml.safe_dump(shrunk(teacher | crop)))
     _draw_photos(folder)
     _fill_caches(folder)
+    if find_spec("transformers") is not None:
+        from tests.models.hugging_face import write_classifier, write_clip
+
+        write_classifier(folder / "models/vit-beans")
+        write_clip(folder / "models/clip")
 
 
 def load_plain(path: Path) -> dict[str, Any]:

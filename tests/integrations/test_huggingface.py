@@ -16,10 +16,13 @@ from logitcache.cli.app import main
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import DataError, LogitCacheError, MissingExtraError, RecipeError
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.student.training import train
+from logitcache.student.training_recipes import StudentRecipe
 from logitcache.views.datasets import ImageFolder
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.datasets.huggingface import HuggingFace
 from tests.docs.world import COLOURED, HALF
+from tests.models.hugging_face import write_classifier
 
 datasets = pytest.importorskip("datasets", exc_type=ImportError)
 pytestmark = [
@@ -256,3 +259,16 @@ def test_a_cache_of_rows_is_verified_trained_from_and_matched_by_another_form(tm
     assert main(["train-student", str(student), "--set", moved]) == 0
     other = f"dataset={{kind: huggingface, path: {tmp_path}/again}}"
     assert main(["train-student", str(student), "--set", other, "--set", "out=x"]) == 4
+
+
+def test_the_pipeline_runs_on_folders(tmp_path: Path) -> None:
+    pipeline = Path(__file__).parents[2] / "pipelines/hugging_face"
+    made = rows().rename_column("label", "labels")
+    made.save_to_disk(tmp_path / "beans")
+    write_classifier(tmp_path / "vit")
+    small = [f"cache={tmp_path}/c.zarr", "num_workers=0", "device=cpu", "batch_size=3"]
+    changes = [f"dataset.path={tmp_path}/beans", f"teachers.vit.model.path={tmp_path}/vit", "views.num_views=2"]
+    changes += ["views.augmentations.0.size=32", *small]
+    assert precompute(load_recipe(pipeline / "precompute.yaml", PrecomputeRecipe, changes)).row_views == 2 * COUNT
+    shorter = [f"out={tmp_path}/run", "epochs=2", "schedule.warmup_epochs=1", *small]
+    assert train(load_recipe(pipeline / "student.yaml", StudentRecipe, shorter)).teacher_passes == 0
