@@ -43,7 +43,9 @@ class Transformers(Component):
         examples=["models/vit", "hf://google/vit-base-patch16-224"],
     )
     revision: str | None = Field(
-        default=None, description="Branch, tag or commit of a model of the Hub; by default its main branch."
+        default=None,
+        description="Branch, tag or commit of a model of the Hub; by default its main branch.",
+        examples=["main"],
     )
     task: Task = Field(
         default="classification",

@@ -46,14 +46,18 @@ class HuggingFace(DatasetBase):
         description="Folder of parquet or arrow files or of `save_to_disk`, or `hf://datasets/OWNER/NAME` of the Hub.",
         examples=["datasets/beans", "hf://datasets/uoft-cs/cifar10"],
     )
-    name: str | None = Field(default=None, description="Configuration, if the data set has several.")
+    name: str | None = Field(
+        default=None, description="Configuration, if the data set has several.", examples=["plain_text"]
+    )
     split: str | None = Field(
         default=None,
         description="Split, if there are several; a part of one too, as in `train[:10%]`, but of `save_to_disk`.",
         examples=["train"],
     )
     revision: str | None = Field(
-        default=None, description="Branch, tag or commit of a data set of the Hub; by default its main branch."
+        default=None,
+        description="Branch, tag or commit of a data set of the Hub; by default its main branch.",
+        examples=["main"],
     )
     image: str = Field(default="image", description="Column of the images: encoded files, or paths of files.")
     label: str | None = Field(
@@ -63,10 +67,12 @@ class HuggingFace(DatasetBase):
         examples=["label"],
     )
     id: str | None = Field(
-        default=None, description="Column of unique names; by default images are named by split and row."
+        default=None,
+        description="Column of unique names; by default images are named by split and row.",
+        examples=["file"],
     )
     num_classes: Count | None = Field(
-        default=None, description="Number of classes, if the column of the labels does not state it."
+        default=None, description="Number of classes, if the column of the labels does not state it.", examples=[10]
     )
     mode: Mode = "RGB"
     decoder: Decoder = "pillow"
