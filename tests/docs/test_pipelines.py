@@ -12,11 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-<<<<<<< HEAD
-from logitcache.cli.app import main
-=======
 from logitcache.cache.cache import open_cache
->>>>>>> 12959e2 (Pipelines and pages of Hugging Face and of zero-shot teachers)
+from logitcache.cli.app import main
 from logitcache.config.recipe import load_recipe
 from logitcache.models import load_model
 from logitcache.report.recipe_check import RECIPES, check_recipes, command_of
