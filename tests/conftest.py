@@ -32,6 +32,9 @@ import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from logitcache.runtime.console import configure  # noqa: E402  # the function itself: tests put others in its place
+from tests.warm import start_server  # noqa: E402
+
+os.fsync = lambda descriptor: None  # the power does not fail in a test, and disks take their time
 
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 settings.load_profile("same")
@@ -46,10 +49,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.loadscopereorder = False
 
 
+WARM = ("program", "stopped", "Program", "start_server")
+"""Names in a module whose tests start processes of `tests.warm`."""
+
+
 def _starts_processes(item: pytest.Item) -> bool:
     """Return whether the file of a test has what starts processes."""
     names = vars(getattr(item, "module", None) or object)
-    return any(name in names for name in ("program", "stopped", "subprocess", "multiprocessing"))
+    return any(name in names for name in (*WARM, "subprocess", "multiprocessing"))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,10 +71,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip)
 
 
-def pytest_collection_finish() -> None:
-    """Keep what was imported and collected out of later garbage collections: a million objects."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Keep what was imported and collected out of later garbage collections: a million objects.
+
+    Start the server of warm processes before a loader starts one that has imported less.
+    """
     gc.collect()
     gc.freeze()
+    if any(name in vars(getattr(item, "module", None) or object) for item in session.items for name in WARM):
+        start_server()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,6 +107,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def warm_workers() -> Iterator[None]:
+    """Have Dask fork the workers of this machine from the server of warm processes; they get no variables of a test."""
+    import dask
+
+    start_server()
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,14 +1,9 @@
-"""A process that opens caches and reads views of them on command: a program, for the tests of several processes.
-
-    python -m tests.cache.reading
-
-Reads lines of JSON on its stdin, ["open", PATH] or ["read", PATH, VIEW], and prints a line for each: the number of
-views, or the digest of all rows of the view in every array of the cache that was opened; null if it is refused.
-"""
+"""A process that opens caches and reads views of them on command, for the tests of several processes."""
 
 import hashlib
-import json
-import sys
+import os
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
 
 from logitcache.cache.cache import Cache, open_cache
 from logitcache.errors import LogitCacheError
@@ -44,12 +39,10 @@ class Reader:
         return digest.hexdigest()
 
 
-def main() -> None:
+def serve(questions: Connection, environment: Mapping[str, str]) -> None:
+    """Answer ("open", PATH) by the number of views, ("read", PATH, VIEW) by a digest; both by None if it is refused."""
+    os.environ |= environment
     reader = Reader()
-    for line in sys.stdin:
-        command, *arguments = json.loads(line)
-        print(json.dumps(getattr(reader, command)(*arguments)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    while question := questions.recv():
+        command, *arguments = question
+        questions.send(getattr(reader, command)(*arguments))

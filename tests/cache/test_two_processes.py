@@ -1,11 +1,10 @@
 """Two processes, two caches that are replaced, damaged, repaired, grown and deleted: no reader sees foreign rows."""
 
 import contextlib
-import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from logitcache.errors import LogitCacheError
 from logitcache.report.verify_and_repair import repair
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import DENSE16, FLIP_AND_CROP, PACKED, recipe, teacher
-from tests.cache.reading import Reader
-from tests.stage_one.apart import REPOSITORY
+from tests.cache.reading import Reader, serve
+from tests.warm import start_server
 
 CHANGES = ("replace", "shards", "damage", "repair", "grow", "delete")
 CACHES = ("one", "two")
@@ -30,8 +29,8 @@ STEPS = [(what, name) for what in (*CHANGES, "open here", "open there", "read he
 class There:
     """A reader in a process of its own."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._process = process
+    def __init__(self, questions: Connection) -> None:
+        self._questions = questions
 
     def open(self, path: str) -> int | None:
         return self._ask("open", path)
@@ -39,26 +38,26 @@ class There:
     def read(self, path: str, view: int) -> str | None:
         return self._ask("read", path, view)
 
-    def _ask(self, *command: object) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline() or '"it has ended"')
+    def _ask(self, *question: object) -> Any:
+        self._questions.send(question)
+        return self._questions.recv()
 
 
 @pytest.fixture(scope="module")
 def there() -> Iterator[There]:
     """A second process for all tests, which shares decoded shards with this one."""
+    start_server()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, "64M")
-        command = [sys.executable, "-m", "tests.cache.reading"]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(command, cwd=REPOSITORY, stdin=pipe, stdout=pipe, text=True) as process:
-            yield There(process)
-            assert process.stdin is not None
-            process.stdin.close()
-        assert process.returncode == 0
+        here, other = multiprocessing.Pipe()
+        given = (other, {VARIABLE: "64M"})
+        process = multiprocessing.get_context("forkserver").Process(target=serve, args=given)
+        process.start()
+        other.close()
+        yield There(here)
+        here.send(None)
+        process.join(60)
+        assert process.exitcode == 0
 
 
 def plan(path: Path, source: int, num_views: int = 2) -> PrecomputeRecipe:

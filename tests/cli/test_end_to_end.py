@@ -3,15 +3,14 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from logitcache.cli import main
 from tests.cli.waiting import AFTER, UNTIL
-from tests.stage_one.apart import REPOSITORY, until
+from tests.stage_one.apart import until
+from tests.warm import Program
 
 PRECOMPUTE = """
 cache: {tmp}/c.zarr
@@ -154,17 +153,14 @@ def test_a_signal_stops_precompute_which_the_printed_line_continues(
     file = Path(recipes["precompute"])
     file.write_text(file.read_text().replace("{model: {kind: bundled}", WAITING))
     options = ["--set", "views.num_views=40", "--set", "num_workers=1"]
-    command = [sys.executable, "-m", "logitcache", "precompute", recipes["precompute"], *options]
     record, sent = tmp_path / "c.zarr" / "teacher.logits.commits" / "c.0.0.0.0", tmp_path / "sent"
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), AFTER: str(record), UNTIL: str(sent)}
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=environment
-    ) as process:
+    environment = os.environ | {AFTER: str(record), UNTIL: str(sent)}
+    with Program("logitcache", "precompute", recipes["precompute"], *options, environment=environment) as process:
         until(lambda: record.exists() or process.poll() is not None)
-        os.killpg(process.pid, signum)  # as a terminal and Slurm do: the workers get it too
+        process.signal(signum)  # the workers get it too
         sent.touch()
-        _, message = process.communicate(timeout=120)
-    assert process.returncode == code, message
+        ended, message = process.wait(120), process.errors
+    assert ended == code, message
     assert f"Resume: logitcache precompute {recipes['precompute']} --set views.num_views=40" in message
     committed = len(list((tmp_path / "c.zarr" / "teacher.logits.commits").glob("c.*")))
     assert 0 < committed < 40

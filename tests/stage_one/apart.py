@@ -6,60 +6,33 @@ import json
 import os
 import pkgutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import logitcache
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.warm import REPOSITORY as REPOSITORY
+from tests.warm import Program
 
 
 def program(name: str, folder: Path, seconds: float = 300) -> Any:
     """Run a program of this folder on a directory, and return the JSON that it prints; it leaves no process behind."""
-    command = [sys.executable, "-X", "faulthandler", "-m", f"tests.stage_one.{name}", str(folder)]
-    # Not pipes: a process that is left behind would hold them open.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=out, stderr=errors, start_new_session=True)
-        code = None
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                code = process.wait(seconds)
-        finally:
-            _end(process, signal.SIGABRT)  # those that hang print their stacks
-        out.seek(0)
-        errors.seek(0)
-        assert code == 0, f"{name}: {f'still runs after {seconds} s' if code is None else code}\n{errors.read()}"
-        return json.loads(out.read())
+    with Program(f"tests.stage_one.{name}", str(folder)) as process:
+        code = process.wait(seconds)
+        process.end(signal.SIGABRT)  # those that hang print their stacks
+        assert code == 0, f"{name}: {f'still runs after {seconds} s' if code is None else code}\n{process.errors}"
+        return json.loads(process.out)
 
 
-def stopped(arguments: list[str], signum: int, committed: Callable[[], int]) -> tuple[int, str]:
+def stopped(arguments: list[str], signum: int, committed: Callable[[], int]) -> tuple[int | None, str]:
     """Run `logitcache` and signal it once something is committed; returns its exit code and what is on its stderr."""
-    command = [sys.executable, "-m", "logitcache", *arguments]
-    options: dict[str, Any] = {"cwd": REPOSITORY, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    with subprocess.Popen(command, **options) as process:
-        try:
-            until(lambda: committed() or process.poll() is not None)
-            # To workers too, as a terminal and a scheduler do.
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signum)
-            errors: str = process.communicate(timeout=120)[1]
-            return process.returncode, errors
-        finally:
-            _end(process, signal.SIGKILL)
-
-
-def _end(process: "subprocess.Popen[Any]", signum: int) -> None:
-    """End a process and all that it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signum)
-    process.wait()
+    with Program("logitcache", *arguments) as process:
+        until(lambda: committed() or process.poll() is not None)
+        process.signal(signum)
+        return process.wait(120), process.errors
 
 
 def import_package() -> None:

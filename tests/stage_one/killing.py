@@ -25,7 +25,7 @@ from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, Linear, Pixels, contents, recipe, stamps, teacher
 from tests.stage_one.apart import ended, forked
 
-NUM_POINTS, NUM_TIMES, NUM_GROWN = 9, 6, 5
+NUM_POINTS, NUM_TIMES, NUM_GROWN, NUM_SHARDS = 9, 6, 5, 6
 RECORDED = {"row_checksums": True, "record_parameters": True}
 TEACHERS = {"first": Linear(16), "second": Linear(7, seed=1)}
 
@@ -52,25 +52,34 @@ def state(path: Path) -> int:
     return cache.num_views + 10 * len(cache.manifest.teachers)
 
 
-def counting(limit: int | None, report: Path | None, action: Callable[[], int]) -> int:
-    """Count the calls that change a directory or the disk; SIGKILL this process at one of them."""
-    calls = 0
+def dying(is_time: Callable[[], bool], action: Callable[[], int]) -> int:
+    """SIGKILL this process before the first call that changes a directory or the disk for which it is time."""
 
-    def counted(name: str) -> None:
+    def watched(name: str) -> None:
         real = getattr(os, name)
 
         def call(*args: Any, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if limit is not None and calls > limit:
+            if is_time():
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **options)
 
         setattr(os, name, call)
 
     for name in ("replace", "fsync", "mkdir", "open", "unlink"):
-        counted(name)
-    status = action()
+        watched(name)
+    return action()
+
+
+def counting(limit: int | None, report: Path | None, action: Callable[[], int]) -> int:
+    """Count the calls that change a directory or the disk; die after so many."""
+    calls = 0
+
+    def count() -> bool:
+        nonlocal calls
+        calls += 1
+        return limit is not None and calls > limit
+
+    status = dying(count, action)
     if report:
         report.write_text(str(calls))
     return status
@@ -83,11 +92,24 @@ def killed_at_time(path: Path, seconds: float) -> None:
     ended(child)
 
 
+def killed_at_call(path: Path, point: int) -> None:
+    assert ended(forked(lambda: counting(point, None, lambda: run(path)))) in (-signal.SIGKILL, *range(NUM_SHARDS + 1))
+
+
+def killed_at_shard(path: Path, number: int) -> None:
+    """Kill a run at its next call after so many shards are committed."""
+    assert ended(forked(lambda: dying(lambda: len(whole_shards(path)) >= number, lambda: run(path)))) == -signal.SIGKILL
+
+
+def whole_shards(path: Path) -> set[str]:
+    """Return the shards of which everything is committed, each by the beginning of its files' names."""
+    groups = [*(f"{teacher}.logits" for teacher in TEACHERS), "views"]
+    return set.intersection(*({p.name[:5] for p in path.glob(f"{group}.commits/c.*.0.0")} for group in groups))
+
+
 def committed(path: Path) -> list[str]:
     """List the files of the shards of which everything is committed."""
-    groups = [*(f"{teacher}.logits" for teacher in TEACHERS), "views"]
-    names = [{p.name[:5] for p in path.glob(f"{group}.commits/c.*.0.0")} for group in groups]
-    shards = set.intersection(*names)
+    shards = whole_shards(path)
     return [str(p.relative_to(path)) for p in path.glob("*/c.*.*.0*") if p.name[:5] in shards and p.suffix == ".0"]
 
 
@@ -140,13 +162,15 @@ def main(root: Path, times: int = 1) -> list[dict[str, Any]]:
         path.parent.mkdir()
         # The second kill hits the run that continues.
         for _ in range(1 + number % 2):
-            if number < num_points:
+            if number >= num_points:
+                killed_at_time(path, generator.uniform(0, seconds))
+            elif number % 2 or number == 0:
                 # Spread over the whole life; a run that continues makes fewer calls.
                 point = generator.randrange(calls * number // num_points, calls * (number + 1) // num_points)
-                child = forked(lambda point=point, path=path: counting(point, None, lambda: run(path)))  # type: ignore[misc]
-                assert ended(child) in (-signal.SIGKILL, 0, 1, 2, 3, 4, 5, 6)
+                killed_at_call(path, point)
             else:
-                killed_at_time(path, generator.uniform(0, seconds))
+                # Most calls may come after the last commit: how many come before depends on the threads.
+                killed_at_shard(path, NUM_SHARDS * number // num_points)
         found.append(outcome("point" if number < num_points else "time", path, expected))
         shutil.rmtree(path.parent)
     return found + growths(root, times * NUM_GROWN)

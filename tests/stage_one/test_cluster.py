@@ -240,6 +240,7 @@ def test_shards_that_workers_commit_elsewhere_are_missed(tmp_path: Path, monkeyp
         fill_on_cluster._require_visible(todo.shards[:1], todo, Claims(todo.snapshot, todo.shards), time.sleep)
 
 
+@pytest.mark.usefixtures("warm_workers")
 def test_a_cluster_waits_for_other_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = named(tmp_path / "c.zarr")
     precompute(plan, part="2/2")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tests.stage_one import dying
 from tests.stage_one.apart import stopped
 from tests.stage_one.test_cluster import named
 from tests.stage_one.test_kill import num_records
+
+pytestmark = pytest.mark.usefixtures("warm_workers")
 
 
 def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,20 +36,25 @@ def test_each_worker_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
         workers._own(3, cuda)
 
 
+Killing = Callable[[int], Path]
+
+
 @pytest.fixture
-def killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Have workers killed as they start; returns the folder in which each leaves a file."""
-    folder = tmp_path / "killed"
-    folder.mkdir()
-    monkeypatch.setenv(dying.FOLDER, str(folder))
-    monkeypatch.setattr(workers, "PRELOAD", dying.__name__)
-    return folder
+def killing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Killing:
+    """Have so many workers killed as they start; returns the folder in which each leaves a file."""
+
+    def kill(count: int) -> Path:
+        (folder := tmp_path / "killed").mkdir()
+        variables = {dying.FOLDER: str(folder), dying.COUNT: str(count)}
+        monkeypatch.setattr(workers, "_own", lambda number, device: [{"env": variables} for _ in range(number)])
+        monkeypatch.setattr(workers, "PRELOAD", dying.__name__)
+        return folder
+
+    return kill
 
 
-def test_workers_that_are_killed_while_they_start_are_started_again(
-    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(dying.COUNT, "3")
+def test_workers_that_are_killed_while_they_start_are_started_again(killing: Killing, tmp_path: Path) -> None:
+    killed = killing(3)
     result = precompute(named(tmp_path / "c.zarr"), workers=2)
     assert len(list(killed.iterdir())) >= 3
     assert (result.shards_written, result.shards_left) == (6, 0)
@@ -55,9 +63,9 @@ def test_workers_that_are_killed_while_they_start_are_started_again(
 
 
 def test_workers_that_never_start_end_the_run_which_can_go_on(
-    killed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killing: Killing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(dying.COUNT, "1000")
+    killing(1000)
     monkeypatch.setattr(workers, "STARTS", 1)
     with pytest.raises(KilledWorkerError, match=r"2 times in a row.* Fix: fewer --workers") as stopped:
         precompute(named(tmp_path / "c.zarr"), workers=1)

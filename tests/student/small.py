@@ -1,5 +1,7 @@
 """Small recipes, networks and runs for the tests of training."""
 
+import copy
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -52,7 +54,12 @@ def teacher(out: Path, **changes: Any) -> TeacherRecipe:
 
 
 def network(seed: int = 1) -> nn.Module:
-    """A fixed network with opinions that differ between images."""
+    """A fixed network with opinions that differ between images; each caller has its own."""
+    return copy.deepcopy(_network(seed))
+
+
+@functools.cache
+def _network(seed: int) -> nn.Module:
     images = open_dataset(Bundled(num_images=NUM_IMAGES))
     pixels = torch.stack([images.read(index) for index in range(NUM_IMAGES)])
     with torch.random.fork_rng(), torch.no_grad():

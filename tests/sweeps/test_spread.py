@@ -16,7 +16,7 @@ from logitcache.sweeps.sweep import SweepResult, sweep
 from tests.student.small import DROPOUT, LINEAR
 from tests.sweeps.small import CODE, assert_same, swept
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "warm_workers")
 
 IMAGES = {"dataset": {"kind": "bundled", "split": "test", "num_images": 40}, "batch_size": 40}
 SWEEP: dict[str, Any] = {
@@ -49,7 +49,7 @@ def _two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def scheduler() -> Iterator[str]:
+def scheduler(warm_workers: None) -> Iterator[str]:
     """A cluster of two processes that the sweep has not started."""
     distributed = pytest.importorskip("distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": 0, "preload": [workers.PRELOAD]}

@@ -1,5 +1,7 @@
 """Bundled: a part of Fashion-MNIST that comes with the package."""
 
+import functools
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -43,12 +45,18 @@ class Bundled(DatasetBase):
         path = bundled_directory("fashion_mnist") / f"{self.split}.npz"
         if not path.is_file():
             raise DataError(f"the bundled images '{path}' are missing.\n  Fix: install logitcache again.")
-        with np.load(path) as stored:
-            images, labels, index = stored["images"], stored["labels"], stored["index"]
+        images, labels, index = _stored(path)
         share = (self.num_images or len(labels)) // len(_CLASS_NAMES)
         first = [np.flatnonzero(labels == label)[:share] for label in range(len(_CLASS_NAMES))]
         rows = np.sort(np.concatenate(first))
         return BundledImages(self.split, images[rows], labels[rows], index[rows])
+
+
+@functools.cache
+def _stored(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int32]]:
+    """Return images, labels and places of a file, which is read once a process."""
+    with np.load(path) as stored:
+        return stored["images"], stored["labels"], stored["index"]
 
 
 class BundledImages:
