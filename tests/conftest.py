@@ -122,7 +122,9 @@ def warm_workers() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Seed torch's generator; tests that must not depend on it reseed it themselves."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats three stacks where there is no GPU
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True)

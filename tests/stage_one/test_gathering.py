@@ -73,6 +73,6 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         one(Cluster(workers=2))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("warm_workers")
 def test_workers_of_this_machine_are_started_and_ended() -> None:
     assert [*gathered(abs, range(-20, 0), "count", "numbers", Cluster(workers=2))] == [*range(20, 0, -1)]

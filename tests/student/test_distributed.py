@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +36,7 @@ from tests.student.small import (
     weights,
 )
 from tests.student.test_trackers import scalars
+from tests.warm import Program
 
 BARE = {"kind": "custom", "factory": "tests.student.test_distributed:bare"}
 BOTH = [{"kind": "kl_divergence", "temperature": 2}, {"kind": "cross_entropy", "weight": 0.5}]
@@ -348,13 +347,13 @@ def test_torchrun_trains_and_answers_once(cache: Path, tmp_path: Path) -> None:
     entries: dict[str, Any] = {"model": BARE, "losses": BOTH, "epochs": 1, "validation": VALIDATION}
     recipe = student(tmp_path / "run", cache, **entries)
     (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "logitcache", "train-student", str(tmp_path / "recipe.yaml"), "--json"]
+    command = ["-m", "logitcache", "train-student", str(tmp_path / "recipe.yaml"), "--json"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["steps"] == STEPS // 2
-    assert done.stderr.count("epoch 1/1  loss") == 1
-    assert "arning" not in done.stderr
+    launched = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
+    with Program(*launched, environment=environment) as done:  # it starts cold interpreters
+        assert done.wait(120) == 0, done.errors
+        assert json.loads(done.out)["steps"] == STEPS // 2
+        assert done.errors.count("epoch 1/1  loss") == 1
+        assert "arning" not in done.errors
     train(student(tmp_path / "whole", cache, **entries))
     _close(tmp_path / "run", tmp_path / "whole")

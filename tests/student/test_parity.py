@@ -19,7 +19,21 @@ from tests.student.small import PARTLY, fill, linear, network, recorded_losses, 
 
 STEPS = {"batch_size": 20, "epochs": 5}  # 50 steps over 200 images
 NUM_STEPS = 50
-MIXED = {"num_views": 2, "mixing": [{"kind": "mixup", "p": 0.5}, {"kind": "cutmix", "p": 0.5}]}
+SIDE = 16
+VIEWS = {
+    "num_views": 2,
+    "seed": 3,
+    "augmentations": [{"kind": "random_crop", "size": SIDE}, {"kind": "horizontal_flip"}],
+}
+"""Small images: many steps are taken."""
+
+MIXED = VIEWS | {"mixing": [{"kind": "mixup", "p": 0.5}, {"kind": "cutmix", "p": 0.5}]}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Float32 logits of one teacher."""
+    return fill(tmp_path_factory.mktemp("small") / "cache", views=VIEWS)
 
 
 def _both(
@@ -56,19 +70,20 @@ def _largest_difference(first: RunResult, second: RunResult, file: str = "weight
     ],
     ids=["sgd", "adamw", "squared_error", "standardized", "dkd", "nkd", "wsld", "dist", "multi_label"],
 )
-def test_fifty_steps_from_the_cache_are_fifty_steps_online(cache: Path, tmp_path: Path, changes: Any) -> None:
-    (offline, cached), (online, live) = _both(cache, {"net": network()}, tmp_path, **changes)
+def test_fifty_steps_from_the_cache_are_fifty_steps_online(small: Path, tmp_path: Path, changes: Any) -> None:
+    (offline, cached), (online, live) = _both(small, {"net": network()}, tmp_path, **changes)
     assert np.abs(cached - live).max() <= 1e-6
     assert _largest_difference(offline, online) <= 1e-6
 
 
-def test_two_teachers_agree_with_two_live_teachers(two_teachers: Path, tmp_path: Path) -> None:
+def test_two_teachers_agree_with_two_live_teachers(tmp_path: Path) -> None:
     losses = [
         {"kind": "kl_divergence", "teacher": "first"},
         {"kind": "kl_divergence", "teacher": "second", "temperature": 2.0, "weight": 0.5},
     ]
     modules = {"first": network(1), "second": network(2)}
-    (offline, cached), (online, live) = _both(two_teachers, modules, tmp_path, losses=losses)
+    cache = fill(tmp_path / "cache", modules, views=VIEWS)
+    (offline, cached), (online, live) = _both(cache, modules, tmp_path, losses=losses)
     assert np.abs(cached - live).max() <= 1e-6
     assert _largest_difference(offline, online) <= 1e-6
     assert offline.teacher_passes == 0
@@ -76,8 +91,8 @@ def test_two_teachers_agree_with_two_live_teachers(two_teachers: Path, tmp_path:
 
 
 def test_chosen_outputs_of_a_teacher_are_those_of_the_live_teacher(tmp_path: Path) -> None:
-    wide = linear(16)
-    cache = fill(tmp_path / "cache", {"net": wide}, classes=[15, 3, 7, 0, 1, 12, 11, 4, 9, 2])
+    wide = linear(16, SIDE)
+    cache = fill(tmp_path / "cache", {"net": wide}, views=VIEWS, classes=[15, 3, 7, 0, 1, 12, 11, 4, 9, 2])
     losses = [{"kind": "kl_divergence", "temperature": 2.0}, {"kind": "dkd"}]
     (offline, cached), (online, live) = _both(cache, {"net": wide}, tmp_path, losses=losses)
     assert np.abs(cached - live).max() <= 1e-6
@@ -91,7 +106,11 @@ def test_every_loss_on_features_has_its_parity() -> None:
 
 @pytest.mark.parametrize(
     ("filled", "changes"),
-    [({}, {"ema": 0.9}), ({"views": MIXED}, {}), ({"images": PARTLY}, {"dataset": PARTLY})],
+    [
+        ({"views": VIEWS}, {"ema": 0.9}),
+        ({"views": MIXED}, {}),
+        ({"views": VIEWS, "images": PARTLY}, {"dataset": PARTLY}),
+    ],
     ids=["plain", "mixed", "partly labelled"],
 )
 def test_fifty_steps_on_cached_features_are_fifty_steps_online(tmp_path: Path, filled: Any, changes: Any) -> None:
@@ -105,7 +124,7 @@ def test_fifty_steps_on_cached_features_are_fifty_steps_online(tmp_path: Path, f
 
 def test_features_in_int8_are_close_to_online(tmp_path: Path) -> None:
     features = {name: entry | {"dtype": "int8"} for name, entry in FEATURES.items()}
-    cache = fill_featured(tmp_path / "cache", features=features)
+    cache = fill_featured(tmp_path / "cache", features=features, views=VIEWS)
     changes = {"losses": LOSSES, "optimizer": {"kind": "sgd", "lr": 0.01}}
     (_, cached), (_, live) = _both(cache, {"net": network()}, tmp_path, **changes)
     first = np.abs(cached[0] / live[0] - 1)  # later steps start from other weights
