@@ -4,13 +4,12 @@ import csv
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
-
-import yaml
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any, Literal
 
 from logitcache.runtime.console import visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TableFormat = Literal["csv", "json", "markdown", "latex"]
 
@@ -21,6 +20,8 @@ LONGEST_TABLE = 40
 
 def as_text(document: Mapping[str, Any]) -> str:
     """Format a result: scalars as aligned lines, lists of mappings as tables, entries of recipes as YAML."""
+    from rich.console import Console  # here, as every `--help` imports this module
+
     # Without styles: escape sequences would be shown, not sent.
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False, color_system=None)
     with console.capture() as capture:
@@ -62,7 +63,7 @@ def _escaped(text: str) -> str:
     return text.replace("±", r"$\pm$").replace("~", r"\textasciitilde ").replace("^", r"\textasciicircum ")
 
 
-def _print(console: Console, document: Mapping[str, Any]) -> None:
+def _print(console: "Console", document: Mapping[str, Any]) -> None:
     scalars = _scalars(document)
     width = max(map(len, scalars), default=0)
     for name, value in scalars.items():
@@ -97,12 +98,14 @@ def _is_table(value: Any) -> bool:
     return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], Mapping) and not _is_entry(value[0])
 
 
-def _print_table(console: Console, title: str, rows: list[dict[str, str]]) -> None:
+def _print_table(console: "Console", title: str, rows: list[dict[str, str]]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[row.get(name, MISSING) for name in columns] for row in rows[:LONGEST_TABLE]]
     if len(rows) > LONGEST_TABLE:
         title = f"{title}, the first {LONGEST_TABLE} of {len(rows)} (--json has all)"
     if console.is_terminal:
+        from rich.table import Table
+
         table = Table(*columns, title=title, title_justify="left")
         for row in cells:
             table.add_row(*row)
@@ -129,6 +132,8 @@ def _format(name: str, value: Any) -> str:
         case float():
             return f"{value:.4g}"
         case Mapping():
+            import yaml
+
             entry = {key: _shortened(item) for key, item in value.items()}
             return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=math.inf).strip()
         case [least, most] if name.endswith("seconds"):
