@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "cache.cache": ("Cache", "open_cache"),
+    "classifier": ("Classifier", "Preprocessing"),
     "config.recipe": ("load_recipe",),
     "errors": (
         "CacheError",
@@ -18,7 +19,6 @@ _MODULES = {
         "ReplayMismatchError",
         "Stopped",
     ),
-    "models.base": ("Classifier", "Preprocessing"),
     "planning.plan": ("plan",),
     "report": ("figures",),
     "shipping.export": ("export",),
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     # Aliases mark re-exports; one statement a module.
     # isort: off
     from logitcache.cache.cache import Cache as Cache, open_cache as open_cache
+    from logitcache.classifier import Classifier as Classifier, Preprocessing as Preprocessing
     from logitcache.config.recipe import load_recipe as load_recipe
     from logitcache.errors import (
         CacheError as CacheError,
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
         ReplayMismatchError as ReplayMismatchError,
         Stopped as Stopped,
     )
-    from logitcache.models.base import Classifier as Classifier, Preprocessing as Preprocessing
     from logitcache.planning.plan import plan as plan
     from logitcache.report import figures as figures
     from logitcache.shipping.export import export as export

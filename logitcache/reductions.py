@@ -23,6 +23,10 @@ Once it is decided, `auto` is what needs no change: maps [C, H, W], tokens [N, D
 """
 
 
+INPUT = ":input"
+"""Suffix of a tap of a module's input, as in `fc:input`; without it, a tap is of the output."""
+
+
 class FeatureShape(NamedTuple):
     """What a feature is, and its shape without the batch."""
 

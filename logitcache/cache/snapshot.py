@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
 
 from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
@@ -46,7 +45,7 @@ def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
 
     def state() -> bytes | None:
         paths = [store.path / key for key in skeleton_limits(manifest)]
-        return digest_index.state(paths, manifest.digest(), zarr.__version__, version("logitcache"))
+        return digest_index.state(paths, manifest.digest(), version("zarr"), version("logitcache"))
 
     memory, before = memory_of(str(store.path.absolute()), "skeleton"), state()
     if before is not None and read_memory(memory) == before:

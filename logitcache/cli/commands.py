@@ -280,4 +280,5 @@ _RECIPE_COMMANDS = {
 app.add_typer(recipe_app, name="recipe", rich_help_panel=_START)
 for _app, _commands in ((app, _COMMANDS), (recipe_app, _RECIPE_COMMANDS)):
     for _name, _command in _commands.items():
-        add_command(_app, _name, _command.function, rich_help_panel=_command.group, epilog=epilog(*_command[2:]))
+        _help_texts = {"rich_help_panel": _command.group, "epilog": epilog(*_command[2:])}
+        add_command(_app, _name, _command.function, uses_torch=_app is app, **_help_texts)

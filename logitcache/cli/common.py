@@ -1,7 +1,9 @@
 """What commands share: the result, the output options, and arguments of several commands."""
 
+import gc
 import inspect
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,7 +164,24 @@ def _signals_stop() -> Iterator[None]:
         raise Stopped(message, received[0]) from None
 
 
-def add_command(app: Typer, name: str, function: Callable[..., CommandResult], **help_texts: Any) -> None:
+def _import_torch() -> None:
+    """Import torch before anything else, without garbage collection: no module is garbage.
+
+    Each full collection would walk all objects that were imported so far, tenths of a second in all.
+    """
+    if "torch" in sys.modules:
+        return
+    gc.disable()
+    try:
+        import torch  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def add_command(
+    app: Typer, name: str, function: Callable[..., CommandResult], uses_torch: bool, **help_texts: Any
+) -> None:
     """Register a function under a name, with the output options added to its own.
 
     `help_texts` go to Typer.
@@ -173,6 +192,8 @@ def add_command(app: Typer, name: str, function: Callable[..., CommandResult], *
         output = {option: options.pop(option) for option in _OUTPUT_OPTIONS}
         console.configure(quiet=output["quiet"], verbose=output["verbose"])
         with _signals_stop():
+            if uses_torch:
+                _import_torch()
             return function(**options)
 
     signature = inspect.signature(function)

@@ -38,7 +38,7 @@ def plan(
     Bytes, files, time, memory, and whether the disk has room. Writes nothing.
     """
     from logitcache.planning import plan as planning
-    from logitcache.report.recipe_check import load_own
+    from logitcache.report.load_own import load_own
     from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
@@ -60,12 +60,14 @@ def precompute(
     The same command continues after a stop, and shares the work with others of its kind. A recipe that asks for more
     views or further teachers adds just these.
     """
-    from logitcache.report.recipe_check import load_own, next_recipe
+    from logitcache.report.load_own import load_own
     from logitcache.stage_one.precompute import PrecomputeRecipe
     from logitcache.stage_one.precompute import precompute as run
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
     result = run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait)
+    from logitcache.report.recipe_check import next_recipe
+
     return _answer(result, part, next_recipe(recipe) or ("inspect", wanted.cache))
 
 
@@ -82,7 +84,7 @@ def derive(
     It keeps logits in another encoding, or several teachers as one. Reads neither images nor teachers. The same command
     continues after a stop.
     """
-    from logitcache.report.recipe_check import load_own
+    from logitcache.report.load_own import load_own
     from logitcache.stage_one.derive.derive import DeriveRecipe
     from logitcache.stage_one.derive.derive import derive as run
 

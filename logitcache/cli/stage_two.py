@@ -50,7 +50,7 @@ def train_student(
     """Train a student from a cache, with no teacher in the loop."""
     if teachers_from is not None and not online:
         raise BadParameter("has no effect: no teachers are in the loop without --online", param_hint="--teachers-from")
-    from logitcache.report.recipe_check import load_own
+    from logitcache.report.load_own import load_own
     from logitcache.student.ranks import joined
     from logitcache.student.training import train
     from logitcache.student.training_recipes import StudentRecipe
@@ -73,7 +73,7 @@ def train_student(
 
 def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> CommandResult:
     """Train a teacher on labels, by the same loop."""
-    from logitcache.report.recipe_check import load_own
+    from logitcache.report.load_own import load_own
     from logitcache.student.ranks import joined
     from logitcache.student.training import train
     from logitcache.student.training_recipes import TeacherRecipe

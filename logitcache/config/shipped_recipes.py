@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.errors import RecipeError, did_you_mean
+from logitcache.runtime.shipped_files import shipped_folder
 
 _SCHEMA = re.compile(r"# yaml-language-server: \$schema=(\S+)")
 NEW_RECIPES = (
@@ -29,9 +30,8 @@ class ShippedRecipe:
 
 
 def pipelines_folder() -> Path:
-    """Return the folder of recipes and schemas: inside the package if it is installed, beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    return next(one for one in (package / "pipelines", package.parent / "pipelines") if one.is_dir())
+    """Return the folder of recipes and schemas."""
+    return shipped_folder("pipelines")
 
 
 def schema_file(command: str) -> Path:

@@ -5,13 +5,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import nn
 
-from logitcache.models.base import (
-    BuiltModel,
-    Classifier,
-    Preprocessing,
-    default_preprocessing,
-    resolve_preprocessing,
-)
+from logitcache.classifier import Classifier, Preprocessing
+from logitcache.models.base import BuiltModel, default_preprocessing, resolve_preprocessing
 from logitcache.models.checkpoint import Checkpoint
 from logitcache.models.custom import Custom
 from logitcache.models.hugging_face.transformers import Transformers

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @torch.no_grad()
@@ -15,6 +14,8 @@ def flops_of(module: nn.Module, images: Tensor) -> int:
 
     Convolutions, matrix products and attention count; a multiplication and its addition are two operations.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     module.eval()
     with _countable(), FlopCounterMode(display=False) as counter:
         module(images)

@@ -9,10 +9,11 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, ValidationError, model_validator
 from torch import nn
 
+from logitcache.classifier import Preprocessing, channels_fix
 from logitcache.config.recipe import Component, Count
 from logitcache.config.trust import Trust, remember, require_grant
 from logitcache.errors import RecipeError
-from logitcache.models.base import BuiltModel, Preprocessing, channels_fix
+from logitcache.models.base import BuiltModel
 from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
 from logitcache.models.pruned_network import Network, PrunedNetwork
@@ -20,6 +21,7 @@ from logitcache.models.quantized import Quantized
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 from logitcache.models.weights import load_weights, read_state, save_weights
+from logitcache.runtime.shipped_files import shipped_folder
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
 
@@ -289,7 +291,5 @@ class Bundled(Component):
 
 
 def bundled_directory(name: str) -> Path:
-    """Find data that ships with the package: inside it when installed, beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    inside = package / "data" / name
-    return inside if inside.is_dir() else package.parent / "data" / name
+    """Return the folder of bundled images and their teacher."""
+    return shipped_folder("data") / name

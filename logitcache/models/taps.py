@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
-from logitcache.reductions import Layout, channels_in_place
-
-INPUT = ":input"
-"""Suffix of a tap of a module's input, as in `fc:input`."""
+from logitcache.reductions import INPUT, Layout, channels_in_place
 
 SHOWN = 40
 

@@ -7,9 +7,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue
 from torch import nn
 
+from logitcache.classifier import Preprocessing
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
-from logitcache.models.base import BuiltModel, Preprocessing, PretrainedFacts, risky_options
+from logitcache.models.base import BuiltModel, PretrainedFacts, risky_options
 from logitcache.models.torchvision import another_count, require_known
 
 # timm looks these up itself, outside its list of names.

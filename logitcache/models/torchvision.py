@@ -9,9 +9,10 @@ import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
+from logitcache.classifier import Preprocessing, channels_fix
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, RecipeError
-from logitcache.models.base import BuiltModel, Preprocessing, PretrainedFacts, channels_fix, risky_options
+from logitcache.models.base import BuiltModel, PretrainedFacts, risky_options
 from logitcache.models.weights import did_you_mean
 
 if TYPE_CHECKING:

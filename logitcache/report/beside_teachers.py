@@ -11,7 +11,7 @@ from logitcache.cache.snapshot import locate
 from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError
 from logitcache.models import Checkpoint, Classifier
-from logitcache.report.recipe_check import load_own
+from logitcache.report.load_own import load_own
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness, resolve_device
 from logitcache.shipping.exported import is_exported

@@ -1,19 +1,19 @@
 """Check recipes of any kind, and find the command that a recipe is for."""
 
 import math
-import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from logitcache.cache.cache import Cache
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.config.mistakes import validate
 from logitcache.config.recipe import NOWHERE, Component, load_recipe, load_sound, read_recipe, require_effect
 from logitcache.errors import LogitCacheError, RecipeError, caught, listed, raise_all
+from logitcache.report.load_own import load_own
 from logitcache.runtime.console import logger
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.source import SourceCache
@@ -41,7 +41,6 @@ RECIPES: dict[str, type[Component]] = {
     "sweep": SweepRecipe,
 }
 
-R = TypeVar("R", bound=Component)
 Check = Callable[[], object]
 
 
@@ -181,7 +180,7 @@ _CHECKS: dict[type[Component], Callable[[Any, Collection[str]], Iterator[Check]]
 def command_of(path: str | Path) -> str:
     """Find the command whose keys a recipe has, with the fewest mistakes. Raises RecipeError."""
     data = read_recipe(path)
-    command = min(RECIPES, key=lambda command: _misfit(data, RECIPES[command]))
+    command = min(RECIPES, key=lambda command: misfit(data, RECIPES[command]))
     if not data.keys() & RECIPES[command].model_fields.keys():
         raise RecipeError(
             f"{path}:1: no recipe has these keys; `precompute` needs teachers, `derive` cache, out and teachers, "
@@ -197,27 +196,6 @@ def next_recipe(path: Path) -> tuple[str, ...]:
         with suppress(RecipeError):  # a YAML file of another kind
             return command_of(following), str(following)
     return ()
-
-
-def load_own(path: str | Path, model: type[R], overrides: Sequence[str] = ()) -> R:
-    """Load a recipe as `load_recipe` does; raise only that for one of another command, with fewer mistakes as that."""
-    try:
-        return load_recipe(path, model, overrides)
-    except RecipeError as error:
-        try:
-            data, command = read_recipe(path), command_of(path)
-        except RecipeError:
-            raise error from None  # a recipe of no kind
-        meant, (own,) = RECIPES[command], [name for name, kind in RECIPES.items() if kind is model]
-        foreign = ", ".join(key for key in data if key not in model.model_fields)
-        lacking = ", ".join(key for key, field in model.model_fields.items() if field.is_required() and key not in data)
-        why = " and ".join([f"has {foreign}"] * bool(foreign) + [f"lacks {lacking}"] * bool(lacking))
-        if why and _misfit(data, meant)[1] < _misfit(data, model)[1]:
-            raise RecipeError(
-                f"{path} looks like a recipe of `{command}`, and this takes one of `{own}`: it {why}. "
-                f"Fix: run `logitcache {command} {shlex.quote(str(path))}`, or name a recipe of `{own}`"
-            ) from error
-        raise
 
 
 def load_sweep(
@@ -249,6 +227,6 @@ def load_sweep(
     return load_recipe(stated | changes, SweepRecipe) if changes else recipe
 
 
-def _misfit(data: Mapping[str, Any], model: type[Component]) -> tuple[int, int]:
+def misfit(data: Mapping[str, Any], model: type[Component]) -> tuple[int, int]:
     """Count the keys that a kind of recipe does not have, which decide, and all mistakes as one of that kind."""
     return len(data.keys() - model.model_fields.keys()), len(validate(data, model)[1])

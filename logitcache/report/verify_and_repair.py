@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logitcache.cache.cache import Cache
 from logitcache.cache.format.derivation import is_derived
@@ -15,12 +15,11 @@ from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
 from logitcache.errors import DataError, RecipeError, RefusedError
 from logitcache.report.images import locate_images
-from logitcache.report.recipe_check import load_own
 from logitcache.runtime.tables import as_text
-from logitcache.stage_one.derive.derive import DeriveRecipe, derive
-from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.teacher.teacher import TeacherSource
 from logitcache.views.datasets.custom import Custom
+
+if TYPE_CHECKING:
+    from logitcache.teacher.teacher import TeacherSource
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,11 @@ def repair(
     features that the recipe asks for beyond the cache are not added. Raises as these do if the recipe is another one,
     or if the cache cannot be repaired.
     """
+    # Stage one, which `verify` does without.
+    from logitcache.report.load_own import load_own
+    from logitcache.stage_one.derive.derive import DeriveRecipe, derive
+    from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+
     snapshot = open_snapshot(path, fresh=True)
     manifest = snapshot.manifest
     if is_derived(manifest):
@@ -96,7 +100,7 @@ def repair(
     return verify(path, trust=trust)
 
 
-def _kept(sources: Mapping[str, TeacherSource], manifest: Manifest) -> dict[str, TeacherSource]:
+def _kept(sources: Mapping[str, "TeacherSource"], manifest: Manifest) -> dict[str, "TeacherSource"]:
     """Restrict the teachers of a recipe to what a cache keeps of them."""
     kept = {}
     for name in (name for name in sources if name in manifest.teachers):

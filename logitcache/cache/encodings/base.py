@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from logitcache.cache.format.arrays import Floats, Order
+from logitcache.classifier import Classifier
 from logitcache.config.recipe import Component
 from logitcache.logits import Logits
-from logitcache.models import Classifier
 from logitcache.targets import Targets
 
 

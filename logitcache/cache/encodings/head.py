@@ -23,7 +23,7 @@ from logitcache.cache.format.arrays import Storage
 from logitcache.config.recipe import Count, Name
 from logitcache.errors import RecipeError
 from logitcache.logits import CompactLogits, Logits
-from logitcache.models.taps import INPUT
+from logitcache.reductions import INPUT
 
 PENULTIMATE = "penultimate"
 """The feature that a head's input is kept as."""

@@ -8,9 +8,9 @@ from pydantic import Field, JsonValue, ValidationError
 
 from logitcache.cache.encodings import Encoding
 from logitcache.cache.format.manifest import Digest, Manifest, TeacherEntry, TeacherName
+from logitcache.classifier import Preprocessing
 from logitcache.config.recipe import Component, Positive
 from logitcache.errors import CacheError, MismatchError
-from logitcache.models import Preprocessing
 
 Average = Literal["logits", "probabilities"]
 """logits: the mean of logits. probabilities: the mean of softmax(z / T), kept as the logits that give it at T."""

@@ -10,9 +10,9 @@ from pydantic import AfterValidator, Field, JsonValue, PlainSerializer, Validati
 from logitcache.cache.encodings import Encoding, Form
 from logitcache.cache.encodings.features import Feature, FeatureForm
 from logitcache.cache.format.row_errors import RowErrors
+from logitcache.classifier import Preprocessing
 from logitcache.config.recipe import Count, Extended, Name, Positive
 from logitcache.errors import CacheError
-from logitcache.models import Preprocessing
 from logitcache.runtime.device import Precision
 from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset

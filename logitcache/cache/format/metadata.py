@@ -1,18 +1,19 @@
-"""The skeleton of a cache: all files but the shards and their records. It is written before a teacher answers."""
+"""The skeleton of a cache: all files but the shards and their records. It is written before a teacher answers.
+
+zarr-python is imported by the functions that write or compare metadata: opening a cache that this machine has compared
+before needs none of it.
+"""
 
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import Buffer, cpu
-from zarr.errors import ZarrUserWarning
-from zarr.storage import MemoryStore
 
 from logitcache.cache.format.arrays import ArrayGroup, is_finite
 from logitcache.cache.format.layout import layout_of, require_possible
@@ -107,7 +108,11 @@ def metadata_files(manifest: Manifest) -> dict[str, bytes]:
 
 @lru_cache(maxsize=8)  # zarr-python takes milliseconds for each array, and a process opens a cache more than once
 def _metadata_files(described: _Described) -> Mapping[str, bytes]:
-    files: dict[str, Buffer] = {}
+    import zarr
+    from zarr.errors import ZarrUserWarning
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Any] = {}
     store = MemoryStore(store_dict=files)
     group = zarr.create_group(store, attributes={"logitcache": described.manifest.attributes()})
     for options in _array_options(described.manifest):
@@ -160,7 +165,7 @@ def skeleton_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
     """Compare metadata, tables, labels, image digests and canary pixels with the manifest."""
     wanted, recorded = metadata_files(manifest), manifest.fingerprint
     # Another release of zarr may write the same in other words.
-    parse = _as_json if manifest.versions.get("zarr") == zarr.__version__ else _as_zarr
+    parse = _as_json if manifest.versions.get("zarr") == version("zarr") else _as_zarr
     for options in _array_options(manifest):
         key = f"{options['name']}/{ROOT}"
         yield from _compare(key, partial(_require_array, store, key, wanted[key], parse))
@@ -239,6 +244,10 @@ def _as_json(stored: bytes, key: str) -> Any:
 
 
 def _as_zarr(stored: bytes, key: str) -> Any:
+    import zarr
+    from zarr.core.buffer import cpu
+    from zarr.storage import MemoryStore
+
     store = MemoryStore(store_dict={ROOT: cpu.Buffer.from_bytes(stored)})
     if key == ROOT:
         found = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=True).metadata.to_dict()

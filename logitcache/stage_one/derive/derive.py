@@ -6,11 +6,11 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from logitcache.cache.cache import open_cache
 from logitcache.cache.format.derivation import Derivation, Member
@@ -104,7 +104,7 @@ def find_derived_todo(recipe: DeriveRecipe, source: SourceCache, store: Store) -
     asked = {name: _entry(name, source) for name in source.origins}
     canaries = tuple(canary for canary, seen in zip(manifest.canaries, is_seen, strict=True) if seen)
     # Versions are those that made the pixels and the answers; the metadata is written here.
-    update = {"teachers": asked, "canaries": canaries, "versions": manifest.versions | {"zarr": zarr.__version__}}
+    update = {"teachers": asked, "canaries": canaries, "versions": manifest.versions | {"zarr": version("zarr")}}
     wanted = manifest.model_copy(update=update)
     if (store.path / ROOT).exists():
         return _existing(Snapshot.read(store), recipe, source, wanted, samples)

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from logitcache.errors import DataError
-from logitcache.models import bundled_directory
+from logitcache.runtime.shipped_files import shipped_folder
 from logitcache.views.datasets.base import DatasetBase, pixel_digest
 from logitcache.views.datasets.images.ids import PackedIds
 
@@ -42,7 +42,7 @@ class Bundled(DatasetBase):
 
     def open(self) -> "BundledImages":
         """Load the images; raises DataError when the package's data are not there."""
-        path = bundled_directory("fashion_mnist") / f"{self.split}.npz"
+        path = shipped_folder("data") / "fashion_mnist" / f"{self.split}.npz"
         if not path.is_file():
             raise DataError(f"the bundled images '{path}' are missing.\n  Fix: install logitcache again.")
         images, labels, index = _stored(path)

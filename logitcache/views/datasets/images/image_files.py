@@ -61,9 +61,6 @@ _UPRIGHT, _SWAPPED = 1, 5
 """The orientation of what is stored as it is to be seen, and the first of those that swap height and width."""
 
 
-Image.init()  # formats can be named only once every plugin is there
-
-
 class ImageHeader(NamedTuple):
     """The head of a file: height and width of what is stored, and the EXIF orientation, 1 without any."""
 
