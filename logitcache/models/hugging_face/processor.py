@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from logitcache.models.base import Interpolation, Preprocessing
+from logitcache.classifier import Interpolation, Preprocessing
 from logitcache.models.hugging_face.folder import library
 from logitcache.runtime.console import logger
 

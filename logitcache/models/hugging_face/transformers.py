@@ -9,9 +9,10 @@ import torch
 from pydantic import Field, JsonValue, field_validator, model_validator
 from torch import nn
 
+from logitcache.classifier import channels_fix
 from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError
-from logitcache.models.base import BuiltModel, channels_fix
+from logitcache.models.base import BuiltModel
 from logitcache.models.bounded import TooLarge
 from logitcache.models.hugging_face.folder import (
     folder_of,
