@@ -77,7 +77,7 @@ def losses_of(out: Path, cache: Path, root: str | None, width: int, epochs: int,
         "epochs": epochs,
         "batch_size": 128,
         "seed": seed,
-        "num_workers": 1,
+        "num_workers": 0,
         "validation": {"dataset": images_of("test", root), "every": epochs},
     }
     student = train(load_recipe(recipe, StudentRecipe), resume=True)

@@ -101,6 +101,9 @@ def quantize(
             help="Quantise after training by onnxruntime, or by torchao's PT2E (extra quant).",
         ),
     ] = None,
+    symmetric: Annotated[
+        bool, Option("--symmetric", help="Make activations signed with zero at 0, as TensorRT takes them.")
+    ] = False,
     images: Annotated[
         int | None,
         Option("--images", min=1, metavar="N", show_default="256", help="Unaugmented training images to calibrate on."),
@@ -137,7 +140,8 @@ def quantize(
     plan = latency_plan(latency, batch_size, threads, repeats, warm_up)
     changes = [*overrides, *granted(trust)]
     if qat:
-        after = {"--method": method, "--images": images, "--keep-worst": keep_worst, "--sensitivity": sensitivity}
+        after = {"--method": method, "--symmetric": symmetric, "--images": images}
+        after |= {"--keep-worst": keep_worst, "--sensitivity": sensitivity}
         if unused := [option for option, value in after.items() if value]:
             raise BadParameter("has no effect with --qat: it is of quantising after training", param_hint=unused)
         if out is None:
@@ -169,6 +173,7 @@ def quantize(
         changes,
         pixels=pixels,
         method=method or "onnxruntime",
+        symmetric=symmetric,
         num_images=256 if images is None else images,
         keep_float=keep_float,
         keep_worst=keep_worst,

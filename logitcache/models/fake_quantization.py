@@ -126,9 +126,9 @@ def to_int8(network: FakeQuantized) -> nn.Module:
                 for name, tensor in (("int8", values), ("scale", scales), ("zero", zeros))
             ]
             return graph.graph.call_function(library.dequantize_per_channel.default, (*kept, *form))
-        form = float(quantizer.scale), int(quantizer.zero_point), *bounds, torch.uint8
-        made = graph.graph.call_function(library.quantize_per_tensor.default, (node.args[0], *form))
-        return graph.graph.call_function(library.dequantize_per_tensor.default, (made, *form))
+        of_tensor = float(quantizer.scale), int(quantizer.zero_point), *bounds, torch.uint8
+        made = graph.graph.call_function(library.quantize_per_tensor.default, (node.args[0], *of_tensor))
+        return graph.graph.call_function(library.dequantize_per_tensor.default, (made, *of_tensor))
 
     return _without_quantizers(network, integers)
 

@@ -12,6 +12,7 @@ from logitcache.errors import RecipeError
 from logitcache.models import Classifier, Quantized, read_stored, weights_digest
 from logitcache.models.fake_quantization import FakeQuantized, to_float, to_int8
 from logitcache.runtime.versions import versions
+from logitcache.shipping.elsewhere import Elsewhere, commands_elsewhere
 from logitcache.shipping.exported import ExportedModel
 from logitcache.shipping.graph import PixelsToLogits, as_input, example, record, to_onnx, to_pt2
 from logitcache.shipping.latency import FileLatency, Predict, file_latencies, warn_if_slow
@@ -41,7 +42,8 @@ class ExportResult:
     """An exported run: the file, its record beside it, and how it compares with the run.
 
     `operators` are those that onnxruntime makes of an int8 file: all, those on integers, and layers with weights that
-    stayed in float; None of other files. An int8 file is timed against the same network in float.
+    stayed in float; None of other files. An int8 file is timed against the same network in float. `elsewhere` are
+    commands for other runtimes.
     """
 
     run: str
@@ -55,6 +57,7 @@ class ExportResult:
     operators: dict[str, int] | None
     parity: Parity
     latencies: tuple[FileLatency, ...]
+    elsewhere: tuple[Elsewhere, ...]
 
 
 def export(
@@ -104,6 +107,7 @@ def export(
         operators=operators,
         parity=parity,
         latencies=turns,
+        elsewhere=commands_elsewhere(file, metadata),
     )
     if isinstance(network, FakeQuantized):
         kept = len(stored.keep_float) if isinstance(stored := read_stored(run / "model.json").model, Quantized) else 0

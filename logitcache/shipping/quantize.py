@@ -8,9 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from logitcache.errors import RecipeError
 from logitcache.models import Classifier
 from logitcache.models.fake_quantization import calibrate, imitate_int8, to_int8
 from logitcache.shipping.calibration import calibration_images
+from logitcache.shipping.elsewhere import Elsewhere, commands_elsewhere
 from logitcache.shipping.export import describe
 from logitcache.shipping.exported import ExportedModel, Session
 from logitcache.shipping.graph import PixelsToLogits, example, record, to_onnx
@@ -36,7 +38,7 @@ class QuantizeResult:
     """An int8 file and its record: bytes of the float file and of this one, and how it compares with the float run.
 
     `operators` are those of the graph that onnxruntime makes of it: all, those on integers, and layers with weights
-    that stayed in float. `keep_float` are layers that were kept so.
+    that stayed in float. `keep_float` are layers that were kept so. `elsewhere` are commands for other runtimes.
     """
 
     run: str
@@ -51,6 +53,7 @@ class QuantizeResult:
     parity: Parity
     latencies: tuple[FileLatency, ...]
     sensitivity: tuple[LayerSensitivity, ...]
+    elsewhere: tuple[Elsewhere, ...]
 
 
 def quantize(
@@ -60,6 +63,7 @@ def quantize(
     *,
     pixels: Pixels = "uint8",
     method: Method = "onnxruntime",
+    symmetric: bool = False,
     num_images: int = 256,
     keep_float: Sequence[str] = (),
     keep_worst: int = 0,
@@ -72,9 +76,12 @@ def quantize(
 
     Activations are calibrated on `num_images` unaugmented images of the data that the run learnt from. Layers of
     `keep_float`, and the `keep_worst` ones whose quantisation alone changes the logits most, stay in float. `method`
-    is onnxruntime's `quantize_static` or torchao's PT2E (extra `quant`). Raises RecipeError for a model that cannot be
-    quantised, MismatchError if fewer than `least_agreement` answers are the float run's; nothing is written then.
+    is onnxruntime's `quantize_static` or torchao's PT2E (extra `quant`). `symmetric` activations, of quantize_static
+    alone, are signed with zero at 0, as TensorRT takes them. Raises RecipeError for a model that cannot be quantised,
+    MismatchError if fewer than `least_agreement` answers are the float run's; nothing is written then.
     """
+    if symmetric and method == "pt2e":
+        raise RecipeError("PT2E makes no symmetric activations. Fix: --method onnxruntime, or leave out --symmetric")
     run = Path(run)
     file = new_file(run / "model.int8.onnx" if out is None else out, overwrite)
     opened = open_run(run, [*overrides, "device=cpu"])
@@ -82,7 +89,7 @@ def quantize(
     images = calibration_images(run, opened.recipe, metadata, num_images, overrides)
     program = record(PixelsToLogits(opened.classifier, pixels), example(metadata.shape, pixels))
     floating = to_onnx(program, metadata.model_copy(update={"arithmetic": "float32"}))
-    quantizer = StaticQuantizer(floating, images, metadata)
+    quantizer = StaticQuantizer(floating, images, metadata, symmetric)
     require_layers(keep_float, quantizer.layers)
     rows: tuple[LayerSensitivity, ...] = ()
     if sensitivity or keep_worst:
@@ -108,6 +115,7 @@ def quantize(
         parity=parity,
         latencies=tuple(turns),
         sensitivity=rows,
+        elsewhere=commands_elsewhere(file, metadata, symmetric),
     )
     warn_if_slow(result.file, result.operators["float_layers"] - len(kept), result.latencies)
     write_with_record(file, data, asdict(result), metadata)

@@ -50,11 +50,14 @@ def require_layers(names: Collection[str], layers: Collection[str]) -> None:
 
 
 class StaticQuantizer:
-    """Quantise a float ONNX graph with calibration images: U8 activations, S8 weights by channel, as QDQ."""
+    """Quantise a float ONNX graph with calibration images, as QDQ: S8 weights by channel, U8 activations.
 
-    def __init__(self, data: bytes, images: Tensor, metadata: Metadata) -> None:
+    `symmetric` activations are S8, with zero at 0.
+    """
+
+    def __init__(self, data: bytes, images: Tensor, metadata: Metadata, symmetric: bool = False) -> None:
         """Prepare a graph; images are uint8 [N, C, h, w]. Raises RecipeError for one that has nothing to quantise."""
-        self._metadata = metadata
+        self._metadata, self._symmetric = metadata, symmetric
         self._batches = [{INPUT: as_input(batch, metadata.pixels).numpy()} for batch in torch.split(images, _BATCH)]
         self.layers = layers_of(data)
         if not self.layers:
@@ -90,8 +93,9 @@ class StaticQuantizer:
                 library.reader(self._batches),
                 quant_format=library.QuantFormat.QDQ,
                 per_channel=True,
-                activation_type=library.QuantType.QUInt8,
+                activation_type=library.QuantType.QInt8 if self._symmetric else library.QuantType.QUInt8,
                 weight_type=library.QuantType.QInt8,
+                extra_options={"ActivationSymmetric": self._symmetric},
                 **nodes,
             )
             model = onnx.ModelProto.FromString(target.read_bytes())

@@ -81,7 +81,9 @@ def test_the_integer_operators_of_the_file_are_counted_and_a_slow_one_is_reporte
     assert [row.speed_up for row in found.latencies] == [0.5]
     assert "0.50 times the speed of float at batch 3" in caplog.text
     in_float, in_int8 = timed[0]
-    network = to_float(load_model(quantized).module)
+    trained = load_model(quantized).module
+    assert isinstance(trained, FakeQuantized)
+    network = to_float(trained)
     with torch.no_grad():
         assert torch.allclose(network((pixels(1).expand(3, 1, 28, 28) / 255 - 0.5) / 0.5), in_float, atol=1e-5)
     assert not torch.allclose(in_int8, in_float, atol=1e-5)
