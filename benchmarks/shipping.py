@@ -206,15 +206,20 @@ def shown(one: Shipped) -> dict[str, str]:
     speed, left = one.float_over_int8, one.macs_left
     return {
         "model": one.model,
-        "largest difference": f"{1e6 * one.difference:.2f} · 10⁻⁶",
+        "largest difference": millionths(one.difference),
         "equal answers": f"{100 * one.agreement:.4g} %",
-        "by OpenVINO": "not run" if one.openvino is None else f"{1e6 * one.openvino:.2f} · 10⁻⁶",
+        "by OpenVINO": "not run" if one.openvino is None else millionths(one.openvino),
         "ONNX over eager": f"{one.eager_over_onnx:.3g} ×",
         "int8 over float ONNX": f"refused: {speed}" if isinstance(speed, str) else f"{speed:.2f} ×",
         "integer operators": "" if one.operators is None else f"{one.operators['integer']} of {one.operators['all']}",
         "training for int8": "yes" if one.trained_for_int8 is True else f"refused: {one.trained_for_int8}",
         "multiply-adds left": f"refused: {left}" if isinstance(left, str) else f"{100 * left:.0f} %",
     }
+
+
+def millionths(value: float) -> str:
+    """Format a small number."""
+    return f"{1e6 * value:.2f} · 10⁻⁶" if value >= 1e-8 else "below 0.01 · 10⁻⁶"
 
 
 def main() -> int:

@@ -92,6 +92,7 @@ MODULES = {
     "onnx": "onnx",
     "onnxruntime": "onnxruntime",
     "onnxscript": "onnxscript",
+    "openvino": "openvino",
     "optuna": "optuna",
     "Pillow": "PIL",
     "pydantic": "pydantic",
