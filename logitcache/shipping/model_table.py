@@ -55,7 +55,7 @@ class ModelRow:
 
     `parent` is the model of the table that it was made from, and `parent_agreement` the fraction of images with the
     same answer. `retention` is its top-1 over its teacher's, of images of any number of classes the mean average
-    precision. `macs` are the multiply-adds for an image. `bytes` are those of the weights of a run, of a file, or of
+    precision; teachers have neither agreement nor retention. `macs` are the multiply-adds for an image. `bytes` are those of the weights of a run, of a file, or of
     the parameters and buffers of a teacher. None for what is not known.
     """
 
@@ -245,13 +245,16 @@ def _measured(opened: _Opened, parents: Mapping[str, str]) -> tuple[dict[str, An
         for name, values in logits.items():
             tallies.setdefault(name, []).append(validator.counts(values, batch))
     measures = {name: reduce(operator.add, parts).measures() for name, parts in tallies.items()}
+    for name in measures.keys() - {model.row.model for model in opened.models}:
+        measures[name] = replace(measures[name], agreement=None, kl=None)
     return measures, {child: equal[child] / answers[child] for child in parents}
 
 
 def _with_measures(row: ModelRow, measures: AnyMeasures | None) -> ModelRow:
     if measures is None:
         return row
-    own, teacher = measures.quality, measures.teacher_quality
+    own = None if row.model.startswith(_TEACHER) else measures.quality
+    teacher = measures.teacher_quality
     return replace(row, measures=measures, retention=None if own is None or not teacher else own / teacher)
 
 

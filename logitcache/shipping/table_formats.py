@@ -48,7 +48,7 @@ def _shown(row: ModelRow) -> Iterator[tuple[str, str]]:
     yield "MACs", "" if row.macs is None else f"{row.macs}"
     yield "bytes", "" if row.bytes is None else format_bytes(row.bytes)
     for each in row.latencies:
-        of_batch = f"batch {each.batch_size}, {each.threads} threads"
+        of_batch = f"batch {each.batch_size}, {each.threads} thread{'s' * (each.threads > 1)}"
         yield f"ms, {of_batch}", f"{1000 * each.seconds:.3g}"
         yield f"speed-up, {of_batch}", "" if each.speed_up is None else f"{each.speed_up:.2f}"
 

@@ -167,9 +167,9 @@ def test_a_student_is_pruned_trained_for_int8_and_exported_and_one_table_has_all
     assert rows[1]["macs"] == rows[3]["macs"]
     assert rows[3]["arithmetic"] == "int8"
     assert rows[3]["parent_agreement"] >= 0.9
-    known = ("num_parameters", "macs", "bytes", "retention")
-    assert all(row[key] > 0 for row in rows for key in known)
-    assert all(row["measures"][key] is not None for row in rows for key in ("top1", "agreement", "ece"))
+    assert all(row[key] > 0 for row in rows for key in ("num_parameters", "macs", "bytes"))
+    assert all(row["measures"][key] is not None for row in rows for key in ("top1", "ece"))
+    assert all(row["retention"] > 0 and row["measures"]["agreement"] > 0 for row in rows[:4])
     (teacher,) = rows[4]["latencies"]
     for row in rows:
         assert row["latencies"][0]["speed_up"] == teacher["seconds"] / row["latencies"][0]["seconds"]
