@@ -55,8 +55,8 @@ class ModelRow:
 
     `parent` is the model of the table that it was made from, and `parent_agreement` the fraction of images with the
     same answer. `retention` is its top-1 over its teacher's, of images of any number of classes the mean average
-    precision; teachers have neither agreement nor retention. `macs` are the multiply-adds for an image. `bytes` are those of the weights of a run, of a file, or of
-    the parameters and buffers of a teacher. None for what is not known.
+    precision; teachers have neither agreement nor retention. `macs` are the multiply-adds for an image. `bytes` are
+    those of the weights of a run, of a file, or of the parameters and buffers of a teacher. None for what is not known.
     """
 
     model: str
