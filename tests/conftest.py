@@ -1,6 +1,7 @@
 """What every test needs: no network, no file of the user's, the same numbers every time."""
 
 import gc
+import logging
 import os
 import socket
 import sys
@@ -31,7 +32,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from logitcache.runtime.console import configure  # noqa: E402  # the function itself: tests put others in its place
+# `configure` itself: tests put others in its place.
+from logitcache.runtime.console import _output, configure, logger  # noqa: E402
 from tests.warm import start_server  # noqa: E402
 
 os.fsync = lambda descriptor: None  # the power does not fail in a test, and disks take their time
@@ -131,7 +133,34 @@ def _seeded() -> None:
 def _silent_again() -> Iterator[None]:
     """Show no progress after a test that had a command show some."""
     yield
-    configure(quiet=True)
+    # Else not: that a level is set is told to every logger there is.
+    if logger.propagate or logger.level != logging.INFO or _output.console or _output.progress:
+        configure(quiet=True)
+
+
+class Logged(logging.Handler):
+    """What the package logs, with as much of the interface of pytest's own as tests use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self.clear = self.records.clear
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.message = record.getMessage()
+        self.records.append(record)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(record.message for record in self.records)
+
+
+@pytest.fixture
+def caplog() -> Iterator[Logged]:
+    """Note what the package logs; pytest's plugin, in its place, costs each test what a small one takes."""
+    logger.addHandler(handler := Logged())
+    yield handler
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
