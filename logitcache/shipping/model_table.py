@@ -26,7 +26,14 @@ from logitcache.student.evaluation.cost import (
     failing,
     median_seconds,
 )
-from logitcache.student.evaluation.evaluate import is_stated, load_run, open_images, open_run, read_run
+from logitcache.student.evaluation.evaluate import (
+    is_stated,
+    load_run,
+    open_images,
+    open_run,
+    read_run,
+    require_memory,
+)
 from logitcache.student.evaluation.validation import AnyMeasures, AnyTally, Validator
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.trained import Evaluation, read_evaluation
@@ -140,21 +147,23 @@ def _open(names: Sequence[str], overrides: Sequence[str]) -> _Opened:
     runs = [Path(name) for name in names if name not in files]
     if runs:
         first = open_run(runs[0], overrides)
-        validator, device = first.validator, first.device
+        recipe, validator, device = first.recipe, first.validator, first.device
     else:
         metadata = files[names[0]].metadata
         loss = "binary_cross_entropy" if metadata.multi_label else "cross_entropy"
         recipe = load_recipe({"out": NOWHERE, "epochs": 1, "losses": [{"kind": loss}]}, TeacherRecipe, overrides)
         validator = open_images(names[0], recipe, metadata.evaluation, metadata.num_classes)
         device = resolve_device(recipe.device)
-    image = validator.sample()[0].to(device)
-    found = [_file(name, files[name]) if name in files else _run(Path(name), overrides, image) for name in names]
+    assert recipe.validation is not None, "or there would be no images"
+    batch, image = min(recipe.validation.batch_size, validator.num_images), validator.sample()[0].to(device)
+    found = [_file(name, files[name]) if name in files else _run(Path(name), overrides, batch, image) for name in names]
     return _Opened(found, validator, device)
 
 
-def _run(run: Path, overrides: Sequence[str], image: Tensor) -> _Model:
+def _run(run: Path, overrides: Sequence[str], batch: int, image: Tensor) -> _Model:
     recipe = read_run(run, overrides)
     classifier = load_run(run, recipe, overrides)
+    require_memory(run, classifier, batch, image.device.type, "--set validation.batch_size=")
     parent = RunDirectory(str(run)).environment().learns_from.get("parent")
     digest = parent.get("weights") if isinstance(parent, dict) else None
     weighed = count_parameters(classifier), count_flops(classifier, image) // _FLOPS_OF_MAC

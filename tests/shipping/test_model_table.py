@@ -30,6 +30,7 @@ pytest.importorskip("onnxscript", reason="exports need the extra export")
 onnx: Any = pytest.importorskip("onnx")
 
 ON_TEST = f"validation.dataset={json.dumps(TEST_IMAGES)}"
+ON_MANY = 'validation.dataset={"kind": "bundled", "split": "test"}'
 QUICK = ["--latency", "--batch-size", "2", "--threads", "1", "--repeats", "2", "--warm-up", "1"]
 
 
@@ -142,6 +143,17 @@ def test_models_of_other_classes_or_pixels_are_refused(run: Path, file: Path, tm
     with pytest.raises(RecipeError, match="other augmentations"):
         compare_models([run, changed], ["device=cpu"])
     assert len(compare_models([run, changed], ["device=cpu", "validation.augmentations=[]"]).models) == 2
+
+
+def test_a_run_that_states_a_huge_size_is_refused_wherever_it_stands(run: Path, tmp_path: Path) -> None:
+    huge = tmp_path / "huge"
+    shutil.copytree(run, huge)
+    stored = json.loads((huge / "model.json").read_text())
+    stored["preprocessing"]["input_size"] = [2048, 2048]
+    (huge / "model.json").write_text(json.dumps(stored))
+    for models in ([run, huge], [huge, run]):
+        with pytest.raises(RecipeError, match="resizes images to"):
+            compare_models(models, ["device=cpu", "validation.batch_size=1000000", ON_MANY])
 
 
 def test_hostile_and_pickled_files_are_refused_as_by_predict(run: Path, file: Path, tmp_path: Path) -> None:
