@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.datasets.images.labels import class_counts
 from logitcache.views.keys import ViewKey
+from logitcache.views.order import held_out
+from logitcache.views.pairing import Ints
 from logitcache.views.spec import Views, require_one_size
 
 NUM_LABELS = 64
@@ -75,21 +78,45 @@ def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Repl
 
 def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
     """Return what a cache asks of a student; raises if it, the losses and the ensembles do not belong together."""
-    held = held_teachers(cache)
+    held, learned = held_teachers(cache), learned_images(recipe, cache)
+    labels = cache.labels if learned is None else cache.labels[learned]
     raise_all(
         caught(
             lambda: _classes_of(recipe, cache, held),
             lambda: require_served(recipe.losses, cache, recipe.ensembles),
-            lambda: require_rows(recipe.losses, len(cache), recipe.batch_size, recipe.drop_last),
+            lambda: require_rows(recipe.losses, len(labels), recipe.batch_size, recipe.drop_last),
             lambda: _require_views(recipe, cache),
         )
     )
     classes = _classes_of(recipe, cache, held)
     num_classes = _num_classes(recipe.losses, classes, cache.manifest.fingerprint.num_classes)
     require_classes(recipe.losses, num_classes, f"{cache.location}: ")
-    counts = torch.from_numpy(class_counts(cache.labels, num_classes))
-    first, mixes = cache.labels[:NUM_LABELS].copy(), bool(cache.manifest.views.mixing)
-    return Lesson(num_classes, cache.manifest.image_shape, len(cache), counts, first, mixes, held)
+    counts = torch.from_numpy(class_counts(labels, num_classes))
+    first, mixes = labels[:NUM_LABELS].copy(), bool(cache.manifest.views.mixing)
+    return Lesson(num_classes, cache.manifest.image_shape, len(labels), counts, first, mixes, held)
+
+
+def share_held_out(recipe: TrainingRecipe) -> float | None:
+    """Return the share of the images that a model does not learn from, but is measured on."""
+    return None if recipe.validation is None else recipe.validation.split
+
+
+def learned_images(recipe: StudentRecipe, cache: Cache) -> Ints | None:
+    """Return the indices of the images that a student learns from; None if it learns from all.
+
+    Raises RecipeError if none are held out, or all, or if a loss remembers those that are.
+    """
+    share = share_held_out(recipe)
+    if share is None:
+        return None
+    if lasting := [loss.kind for loss in recipe.losses if loss.remembers_rows]:
+        raise RecipeError(f"{lasting} remember every image, held out or not. Fix: leave out validation.split")
+    held = held_out(len(cache), share)
+    if held.all() or not held.any():
+        raise RecipeError(
+            f"validation.split {share:g} holds out {held.sum()} of {len(cache)} images. Fix: another share"
+        )
+    return np.flatnonzero(~held)
 
 
 def _classes_of(recipe: StudentRecipe, cache: Cache, held: Mapping[str, HeldTeacher]) -> dict[str, int]:
@@ -116,6 +143,8 @@ def _require_views(recipe: StudentRecipe, cache: Cache) -> None:
 def lesson_of_images(recipe: TeacherRecipe, views: Views) -> Lesson:
     """Return what labelled images ask of a model; raises RecipeError if they and the losses do not belong together."""
     dataset = views.dataset
+    if share_held_out(recipe) is not None:
+        raise RecipeError("validation.split holds out images of a cache, and there is none. Fix: validation.dataset")
     if dataset.num_classes is None:
         raise RecipeError(
             "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"

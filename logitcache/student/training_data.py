@@ -12,7 +12,15 @@ from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.errors import RecipeError, TargetErrorWarning
 from logitcache.student.compatibility import asked_targets, held_teachers, inexact_targets
 from logitcache.student.ensembles import Ensemble, with_ensembles
-from logitcache.student.lesson import Lesson, LiveTargets, lesson_of, lesson_of_images, require_live, views_of
+from logitcache.student.lesson import (
+    Lesson,
+    LiveTargets,
+    learned_images,
+    lesson_of,
+    lesson_of_images,
+    require_live,
+    views_of,
+)
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.targets import Batch
@@ -124,6 +132,7 @@ class CachedData:
             ranks,
             targets_of=cache.rows if self.live is None else no_targets,
             checksums_of=cache.checksums_of(first.verify),
+            images=learned_images(first, cache),
             shuffle_block=blocks.pop(),
         )
         if self.live is not None:

@@ -16,6 +16,7 @@ from logitcache.runtime.console import logger
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
 from logitcache.student.compatibility import inexact_targets
+from logitcache.student.lesson import share_held_out
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.training_data import CachedData
 from logitcache.student.training_recipes import StudentRecipe
@@ -86,7 +87,11 @@ def _stream_key(recipe: StudentRecipe, opened: dict[str, CachedData], refuse_ine
     if refuse_inexact:
         for reason in inexact_targets(recipe.losses, recipe.ensembles, data.cache):
             raise MismatchError(reason)
-    entries |= {"num_views": data.num_views, "begun": list(data.cache.manifest.teachers)}
+    entries |= {
+        "held_out": share_held_out(recipe),
+        "num_views": data.num_views,
+        "begun": list(data.cache.manifest.teachers),
+    }
     # What a student reads decides among how many rows it is shuffled.
     return json.dumps([entries, data.read_by([recipe]).shuffle_block])
 

@@ -19,7 +19,7 @@ from logitcache.views.loader import StartMethod, ViewLoader
 from logitcache.views.order import Drawn, share_of
 from logitcache.views.pairing import Ints
 from logitcache.views.sampling import EveryImage, Sampling
-from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, Views
+from logitcache.views.spec import MIXED_IMAGES_HELD_OUT, MIXED_VIEWS_PER_IMAGE, Views
 
 TargetsOf = Callable[[Sequence[ViewKey]], Mapping[str, Targets]]
 ChecksumsOf = Callable[[Sequence[ViewKey]], NDArray[np.uint32]]
@@ -69,8 +69,8 @@ class EpochLoader:
     serves k views: an epoch takes k views of every k-th image, and each k epochs together take k views of every image.
     Partners that are mixed with one another come together. Of several processes, `rank` of `world_size` takes its part
     of every batch of `batch_size`; by default those of torch.distributed, if it is initialised when an epoch starts.
-    With `checksums_of`, every image that is rendered is compared. `sampling` chooses the images of an epoch: by
-    default every one once.
+    With `checksums_of`, every image that is rendered is compared. `images` are the indices to read, in order; by
+    default all. `sampling` chooses among them those of an epoch: by default every one once.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class EpochLoader:
         drop_last: bool = False,
         views_per_image: int = 1,
         sampling: Sampling = EVERY_IMAGE,
+        images: Ints | None = None,
         shuffle_block: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
@@ -96,7 +97,10 @@ class EpochLoader:
         sampling.require_possible(views.dataset, bool(views.spec.mixing))
         self._targets_of, self._checksums_of = targets_of, checksums_of
         self._block, self._given = shuffle_block, (rank, world_size)
-        self._num_images = len(views.dataset.ids)
+        if images is not None and views.spec.mixing:
+            raise RecipeError(MIXED_IMAGES_HELD_OUT)
+        self._chosen, self._labels = images, views.dataset.labels if images is None else views.dataset.labels[images]
+        self._num_images = len(self._labels)
         self.current_epoch, self._was_read = 0, False
         self._images = ViewLoader(views, num_workers, start_method)
         if len(self) == 0:
@@ -162,7 +166,7 @@ class EpochLoader:
         rank, world_size = self._share
         self._require_shares(rank, world_size)
         unit = 2 if self.views.spec.mixing else 1
-        order = self._sampling.order(self.views.dataset, self.seed, epoch // self.views_per_image, self._block, unit)
+        order = self._sampling.order(self._labels, self.seed, epoch // self.views_per_image, self._block, unit)
         several = max(1, _DRAWN // self.batch_size) * self.batch_size
         for first in range(start * self.batch_size, self.images_per_epoch, several):
             drawn = self._drawn(epoch, order, first, min(first + several, self.images_per_epoch))
@@ -179,6 +183,8 @@ class EpochLoader:
         images, repeats = (numbers[place[0] : place[-1] + 1][place - place[0]] for numbers in order)
         views = ((group + repeats) * shared + slots % shared) % num_views
         pairing = self.views.spec.pairing(count)
+        if self._chosen is not None:
+            return views, self._chosen[images]
         return views, images if pairing is None else pairing.images(views, images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -219,7 +225,7 @@ class EpochLoader:
 
     def _checked(self, keys: list[ViewKey]) -> list[ViewKey]:
         """Raise IndexError for a key that names no view, before anything is rendered."""
-        views, images = self.views.spec.num_views, self._num_images
+        views, images = self.views.spec.num_views, len(self.views.dataset.ids)
         if not keys:
             raise IndexError("a batch of no keys")
         for view, index in keys:

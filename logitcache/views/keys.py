@@ -31,6 +31,7 @@ STREAMS = {
     "custom": 14,
     "sample": 15,
     "calibration": 16,
+    "held_out": 17,
 }
 """What the words are for. Append only: a number, once used, keeps its meaning."""
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.views.keys import order_words, permutation
+from logitcache.views.keys import Draws, bernoulli, order_words, permutation
 from logitcache.views.pairing import Ints
 
 T = TypeVar("T")
@@ -44,6 +44,15 @@ class EpochOrder:
         drawn = (units[:, None] * self._unit + np.arange(self._unit)).ravel()
         rest = np.arange(self._num_units * self._unit, self._num_images)
         return np.append(drawn, rest)[start - first * self._unit : stop - first * self._unit]
+
+
+def held_out(count: int, share: float) -> NDArray[np.bool_]:
+    """Return which of `count` images are held out from learning, [count]: each with a probability of `share`.
+
+    Whether an image is depends on its index alone: it stays so in every run, and if images are added.
+    """
+    indices = np.arange(count, dtype=np.uint64)
+    return bernoulli(Draws(0, np.zeros_like(indices), indices).words("held_out", 0, 1)[:, 0], share)
 
 
 class _Runs:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from logitcache.config.recipe import Component, Lenient
 from logitcache.errors import RecipeError
-from logitcache.views.datasets.base import UNLABELLED, ImageDataset, is_multi_label
+from logitcache.views.datasets.base import UNLABELLED, ImageDataset, Labels, is_multi_label
 from logitcache.views.keys import Draws, Words, below
 from logitcache.views.order import Drawn, EpochOrder, block_ranks
 from logitcache.views.pairing import Ints
@@ -36,9 +36,12 @@ class EveryImage(Component):
     def require_possible(self, dataset: ImageDataset, mixes: bool) -> None:
         """Accept any data set."""
 
-    def order(self, dataset: ImageDataset, seed: int, epoch: int, block: int | None, unit: int) -> tuple[Drawn, Drawn]:
-        """Return the images [N] of an epoch in order, and how often each was drawn before in it: never."""
-        count = len(dataset.ids)
+    def order(self, labels: Labels, seed: int, epoch: int, block: int | None, unit: int) -> tuple[Drawn, Drawn]:
+        """Return the images [N] of an epoch in order, and how often each was drawn before in it: never.
+
+        `labels` are those of the images to draw from.
+        """
+        count = len(labels)
         return EpochOrder(count, seed, epoch, block, unit), np.broadcast_to(np.int64(0), count)
 
 
@@ -70,16 +73,16 @@ class _ByClass(Component, ABC):
                 "Fix: leave out sampling, or label them all"
             )
 
-    def order(self, dataset: ImageDataset, seed: int, epoch: int, block: int | None, unit: int) -> tuple[Ints, Ints]:
+    def order(self, labels: Labels, seed: int, epoch: int, block: int | None, unit: int) -> tuple[Ints, Ints]:
         """Return the images [N] of an epoch in order, and how often each was drawn before in it.
 
         With `block`, those of a run of `block` consecutive images come together, as in `EpochOrder`.
         """
         assert unit == 1, "nothing is mixed"
-        labels = np.asarray(dataset.labels, np.int64)
-        images = self._draw(labels, seed, epoch)
-        if block is not None and block < len(labels):
-            images = images[np.argsort(block_ranks(len(labels), seed, epoch, block)[images // block], kind="stable")]
+        classes = np.asarray(labels, np.int64)
+        images = self._draw(classes, seed, epoch)
+        if block is not None and block < len(classes):
+            images = images[np.argsort(block_ranks(len(classes), seed, epoch, block)[images // block], kind="stable")]
         return images, occurrences(images)
 
     def _draw(self, labels: Ints, seed: int, epoch: int) -> Ints:

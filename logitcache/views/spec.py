@@ -35,6 +35,11 @@ MIXED_VIEWS_PER_IMAGE = (
     "to decode. Fix: views_per_image: 1; partners share decodes already"
 )
 
+MIXED_IMAGES_HELD_OUT = (
+    "images that are mixed are partners of one another, held out or not: students would learn from pixels of images "
+    "that are held out. Fix: leave out validation.split, and validate on other images"
+)
+
 
 class ViewSpec(Component):
     """Deterministically augmented copies of every image.

@@ -48,7 +48,7 @@ def images() -> Labelled:
 
 
 def drawn(sampling: ClassBalanced | EffectiveNumber, images: Labelled, epochs: int = 40) -> NDArray[np.int64]:
-    return np.concatenate([sampling.order(images, 11, epoch, None, 1)[0] for epoch in range(epochs)])
+    return np.concatenate([sampling.order(images.labels, 11, epoch, None, 1)[0] for epoch in range(epochs)])
 
 
 def as_expected(found: NDArray[np.int64], shares: list[float]) -> None:
@@ -82,8 +82,8 @@ def test_effective_numbers_go_from_the_images_own_frequencies_to_balance():
 @given(seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**32 - 1))
 def test_an_epoch_draws_as_many_images_as_there_are_and_the_same_again(sampling, seed, epoch):
     images = Labelled(textured(1, 4, 4) * 60, given=(4, 0, 0) * 20)
-    order, repeats = sampling.order(images, seed, epoch, None, 1)
-    again = sampling.order(images, seed, epoch, None, 1)
+    order, repeats = sampling.order(images.labels, seed, epoch, None, 1)
+    again = sampling.order(images.labels, seed, epoch, None, 1)
     assert order.shape == repeats.shape == (60,)
     assert set(order.tolist()) <= set(range(60))
     assert np.array_equal(order, again[0])
@@ -92,13 +92,15 @@ def test_an_epoch_draws_as_many_images_as_there_are_and_the_same_again(sampling,
 
 def test_orders_depend_on_both_halves_of_the_seed_and_on_the_epoch(images):
     arguments = itertools.product((0, 1, 2**32, 2**63), (0, 1, 2))
-    orders = {tuple(ClassBalanced().order(images, seed, epoch, None, 1)[0].tolist()) for seed, epoch in arguments}
+    orders = {
+        tuple(ClassBalanced().order(images.labels, seed, epoch, None, 1)[0].tolist()) for seed, epoch in arguments
+    }
     assert len(orders) == 12
 
 
 def test_draws_of_a_block_follow_one_another(images):
-    plain, _ = ClassBalanced().order(images, 3, 5, None, 1)
-    blocked, repeats = ClassBalanced().order(images, 3, 5, 100, 1)
+    plain, _ = ClassBalanced().order(images.labels, 3, 5, None, 1)
+    blocked, repeats = ClassBalanced().order(images.labels, 3, 5, 100, 1)
     assert Counter(plain.tolist()) == Counter(blocked.tolist())
     runs = [number for number, _ in itertools.groupby((blocked // 100).tolist())]
     assert len(runs) == len(set(runs)) == 5

@@ -21,17 +21,18 @@ from logitcache.student.compatibility import require_labels
 from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
 from logitcache.student.evaluation.single_label import Measures, Tally
 from logitcache.student.evaluation.validation_recipe import Validation
-from logitcache.student.lesson import views_of
+from logitcache.student.lesson import share_held_out, views_of
 from logitcache.student.losses import Loss
 from logitcache.student.ranks import ALONE, Ranks
-from logitcache.student.training_recipes import TrainingRecipe
+from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, fingerprint, is_multi_label
 from logitcache.views.datasets.images.labels import class_index, listed_classes
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
-from logitcache.views.order import share_of
+from logitcache.views.order import held_out, share_of
+from logitcache.views.pairing import Ints
 from logitcache.views.spec import Views, ViewSpec, require_one_size
 
 NUM_SAMPLES = 8
@@ -46,7 +47,8 @@ class Validator:
     """Images to measure on, in order, with the teacher's answers if they are known.
 
     `labels` [N], if given, replace the images' own: those of a data set of other classes, in the model's classes.
-    Images whose label is -1 there are left out. `threshold` is the probability above which answers to images of any
+    Images whose label is -1 there are left out. `images` [N] are the indices of those to measure on, by default all.
+    `threshold` is the probability above which answers to images of any
     number of classes are yes.
     """
 
@@ -58,11 +60,11 @@ class Validator:
         num_workers: int,
         labels: NDArray[np.int64] | None = None,
         threshold: float = THRESHOLD,
+        images: Ints | None = None,
     ) -> None:
         targets_of: TargetsOf = no_targets if cache is None else cache.rows
         self.cache, self.augmentations = cache, views.spec.augmentations
         self._views, self._labels = views, labels
-        self.is_labelled = bool(((views.dataset.labels if labels is None else labels) >= 0).any())
         self.class_names = views.dataset.class_names if labels is None else None
         self.is_multi_label = is_multi_label(views.dataset.labels)
         several = functools.partial(MultiLabelTally.of, threshold=threshold)
@@ -70,10 +72,12 @@ class Validator:
         self._loader = EpochLoader(
             views, targets_of, batch_size=batch_size, num_workers=num_workers, rank=0, world_size=1
         )
-        count = len(views.dataset.ids)
-        self._indices = range(count) if labels is None else np.flatnonzero(labels >= 0).tolist()
+        chosen = range(len(views.dataset.ids)) if images is None else images.tolist()
+        self._indices = chosen if labels is None else [index for index in chosen if labels[index] >= 0]
+        own = views.dataset.labels if labels is None else labels
+        self.is_labelled = bool((own[self._indices] >= 0).any())
         self.num_images = len(self._indices)
-        self.num_left_out = count - self.num_images
+        self.num_left_out = len(chosen) - self.num_images
 
     def identity(self) -> dict[str, Any]:
         """Return what identifies the images and the answers; reads the images that are not remembered."""
@@ -170,38 +174,47 @@ class Counted:
 
 
 def open_validator(
-    recipe: TrainingRecipe, num_classes: int, opened: dict[str, Validator] | None = None
+    recipe: TrainingRecipe,
+    num_classes: int,
+    opened: dict[str, Validator] | None = None,
+    learned: Views | None = None,
 ) -> Validator | None:
     """Open the images to measure on; raises MismatchError when they, or the cache's teachers, have other classes.
 
-    `opened`: validators that recipes of the same images share; a new one is added.
+    `opened`: validators that recipes of the same images share; a new one is added. `learned`: the views that the model
+    learns from, if they are open.
     """
     if recipe.validation is None:
         return None
-    key = f"{num_classes} {recipe.model_dump_json(include=_MEASURED_ON)}"
+    learned_from = set() if share_held_out(recipe) is None else {"cache", "dataset"}
+    key = f"{num_classes} {recipe.model_dump_json(include=_MEASURED_ON | learned_from)}"
     opened = {} if opened is None else opened
     if key in opened:
         opened[key].require_labels(recipe.losses)
     else:
-        opened[key] = _open(recipe, recipe.validation, num_classes)
+        opened[key] = _open(recipe, recipe.validation, num_classes, learned)
     return opened[key]
 
 
-def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int) -> Validator:
-    cache = None if validation.cache is None else only_logits(open_uncompared(validation.cache))
+def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int, learned: Views | None) -> Validator:
+    location, dataset = validation.cache, validation.dataset
+    if validation.split is not None:
+        assert isinstance(recipe, StudentRecipe), "others have no cache"
+        location, dataset = recipe.cache, recipe.dataset
+    cache = None if location is None else only_logits(open_uncompared(location))
     if cache is None:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
         require_one_size(views)
     else:
-        views = views_of(cache, validation.dataset, recipe)
+        views = views_of(cache, dataset, recipe) if validation.split is None or learned is None else learned
         if views.spec.mixing:
             raise MismatchError(
-                f"validation: {validation.cache} holds mixed images, which have no one label. "
+                f"validation: {location} holds mixed images, which have no one label. "
                 "Fix: a cache of the images as they are"
             )
         if views.spec.columns():
             logger.info(
-                f"{validation.cache} holds randomly augmented images: what is measured on them is lower than on the "
+                f"{location} holds randomly augmented images: what is measured on them is lower than on the "
                 "images as they are"
             )
     require_labels(recipe.losses, views.dataset.labels, "validation: ")
@@ -216,7 +229,8 @@ def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int) -> V
                 f"validation: {who} has {count} classes, the model {num_classes}. Fix: validate on the same classes, "
                 "or map the classes by validation.class_map"
             )
-    return Validator(views, cache, validation.batch_size, recipe.num_workers, labels, validation.threshold)
+    images = None if validation.split is None else np.flatnonzero(held_out(len(views.dataset.ids), validation.split))
+    return Validator(views, cache, validation.batch_size, recipe.num_workers, labels, validation.threshold, images)
 
 
 def only_logits(cache: Cache) -> Cache:

@@ -28,7 +28,9 @@ class ClassGroups(Component):
 
 
 class Validation(Component):
-    """Untouched images to measure on: a data set, or a cache of it with whose teacher the student is compared."""
+    """Untouched images to measure on: a data set, a cache of one with whose teacher the student is compared, or images
+    of the student's own cache that are held out from training.
+    """
 
     dataset: Dataset | None = Field(
         default=None,
@@ -39,6 +41,12 @@ class Validation(Component):
         default=None,
         description="Cache of the images to measure on; it adds agreement with the teacher and KL divergence from it.",
         examples=["caches/fashion_mnist/test.zarr"],
+    )
+    split: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] | None = Field(
+        default=None,
+        description="Share of the images of the student's cache that it does not learn from, and is measured on: view "
+        "0 of these, labels or not. An image is held out by its index: all students of a cache hold out the same.",
+        examples=[0.1],
     )
     augmentations: tuple[Augmentation, ...] = Field(
         default=(),
@@ -67,8 +75,11 @@ class Validation(Component):
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if self.dataset is None and self.cache is None:
-            raise ValueError("name a data set (dataset) or a cache of one (cache)")
-        if self.cache is not None and self.augmentations:
+        if self.split is not None:
+            if self.dataset is not None or self.cache is not None:
+                raise ValueError("split measures on images of the student's cache: leave it out, or the other images")
+        elif self.dataset is None and self.cache is None:
+            raise ValueError("name a data set (dataset) or a cache of one (cache), or hold images out (split)")
+        if self.augmentations and (self.cache is not None or self.split is not None):
             raise ValueError("a cache brings its own augmentations: leave them out")
         return self
