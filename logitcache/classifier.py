@@ -1,4 +1,4 @@
-"""Preprocessing, and the classifier around a network: pixels as they are stored in, logits out."""
+"""Preprocessing, variants of a network, and the classifier around it: pixels as they are stored in, logits out."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal, Self
@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from logitcache.config.recipe import Count, Extended, Fraction, Positive
+from logitcache.config.recipe import Component, Count, Extended, Fraction, Positive
 from logitcache.errors import RecipeError
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -47,6 +47,21 @@ class Preprocessing(Extended):
         if isinstance(self.input_size, int):
             return self.input_size, self.input_size
         return self.input_size
+
+
+class Variant(Component):
+    """A variant of a network that computes the same function faster, up to rounding."""
+
+    channels_last: bool = Field(default=False, description="Whether weights and images are laid out channels-last.")
+    fold: bool = Field(default=False, description="Whether each BatchNorm is folded into the convolution before it.")
+
+    @property
+    def text(self) -> str:
+        """Name what is changed, as `channels_last and fold`; `plain` if nothing is."""
+        return " and ".join(name for name, value in self if value) or "plain"
+
+
+PLAIN = Variant()
 
 
 class Classifier(nn.Module):

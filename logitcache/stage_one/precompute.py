@@ -36,7 +36,7 @@ from logitcache.store.remote.client import is_remote
 from logitcache.store.shards import Shard
 from logitcache.teacher.encoding import fill_rows
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
-from logitcache.teacher.teacher import require_answers
+from logitcache.teacher.teacher import require_answers, take_recorded
 from logitcache.views.checksums import require_rows, row_checksums
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
@@ -224,11 +224,13 @@ def open_precompute_task(recipe: PrecomputeRecipe, goal: Manifest, num_recorded:
         cache.require_dataset(inputs.views.dataset)
         cache.require_canaries(inputs.views)
         for teacher in inputs.teachers:
-            here, wanted = weights_digest(teacher.classifier.module), goal.teachers[teacher.name].weights
+            entry = goal.teachers[teacher.name]
+            here, wanted = weights_digest(teacher.classifier.module), entry.weights
             if here != wanted:
                 raise MismatchError(
                     f"teachers.{teacher.name}: its weights are {here[:8]}… here, and {wanted[:8]}… at the client.\n"
                     "  Fix: let the recipe name the same file for all"
                 )
+            take_recorded(teacher, entry, goal.image_shape)
         with contextlib.closing(PrecomputeTask(inputs, Todo(cache.snapshot, num_recorded=num_recorded))) as task:
             yield task

@@ -23,6 +23,7 @@ from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import damaged
 from logitcache.cache.write.growth import grown, read_growth
 from logitcache.cache.write.unreadable_images import with_repaired_images
+from logitcache.classifier import PLAIN
 from logitcache.models import weights_digest
 from logitcache.runtime.console import logger
 from logitcache.runtime.versions import versions
@@ -33,6 +34,7 @@ from logitcache.targets import Targets
 from logitcache.teacher.answers import examples_of
 from logitcache.teacher.classes import other_classes
 from logitcache.teacher.fitting import Tables, fit, refit_damaged_tables
+from logitcache.teacher.speed import settle_variants
 from logitcache.teacher.teacher import Teacher, TeacherSource
 from logitcache.views import canaries
 from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation
@@ -139,17 +141,20 @@ class _Tried(NamedTuple):
     entries: dict[str, TeacherEntry]
 
 
-def _try_canaries(inputs: Inputs, keys: list[ViewKey]) -> _Tried:
-    dataset = inputs.views.dataset
+def _try_canaries(inputs: Inputs, keys: list[ViewKey], recorded: Mapping[str, TeacherEntry]) -> _Tried:
+    """Let the teachers answer the canaries, by the variants of their networks that are recorded or chosen now."""
+    recipe, dataset = inputs.recipe, inputs.views.dataset
     records, pixels = canaries.take(inputs.views, keys)
     samples = Samples(dataset.labels, dataset.digests(), pixels.numpy())
-    examples = examples_of(inputs.teachers, pixels, torch.from_numpy(samples.labels[[key.index for key in keys]]))
+    labels = torch.from_numpy(samples.labels[[key.index for key in keys]])
+    settle_variants(inputs.teachers, recipe.teachers, recorded, pixels, labels, recipe.batch_size)
+    examples = examples_of(inputs.teachers, pixels, labels)
     return _Tried(records, samples, examples, entries_of(inputs, examples))
 
 
 def _new(inputs: Inputs, most_rows: int | None) -> Todo:
     recipe, count = inputs.recipe, len(inputs.views.dataset.ids)
-    tried = _try_canaries(inputs, canaries.choose(recipe.views.seed, count, recipe.views.num_views))
+    tried = _try_canaries(inputs, canaries.choose(recipe.views.seed, count, recipe.views.num_views), {})
     entries, tables = fit(recipe, inputs.views, inputs.teachers, tried.entries, tried.examples, most_rows=most_rows)
     rows = choose_shard_rows(list(entries.values()), count, recipe.shard_rows)
     manifest = _manifest(inputs, fit_to_pages(entries, rows), tried, rows)
@@ -159,10 +164,11 @@ def _new(inputs: Inputs, most_rows: int | None) -> Todo:
 
 def _existing(inputs: Inputs, recorded: Snapshot, most_rows: int | None) -> Todo:
     recipe, store, views, root = inputs.recipe, inputs.store, inputs.views, recorded.manifest
-    tried = _try_canaries(inputs, [ViewKey(canary.view, canary.index) for canary in root.canaries])
+    growing = recorded.growing()
+    keys = [ViewKey(canary.view, canary.index) for canary in root.canaries]
+    tried = _try_canaries(inputs, keys, growing.manifest.teachers)
     wanted = _manifest(inputs, tried.entries, tried, recipe.shard_rows or root.shard_rows)
     wanted = wanted.model_copy(update={"views": recipe.views})
-    growing = recorded.growing()
     held: set[Shard] = set().union(*growing.committed().values())
     manifest = with_repaired_images(store, root, wanted, tried.samples.digests, held)
     cache = Cache(growing.of(manifest))
@@ -238,6 +244,7 @@ def _entry(source: TeacherSource, teacher: Teacher, dataset: ImageDataset, examp
         weights=weights_digest(teacher.classifier.module),
         preprocessing=teacher.classifier.preprocessing,
         precision=source.precision,
+        speed=None if teacher.variant == PLAIN else teacher.variant,
         num_classes=num_classes,
         classes=None if num_classes is None else teacher.classifier.classes,
         logits=source.logits,

@@ -74,7 +74,7 @@ def taking(teacher: Teacher, pixels: Tensor) -> Iterator[None]:
         ) from cause
 
 
-class _Difference(NamedTuple):
+class Difference(NamedTuple):
     """A target, and by how much of its scale answers to one image differ at most."""
 
     target: str
@@ -94,7 +94,7 @@ def _require_agreement(teacher: Teacher, pixels: Tensor, labels: Tensor, answers
     parts = [part for part in order.tensor_split([1, 1 + count // 3]) if len(part)]
     pieces = [values_of(answers_of(teacher, pixels[part], known[part])) for part in parts]
     again = {name: torch.cat([piece[name] for piece in pieces]).flip(0) for name in pieces[0]}
-    worst = _worst(teacher, values_of(answers), again)
+    worst = worst_difference(teacher, values_of(answers), again)
     if worst.agrees:
         return
     cause, fix = _cause(teacher, pixels, known, values_of(answers))
@@ -106,13 +106,13 @@ def _require_agreement(teacher: Teacher, pixels: Tensor, labels: Tensor, answers
     )
 
 
-def _worst(teacher: Teacher, first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> _Difference:
+def worst_difference(teacher: Teacher, first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> Difference:
     """Return the target that differs most between two answers to the same images, measured by its bound."""
     digits = "float16" if teacher.precision == "float32" and teacher.device.type == "cuda" else teacher.precision
     found = []
     for name, values in first.items():
         graded = name in teacher.features and teacher.features[name].kind == "grad_cam"
-        found.append(_Difference(name, _share(values, again[name]), BOUNDS[digits] * (GRADED if graded else 1.0)))
+        found.append(Difference(name, _share(values, again[name]), BOUNDS[digits] * (GRADED if graded else 1.0)))
     return max(found, key=lambda one: one.share / one.bound)
 
 
@@ -171,7 +171,7 @@ def _cause(teacher: Teacher, pixels: Tensor, labels: Tensor, first: Mapping[str,
 
 
 def _agree(teacher: Teacher, first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> bool:
-    return _worst(teacher, first, again).agrees
+    return worst_difference(teacher, first, again).agrees
 
 
 def _is_of_the_batch(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models import Model, Preprocessing, weights_digest
 from logitcache.runtime.device import resolve_device
 from logitcache.targets import Targets
-from logitcache.teacher.teacher import TeacherSource, build_teacher
+from logitcache.teacher.teacher import TeacherSource, build_teacher, take_recorded
 
 _INSTEAD = "give the teacher yourself, as `teachers:` in the student's recipe"
 MOST_CLASSES = 1 << 20
@@ -72,6 +72,7 @@ def live_targets(
                     f"teachers.{name}.{key}: the cache has {getattr(entry, key)!r}, the live teacher {value!r}. "
                     "Fix: give the teacher that filled the cache"
                 )
+        take_recorded(teacher, entry, manifest.image_shape)
         teachers.append(teacher)
     return lambda pixels, labels: {teacher.name: teacher(pixels, labels) for teacher in teachers}
 

@@ -1,7 +1,7 @@
 """`Teacher`: a frozen model that owns its normalisation; uint8 pixels in, `Targets` out."""
 
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -11,12 +11,14 @@ from logitcache.cache.encodings import Encoding
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.features import Feature
 from logitcache.cache.format.manifest import LOGITS, FeatureName, Output, TeacherEntry
+from logitcache.classifier import PLAIN, Variant
 from logitcache.config.recipe import Component
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import NO_LOGITS
 from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
 from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
+from logitcache.models.variants import variant_of
 from logitcache.runtime.device import Precision, autocast, own_randomness
 from logitcache.targets import Targets
 from logitcache.teacher.tap_gradients import tap_gradients
@@ -39,6 +41,13 @@ class TeacherSource(Component):
     )
     precision: Precision = Field(
         default="float32", description="Arithmetic of the forward pass; `bfloat16` and `float16` are by autocast."
+    )
+    speed: Literal["auto"] | Variant | None = Field(
+        default=None,
+        description="Variant of the network that answers: laid out channels-last, with BatchNorm folded into "
+        "convolutions, or both; it rounds in its own way. `auto` times them before the first shard and takes the "
+        "fastest whose answers agree with the plain ones; the cache records it. By default the network runs as built.",
+        examples=["auto", {"channels_last": True, "fold": True}],
     )
     classes: Outputs | None = Field(
         default=None,
@@ -87,7 +96,8 @@ class TeacherSource(Component):
 class Teacher(nn.Module):
     """A classifier in evaluation mode: uint8 pixels in, `Targets` out, whose features are taken of its taps.
 
-    `passes` counts the images that its network has taken, those of Grad-CAM maps twice.
+    `passes` counts the images that its network has taken, those of Grad-CAM maps twice. `variant` is that
+    of the network that answers; `classifier` is the network as it was built.
     """
 
     def __init__(self, name: str, classifier: Classifier, source: TeacherSource, device: torch.device) -> None:
@@ -99,9 +109,28 @@ class Teacher(nn.Module):
         graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
         self.answers_logits = source.answers_logits
         self.passes = 0
+        self._plain_taps, self._graded_taps = plain, tuple(dict.fromkeys(graded))
+        self.answer_by(self.classifier, PLAIN)
+
+    def answer_by(self, classifier: Classifier, variant: Variant) -> None:
+        """Answer by the classifier that `variant_of` made for a variant of the network, from now on."""
+        self._running, self.variant, who = classifier, variant, f"teacher {self.name!r}"
         self._counting = classifier.module.register_forward_pre_hook(self._count)
-        self._tapped = Tapped(classifier.module, classifier.module, plain, f"teacher {name!r}")
-        self._graded_taps = tuple(dict.fromkeys(graded))
+        self._tapped = Tapped(classifier.module, classifier.module, self._plain_taps, who)
+
+    def variant_of(self, variant: Variant, image_shape: tuple[int, int, int]) -> Classifier:
+        """Return a classifier of images [C, H, W] around a variant of the network; `classifier` if it is plain.
+
+        No hooks are copied: `answer_by` comes next. Raises what copying or running the network raises.
+        """
+        self.remove_taps()
+        plain = self.classifier
+        if variant == PLAIN:
+            return plain
+        images = torch.zeros(2, *image_shape, dtype=torch.uint8, device=self.device)
+        network = variant_of(plain.module, variant, plain.normalize(images))
+        made = Classifier(network, plain.preprocessing, plain.classes, f"teacher {self.name!r}")
+        return made.to(self.device).eval()
 
     @torch.no_grad()
     def decide_layouts(self, pixels: Tensor) -> None:
@@ -122,12 +151,12 @@ class Teacher(nn.Module):
         names, else of the answer. The answers are copies: a network may reuse its output buffer in the next pass.
         """
         with autocast(self.device, self.precision):
-            output, tapped = self._tapped(self.classifier.normalize(pixels))
-            logits = self.classifier.checked(output).to(torch.float32, copy=True) if self.answers_logits else None
+            output, tapped = self._tapped(self._running.normalize(pixels))
+            logits = self._running.checked(output).to(torch.float32, copy=True) if self.answers_logits else None
             graded = {}
             if logits is not None and self._graded_taps:
                 who = f"teacher {self.name!r}"
-                graded = tap_gradients(self.classifier, self._graded_taps, who, pixels, labels, logits)
+                graded = tap_gradients(self._running, self._graded_taps, who, pixels, labels, logits)
         features = {
             name: feature.take(*(graded[feature.tap] if feature.kind == "grad_cam" else (tapped[feature.tap], None)))
             for name, feature in self.features.items()
@@ -189,6 +218,12 @@ def build_teacher(
         raise RecipeError(f"teachers.{name} names no model. Fix: give `model:`, or pass the module itself")
     chosen = resolve_preprocessing(built, source.preprocessing, who=f"teachers.{name}")
     return Teacher(name, Classifier(built.module, chosen, classes, f"teacher {name!r}"), source, device)
+
+
+def take_recorded(teacher: Teacher, entry: TeacherEntry, image_shape: tuple[int, int, int]) -> None:
+    """Let a teacher answer images [C, H, W] by the variant of its network that a cache records."""
+    if entry.speed is not None:
+        teacher.answer_by(teacher.variant_of(entry.speed, image_shape), entry.speed)
 
 
 def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, JsonValue, PlainSerializer, Validati
 from logitcache.cache.encodings import Encoding, Form
 from logitcache.cache.encodings.features import Feature, FeatureForm
 from logitcache.cache.format.row_errors import RowErrors
-from logitcache.classifier import Preprocessing
+from logitcache.classifier import Preprocessing, Variant
 from logitcache.config.recipe import Count, Extended, Name, Positive
 from logitcache.errors import CacheError
 from logitcache.runtime.device import Precision
@@ -97,16 +97,18 @@ class TeacherEntry(Extended):
     """Who answered, what was asked for of the answers, and how that is kept.
 
     `classes` are the network's outputs that are the logits, in their order; None if all are. What is stored is decided
-    once, by calibration, when the teacher joins the cache; `errors`, over all rows, are known when it is whole.
+    once, by calibration, when the teacher joins the cache, and so is the variant of its network that answers, None if
+    it is plain; `errors`, over all rows, are known when it is whole.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"classes"})
+    added: ClassVar[frozenset[str]] = frozenset({"classes", "speed"})
 
     # Stored as it is: pydantic's own way over a JsonValue takes 40 times as long.
     model: Annotated[JsonValue, PlainSerializer(lambda value: value, return_type=Any)]
     weights: Digest
     preprocessing: Preprocessing
     precision: Precision
+    speed: Variant | None = None
     num_classes: Count | None
     classes: tuple[Output, ...] | None = None
     logits: Encoding | None

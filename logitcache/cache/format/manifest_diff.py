@@ -71,7 +71,10 @@ def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
 
 
 def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry) -> list[str]:
-    pairs = [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("weights", "preprocessing", "precision")]
+    pairs = [
+        (key, getattr(recorded, key), getattr(wanted, key))
+        for key in ("weights", "preprocessing", "precision", "speed")
+    ]
     if recorded.logits is not None and wanted.logits is not None:
         pairs += [(key, getattr(recorded, key), getattr(wanted, key)) for key in ("num_classes", LOGITS)]
     common = [feature for feature in recorded.features if feature in wanted.features]

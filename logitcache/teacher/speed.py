@@ -1,0 +1,139 @@
+"""The variant of a teacher's network: chosen by time once, before the first shard, within a bound of the plain answers.
+
+Grad-CAM maps and taps count as every target does: a variant in which one of them differs is left out.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from logitcache.cache.format.manifest import TeacherEntry
+from logitcache.classifier import PLAIN, Classifier, Variant
+from logitcache.errors import RecipeError
+from logitcache.models.variants import has_convolutions
+from logitcache.runtime.console import logger
+from logitcache.runtime.device import synchronize, to_device
+from logitcache.targets import Targets
+from logitcache.teacher.answers import Difference, answers_of, worst_difference
+from logitcache.teacher.tap_gradients import classes_of
+from logitcache.teacher.teacher import Teacher, TeacherSource, values_of
+
+ROUNDS, SECONDS = 3, 2.0
+"""Passes that are timed of each variant; after so many seconds fewer, but one."""
+
+LEAST_GAIN = 1.05
+"""A variant that gains less is not worth answers that are rounded in another way."""
+
+_VARIANTS = (Variant(channels_last=True), Variant(fold=True), Variant(channels_last=True, fold=True))
+
+
+def settle_variants(
+    teachers: Sequence[Teacher],
+    sources: Mapping[str, TeacherSource],
+    recorded: Mapping[str, TeacherEntry],
+    pixels: Tensor,
+    labels: Tensor,
+    batch_size: int,
+) -> None:
+    """Let each teacher answer by the variant that its source asks for; of `auto` the recorded one, else the fastest.
+
+    pixels: uint8 [K, C, H, W], the canaries, with their labels. Raises RecipeError for a variant that the network
+    cannot take, or whose answers to them differ from the plain ones by more than the bound of `answers`.
+    """
+    for teacher in teachers:
+        asked = sources[teacher.name].speed
+        if asked == "auto" and teacher.name in recorded:
+            asked = recorded[teacher.name].speed
+        if asked is None or asked == PLAIN:
+            continue
+        trial = _Trial(teacher, to_device(pixels, teacher.device), to_device(labels, teacher.device), batch_size)
+        if asked == "auto":
+            trial.take_fastest()
+        else:
+            trial.take(asked)
+
+
+class _Trial:
+    """A teacher that tries variants of its network on the canaries."""
+
+    def __init__(self, teacher: Teacher, pixels: Tensor, labels: Tensor, batch_size: int) -> None:
+        self._teacher, self._pixels, self._batch_size = teacher, pixels, batch_size
+        answers = answers_of(teacher, pixels, labels)
+        self._plain = values_of(answers)
+        # A map must be of the class that it was of before, also if two logits are nearly equal.
+        self._labels = classes_of(labels, answers.logits) if answers.keeps_logits else labels
+
+    def take(self, variant: Variant) -> None:
+        """Answer by a variant. Raises RecipeError if the answers differ, or if the network cannot take it."""
+        key = f"teachers.{self._teacher.name}.speed"
+        try:
+            self._answer_by(self._made(variant), variant)
+            found = self._difference()
+        except Exception as cause:  # the network's own code may raise anything
+            raise RecipeError(f"{key}: {variant.text} fails for this network: {cause}. Fix: leave it out") from cause
+        if not found.agrees:
+            raise RecipeError(
+                f"{key}: with {variant.text}, {found.target} differ by {found.share:.2g} of their scale, and "
+                f"rounding in {self._teacher.precision} explains {found.bound:g}. Fix: leave it out"
+            )
+
+    def take_fastest(self) -> None:
+        """Time every variant beside the plain network, and answer by the fastest that agrees with it."""
+        name, best, gain, note = self._teacher.name, PLAIN, LEAST_GAIN, "no variant of its network is faster here"
+        for variant in _VARIANTS if has_convolutions(self._teacher.classifier.module) else ():
+            made = None
+            with suppress(Exception):  # the network's own code may raise anything, as it does of what it cannot take
+                made = self._made(variant)
+                self._answer_by(made, variant)
+                found = self._difference()
+            if made is None or not found.agrees:
+                continue
+            ratio = self._gain(made, variant)
+            if ratio > gain:
+                best, gain = variant, ratio
+                note = (
+                    f"{variant.text} is {gain:.2f} times as fast here; answers differ by at most {found.share:.1g} of "
+                    f"their scale (bound {found.bound:g})"
+                )
+        self._answer_by(self._made(best), best)
+        logger.info(f"teacher {name!r}: {note}")
+
+    def _made(self, variant: Variant) -> Classifier:
+        _, channels, height, width = self._pixels.shape
+        return self._teacher.variant_of(variant, (channels, height, width))
+
+    def _answer_by(self, classifier: Classifier, variant: Variant) -> None:
+        self._teacher.remove_taps()
+        self._teacher.answer_by(classifier, variant)
+
+    def _difference(self) -> Difference:
+        """Compare the answers to the canaries with the plain ones."""
+        answers: Targets = self._teacher(self._pixels, self._labels)
+        return worst_difference(self._teacher, self._plain, values_of(answers))
+
+    def _gain(self, made: Classifier, variant: Variant) -> float:
+        """Return the median time of the plain network over that of a variant; they take turns."""
+        times: dict[Variant, list[float]] = {PLAIN: [], variant: []}
+        classifiers = {PLAIN: self._teacher.classifier, variant: made}
+        started = time.monotonic()
+        while len(times[variant]) < ROUNDS and (not times[variant] or time.monotonic() - started < SECONDS):
+            for one, found in times.items():
+                self._answer_by(classifiers[one], one)
+                found.append(self._seconds())
+        return statistics.median(times[PLAIN]) / statistics.median(times[variant])
+
+    def _seconds(self) -> float:
+        """Time a batch: the canaries, on an accelerator as often as fill one of the recipe's."""
+        count = len(self._pixels)
+        size = min(self._batch_size, count) if self._teacher.device.type == "cpu" else self._batch_size
+        rows = torch.arange(size, device=self._pixels.device) % count
+        pixels, labels = self._pixels[rows], self._labels[rows]
+        synchronize(self._teacher.device)
+        started = time.perf_counter()
+        self._teacher(pixels, labels)
+        synchronize(self._teacher.device)
+        return time.perf_counter() - started
