@@ -267,7 +267,8 @@ def test_the_command_prints_what_it_wrote(world: Path, tmp_path: Path, capsys: p
     out = tmp_path / "r.html"
     assert main(["report", str(world / "run"), "--out", str(out), "--measure", "0", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document == {"out": str(out), "bytes": out.stat().st_size, "runs": 1, "caches": 0, "measured": []}
+    counts = {"runs": 1, "files": 0, "caches": 0}
+    assert document == {"out": str(out), "bytes": out.stat().st_size, **counts, "measured": []}
 
 
 def test_the_state_of_random_numbers_is_untouched(world: Path, tmp_path: Path) -> None:
