@@ -49,6 +49,7 @@ MODELS = [
     model("timm weights at a URL", timm_model("resnet18", True, pretrained_cfg={"url": "http://192.0.2.1/w.pt"})),
     model("timm weights of a hub", timm_model("hf-hub:somebody/evil", True)),
     model("timm local folder", timm_model("local-dir:evil", True), plant_weights),
+    model("answers in a file", {"kind": "answers", "path": "evil.pt", "whose": "theirs"}, plant_weights),
     model("transformers of a hub", {"kind": "transformers", "path": "hf://somebody/evil"}),
     model("transformers of a local folder", {"kind": "transformers", "path": "evil"}, plant_weights),
     model("timm cache folder", timm_model("resnet18", True, cache_dir="evil"), plant_weights),

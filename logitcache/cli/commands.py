@@ -160,6 +160,16 @@ _COMMANDS = {
         *(_ONE, "precompute pipelines/image_folder/precompute.yaml --set dataset.root=/data/photos"),
         *("how-to/resume-and-grow.md", "logitcache train-student RECIPE"),
     ),
+    "materialize": Command(
+        stage_one.materialize,
+        *(_ONE, "materialize pipelines/other_frameworks/precompute.yaml views --format npz"),
+        *("how-to/teachers-of-other-frameworks.md", "logitcache import-targets RECIPE ANSWERS --whose TEXT"),
+    ),
+    "import-targets": Command(
+        stage_one.import_targets,
+        *(_ONE, 'import-targets pipelines/other_frameworks/precompute.yaml answers.npz --whose "Keras ResNet50"'),
+        *("how-to/teachers-of-other-frameworks.md", "logitcache train-student RECIPE"),
+    ),
     "derive": Command(
         stage_one.derive,
         *(_ONE, "derive pipelines/derive/recipe.yaml", "how-to/derive-a-cache.md", "logitcache inspect CACHE"),

@@ -1,16 +1,22 @@
 """Stage one: the commands that make a cache, and `plan`, which estimates their cost."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from typer import Option
+from typer import Argument, Option
 
-from logitcache.cli.common import CommandResult, Overrides, Part, Recipe, Scheduler, Wait, Workers, as_options
+from logitcache.cli.common import CommandResult, Overrides, Part, Recipe, Scheduler, Trust, Wait, Workers, as_options
 from logitcache.runtime.console import logger
 
 if TYPE_CHECKING:
     from logitcache.stage_one.precompute import PrecomputeResult
 
+
+FilePart = Annotated[
+    str | None,
+    Option("--part", metavar="I/N", help="Write each N-th file only; 1/N to N/N write all, in any order."),
+]
 
 EXIT_UNFINISHED = 75
 """As after a stop: what is finished is kept, and the same command continues."""
@@ -91,6 +97,70 @@ def derive(
     wanted = load_own(recipe, DeriveRecipe, overrides)
     result = run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait)
     return _answer(result, part, ("inspect", wanted.out))
+
+
+def materialize(
+    source: Annotated[str, Argument(metavar="RECIPE|CACHE", help="A recipe of precompute, or a cache.")],
+    out: Annotated[str, Argument(metavar="OUT", help="Folder or URL of the files.")],
+    overrides: Overrides,
+    trust: Trust,
+    part: FilePart = None,
+    form: Annotated[str, Option("--format", metavar="FORM", help="webdataset, tfrecord or npz.")] = "webdataset",
+    pixels: Annotated[str, Option("--pixels", metavar="FORM", help="png, or raw bytes; npz is always raw.")] = "png",
+    dry_run: Annotated[bool, Option("--dry-run", help="Predict files and bytes alone; write nothing.")] = False,
+    num_workers: Annotated[int, Option("--num-workers", min=0, metavar="N", help="Processes that render.")] = 2,
+) -> CommandResult:
+    """Write the views that a teacher is to answer to files.
+
+    Each view has its key, the id of its image and the CRC-32 of its pixels. The same command continues after a stop.
+    """
+    from logitcache.report.recipe_check import load_own
+    from logitcache.stage_one.materialize.materialize import chosen
+    from logitcache.stage_one.materialize.materialize import materialize as run
+    from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+
+    options = chosen(form, pixels)
+    is_recipe = source.endswith((".yaml", ".yml"))
+    opened = load_own(source, PrecomputeRecipe, overrides) if is_recipe else source
+    result = run(opened, out, part=part, dry_run=dry_run, num_workers=num_workers, trust=trust, **options)
+    follows = ("import-targets", source, "ANSWERS") if is_recipe and not dry_run else ()
+    return CommandResult(asdict(result), follows=follows)
+
+
+def import_targets(
+    recipe: Recipe,
+    answers: Annotated[Path, Argument(metavar="ANSWERS", help="File of answers, or folder of several.")],
+    overrides: Overrides,
+    whose: Annotated[str, Option("--whose", metavar="TEXT", help="Whose answers they are, for the manifest.")],
+    teacher: Annotated[
+        str | None, Option("--teacher", metavar="NAME", show_default="the only one", help="Teacher of the recipe.")
+    ] = None,
+    trust_pixels: Annotated[
+        bool, Option("--trust-pixels", help="Take answers without a CRC-32 of their pixels.")
+    ] = False,
+    num_classes: Annotated[
+        int | None, Option("--num-classes", min=1, metavar="N", help="Classes of answers that hold the top k alone.")
+    ] = None,
+    part: Part = None,
+    scheduler: Scheduler = None,
+    workers: Workers = None,
+    wait: Wait = False,
+) -> CommandResult:
+    """Make a cache of answers in files.
+
+    RECIPE is one of precompute; the files take the place of the model of one of its teachers. Resumes, shares and grows
+    as precompute does.
+    """
+    from logitcache.report.recipe_check import load_own
+    from logitcache.stage_one.precompute import PrecomputeRecipe
+    from logitcache.stage_one.precompute import precompute as run
+    from logitcache.teacher.imported_teacher import with_answers
+
+    entry = {"path": str(answers), "whose": whose, "num_classes": num_classes}
+    wanted = load_own(recipe, PrecomputeRecipe, overrides)
+    wanted = with_answers(wanted, teacher, entry | {"pixels": "trusted" if trust_pixels else "proven"})
+    result = run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait)
+    return _answer(result, part, ("inspect", wanted.cache))
 
 
 def _answer(result: "PrecomputeResult", part: str | None, follows: tuple[str, ...]) -> CommandResult:

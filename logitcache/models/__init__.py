@@ -10,6 +10,7 @@ from logitcache.models.base import BuiltModel, default_preprocessing, resolve_pr
 from logitcache.models.checkpoint import Checkpoint
 from logitcache.models.custom import Custom
 from logitcache.models.hugging_face.transformers import Transformers
+from logitcache.models.imported.answers import AnswersByKey, ImportedAnswers
 from logitcache.models.pruned import Pruned
 from logitcache.models.quantized import Quantized
 from logitcache.models.quantized_run import QuantizedRun
@@ -30,12 +31,14 @@ from logitcache.models.torchvision import Torchvision
 from logitcache.models.weights import load_weights, read_state, save_weights, weights_digest
 
 __all__ = [
+    "AnswersByKey",
     "Architecture",
     "BuiltModel",
     "Bundled",
     "Checkpoint",
     "Classifier",
     "Custom",
+    "ImportedAnswers",
     "Model",
     "Preprocessing",
     "Pruned",
@@ -63,7 +66,17 @@ __all__ = [
 ]
 
 Model = Annotated[
-    Bundled | SmallCNN | Torchvision | Timm | Transformers | Checkpoint | Run | Pruned | QuantizedRun | Custom,
+    Bundled
+    | SmallCNN
+    | Torchvision
+    | Timm
+    | Transformers
+    | ImportedAnswers
+    | Checkpoint
+    | Run
+    | Pruned
+    | QuantizedRun
+    | Custom,
     Field(discriminator="kind"),
 ]
 

@@ -41,7 +41,7 @@ class Tapped(nn.Module):
         self._caught: dict[str, list[Any]] = {}
         self._hooks = [self._hook(network, tap) for tap in self._taps]
 
-    def forward(self, *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    def forward(self, *inputs: Any) -> tuple[Any, dict[str, Tensor]]:
         """Run the module; returns its output, and the tensors at the taps with their gradients."""
         self._caught = {tap: [] for tap in self._taps}
         output = self.module(*inputs)

@@ -100,7 +100,7 @@ def _seconds_by_row(inputs: Inputs) -> tuple[float, float]:
     with timed_answers(inputs.teachers):  # waits for the device
         labels = torch.from_numpy(views.dataset.labels[[key.index for key in keys]])
         for teacher in inputs.teachers:
-            answers_of(teacher, to_device(pixels, teacher.device), to_device(labels, teacher.device))
+            answers_of(teacher, to_device(pixels, teacher.device), to_device(labels, teacher.device), keys)
     seconds = time.perf_counter() - began
     return max(seconds / len(keys), 1e-9), seconds
 

@@ -31,6 +31,7 @@ from logitcache.planning.timing import Quartiles
 from logitcache.planning.upper_bounds import most_bytes, upper_bounds
 from logitcache.runtime.tables import as_text, format_bytes
 from logitcache.stage_one.claims import Claims
+from logitcache.stage_one.materialize.materialize import bytes_of, files_of
 from logitcache.store.remote.client import is_remote
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.views.keys import ViewKey
@@ -139,6 +140,11 @@ def _sizes(run: DryRun, packed: Mapping[str, float]) -> tuple[dict[str, Any], St
         "new_bytes": added.bytes,
         "stored_bytes_per_row": round(whole.bytes_per_row, 1),
         "files": whole.files,
+        "materialized_bytes": bytes_of(
+            files_of(goal.views.num_views, goal.num_images, goal.image_shape),
+            run.inputs.views.dataset.ids,
+            goal.image_shape,
+        ),
         "new_files": added.files,
         "free_bytes": free,
         "fits": None if free is None else added.bytes * MARGIN <= free,

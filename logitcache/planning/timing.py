@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from logitcache.runtime.device import synchronize
 from logitcache.teacher.teacher import Teacher
@@ -43,12 +42,12 @@ def timed_answers(teachers: Sequence[Teacher]) -> Iterator[AnswerTimes]:
     """Time the answers of teachers within the block, each with its device's queue empty before and after."""
     times, began = AnswerTimes(), 0.0
 
-    def before(teacher: Any, inputs: tuple[Tensor, Tensor]) -> None:
+    def before(teacher: Any, inputs: tuple[Any, ...]) -> None:
         nonlocal began
         synchronize(inputs[0].device)
         began = time.perf_counter()
 
-    def after(teacher: Any, inputs: tuple[Tensor, Tensor], answers: Any) -> None:
+    def after(teacher: Any, inputs: tuple[Any, ...], answers: Any) -> None:
         synchronize(inputs[0].device)
         now, batches = time.perf_counter(), times.batches[teacher.name]
         times.seconds += now - began

@@ -51,10 +51,12 @@ def most_bytes(array: ArrayLayout) -> float:
 
 def _bound(inputs: Inputs) -> DryRun:
     recipe, views, teachers, store = inputs.recipe, inputs.views, inputs.teachers, inputs.store
-    pixels = views.answered().__getitems__([ViewKey(0, 0), ViewKey(0, min(1, len(views.dataset.ids) - 1))])
-    labels = torch.from_numpy(views.dataset.labels[[0, min(1, len(views.dataset.ids) - 1)]])
+    keys = [ViewKey(0, 0), ViewKey(0, min(1, len(views.dataset.ids) - 1))]
+    pixels = views.answered().__getitems__(keys)
+    labels = torch.from_numpy(views.dataset.labels[[key.index for key in keys]])
     examples = {
-        one.name: answers_of(one, to_device(pixels, one.device), to_device(labels, one.device)) for one in teachers
+        one.name: answers_of(one, to_device(pixels, one.device), to_device(labels, one.device), keys)
+        for one in teachers
     }
     asked = entries_of(inputs, examples)
     is_new = target_of(store) != store.path

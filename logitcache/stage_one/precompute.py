@@ -121,7 +121,7 @@ class PrecomputeTask(ShardTask):
         for teacher in self._inputs.teachers:
             groups = [group for group in todo.layout.of(teacher.name) if group.arrays[0].name in rows]
             if groups:
-                answers, entry = teacher(pixels, labels), todo.goal.teachers[teacher.name]
+                answers, entry = teacher(pixels, labels, keys), todo.goal.teachers[teacher.name]
                 require_answers(teacher, answers, entry, ids)
                 fill_rows(rows, places, todo.codecs, entry, groups, answers, lambda row: f"image {ids[row]!r}")
         self._record_views(rows, shard, keys, places, images)

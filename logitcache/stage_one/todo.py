@@ -148,7 +148,7 @@ def _try_canaries(inputs: Inputs, keys: list[ViewKey], recorded: Mapping[str, Te
     samples = Samples(dataset.labels, dataset.digests(), pixels.numpy())
     labels = torch.from_numpy(samples.labels[[key.index for key in keys]])
     settle_variants(inputs.teachers, recipe.teachers, recorded, pixels, labels, recipe.batch_size)
-    examples = examples_of(inputs.teachers, pixels, labels)
+    examples = examples_of(inputs.teachers, pixels, labels, keys)
     return _Tried(records, samples, examples, entries_of(inputs, examples))
 
 

@@ -36,7 +36,9 @@ HEADS = ("fc", "head", "heads", "classifier", "last_linear")
 SHOWN = 3
 
 
-def examples_of(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> dict[str, Targets]:
+def examples_of(
+    teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor, keys: Sequence[tuple[int, int]] = ()
+) -> dict[str, Targets]:
     """Let every teacher answer the canaries, uint8 [K, C, H, W], and prove that it answers each of them in any batch.
 
     Raises RecipeError for a teacher that cannot take them, without a head, or whose answers depend on other images, on
@@ -45,16 +47,17 @@ def examples_of(teachers: Sequence[Teacher], pixels: Tensor, labels: Tensor) -> 
     examples = {}
     for teacher in teachers:
         images, named = to_device(pixels, teacher.device), to_device(labels, teacher.device)
-        examples[teacher.name] = answers_of(teacher, images, named)
-        _require_head(teacher, images)
-        _require_agreement(teacher, images, named, examples[teacher.name])
+        examples[teacher.name] = answers_of(teacher, images, named, keys)
+        if not teacher.answers_by_key:  # such answers depend on nothing but the key
+            _require_head(teacher, images)
+            _require_agreement(teacher, images, named, examples[teacher.name])
     return examples
 
 
-def answers_of(teacher: Teacher, pixels: Tensor, labels: Tensor) -> Targets:
+def answers_of(teacher: Teacher, pixels: Tensor, labels: Tensor, keys: Sequence[tuple[int, int]] = ()) -> Targets:
     """Let a teacher answer one batch on its device. Raises RecipeError for images that its network cannot take."""
     with taking(teacher, pixels):
-        return teacher(pixels, labels)  # type: ignore[no-any-return]
+        return teacher(pixels, labels, keys)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -99,7 +99,7 @@ class Calibration:
         indices = [key.index for key in keys]
         labels = torch.from_numpy(self.views.dataset.labels[np.array(indices)])
         device = self.teacher.device
-        answers = self.teacher(to_device(pixels, device), to_device(labels, device))
+        answers = self.teacher(to_device(pixels, device), to_device(labels, device), keys)
         logits = answers.logits if answers.keeps_logits else torch.empty(len(keys), 0)
         require_finite(self.teacher, answers, [self.views.dataset.ids[index] for index in indices])
         vectors = {name: _vectors(answers.features[name]).cpu() for name in projected}

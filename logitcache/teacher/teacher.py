@@ -15,7 +15,15 @@ from logitcache.classifier import PLAIN, Variant
 from logitcache.config.recipe import Component
 from logitcache.errors import DataError, RecipeError
 from logitcache.logits import NO_LOGITS
-from logitcache.models import BuiltModel, Checkpoint, Classifier, Model, Preprocessing, resolve_preprocessing
+from logitcache.models import (
+    AnswersByKey,
+    BuiltModel,
+    Checkpoint,
+    Classifier,
+    Model,
+    Preprocessing,
+    resolve_preprocessing,
+)
 from logitcache.models.layouts import TapLayout, layouts_of
 from logitcache.models.taps import Tapped
 from logitcache.models.variants import variant_of
@@ -136,7 +144,7 @@ class Teacher(nn.Module):
     def decide_layouts(self, pixels: Tensor) -> None:
         """Decide where taps put their channels, by images uint8 [B, C, H, W]; raises RecipeError if it is ambiguous."""
         asked = [TapLayout(feature.tap, feature.layout) for feature in self.features.values()]
-        if asked:
+        if asked and not self.answers_by_key:
             inputs = self.classifier.normalize(pixels.to(self.device))
             with autocast(self.device, self.precision):
                 found = layouts_of(self.classifier.module, inputs, asked, f"teacher {self.name!r}")
@@ -144,14 +152,22 @@ class Teacher(nn.Module):
             self.features = {name: feature.model_copy(update={"layout": layout}) for (name, feature), layout in pairs}
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor, labels: Tensor) -> Targets:
+    def forward(self, pixels: Tensor, labels: Tensor, keys: Sequence[tuple[int, int]] = ()) -> Targets:
         """Answer uint8 pixels [B, C, H, W] on the teacher's device: logits float32 [B, K], features float32 [B, ...].
 
         labels: int64 [B], -1 if there is none, or multi-hot [B, C]; a Grad-CAM map is of the one class that a label
         names, else of the answer. The answers are copies: a network may reuse its output buffer in the next pass.
+        `keys` are those of the views, by which answers in files are found. Raises RecipeError if these are asked of
+        other images.
         """
+        if self.answers_by_key and len(keys) != len(pixels):
+            raise RecipeError(
+                f"teacher {self.name!r} is known by its answers in files, and answers no other images.\n"
+                "  Fix: train from the cache, without --online"
+            )
         with autocast(self.device, self.precision):
-            output, tapped = self._tapped(self._running.normalize(pixels))
+            inputs = (pixels, keys) if self.answers_by_key else (self._running.normalize(pixels),)
+            output, tapped = self._tapped(*inputs)
             logits = self._running.checked(output).to(torch.float32, copy=True) if self.answers_logits else None
             graded = {}
             if logits is not None and self._graded_taps:
@@ -170,9 +186,14 @@ class Teacher(nn.Module):
         return answers
 
     @property
+    def answers_by_key(self) -> bool:
+        """Whether its answers lie in files: no network takes the pixels."""
+        return isinstance(self.classifier.module, AnswersByKey)
+
+    @property
     def passes_by_row(self) -> int:
-        """How often the network takes an image to answer it: twice with Grad-CAM maps."""
-        return 2 if self._graded_taps else 1
+        """How often the network takes an image to answer it: twice with Grad-CAM maps, never if there is none."""
+        return 0 if self.answers_by_key else 2 if self._graded_taps else 1
 
     def remove_taps(self) -> None:
         """Take the hooks off the network, which is the caller's."""
@@ -180,7 +201,7 @@ class Teacher(nn.Module):
         self._counting.remove()
 
     def _count(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.passes += len(inputs[0])
+        self.passes += 0 if self.answers_by_key else len(inputs[0])
 
 
 def features_of(name: str, source: TeacherSource, network: nn.Module) -> dict[str, Feature]:

@@ -17,6 +17,8 @@ COMMANDS = [
     ["demo"],
     ["plan"],
     ["precompute"],
+    ["materialize"],
+    ["import-targets"],
     ["derive"],
     ["train-student"],
     ["train-teacher"],

@@ -107,6 +107,7 @@ RISKY = {
     "HUB": {"kind": "timm", "name": "HF-HUB:evil/x"},
     "local": {"kind": "timm", "name": "local-dir:/tmp/x"},
     "path": {"kind": "timm", "name": "/tmp/x"},
+    "answers": {"kind": "answers", "path": "c.zarr/x.npz", "whose": "theirs"},
     "transformers of a folder": {"kind": "transformers", "path": "c.zarr/x"},
     "transformers of the hub": {"kind": "transformers", "path": "hf://evil/x", "task": "features"},
     "checkpoint_path": {

@@ -53,7 +53,7 @@ def entry_of(kind: str, directory: Path) -> tuple[dict[str, Any], int]:
     return {"kind": kind, **fields}, channels
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS - {"bundled"}))
+@pytest.mark.parametrize("kind", sorted(KINDS - {"bundled", "answers"}))
 def test_every_kind_predicts_and_can_be_stored(kind: str, tmp_path: Path) -> None:
     if kind == "pruned":
         pytest.importorskip("torch_pruning", reason="removing channels needs the extra prune")

@@ -13,7 +13,7 @@ from torch import Tensor
 from logitcache.config.recipe import dump_recipe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import Linear, contents, recipe, teacher
-from tests.stage_one import killing
+from tests.stage_one import killing, killing_imports
 from tests.stage_one.apart import program, stopped
 
 
@@ -109,3 +109,10 @@ def test_a_signal_stops_at_a_shard_and_the_command_continues(
 def test_the_slow_teacher_answers_as_the_fast_one() -> None:
     images = torch.rand(2, 3, 4, 4)
     assert torch.equal(Slow()(images), Linear()(images))
+
+
+def test_views_and_imported_answers_continue_after_a_kill_to_the_same_bytes(tmp_path: Path) -> None:
+    found = program("killing_imports", tmp_path)
+    assert [one["command"] for one in found].count("materialize") == len(found) // 2 == killing_imports.NUM_KILLS
+    assert [one for one in found if not one["identical"]] == []
+    assert len({one["written"] for one in found}) >= 3

@@ -1,0 +1,154 @@
+"""Files of answers: keys of views, checksums of their pixels, logits, log-probabilities of top-k, and features.
+
+NPZ and parquet hold columns, JSON lines an object for each view:
+
+key                  `VIEW/IMAGE`, both counted from 0
+crc32                CRC-32 of the view's pixels, uint8 in the order [C, H, W]; in all rows or in none
+logits               a number for each class
+classes, log_probabilities   the k most probable classes, and the logarithms of their probabilities
+any other name       a feature: a vector, or a map [C, H, W]
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcache.errors import DataError, MissingExtraError, RecipeError
+from logitcache.store.safe_files import open_regular
+
+ENDINGS = (".npz", ".parquet", ".jsonl")
+KEY, CRC32, LOGITS, CLASSES, LOG_PROBABILITIES = "key", "crc32", "logits", "classes", "log_probabilities"
+_VIEW = 40
+"""Bits of the number of an image in the code of a key."""
+_LEAST = 1e-7
+"""The least probability of all classes beside the k most probable ones: their sum is rounded."""
+_MOST = 1e-3
+"""By how much the k probabilities may add up to more than one."""
+
+
+class Answers(NamedTuple):
+    """Rows of a file: codes of keys [n], checksums [n] if it has any, and float32 [n, ...] by name."""
+
+    codes: NDArray[np.int64]
+    crc32: NDArray[np.uint32] | None
+    values: Mapping[str, NDArray[np.float32]]
+
+
+def code_of(view: int, image: int) -> int:
+    """Return the number that stands for a key."""
+    return view << _VIEW | image
+
+
+def key_text(code: int) -> str:
+    """Return the key that a number stands for, as `3/17`."""
+    return f"{code >> _VIEW}/{code & ((1 << _VIEW) - 1)}"
+
+
+def files_of(path: Path) -> list[Path]:
+    """List a file of answers, or those in a folder by name. Raises RecipeError if there are none."""
+    found = sorted(p for p in path.iterdir() if p.suffix in ENDINGS) if path.is_dir() else [path]
+    if not found or not all(file.is_file() and file.suffix in ENDINGS for file in found):
+        raise RecipeError(f"'{path}' holds no answers. Fix: a file, or a folder of files, of {', '.join(ENDINGS)}")
+    return found
+
+
+def read_answers(file: Path, num_classes: int | None) -> Answers:
+    """Read a file; `num_classes` is that of top-k answers. Raises DataError naming what is wrong with it."""
+    try:
+        columns = _READERS[file.suffix](file)
+        return _checked(columns, num_classes)
+    except (MissingExtraError, RecipeError):
+        raise
+    except Exception as error:  # damage can surface as anything in a reader
+        reason = str(error) or type(error).__name__
+        raise DataError(f"answers in '{file}' cannot be used: {reason}.\n  Fix: write the file again") from error
+
+
+def _npz(file: Path) -> dict[str, NDArray[Any]]:
+    with open_regular(file) as stream, np.load(stream, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _parquet(file: Path) -> dict[str, NDArray[Any]]:
+    try:
+        from pyarrow import parquet
+    except ImportError as error:
+        raise MissingExtraError("answers in parquet", "hf") from error
+    with open_regular(file) as stream:
+        table = parquet.read_table(stream)
+    return {name: np.array(table.column(name).to_pylist()) for name in table.column_names}
+
+
+def _jsonl(file: Path) -> dict[str, NDArray[Any]]:
+    with open_regular(file) as stream:
+        rows = [json.loads(line) for line in stream if line.strip()]
+    names = rows[0].keys() if rows else ()
+    for number, row in enumerate(rows, 1):
+        if row.keys() != names:
+            raise ValueError(f"row {number} has {sorted(row)}, the first {sorted(names)}")
+    return {name: np.array([row[name] for row in rows]) for name in names}
+
+
+_READERS = {".npz": _npz, ".parquet": _parquet, ".jsonl": _jsonl}
+
+
+def _checked(columns: Mapping[str, NDArray[Any]], num_classes: int | None) -> Answers:
+    """Check the columns and bring them into one form. Raises ValueError."""
+    if KEY not in columns or not len(columns[KEY]):
+        raise ValueError(f"it has no column {KEY!r}, or no row (it has {', '.join(sorted(columns)) or 'none'})")
+    codes = np.array([_code(str(key)) for key in columns[KEY].tolist()], np.int64)
+    values = {name: column for name, column in columns.items() if name not in (KEY, CRC32, CLASSES, LOG_PROBABILITIES)}
+    if CLASSES in columns or LOG_PROBABILITIES in columns:
+        if LOGITS in columns:
+            raise ValueError(f"it has both {LOGITS} and {CLASSES}")
+        values[LOGITS] = _logits_of_top_k(columns[CLASSES], columns[LOG_PROBABILITIES], num_classes)
+    if not values:
+        raise ValueError(f"it has no answers: {LOGITS}, {CLASSES} and {LOG_PROBABILITIES}, or features")
+    for name, column in values.items():
+        if column.dtype.kind not in "fiu" or column.ndim < 2 or len(column) != len(codes):
+            raise ValueError(
+                f"{name} is {column.dtype} {list(column.shape)}: {len(codes)} rows of numbers, of one shape"
+            )
+    crc32 = columns.get(CRC32)
+    if crc32 is not None and (crc32.dtype.kind not in "iu" or crc32.shape != codes.shape):
+        raise ValueError(f"{CRC32} is {crc32.dtype} {list(crc32.shape)}: a whole number for each row")
+    exact = None if crc32 is None else crc32.astype(np.uint32)
+    return Answers(codes, exact, {name: np.asarray(column, np.float32) for name, column in values.items()})
+
+
+def _code(key: str) -> int:
+    view, slash, image = key.partition("/")
+    if not (slash and view.isdecimal() and image.isdecimal() and int(image) < 1 << _VIEW and int(view) < 1 << 22):
+        raise ValueError(f"the key {key!r} is not VIEW/IMAGE, as 3/17 is")
+    return code_of(int(view), int(image))
+
+
+def _logits_of_top_k(
+    classes: NDArray[Any], log_probabilities: NDArray[Any], num_classes: int | None
+) -> NDArray[np.float32]:
+    """Return logits [n, K] whose softmax has these probabilities; what is left of one is shared by the other classes.
+
+    Raises ValueError for classes and probabilities that are none.
+    """
+    if num_classes is None:
+        raise ValueError(
+            f"it has {CLASSES} and {LOG_PROBABILITIES}: the model's num_classes states of how many classes"
+        )
+    classes, log_p = np.asarray(classes), np.asarray(log_probabilities, np.float64)
+    if classes.dtype.kind not in "iu" or classes.ndim != 2 or classes.shape != log_p.shape:
+        raise ValueError(f"{CLASSES} {list(classes.shape)} and {LOG_PROBABILITIES} {list(log_p.shape)}: [n, k] each")
+    if classes.min() < 0 or classes.max() >= num_classes or (np.diff(np.sort(classes, axis=1), axis=1) == 0).any():
+        raise ValueError(f"{CLASSES} of a row are different numbers from 0 to {num_classes - 1}")
+    total = np.exp(log_p).sum(axis=1)
+    if not np.isfinite(log_p).all() or (total > 1 + _MOST).any():
+        row = int(np.argmax(np.where(np.isfinite(total), total, np.inf)))
+        raise ValueError(f"probabilities of row {row} add up to {total[row]:.4g}: give their natural logarithms")
+    others = max(1, num_classes - classes.shape[1])
+    rest = np.log(np.maximum(1 - total, _LEAST) / others)
+    logits = np.repeat(rest[:, None], num_classes, axis=1)
+    np.put_along_axis(logits, classes, log_p, axis=1)
+    return logits.astype(np.float32)

@@ -1,0 +1,1 @@
+"""Write the rendered views to files, for teachers of other frameworks and for services."""

@@ -1,0 +1,211 @@
+"""Materialize: write every view that a teacher is to answer, so that one of another framework can."""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from logitcache.cache.cache import open_cache
+from logitcache.cache.format.metadata import ROOT
+from logitcache.errors import MismatchError, RecipeError, did_you_mean
+from logitcache.runtime.console import track
+from logitcache.runtime.stopping import stop_flag
+from logitcache.stage_one.claims import parse_part
+from logitcache.stage_one.inputs import open_views
+from logitcache.stage_one.materialize.view_files import (
+    ENDINGS,
+    Form,
+    PixelForm,
+    RenderedViews,
+    encode_views,
+    predicted_bytes,
+)
+from logitcache.store.files import LEFTOVER
+from logitcache.store.local import LocalStore
+from logitcache.store.remote.client import Remote, is_remote
+from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+from logitcache.views.checksums import row_checksums
+from logitcache.views.datasets.base import fingerprint
+from logitcache.views.keys import ViewKey
+from logitcache.views.loader import StartMethod, ViewLoader
+from logitcache.views.spec import Views, require_one_size
+
+DESCRIPTION = "views.json"
+"""What the files of a folder hold, written before the first of them."""
+FILE_BYTES = 64 << 20
+"""Bytes of pixels of a file, unless one view has more."""
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class MaterializeResult:
+    """What was written: `files_left` are those of other parts that are not there yet; bytes are of this run's files."""
+
+    out: str
+    files: int
+    files_written: int
+    files_left: int
+    views: int
+    bytes: int
+    predicted_bytes: int
+
+
+@dataclass(frozen=True)
+class ViewFile:
+    """A file of views of consecutive images."""
+
+    view: int
+    start: int
+    stop: int
+
+    def name(self, form: Form) -> str:
+        """Return its name, by which files are in the order of their views."""
+        return f"{self.view:04}-{self.start:09}.{ENDINGS[form]}"
+
+    @property
+    def keys(self) -> list[ViewKey]:
+        """The keys of its views."""
+        return [ViewKey(self.view, index) for index in range(self.start, self.stop)]
+
+
+def files_of(num_views: int, num_images: int, shape: Sequence[int]) -> list[ViewFile]:
+    """Divide all views, of pixels [C, H, W], among files."""
+    rows = min(num_images, max(1, FILE_BYTES // int(np.prod(shape))))
+    return [
+        ViewFile(view, start, min(start + rows, num_images))
+        for view in range(num_views)
+        for start in range(0, num_images, rows)
+    ]
+
+
+def bytes_of(files: Sequence[ViewFile], ids: Sequence[str], shape: Sequence[int], form: Form = "webdataset") -> int:
+    """Predict the bytes of all files with raw pixels."""
+    return predicted_bytes(shape, [file.stop - file.start for file in files], ids, files[-1].view + 1, form)
+
+
+def materialize(
+    source: str | Path | PrecomputeRecipe,
+    out: str | Path,
+    *,
+    form: Form = "webdataset",
+    pixels: PixelForm = "png",
+    part: str | None = None,
+    dry_run: bool = False,
+    num_workers: int = 0,
+    trust: Collection[str] = (),
+) -> MaterializeResult:
+    """Write the views of a recipe, or of the cache at a path, to files below `out`, a folder or a URL.
+
+    Files that are there stay: the same call continues after a stop. `part` "i/n" takes each n-th file; `dry_run` writes
+    nothing. Raises MismatchError if `out` holds other views, Stopped after SIGTERM or Ctrl-C.
+    """
+    number, count = parse_part(part)
+    views, start_method = _views_of(source, trust)
+    num_images, shape = len(views.dataset.ids), tuple(views[ViewKey(0, 0)].shape)
+    files = files_of(views.spec.num_views, num_images, shape)
+    predicted = bytes_of(files, views.dataset.ids, shape, form)
+    if dry_run:
+        return MaterializeResult(str(out), len(files), 0, len(files), 0, 0, predicted)
+    folder = _Folder(out)
+    folder.describe(_description(views, shape, files[0].stop, form, pixels))
+    mine = [file for place, file in enumerate(files) if place % count == number - 1]
+    todo = [file for file in mine if not folder.holds(file.name(form))]
+    written = 0
+    with stop_flag() as stop, contextlib.closing(ViewLoader(views, num_workers, start_method)) as loader:
+        rendered = _rendered(loader, views, todo)
+        for file in track(iter(todo), "materialize", len(todo), "files"):
+            if stop.wait(0.0):
+                raise stop.stopped(f"stopped: {file.name(form)} and later files of {out} are not written; run it again")
+            content = encode_views(next(rendered), form, pixels)
+            folder.write(file.name(form), content)
+            written += len(content)
+    left = sum(not folder.holds(file.name(form)) for file in files) if count > 1 else 0
+    done = sum(file.stop - file.start for file in todo)
+    return MaterializeResult(str(out), len(files), len(todo), left, done, written, predicted)
+
+
+def chosen(form: str, pixels: str) -> dict[str, Any]:
+    """Check the names of the form of files and of pixels. Raises RecipeError."""
+    for given, known, option in ((form, get_args(Form), "--format"), (pixels, get_args(PixelForm), "--pixels")):
+        if given not in known:
+            raise RecipeError(f"{option} is {given!r}.{did_you_mean(given, known)} Fix: one of {', '.join(known)}")
+    return {"form": form, "pixels": pixels}
+
+
+def _views_of(source: str | Path | PrecomputeRecipe, trust: Collection[str]) -> tuple[Views, StartMethod]:
+    """Open the views that a teacher answers, of a recipe or of a cache."""
+    if isinstance(source, PrecomputeRecipe):
+        views = open_views(source, {}, None)[-1]
+        require_one_size(views)
+        return views.answered(), source.start_method
+    if not is_remote(source) and not (Path(source) / ROOT).is_file():
+        raise RecipeError(f"'{source}' is neither a recipe nor a cache. Fix: a YAML file, or the folder of a cache")
+    return open_cache(source).views(trust=trust).answered(), "forkserver"
+
+
+def _rendered(loader: ViewLoader, views: Views, files: Sequence[ViewFile]) -> Iterator[RenderedViews]:
+    """Render file after file, reading ahead."""
+    batches = [file.keys[start : start + _BATCH] for file in files for start in range(0, len(file.keys), _BATCH)]
+    images = loader.render(iter(batches))
+    for file in files:
+        parts = [next(images) for _ in range(0, len(file.keys), _BATCH)]
+        crc32 = np.concatenate([row_checksums(part) for part in parts])
+        pixels = np.concatenate([np.ascontiguousarray(part.numpy()) for part in parts])
+        yield RenderedViews(pixels, file.keys, list(views.dataset.ids[file.start : file.stop]), crc32)
+
+
+def _description(views: Views, shape: Sequence[int], rows: int, form: Form, pixels: PixelForm) -> bytes:
+    """Describe what the files hold: the same views, images and form give the same bytes."""
+    spec = views.spec.model_dump_json().encode()
+    described = {
+        "format": form,
+        "pixels": pixels if form != "npz" else "raw",
+        "shape": list(shape),
+        "num_images": len(views.dataset.ids),
+        "num_views": views.spec.num_views,
+        "views_per_file": rows,
+        "views": hashlib.sha256(spec).hexdigest(),
+        "images": fingerprint(views.dataset).content,
+        "key": "VIEW/IMAGE, both counted from 0",
+        "crc32": "of the pixels, uint8 in the order [C, H, W]",
+    }
+    return json.dumps(described, indent=2).encode() + b"\n"
+
+
+class _Folder:
+    """Where files are written, whole or not at all: a folder of this machine, or a URL."""
+
+    def __init__(self, out: str | Path) -> None:
+        self._out, self._here = str(out), not is_remote(out)
+        self._files: Remote | LocalStore = LocalStore(Path(out).expanduser()) if self._here else Remote(str(out))
+
+    def describe(self, content: bytes) -> None:
+        """Write the description; raise MismatchError if there is another."""
+        if self._here:
+            Path(self._out).expanduser().mkdir(parents=True, exist_ok=True)
+        if not self.holds(DESCRIPTION):
+            self.write(DESCRIPTION, content)
+            return
+        found = self._files.read(DESCRIPTION)
+        if found != content:
+            old, new = json.loads(found), json.loads(content)
+            differing = ", ".join(
+                f"{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]
+            )
+            raise MismatchError(f"'{self._out}' holds other views ({differing}).\n  Fix: another folder, or remove it")
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is there."""
+        return self._files.exists(name)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file; what a killed writer of it left is removed."""
+        if self._here:
+            for left in Path(self._out).expanduser().glob(f"{name}.*{LEFTOVER}"):
+                left.unlink(missing_ok=True)
+        self._files.write(name, content)
