@@ -114,7 +114,7 @@ def materialize(
 
     Each view has its key, the id of its image and the CRC-32 of its pixels. The same command continues after a stop.
     """
-    from logitcache.report.recipe_check import load_own
+    from logitcache.report.load_own import load_own
     from logitcache.stage_one.materialize.materialize import chosen
     from logitcache.stage_one.materialize.materialize import materialize as run
     from logitcache.teacher.precompute_recipe import PrecomputeRecipe
@@ -151,7 +151,7 @@ def import_targets(
     RECIPE is one of precompute; the files take the place of the model of one of its teachers. Resumes, shares and grows
     as precompute does.
     """
-    from logitcache.report.recipe_check import load_own
+    from logitcache.report.load_own import load_own
     from logitcache.stage_one.precompute import PrecomputeRecipe
     from logitcache.stage_one.precompute import precompute as run
     from logitcache.teacher.imported_teacher import with_answers

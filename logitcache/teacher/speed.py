@@ -50,6 +50,8 @@ def settle_variants(
             asked = recorded[teacher.name].speed
         if asked is None or asked == PLAIN:
             continue
+        if teacher.answers_by_key:
+            raise RecipeError(f"teachers.{teacher.name}.speed: its answers lie in files. Fix: leave speed out")
         trial = _Trial(teacher, to_device(pixels, teacher.device), to_device(labels, teacher.device), batch_size)
         if asked == "auto":
             trial.take_fastest()

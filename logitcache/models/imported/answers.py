@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
+from logitcache.classifier import Preprocessing
 from logitcache.config.recipe import Component, Count
 from logitcache.errors import DataError, MismatchError, RecipeError
-from logitcache.models.base import BuiltModel, Preprocessing
+from logitcache.models.base import BuiltModel
 from logitcache.models.imported.answer_files import LOGITS, Answers, code_of, files_of, key_text, read_answers
 from logitcache.store.digest_index import SHA256, remembered
 
