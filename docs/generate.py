@@ -58,6 +58,7 @@ _ANCHORS = {
     },
     **{"dataset": "data-sets", "loss": "losses", "mixing": "mixing", "sampling": "sampling"},
     **{"range": "ranges", "search": "searches", "finalists": "finalists", "halving": "halving", "timing": "timing"},
+    "variant": "variant",
 }
 """The section of each word of a type."""
 

@@ -90,13 +90,23 @@ def kept_and_tail(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     log_p = torch.log_softmax(logits.float(), dim=1).clamp(min=_LOWEST)
     kept, index = log_p.topk(k, dim=1)
-    is_dropped = torch.ones_like(log_p, dtype=torch.bool).scatter_(1, index, False)
-    dropped = log_p[is_dropped].view(len(log_p), log_p.shape[1] - k)
-    if dropped.shape[1] == 0:
+    if k == log_p.shape[1]:
         # The logarithm of no probability has to be finite.
         return kept, index, log_p.new_tensor([_LOWEST, 0.0, 0.0]).repeat(len(log_p), 1)
+    dropped = log_p.gather(1, _others(index, log_p.shape[1]))
     variance, mean = torch.var_mean(dropped, dim=1, correction=0)
     return kept, index, torch.stack([dropped.logsumexp(dim=1), mean, variance], dim=1)
+
+
+def _others(index: Tensor, num_classes: int) -> Tensor:
+    """Return the classes, ascending, that rows of classes [B, k] lack; a mask would make the host wait for the device.
+
+    The j-th of them is j plus the number of kept classes before it: those that have at most j others before them.
+    """
+    rows, k = index.shape
+    places = torch.arange(num_classes - k, device=index.device).expand(rows, -1).contiguous()
+    before = index.sort(dim=1).values - torch.arange(k, device=index.device)
+    return places + torch.searchsorted(before, places, right=True)
 
 
 class PackedTopK(LargestLogits):
