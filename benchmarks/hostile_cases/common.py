@@ -166,6 +166,7 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
         "--set",
         "model={kind: run, path: run}",
     ],
+    "card": lambda folder, case: ["card", _cache(folder, case), "--out", "card.md"],
     "view": lambda folder, case: ["inspect", _cache(folder, case), "--view", "1/0"],
     "suspects": lambda folder, case: ["suspects", _cache(folder, case)],
     "sweep": lambda folder, case: ["sweep", "student.yaml", "swept", "--set", f"cache={_cache(folder, case)}"],
@@ -183,9 +184,17 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
     "run page": lambda folder, case: ["report", "run", "--points", "20"],
 }
 READERS = ("inspect", "verify", "summary", "gc", "train", "online", "check", "derive", "precompute", "plan")
-READERS += ("view", "suspects", "sweep", "page", "app")
+READERS += ("card", "view", "suspects", "sweep", "page", "app")
 RUNS = ("evaluate", "resume", "teach", "start", "predict", "export", "quantize", "prune", "log", "run page", "app")
-ALIKE = {"suspects": "summary", "sweep": "train", "view": "verify", "page": "inspect", "predict": "evaluate"}
+ALIKE = {
+    "suspects": "summary",
+    "sweep": "train",
+    "view": "verify",
+    "page": "inspect",
+    "card": "inspect",
+    "predict": "evaluate",
+}
+ALIKE |= {"card": "inspect"}
 ALIKE |= {"export": "evaluate", "quantize": "evaluate", "prune": "evaluate"}
 """Commands that read the same as others, and end with the same codes where a case does not say otherwise."""
 

@@ -251,6 +251,10 @@ _COMMANDS = {
         *(_CACHES, "verify caches/photos.zarr --repair pipelines/image_folder/precompute.yaml"),
         *("how-to/resume-and-grow.md", "logitcache inspect CACHE"),
     ),
+    "card": Command(
+        reports.card,
+        *(_CACHES, "card caches/photos.zarr --licence cc-by-4.0", "how-to/share-a-cache.md", "logitcache verify CACHE"),
+    ),
     "gc": Command(
         caches.gc,
         *(_CACHES, "gc caches/photos.zarr --dry-run", "how-to/resume-and-grow.md", "logitcache verify CACHE"),

@@ -26,6 +26,31 @@ def log(
     return CommandResult(asdict(export_runs(runs, to, overrides)), follows=("report", *map(str, runs)))
 
 
+def card(
+    path: Annotated[str, Argument(metavar="CACHE|RUN", help="A cache, a folder or a URL, or a finished run.")],
+    teacher_licences: Annotated[
+        list[str],
+        Option(
+            "--teacher-licence",
+            default_factory=list,
+            show_default=False,
+            metavar="NAME=LICENCE",
+            help="Licence of a teacher; repeatable.",
+        ),
+    ],
+    out: Annotated[Path, Option("--out", metavar="FILE", help="The card.")] = Path("README.md"),
+    licence: Annotated[str | None, Option("--licence", metavar="NAME", help="Its licence, as apache-2.0.")] = None,
+) -> CommandResult:
+    """Write a README for a hub or a shared disk.
+
+    From what a cache or run records: teachers, views, encodings and their errors, accuracy, how to use and verify it.
+    """
+    from logitcache.report.card import parse_licences, write_card
+
+    result = write_card(path, out, licence, parse_licences(teacher_licences))
+    return CommandResult(asdict(result), follows=("verify", path))
+
+
 def report(
     paths: Annotated[
         list[str],

@@ -35,6 +35,7 @@ COMMANDS = [
     ["inspect"],
     ["summary"],
     ["verify"],
+    ["card"],
     ["gc"],
     ["recipe"],
     ["recipe", "check"],
