@@ -109,7 +109,7 @@ def test_binary_cross_entropy_reads_nothing_on_the_host() -> None:
     batch = Batch(torch.empty(4, 1, 1, 1, dtype=torch.uint8, device=META), labels, torch.empty(4, 2, device=META), {})
     loss = BinaryCrossEntropy()
     context = Context(PositiveWeights((2.0,)).to(META), Progress(0, 1, 1))
-    (loss(Targets(logits), batch, context) * loss.rows(batch)).sum().backward()
+    (loss(Targets(logits), batch, context) * loss.rows(batch)).sum().backward()  # type: ignore[no-untyped-call]
     assert logits.grad is not None
 
 
@@ -152,7 +152,7 @@ def test_a_forward_pass_on_fake_cuda_tensors_mixes_no_devices(
     batch = next(batches)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         fake = mapped(batch, lambda tensor: mode.from_tensor(tensor).to("cuda"))
-        terms = run.learner.terms
+        terms: Any = run.learner.terms
         for module in terms.modules():
             for table in (module._parameters, module._buffers):
                 for name, value in table.items():
