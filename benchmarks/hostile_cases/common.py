@@ -194,7 +194,6 @@ ALIKE = {
     "card": "inspect",
     "predict": "evaluate",
 }
-ALIKE |= {"card": "inspect"}
 ALIKE |= {"export": "evaluate", "quantize": "evaluate", "prune": "evaluate"}
 """Commands that read the same as others, and end with the same codes where a case does not say otherwise."""
 
