@@ -156,7 +156,7 @@ def test_a_forward_pass_on_fake_cuda_tensors_mixes_no_devices(
         for module in terms.modules():
             for table in (module._parameters, module._buffers):
                 for name, value in table.items():
-                    table[name] = None if value is None else mode.from_tensor(value).to("cuda")  # type: ignore[assignment]
+                    table[name] = None if value is None else mode.from_tensor(value).to("cuda")
         terms._device = torch.device("cuda")
         logits = terms.model(fake.images)
     found = logits[0] if isinstance(logits, tuple) else logits
