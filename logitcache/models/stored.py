@@ -95,6 +95,11 @@ def _read(path: Path) -> tuple[StoredModel, str]:
         content = read_bounded(path, _MAX_BYTES)
         return StoredModel.model_validate_json(content), hashlib.sha256(content).hexdigest()
     except FileNotFoundError as error:
+        if (path.parent / "recipe.yaml").is_file():
+            raise RecipeError(
+                f"{path.parent} is a run that has not finished: it has no {path.name}.\n"
+                "  Fix: the command that began it, with --resume."
+            ) from error
         raise RecipeError(
             f"{path.parent} is not a run: it has no {path.name}.\n"
             "  Fix: give the directory that train-student or train-teacher wrote."

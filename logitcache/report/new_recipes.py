@@ -7,24 +7,30 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from logitcache.config.shipped_recipes import write_recipes
 from logitcache.config.yaml_text import dump_inline
 from logitcache.errors import DataError, RecipeError
 from logitcache.models import Timm, Torchvision, read_stored
 from logitcache.models.base import PretrainedFacts
+from logitcache.runtime.console import logger
 from logitcache.runtime.tables import format_bytes
 from logitcache.store.remote.client import is_remote
-from logitcache.student.runs.trained import read_evaluation
+from logitcache.student.runs.trained import Evaluation, EvaluationTransform, read_evaluation
+from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.images.class_folders import SPLITS
 
 NUM_VIEWS = 8
 BATCH_SIZE = 64
 STEPS = 4000
-"""Optimiser steps that a student takes, if that is between 2 and 8 times `NUM_VIEWS` epochs."""
+"""Optimiser steps of a student, if that is 2 to 8 times `NUM_VIEWS` epochs."""
 MOST_BYTES = 1 << 30
 """The largest cache of all logits that is kept whole."""
 TOP_K = 100
+_UNLIKE = ((300, 400), (400, 300))
+"""Sizes of images, pixels: what brings both to one size does so with all."""
 MOST_WORKERS = 8
 
 
@@ -46,11 +52,8 @@ class _Source:
     entry: Mapping[str, object]
     name: str
     facts: PretrainedFacts
-    class_names: tuple[str, ...] | None
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.facts.preprocessing.size or (224, 224)
+    size: tuple[int, int]
+    class_names: tuple[str, ...] | None = None
 
     @property
     def preprocessing(self) -> str:
@@ -84,6 +87,7 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
     again = shlex.join(["recipe", "new", "--images", images, "--teacher", teacher, "--student", student])
     texts = {out / "precompute.yaml": _precompute(folder, taught, name, out, again)}
     if folder.class_names is None:
+        logger.info(f"labels are not read: {folder.unlabelled_because or 'the folder has no classes'}")
         texts[out / "precompute_validation.yaml"] = _precompute_validation(folder, taught, name, out)
     texts[out / "student.yaml"] = _student(folder, taught, learner, name, out)
     write_recipes(texts)
@@ -96,18 +100,37 @@ def _source(option: str, text: str) -> _Source:
     match kind:
         case "timm" if name:
             facts = Timm(name=name).pretrained_facts()
-            return _Source({"kind": kind, "name": name, "pretrained": True}, name, facts, None)
+            return _Source({"kind": kind, "name": name, "pretrained": True}, name, facts, _pretrained_size(facts))
         case "torchvision" if name:
             facts = Torchvision(name=name, weights="DEFAULT").pretrained_facts()
-            return _Source({"kind": kind, "name": name, "weights": "DEFAULT"}, name, facts, None)
+            return _Source({"kind": kind, "name": name, "weights": "DEFAULT"}, name, facts, _pretrained_size(facts))
         case "run" if name:
             run = Path(name).expanduser()
             stored, recorded = read_stored(run / "model.json"), read_evaluation(run)
-            facts = PretrainedFacts(stored.num_classes, stored.preprocessing, max(stored.preprocessing.size or (224,)))
+            size = stored.preprocessing.size or _evaluated_size(run, recorded, stored.in_channels)
+            facts = PretrainedFacts(stored.num_classes, stored.preprocessing, max(size))
             names = None if recorded is None else recorded.class_names
-            return _Source({"kind": "run", "path": name}, run.name, facts, names)
+            return _Source({"kind": "run", "path": name}, run.name, facts, size, names)
     raise RecipeError(
         f"{option} {text!r} names no model. Fix: timm:NAME, torchvision:NAME or run:DIR, as in timm:resnet50.a1_in1k"
+    )
+
+
+def _pretrained_size(facts: PretrainedFacts) -> tuple[int, int]:
+    return facts.preprocessing.size or (224, 224)
+
+
+def _evaluated_size(run: Path, recorded: Evaluation | None, num_channels: int) -> tuple[int, int]:
+    """Return the height and width of the images that a run was evaluated on, whatever those of the files."""
+    if recorded is not None and not factories_of(recorded.augmentations):
+        bring = EvaluationTransform(recorded.augmentations, num_channels)
+        sizes = {tuple(bring(torch.zeros(num_channels, *size, dtype=torch.uint8)).shape[1:]) for size in _UNLIKE}
+        if len(sizes) == 1:
+            height, width = sizes.pop()
+            return height, width
+    raise RecipeError(
+        f"{run} takes images of any size, and does not record one. Fix: logitcache recipe cp image_folder, and write "
+        "the size and the run into these recipes"
     )
 
 
@@ -175,7 +198,7 @@ views:
   # Augmented copies of every image. More views need more teacher passes and give the student more variety.
   num_views: {NUM_VIEWS}
   augmentations:
-    # The size that {teacher.name} was trained on. A crop of less than a quarter shows it too little of an image.
+    # The size that {teacher.name} takes. A crop of less than a quarter shows it too little of an image.
     - {{kind: random_resized_crop, size: {_square(teacher.size)}, scale: [0.25, 1.0]}}
     # Remove it if left and right differ in meaning, as in text.
     - {{kind: horizontal_flip}}
@@ -220,6 +243,7 @@ def _student(folder: _Folder, teacher: _Source, student: _Source, name: str, out
     rounds = min(8, max(2, round(STEPS * BATCH_SIZE / folder.num_images / NUM_VIEWS)))
     epochs = rounds * NUM_VIEWS
     steps = epochs * -(-folder.num_images // BATCH_SIZE)
+    random = {"timm": " (pretrained: false)", "torchvision": " (weights: null)"}.get(str(student.entry["kind"]), "")
     own = student.facts.num_classes == teacher.facts.num_classes
     model = student.entry if own else {**student.entry, "new_head": True}
     head = "" if own else f", but the last layer: {teacher.facts.num_classes} classes, not {student.facts.num_classes}"
@@ -229,7 +253,7 @@ def _student(folder: _Folder, teacher: _Source, student: _Source, name: str, out
 validation: {dump_inline({"cache": f"caches/{name}-validation.zarr"})}"""
     else:
         validation = f"""\
-# Top-1 accuracy on images that neither stage trains on, cropped as {student.name} is evaluated.
+# Top-1 accuracy on images that neither stage trains on, at the size that {student.name} takes.
 validation:
   dataset: {dump_inline(folder.validation)}
   augmentations:
@@ -242,7 +266,7 @@ validation:
 # Afterwards: logitcache evaluate {shlex.quote(f"runs/{name}")}
 out: {dump_inline(f"runs/{name}")}
 cache: {dump_inline(f"caches/{name}.zarr")}
-# Pretrained weights{head}: on few images far better than random ones (pretrained: false, or weights: null).
+# Weights that are trained{head}: on few images far better than random ones{random}.
 model: {dump_inline(model)}
 # As in pretraining. Views of another size are resized for the student.
 preprocessing: {student.preprocessing}

@@ -184,7 +184,6 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
     (recipe, directory, before, lesson), (data, stream, validators, device, ranks, begins) = start, opened
     assert lesson is not None
     validator = open_validator(recipe, lesson.num_classes, validators, stream.loader.views)
-    require_measurable(recipe, validator)
     identity = data.identity(recipe) | ({} if validator is None else {"validation": validator.identity()})
     if isinstance(recipe.model, Pruned | QuantizedRun):
         identity["parent"] = recipe.model.parent()
@@ -195,6 +194,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
     with (randomness := OwnRandomness(device, recipe.seed)):
         sample = None if validator is None else validator.sample()
         classifier = build_classifier(recipe, lesson, sample, model)
+        require_measurable(recipe, validator, sample, lesson.image_shape, classifier.preprocessing)
         layouts = decide_layouts(recipe, classifier, black(lesson))
         adapters = build_adapters(recipe, lesson, classifier, layouts)
         require_trainable(recipe, lesson, classifier, device, layouts, ranks.size)

@@ -76,6 +76,10 @@ def test_a_run_with_other_classes_or_channels_is_refused(tmp_path: Path) -> None
 def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="is not a run"):
         load_model(tmp_path)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/recipe.yaml").write_text("{}")
+    with pytest.raises(RecipeError, match=r"has not finished(?s:.*)Fix: the command that began it, with --resume"):
+        load_model(tmp_path / "begun")
     saved_run(tmp_path / "run", SmallCNN(), 3, 1)
     (tmp_path / "run" / "weights.safetensors").unlink()
     with pytest.raises(RecipeError, match="--resume"):

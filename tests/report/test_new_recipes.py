@@ -103,6 +103,7 @@ def test_folders_of_the_teachers_classes_are_labels(here: Path, monkeypatch: pyt
     stage_one, student = entries(made)
     assert (made.labelled, made.num_images) == (True, 18)
     assert stage_one["dataset"]["labelled"] is True
+    assert stage_one["views"]["augmentations"][0] == {"kind": "random_resized_crop", "size": 32, "scale": [0.25, 1.0]}
     assert stage_one["teachers"] == {
         "teacher": {
             "model": {"kind": "run", "path": "runs/teacher"},
@@ -124,15 +125,26 @@ def test_other_classes_and_their_number_are_not_labels(here: Path) -> None:
     draw(here / "photos", ("cat", "dog"), 20)
     saved_run(here / "runs/two", lc_model(), 2, 3)
     saved_run(here / "runs/three", lc_model(), 3, 3)
-    (here / "runs/two/evaluation.json").write_text(
-        json.dumps({"augmentations": [], "class_names": ["dog", "fox"], "epoch": 1})
-    )
+    sizes = [{"kind": "center_crop", "size": 32}]
+    for name, classes in (("two", ["dog", "fox"]), ("three", None)):
+        record = {"augmentations": sizes, "class_names": classes, "epoch": 1}
+        (here / f"runs/{name}/evaluation.json").write_text(json.dumps(record))
     for name, why in (("two", "other classes"), ("three", "the folders are 2 classes, three predicts 3")):
         made = new_recipes("photos", f"run:runs/{name}", "timm:resnet18.a1_in1k", here / name)
         assert not made.labelled
         text = Path(made.files[0]).read_text()
         assert "labelled: false  # not read: " in text
         assert why in text
+
+
+@pytest.mark.parametrize("augmentations", [None, [], [{"kind": "resize", "size": 32}]])
+def test_a_run_that_records_no_size_of_images_is_refused(here: Path, augmentations: list[Any] | None) -> None:
+    draw(here / "photos", ("cat", "dog"), 20)
+    saved_run(here / "runs/two", lc_model(), 2, 3)
+    if augmentations is not None:
+        (here / "runs/two/evaluation.json").write_text(json.dumps({"augmentations": augmentations, "epoch": 1}))
+    with pytest.raises(lc.LogitCacheError, match="takes images of any size, and does not record one"):
+        new_recipes("photos", "run:runs/two", BIG)
 
 
 def lc_model() -> Any:

@@ -107,6 +107,18 @@ def test_what_only_evaluation_uses_may_change_when_a_run_continues(cache: Path, 
         train(student(tmp_path / "run", cache, epochs=1, validation=mapped), resume=True)
 
 
+def test_images_of_another_size_than_those_learned_from_are_measured_on_only_if_that_is_said(tmp_path: Path) -> None:
+    learned = {"augmentations": [{"kind": "resize", "size": [20, 20]}]}
+    with pytest.raises(RecipeError, match=r"are 28 × 28 pixels.*20 × 20\. Fix.*\{kind: resize, size: \[20, 20\]\}"):
+        train(teacher(tmp_path / "run", **learned, validation={"dataset": TEST_IMAGES}))
+    for name, augmentations in (("as_they_are", []), ("resized", learned["augmentations"])):
+        said = {"dataset": TEST_IMAGES, "augmentations": augmentations}
+        assert train(teacher(tmp_path / name, **learned, validation=said)).top1 is not None
+    sized = {"mean": [0.5], "std": [0.5], "input_size": 20}  # the model resizes all images to its own size
+    result = train(teacher(tmp_path / "own", **learned, validation={"dataset": TEST_IMAGES}, preprocessing=sized))
+    assert result.top1 is not None
+
+
 def test_groups_of_classes_have_none_in_common(cache: Path, tmp_path: Path) -> None:
     groups = {"head": 10, "tail": 12}
     with pytest.raises(ValueError, match="in common"):

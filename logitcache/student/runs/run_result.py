@@ -1,10 +1,13 @@
 """The result of a run: its figures, and the weights of the last epoch or of the one that measured best."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from safetensors.torch import save
+from torch import Tensor
 
+from logitcache.classifier import Preprocessing
 from logitcache.errors import RecipeError
 from logitcache.models import StoredModel, load_weights, plain, read_state, save_model, save_weights
 from logitcache.runtime.console import logger
@@ -43,8 +46,26 @@ class RunResult:
     best_mean_ap: float | None = None
 
 
-def require_measurable(recipe: TrainingRecipe, validator: Validator | None) -> None:
-    """Raise RecipeError if the best epoch is to be kept and there is no labelled image to measure."""
+def require_measurable(
+    recipe: TrainingRecipe,
+    validator: Validator | None,
+    sample: Tensor | None,
+    learned: Sequence[int],
+    preprocessing: Preprocessing,
+) -> None:
+    """Raise RecipeError if the best epoch is to be kept and no image to measure on has a label, or if these have
+    another size than the images [C, H, W] that are `learned` from, and the recipe does not say so.
+    """
+    images = recipe.validation
+    if images is not None and sample is not None and images.dataset is not None and images.cache is None:
+        (height, width), size = learned[-2:], tuple(sample.shape[-2:])
+        unstated = "augmentations" not in images.model_fields_set and preprocessing.size is None
+        if unstated and size != (height, width):
+            raise RecipeError(
+                f"validation: the images are {size[0]} × {size[1]} pixels, those that the model learns from {height} × "
+                f"{width}. Fix: validation.augmentations: [{{kind: resize, size: [{height}, {width}]}}], or [] to "
+                "measure on the images as they are"
+            )
     if recipe.keep == "best" and (validator is None or not validator.is_labelled):
         raise RecipeError("keep: best needs labelled images to measure on. Fix: keep: last, or other validation images")
 
