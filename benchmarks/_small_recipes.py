@@ -71,7 +71,8 @@ def _precompute(folder: str, *changes: str, file: str = "precompute", **options:
 def _train(folder: str, role: str, *changes: str, **options: object) -> Job:
     recipe, output = f"{folder}/{role}.yaml", f"runs/{folder}-{role}"
     shared = (f"out={output}", *CPU, "epochs=2", "schedule.warmup_epochs=1", "batch_size=16", *changes)
-    return Job(recipe, f"train-{role}", recipe, output, shared, **options)  # type: ignore[arg-type]
+    command = "train-teacher" if role == "teacher" else "train-student"
+    return Job(recipe, command, recipe, output, shared, **options)  # type: ignore[arg-type]
 
 
 def _student(folder: str, *changes: str, cache: str | None = None, after: Sequence[str] = (), **options: object) -> Job:
@@ -95,6 +96,7 @@ def _of_bundled_images() -> list[Job]:
         _student(
             "fashion_mnist", "validation.cache=caches/fashion_mnist-precompute_test.zarr", after=(test,), quick=True
         ),
+        *_of_shipping(test),
         _precompute("features", *images, quick=True),
         _student("features", validated, quick=True),
         _precompute("ensemble", *images, mine, after=both, quick=True),
@@ -109,6 +111,20 @@ def _of_bundled_images() -> list[Job]:
             after=("derive/precompute.yaml",),
             quick=True,
         ),
+    ]
+
+
+def _of_shipping(test: str) -> list[Job]:
+    """List the jobs of a student that is pruned and trained for int8."""
+    cached = (
+        "cache=caches/fashion_mnist-precompute.zarr",
+        "validation.cache=caches/fashion_mnist-precompute_test.zarr",
+    )
+    caches, runs = ("fashion_mnist/precompute.yaml", test), "runs/shipping-"
+    return [
+        _train("shipping", "student", *cached, after=caches),
+        _train("shipping", "pruned", *cached, f"model.path={runs}student", after=("shipping/student.yaml",)),
+        _train("shipping", "int8", *cached, f"model.path={runs}pruned", after=("shipping/pruned.yaml",)),
     ]
 
 
@@ -148,26 +164,36 @@ def _of_fashion_mnist() -> list[Job]:
     ]
 
 
+def _stand_in(teacher: str) -> tuple[str, ...]:
+    """Return the changes that put random weights in a teacher's place."""
+    return (
+        f"teachers.{teacher}.model={{kind: torchvision, name: resnet18, weights: null}}",
+        f"teachers.{teacher}.preprocessing={{mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}}",
+    )
+
+
 def _of_photographs() -> list[Job]:
     photos = ("views.num_views=2", "batch_size=4", "shard_rows=8")
-    untrained = (
-        "teachers.resnet50.model={kind: torchvision, name: resnet18, weights: null}",
-        "teachers.resnet50.preprocessing={mean: [0.5, 0.5, 0.5], std: [0.5, 0.5, 0.5]}",
-        "teachers.resnet50.logits.k=5",
-    )
+    untrained = (*_stand_in("resnet50"), "teachers.resnet50.logits.k=5")
     cropped = f"views.augmentations.0.size={PIXELS}"
     folder, shards = "dataset.root=INPUTS/photos", "dataset.shards=INPUTS/photos-{0..1}.tar"
     small = ("batch_size=4", "channels_last=false")
-    cifar = "dataset={kind: image_folder, root: INPUTS/photos}"
+    images = "dataset={kind: image_folder, root: INPUTS/photos}"
     teacher = ("cifar/teacher.yaml",)
     return [
-        _train("cifar", "teacher", cifar, "model.width=8", "batch_size=4"),
-        _precompute("cifar", cifar, *photos, "teachers.teacher.model.path=runs/cifar-teacher", after=teacher),
+        _train("cifar", "teacher", images, "model.width=8", "batch_size=4"),
+        _precompute("cifar", images, *photos, "teachers.teacher.model.path=runs/cifar-teacher", after=teacher),
         _student("cifar", "model.width=4", "batch_size=4"),
         _precompute("funmatch", folder, cropped, *photos, *untrained),
         _student("funmatch", *small),
         _precompute("image_folder", folder, cropped, *photos, *untrained),
         _student("image_folder", *small),
+        _precompute("hugging_face", images, cropped, *photos, *_stand_in("vit")),
+        _student("hugging_face", *small),
+        _precompute("zero_shot", folder, cropped, *photos, *_stand_in("clip")),
+        _student("zero_shot", *small),
+        _precompute("other_frameworks", folder, cropped, *photos, *_stand_in("theirs")),
+        _student("other_frameworks", *small),
         _precompute("imagenet", folder, "dataset.labelled=false", cropped, *photos, *untrained),
         _student("imagenet", *small, "validation=null"),
         _precompute("webdataset", shards, "dataset.labelled=false", cropped, *photos, *untrained),

@@ -29,8 +29,7 @@ STEPS = 4000
 MOST_BYTES = 1 << 30
 """The largest cache of all logits that is kept whole."""
 TOP_K = 100
-_UNLIKE = ((300, 400), (400, 300))
-"""Sizes of images, pixels: what brings both to one size does so with all."""
+_UNLIKE = ((300, 400), (400, 300))  # what brings images of both sizes to one does so with all
 MOST_WORKERS = 8
 
 
