@@ -63,9 +63,8 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
         crop = {"augmentations": [{"kind": "center_crop", "size": 32}]}
         small |= {"dataset": PHOTOS | {"labelled": False}, "views": small.get("views", crop)}
     if "views" in small:
-        shapes = [
-            entry | ({"size": 32} if "size" in entry else {}) for entry in small["views"].get("augmentations", [])
-        ]
+        given = small["views"].get("augmentations", [])
+        shapes = [entry | ({"size": 32} if np.max(entry.get("size", 0)) > 32 else {}) for entry in given]
         small["views"] = small["views"] | {"num_views": 2, "augmentations": shapes}
     if small.get("dataset", {}).get("kind") in ("bundled", "torchvision"):
         small["dataset"] = BUNDLED | {"split": small["dataset"].get("split", "train")}

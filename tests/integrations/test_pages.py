@@ -91,7 +91,9 @@ def test_a_page_takes_the_steps_of_the_formula(page: str, folder: Path, monkeypa
         wanted = expected(folder, student, [0.05, 0.025], momentum=0.9, nesterov=True, weight_decay=1e-4)
     else:
         wanted = expected(folder, nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), [0.05, 0.05])
-    assert found["losses"] == pytest.approx(wanted, abs=1e-5)
+    # Batch normalisation in many layers amplifies rounding, which is another with each number of threads.
+    bound = {"rel": 1e-4} if page == "timm" else {"abs": 1e-5}
+    assert found["losses"] == pytest.approx(wanted, **bound)
 
 
 # A process for each backend: Keras takes one for its life.
