@@ -52,7 +52,7 @@ class State:
 
 def main() -> int:
     """Run every case and print what it found."""
-    parser = parser_of(__doc__, "fewer of each, under a minute")
+    parser = parser_of(__doc__, "fewer of each, about two minutes")
     parser.add_argument("--state", type=Path, default=Path("faults.state"), help="where to note what is done")
     options = parser.parse_args()
     # Not above: the workers that a case starts import this file.

@@ -1,6 +1,6 @@
 """The table of `hostile.py`: what is sound, how each case spoils it, and with which exit codes commands may end."""
 
-from hostile_cases.common import COMMANDS, ENVIRONMENT, Case, import_libraries, make_sound
+from hostile_cases.common import COMMANDS, ENVIRONMENT, Case, import_libraries, making_sound
 from hostile_cases.datasets import DATASETS
 from hostile_cases.exported import EXPORTED
 from hostile_cases.models import MODELS
@@ -13,4 +13,4 @@ from tests.stage_one.apart import by_two
 
 CASES: tuple[Case, ...] = (*DATASETS, *VIEWS, *MODELS, *STORES, *TEXTS, *RUN_FOLDERS, *EXPORTED, *SERVERS)
 
-__all__ = ["CASES", "COMMANDS", "ENVIRONMENT", "by_two", "import_libraries", "make_sound"]
+__all__ = ["CASES", "COMMANDS", "ENVIRONMENT", "by_two", "import_libraries", "making_sound"]

@@ -92,9 +92,12 @@ def import_libraries(commands: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def make_sound(folder: Path) -> None:
+@contextlib.contextmanager
+def making_sound(folder: Path) -> Iterator[None]:
     """Make the images, a teacher, a cache and a finished run, in a child: this process keeps no threads."""
-    if ended(forked(lambda: _make(folder))):
+    child = forked(lambda: _make(folder))
+    yield
+    if ended(child):
         raise SystemExit("the sound cache could not be made")
 
 
