@@ -126,10 +126,10 @@ def evil_codec(name: str, configuration: Any = None) -> Prepare:
 
 
 def many_files(folder: Path) -> None:
-    """Put 50,000 records of shards that no manifest implies beside the real ones."""
+    """Put 20,000 records of shards that no manifest implies beside the real ones."""
     commits = folder / "c.zarr" / "t.logits.commits"
     data = first(folder, "t.logits.commits").read_bytes()
-    for number in range(50_000):
+    for number in range(20_000):
         (commits / f"c.{number + 5}.0.0.0").write_bytes(data[:1])
 
 
@@ -219,7 +219,7 @@ STORES = [
     store("a codec of a library", evil_codec("numcodecs.json2", {"encoding": "utf-8"}), **REFUSED),
     store("a codec of no name", evil_codec("../../evil"), **REFUSED),
     store(
-        "50,000 records too many",
+        "20,000 records too many",
         many_files,
         inspect=(OK, DAMAGED),
         verify=(OK, DAMAGED),
