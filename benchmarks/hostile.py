@@ -7,7 +7,7 @@ again where it has digests, and runs every command that opens it. A command pass
 MEGABYTES above the same command on what is not spoilt (for servers: above an empty command and within the request
 limits, which are set low here), with an exit code of its case, without a "bug", and if an audit hook of the interpreter
 saw no code run, no connection to another host and no file opened outside of the case's own folder. `--quick` runs every
-second case on the command that it is most about, the full run all cases on all commands that open a cache or a run; two
+third case on the command that it is most about, the full run all cases on all commands that open a cache or a run; two
 at a time. Exits 1 unless all pass.
 """
 
@@ -199,7 +199,7 @@ def fresh(sound: Path) -> Iterator[Path]:
 
 def main() -> int:
     """Run every case and print what went wrong."""
-    parser = parser_of(__doc__, "every second case, on one command")
+    parser = parser_of(__doc__, "every third case, on one command")
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose group or name contains TEXT")
     parser.add_argument("--verbose", action="store_true", help="print the output of commands that fail")
     options = parser.parse_args()
@@ -207,7 +207,7 @@ def main() -> int:
     import hostile_cases as table  # after the arguments: it imports all that commands need
 
     cases = [case for case in table.CASES if options.only in f"{case.group}/{case.name}"]
-    cases = [case for number, case in enumerate(cases) if number % 2 == 0 or not options.quick]
+    cases = [case for number, case in enumerate(cases) if number % 3 == 0 or not options.quick]
     attempts = [(case, name) for case in cases for name in (case.commands[:1] if options.quick else case.every)]
     names = sorted({name for _, name in attempts})
     with tempfile.TemporaryDirectory(prefix="logitcache-sound-") as outer:
