@@ -87,6 +87,7 @@ def quantize(
     opened = open_run(run, [*overrides, "device=cpu"])
     metadata = describe(run, opened, pixels, "int8")
     images = calibration_images(run, opened.recipe, metadata, num_images, overrides)
+    _require_finite(run, opened.classifier, images)
     program = record(PixelsToLogits(opened.classifier, pixels), example(metadata.shape, pixels))
     floating = to_onnx(program, metadata.model_copy(update={"arithmetic": "float32"}))
     quantizer = StaticQuantizer(floating, images, metadata, symmetric)
@@ -120,6 +121,13 @@ def quantize(
     warn_if_slow(result.file, result.operators["float_layers"] - len(kept), result.latencies)
     write_with_record(file, data, asdict(result), metadata)
     return result
+
+
+@torch.no_grad()
+def _require_finite(run: Path, classifier: Classifier, images: Tensor) -> None:
+    """Raise RecipeError if a network answers NaN or infinity: its activations have no range."""
+    if not all(classifier(batch).isfinite().all() for batch in torch.split(images, _BATCH)):
+        raise RecipeError(f"{run} answers NaN or infinity to images of its own. Fix: train it again, or copy it again")
 
 
 def _by_pt2e(classifier: Classifier, images: Tensor, keep_float: Sequence[str], metadata: Metadata) -> bytes:

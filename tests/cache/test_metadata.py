@@ -3,14 +3,20 @@
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zarr
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.errors import ZarrUserWarning
+from zarr.storage import MemoryStore
 
 from logitcache.cache.cache import open_cache
+from logitcache.cache.format.metadata import ROOT, metadata_files, read_manifest
+from logitcache.cache.snapshot import locate
 from logitcache.errors import CacheError
 from tests.cache.made import contents, flip, forge, mend, verified
 
@@ -76,6 +82,22 @@ def test_the_same_metadata_in_other_words_is_no_damage(cache: Path) -> None:
         file.write_text(json.dumps(json.loads(file.read_bytes()), sort_keys=True))
     assert open_cache(cache).complete
     assert mend(cache) == 0
+
+
+def test_the_root_is_as_zarr_python_writes_it(cache: Path) -> None:
+    manifest = read_manifest(locate(cache))
+    model = {"kind": "custom", "factory": "χ²", "arguments": {"n": [1, 0.5]}}
+    entries = {name: entry.model_copy(update={"model": model}) for name, entry in manifest.teachers.items()}
+    manifest = manifest.model_copy(update={"teachers": entries})
+    written = metadata_files(manifest)
+    of_bytes = default_buffer_prototype().buffer.from_bytes
+    files: dict[str, Buffer] = {key: of_bytes(data) for key, data in written.items() if key != ROOT}
+    store = MemoryStore(store_dict=files)
+    zarr.create_group(store, attributes={"logitcache": manifest.attributes()})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ZarrUserWarning)
+        zarr.consolidate_metadata(store)
+    assert {key: buffer.to_bytes() for key, buffer in files.items()} == written
 
 
 def test_metadata_of_another_zarr_may_be_worded_in_another_way(cache: Path) -> None:

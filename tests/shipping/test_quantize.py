@@ -1,6 +1,7 @@
 """int8 files: integer weights near the float ones, calibrated on unaugmented training images, compared with the run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from logitcache.cli.app import main
 from logitcache.errors import MismatchError, RecipeError
@@ -111,6 +113,17 @@ def test_a_graph_without_layers_is_refused(file: Path) -> None:
             node.op_type = "Identity"
     with pytest.raises(RecipeError, match="no convolution and no linear layer"):
         StaticQuantizer(model.SerializeToString(), pixels(2), exported.metadata)
+
+
+def test_a_run_whose_weights_are_nan_is_refused(run: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken)
+    state = load_file(broken / "weights.safetensors")
+    floats = {name: torch.full_like(value, torch.nan) for name, value in state.items() if value.is_floating_point()}
+    save_file(state | floats, broken / "weights.safetensors")
+    with pytest.raises(RecipeError, match=r"answers NaN or infinity.*Fix: "):
+        quantize(broken)
+    assert not (broken / "model.int8.onnx").exists()
 
 
 def test_too_few_equal_answers_are_refused() -> None:

@@ -114,14 +114,17 @@ def _metadata_files(described: _Described) -> Mapping[str, bytes]:
 
     files: dict[str, Any] = {}
     store = MemoryStore(store_dict=files)
-    group = zarr.create_group(store, attributes={"logitcache": described.manifest.attributes()})
+    group = zarr.create_group(store)
     for options in _array_options(described.manifest):
         group.create_array(**options)
     with warnings.catch_warnings():
         # Not yet in the specification, but every reader either uses it or passes over it.
         warnings.simplefilter("ignore", ZarrUserWarning)
         zarr.consolidate_metadata(store)
-    return {key: value.to_bytes() for key, value in files.items()}
+    found = {key: value.to_bytes() for key, value in files.items()}
+    # zarr-python copies the attributes of a group with each array, and a manifest may be megabytes.
+    root = json.loads(found[ROOT]) | {"attributes": {"logitcache": described.manifest.attributes()}}
+    return found | {ROOT: json.dumps(root, indent=zarr.config.get("json_indent")).encode()}
 
 
 def _array_options(manifest: Manifest) -> Iterator[dict[str, Any]]:
