@@ -30,7 +30,7 @@ def server(
     commands = (
         ("inspect", "verify", "train") if scheme == "http" else ("inspect", "verify", "gc", "train", "precompute")
     )
-    of_reports = dict.fromkeys(("inspect", "gc", "plan", "check"), reports if ends != ANY else ends)
+    of_reports = dict.fromkeys(("inspect", "gc", "plan", "check", "card"), reports if ends != ANY else ends)
     every = {**dict.fromkeys(READERS, ends), **of_reports}
     return Case(
         "server" if not keys else "key",
