@@ -103,15 +103,6 @@ def _one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Compute with one thread: arrays are small, and threads wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
 def warm_workers() -> Iterator[None]:
     """Have Dask fork the workers of this machine from the server of warm processes; they get no variables of a test."""
     import dask

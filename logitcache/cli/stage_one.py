@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, Option
 
@@ -105,8 +105,12 @@ def materialize(
     overrides: Overrides,
     trust: Trust,
     part: FilePart = None,
-    form: Annotated[str, Option("--format", metavar="FORM", help="webdataset, tfrecord or npz.")] = "webdataset",
-    pixels: Annotated[str, Option("--pixels", metavar="FORM", help="png, or raw bytes; npz is always raw.")] = "png",
+    form: Annotated[
+        Literal["webdataset", "tfrecord", "npz"], Option("--format", help="Form of the files.")
+    ] = "webdataset",
+    pixels: Annotated[
+        Literal["png", "raw"], Option("--pixels", help="Images as PNG, or as raw bytes; npz is always raw.")
+    ] = "png",
     dry_run: Annotated[bool, Option("--dry-run", help="Predict files and bytes alone; write nothing.")] = False,
     num_workers: Annotated[int, Option("--num-workers", min=0, metavar="N", help="Processes that render.")] = 2,
 ) -> CommandResult:
@@ -115,14 +119,14 @@ def materialize(
     Each view has its key, the id of its image and the CRC-32 of its pixels. The same command continues after a stop.
     """
     from logitcache.report.load_own import load_own
-    from logitcache.stage_one.materialize.materialize import chosen
     from logitcache.stage_one.materialize.materialize import materialize as run
     from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 
-    options = chosen(form, pixels)
     is_recipe = source.endswith((".yaml", ".yml"))
     opened = load_own(source, PrecomputeRecipe, overrides) if is_recipe else source
-    result = run(opened, out, part=part, dry_run=dry_run, num_workers=num_workers, trust=trust, **options)
+    result = run(
+        opened, out, form=form, pixels=pixels, part=part, dry_run=dry_run, num_workers=num_workers, trust=trust
+    )
     follows = ("import-targets", source, "ANSWERS") if is_recipe and not dry_run else ()
     return CommandResult(asdict(result), follows=follows)
 

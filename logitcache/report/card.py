@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from logitcache.config.recipe import read_recipe
 from logitcache.errors import RecipeError
 from logitcache.models import read_stored
 from logitcache.report.inspect import inspect_cache
-from logitcache.runtime.tables import format_bytes
+from logitcache.runtime.tables import as_markdown, format_bytes
 from logitcache.store.files import write_atomically
 from logitcache.store.remote.client import is_remote
 from logitcache.store.safe_files import read_bounded
@@ -85,7 +85,6 @@ def cache_card(found: Mapping[str, Any], licence: str | None, teacher_licences: 
         "## Teachers",
         "",
         *_table(_TEACHER_COLUMNS, _teachers(found, teacher_licences)),
-        "",
         "Accuracies are of the labelled images as the teacher saw them, after the augmentations of view 0.",
         "",
         "## Views",
@@ -97,7 +96,6 @@ def cache_card(found: Mapping[str, Any], licence: str | None, teacher_licences: 
         "## Encodings",
         "",
         *_table(("target", "shape", "kept as", "bytes a row", "errors"), _targets(teachers)),
-        "",
         "Errors of logits are mean KL divergences (nats) from the teacher's own at a temperature T, those of features",
         "relative squared errors.",
         "",
@@ -135,7 +133,6 @@ def run_card(run: Path, licence: str | None) -> str:
         "## Measured",
         "",
         *_table(("measure", "value"), [(key, _code(value)) for key, value in measured.items()]),
-        "",
         "Of the validation images; agreement is with the teacher's answers.",
         "",
         "## How it was made",
@@ -201,8 +198,8 @@ def _use(name: str, teacher: str, channels: int) -> list[str]:
     ]
 
 
-def _table(head: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return as_markdown([dict(zip(head, row, strict=True)) for row in rows]).splitlines()
 
 
 def _plain(value: object) -> str:

@@ -267,7 +267,7 @@ out: {dump_inline(f"runs/{name}")}
 cache: {dump_inline(f"caches/{name}.zarr")}
 # Weights that are trained{head}: on few images far better than random ones{random}.
 model: {dump_inline(model)}
-# As in pretraining. Views of another size are resized for the student.
+# As in its training.{" Views of another size are resized for it." * (student.facts.preprocessing.size is not None)}
 preprocessing: {student.preprocessing}
 losses:
   # Temperature 1: higher ones lost accuracy for short runs and small students. Compare with 2 and 4.

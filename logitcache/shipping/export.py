@@ -110,7 +110,8 @@ def export(
         elsewhere=commands_elsewhere(file, metadata),
     )
     if isinstance(network, FakeQuantized):
-        kept = len(stored.keep_float) if isinstance(stored := read_stored(run / "model.json").model, Quantized) else 0
+        stored = read_stored(run / "model.json").model
+        kept = len(stored.keep_float) if isinstance(stored, Quantized) else 0
         warn_if_slow(result.file, 0 if operators is None else operators["float_layers"] - kept, turns)
     write_with_record(file, made.data, asdict(result), metadata)
     return result

@@ -10,6 +10,7 @@ from logitcache.views.keys import Draws, bernoulli, order_words, permutation
 from logitcache.views.pairing import Ints
 
 T = TypeVar("T")
+_BLOCK = 1 << 16  # images drawn at a time: the rounds of Philox take many times their memory
 
 
 class Drawn(Protocol):
@@ -51,8 +52,12 @@ def held_out(count: int, share: float) -> NDArray[np.bool_]:
 
     Whether an image is depends on its index alone: it stays so in every run, and if images are added.
     """
-    indices = np.arange(count, dtype=np.uint64)
-    return bernoulli(Draws(0, np.zeros_like(indices), indices).words("held_out", 0, 1)[:, 0], share)
+    held = np.empty(count, np.bool_)
+    for start in range(0, count, _BLOCK):
+        indices = np.arange(start, min(start + _BLOCK, count), dtype=np.uint64)
+        words = Draws(0, np.zeros_like(indices), indices).words("held_out", 0, 1)
+        held[start : start + _BLOCK] = bernoulli(words[:, 0], share)
+    return held
 
 
 class _Runs:

@@ -18,8 +18,6 @@ from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 FASHION = ROOT / "pipelines/fashion_mnist/precompute.yaml"

@@ -18,8 +18,6 @@ from logitcache.report.new_recipes import NewRecipes, new_recipes
 from tests.models.hub import keep_timm_weights, keep_torchvision_weights
 from tests.models.nets import TINY_TIMM, saved_run
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 STUDENT = "test_efficientnet.r160_in1k"
 BIG = "timm:vit_base_patch16_384.augreg_in1k"
 

@@ -32,11 +32,6 @@ pytest.importorskip("matplotlib", reason="reports need the extra report")
 HOSTILE = "t<script>alert(1)</script>&"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _alone(one_thread: None) -> None:
-    """Compute with one thread."""
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache to learn from, one to measure on, and a run."""

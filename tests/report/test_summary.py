@@ -37,9 +37,6 @@ def fill(path: Path, seeds: dict[str, int], images: object, logits: Any = PACKED
     return path
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two teachers, two views, 150 images of six classes."""

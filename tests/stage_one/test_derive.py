@@ -38,9 +38,6 @@ PACKED32 = {"kind": "dense", "dtype": "float32", "storage": "packed"}
 TRANSFORM = {"kind": "transform", "step": 0.2, "corrections": 4}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two teachers, two views of 300 images in six shards, with everything recorded of the views."""

@@ -42,8 +42,6 @@ from tests.cache.made import (
 from tests.stage_one.runs import NUM_IMAGES, Stopping
 from tests.teacher.nets import FEATURES, Net, images, keeping
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ENTRIES = {"t": teacher(), "u": teacher(TOP2_PACKED), "v": teacher(DENSE16, precision="float32")}
 MODULES: dict[str, nn.Module] = {"t": Linear(), "u": Linear(7, seed=1), "v": Linear(5, seed=2)}
 CANARIES = "canary/c/0/0/0/0"

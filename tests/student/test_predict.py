@@ -17,6 +17,7 @@ import logitcache as lc
 from logitcache.cli.app import main
 from logitcache.errors import RecipeError
 from logitcache.student.evaluation.evaluate import evaluate
+from logitcache.student.evaluation.predict import orientation_of
 from logitcache.student.evaluation.single_label import Tally
 from logitcache.student.training import train
 from tests.student.small import LINEAR, student
@@ -169,6 +170,22 @@ def test_the_orientation_is_that_of_the_measured_images_unless_it_is_given(run: 
     )
     assert applied.classes == wanted.classes
     assert ignored[0].classes != wanted.classes
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"kind": "image_folder", "root": "photos"},
+        {"kind": "webdataset", "shards": "photos.tar"},
+        {"kind": "huggingface", "path": "photos"},
+    ],
+    ids=lambda entry: entry["kind"],
+)
+def test_every_kind_of_data_set_that_turns_images_is_asked(entry: dict[str, str], tmp_path: Path) -> None:
+    recipes = [
+        student(tmp_path, tmp_path, validation={"dataset": entry | how}) for how in ({}, {"orientation": "apply"})
+    ]
+    assert [orientation_of(recipe) for recipe in recipes] == ["ignore", "apply"]
 
 
 def test_a_run_whose_evaluation_applies_orientations_predicts_so(cache: Path, tmp_path: Path) -> None:

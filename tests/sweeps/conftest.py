@@ -7,8 +7,6 @@ import pytest
 from tests.student.featured import fill_featured
 from tests.student.small import fill
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

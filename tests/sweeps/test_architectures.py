@@ -11,8 +11,6 @@ from logitcache.sweeps.search.search import require_sound
 from tests.student.small import LINEAR, metrics
 from tests.sweeps.small import CODE, KINDS, STUDENT, run_of, searched, swept
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 COSTLY = {
     "objectives": ["accuracy", "latency", "parameters", "flops"],
     "space": {"model.width": [2, 4], "ema": [0.5, 0.9]},

@@ -17,8 +17,6 @@ from logitcache.sweeps.sweep_recipe import SweepRecipe
 from tests.student.small import LINEAR, fill, metrics, weights
 from tests.sweeps.small import VALIDATION, alone, assert_same, run, swept
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def names(**entries: Any) -> list[str]:
     student = {"cache": "c", "epochs": 2, "model": {"kind": "small_cnn"}} | entries.pop("student", {})

@@ -25,10 +25,7 @@ from tests.sweeps.killing import STEPS, kill
 from tests.sweeps.small import CODE, VALIDATION, assert_same, run, swept
 
 # Python 3.12 warns of every fork of a process with threads; the children below use none of them.
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 FOUR = {
     "student": {"model": DROPOUT, "validation": VALIDATION, "order_seed": 0},

@@ -15,8 +15,6 @@ from logitcache.student.learner import Learner
 from tests.student.small import LINEAR, UNLABELLED, fill, metrics
 from tests.sweeps.small import CODE, KINDS, STUDENT, alone, assert_same, run_of, searched, swept
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("weights.safetensors")}

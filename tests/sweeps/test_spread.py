@@ -16,7 +16,7 @@ from logitcache.sweeps.sweep import SweepResult, sweep
 from tests.student.small import DROPOUT, LINEAR
 from tests.sweeps.small import CODE, assert_same, swept
 
-pytestmark = pytest.mark.usefixtures("one_thread", "warm_workers")
+pytestmark = pytest.mark.usefixtures("warm_workers")
 
 IMAGES = {"dataset": {"kind": "bundled", "split": "test", "num_images": 40}, "batch_size": 40}
 SWEEP: dict[str, Any] = {

@@ -15,8 +15,6 @@ from tests.student.small import DROPOUT, LINEAR, metrics, weights
 from tests.student.test_trackers import scalars
 from tests.sweeps.small import CODE, VALIDATION, alone, assert_same, run, swept
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 KL, CE = {"kind": "kl_divergence"}, {"kind": "cross_entropy"}
 CELLS: dict[str, dict[str, Any]] = {
     "plain": {},

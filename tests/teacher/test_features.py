@@ -20,8 +20,6 @@ from logitcache.views.keys import ViewKey
 from tests.cache.made import AGAIN, contents, flip, run, verified
 from tests.teacher.nets import CLASSES, FEATURES, Net, images, keeping
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 VIEWS = {"num_views": 2, "seed": 5, "augmentations": [{"kind": "horizontal_flip"}]}
 HEAD = {"kind": "head", "dtype": "float32"}
 TRANSFORM = {"kind": "transform", "step": 0.01, "corrections": 2}

@@ -9,6 +9,7 @@ from scipy import stats
 from logitcache.errors import RecipeError
 from logitcache.views.augmentations import HorizontalFlip
 from logitcache.views.epochs import EpochLoader
+from logitcache.views.keys import Draws
 from logitcache.views.mixing import MixUp
 from logitcache.views.order import held_out
 from logitcache.views.sampling import ClassBalanced, EveryImage
@@ -29,7 +30,11 @@ def test_a_larger_share_holds_out_the_same_and_more(one: float, other: float) ->
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5])
 def test_as_many_are_held_out_as_the_share_says(share: float) -> None:
-    assert stats.binomtest(int(held_out(100_000, share).sum()), 100_000, share).pvalue > 1e-4
+    held = held_out(100_000, share)
+    assert stats.binomtest(int(held.sum()), 100_000, share).pvalue > 1e-4
+    every = np.arange(100_000, dtype=np.uint64)
+    words = Draws(0, np.zeros_like(every), every).words("held_out", 0, 1)[:, 0]
+    assert np.array_equal(held, words < share * 2**32)
 
 
 @given(

@@ -3,16 +3,16 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 
 from logitcache.cache.cache import open_cache
 from logitcache.cache.format.metadata import ROOT
-from logitcache.errors import MismatchError, RecipeError, did_you_mean
+from logitcache.errors import MismatchError, RecipeError
 from logitcache.runtime.console import track
 from logitcache.runtime.stopping import stop_flag
 from logitcache.stage_one.claims import parse_part
@@ -75,7 +75,7 @@ class ViewFile:
 
 def files_of(num_views: int, num_images: int, shape: Sequence[int]) -> list[ViewFile]:
     """Divide all views, of pixels [C, H, W], among files."""
-    rows = min(num_images, max(1, FILE_BYTES // int(np.prod(shape))))
+    rows = min(num_images, max(1, FILE_BYTES // math.prod(shape)))
     return [
         ViewFile(view, start, min(start + rows, num_images))
         for view in range(num_views)
@@ -127,14 +127,6 @@ def materialize(
     left = sum(not folder.holds(file.name(form)) for file in files) if count > 1 else 0
     done = sum(file.stop - file.start for file in todo)
     return MaterializeResult(str(out), len(files), len(todo), left, done, written, predicted)
-
-
-def chosen(form: str, pixels: str) -> dict[str, Any]:
-    """Check the names of the form of files and of pixels. Raises RecipeError."""
-    for given, known, option in ((form, get_args(Form), "--format"), (pixels, get_args(PixelForm), "--pixels")):
-        if given not in known:
-            raise RecipeError(f"{option} is {given!r}.{did_you_mean(given, known)} Fix: one of {', '.join(known)}")
-    return {"form": form, "pixels": pixels}
 
 
 def _views_of(source: str | Path | PrecomputeRecipe, trust: Collection[str]) -> tuple[Views, StartMethod]:

@@ -5,6 +5,7 @@ Each view has its key, `VIEW/IMAGE`, the id of its image, and the CRC-32 of its 
 
 import io
 import json
+import math
 import struct
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
@@ -140,12 +141,11 @@ _WRITERS: Mapping[Form, Callable[[RenderedViews, PixelForm], bytes]] = {
 
 def predicted_bytes(shape: Sequence[int], counts: Sequence[int], ids: Sequence[str], num_views: int, form: Form) -> int:
     """Estimate the bytes of files of so many views each, with raw pixels [C, H, W]; PNG takes fewer for photographs."""
-    pixels = int(np.prod(shape))
+    pixels, key = math.prod(shape), len(f"{num_views - 1}/{len(ids) - 1}")
+    if form == "webdataset":  # ids fit into a block, and there may be millions
+        padded = -(-pixels // _TAR_BLOCK) * _TAR_BLOCK + 3 * _TAR_BLOCK
+        return sum(-(-(count * padded + 2 * _TAR_BLOCK) // _TAR_RECORD) * _TAR_RECORD for count in counts)
     lengths = np.fromiter((len(name.encode(errors="surrogateescape")) for name in ids), np.int64, len(ids))
-    key = len(f"{num_views - 1}/{len(ids) - 1}")
     if form == "npz":  # texts are four bytes a character, as wide as the longest
         return sum(count * (pixels + 4 + 4 * int(lengths.max()) + 4 * key) + 1000 for count in counts)
-    if form == "tfrecord":
-        return sum(count * round(pixels + float(lengths.mean()) + key + 90) for count in counts)
-    padded = -(-pixels // _TAR_BLOCK) * _TAR_BLOCK + 3 * _TAR_BLOCK
-    return sum(-(-(count * padded + 2 * _TAR_BLOCK) // _TAR_RECORD) * _TAR_RECORD for count in counts)
+    return sum(count * round(pixels + float(lengths.mean()) + key + 90) for count in counts)

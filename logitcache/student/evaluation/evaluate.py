@@ -154,9 +154,8 @@ def open_images(who: str, recipe: TrainingRecipe, recorded: Evaluation | None, n
     Images that the user names, without augmentations for them, are brought to the model as it was `recorded`.
     """
     validation = recipe.validation
-    stated = validation is None or validation.cache is not None or validation.split is not None
-    stated |= validation is not None and "augmentations" in validation.model_fields_set
-    if validation is not None and not stated and recorded is not None:
+    bare = validation is not None and validation.cache is None and validation.split is None
+    if validation is not None and bare and "augmentations" not in validation.model_fields_set and recorded is not None:
         for factory in factories_of(recorded.augmentations):
             raise RecipeError(
                 f"{who} was evaluated through the factory '{factory}', and what a file names is never called.\n"

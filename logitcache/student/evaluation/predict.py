@@ -25,7 +25,6 @@ from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.views.datasets.image_folder import LARGEST, ImageFolder
 from logitcache.views.datasets.images.image_files import Orientation, decode, is_image
 from logitcache.views.datasets.images.pixels import Mode
-from logitcache.views.datasets.webdataset import WebDataset
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,10 @@ def predict_images(
 
 
 def orientation_of(recipe: TrainingRecipe) -> Orientation:
-    """Return how the images that a run was measured on were turned; files of other kinds have no orientation."""
+    """Return how the images that a run was measured on were turned; data sets of some kinds have no orientation."""
     entry = None if recipe.validation is None else recipe.validation.dataset
-    return entry.orientation if isinstance(entry, ImageFolder | WebDataset) else "ignore"
+    turned: Orientation = getattr(entry, "orientation", "ignore")
+    return turned
 
 
 def _raise(error: Exception) -> Tensor:

@@ -48,8 +48,7 @@ class Validator:
 
     `labels` [N], if given, replace the images' own: those of a data set of other classes, in the model's classes.
     Images whose label is -1 there are left out. `images` [N] are the indices of those to measure on, by default all.
-    `threshold` is the probability above which answers to images of any
-    number of classes are yes.
+    `threshold` is the probability above which answers to images of any number of classes are yes.
     """
 
     def __init__(
