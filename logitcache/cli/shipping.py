@@ -26,6 +26,16 @@ Pixels = Annotated[
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")]
 Latency = Annotated[bool, Option("--latency", help="Time the file against eager torch, by turns.")]
+LeastAgreement = Annotated[
+    float,
+    Option(
+        "--least-agreement",
+        min=0.0,
+        max=1.0,
+        metavar="X",
+        help="Least share of equal answers of an int8 file.",
+    ),
+]
 
 
 def export(
@@ -43,6 +53,7 @@ def export(
         float,
         Option("--tolerance", min=0.0, metavar="X", help="Largest difference of logits, over the largest logit or 1."),
     ] = 1e-4,
+    least_agreement: LeastAgreement = 0.9,
     overwrite: Overwrite = False,
     latency: Latency = False,
     batch_size: BatchSizes = [],  # noqa: B006  # Typer's way
@@ -66,6 +77,7 @@ def export(
         pixels=pixels,
         format=format,
         tolerance=tolerance,
+        least_agreement=least_agreement,
         overwrite=overwrite,
         latency=plan,
     )
@@ -117,12 +129,7 @@ def quantize(
     sensitivity: Annotated[
         bool, Option("--sensitivity", help="List by how much each layer alone, quantised, changes the logits.")
     ] = False,
-    least_agreement: Annotated[
-        float,
-        Option(
-            "--least-agreement", min=0.0, max=1.0, metavar="X", help="Fraction of answers that are the float run's."
-        ),
-    ] = 0.9,
+    least_agreement: LeastAgreement = 0.9,
     overwrite: Overwrite = False,
     latency: Annotated[bool, Option("--latency", help="Time int8 against the float file, by turns.")] = False,
     batch_size: BatchSizes = [],  # noqa: B006

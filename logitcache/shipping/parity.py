@@ -51,7 +51,7 @@ class Parity:
             raise MismatchError(
                 f"{what} is not written: it gives the run's answer on {100 * self.agreement:.2f} % of "
                 f"{self.images} images, at least {100 * least:g} % are asked for.\n"
-                "  Fix: --keep-float LAYER, more --images to calibrate on, or longer training with --qat; or a lower "
+                "  Fix: keep sensitive layers in float, calibrate on more images or train for longer; or a lower "
                 "--least-agreement"
             )
 

@@ -1,6 +1,7 @@
 """Training for int8 from the cache: an ordinary run that resumes bit by bit and leaves an int8 file."""
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import Classifier, Preprocessing, Quantized, SmallCNN, load_model, read_stored
 from logitcache.models.fake_quantization import FakeQuantized, imitate_int8, to_float, to_int8
 from logitcache.shipping.export import export
+from logitcache.shipping.parity import Parity
 from logitcache.shipping.quantization_aware import quantization_aware_recipe, train_quantized
 from logitcache.shipping.static_quantizer import count_fused
 from logitcache.student.evaluation.cost import LatencyPlan
@@ -171,6 +173,21 @@ def test_what_cannot_be_trained_for_int8_is_refused_with_the_reason(run: Path, q
         assert main(["quantize", str(run), str(tmp_path / "unused"), "--qat", *option]) == 2
     assert not (tmp_path / "unused").exists()
     assert main(["quantize", str(run), "--resume"]) == 2
+
+
+def test_commands_that_ask_for_equal_answers_take_the_options_that_their_error_names(
+    quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(quantized), str(tmp_path / "model.onnx"), "--least-agreement", "0", "-q"]) == 0
+    with pytest.raises(MismatchError) as error:
+        Parity(100, 0.1, 1.0, 0.5, "top1", 0.5, 0.5).require_agreement("the file", 0.9)
+    named = re.findall(r"--[a-z-]+", str(error.value))
+    assert named
+    for command in ("export", "quantize"):
+        capsys.readouterr()
+        assert main([command, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert [option for option in named if option not in shown] == []
 
 
 def test_the_least_agreement_of_the_caller_holds_for_the_file(quantized: Path, tmp_path: Path) -> None:
