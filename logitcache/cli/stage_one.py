@@ -1,10 +1,10 @@
 """Stage one: the commands that make a cache, and `plan`, which estimates their cost."""
 
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
 from logitcache.cli.common import CommandResult, Overrides, Part, Recipe, Scheduler, Trust, Wait, Workers, as_options
 from logitcache.runtime.console import logger
@@ -116,24 +116,29 @@ def materialize(
 ) -> CommandResult:
     """Write the views that a teacher is to answer to files.
 
-    Each view has its key, the id of its image and the CRC-32 of its pixels. The same command continues after a stop.
+    Each view has its key, the id of its image and the CRC-32 of its pixels. The same command continues after a stop. Of
+    a CACHE, --set dataset.root=DIR gives the folder of its images.
     """
+    from logitcache.stage_one.materialize.materialize import materialize as write
+
+    run = partial(write, form=form, pixels=pixels, part=part, dry_run=dry_run, num_workers=num_workers)
+    if not source.endswith((".yaml", ".yml")):
+        from logitcache.report.images import cache_images
+
+        return CommandResult(asdict(run(source, out, **cache_images(source, overrides), trust=trust)))
     from logitcache.report.load_own import load_own
-    from logitcache.stage_one.materialize.materialize import materialize as run
     from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 
-    is_recipe = source.endswith((".yaml", ".yml"))
-    opened = load_own(source, PrecomputeRecipe, overrides) if is_recipe else source
-    result = run(
-        opened, out, form=form, pixels=pixels, part=part, dry_run=dry_run, num_workers=num_workers, trust=trust
-    )
-    follows = ("import-targets", source, "ANSWERS") if is_recipe and not dry_run else ()
-    return CommandResult(asdict(result), follows=follows)
+    if trust:
+        raise BadParameter("has no effect on a recipe, which is your own", param_hint="--trust")
+    result = run(load_own(source, PrecomputeRecipe, overrides), out)
+    follows = ("import-targets", source, "ANSWERS", "--whose", "WHOSE", *as_options(overrides))
+    return CommandResult(asdict(result), follows=() if dry_run or result.files_left else follows)
 
 
 def import_targets(
     recipe: Recipe,
-    answers: Annotated[Path, Argument(metavar="ANSWERS", help="File of answers, or folder of several.")],
+    answers: Annotated[str, Argument(metavar="ANSWERS", help="File of answers, or folder of several.")],
     overrides: Overrides,
     whose: Annotated[str, Option("--whose", metavar="TEXT", help="Whose answers they are, for the manifest.")],
     teacher: Annotated[
@@ -160,7 +165,7 @@ def import_targets(
     from logitcache.stage_one.precompute import precompute as run
     from logitcache.teacher.imported_teacher import with_answers
 
-    entry = {"path": str(answers), "whose": whose, "num_classes": num_classes}
+    entry = {"path": answers, "whose": whose, "num_classes": num_classes}
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
     wanted = with_answers(wanted, teacher, entry | {"pixels": "trusted" if trust_pixels else "proven"})
     result = run(wanted, part=part, scheduler=scheduler, workers=workers, wait=wait)

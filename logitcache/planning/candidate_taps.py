@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from logitcache.cache.format.manifest import LOGITS
+from logitcache.models import AnswersByKey
 from logitcache.models.layouts import TapLayout, known_layouts
-from logitcache.reductions import channels_in_place
+from logitcache.reductions import Layout, channels_in_place
 from logitcache.runtime.device import autocast, to_device
 from logitcache.teacher.teacher import Teacher
 
@@ -27,6 +29,15 @@ class _Call(NamedTuple):
     is_input: bool
 
 
+class _Tap(NamedTuple):
+    """A module or a column, the shape of its output without the batch, and where its channels are, if known."""
+
+    path: str
+    module: str
+    shape: tuple[int, ...]
+    layout: Layout | None
+
+
 def candidate_taps(teachers: Sequence[Teacher], pixels: Tensor, num_rows: int) -> list[dict[str, Any]]:
     """List every module that a feature can tap, by teacher, the last to answer uint8 pixels [B, C, H, W] first.
 
@@ -41,20 +52,16 @@ def candidate_taps(teachers: Sequence[Teacher], pixels: Tensor, num_rows: int) -
 
 def _taps_of(teacher: Teacher, pixels: Tensor, num_rows: int) -> list[dict[str, Any]]:
     network, rows = teacher.classifier.module, []
-    with torch.no_grad(), autocast(teacher.device, teacher.precision):
-        inputs = teacher.classifier.normalize(to_device(pixels, teacher.device))
-        found = _tappable(network, inputs)
-        asked = [TapLayout(call.path) for call in found]
-        known = known_layouts(network, inputs, asked, f"teacher {teacher.name!r}")
-    for call, (own, layout) in zip(found, known, strict=True):
+    found = _columns(network) if isinstance(network, AnswersByKey) else _modules(teacher, network, pixels)
+    for path, module, own, layout in found:
         shape = channels_in_place(torch.empty(1, *own, device="meta"), layout or "auto").shape[1:]
         maps = 2 * shape.numel()
         pooled = None if layout is None else 2 * shape[-1 if len(shape) == 2 else 0]
         rows.append(
             {
                 "teacher": teacher.name,
-                "tap": call.path,
-                "module": call.module,
+                "tap": path,
+                "module": module,
                 "shape": list(shape),
                 "pooled_row_bytes": pooled,
                 "maps_row_bytes": maps,
@@ -63,6 +70,21 @@ def _taps_of(teacher: Teacher, pixels: Tensor, num_rows: int) -> list[dict[str, 
             }
         )
     return rows
+
+
+def _columns(answers: AnswersByKey) -> list[_Tap]:
+    """List the features that files of answers hold."""
+    return [_Tap(name, "column", shape, "auto") for name, shape in answers.shapes.items() if name != LOGITS]
+
+
+def _modules(teacher: Teacher, network: nn.Module, pixels: Tensor) -> list[_Tap]:
+    """List the modules of a network whose outputs can be tapped, the last first."""
+    with torch.no_grad(), autocast(teacher.device, teacher.precision):
+        inputs = teacher.classifier.normalize(to_device(pixels, teacher.device))
+        calls = _tappable(network, inputs)
+        asked = [TapLayout(call.path) for call in calls]
+        known = known_layouts(network, inputs, asked, f"teacher {teacher.name!r}")
+    return [_Tap(call.path, call.module, *one) for call, one in zip(calls, known, strict=True)]
 
 
 def _tappable(network: nn.Module, inputs: Tensor) -> list[_Call]:

@@ -31,7 +31,8 @@ from logitcache.planning.timing import Quartiles
 from logitcache.planning.upper_bounds import most_bytes, upper_bounds
 from logitcache.runtime.tables import as_text, format_bytes
 from logitcache.stage_one.claims import Claims
-from logitcache.stage_one.materialize.materialize import bytes_of, files_of
+from logitcache.stage_one.materialize.materialize import bytes_of
+from logitcache.stage_one.materialize.view_files import PIXEL_FORMS
 from logitcache.store.remote.client import is_remote
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.views.keys import ViewKey
@@ -140,11 +141,7 @@ def _sizes(run: DryRun, packed: Mapping[str, float]) -> tuple[dict[str, Any], St
         "new_bytes": added.bytes,
         "stored_bytes_per_row": round(whole.bytes_per_row, 1),
         "files": whole.files,
-        "materialized_bytes": bytes_of(
-            files_of(goal.views.num_views, goal.num_images, goal.image_shape),
-            run.inputs.views.dataset.ids,
-            goal.image_shape,
-        ),
+        "materialized": {f"{form}_bytes": bytes_of(run.inputs.views.answered(), pixels=form) for form in PIXEL_FORMS},
         "new_files": added.files,
         "free_bytes": free,
         "fits": None if free is None else added.bytes * MARGIN <= free,
@@ -190,7 +187,7 @@ def _times(run: DryRun, found: Probe | None, workers: int) -> dict[str, Any]:
             "compress_in_one_thread": 1 / max(found.write, 1e-9),
         },
         "device_hours": workers * float(seconds[1]) / 3600,
-        "break_even_students": break_even(whole, rows, found.answer),
+        "break_even_students": break_even(whole, rows, found.answer) if run.teacher_passes else None,
     }
 
 

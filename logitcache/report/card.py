@@ -22,6 +22,8 @@ _LONGEST = 300
 """Characters of a recorded value that are shown."""
 _MEASURES = ("top1", "top5", "mean_ap", "f1_macro", "agreement", "num_parameters", "epochs", "loss")
 _NO_LICENCE = "not stated"
+_IMAGES = "IMAGES"
+"""Stands for the place of the images, which whoever reads a card knows."""
 _TEACHER_COLUMNS = ("teacher", "model", "classes", "precision", "accuracy", "licence")
 
 
@@ -74,6 +76,7 @@ def cache_card(found: Mapping[str, Any], licence: str | None, teacher_licences: 
     state = (
         "" if found["complete"] else f" It is not finished: {found['shards_committed']} of {found['shards']} shards."
     )
+    images = _located(found["dataset"])
     views = f"{found['images']:,} images in {found['views']} views, {_code(found['image_shape'])}"
     lines = [
         *_front(licence),
@@ -99,11 +102,11 @@ def cache_card(found: Mapping[str, Any], licence: str | None, teacher_licences: 
         "Errors of logits are mean KL divergences (nats) from the teacher's own at a temperature T, those of features",
         "relative squared errors.",
         "",
-        *_use(name, next(iter(teachers)), found["image_shape"][0]),
+        *_use(name, next(iter(teachers)), found["image_shape"][0], images),
         "## Verify it",
         "",
         "```bash",
-        f"logitcache verify {_shell(name)} --set dataset.root=IMAGES",
+        f"logitcache verify {_shell(name)}" + (f" --set {shlex.quote(f'dataset={images}')}" if images else ""),
         "```",
         "",
         "It compares every byte with its digest, and the images with the fingerprint.",
@@ -179,7 +182,25 @@ def _targets(teachers: Mapping[str, Any]) -> Iterator[Sequence[str]]:
             yield f"{name}.{target['target']}", _code(target["shape"]), kept, size, shown or target["errors"]
 
 
-def _use(name: str, teacher: str, channels: int) -> list[str]:
+def _located(dataset: Mapping[str, Any] | None) -> str | None:
+    """Return the entry of the images at another place, as one line of YAML; None for those that come with the package.
+
+    Images of the user's own code are taken for a folder.
+    """
+    kept = {key: value for key, value in (dataset or {}).items() if value is not None}
+    if kept.get("kind") == "bundled":
+        return None
+    if kept.get("kind") in (None, "custom"):
+        kept = {"kind": "image_folder", "root": _IMAGES}
+    place = next((key for key in ("root", "path", "shards") if key in kept), None)
+    if place is None:
+        return json.dumps(kept)
+    patterns = [kept["shards"]] if isinstance(kept.get("shards"), str) else kept.get("shards", ())
+    moved = [f"{_IMAGES}/{str(pattern).rpartition('/')[2]}" for pattern in patterns]
+    return json.dumps(kept | {place: _IMAGES if place != "shards" else moved[0] if len(moved) == 1 else moved})
+
+
+def _use(name: str, teacher: str, channels: int, images: str | None) -> list[str]:
     model = "{kind: torchvision, name: mobilenet_v3_small, weights: null}" if channels == 3 else "{kind: small_cnn}"
     return [
         "## Use it",
@@ -187,7 +208,7 @@ def _use(name: str, teacher: str, channels: int) -> list[str]:
         "```yaml",
         f"cache: {json.dumps(name)}",
         "out: runs/student",
-        "dataset: {kind: image_folder, root: IMAGES}  # the images that were answered, wherever they are now",
+        *([f"dataset: {images}  # the images that were answered, wherever they are now"] if images else []),
         f"model: {model}",
         f"losses: [{{kind: kl_divergence, teacher: {teacher}}}]",
         "epochs: 30",

@@ -1,12 +1,13 @@
 """The images of a cache, for commands that look at them: opened, proved to be the same, rendered as the teacher saw."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from logitcache.cache.cache import Cache
+from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.replay import open_images, require_releases, require_trusted
 from logitcache.config.recipe import Component, load_recipe
 from logitcache.errors import RecipeError
@@ -31,6 +32,14 @@ def locate_images(cache: Cache, overrides: Sequence[str]) -> ImagesPlace:
     recorded = cache.manifest.dataset
     theirs = recorded is None or isinstance(recorded, Custom)
     return load_recipe({} if theirs else {"dataset": recorded}, ImagesPlace, overrides)
+
+
+def cache_images(path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the data set of a cache as overrides give it, and the functions, as arguments of `Cache.views`."""
+    if not overrides:
+        return {}  # a recorded data set is opened under the rules for manifests
+    place = locate_images(open_cache(path), overrides)
+    return {"dataset": place.dataset, "factories": place.factories}
 
 
 def views_as_seen(cache: Cache, overrides: Sequence[str] = (), trust: Collection[str] = ()) -> Views:

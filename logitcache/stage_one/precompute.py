@@ -22,10 +22,10 @@ from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.write.unreadable_images import note_unreadable
 from logitcache.config.trust import remember
 from logitcache.errors import DataError, MismatchError, RecipeError, caught
-from logitcache.models import weights_digest
+from logitcache.models import AnswersByKey, weights_digest
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import to_device
-from logitcache.stage_one.claims import Claims, ShardGroup, parse_part
+from logitcache.stage_one.claims import Claims, Part, ShardGroup, parse_part
 from logitcache.stage_one.cluster.cluster import Cluster
 from logitcache.stage_one.cluster.fill_on_cluster import TaskOpener, fill_on_cluster, open_same
 from logitcache.stage_one.inputs import Inputs, open_inputs
@@ -175,7 +175,7 @@ def precompute(
         _require_named(recipe, teachers or (), dataset)
     with contextlib.ExitStack() as held:
         inputs = held.enter_context(open_inputs(recipe, teachers, dataset))
-        todo = held.enter_context(begun(inputs.store, functools.partial(find_todo, inputs)))
+        todo = held.enter_context(begun(inputs.store, functools.partial(_find_answerable, inputs, my_part)))
         if todo.recorded is None:
             remember(todo.goal.digest())
         views_per_image, done = recipe.views_per_image, Done(passes=inputs.passes)
@@ -193,6 +193,17 @@ def precompute(
             task = TaskOpener(PrecomputeTask.label, there, opener, views_per_image)
             fill_on_cluster(cluster, task, inputs.device, todo, claims, done)
     return result_of(todo, claims, done, started)
+
+
+def _find_answerable(inputs: Inputs, part: Part) -> Todo:
+    """Find what is to do; raise DataError, before anything is written, if files lack an answer to this part of it."""
+    todo = find_todo(inputs)
+    groups = Claims(todo.snapshot, todo.shards, inputs.recipe.views_per_image, part).groups
+    for teacher in inputs.teachers:
+        if isinstance(network := teacher.classifier.module, AnswersByKey):
+            lacking: set[Shard] = set().union(*(todo.missing[group.name] for group in todo.layout.of(teacher.name)))
+            network.require_answers([shard for shard in itertools.chain(*groups) if shard in lacking])
+    return todo
 
 
 def _require_named(recipe: PrecomputeRecipe, given: Collection[str], dataset: object | None) -> None:

@@ -116,6 +116,8 @@ class Teacher(nn.Module):
         plain = [feature.tap for feature in self.features.values() if feature.kind != "grad_cam"]
         graded = [feature.tap for feature in self.features.values() if feature.kind == "grad_cam"]
         self.answers_logits = source.answers_logits
+        if isinstance(classifier.module, AnswersByKey):
+            classifier.module.require_kept(f"teachers.{name}", self.answers_logits, bool(graded))
         self.passes = 0
         self._plain_taps, self._graded_taps = plain, tuple(dict.fromkeys(graded))
         self.answer_by(self.classifier, PLAIN)

@@ -16,11 +16,13 @@ from logitcache.cli.app import main
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import DataError, LogitCacheError, MissingExtraError, RecipeError
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.store.mirrors_folder import FOLDER
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.views.datasets import ImageFolder
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.datasets.huggingface import HuggingFace
+from tests.cache.made import contents
 from tests.docs.world import COLOURED, HALF
 from tests.models.hugging_face import write_classifier
 
@@ -177,6 +179,7 @@ def test_grey_mode_and_orientation_are_those_of_every_kind(tmp_path: Path) -> No
         ({"split": None}, r"the splits train, test, and no split is named(.|\n)*Fix: split: train"),
         ({"split": "tests"}, r"no split 'tests'.*test"),
         ({"name": "plain"}, "leave `name` out"),
+        ({"split": "train[:4]"}, r"no split 'train\[:4\]'"),
         ({"revision": "v1"}, "leave `revision` out"),
         ({"label": "key"}, "no usable label"),
     ],
@@ -251,14 +254,56 @@ def test_a_cache_of_rows_is_verified_trained_from_and_matched_by_another_form(tm
     saved(tmp_path / "again")
     moved = f"dataset={{kind: huggingface, path: {tmp_path}/again, id: key}}"
     assert main(["verify", str(tmp_path / "c.zarr"), "--set", moved]) == 0
-    student = tmp_path / "s.yaml"
-    student.write_text(
-        f"{{cache: {tmp_path}/c.zarr, out: {tmp_path}/run, model: {{kind: small_cnn, width: 2}}, epochs: 1, "
-        "num_workers: 0, device: cpu, losses: [{kind: kl_divergence}]}"
-    )
+    student = written_student(tmp_path, str(tmp_path / "c.zarr"))
     assert main(["train-student", str(student), "--set", moved]) == 0
     other = f"dataset={{kind: huggingface, path: {tmp_path}/again}}"
     assert main(["train-student", str(student), "--set", other, "--set", "out=x"]) == 4
+
+
+def test_a_part_of_one_split_that_was_saved_is_refused(tmp_path: Path) -> None:
+    named = datasets.Dataset.from_dict({"key": ["a"]}, split="train")
+    for folder, made in {"named": named, "unnamed": rows()}.items():
+        made.save_to_disk(tmp_path / folder)
+        with pytest.raises(RecipeError, match=r"is the split 'train', not 'train\[:4\]'. Fix: split: train"):
+            of(tmp_path / folder, split="train[:4]").open()
+    parquet(tmp_path / "p")
+    assert len(of(tmp_path / "p", split="train[:4]").open().ids) == 4
+
+
+def test_a_cache_of_rows_in_storage_has_the_objects_of_one_on_a_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("moto")
+    from tests.objects import bucket
+
+    saved(tmp_path / "d")
+    entries: dict[str, Any] = {
+        "dataset": {"kind": "huggingface", "path": str(tmp_path / "d"), "id": "key", "label": "label"},
+        "views": {"num_views": 2, "augmentations": [{"kind": "random_resized_crop", "size": 8}]},
+        "teachers": {"t": {"model": COLOURED, "preprocessing": HALF, "classes": [0, 1, 2]}},
+        "shard_rows": 4,
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    monkeypatch.setenv(FOLDER, str(tmp_path / "copies"))
+    with bucket() as store:
+        store.front.fail(0.1, "503", seed=2)
+        there = load_recipe({"cache": f"{store.url}/c.zarr", **entries}, PrecomputeRecipe)
+        for number in (2, 1):
+            precompute(there, part=f"{number}/2")
+        precompute(load_recipe({"cache": str(tmp_path / "c.zarr"), **entries}, PrecomputeRecipe))
+        assert store.contents("c.zarr") == contents(tmp_path / "c.zarr")
+        assert main(["verify", f"{store.url}/c.zarr"]) == 0
+        assert main(["train-student", str(written_student(tmp_path, f"{store.url}/c.zarr"))]) == 0
+
+
+def written_student(folder: Path, cache: str) -> Path:
+    file = folder / "s.yaml"
+    file.write_text(
+        f"{{cache: {cache}, out: {folder}/run, model: {{kind: small_cnn, width: 2}}, epochs: 1, "
+        "num_workers: 0, device: cpu, losses: [{kind: kl_divergence}]}"
+    )
+    return file
 
 
 def test_the_pipeline_runs_on_folders(tmp_path: Path) -> None:

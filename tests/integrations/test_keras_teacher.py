@@ -1,5 +1,6 @@
 """A Keras model answers written views, and its answers make a cache."""
 
+import os
 import runpy
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from logitcache.views.keys import ViewKey
 from tests.cache.made import DENSE32, recipe, teacher
 from tests.stage_one.test_import_targets import KEPT, imported
 
+os.environ.setdefault("KERAS_BACKEND", "torch")  # else TensorFlow, which is not installed
 keras = pytest.importorskip("keras", exc_type=ImportError)
 pytestmark = [
     pytest.mark.integration,

@@ -1,14 +1,18 @@
 """Cards of caches and runs: what is recorded is there, and none of it is taken as Markdown."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from logitcache.cache.cache import open_cache
 from logitcache.cli.app import main
+from logitcache.report.card import cache_card
+from logitcache.report.inspect import inspect_cache
 from logitcache.student.training import train
 from tests.cache.made import forge
 from tests.student.small import TEST_IMAGES, fill, student
@@ -50,6 +54,41 @@ def test_the_recipe_of_a_card_is_one(cache: Path, tmp_path: Path, monkeypatch: p
     (tmp_path / "r.yaml").write_text(recipe)
     monkeypatch.chdir(cache.parent)
     assert main(["recipe", "check", str(tmp_path / "r.yaml")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ({"kind": "bundled", "split": "train"}, None),
+        (None, {"kind": "image_folder", "root": "IMAGES"}),
+        ({"kind": "custom", "factory": "my.data:make"}, {"kind": "image_folder", "root": "IMAGES"}),
+        (
+            {"kind": "image_folder", "root": "/data/x", "mode": "L", "labelled": False},
+            {"kind": "image_folder", "root": "IMAGES", "mode": "L", "labelled": False},
+        ),
+        (
+            {"kind": "huggingface", "path": "hf://datasets/a/b", "name": None, "split": "train"},
+            {"kind": "huggingface", "path": "IMAGES", "split": "train"},
+        ),
+        (
+            {"kind": "webdataset", "shards": "s3://b/x/{00..99}.tar"},
+            {"kind": "webdataset", "shards": "IMAGES/{00..99}.tar"},
+        ),
+        (
+            {"kind": "webdataset", "shards": ["a/0.tar", "b/1.tar"]},
+            {"kind": "webdataset", "shards": ["IMAGES/0.tar", "IMAGES/1.tar"]},
+        ),
+    ],
+)
+def test_the_images_of_a_card_are_of_the_recorded_kind_at_another_place(
+    dataset: dict[str, Any] | None, expected: dict[str, Any] | None, cache: Path
+) -> None:
+    text = cache_card(inspect_cache(str(cache)) | {"dataset": dataset}, None, {})
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]).get("dataset") == expected
+    words = shlex.split(text.split("```bash\n")[1].split("```")[0])
+    assert words[:3] == ["logitcache", "verify", "c.zarr"]
+    assert (words[3:] == []) == (expected is None)
+    assert expected is None or yaml.safe_load(words[4].removeprefix("dataset=")) == expected
 
 
 def test_a_card_of_a_run_states_what_was_measured(cache: Path, tmp_path: Path) -> None:

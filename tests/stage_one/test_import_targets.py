@@ -177,6 +177,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
     "text": (lambda a: a.update(logits=a["logits"].astype(str)), "rows of numbers"),
     "other pixels": (lambda a: a["crc32"].__setitem__(slice(None), 7), r"is to other pixels(.|\n)*materialize"),
     "no proof": (lambda a: a.pop("crc32"), r"no column crc32(.|\n)*pixels: trusted"),
+    "pairs of one": (lambda a: a.update(log_probabilities=a.pop("logits")), "classes and log_probabilities belong"),
+    "no logits": (lambda a: a.update(probabilities=a.pop("logits")), "answers probabilities, and no logits"),
     "inf": (lambda a: a["logits"].__setitem__(slice(None), np.inf), "inf or nan"),
 }
 
@@ -203,6 +205,67 @@ def test_answers_without_proof_are_trusted_if_the_recipe_says_so(
     write_npz(tmp_path / "a.npz", answers | {"crc32": crc32 + 1})  # given, they are compared all the same
     with pytest.raises(MismatchError, match="other pixels"):
         precompute(recipe(tmp_path / "d.zarr", **KEPT, teachers={"t": entry(model=model)}))
+
+
+def test_answers_that_a_part_lacks_are_named_before_anything_is_written(
+    answers: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    sparse = {"views": {**recipe(tmp_path).views.model_dump(mode="json"), "num_views": 1}}
+    kept = {**KEPT, **sparse, "teachers": {"t": entry(model=imported(tmp_path / "a.npz"))}}
+    precompute(recipe(tmp_path / "w.zarr", **{**kept, "teachers": {"t": entry()}}), teachers={"t": Linear(16)})
+    tried = {(one.view, one.index) for one in open_cache(tmp_path / "w.zarr").manifest.canaries}
+    lacking = next(index for index in range(40, 80) if (0, index) not in tried)  # of the second shard of 40
+    write_npz(tmp_path / "a.npz", {name: np.delete(column, lacking, axis=0) for name, column in answers.items()})
+    for part in (None, "2/3"):
+        with pytest.raises(DataError, match=rf"no answer to 1 of \d+ views: 0/{lacking} "):
+            precompute(recipe(tmp_path / "c.zarr", **kept), part=part)
+        assert not (tmp_path / "c.zarr").exists()
+    assert precompute(recipe(tmp_path / "c.zarr", **kept), part="1/3").shards_written == 1
+
+
+def test_names_of_images_beside_answers_are_not_read(answers: dict[str, np.ndarray], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", answers | {"id": np.array([f"photo {n}" for n in range(180)])})
+    precompute(recipe(tmp_path / "c.zarr", **KEPT, teachers={"t": entry(model=imported(tmp_path / "a.jsonl"))}))
+    assert open_cache(tmp_path / "c.zarr").manifest.teachers["t"].num_classes == 16
+
+
+def test_other_files_of_answers_are_another_teacher_and_the_fix_imports_all_of_them(
+    answers: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    (tmp_path / "a").mkdir()
+    write_npz(tmp_path / "a/0.npz", answers)
+    kept = {**KEPT, "teachers": {"t": entry(model=imported(tmp_path / "a"))}}
+    precompute(recipe(tmp_path / "c.zarr", **kept))
+    more = {"views": {**recipe(tmp_path).views.model_dump(mode="json"), "num_views": 3}}
+    with pytest.raises(DataError, match="no answer to"):
+        precompute(recipe(tmp_path / "c.zarr", **{**kept, **more}))
+    assert verified(tmp_path / "c.zarr") == ()
+    before = set(answers["key"].tolist())
+    every = answered(views(tmp_path / "more", tmp_path / "x.zarr", **more), Linear(16))
+    new = np.array([key not in before for key in every["key"].tolist()])
+    write_npz(tmp_path / "a/1.npz", {name: column[new] for name, column in every.items()})
+    with pytest.raises(MismatchError, match=r"teachers\.t\.weights(.|\n)*Fix: .*import all of them into another"):
+        precompute(recipe(tmp_path / "c.zarr", **{**kept, **more}))
+    assert precompute(recipe(tmp_path / "d.zarr", **{**kept, **more})).row_views == 270
+
+
+def test_what_files_cannot_answer_is_refused_with_the_fix(answers: dict[str, np.ndarray], tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", answers | {"mine": np.zeros((180, 5))})
+    for changes, named in (
+        ({"features": {"x": {"kind": "grad_cam", "tap": "mine"}}}, "grad_cam takes a network"),
+        ({"logits": {"kind": "head"}}, "the network has none. Fix: another kind, as dense"),
+        ({"speed": "auto"}, "leave speed out"),
+        ({"features": {"x": {"kind": "pooled", "tap": "their"}}}, "tap one of its modules: mine"),
+        ({"model": imported(Path("s3://bucket/a.npz"))}, "holds no answers"),
+    ):
+        source = {"t": {**entry(model=imported(tmp_path / "a.npz")), **changes}}
+        with pytest.raises(RecipeError, match=named):
+            precompute(recipe(tmp_path / "c.zarr", **KEPT, teachers=source))
+    url = {"kind": "answers", "path": "s3://bucket/a.npz", "whose": "x"}
+    with pytest.raises(RecipeError, match=r"answers at a URL(.|\n)*s3://bucket/a\.npz(.|\n)*copy them"):
+        precompute(recipe(tmp_path / "c.zarr", **KEPT, teachers={"t": entry(model=url)}))
+    with pytest.raises(RecipeError, match="whose"):
+        recipe(tmp_path / "c.zarr", teachers={"t": entry(model=url | {"whose": ""})})
 
 
 def test_broken_files_are_refused_by_name(tmp_path: Path) -> None:
@@ -250,4 +313,12 @@ def test_the_command_imports_by_the_recipe_of_precompute_in_parts(
     assert main([*command, "--teacher", "u"]) == 2
     assert "teachers.u" in capsys.readouterr().err
     capsys.readouterr()
-    assert main(["plan", str(file), "--set", f"teachers.t.model={json.dumps(imported(tmp_path / 'a.npz'))}"]) == 0
+    model = f"teachers.t.model={json.dumps(imported(tmp_path / 'a.npz'))}"
+    assert main(["plan", str(file), "--set", model, "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["teacher_passes"], planned["break_even_students"]) == (0, None)
+    write_npz(tmp_path / "f.npz", answers | {"mine": np.zeros((180, 3, 2, 2))})
+    model = f"teachers.t.model={json.dumps(imported(tmp_path / 'f.npz'))}"
+    assert main(["plan", str(file), "--set", model, "--set", f"cache={tmp_path}/f.zarr", "--taps", "--json"]) == 0
+    [tap] = json.loads(capsys.readouterr().out)["taps"]
+    assert (tap["tap"], tap["shape"], tap["pooled_row_bytes"], tap["maps_row_bytes"]) == ("mine", [3, 2, 2], 6, 24)

@@ -12,10 +12,11 @@ from logitcache.config.recipe import dump_recipe
 from logitcache.errors import KilledWorkerError, RecipeError
 from logitcache.stage_one.cluster import workers
 from logitcache.stage_one.precompute import precompute
-from tests.cache.made import contents, teacher
+from tests.cache.made import Linear, contents, recipe, teacher
 from tests.stage_one import dying
 from tests.stage_one.apart import stopped
 from tests.stage_one.test_cluster import named
+from tests.stage_one.test_import_targets import KEPT, answered, imported, views, write_npz
 from tests.stage_one.test_kill import num_records
 
 pytestmark = pytest.mark.usefixtures("warm_workers")
@@ -92,6 +93,15 @@ def test_ctrl_c_stops_a_cluster_of_this_machine_and_the_command_continues(tmp_pa
     precompute(plan.model_copy(update={**quicker, "cache": str(tmp_path / "w.zarr")}))
     assert contents(cache) == contents(tmp_path / "w.zarr")
     assert sorted(os.listdir(tmp_path)) == ["c.zarr", "r.yaml", "w.zarr"]
+
+
+def test_workers_look_answers_up_in_files(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", answered(views(tmp_path / "v", tmp_path / "x.zarr"), Linear(16)))
+    kept = {**KEPT, "teachers": {"t": teacher(model=imported(tmp_path / "a.npz"))}}
+    result = precompute(recipe(tmp_path / "c.zarr", **kept), workers=1)
+    assert (result.shards_written, result.shards_left, result.teacher_passes) == (6, 0, 0)
+    precompute(recipe(tmp_path / "w.zarr", **kept))
+    assert contents(tmp_path / "c.zarr") == contents(tmp_path / "w.zarr")
 
 
 def test_workers_that_do_not_end_in_time_are_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,10 @@ from PIL import Image
 
 from logitcache.cli.app import main
 from logitcache.errors import MismatchError, RecipeError
+from logitcache.planning.plan import plan
 from logitcache.stage_one.materialize import materialize as module
 from logitcache.stage_one.materialize.materialize import materialize
+from logitcache.stage_one.materialize.view_files import Form
 from logitcache.stage_one.precompute import precompute
 from logitcache.views.datasets.custom import as_image_dataset
 from logitcache.views.keys import ViewKey
@@ -23,6 +25,7 @@ from tests.cache.made import Linear, Pixels, contents, recipe, teacher
 from tests.stage_one.test_import_targets import KEPT, PIXELS
 
 COUNT = 90
+FORMS_OF_PNG: tuple[Form, ...] = ("webdataset", "tfrecord")
 
 
 @pytest.fixture(autouse=True)
@@ -146,8 +149,45 @@ def test_large_views_are_predicted_to_a_hundredth(tmp_path: Path, monkeypatch: p
     kept = {"dataset": images, "views": {"num_views": 1}}
     for form, (options, _) in FORMS.items():
         result = materialize(recipe(tmp_path / "c.zarr", **kept), tmp_path / form, **options)
-        if form != "png":
-            assert abs(result.bytes / result.predicted_bytes - 1) < 0.03, form
+        assert abs(result.bytes / result.predicted_bytes - 1) < 0.03, form
+
+
+def test_bytes_of_png_are_predicted_from_some_views_also_by_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "FILE_BYTES", 64 << 20)
+    (tmp_path / "images").mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(60):  # of one colour, but for a patch of noise of another size in each
+        image = np.full((48, 48, 3), number, np.uint8)
+        side = 8 + number // 2
+        image[:side, :side] = generator.integers(0, 256, (side, side, 3))
+        Image.fromarray(image).save(tmp_path / f"images/{number:02}.png")
+    kept = {
+        "dataset": {"kind": "image_folder", "root": str(tmp_path / "images"), "labelled": False},
+        "views": {"num_views": 2, "augmentations": [{"kind": "center_crop", "size": 48}]},
+    }
+    for form in FORMS_OF_PNG:
+        planned = materialize(recipe(tmp_path / "c.zarr", **kept), tmp_path / form, form=form, dry_run=True)
+        written = materialize(recipe(tmp_path / "c.zarr", **kept), tmp_path / form, form=form)
+        assert planned.predicted_bytes == written.predicted_bytes
+        assert written.bytes / planned.predicted_bytes == pytest.approx(1, abs=0.2)
+    document = plan(recipe(tmp_path / "c.zarr", **kept), teachers={"t": Linear(16, side=48)}, probing=False)
+    webdataset = materialize(recipe(tmp_path / "c.zarr", **kept), tmp_path / "webdataset")
+    assert document["materialized"]["png_bytes"] == webdataset.predicted_bytes
+    assert document["materialized"]["raw_bytes"] > 1.5 * document["materialized"]["png_bytes"]
+
+
+def test_further_views_are_added_to_the_files_that_are_there(tmp_path: Path) -> None:
+    spec = recipe(tmp_path).views.model_dump(mode="json")
+    more = {**KEPT, "views": spec | {"num_views": 3}}
+    materialize(recipe(tmp_path / "c.zarr", **KEPT), tmp_path / "v", form="npz")
+    added = materialize(recipe(tmp_path / "c.zarr", **more), tmp_path / "v", form="npz")
+    assert (added.files, added.files_written) == (9, 3)
+    materialize(recipe(tmp_path / "c.zarr", **more), tmp_path / "w", form="npz")
+    assert contents(tmp_path / "v") == contents(tmp_path / "w")
+    with pytest.raises(MismatchError, match=r"num_views: 3 there, 2 here"):
+        materialize(recipe(tmp_path / "c.zarr", **KEPT), tmp_path / "v", form="npz")
 
 
 def test_a_cache_gives_the_files_of_its_recipe_and_the_checksums_that_it_recorded(tmp_path: Path) -> None:
@@ -162,6 +202,12 @@ def test_a_cache_gives_the_files_of_its_recipe_and_the_checksums_that_it_recorde
     materialize(recipe(tmp_path / "f.zarr", **kept), tmp_path / "a", form="npz")
     materialize(tmp_path / "f.zarr", tmp_path / "b", form="npz")
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    images.rename(tmp_path / "moved")
+    command = ["materialize", str(tmp_path / "f.zarr"), str(tmp_path / "d"), "--format", "npz", "--num-workers", "0"]
+    assert main(command) == 2
+    assert main([*command, "--set", f"dataset.root={tmp_path}/moved"]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "d")
+    assert main([*command, "--set", "views.num_views=1"]) == 2
     with pytest.raises(RecipeError, match=r"user's own code|dataset"):
         materialize(tmp_path / "c.zarr", tmp_path / "d")
 
@@ -200,6 +246,6 @@ def test_the_command_takes_a_recipe_and_refuses_other_forms(tmp_path: Path, caps
     assert main([*command, "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["predicted_bytes"] > 0
     assert main([*command, "--format", "npz"]) == 0
-    for wrong in (["--format", "npy"], ["--pixels", "jpeg"], ["--part", "3/2"]):
+    for wrong in (["--format", "npy"], ["--pixels", "jpeg"], ["--part", "3/2"], ["--trust", "0" * 64]):
         assert main([*command, *wrong]) == 2
         assert "Fix:" in capsys.readouterr().err

@@ -52,7 +52,8 @@ class Head(LogitsEncoding):
         path = self.module if self.module is not None or not linear else linear[-1]
         if path is None or path not in linear:
             what = "the network has none" if path is None else f"{path!r} is none"
-            raise RecipeError(f"kind: head keeps the input of an nn.Linear, and {what}. Fix: one of {linear}, or dense")
+            others = f"one of {linear}, or dense" if linear else "another kind, as dense"
+            raise RecipeError(f"kind: head keeps the input of an nn.Linear, and {what}. Fix: {others}")
         return path
 
     def features(self, network: nn.Module) -> dict[str, Feature]:

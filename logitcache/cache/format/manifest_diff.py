@@ -34,8 +34,9 @@ def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
         raise MismatchError(
             f"{where} was made by another recipe:\n  "
             + "\n  ".join([*lines, *lacks, *(_adds(recorded, wanted) if lacks else [])])
-            + f"\n  Fix: {_fix_of_layouts(recorded, wanted)}change the recipe back to continue this cache (it may add "
-            "views, teachers and features), or give the new one another `cache:` path"
+            + f"\n  Fix: {_fix_of_layouts(recorded, wanted)}{_fix_of_answers(recorded, wanted)}"
+            "change the recipe back to continue this cache (it may add views, teachers and features), or give the new "
+            "one another `cache:` path"
         )
 
 
@@ -50,6 +51,26 @@ def _fix_of_layouts(recorded: Manifest, wanted: Manifest) -> str:
             listed = ", ".join(f"{feature}: {{layout: {layout}}}" for feature, layout in kept.items())
             entries.append(f"teachers.{name}.features: {{{listed}}}")
     return f"{'; '.join(sorted(entries))}; these read a tap as releases without layouts did. Else " if entries else ""
+
+
+def _fix_of_answers(recorded: Manifest, wanted: Manifest) -> str:
+    """Word what to do with other files of a teacher that is known by its answers."""
+    names = [
+        f"teachers.{name}"
+        for name in sorted(recorded.teachers.keys() & wanted.teachers.keys())
+        if recorded.teachers[name].weights != wanted.teachers[name].weights
+        and all(_is_imported(manifest.teachers[name]) for manifest in (recorded, wanted))
+    ]
+    return (
+        f"other files are another {names[0]}, also if they repeat these answers: import all of them into another "
+        "`cache:` path, which asks nobody again. Else "
+        if names
+        else ""
+    )
+
+
+def _is_imported(entry: TeacherEntry) -> bool:
+    return isinstance(entry.model, dict) and entry.model.get("kind") == "answers"
 
 
 def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:

@@ -3,7 +3,6 @@
 import functools
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -18,6 +17,7 @@ from logitcache.errors import DataError, MismatchError, RecipeError
 from logitcache.models.base import BuiltModel
 from logitcache.models.imported.answer_files import LOGITS, Answers, code_of, files_of, key_text, read_answers
 from logitcache.store.digest_index import SHA256, remembered
+from logitcache.store.shards import Shard
 
 _FILES_HELD = 4
 """Files whose answers are in memory at a time; views come in order, as `materialize` writes them."""
@@ -35,6 +35,7 @@ class ImportedAnswers(Component):
     whose: str = Field(
         description="Whose answers they are, for people who read the cache's manifest.",
         examples=["EfficientNetV2-S of Keras 3.15, ImageNet weights"],
+        min_length=1,
         max_length=1000,
     )
     pixels: Literal["proven", "trusted"] = Field(
@@ -50,7 +51,7 @@ class ImportedAnswers(Component):
         """Index the files. Raises RecipeError for a student, and for answers without a CRC-32 that are to be proven."""
         if num_classes is not None:
             raise RecipeError("answers in files are those of a teacher, and train nothing. Fix: another model")
-        module = AnswersByKey(Path(self.path).expanduser(), self.num_classes, self.pixels == "proven")
+        module = AnswersByKey(self.path, self.num_classes, self.pixels == "proven")
         return BuiltModel(module, Preprocessing(mean=(0.0,) * in_channels, std=(1.0,) * in_channels))
 
     def risks(self) -> tuple[str, ...]:
@@ -75,14 +76,15 @@ class AnswersByKey(nn.Module):
     Its state is the digest of all files: what stands for the weights of a network.
     """
 
-    def __init__(self, path: Path, num_classes: int | None, is_proven: bool) -> None:
+    def __init__(self, path: str, num_classes: int | None, is_proven: bool) -> None:
         super().__init__()
         self._path, self._files = path, files_of(path)
         digests = remembered(self._files, SHA256, what="file of answers")
         # The order of files and how rows are divided among them are theirs.
         self.register_buffer("content", torch.from_numpy(digests.copy()))
         self._read = functools.lru_cache(_FILES_HELD)(lambda number: read_answers(self._files[number], num_classes))
-        codes, places, names = [], [], self._read(0).values.keys()
+        self.shapes = {name: tuple(column.shape[1:]) for name, column in self._read(0).values.items()}
+        codes, places, names = [], [], self.shapes.keys()
         for number, file in enumerate(self._files):
             answers: Answers = self._read(number)
             if is_proven and answers.crc32 is None:
@@ -106,9 +108,24 @@ class AnswersByKey(nn.Module):
             if name != LOGITS:
                 self.add_module(name, _Column())
 
+    def require_kept(self, who: str, logits: bool, gradients: bool) -> None:
+        """Raise RecipeError if logits are to be kept and the files have none, or what takes gradients of a network."""
+        if gradients:
+            raise RecipeError(f"{who}: kind: grad_cam takes a network, and answers lie in files. Fix: leave it out")
+        if logits and LOGITS not in self.shapes:
+            raise RecipeError(
+                f"{who}: '{self._path}' answers {', '.join(self.shapes)}, and no logits.\n"
+                "  Fix: a column logits, or classes and log_probabilities; or logits: null, to keep features alone"
+            )
+
+    def require_answers(self, shards: Sequence[Shard]) -> None:
+        """Raise DataError for views of shards that are not answered."""
+        if shards:
+            self._places_of(np.concatenate([code_of(one.view, 0) + np.arange(one.start, one.stop) for one in shards]))
+
     def forward(self, pixels: Tensor, keys: Sequence[tuple[int, int]]) -> Tensor:
         """Look answers up. Raises DataError for a view that is not answered, MismatchError for other pixels."""
-        found = self._rows(keys)
+        found = self._places_of(np.array([code_of(view, image) for view, image in keys], np.int64))
         values: dict[str, Tensor] = {}
         files = self._places[found, 0]
         for number in np.unique(files).tolist():
@@ -125,14 +142,13 @@ class AnswersByKey(nn.Module):
         # Without logits nobody reads what is returned.
         return values.get(LOGITS, pixels.new_zeros((len(keys), 0)))
 
-    def _rows(self, keys: Sequence[tuple[int, int]]) -> NDArray[np.int64]:
-        wanted = np.array([code_of(view, image) for view, image in keys], np.int64)
+    def _places_of(self, wanted: NDArray[np.int64]) -> NDArray[np.int64]:
         found = np.searchsorted(self._codes, wanted).clip(max=len(self._codes) - 1)
         missing = wanted[self._codes[found] != wanted]
         if len(missing):
             some = ", ".join(key_text(int(code)) for code in missing[:_SHOWN])
             raise DataError(
-                f"'{self._path}' has no answer to {len(missing)} of {len(keys)} views: {some}"
+                f"'{self._path}' has no answer to {len(missing)} of {len(wanted)} views: {some}"
                 f"{', …' if len(missing) > _SHOWN else ''} (it has {len(self._codes)} in all).\n"
                 "  Fix: answer them too, keyed VIEW/IMAGE from 0; those that encodings are tried on are spread over all"
             )

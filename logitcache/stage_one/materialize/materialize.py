@@ -23,12 +23,14 @@ from logitcache.stage_one.materialize.view_files import (
     PixelForm,
     RenderedViews,
     encode_views,
+    image_sizes,
     predicted_bytes,
 )
 from logitcache.store.files import LEFTOVER
 from logitcache.store.local import LocalStore
 from logitcache.store.remote.client import Remote, is_remote
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+from logitcache.views import canaries
 from logitcache.views.checksums import row_checksums
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.keys import ViewKey
@@ -83,9 +85,15 @@ def files_of(num_views: int, num_images: int, shape: Sequence[int]) -> list[View
     ]
 
 
-def bytes_of(files: Sequence[ViewFile], ids: Sequence[str], shape: Sequence[int], form: Form = "webdataset") -> int:
-    """Predict the bytes of all files with raw pixels."""
-    return predicted_bytes(shape, [file.stop - file.start for file in files], ids, files[-1].view + 1, form)
+def bytes_of(views: Views, form: Form = "webdataset", pixels: PixelForm = "png") -> int:
+    """Predict the bytes of all files; those of PNG from up to 32 views, which are rendered."""
+    num_images, num_views = len(views.dataset.ids), views.spec.num_views
+    is_raw = pixels == "raw" or form == "npz"
+    tried = [ViewKey(0, 0)] if is_raw else canaries.choose(views.spec.seed, num_images, num_views)
+    rendered = views.__getitems__(tried).numpy()
+    sizes = image_sizes(rendered, "raw" if is_raw else "png")
+    counts = [file.stop - file.start for file in files_of(num_views, num_images, rendered.shape[1:])]
+    return predicted_bytes(sizes, counts, views.dataset.ids, num_views, form)
 
 
 def materialize(
@@ -97,18 +105,22 @@ def materialize(
     part: str | None = None,
     dry_run: bool = False,
     num_workers: int = 0,
+    dataset: object | None = None,
+    factories: Sequence[str] = (),
     trust: Collection[str] = (),
 ) -> MaterializeResult:
     """Write the views of a recipe, or of the cache at a path, to files below `out`, a folder or a URL.
 
-    Files that are there stay: the same call continues after a stop. `part` "i/n" takes each n-th file; `dry_run` writes
-    nothing. Raises MismatchError if `out` holds other views, Stopped after SIGTERM or Ctrl-C.
+    Files that are there stay: the same call continues after a stop, and adds the files of further views. `part` "i/n"
+    takes each n-th file; `dry_run` writes nothing. `dataset` takes the place of the recipe's or the cache's;
+    `factories` and `trust` are those of `Cache.views`. Raises MismatchError if `out` holds other views, Stopped after
+    SIGTERM or Ctrl-C.
     """
     number, count = parse_part(part)
-    views, start_method = _views_of(source, trust)
+    views, start_method = _views_of(source, dataset, factories, trust)
     num_images, shape = len(views.dataset.ids), tuple(views[ViewKey(0, 0)].shape)
     files = files_of(views.spec.num_views, num_images, shape)
-    predicted = bytes_of(files, views.dataset.ids, shape, form)
+    predicted = bytes_of(views, form, pixels)
     if dry_run:
         return MaterializeResult(str(out), len(files), 0, len(files), 0, 0, predicted)
     folder = _Folder(out)
@@ -129,15 +141,17 @@ def materialize(
     return MaterializeResult(str(out), len(files), len(todo), left, done, written, predicted)
 
 
-def _views_of(source: str | Path | PrecomputeRecipe, trust: Collection[str]) -> tuple[Views, StartMethod]:
+def _views_of(
+    source: str | Path | PrecomputeRecipe, dataset: object | None, factories: Sequence[str], trust: Collection[str]
+) -> tuple[Views, StartMethod]:
     """Open the views that a teacher answers, of a recipe or of a cache."""
     if isinstance(source, PrecomputeRecipe):
-        views = open_views(source, {}, None)[-1]
+        views = open_views(source, {}, dataset)[-1]
         require_one_size(views)
         return views.answered(), source.start_method
     if not is_remote(source) and not (Path(source) / ROOT).is_file():
         raise RecipeError(f"'{source}' is neither a recipe nor a cache. Fix: a YAML file, or the folder of a cache")
-    return open_cache(source).views(trust=trust).answered(), "forkserver"
+    return open_cache(source).views(dataset, factories=factories, trust=trust).answered(), "forkserver"
 
 
 def _rendered(loader: ViewLoader, views: Views, files: Sequence[ViewFile]) -> Iterator[RenderedViews]:
@@ -153,7 +167,7 @@ def _rendered(loader: ViewLoader, views: Views, files: Sequence[ViewFile]) -> It
 
 def _description(views: Views, shape: Sequence[int], rows: int, form: Form, pixels: PixelForm) -> bytes:
     """Describe what the files hold: the same views, images and form give the same bytes."""
-    spec = views.spec.model_dump_json().encode()
+    spec = views.spec.model_copy(update={"num_views": 1}).model_dump_json().encode()
     described = {
         "format": form,
         "pixels": pixels if form != "npz" else "raw",
@@ -177,15 +191,13 @@ class _Folder:
         self._files: Remote | LocalStore = LocalStore(Path(out).expanduser()) if self._here else Remote(str(out))
 
     def describe(self, content: bytes) -> None:
-        """Write the description; raise MismatchError if there is another."""
+        """Write the description, or that of further views; raise MismatchError if there is another."""
         if self._here:
             Path(self._out).expanduser().mkdir(parents=True, exist_ok=True)
-        if not self.holds(DESCRIPTION):
+        old, new = json.loads(self._files.read(DESCRIPTION)) if self.holds(DESCRIPTION) else {}, json.loads(content)
+        if not old or (old | {"num_views": new["num_views"]} == new and old["num_views"] < new["num_views"]):
             self.write(DESCRIPTION, content)
-            return
-        found = self._files.read(DESCRIPTION)
-        if found != content:
-            old, new = json.loads(found), json.loads(content)
+        elif old != new:
             differing = ", ".join(
                 f"{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]
             )

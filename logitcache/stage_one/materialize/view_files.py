@@ -9,7 +9,7 @@ import math
 import struct
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import google_crc32c
 import numpy as np
@@ -20,6 +20,7 @@ from logitcache.views.keys import ViewKey
 
 Form = Literal["webdataset", "tfrecord", "npz"]
 PixelForm = Literal["png", "raw"]
+PIXEL_FORMS: tuple[PixelForm, ...] = get_args(PixelForm)
 ENDINGS: Mapping[Form, str] = {"webdataset": "tar", "tfrecord": "tfrecord", "npz": "npz"}
 
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
@@ -139,13 +140,18 @@ _WRITERS: Mapping[Form, Callable[[RenderedViews, PixelForm], bytes]] = {
 }
 
 
-def predicted_bytes(shape: Sequence[int], counts: Sequence[int], ids: Sequence[str], num_views: int, form: Form) -> int:
-    """Estimate the bytes of files of so many views each, with raw pixels [C, H, W]; PNG takes fewer for photographs."""
-    pixels, key = math.prod(shape), len(f"{num_views - 1}/{len(ids) - 1}")
+def image_sizes(pixels: NDArray[np.uint8], form: PixelForm) -> list[int]:
+    """Return the bytes that each of some images [n, C, H, W] takes in a file."""
+    return [len(_image(one, form)) for one in pixels]
+
+
+def predicted_bytes(sizes: Sequence[int], counts: Sequence[int], ids: Sequence[str], num_views: int, form: Form) -> int:
+    """Estimate the bytes of files of so many views each, from the bytes that the images of some views take."""
+    pixels, key = float(np.mean(sizes)), len(f"{num_views - 1}/{len(ids) - 1}")
     if form == "webdataset":  # ids fit into a block, and there may be millions
-        padded = -(-pixels // _TAR_BLOCK) * _TAR_BLOCK + 3 * _TAR_BLOCK
-        return sum(-(-(count * padded + 2 * _TAR_BLOCK) // _TAR_RECORD) * _TAR_RECORD for count in counts)
+        padded = float(np.mean([-(-size // _TAR_BLOCK) for size in sizes]) + 3) * _TAR_BLOCK
+        return sum(math.ceil((count * padded + 2 * _TAR_BLOCK) / _TAR_RECORD) * _TAR_RECORD for count in counts)
     lengths = np.fromiter((len(name.encode(errors="surrogateescape")) for name in ids), np.int64, len(ids))
     if form == "npz":  # texts are four bytes a character, as wide as the longest
-        return sum(count * (pixels + 4 + 4 * int(lengths.max()) + 4 * key) + 1000 for count in counts)
+        return sum(count * (round(pixels) + 4 + 4 * int(lengths.max()) + 4 * key) + 1000 for count in counts)
     return sum(count * round(pixels + float(lengths.mean()) + key + 90) for count in counts)

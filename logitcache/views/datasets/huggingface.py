@@ -124,10 +124,10 @@ class HuggingFace(DatasetBase):
             if folder is not None and any((folder / name).is_file() for name in _SAVED):
                 if self.name is not None:
                     raise RecipeError(f"'{self.path}' is of save_to_disk, without names. Fix: leave `name` out")
-                found = datasets.load_from_disk(str(folder))
-            else:
-                revision = {} if hub is None else {"revision": self.revision}
-                found = datasets.load_dataset(hub or str(folder), self.name, split=self.split, **revision)
+                return self._split_of(datasets.load_from_disk(str(folder)))
+            revision = {} if hub is None else {"revision": self.revision}
+            found = datasets.load_dataset(hub or str(folder), self.name, split=self.split, **revision)
+            return found if self.split is not None else self._split_of(found)
         except RecipeError:
             raise
         except Exception as error:  # builders, parsers and the network raise anything
@@ -137,13 +137,12 @@ class HuggingFace(DatasetBase):
         finally:
             if was_shown:
                 datasets.enable_progress_bar()
-        return self._split_of(found)
 
     def _split_of(self, found: Any) -> Any:
         """Choose the split. Raises RecipeError if there are several, or another one."""
         if not isinstance(found, Mapping):
-            own = str(found.split) if found.split is not None else None
-            if self.split is not None and own is not None and self.split.partition("[")[0] != own.partition("[")[0]:
+            own = (self.split or "").partition("[")[0] if found.split is None else str(found.split)
+            if self.split not in (None, own, own.partition("[")[0]):
                 raise RecipeError(f"'{self.path}' is the split {own!r}, not {self.split!r}. Fix: split: {own}")
             return found
         names = [str(name) for name in found]
