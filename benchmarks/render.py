@@ -5,7 +5,8 @@
 One thread. Ours is `Views(dataset, spec).__getitems__(keys of a batch)`; theirs is a map-style data set that applies
 torchvision v2 to decoded tensors with its own random numbers, and torch.stack. Both take turns on the same images, and
 a figure is the median over the rounds of the ratio of CPU times. Two photographs that come with scikit-learn, cut and
-resized, are saved as JPEG files of about 500 x 375, and cut into 32 x 32 tiles in memory. Exits 1 when a goal is
+resized, are saved as JPEG files of about 500 x 375 and, with grain, of 4000 x 3000, and cut into 32 x 32 tiles in
+memory. Exits 1 when a goal is
 missed.
 """
 
@@ -31,7 +32,7 @@ from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, ViewSpec
 
-NUM_PHOTOS, NUM_TILES = 24, 256
+NUM_PHOTOS, NUM_TILES, NUM_LARGE = 24, 256, 4
 NUM_VIEWS = 1024
 FLIP = {"kind": "horizontal_flip"}
 CROP = {"kind": "random_resized_crop", "size": 224}
@@ -49,6 +50,7 @@ class Case(NamedTuple):
 def write_photos(folder: Path) -> list[Path]:
     """Save parts of the two photographs as JPEG files."""
     generator = np.random.default_rng(0)
+    folder.mkdir(exist_ok=True)
     paths = []
     for number in range(NUM_PHOTOS):
         photo = load_sample_images().images[number % 2]
@@ -58,6 +60,18 @@ def write_photos(folder: Path) -> list[Path]:
         part = Image.fromarray(photo[top : top + height, left : left + width]).resize(size, Image.Resampling.LANCZOS)
         paths.append(folder / f"{number:02}.jpg")
         part.save(paths[-1], quality=90)
+    return paths
+
+
+def write_large(folder: Path) -> list[Path]:
+    """Save the photographs with twelve megapixels and the grain of a sensor, about 5 MB each."""
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    paths = [folder / f"{number}.jpg" for number in range(NUM_LARGE)]
+    for number, path in enumerate(paths):
+        photo = Image.fromarray(load_sample_images().images[number % 2]).resize((4000, 3000), Image.Resampling.BICUBIC)
+        grain = generator.integers(-9, 10, (3000, 4000, 1), dtype=np.int16)
+        Image.fromarray((np.asarray(photo) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
     return paths
 
 
@@ -127,9 +141,10 @@ def stacked(dataset: Photos | Tiles, count: int, batch_size: int) -> Work:
     return work
 
 
-def rendered(dataset: ImageDataset, batch_size: int, augmentations: list[dict[str, Any]]) -> Work:
+def rendered(dataset: ImageDataset, batch_size: int, augmentations: list[dict[str, Any]], decode: str = "full") -> Work:
     """Render batches in order, another view in each round."""
-    views = Views(dataset, ViewSpec.model_validate_json(json.dumps({"augmentations": augmentations})))
+    fields = {"augmentations": augmentations, "decode": decode}
+    views = Views(dataset, ViewSpec.model_validate_json(json.dumps(fields)))
     count = len(dataset.ids)
 
     def work(view: int) -> None:
@@ -189,6 +204,15 @@ def photo_cases(folder: Path) -> list[Case]:
     ]
 
 
+def large_case(folder: Path) -> Case:
+    """Return the case of photographs of twelve megapixels, which ours decodes as far as the crops need."""
+    crop = [CROP | {"scale": [0.25, 1.0]}, FLIP]
+    transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(224, scale=(0.25, 1.0)), v2.RandomHorizontalFlip()])
+    theirs = stacked(Photos(write_large(folder), transform), NUM_LARGE, NUM_LARGE)
+    ours = rendered(ImageFolder(root=str(folder)).open(), NUM_LARGE, crop, "scaled")
+    return Case("224 JPEG of 12 megapixels: scaled crop, flip", 0.35, ours, theirs)
+
+
 def ratio(case: Case, least_seconds: float) -> dict[str, Any]:
     """Measure a case for a time, in at least six rounds; each round renders another view."""
     works = [lambda number, work=work: work(number % NUM_VIEWS) for work in (case.ours, case.theirs)]
@@ -211,7 +235,7 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as name:
-        cases = [*small_cases(), *photo_cases(Path(name))]
+        cases = [*small_cases(), *photo_cases(Path(name) / "photos"), large_case(Path(name) / "large")]
         rows = [ratio(case, 3.0 if arguments.quick else 20.0) for case in cases]
     if arguments.json:
         print_json(rows)

@@ -104,6 +104,7 @@ MODULES = {
     "scikit-learn": "sklearn",
     "threadpoolctl": "threadpoolctl",
     "scipy": "scipy",
+    "simplejpeg": "simplejpeg",
     "tensorboard": "tensorboard",
     "tensorstore": "tensorstore",
     "timm": "timm",

@@ -147,7 +147,7 @@ def require_planned(recorded: RecordedRows, columns: Sequence[str], views: Views
         raise ReplayMismatchError(
             f"the cache recorded the parameters {list(columns)}, this release plans {list(spec.columns())}. {_FIX}"
         )
-    sizes, count = views.dataset.sizes(), len(views.dataset.ids)
+    sizes, count = views.images.sizes(), len(views.dataset.ids)
     for keys in _blocks(shards):
         planned = spec.rows(keys, sizes[[key.index for key in keys]], count)
         found = recorded(keys)

@@ -21,7 +21,7 @@ from logitcache.teacher.answers import PASSES, answers_of
 from logitcache.teacher.calibration import rows_to_answer
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.views import canaries
-from logitcache.views.spec import require_one_size
+from logitcache.views.view_sizes import require_one_size
 
 CALIBRATION_SECONDS, FEWEST_ROWS = 20.0, 256
 """A dry run takes as many calibration rows as are answered in this time, and at least these."""

@@ -22,7 +22,8 @@ from logitcache.views import canaries
 from logitcache.views.augmentations.foreign import foreign_transforms
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import ImageDataset
-from logitcache.views.spec import Views, require_one_size
+from logitcache.views.spec import Views
+from logitcache.views.view_sizes import require_one_size
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class PrecomputeTask(ShardTask):
         try:
             return next(images)
         except DataError:
-            every, read = _flat(keys), self._answered.dataset.read
+            every, read = _flat(keys), self._answered.images.read
             named = dict.fromkeys(key.index for key in (*every, *self._answered.partners(every)))
             if self._notes_unreadable:
                 note_unreadable(self.todo.store, [index for index in named if caught(functools.partial(read, index))])
@@ -144,7 +144,7 @@ class PrecomputeTask(ShardTask):
     @cached_property
     def _sizes(self) -> NDArray[np.int64]:
         """Heights and widths of all images, [N, 2]; a data set of files looks at every one of them each time."""
-        return self._inputs.views.dataset.sizes()
+        return self._inputs.views.images.sizes()
 
 
 def _flat(keys: Mapping[Shard, list[ViewKey]]) -> list[ViewKey]:

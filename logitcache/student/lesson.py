@@ -30,7 +30,8 @@ from logitcache.views.datasets.images.labels import class_counts
 from logitcache.views.keys import ViewKey
 from logitcache.views.order import held_out
 from logitcache.views.pairing import Ints
-from logitcache.views.spec import Views, require_one_size
+from logitcache.views.spec import Views
+from logitcache.views.view_sizes import require_one_size
 
 NUM_LABELS = 64
 R = TypeVar("R", bound=TrainingRecipe)

@@ -26,6 +26,7 @@ from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
 from logitcache.views.mixing import Mixings
 from logitcache.views.sampling import MIXED_SAMPLING, EveryImage, Sampling
+from logitcache.views.scaled_decoding import Decode
 from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -47,8 +48,7 @@ class TrainingRecipe(Component):
     )
     preprocessing: Preprocessing | None = Field(
         default=None,
-        description="Normalisation of the model's input; by default what the model brings along, or mean 0.5 and "
-        "std 0.5.",
+        description="Normalisation of the model's input; by default the model's own, or mean 0.5 and std 0.5.",
         examples=[{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}],
     )
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)]
@@ -83,9 +83,7 @@ class TrainingRecipe(Component):
         default=LearningRateSchedule(), description="Course of the learning rate over the run."
     )
     clip_norm: Positive | None = Field(
-        default=None,
-        description="Largest norm of the gradient; by default the gradient is not clipped.",
-        examples=[1.0],
+        default=None, description="Largest norm of the gradient; by default it is not clipped.", examples=[1.0]
     )
     keep: Literal["last", "best"] = Field(
         default="last",
@@ -283,6 +281,7 @@ class TeacherRecipe(TrainingRecipe):
         description="Augmentations, applied in this order and drawn afresh in every epoch.",
         examples=[[{"kind": "random_resized_crop", "size": 224}, {"kind": "horizontal_flip"}]],
     )
+    decode: Decode = "full"
     mixing: Mixings = ()
     losses: Annotated[tuple[LabelLoss, ...], Field(min_length=1)] = Field(
         default=(CrossEntropy(),), description="Losses on labels, which are added up."
@@ -297,4 +296,5 @@ class TeacherRecipe(TrainingRecipe):
 
     def views(self) -> ViewSpec:
         """Return the views of all epochs."""
-        return ViewSpec(num_views=self.epochs, seed=self.seed, augmentations=self.augmentations, mixing=self.mixing)
+        drawn = {"seed": self.seed, "augmentations": self.augmentations, "decode": self.decode, "mixing": self.mixing}
+        return ViewSpec.model_validate(drawn | {"num_views": self.epochs})

@@ -124,7 +124,7 @@ def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]
 
 
 def _take(views: Views, key: ViewKey) -> tuple[Canary, Tensor]:
-    raw = views.dataset.read(key.index)
+    raw = views.images.read(key.index)
     sizes = np.array([raw.shape[1:]], dtype=np.int64)
     drawn = views.spec.rows([key], sizes, len(views.dataset.ids)) if views.recorded is None else views.recorded([key])
     pixels = views[key]

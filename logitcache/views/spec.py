@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from logitcache.config.recipe import Component
+from logitcache.config.recipe import Extended
 from logitcache.errors import DataError, RecipeError
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.base import Ints
@@ -19,8 +19,8 @@ from logitcache.views.datasets.base import ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
 from logitcache.views.pairing import Pairing
+from logitcache.views.scaled_decoding import Decode, factors, reduced
 
-_BLOCK = 4096  # images planned at a time
 _SMALL = 1 << 16  # bytes of an image that is better augmented together with others
 
 Recorded = Callable[[Sequence[ViewKey]], Ints]
@@ -41,13 +41,15 @@ MIXED_IMAGES_HELD_OUT = (
 )
 
 
-class ViewSpec(Component):
+class ViewSpec(Extended):
     """Deterministically augmented copies of every image.
 
     The pixels of a view are a pure function of these entries, the key (view, image) and the number of images;
     `num_views` only counts the views that are used. With `mixing`, each image is mixed with a partner, another in each
     view; both images of a pair are one another's partner.
     """
+
+    added: ClassVar[frozenset[str]] = frozenset({"decode"})
 
     num_views: Annotated[int, Field(ge=1, lt=2**32)] = Field(
         default=1,
@@ -62,6 +64,7 @@ class ViewSpec(Component):
         "fixed size at the end.",
         examples=[[{"kind": "random_resized_crop", "size": 224}, {"kind": "horizontal_flip"}]],
     )
+    decode: Decode = "full"
     mixing: Mixings = ()
     pairing_window: Annotated[int, Field(ge=2, multiple_of=2)] | None = Field(
         default=None,
@@ -98,6 +101,10 @@ class ViewSpec(Component):
         if self.targets == "exact":
             return self
         return self.model_copy(update={"mixing": (), "pairing_window": None, "targets": "exact"})
+
+    def factors(self, sizes: Ints) -> Ints:
+        """Return by which factor JPEG of `sizes` [B, 2] is reduced as it is decoded, [B]: the same for all views."""
+        return factors(self.augmentations, sizes)
 
     def pairing(self, num_images: int) -> Pairing | None:
         """Return who is mixed with whom among so many images; None if nothing is mixed."""
@@ -171,10 +178,12 @@ class Views:
     """The views of a data set, by key: usable as a map-style data set of torch.
 
     `recorded` gives rows of integers [B, P], named by the spec's `columns`, to replay in place of drawing them.
+    `images` are those of `dataset` as they are decoded for these views.
     """
 
     def __init__(self, dataset: ImageDataset, spec: ViewSpec, recorded: Recorded | None = None) -> None:
         self.dataset = dataset
+        self.images = dataset if spec.decode == "full" else reduced(dataset, spec.factors)
         self.spec = spec
         self.recorded = recorded
 
@@ -224,7 +233,7 @@ class Views:
     def _augmented(self, keys: list[ViewKey]) -> Tensor:
         """Render views as they are before mixing."""
         indices = list({key[1] for key in keys})
-        decoded = dict(zip(indices, read_images(self.dataset, indices), strict=True))
+        decoded = dict(zip(indices, read_images(self.images, indices), strict=True))
         images = [decoded[key[1]] for key in keys]
         sizes = np.array([image.shape for image in images], dtype=np.int64)[:, 1:]
         plans = self.spec.split(self.recorded(keys))[0] if self.recorded else self.spec.plan(keys, sizes)[0]
@@ -259,30 +268,3 @@ class Views:
                     f"{tuple(image.shape)}. Fix: {FIX_OF_SIZES if len(rendered[0]) == len(image) else alike}"
                 )
         return torch.stack(rendered)
-
-
-def require_one_size(views: Views) -> None:
-    """Raise DataError naming images whose views cannot be drawn or have another size, before any is decoded."""
-    sizes, ids = views.dataset.sizes(), views.dataset.ids
-    first = None
-    for start in range(0, len(ids), _BLOCK):
-        keys = [ViewKey(0, index) for index in range(start, min(start + _BLOCK, len(ids)))]
-        found = _sizes_of_views(views, keys, sizes[start : start + _BLOCK])
-        first = found[0] if first is None else first
-        if (found != first).any():
-            row = int((found != first).any(axis=1).argmax())
-            raise DataError(
-                f"views must have one size: {ids[0]!r} gives {tuple(first.tolist())}, {ids[start + row]!r} gives "
-                f"{tuple(found[row].tolist())}. Fix: {FIX_OF_SIZES}"
-            )
-
-
-def _sizes_of_views(views: Views, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
-    try:
-        return views.spec.plan(keys, sizes)[1]
-    except DataError as error:
-        if len(keys) == 1:
-            raise DataError(f"{views.dataset.ids[keys[0].index]!r}: {error}") from error
-        half = len(keys) // 2  # to the image that is to blame
-        _sizes_of_views(views, keys[:half], sizes[:half])
-        return _sizes_of_views(views, keys[half:], sizes[half:])

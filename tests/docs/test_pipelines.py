@@ -86,7 +86,7 @@ def train_student(name: str, cache: Path, out: Path, *overrides: str) -> None:
     assert result.teacher_passes == 0
 
 
-@pytest.mark.parametrize("name", ["imagenet", "funmatch"])
+@pytest.mark.parametrize("name", ["imagenet", "funmatch", "large_photographs"])
 def test_the_recipe_runs_on_a_folder_of_ones_own(name: str, photos: Path, tmp_path: Path) -> None:
     cache = tmp_path / "c.zarr"
     changes = [f"cache={cache}", f"dataset.root={photos}", "dataset.labelled=false", "views.num_views=4"]

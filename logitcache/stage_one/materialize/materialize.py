@@ -35,7 +35,8 @@ from logitcache.views.checksums import row_checksums
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import StartMethod, ViewLoader
-from logitcache.views.spec import Views, require_one_size
+from logitcache.views.spec import Views
+from logitcache.views.view_sizes import require_one_size
 
 DESCRIPTION = "views.json"
 """What the files of a folder hold, written before the first of them."""

@@ -33,7 +33,8 @@ from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
 from logitcache.views.order import held_out, share_of
 from logitcache.views.pairing import Ints
-from logitcache.views.spec import Views, ViewSpec, require_one_size
+from logitcache.views.spec import Views, ViewSpec
+from logitcache.views.view_sizes import require_one_size
 
 NUM_SAMPLES = 8
 _MEASURED_ON = {"validation", "verify", "drift_limits", "factories", "trust", "num_workers"}

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from types import ModuleType
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ class AugmentationBase(Component, ABC):
 
     A subclass names its parameters in the class variable `columns`; by default it has none.
     """
+
+    scale_free: ClassVar[bool] = False
+    """Whether it does the same to an image in any resolution: its parameters and its result count no pixels."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -70,6 +73,18 @@ class TorchvisionBase(AugmentationBase):
     def model_post_init(self, context: object) -> None:
         """Import the kernels."""
         kernels()
+
+
+class ResizingBase(TorchvisionBase):
+    """An augmentation that brings a part of an image, or all of it, to a size of its own."""
+
+    @abstractmethod
+    def smallest(self, sizes: Ints) -> Ints:
+        """Return height and width that no part falls below that can be drawn of images of `sizes`, [B, 2] both."""
+
+    @abstractmethod
+    def results(self, sizes: Ints) -> Ints:
+        """Return the sizes of the results for images of `sizes`, [B, 2] both."""
 
 
 def pair(size: Size) -> tuple[int, int]:

@@ -64,6 +64,7 @@ class ColorJitter(TorchvisionBase):
         *("applied", "first", "second", "third", "fourth"),
         *("brightness", "contrast", "saturation", "hue"),
     )
+    scale_free: ClassVar[bool] = True
 
     kind: Literal["color_jitter"] = "color_jitter"
     brightness: Factors | None = Field(
@@ -147,6 +148,7 @@ class RandomGrayscale(TorchvisionBase):
     """Turn an image to grey; it keeps its number of channels, one or three."""
 
     columns: ClassVar[tuple[str, ...]] = ("applied",)
+    scale_free: ClassVar[bool] = True
 
     kind: Literal["random_grayscale"] = "random_grayscale"
     p: Fraction = Field(default=0.1, description="Probability that an image turns to grey.")

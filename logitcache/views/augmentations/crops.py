@@ -16,6 +16,7 @@ from logitcache.views.augmentations.base import (
     Ints,
     Ordered,
     RatioKnots,
+    ResizingBase,
     Size,
     TorchvisionBase,
     drawn_sides,
@@ -103,7 +104,7 @@ class RandomCrop(AugmentationBase):
         return torch.from_numpy(windows[np.arange(len(images)), :, params[:, 0], params[:, 1]])
 
 
-class RandomResizedCrop(TorchvisionBase):
+class RandomResizedCrop(ResizingBase):
     """Crop a random area and aspect ratio, then resize to `size`."""
 
     columns: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width")
@@ -139,6 +140,21 @@ class RandomResizedCrop(TorchvisionBase):
         boxes[none] = self._central(sizes[none])
         corners[none] = (sizes[none] - boxes[none]) // 2
         return np.concatenate([corners, boxes], axis=1), sizes_of(len(sizes), pair(self.size))
+
+    def smallest(self, sizes: Ints) -> Ints:
+        """Return the sides of the smallest area in the narrowest and the flattest ratio, or of the central crop.
+
+        Products, quotients and roots that round correctly keep their order: no word draws less.
+        """
+        area = (sizes[:, 0] * sizes[:, 1]) * self.scale[0]
+        sides = [np.sqrt(area / self.ratio_knots[-1]), np.sqrt(area * self.ratio_knots[0])]
+        drawn: Ints = np.rint(np.stack(sides, axis=1)).astype(np.int64)
+        smallest: Ints = np.minimum(drawn, self._central(sizes))
+        return smallest
+
+    def results(self, sizes: Ints) -> Ints:
+        """Return `size`."""
+        return sizes_of(len(sizes), pair(self.size))
 
     def _central(self, sizes: Ints) -> Ints:
         height, width = sizes[:, 0], sizes[:, 1]

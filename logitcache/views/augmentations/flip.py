@@ -15,6 +15,7 @@ class HorizontalFlip(AugmentationBase):
     """Mirror left and right."""
 
     columns: ClassVar[tuple[str, ...]] = ("flipped",)
+    scale_free: ClassVar[bool] = True
 
     kind: Literal["horizontal_flip"] = "horizontal_flip"
     p: Fraction = Field(default=0.5, description="Probability that an image is mirrored.")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
-from logitcache.views.augmentations.base import Interpolation, Ints, Size, TorchvisionBase, kernels, sizes_of
+from logitcache.views.augmentations.base import Interpolation, Ints, ResizingBase, Size, kernels, sizes_of
 from logitcache.views.keys import Draws
 
 Filter = Literal["bilinear", "bicubic"]
@@ -64,7 +64,7 @@ def resized(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: I
     )
 
 
-class Resize(TorchvisionBase):
+class Resize(ResizingBase):
     """Resize the whole image."""
 
     columns: ClassVar[tuple[str, ...]] = ("height", "width")
@@ -82,11 +82,18 @@ class Resize(TorchvisionBase):
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Compute the new height and width."""
-        if isinstance(self.size, int):
-            scaled = self.size * sizes // sizes.min(axis=1, keepdims=True)
-        else:
-            scaled = sizes_of(len(sizes), self.size)
+        scaled = self.results(sizes)
         return scaled, scaled
+
+    def smallest(self, sizes: Ints) -> Ints:
+        """Return the whole image."""
+        return sizes
+
+    def results(self, sizes: Ints) -> Ints:
+        """Return the new heights and widths."""
+        if isinstance(self.size, int):
+            return np.asarray(self.size * sizes // sizes.min(axis=1, keepdims=True), np.int64)
+        return sizes_of(len(sizes), self.size)
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Resize with antialiasing."""

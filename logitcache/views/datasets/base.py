@@ -3,7 +3,7 @@
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -72,6 +72,17 @@ class Turned(Protocol):
 
     def turned(self) -> NDArray[np.int64]:
         """Return which images have an orientation that is ignored; decodes no file for it."""
+
+
+@runtime_checkable
+class Reducible(Protocol):
+    """A data set of files, of which JPEG can be decoded in a lower resolution."""
+
+    def reduced(self, factors: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> ImageDataset:
+        """Return the same images, of which those in JPEG are decoded at 1/`factors` of their heights and widths.
+
+        `factors` maps sizes [B, 2], as `sizes` gives them, to 1, 2, 4 or 8, [B]. Sides are rounded up.
+        """
 
 
 def warn_of_orientation(dataset: ImageDataset) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Tensor
@@ -21,7 +20,7 @@ from logitcache.store.safe_files import open_regular
 from logitcache.views.datasets.base import DatasetBase, Labels, digest_of
 from logitcache.views.datasets.custom import as_ids
 from logitcache.views.datasets.image_folder import LARGEST
-from logitcache.views.datasets.images.image_files import Decoder, ImageFiles, Orientation, head_of
+from logitcache.views.datasets.images.image_files import HEADERS, Decoder, ImageFiles, Orientation, head_of
 from logitcache.views.datasets.images.labels import LabelTable, as_label, num_classes_of
 from logitcache.views.datasets.images.pixels import Mode
 from logitcache.views.datasets.map_style import num_items
@@ -161,12 +160,14 @@ def _memory(entry: HuggingFace, files: tuple[str, ...], opened_ns: int) -> ScanM
     """Return where the scan of the rows is remembered, if they lie in files."""
     if not files:
         return None
-    identity = f"{entry.model_dump_json()} {PIL.__version__}"
+    identity = f"{entry.model_dump_json()} {HEADERS}"
     return ScanMemory(Path(files[0]).parent, identity, opened_ns, files)
 
 
 class HuggingFaceImages(ImageFiles):
     """The images of rows, in their order."""
+
+    scans_once = True
 
     def __init__(self, entry: HuggingFace, rows: Any, memory: ScanMemory | None) -> None:
         super().__init__(entry.mode, entry.orientation)

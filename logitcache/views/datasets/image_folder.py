@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, Literal
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
@@ -21,7 +20,7 @@ from logitcache.store.safe_files import open_regular
 from logitcache.views.datasets.base import DatasetBase
 from logitcache.views.datasets.images.class_folders import Listing, Split, by_class, of_split, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds, PathsBelow
-from logitcache.views.datasets.images.image_files import Decoder, ImageFiles, Orientation, head_of, is_image
+from logitcache.views.datasets.images.image_files import HEADERS, Decoder, ImageFiles, Orientation, head_of, is_image
 from logitcache.views.datasets.images.pixels import Mode
 from logitcache.views.datasets.images.remote_folder import RemoteImages, open_folder
 
@@ -35,9 +34,10 @@ class ImageFolder(DatasetBase):
     """Images of a folder, on this machine or at a URL that can be listed: JPEG, PNG, WebP, BMP, TIFF, PPM, GIF.
 
     A folder and its copy at a URL are one data set: the same ids, order, classes and fingerprint. Images are decoded by
-    Pillow at full resolution and converted as torchvision's ImageFolder does: grey and palette images are spread to
-    RGB, transparency is dropped, CMYK is converted; 16-bit grey is scaled to 8 bits by its high byte, floating-point
-    images are refused. File names are compared byte by byte: a copy whose names are in another Unicode form is refused.
+    Pillow, at full resolution unless views have `decode: scaled`, and converted as torchvision's ImageFolder does: grey
+    and palette images are spread to RGB, transparency is dropped, CMYK is converted; 16-bit grey is scaled to 8 bits by
+    its high byte, floating-point images are refused. File names are compared byte by byte: a copy whose names are in
+    another Unicode form is refused.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"orientation", "split", "holdout"})
@@ -146,7 +146,7 @@ def _sha256(file: BinaryIO) -> bytes:
 
 _SHA256 = SHA256._replace(of=_sha256)
 _HEADS = Measure(
-    f"pillow-{PIL.__version__}-heads",
+    HEADERS,
     "reading the sizes of",
     lambda file: struct.pack("<3q", *head_of(file, file.name)),
 )

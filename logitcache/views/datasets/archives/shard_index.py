@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 
 from logitcache.errors import DataError, LogitCacheError
@@ -20,7 +19,7 @@ from logitcache.views.datasets.archives.shard_files import Shard
 from logitcache.views.datasets.archives.tar_members import TarMember, members
 from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.ids import PackedIds, narrowed
-from logitcache.views.datasets.images.image_files import head_of, is_read, known, some
+from logitcache.views.datasets.images.image_files import HEADERS, head_of, is_read, known, some
 from logitcache.views.datasets.scan_memory import recall, remember
 
 LABEL = ".cls"
@@ -77,7 +76,7 @@ def index_of(shard: Shard, given_up: threading.Event) -> tuple[Entry, ShardIndex
     once the event is set.
     """
     before = _entry(shard)
-    path = memory_of(str(shard), f"shard-heads-pillow-{PIL.__version__}.npz")
+    path = memory_of(str(shard), f"shard-{HEADERS}.npz")
     if not before.tag:
         return _found(shard, before, None, given_up)
     recalled = _recalled(path, before)

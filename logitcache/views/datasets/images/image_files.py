@@ -5,14 +5,17 @@ read (its first frame). The EXIF orientation is ignored, as there, or applied; P
 """
 
 import contextlib
+import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Annotated, BinaryIO, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, BinaryIO, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import Field
 from torch import Tensor
 
@@ -60,53 +63,98 @@ _TURNS = {
 _UPRIGHT, _SWAPPED = 1, 5
 """The orientation of what is stored as it is to be seen, and the first of those that swap height and width."""
 
+_REDUCIBLE = 16
+
+HEADERS = f"headers-pillow-{PIL.__version__}"
+"""Names what is remembered of headers."""
+
+Factors = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+"""From sizes of images [B, 2] to 1, 2, 4 or 8, [B]: images are decoded at 1/factor of them."""
+
 
 class ImageHeader(NamedTuple):
-    """The head of a file: height and width of what is stored, and the EXIF orientation, 1 without any."""
+    """The header of a file: height and width of what is stored, and its traits.
+
+    These are the EXIF orientation, 1 without any, and 16 more if the decoder can reduce the image.
+    """
 
     height: int
     width: int
-    orientation: int
+    traits: int
 
 
-def decode(file: BinaryIO, mode: Mode, name: str, orientation: Orientation = "ignore") -> Tensor:
+def decode(
+    file: BinaryIO, mode: Mode, name: str, orientation: Orientation = "ignore", factors: Factors | None = None
+) -> Tensor:
     """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
     with _refused(name), Image.open(file, formats=_FORMATS) as image:
         turn = _TURNS.get(_orientation(image)) if orientation == "apply" else None
+        if factors is not None:
+            _, (factor,) = _sizes_and_factors(np.array([_header(image)]), orientation, factors)
+            if factor > 1:  # libjpeg leaves frequencies out
+                image.draft(None, (image.width // factor, image.height // factor))
         return from_pil(image if turn is None else image.transpose(turn), mode)
 
 
 def head_of(file: BinaryIO, name: str) -> ImageHeader:
-    """Read the head of a file; raises DataError naming one that has none."""
+    """Read the header of a file; raises DataError naming one that has none."""
     with _refused(name), Image.open(file, formats=_FORMATS) as image:
-        return ImageHeader(image.height, image.width, _orientation(image))
+        return _header(image)
+
+
+def _header(image: Image.Image) -> ImageHeader:
+    # Lossless JPEG, which has no tables of quantization, cannot be reduced.
+    reducible = isinstance(image, JpegImageFile) and bool(image.quantization)
+    return ImageHeader(image.height, image.width, _orientation(image) + _REDUCIBLE * reducible)
+
+
+def _sizes_and_factors(
+    heads: NDArray[np.int64], orientation: Orientation, factors: Factors | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return heights and widths of decoded images [n, 2], and the factors by which they are reduced, [n]."""
+    sizes, traits = heads[:, :2], heads[:, 2]
+    if orientation == "apply":
+        sizes = np.where(traits[:, None] % _REDUCIBLE >= _SWAPPED, heads[:, 1::-1], sizes)
+    if factors is None:
+        return sizes, np.ones(len(heads), np.int64)
+    found = np.where(traits >= _REDUCIBLE, factors(sizes), 1)
+    return -(-sizes // found[:, None]), found
 
 
 class ImageFiles(ABC):
-    """A data set whose images are files: sizes and orientations come from their heads."""
+    """A data set whose images are files: sizes and orientations come from their headers."""
+
+    scans_once: ClassVar[bool] = False
+    """Whether headers and digests are read once for each object, which a copy should not repeat."""
 
     def __init__(self, mode: Mode, orientation: Orientation) -> None:
         self._mode, self._orientation = mode, orientation
+        self._factors: Factors | None = None
 
     @abstractmethod
     def heads(self) -> NDArray[np.int64]:
-        """Return the head of every file, [n, 3]."""
+        """Return the header of every file, [n, 3]."""
 
     def sizes(self) -> NDArray[np.int64]:
         """Return height and width of all images, [n, 2], as `read` gives them."""
-        heads = self.heads()
-        if self._orientation == "ignore":
-            return heads[:, :2]
-        return np.where(heads[:, 2:] >= _SWAPPED, heads[:, 1::-1], heads[:, :2])
+        return _sizes_and_factors(self.heads(), self._orientation, self._factors)[0]
 
     def turned(self) -> NDArray[np.int64]:
         """Return which images have an EXIF orientation that is ignored."""
         ignored = self._orientation == "ignore"
-        return np.flatnonzero(self.heads()[:, 2] > _UPRIGHT) if ignored else np.empty(0, np.int64)
+        return np.flatnonzero(self.heads()[:, 2] % _REDUCIBLE > _UPRIGHT) if ignored else np.empty(0, np.int64)
+
+    def reduced(self, factors: Factors) -> Self:
+        """Return the same images, of which JPEG is decoded at 1/`factors` of its sizes."""
+        if self.scans_once:
+            self.heads()
+        images = copy.copy(self)
+        images._factors = factors
+        return images
 
     def decoded(self, file: BinaryIO, name: str) -> Tensor:
         """Decode a file to uint8 [C, H, W]; raises DataError naming one that cannot be decoded."""
-        return decode(file, self._mode, name, self._orientation)
+        return decode(file, self._mode, name, self._orientation, self._factors)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,13 +21,13 @@ from logitcache.store.remote.client import Entry, Remote
 from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.class_folders import Listing, by_class, unlabelled
 from logitcache.views.datasets.images.ids import PackedIds
-from logitcache.views.datasets.images.image_files import ImageFiles, Orientation, head_of, is_image
+from logitcache.views.datasets.images.image_files import HEADERS, ImageFiles, Orientation, head_of, is_image
 from logitcache.views.datasets.images.pixels import Mode
 
 _BLOCK = 1024  # files whose results are awaited together
 
 
-_MEASURED = struct.Struct("<Q3q")  # digest, height, width, orientation: as long as the digests of a stamp index
+_MEASURED = struct.Struct("<Q3q")  # digest, height, width, traits: as long as the digests of a stamp index
 
 
 def open_folder(
@@ -73,6 +72,8 @@ def _below(root: str, keys: Mapping[str, Entry]) -> tuple[list[str], set[str]]:
 class RemoteImages(ImageFiles):
     """Image files at a URL in order; an id is the path below the root."""
 
+    scans_once = True
+
     def __init__(
         self, remote: Remote, mode: Mode, listing: Listing, entries: Mapping[str, Entry], orientation: Orientation
     ) -> None:
@@ -108,7 +109,7 @@ class RemoteImages(ImageFiles):
             stamps = map(digest_index.stamp_of_tag, self._lengths.tolist(), self._tags)
             names = (f"{self._remote}/{name}" for name in self.ids)
             rows = digest_index.as_rows(map(digest_index.packed_row, names, stamps))
-            path = memory_of(self._remote.url, f"remote-heads-pillow-{PIL.__version__}")
+            path = memory_of(self._remote.url, f"remote-{HEADERS}")
             if not _recalled(path, rows).all():
                 with turn(path, threading.Event()):
                     self._scan_rest(path, rows)
