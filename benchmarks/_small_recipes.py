@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 CPU = ("device=cpu", "num_workers=0")
+PLAIN = ("channels_last=false", "fused=false")
+"""How students computed before there was a choice."""
 PIXELS = 32
 """The size of the images that teachers and students of photographs see."""
 
@@ -30,14 +32,19 @@ class Job(NamedTuple):
     """Changes of further calls on the same recipe: a cache that grows."""
 
     def command_lines(self, pipelines: Path, inputs: Path) -> list[list[str]]:
-        """Return the arguments of `logitcache` for each call in turn."""
+        """Return the arguments of `logitcache` for each call in turn, without keys that its checkout does not know."""
+        known = (pipelines / "schemas" / "train-student.json").read_text()
+        missing = tuple(f"{key}=" for change in PLAIN if f'"{(key := change.partition("=")[0])}":' not in known)
         return [
             [
                 self.command,
                 str(pipelines / self.recipe),
                 "--quiet",
                 *self.options,
-                *_sets((*self.changes, *more), inputs),
+                *_sets(
+                    [one for one in (*self.changes, *more) if not one.removeprefix("student.").startswith(missing)],
+                    inputs,
+                ),
             ]
             for more in ((), *self.later)
         ]
@@ -70,7 +77,7 @@ def _precompute(folder: str, *changes: str, file: str = "precompute", **options:
 
 def _train(folder: str, role: str, *changes: str, **options: object) -> Job:
     recipe, output = f"{folder}/{role}.yaml", f"runs/{folder}-{role}"
-    shared = (f"out={output}", *CPU, "epochs=2", "schedule.warmup_epochs=1", "batch_size=16", *changes)
+    shared = (f"out={output}", *CPU, *PLAIN, "epochs=2", "schedule.warmup_epochs=1", "batch_size=16", *changes)
     command = "train-teacher" if role == "teacher" else "train-student"
     return Job(recipe, command, recipe, output, shared, **options)  # type: ignore[arg-type]
 
@@ -133,7 +140,7 @@ def _of_sweeps() -> list[Job]:
     changes = (
         "student.cache=caches/fashion_mnist-precompute.zarr",
         "student.validation.cache=caches/fashion_mnist-precompute_test.zarr",
-        *(f"student.{change}" for change in (*CPU, "epochs=2", "batch_size=16")),
+        *(f"student.{change}" for change in (*CPU, *PLAIN, "epochs=2", "batch_size=16")),
         "seeds=2",
         "inexact_targets=warn",
     )
@@ -177,7 +184,7 @@ def _of_photographs() -> list[Job]:
     untrained = (*_stand_in("resnet50"), "teachers.resnet50.logits.k=5")
     cropped = f"views.augmentations.0.size={PIXELS}"
     folder, shards = "dataset.root=INPUTS/photos", "dataset.shards=INPUTS/photos-{0..1}.tar"
-    small = ("batch_size=4", "channels_last=false")
+    small = ("batch_size=4",)
     images = "dataset={kind: image_folder, root: INPUTS/photos}"
     teacher = ("cifar/teacher.yaml",)
     return [

@@ -27,10 +27,18 @@ from _small_recipes import Job, make_inputs, selected
 
 REPOSITORY = Path(__file__).parent.parent
 
-VARIES = {"seconds", "images_per_second", "versions"}
-"""The entries of the files in TIMED that are not compared: times and versions."""
+VARIES = {"seconds", "images_per_second", "versions", "fused"}
+"""The entries of the files in TIMED that are not compared: times, versions, and keys that only one side records."""
 
-TIMED = {"result.json", "environment.json", "metrics.jsonl", "metrics.csv", "checkpoint.pt"}
+TIMED = {
+    "result.json",
+    "environment.json",
+    "metrics.jsonl",
+    "metrics.csv",
+    "checkpoint.pt",
+    "recipe.yaml",
+    "sweep.yaml",
+}
 """The files of a run whose values are compared; of every other file, each byte."""
 
 RUNNER = """
@@ -115,9 +123,10 @@ def compare_values(old: Any, new: Any, at: str = "") -> str | None:
     if type(old) is not type(new):
         return f"{at} is {old!r:.80}, then {new!r:.80}"
     if isinstance(old, dict):
-        if list(old) != list(new):
-            return f"{at} has the keys {list(old)}, then {list(new)}"
-        items = [(f"{at}.{key}", old[key], new[key]) for key in old if key not in VARIES]
+        keys, others = ([key for key in side if key not in VARIES] for side in (old, new))
+        if keys != others:
+            return f"{at} has the keys {keys}, then {others}"
+        items = [(f"{at}.{key}", old[key], new[key]) for key in keys]
     elif isinstance(old, list | tuple):
         if len(old) != len(new):
             return f"{at} has {len(old)} items, then {len(new)}"
@@ -150,11 +159,18 @@ def _read_checkpoint(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
+def _read_yaml(data: bytes) -> Any:
+    import yaml
+
+    return yaml.safe_load(data)
+
+
 READERS: dict[str, Callable[[bytes], Any]] = {
     ".json": json.loads,
     ".jsonl": lambda data: [json.loads(line) for line in data.splitlines()],
     ".csv": lambda data: list(csv.DictReader(io.StringIO(data.decode()))),
     ".pt": _read_checkpoint,
+    ".yaml": _read_yaml,
 }
 """How to read files, to name the value that differs."""
 

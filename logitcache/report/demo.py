@@ -43,6 +43,7 @@ STUDENT = {
     "batch_size": BATCH_SIZE,
     "optimizer": {"kind": "adamw", "lr": 1.5e-2},
     "channels_last": True,
+    "fused": False,
     "schedule": {"warmup_epochs": 0.5},
     "num_workers": 0,
 }

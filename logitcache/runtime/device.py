@@ -3,14 +3,22 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from logitcache.errors import RecipeError
 
 Precision = Literal["float32", "bfloat16", "float16"]
+ChannelsLast = Annotated[
+    Literal["auto"] | bool,
+    Field(
+        description="Whether images and weights lie in channels-last memory format. `auto`, which the run records: on "
+        "a CPU, and on CUDA under autocast, if the model has 2-D convolutions and answers the same up to rounding.",
+    ),
+]
 
 
 def resolve_device(name: str) -> torch.device:

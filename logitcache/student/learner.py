@@ -67,15 +67,15 @@ class Learner:
         ranks: Ranks = ALONE,
         layouts: Mapping[str, Layout] | None = None,
     ) -> None:
-        """Take up a model, an adapter for each loss, and the decided layouts of the taps."""
+        """Take up a model, an adapter for each loss, and the decided layouts of the taps; the recipe is `settled`."""
         self.device, self.ranks, self.layouts = device, ranks, layouts or {}
         self.model, self.adapters = classifier.to(device), adapters.to(device)
         if recipe.sync_batch_norm:
             synchronize(self.model, ranks)
         self.trained = nn.ModuleList([self.model, self.adapters])
-        if recipe.channels_last:
+        if recipe.channels_last is True:
             self.model.to(memory_format=torch.channels_last)
-        self.optimizer = recipe.optimizer.build(self.trained)
+        self.optimizer = recipe.optimizer.build(self.trained, fused=recipe.fused is True)
         self.scaler = grad_scaler(device, recipe.precision)
         self._averaging = recipe.ema
         self.ema = recipe.ema.start(self.model) if recipe.ema is not None else None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from logitcache.config.recipe import require_effect
-from logitcache.errors import RecipeError, Stopped
+from logitcache.errors import Stopped
 from logitcache.models import Pruned, QuantizedRun
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import OwnRandomness, resolve_device, synchronize
@@ -19,16 +19,17 @@ from logitcache.student.build_model import black, build_adapters, build_classifi
 from logitcache.student.evaluation.validation import Validator, open_validator
 from logitcache.student.learner import Learner
 from logitcache.student.lesson import Lesson, LiveTargets, as_given
-from logitcache.student.optim.batch_norm import require_possible
 from logitcache.student.ranks import ALONE, Ranks, joined
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import RunResult, require_measurable
+from logitcache.student.runs.same_recipe import require_same
 from logitcache.student.runs.trained import Evaluation, evaluated_as
 from logitcache.student.runs.training_run import SHOWN, TrainingRun
+from logitcache.student.speed import as_recorded, settled
 from logitcache.student.trackers.live import tracked
 from logitcache.student.training_data import Stream, TrainingData, open_training_data
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
-from logitcache.student.trial import require_trainable
+from logitcache.student.trial import require_parts, require_trainable
 from logitcache.targets import Batch
 
 AnyRecipe = StudentRecipe | TeacherRecipe
@@ -144,12 +145,14 @@ class _Start(NamedTuple):
     @classmethod
     def of(cls, recipe: AnyRecipe, device: torch.device, resume: bool, ranks: Ranks) -> "_Start":
         """Check a recipe by itself, and against what its run directory holds."""
-        _require_parts(recipe, device, ranks)
+        require_parts(recipe, device, ranks)
         directory = RunDirectory(recipe.out, ranks)
-        before = directory.require_recipe(recipe, resume)
-        if not directory.begun:
+        begun = directory.begun_recipe(type(recipe), resume)
+        if begun is None:
             require_effect(recipe, recipe.epochs)
-        return cls(recipe, directory, before)
+            return cls(recipe, directory, None)
+        recipe = as_recorded(recipe, begun)
+        return cls(recipe, directory, require_same(directory.path, begun, recipe))
 
 
 def _recipe(item: "_Start | TrainingRun") -> TrainingRecipe:
@@ -165,18 +168,6 @@ class _Opened(NamedTuple):
     device: torch.device
     ranks: Ranks
     begins: Callable[[RunDirectory], None]
-
-
-def _require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -> None:
-    """Raise RecipeError for what a process cannot compute on its part of a batch."""
-    if recipe.sync_batch_norm:
-        require_possible(device, ranks)
-    remembering = [f"losses.{n} ({loss.kind})" for n, loss in enumerate(recipe.losses) if loss.remembers_rows]
-    if remembering and ranks.size > 1:
-        raise RecipeError(
-            f"{', '.join(remembering)} remembers every row that it saw, and each of {ranks.size} processes sees "
-            "a part. Fix: one process (--nproc-per-node 1), or other losses"
-        )
 
 
 def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: ExitStack) -> TrainingRun | RunResult:
@@ -195,6 +186,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
         sample = None if validator is None else validator.sample()
         classifier = build_classifier(recipe, lesson, sample, model)
         require_measurable(recipe, validator, sample, lesson.image_shape, classifier.preprocessing)
+        recipe = settled(recipe, classifier, black(lesson), device)
         layouts = decide_layouts(recipe, classifier, black(lesson))
         adapters = build_adapters(recipe, lesson, classifier, layouts)
         require_trainable(recipe, lesson, classifier, device, layouts, ranks.size)

@@ -11,14 +11,14 @@ from logitcache.config.trust import Trust
 from logitcache.errors import RecipeError, raise_all
 from logitcache.models import Model, Preprocessing
 from logitcache.reductions import Layout
-from logitcache.runtime.device import Precision
+from logitcache.runtime.device import ChannelsLast, Precision
 from logitcache.store.remote.client import is_remote
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.evaluation.validation_recipe import Validation
 from logitcache.student.live_teacher import LiveTeacher
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
 from logitcache.student.optim.averaging import Average
-from logitcache.student.optim.optimizers import AdamW, LearningRateSchedule, Optimizer
+from logitcache.student.optim.optimizers import AdamW, Fused, LearningRateSchedule, Optimizer
 from logitcache.student.trackers import Trackers
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level
@@ -109,9 +109,8 @@ class TrainingRecipe(Component):
         description="Whether batch normalisation uses the whole batch of several processes "
         "(`torch.nn.SyncBatchNorm`); CUDA devices only, and not beside `grad_cam`.",
     )
-    channels_last: bool = Field(
-        default=False, description="Whether images and weights lie in channels-last memory format."
-    )
+    channels_last: ChannelsLast = "auto"
+    fused: Fused = "auto"
     compile: bool = Field(default=False, description="Whether the model runs through `torch.compile`.")
     validation: Validation | None = Field(
         default=None,

@@ -23,8 +23,10 @@ from logitcache.student.build_model import black, build_adapters, build_classifi
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Terms
 from logitcache.student.lesson import Lesson
+from logitcache.student.optim.batch_norm import require_possible
 from logitcache.student.optim.schedules import Progress
-from logitcache.student.ranks import ALONE
+from logitcache.student.ranks import ALONE, Ranks
+from logitcache.student.speed import settled
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.order import share_of
@@ -45,6 +47,18 @@ def smallest_batch(recipe: TrainingRecipe, lesson: Lesson, num_processes: int = 
     parts = [len(share_of(range(size), rank, ranks, unit)) for size in batches for rank in range(ranks)]
     micros = ((part, -(-part // recipe.micro_batches)) for part in parts if part)
     return min(part % size or size for part, size in micros)
+
+
+def require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -> None:
+    """Raise RecipeError for what a process cannot compute on its part of a batch."""
+    if recipe.sync_batch_norm:
+        require_possible(device, ranks)
+    remembering = [f"losses.{n} ({loss.kind})" for n, loss in enumerate(recipe.losses) if loss.remembers_rows]
+    if remembering and ranks.size > 1:
+        raise RecipeError(
+            f"{', '.join(remembering)} remembers every row that it saw, and each of {ranks.size} processes sees "
+            "a part. Fix: one process (--nproc-per-node 1), or other losses"
+        )
 
 
 def require_trainable(
@@ -83,6 +97,7 @@ def require_fit(recipe: TrainingRecipe, lesson: Lesson) -> None:
             return
         bare = recipe.model_copy(update={"model": architecture, "precision": "float32"})
         classifier = build_classifier(bare, lesson, None)
+        bare = settled(bare, classifier, black(lesson), cpu)
         _try_step(bare, lesson, classifier, cpu, decide_layouts(bare, classifier, black(lesson)))
         decide_layouts(bare, classifier, black(lesson), bare.measured_taps)
 
@@ -111,7 +126,7 @@ def _try_step(
     first = min(rows, max(2, _least(recipe), _PIXELS // math.prod(lesson.image_shape[1:])))
     few = replace(lesson, num_images=min(lesson.num_images, _REMEMBERED))
     adapters = build_adapters(recipe, few, model, layouts).to(device)
-    if recipe.channels_last:
+    if recipe.channels_last is True:
         model.to(memory_format=torch.channels_last)
     attempt = partial(_attempt, lesson, model.to(device), device, layouts)
     failure = attempt(recipe, adapters, first)

@@ -18,6 +18,7 @@ from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
 from logitcache.student.build_model import black, build_classifier
 from logitcache.student.evaluation.cost import Contender, count_flops, count_parameters, median_seconds
+from logitcache.student.speed import settled
 from logitcache.student.training_data import CachedData
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.sweeps.cells import Member
@@ -114,7 +115,7 @@ def _build(recipe: StudentRecipe) -> _Built:
     with own_randomness(device, recipe.seed):
         classifier = build_classifier(recipe, lesson, None)
     model, image = classifier.to(device), black(lesson)[0].to(device)
-    if recipe.channels_last:
+    if settled(recipe, model, image[None], device).channels_last is True:
         model.to(memory_format=torch.channels_last)
     count_flops(model, image)  # raises what the model raises on this device
     return _Built(Contender(model, recipe.precision), image)

@@ -14,6 +14,13 @@ from logitcache.config.recipe import Component, Fraction, Lenient, Positive
 from logitcache.errors import RecipeError
 from logitcache.student.optim.schedules import NonNegative, beyond
 
+Fused = Annotated[
+    Literal["auto"] | bool,
+    Field(
+        description="Whether the optimiser's step is one kernel. `auto`, which the run records: on a CPU and on CUDA. "
+        "It rounds in its own way; a run of a release without this key goes on without.",
+    ),
+]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0), Lenient]
 
 
@@ -39,13 +46,14 @@ class SGD(Component):
             return "has nesterov: true with momentum 0. Fix: nesterov: false, or raise momentum"
         return None
 
-    def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimiser of a module's parameters."""
+    def build(self, module: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
+        """Build the optimiser of a module's parameters; `fused`: its step is one kernel."""
         return torch.optim.SGD(
             parameter_groups(module, self.weight_decay),
             lr=self.lr,
             momentum=self.momentum,
             nesterov=self._looks_ahead(self.nesterov),
+            fused=fused or None,  # False would also leave out the kernels for lists of tensors
         )
 
 
@@ -59,9 +67,10 @@ class AdamW(Component):
     )
     weight_decay: NonNegative = Field(default=0.05, description="Decay of the weights, per unit of learning rate.")
 
-    def build(self, module: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimiser of a module's parameters."""
-        return torch.optim.AdamW(parameter_groups(module, self.weight_decay), lr=self.lr, betas=self.betas)
+    def build(self, module: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
+        """Build the optimiser of a module's parameters; `fused`: its step is one kernel."""
+        groups = parameter_groups(module, self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, fused=fused or None)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-import yaml
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from logitcache.config.recipe import Component, dump_recipe, load_recipe
@@ -30,14 +29,6 @@ from logitcache.store.files import remove_leftovers, write_atomically
 from logitcache.store.safe_files import read_bounded, require_bounded
 from logitcache.student.ranks import ALONE, Ranks
 
-# A continuation may change how fast and where a run computes, never what. Places are free: the identity of what lies
-# there is compared.
-_FREE = (
-    *("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers", "trackers"),
-    *("validation.groups", "validation.taps"),
-    *("out", "cache", "dataset", "validation.cache", "validation.dataset"),
-)
-
 MAX_RECIPE_BYTES = 1 << 20
 _MAX_JSON_BYTES = 64 << 20
 
@@ -46,6 +37,7 @@ _DAMAGE = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZip
 
 P = ParamSpec("P")
 T = TypeVar("T")
+C = TypeVar("C", bound=Component)
 
 
 class Environment(Component):
@@ -120,11 +112,8 @@ class RunDirectory:
             raise RecipeError(f"another training writes to {self.path}. Fix: wait, or another `out:`") from error
 
     @_by_first
-    def require_recipe(self, recipe: Component, resume: bool) -> int | None:
-        """Raise MismatchError unless a run that has begun has the same recipe, apart from places and speed.
-
-        More epochs extend the run: returns how many it had, else None. Raises RecipeError without `resume`.
-        """
+    def begun_recipe(self, kind: type[C], resume: bool) -> C | None:
+        """Read the recipe of a run that has begun; None of one that has not. Raises RecipeError without `resume`."""
         if not self._begun:
             return None
         if not resume:
@@ -132,28 +121,9 @@ class RunDirectory:
         with self.reading(self._recipe):
             require_bounded(self._recipe, MAX_RECIPE_BYTES)
         try:
-            old = _entries(load_recipe(self._recipe, type(recipe)))
+            return load_recipe(self._recipe, kind)
         except RecipeError as error:
             raise MismatchError(f"{self.path} is a run of another kind of recipe: {error}") from error
-        new = _entries(recipe)
-        extends = old["epochs"] < new["epochs"]
-        # Releases without `tap_layouts` took every tap for channels first.
-        assumed = [(key, None, "channels_first") for key in new if key.startswith("tap_layouts.")]
-        lines = [
-            f"{key}: the run has {old.get(key)!r}, the recipe {new.get(key)!r}"
-            for key in dict.fromkeys([*old, *new])
-            if key != "tap_layouts"
-            and old.get(key) != new.get(key)
-            and not (key == "epochs" and extends)
-            and (key, old.get(key), new.get(key)) not in assumed
-        ]
-        if lines:
-            raise MismatchError(
-                f"{self.path} is a run of another recipe:\n  "
-                + "\n  ".join(lines)
-                + "\n  Fix: change these back to continue it, or give another `out:`"
-            )
-        return int(old["epochs"]) if extends else None
 
     @_by_first
     def learns_from(self) -> dict[str, Any]:
@@ -288,12 +258,3 @@ def _require_stored(archive: zipfile.ZipFile, size: int) -> None:
         raise ValueError("it is compressed, which torch does not write")
     if (name := archive.testzip()) is not None:
         raise ValueError(f"the checksum of {name} differs")
-
-
-def _entries(recipe: Component) -> dict[str, Any]:
-    """List what decides the numbers, by dotted key."""
-    return {
-        key: value
-        for key, value in flattened(yaml.safe_load(dump_recipe(recipe)))
-        if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
-    }
