@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from logitcache.errors import RecipeError
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.checksums import require_rows
-from logitcache.views.keys import ViewKey
+from logitcache.views.keys import Keys, ViewKey, columns_of
 from logitcache.views.loader import StartMethod, ViewLoader
 from logitcache.views.order import Drawn, share_of
 from logitcache.views.pairing import Ints
@@ -163,16 +163,20 @@ class EpochLoader:
 
     def keys(self, epoch: int, start: int = 0) -> Iterator[list[ViewKey]]:
         """Yield the keys of each batch of an epoch from batch `start` on; those of this process."""
+        return map(list, self._keys(epoch, start))
+
+    def _keys(self, epoch: int, start: int) -> Iterator[Keys]:
         rank, world_size = self._share
         self._require_shares(rank, world_size)
         unit = 2 if self.views.spec.mixing else 1
         order = self._sampling.order(self._labels, self.seed, epoch // self.views_per_image, self._block, unit)
         several = max(1, _DRAWN // self.batch_size) * self.batch_size
         for first in range(start * self.batch_size, self.images_per_epoch, several):
-            drawn = self._drawn(epoch, order, first, min(first + several, self.images_per_epoch))
-            keys = list(map(ViewKey, *(numbers.tolist() for numbers in drawn)))
-            for batch in range(0, len(keys), self.batch_size):
-                yield list(share_of(keys[batch : batch + self.batch_size], rank, world_size, self._unit))
+            views, images = self._drawn(epoch, order, first, min(first + several, self.images_per_epoch))
+            for batch in range(0, len(views), self.batch_size):
+                rows = range(batch, min(batch + self.batch_size, len(views)))
+                mine = share_of(rows, rank, world_size, self._unit)
+                yield Keys(views[mine[0] : mine[-1] + 1], images[mine[0] : mine[-1] + 1])
 
     def _drawn(self, epoch: int, order: tuple[Drawn, Drawn], start: int, stop: int) -> tuple[Ints, Ints]:
         """Return views and images of a slice of an epoch."""
@@ -189,7 +193,7 @@ class EpochLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch `start` on."""
-        return self.batches(self.keys(epoch, start))
+        return self.batches(self._keys(epoch, start))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that `for batch in loader` reads next."""
@@ -228,11 +232,11 @@ class EpochLoader:
         views, images = self.views.spec.num_views, len(self.views.dataset.ids)
         if not keys:
             raise IndexError("a batch of no keys")
-        for view, index in keys:
-            if not (0 <= view < views and 0 <= index < images):
-                raise IndexError(
-                    f"there is no view {view} of image {index}: there are {views} views of {images} images"
-                )
+        own, indices = columns_of(keys)
+        wrong = (own < 0) | (own >= views) | (indices < 0) | (indices >= images)
+        if wrong.any():
+            view, index = keys[int(wrong.argmax())]
+            raise IndexError(f"there is no view {view} of image {index}: there are {views} views of {images} images")
         return keys
 
     def batches(self, batches: Iterable[list[ViewKey]]) -> Iterator[Batch]:
@@ -245,5 +249,6 @@ class EpochLoader:
             if mixture is not None:
                 partners = torch.from_numpy(labels[mixture.partners])
                 mixed = MixedLabels(partners, torch.from_numpy(mixture.share).float())
-            own = torch.from_numpy(labels[np.array([key[1] for key in keys])])
-            yield Batch(images, own, torch.tensor(keys), self._targets_of(keys), mixed)
+            columns = columns_of(keys)
+            own, named = torch.from_numpy(labels[columns[1]]), torch.from_numpy(np.stack(columns, axis=1))
+            yield Batch(images, own, named, self._targets_of(keys), mixed)

@@ -51,6 +51,28 @@ class ViewKey(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index
 
 
+class Keys(list[ViewKey]):
+    """The keys of a batch, beside their views and images as arrays: for code that changes no list of keys."""
+
+    def __init__(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+        super().__init__(map(ViewKey, views.tolist(), indices.tolist()))
+        self.columns = views, indices
+
+    def __reduce__(self) -> tuple[type["Keys"], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        """Pickle the arrays: key by key a batch takes longer than some students take to learn from it."""
+        return Keys, self.columns
+
+
+def columns_of(keys: Sequence[ViewKey]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the views and the indices of keys, int64 [B] each."""
+    if isinstance(keys, Keys):
+        return keys.columns
+    if not keys:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    views, indices = zip(*keys, strict=True)
+    return np.fromiter(views, np.int64, len(keys)), np.fromiter(indices, np.int64, len(keys))
+
+
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
     """Return four 32-bit words per counter; counters are uint64 arrays of 32-bit values, broadcast to one shape."""
     shape = np.broadcast_shapes(*(part.shape for part in counter))
@@ -98,8 +120,10 @@ class Draws(NamedTuple):
     @classmethod
     def of(cls, seed: int, keys: Sequence[ViewKey]) -> "Draws":
         """Take the words of `keys` under a 64-bit `seed`."""
-        pairs = np.array(keys, dtype=np.uint64).reshape(-1, 2)
-        return cls(seed, pairs[:, 0], pairs[:, 1])
+        if isinstance(keys, Keys):
+            return cls(seed, *(column.astype(np.uint64) for column in keys.columns))
+        views, indices = zip(*keys, strict=True) if keys else ((), ())
+        return cls(seed, np.fromiter(views, np.uint64), np.fromiter(indices, np.uint64))
 
     def words(self, stream: str, ordinal: int, count: int) -> Words:
         """Return `count` words per key, [B, count], each uniform in 0..2³²-1.

@@ -16,7 +16,7 @@ from logitcache.errors import DataError, RecipeError
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.base import Ints
 from logitcache.views.datasets.base import ImageDataset, read_images
-from logitcache.views.keys import Draws, ViewKey
+from logitcache.views.keys import Draws, ViewKey, columns_of
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
 from logitcache.views.pairing import Pairing
 from logitcache.views.scaled_decoding import Decode, factors, reduced
@@ -219,7 +219,7 @@ class Views:
         """Return the views that those of `keys` are mixed with; if nothing is mixed, the same."""
         if not self.spec.mixing:
             return list(keys)
-        views, indices = np.array(keys, dtype=np.int64).T
+        views, indices = columns_of(keys)
         if self.recorded is None:
             pairing = self.spec.pairing(len(self.dataset.ids))
             assert pairing is not None

@@ -72,12 +72,10 @@ class TopK(LargestLogits):
         words, after = rows[""], _TAIL_WORDS + self._index_words(num_classes)
         if not len(words):
             words = words.new_empty(words.shape)  # with strides, which NumPy leaves out, and other types need
-        return TopKLogits(
-            words[:, after : after + self.k].view(torch.float16),
-            words[:, _TAIL_WORDS:after].view(torch.uint16 if num_classes <= 2**16 else torch.int32),
-            words[:, :_TAIL_WORDS].view(torch.float32),
-            num_classes,
-        )
+        sizes = (_TAIL_WORDS, after - _TAIL_WORDS, self.k, words.shape[1] - after - self.k)
+        tail, index, kept, _ = words.split_with_sizes(sizes, dim=1)  # in less time than slices take
+        index = index if num_classes <= 2**16 else index.view(torch.int32)
+        return TopKLogits(kept.view(torch.float16), index, tail.view(torch.float32), num_classes)
 
     def _index_words(self, num_classes: int) -> int:
         return self.k if num_classes <= 2**16 else 2 * self.k

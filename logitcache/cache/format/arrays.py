@@ -212,7 +212,7 @@ class ArrayGroup:
     teacher: str = ""
     target: str = ""
 
-    @property
+    @cached_property
     def rows(self) -> tuple[ArrayLayout, ...]:
         """The arrays that hold rows."""
         return tuple(array for array in self.arrays if not array.per_shard)

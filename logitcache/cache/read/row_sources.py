@@ -16,7 +16,7 @@ from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.read.shared_memory import SharedShards, name_of
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.store.shards import Shard
-from logitcache.views.keys import ViewKey
+from logitcache.views.keys import ViewKey, columns_of
 
 PACKED_SHARDS = 8
 KEPT_BYTES = 1 << 30
@@ -24,14 +24,6 @@ KEPT_BYTES = 1 << 30
 
 RECORDED_BYTES = 256 << 20
 """Memory within which more than two views of a recorded array are kept decoded."""
-
-
-def columns_of(keys: Sequence[ViewKey]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the views and the indices of keys, int64 [B] each."""
-    if not keys:
-        return np.empty(0, np.int64), np.empty(0, np.int64)
-    views, indices = zip(*keys, strict=True)
-    return np.fromiter(views, np.int64, len(keys)), np.fromiter(indices, np.int64, len(keys))
 
 
 class RowSource(ABC):

@@ -18,7 +18,7 @@ from logitcache.errors import CacheError
 from logitcache.logits import NO_LOGITS, Logits
 from logitcache.store.base import Store
 from logitcache.store.shards import Shard
-from logitcache.targets import Targets
+from logitcache.targets import FeatureValues, Targets
 
 
 class TargetCodecs:
@@ -36,14 +36,21 @@ class TargetCodecs:
         `shard_of` returns the shard of a row. Raises CacheError that names it for a row that is wrong.
         """
         found = {}
-        for name in self._manifest.teachers:
-            groups = {group.target: group for group in self._layout.of(name)}
-            logits = groups.pop(LOGITS, None)
-            features = {
-                target: self.features[group.name].decode(_tensors(group, rows)) for target, group in groups.items()
-            }
-            found[name] = Targets(NO_LOGITS if logits is None else self._logits(logits, rows, shard_of), features)
+        for name, groups in self._groups.items():
+            logits: Logits = NO_LOGITS
+            features: dict[str, FeatureValues] = {}
+            for target, group in groups.items():
+                if target == LOGITS:
+                    logits = self._logits(group, rows, shard_of)
+                else:
+                    features[target] = self.features[group.name].decode(_tensors(group, rows))
+            found[name] = Targets(logits, features)
         return found
+
+    @cached_property
+    def _groups(self) -> dict[str, dict[str, ArrayGroup]]:
+        """The arrays of each target, by teacher and target."""
+        return {name: {group.target: group for group in self._layout.of(name)} for name in self._manifest.teachers}
 
     @cached_property
     def logits(self) -> dict[str, LogitsCodec]:
@@ -79,9 +86,9 @@ class TargetCodecs:
         entry = self._manifest.teachers[group.teacher]
         assert entry.num_classes is not None
         assert entry.stored_logits is not None
-        form, groups, own = entry.stored_logits.form, self._layout.of(group.teacher), _tensors(group, rows)
+        form, groups, own = entry.stored_logits.form, self._groups[group.teacher], _tensors(group, rows)
         # A layout in which what is needed is not one array is not possible.
-        needed = {other.target: _tensors(other, rows)[""] for other in groups if other.target in form.needs}
+        needed = {target: _tensors(groups[target], rows)[""] for target in form.needs}
         found = self.logits[group.name].decode(own | needed, entry.num_classes)
         if not form.any_bits and (wrong := form.wrong_row(own, found)) is not None:
             row, what = wrong
