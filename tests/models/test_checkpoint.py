@@ -97,7 +97,11 @@ def test_buffers_that_the_model_computes_are_skipped_and_reported(
 @pytest.mark.parametrize("cast", [torch.Tensor.int, torch.Tensor.bool, torch.Tensor.cfloat])
 def test_weights_of_another_kind_of_number_are_refused(name: str, cast: Any, tmp_path: Path) -> None:
     trained = state_of(LINEAR.build(None, 1).module)
-    path = written(tmp_path / name, trained | {"2.weight": cast(trained["2.weight"])})
+    try:
+        path = written(tmp_path / name, trained | {"2.weight": cast(trained["2.weight"])})
+    except KeyError:
+        assert cast is torch.Tensor.cfloat
+        pytest.skip("an old release of safetensors, which writes no complex numbers")
     with pytest.raises(RecipeError, match=r"2\.weight is (integer|complex), not floating-point"):
         Checkpoint(model=LINEAR, path=path).build(None, 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm.models  # noqa: F401  # what importing takes is not the loading of a run
+import timm.models  # what importing takes is not the loading of a run
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -217,6 +217,8 @@ def test_weights_that_were_cast_to_integers_are_refused(cast: Any, run: Path) ->
     ids=lambda model: getattr(model, "name", "small_cnn"),
 )
 def test_an_honest_run_is_built_and_draws_nothing(model: Any, tmp_path: Path) -> None:
+    if isinstance(model, Timm) and not timm.is_model(model.name):
+        pytest.skip(f"timm {timm.__version__} has no {model.name}")
     module = saved_run(tmp_path / "run", model, 5, 3)
     torch.manual_seed(1)
     model.build(5, 3)

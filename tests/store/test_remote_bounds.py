@@ -205,7 +205,8 @@ class Recorded:
 
     def __init__(self, url: str, region: str) -> None:
         self.status, self.url = 301, url
-        self.raw_headers = ((b"x-amz-bucket-region", region.encode()), (b"Content-Length", b"0"))
+        self.headers = {"x-amz-bucket-region": region, "Content-Length": "0"}
+        self.raw_headers = tuple((name.encode(), value.encode()) for name, value in self.headers.items())
         self.content = SimpleNamespace(read=self.read)
 
     async def read(self, amount: int = -1) -> bytes:

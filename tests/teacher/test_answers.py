@@ -154,7 +154,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "computes across the images of a batch",
     ),
     "a counter": (lambda: Odd(counted, last=True), "keeps state between passes"),
-    "exported for one batch size": (lambda: exported(dynamic=False), r"in a batch of 32: Guard failed.*\n.*Dim\("),
+    "exported for one batch size": (
+        lambda: exported(dynamic=False),
+        r"in a batch of 32: (Guard failed|Expected input).*\n.*Dim\(",
+    ),
     "one image loses its axis": (lambda: Odd(lambda net, x: x.squeeze(0), last=True), r"returned \[5\], not logits"),
     "two entries": (lambda: Odd(lambda net, x: {"a": x, "b": x}, last=True), r"a dict of \{a: \[32, 5\], b: \[32, 5"),
     "a tuple of two": (lambda: Odd(lambda net, x: (x, x), last=True), r"a tuple of \{\[32, 5\], \[32, 5\]\}, not log"),

@@ -225,15 +225,15 @@ def test_an_epoch_resumed_in_its_middle_continues_with_the_same_pixels(sets, tru
 
 
 def test_persistent_workers_advance_the_view(sets, truth):
+    workers, before = set(), set(multiprocessing.active_children())
     loader = EpochLoader(sets["memory"], batch_size=16, num_workers=2, start_method="fork")
-    workers = set()
     for epoch in range(NUM_VIEWS + 1):
         for batch in loader.epoch(epoch):
             assert {key[0] for key in batch.keys.tolist()} == {epoch % NUM_VIEWS}
             expected = [truth["memory"][ViewKey(*key)] for key in batch.keys.tolist()]
             assert [digest(image) for image in batch.images] == expected
-        workers.add(tuple(sorted(child.pid for child in multiprocessing.active_children() if child.pid)))
-    assert len(workers) == 1
+        workers.add(frozenset(multiprocessing.active_children()) - before)
+    assert [len(kept) for kept in workers] == [2]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -55,7 +55,8 @@ class _Answer:
     """What aiobotocore uses of an answer of aiohttp; it is its own `content`."""
 
     def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self.status, self.url, self.raw_headers = response.status, response.url, response.raw_headers
+        self.status, self.url = response.status, response.url
+        self.headers, self.raw_headers = response.headers, response.raw_headers
         self._response, self._transfer = response, current.get()
 
     @property
