@@ -98,7 +98,7 @@ class Photos:
 class TileImages:
     """Images in memory, as our data sets offer them."""
 
-    num_classes = None
+    num_classes: int | None = None
     class_names = None
 
     def __init__(self, images: Tensor) -> None:
