@@ -9,6 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice, product
 from pathlib import Path
 
@@ -83,17 +84,31 @@ class _Module:
         return node
 
 
-MODULES = [_Module(path) for path in sorted(PACKAGE.rglob("*.py"))]
-_NAMES = Counter(function.name for module in MODULES for function in module.functions)
-_FUNCTIONS = {f.name: f for module in MODULES for f in module.functions if _NAMES[f.name] == 1}
-_CONSTANTS = {
-    target.id: node.value
-    for module in MODULES
-    for node in module.tree.body
-    if isinstance(node, ast.Assign)
-    for target in node.targets
-    if isinstance(target, ast.Name)
-}
+@cache
+def _modules() -> list[_Module]:
+    """Parse the package, once."""
+    return [_Module(path) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+@cache
+def _functions() -> dict[str, ast.FunctionDef]:
+    """Return the functions whose names are theirs alone."""
+    every = [function for module in _modules() for function in module.functions]
+    names = Counter(function.name for function in every)
+    return {function.name: function for function in every if names[function.name] == 1}
+
+
+@cache
+def _constants() -> dict[str, ast.expr]:
+    """Return what is assigned to the names of modules."""
+    return {
+        target.id: node.value
+        for module in _modules()
+        for node in module.tree.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
 
 
 def texts(node: ast.AST, scope: ast.AST, depth: int = _DEPTH) -> list[str]:
@@ -117,12 +132,12 @@ def texts(node: ast.AST, scope: ast.AST, depth: int = _DEPTH) -> list[str]:
         case ast.BoolOp(values=values):
             return [text for value in values for text in texts(value, scope, depth)]
         case ast.Name(id=name):
-            assigned = [one.value for one in ast.walk(scope) if _assigns(one, name)] or [_CONSTANTS.get(name)]
+            assigned = [one.value for one in ast.walk(scope) if _assigns(one, name)] or [_constants().get(name)]
             return [text for value in assigned if value is not None for text in texts(value, scope, depth - 1)] or [
                 HOLE
             ]
-        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in _FUNCTIONS:
-            function = _FUNCTIONS[name]
+        case ast.Call(func=ast.Name(id=name) | ast.Attribute(attr=name)) if name in _functions():
+            function = _functions()[name]
             found = [one.value for one in ast.walk(function) if isinstance(one, ast.Return) and one.value is not None]
             made = [text for value in found for text in texts(value, function, depth - 1)]
             return [text for text in made if text.replace(HOLE, "").strip()] or [HOLE]
@@ -142,10 +157,13 @@ def _assigns(node: ast.AST, name: str) -> bool:
     return False
 
 
+@cache
 def find_errors() -> list[Error]:
     """Return every error of the package's classes, and every mistake of a recipe's key."""
     found = {
-        Error(kind, module.name, node.lineno, _plain(text)) for module in MODULES for kind, node, text in _made(module)
+        Error(kind, module.name, node.lineno, _plain(text))
+        for module in _modules()
+        for kind, node, text in _made(module)
     }
     found |= {Error("", "config/mistakes.py", 0, text) for text in WRONG.values()}
     return sorted(found)

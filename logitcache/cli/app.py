@@ -1,6 +1,7 @@
 """`main`: run one command, print its answer or its error, give its exit code."""
 
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from typer import BadParameter
+from typer.main import get_command
 
 from logitcache.cli.commands import app
 from logitcache.cli.common import CommandResult
@@ -45,7 +47,7 @@ def _run(arguments: list[str]) -> int:
     resume = ""
     try:
         with aside, console.warnings_as_lines():
-            answer = app(arguments or ["--help"], prog_name="logitcache", standalone_mode=False)
+            answer = _command()(arguments or ["--help"], prog_name="logitcache", standalone_mode=False)
     except BrokenPipeError:
         raise
     except Exception as error:
@@ -61,6 +63,12 @@ def _run(arguments: list[str]) -> int:
         _print(answer, as_json)
         console.write(resume, err=True)
     return answer.exit_code if answer.serve is None else answer.serve()
+
+
+@functools.cache
+def _command() -> Any:
+    """Build the command line once: Typer's own call would build every command each time."""
+    return get_command(app)
 
 
 def _print(answer: CommandResult, as_json: bool) -> None:

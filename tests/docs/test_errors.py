@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "logitcache"
 PAGE = (ROOT / "docs/reference/errors.md").read_text()
 FLAT = " ".join(PAGE.replace("`` ", "`").replace(" ``", "`").split())
-FOUND = find_errors()
+
 PASSING_ON = {"…", "…: …", "…/…: …", "…: …. …", "…: … (…/…)"}
 """Errors whose text is that of another error, with the place."""
 
@@ -35,13 +35,13 @@ def raise_sites() -> list[tuple[str, int]]:
 
 
 def test_every_place_that_makes_an_error_is_on_the_page() -> None:
-    sites, known = raise_sites(), {(error.file, error.line) for error in FOUND}
+    sites, known = raise_sites(), {(error.file, error.line) for error in find_errors()}
     assert len(sites) > 300
     assert [site for site in sites if site not in known] == []
 
 
 def test_only_errors_that_pass_on_another_text_have_none_of_their_own() -> None:
-    assert {error.what for error in FOUND if not error.has_words} <= PASSING_ON
+    assert {error.what for error in find_errors() if not error.has_words} <= PASSING_ON
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -78,7 +78,7 @@ def entry_of(message: str) -> list[Error]:
     flat = " ".join(message.split())
     return [
         error
-        for error in FOUND
+        for error in find_errors()
         if re.fullmatch(".*".join(map(re.escape, error.text.split(HOLE))), flat.removeprefix("Error: "))
     ]
 

@@ -19,6 +19,10 @@ class _Names(Sequence[str], ABC):
     def _several(self, places: range) -> list[str]:
         """Return the names at some places."""
 
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), _BLOCK):
+            yield from self._several(range(start, min(start + _BLOCK, len(self))))
+
     @overload
     def __getitem__(self, index: int) -> str: ...
     @overload
@@ -83,10 +87,6 @@ class PackedIds(_Names):
 
     def __len__(self) -> int:
         return len(self.ends)
-
-    def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), _BLOCK):
-            yield from self[start : start + _BLOCK]
 
     def _several(self, places: range) -> list[str]:
         if places.step != 1 or not places:
