@@ -6,6 +6,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "cache.cache": ("Cache", "open_cache"),
+    "cache.pairs.pair": ("pair",),
     "classifier": ("Classifier", "Preprocessing"),
     "config.recipe": ("load_recipe",),
     "errors": (
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     # Aliases mark re-exports; one statement a module.
     # isort: off
     from logitcache.cache.cache import Cache as Cache, open_cache as open_cache
+    from logitcache.cache.pairs.pair import pair as pair
     from logitcache.classifier import Classifier as Classifier, Preprocessing as Preprocessing
     from logitcache.config.recipe import load_recipe as load_recipe
     from logitcache.errors import (

@@ -1,6 +1,5 @@
 """`Cache`: a finished cache, opened for training."""
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +12,15 @@ from torch import Tensor
 
 from logitcache.cache.format.layout import CHECKSUMS, PARAMETERS, Layout
 from logitcache.cache.format.metadata import read_manifest
-from logitcache.cache.format.samples import read_canaries, read_labels
+from logitcache.cache.format.samples import read_labels
+from logitcache.cache.pairs.paired_views import paired_views
+from logitcache.cache.pairs.record import Pairing, open_pairing
 from logitcache.cache.read.gather import StoredRows
 from logitcache.cache.read.row_sources import RecordedRows, num_kept
 from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.replay import (
     open_images,
+    require_canaries,
     require_planned,
     require_releases,
     require_replayable,
@@ -30,7 +32,6 @@ from logitcache.cache.verify import require_committed
 from logitcache.errors import RecipeError
 from logitcache.logits import LinearLogits
 from logitcache.reductions import FeatureShape
-from logitcache.runtime.versions import versions
 from logitcache.targets import Targets
 from logitcache.views import canaries
 from logitcache.views.datasets.base import ImageDataset, Labels
@@ -171,13 +172,14 @@ class Cache:
         replay: Replay = "planned",
         factories: Sequence[str] = (),
         trust: Collection[str] = (),
+        pairing: Pairing | None = None,
     ) -> Views:
         """Bind the view specification to the images, wherever they are now, and prove that the pixels are the same.
 
-        `dataset` is a data set or its component; by default the images are looked for where stage one read them.
-        `factories` names the functions of the user's own code that the views may call, `trust` the digests of caches
-        that may name images at URLs (`logitcache.config.trust`). Raises MismatchError, ReplayMismatchError or
-        RefusedError with the reason and the fix.
+        `dataset` is a data set or its component; by default the images are looked for where stage one read them, or
+        with a `pairing` the paired ones where `pair` did. `factories` names the functions of the user's own code that
+        the views may call, `trust` the digests of caches that may name images at URLs (`logitcache.config.trust`).
+        Raises MismatchError, ReplayMismatchError or RefusedError with the reason and the fix.
         """
         for name, value, known in (("verify", verify, canaries.Level), ("replay", replay, Replay)):
             if value not in get_args(known):
@@ -188,13 +190,24 @@ class Cache:
         if replay == "recorded":
             require_replayable(self.manifest, self.location)
         recorded = self._recorded[PARAMETERS] if replay == "recorded" else None
-        opened = open_images(self.manifest, self.location, dataset, self.identity, trust)
+        if pairing is not None:
+            return paired_views(self, pairing, dataset, verify, limits, recorded, trust)
+        opened = self.open_images(dataset, trust)
         self.require_dataset(opened)
         require_releases(self.manifest.views, verify, self.location)
         views = Views(opened, self.manifest.views, recorded)
         if verify != "off":
             self.require_canaries(views, verify, limits)
         return views
+
+    def open_images(self, dataset: object | None = None, trust: Collection[str] = ()) -> ImageDataset:
+        """Open a data set or its component, by default what stage one read; nothing is compared."""
+        manifest = self.manifest
+        return open_images(manifest.dataset, manifest.num_images, self.location, dataset, self.identity, trust)
+
+    def pairing(self, location: str | Path, *, shuffled: bool = False) -> Pairing:
+        """Read a pairing that `pair` wrote for this cache; `shuffled`: each image learns from another's answers."""
+        return open_pairing(location, self.manifest, self.location, shuffled=shuffled)
 
     def require_dataset(self, dataset: ImageDataset) -> None:
         """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
@@ -207,15 +220,7 @@ class Cache:
         limits: canaries.DriftLimits = canaries.DEFAULT_LIMITS,
     ) -> None:
         """Raise ReplayMismatchError unless views rendered here are those that the teacher saw, within limits."""
-        pixels = torch.from_numpy(read_canaries(self.snapshot.store, self.manifest))
-        report = canaries.compare(views, self.manifest.canaries, pixels)
-        exact = self.manifest.views.targets == "exact"
-        may_replay = bool(self.manifest.parameters) and views.recorded is None and exact
-        name = f"{self.location}, spec {self.manifest.views.digest()[:8]}…"
-        origin = canaries.Origin(name, self.manifest.versions, versions(), may_replay)
-        warning = canaries.judge(report, verify, origin, limits)
-        if warning:
-            warnings.warn(warning, stacklevel=2)
+        require_canaries(self.snapshot.store, self.manifest, views, verify, limits)
 
     def require_parameters(self, views: Views) -> None:
         """Raise ReplayMismatchError unless every key is planned as the cache recorded it, if it did."""
@@ -234,16 +239,18 @@ class Cache:
         replay: Replay = "planned",
         factories: Sequence[str] = (),
         trust: Collection[str] = (),
+        pairing: Pairing | None = None,
         **options: Unpack[LoaderOptions],
     ) -> EpochLoader:
         """Stream batches of images and targets, once the images are proved to be those of the cache.
 
-        `dataset` to `trust` as for `views`; the further options are those of `EpochLoader`.
+        `dataset` to `pairing` as for `views`; the further options are those of `EpochLoader`.
         """
         return EpochLoader(
-            self.views(dataset, verify, limits, replay, factories, trust),
+            self.views(dataset, verify, limits, replay, factories, trust, pairing),
             self.rows,
-            self.checksums_of(verify),
+            self.checksums_of(verify) if pairing is None else None,
+            images=None if pairing is None else pairing.matched,
             batch_size=batch_size,
             num_workers=num_workers,
             shuffle_block=self.shuffle_block,

@@ -6,16 +6,18 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from importlib.metadata import version
 
 import numpy as np
+import torch
 
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.samples import read_digests
+from logitcache.cache.format.samples import read_canaries, read_digests
 from logitcache.cache.read.row_sources import RecordedRows
 from logitcache.config.trust import require_grant
 from logitcache.errors import DataError, MismatchError, RecipeError, RefusedError, ReplayMismatchError
+from logitcache.runtime.versions import versions
 from logitcache.store.base import Store
 from logitcache.store.shards import Shard
+from logitcache.views import canaries
 from logitcache.views.augmentations.foreign import factories_of, foreign_transforms
-from logitcache.views.canaries import Level
 from logitcache.views.datasets import Dataset, open_dataset
 from logitcache.views.datasets.base import ImageDataset, fingerprint
 from logitcache.views.datasets.custom import Custom
@@ -38,15 +40,19 @@ _FIX = (
 
 
 def open_images(
-    manifest: Manifest, where: str, dataset: object | None, identity: str, trust: Collection[str]
+    recorded: Dataset | None,
+    num_images: int,
+    where: str,
+    dataset: object | None,
+    identity: str,
+    trust: Collection[str],
 ) -> ImageDataset:
-    """Open a data set or its component; by default what stage one read, if it has no risks or is granted.
+    """Open a data set or its component; by default what a manifest `recorded`, if it has no risks or is granted.
 
-    `identity` is the digest of the whole cache's manifest. Raises RefusedError for what is not opened.
+    `identity` is the digest of the whole manifest, `where` its place. Raises RefusedError for what is not opened.
     """
     if dataset is not None:
         return open_dataset(dataset)
-    recorded = manifest.dataset
     if recorded is None or isinstance(recorded, Custom):
         raise RecipeError(
             f"{where} was made from a data set of the user's own code, and a cache never names code to "
@@ -55,7 +61,7 @@ def open_images(
         )
     require_grant(recorded.risks(), identity, trust, f"the data set of {where}", _INSTEAD)
     try:
-        return _opened(recorded, manifest.num_images)
+        return _opened(recorded, num_images)
     except RefusedError:
         raise
     except DataError as error:
@@ -82,6 +88,18 @@ def require_same_images(store: Store, manifest: Manifest, dataset: ImageDataset)
         raise MismatchError(f"{store} was made from other images:\n{difference}")
 
 
+def require_canaries(
+    store: Store, manifest: Manifest, views: Views, verify: canaries.Level, limits: canaries.DriftLimits
+) -> None:
+    """Raise ReplayMismatchError unless views rendered here are those that the teacher saw, within limits."""
+    report = canaries.compare(views, manifest.canaries, torch.from_numpy(read_canaries(store, manifest)))
+    may_replay = bool(manifest.parameters) and views.recorded is None and manifest.views.targets == "exact"
+    name = f"{store}, spec {manifest.views.digest()[:8]}…"
+    warning = canaries.judge(report, verify, canaries.Origin(name, manifest.versions, versions(), may_replay), limits)
+    if warning:
+        warnings.warn(warning, stacklevel=3)
+
+
 def require_trusted(spec: ViewSpec, factories: Sequence[str], where: str) -> None:
     """Raise RecipeError for a function of the views that the user has not named: a cache never names code to run."""
     named = dict.fromkeys(factories_of(spec.augmentations))
@@ -95,7 +113,7 @@ def require_trusted(spec: ViewSpec, factories: Sequence[str], where: str) -> Non
         )
 
 
-def require_releases(spec: ViewSpec, verify: Level, where: str) -> None:
+def require_releases(spec: ViewSpec, verify: canaries.Level, where: str) -> None:
     """Raise ReplayMismatchError, or warn if `verify` is numeric, for transforms locked to another torchvision.
 
     Canaries cannot prove these: what a transform draws is its own affair, and 32 views may not meet every branch of it.

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from typer import Argument, BadParameter, Option
 
@@ -96,15 +96,90 @@ def verify(
         Path | None,
         Option("--repair", metavar="RECIPE", help="Write damaged shards again, by the recipe that made the cache."),
     ] = None,
+    pairing: Annotated[
+        Path | None,
+        Option("--pairing", metavar="DIR", help="Compare the paired images in place of those that the teacher saw."),
+    ] = None,
 ) -> CommandResult:
-    """Read a whole cache again. --set dataset.root=DIR gives the folder of its images."""
+    """Read a whole cache again. --set dataset.root=DIR gives the folder of its images, or of the paired ones."""
+    if repair is not None and pairing is not None:
+        raise BadParameter(
+            "has no effect with --repair: a pairing is made by `logitcache pair`", param_hint="--pairing"
+        )
     from logitcache.errors import CacheError
     from logitcache.report import verify_and_repair as verbs
 
-    result = verbs.repair(cache, repair, overrides, trust) if repair else verbs.verify(cache, overrides, trust)
+    if repair is not None:
+        result = verbs.repair(cache, repair, overrides, trust)
+    else:
+        result = verbs.verify(cache, overrides, trust, pairing)
     if result.error is None:
         return CommandResult(asdict(result), result.text, follows=("inspect", cache))
     return CommandResult(asdict(result), result.text, (result.error,), CacheError.__name__, CacheError.exit_code)
+
+
+def pair(
+    cache: CachePath,
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder of the pairing, which `pairing:` of a student names.")],
+    trust: Trust,
+    dataset: Annotated[
+        str,
+        Option("--dataset", metavar="DIR|ENTRY", help="The student's images: a folder, or '{kind: webdataset, …}'."),
+    ],
+    pairs: Annotated[
+        Path | None,
+        Option("--map", metavar="FILE", help="CSV with the columns teacher,student: a pair of ids a line."),
+    ] = None,
+    by: Annotated[
+        Literal["id", "stem"], Option("--by", help="What pairs share: the id, or the id without the file's ending.")
+    ] = "id",
+    size: Annotated[
+        str | None,
+        Option(
+            "--size",
+            metavar="N|[H, W]",
+            help="Size of the student's views.",
+            show_default="the teacher's, scaled as the images are",
+        ),
+    ] = None,
+    color: Annotated[
+        list[str],
+        Option(
+            "--color", metavar="ENTRY", help="A change of colour of their own, '{kind: color_jitter, …}'; repeatable."
+        ),
+    ] = [],  # noqa: B006  # Typer's way
+    allow_unmatched: Annotated[
+        bool, Option("--allow-unmatched", help="Leave out images that have no pair, on either side.")
+    ] = False,
+    allow_doubled: Annotated[
+        bool, Option("--allow-doubled", help="Take the first of several images of one id.")
+    ] = False,
+    teacher_dataset: Annotated[
+        str | None,
+        Option("--teacher-dataset", metavar="DIR|ENTRY", help="The teacher's images, if they moved since stage one."),
+    ] = None,
+) -> CommandResult:
+    """Pair other images of the same things with those of a cache, by their ids, for students that see these.
+
+    Crops, flips, mixing and erasing are shared, each scaled to its image; colours are not.
+    """
+    from logitcache.cache.pairs import pair as verbs
+
+    given = verbs.read_options(dataset, size, color, teacher_dataset)
+    result = verbs.pair(
+        cache,
+        out,
+        given.dataset,
+        pairs=pairs,
+        by=by,
+        size=given.size,
+        colors=given.colors,
+        allow_unmatched=allow_unmatched,
+        allow_doubled=allow_doubled,
+        teacher_dataset=given.teacher_dataset,
+        trust=trust,
+    )
+    return CommandResult(asdict(result), follows=("train-student", "RECIPE", "--set", f"pairing={out}"))
 
 
 def gc(

@@ -136,20 +136,13 @@ def recipe_new(
     return CommandResult(asdict(made), text, follows=("plan", made.files[0]))
 
 
-def env() -> CommandResult:
-    """Show the versions and devices that decide results."""
-    from logitcache.report.environment import environment
-
-    return CommandResult(environment(), follows=("demo",))
-
-
 _START, _ONE, _TWO, _CACHES = "Start", "Stage one: make a cache", "Stage two: train students", "Caches"
 _SHIP = "Ship a student"
 _COMMANDS = {
     "demo": Command(
         demo, _START, "demo --out logitcache-demo", "getting-started.md", shlex.join(["logitcache", *NEW_RECIPES])
     ),
-    "env": Command(env, _START, "env --json", "getting-started.md", "logitcache demo"),
+    "env": Command(reports.env, _START, "env --json", "getting-started.md", "logitcache demo"),
     "plan": Command(
         stage_one.plan,
         *(_ONE, "plan pipelines/image_folder/precompute.yaml --set dataset.root=/data/photos"),
@@ -250,6 +243,11 @@ _COMMANDS = {
         caches.verify,
         *(_CACHES, "verify caches/photos.zarr --repair pipelines/image_folder/precompute.yaml"),
         *("how-to/resume-and-grow.md", "logitcache inspect CACHE"),
+    ),
+    "pair": Command(
+        caches.pair,
+        *(_CACHES, "pair caches/fashion_mnist/train.zarr pairs/half --dataset photos-half --by stem"),
+        *("how-to/pair-images.md", "logitcache train-student RECIPE, with pairing: OUT"),
     ),
     "card": Command(
         reports.card,

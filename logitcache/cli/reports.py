@@ -119,3 +119,10 @@ def app(
     page = Page(runs, cache, host, port, overrides=overrides, trust=trust, online=online, top=top)
     document = {"url": page.url, "runs": [str(run) for run in runs], "cache": cache}
     return CommandResult(document, f"{page.url} (Ctrl-C ends it)\n", serve=page.serve)
+
+
+def env() -> CommandResult:
+    """Show the versions and devices that decide results."""
+    from logitcache.report.environment import environment
+
+    return CommandResult(environment(), follows=("demo",))

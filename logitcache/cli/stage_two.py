@@ -46,6 +46,9 @@ def train_student(
         Literal["strict", "numeric", "off"] | None,
         Option("--verify", help="How exactly rendered pixels must equal those that the teacher saw."),
     ] = None,
+    shuffled: Annotated[
+        bool, Option("--shuffled", help="Control run: of a pairing, give each image the answers to another.")
+    ] = False,
 ) -> CommandResult:
     """Train a student from a cache, with no teacher in the loop."""
     if teachers_from is not None and not online:
@@ -55,7 +58,12 @@ def train_student(
     from logitcache.student.training import train
     from logitcache.student.training_recipes import StudentRecipe
 
-    changes = [*overrides, *granted(trust), *([] if verify is None else [f"verify={verify}"])]
+    changes = [
+        *overrides,
+        *granted(trust),
+        *([] if verify is None else [f"verify={verify}"]),
+        *["shuffled=true"] * shuffled,
+    ]
     with joined() as ranks:
         student = load_own(recipe, StudentRecipe, changes)
         live = None

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache, open_cache
-from logitcache.cache.replay import open_images, require_releases, require_trusted
+from logitcache.cache.replay import require_releases, require_trusted
 from logitcache.config.recipe import Component, load_recipe
 from logitcache.errors import RecipeError
 from logitcache.report.inspect import labels_as_seen
@@ -27,9 +27,8 @@ class ImagesPlace(Component):
     factories: tuple[str, ...] = ()
 
 
-def locate_images(cache: Cache, overrides: Sequence[str]) -> ImagesPlace:
-    """Apply overrides such as dataset.root=DIR to the data set that a cache records."""
-    recorded = cache.manifest.dataset
+def locate_images(recorded: Dataset | None, overrides: Sequence[str]) -> ImagesPlace:
+    """Apply overrides such as dataset.root=DIR to the data set that a cache, or a pairing, records."""
     theirs = recorded is None or isinstance(recorded, Custom)
     return load_recipe({} if theirs else {"dataset": recorded}, ImagesPlace, overrides)
 
@@ -38,16 +37,16 @@ def cache_images(path: str, overrides: Sequence[str]) -> dict[str, Any]:
     """Return the data set of a cache as overrides give it, and the functions, as arguments of `Cache.views`."""
     if not overrides:
         return {}  # a recorded data set is opened under the rules for manifests
-    place = locate_images(open_cache(path), overrides)
+    place = locate_images(open_cache(path).manifest.dataset, overrides)
     return {"dataset": place.dataset, "factories": place.factories}
 
 
 def views_as_seen(cache: Cache, overrides: Sequence[str] = (), trust: Collection[str] = ()) -> Views:
     """Bind the views that the teacher answered to their images. Raises as `Cache.views`; no answer is read."""
-    spec, place = cache.manifest.views, locate_images(cache, overrides)
+    spec, place = cache.manifest.views, locate_images(cache.manifest.dataset, overrides)
     require_trusted(spec, place.factories, cache.location)
     dataset = place.dataset if overrides else None  # a recorded data set is opened under the rules for manifests
-    opened = open_images(cache.manifest, cache.location, dataset, cache.identity, trust)
+    opened = cache.open_images(dataset, trust)
     cache.require_dataset(opened)
     require_releases(spec, "strict", cache.location)
     views = Views(opened, spec)

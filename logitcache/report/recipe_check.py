@@ -21,7 +21,7 @@ from logitcache.stage_one.inputs import require_teachers
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.compatibility import inexact_targets
 from logitcache.student.evaluation.validation import mapped_labels
-from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, require_live
+from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, pairing_of, require_live
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_fit, require_taps
 from logitcache.sweeps.cells import members_of, parse_grid
@@ -101,14 +101,15 @@ def _checks_of_student(recipe: StudentRecipe, stated: Collection[str]) -> Iterat
         return
     try:
         cache = Cache(Snapshot.read(locate(recipe.cache)))
+        pairing = pairing_of(recipe, cache)
     except LogitCacheError as error:
         yield partial(raise_all, [error])
         return
     yield lambda: require_live(recipe, cache)
-    if unfit := caught(lambda: _require_fit(recipe, lesson_of(recipe, cache))):
+    if unfit := caught(lambda: _require_fit(recipe, lesson_of(recipe, cache, pairing))):
         yield partial(raise_all, unfit)
         if recipe.model is not None:
-            yield lambda: require_taps(recipe, cache)
+            yield lambda: require_taps(recipe, cache, pairing)
 
 
 def _checks_of_teacher(recipe: TeacherRecipe, stated: Collection[str]) -> Iterator[Check]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from logitcache.cache.cache import Cache
 from logitcache.cache.format.derivation import is_derived
 from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.pairs.record import Pairing
 from logitcache.cache.replay import require_trusted
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
@@ -47,19 +48,25 @@ class VerifyResult:
         return as_text(figures | {"problems": len(self.problems)}) + "".join(f"{text}\n" for text in self.problems)
 
 
-def verify(path: str | Path, overrides: Sequence[str] = (), trust: Collection[str] = ()) -> VerifyResult:
+def verify(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    trust: Collection[str] = (),
+    pairing: str | Path | None = None,
+) -> VerifyResult:
     """Read every stored byte; compare the images if they can be found, and the parameters if they are recorded.
 
-    `overrides` such as `dataset.root=DIR` locate the images; without any, images that are gone are reported and are no
-    fault of the cache. `trust` has the digests of caches that may name images at URLs. Raises MismatchError for other
-    images, pixels or plans, RefusedError for images that are not opened.
+    With a `pairing` its images and canaries are compared in place of the cache's. `overrides` such as
+    `dataset.root=DIR` locate the images; without any, images that are gone are reported and are no fault of the cache.
+    `trust` has the digests of caches that may name images at URLs. Raises MismatchError for other images, pixels or
+    plans, RefusedError for images that are not opened.
     """
     snapshot = open_snapshot(path, fresh=True)
     found = verify_cache(snapshot)
     cache, problems = Cache(snapshot), found.problems
     images, fix = "not compared", None
     if not problems:
-        note = _compare_images(cache, overrides, trust)
+        note = _compare_images(cache, overrides, trust, None if pairing is None else cache.pairing(pairing))
         images = "the same" if note is None else images
     elif all(problem.endswith("not committed") for problem in problems):
         note, fix = "the cache is incomplete", snapshot.fix.removeprefix("Fix: ")
@@ -112,13 +119,17 @@ def _kept(sources: Mapping[str, "TeacherSource"], manifest: Manifest) -> dict[st
     return kept
 
 
-def _compare_images(cache: Cache, overrides: Sequence[str], trust: Collection[str]) -> str | None:
-    """Return why the images cannot be compared; None if they are the same."""
-    recorded = cache.manifest.dataset
+def _compare_images(
+    cache: Cache, overrides: Sequence[str], trust: Collection[str], pairing: Pairing | None
+) -> str | None:
+    """Return why the images of a cache, or of its pairing, cannot be compared; None if they are the same."""
+    recorded = cache.manifest.dataset if pairing is None else pairing.record.dataset
     theirs = recorded is None or isinstance(recorded, Custom)
     if overrides:
-        place = locate_images(cache, overrides)
-        cache.require_parameters(cache.views(place.dataset, factories=place.factories))
+        place = locate_images(recorded, overrides)
+        views = cache.views(place.dataset, factories=place.factories, pairing=pairing)
+        if pairing is None:
+            cache.require_parameters(views)
         return None
     if theirs:
         return "they came from the user's own code: give --set dataset=…"
@@ -127,7 +138,9 @@ def _compare_images(cache: Cache, overrides: Sequence[str], trust: Collection[st
     except RecipeError as error:
         return str(error)
     try:
-        cache.require_parameters(cache.views(trust=trust))
+        views = cache.views(trust=trust, pairing=pairing)
+        if pairing is None:
+            cache.require_parameters(views)
     except RefusedError:
         raise
     except (DataError, RecipeError) as error:

@@ -11,7 +11,7 @@ from logitcache.cache.cache import open_uncompared
 from logitcache.errors import RecipeError
 from logitcache.shipping.metadata import Metadata
 from logitcache.student.evaluation.evaluate import require_known_source
-from logitcache.student.lesson import views_of
+from logitcache.student.lesson import pairing_of, views_of
 from logitcache.student.runs.trained import EvaluationTransform
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.views.datasets import open_dataset
@@ -46,7 +46,8 @@ def calibration_images(
 def _dataset(run: Path, recipe: StudentRecipe | TeacherRecipe, overrides: Sequence[str]) -> ImageDataset:
     require_known_source(run, recipe, overrides)
     if isinstance(recipe, StudentRecipe):
-        return views_of(open_uncompared(recipe.cache), recipe.dataset, recipe).dataset
+        cache = open_uncompared(recipe.cache)
+        return views_of(cache, recipe.dataset, recipe, pairing=pairing_of(recipe, cache)).dataset
     if recipe.dataset is None or (isinstance(recipe.dataset, Custom)):
         raise RecipeError(f"{run} learnt from images of code, which a file never calls. Fix: --set dataset=…")
     return open_dataset(recipe.dataset)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache.cache import Cache, Replay
+from logitcache.cache.pairs.record import Pairing
 from logitcache.config.recipe import Component
 from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.student.compatibility import (
@@ -65,8 +66,19 @@ class Lesson:
     teachers: Mapping[str, HeldTeacher] = field(default_factory=dict)
 
 
-def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Replay = "planned") -> Views:
-    """Bind a cache's views to its images, as exactly as a recipe asks."""
+def pairing_of(recipe: StudentRecipe, cache: Cache) -> Pairing | None:
+    """Read the pairing of a recipe; None if its student learns from the images that the teacher saw."""
+    return None if recipe.pairing is None else cache.pairing(recipe.pairing, shuffled=recipe.shuffled)
+
+
+def views_of(
+    cache: Cache,
+    dataset: object,
+    recipe: TrainingRecipe,
+    replay: Replay = "planned",
+    pairing: Pairing | None = None,
+) -> Views:
+    """Bind a cache's views to its images, or to paired ones, as exactly as a recipe asks."""
     return cache.views(
         dataset,
         recipe.verify,
@@ -74,13 +86,15 @@ def views_of(cache: Cache, dataset: object, recipe: TrainingRecipe, replay: Repl
         replay=replay,
         factories=recipe.factories,
         trust=recipe.trust,
+        pairing=pairing,
     )
 
 
-def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
+def lesson_of(recipe: StudentRecipe, cache: Cache, pairing: Pairing | None = None) -> Lesson:
     """Return what a cache asks of a student; raises if it, the losses and the ensembles do not belong together."""
-    held, learned = held_teachers(cache), learned_images(recipe, cache)
-    labels = cache.labels if learned is None else cache.labels[learned]
+    held, learned = held_teachers(cache), learned_images(recipe, cache, pairing)
+    every = cache.labels if pairing is None else cache.labels[pairing.sources]
+    labels = every if learned is None else every[learned]
     raise_all(
         caught(
             lambda: _classes_of(recipe, cache, held),
@@ -94,7 +108,8 @@ def lesson_of(recipe: StudentRecipe, cache: Cache) -> Lesson:
     require_classes(recipe.losses, num_classes, f"{cache.location}: ")
     counts = torch.from_numpy(class_counts(labels, num_classes))
     first, mixes = labels[:NUM_LABELS].copy(), bool(cache.manifest.views.mixing)
-    return Lesson(num_classes, cache.manifest.image_shape, len(labels), counts, first, mixes, held)
+    shape = cache.manifest.image_shape if pairing is None else pairing.record.image_shape
+    return Lesson(num_classes, shape, len(labels), counts, first, mixes, held)
 
 
 def share_held_out(recipe: TrainingRecipe) -> float | None:
@@ -102,22 +117,28 @@ def share_held_out(recipe: TrainingRecipe) -> float | None:
     return None if recipe.validation is None else recipe.validation.split
 
 
-def learned_images(recipe: StudentRecipe, cache: Cache) -> Ints | None:
+def learned_images(recipe: StudentRecipe, cache: Cache, pairing: Pairing | None) -> Ints | None:
     """Return the indices of the images that a student learns from; None if it learns from all.
 
     Raises RecipeError if none are held out, or all, or if a loss remembers those that are.
     """
-    share = share_held_out(recipe)
-    if share is None:
+    share, matched = share_held_out(recipe), None if pairing is None else pairing.matched
+    if share is None and matched is None:
         return None
     if lasting := [loss.kind for loss in recipe.losses if loss.remembers_rows]:
-        raise RecipeError(f"{lasting} remember every image, held out or not. Fix: leave out validation.split")
+        fix = "leave out validation.split" if share is not None else "pairs of all images"
+        raise RecipeError(f"{lasting} remember every image, left out or not. Fix: {fix}")
+    if share is None:
+        return matched
     held = held_out(len(cache), share)
-    if held.all() or not held.any():
+    there = np.arange(len(cache)) if matched is None else matched
+    learned = there[~held[there]]
+    if len(learned) in (0, len(there)):
         raise RecipeError(
-            f"validation.split {share:g} holds out {held.sum()} of {len(cache)} images. Fix: another share"
+            f"validation.split {share:g} holds out {len(there) - len(learned)} of {len(there)} images. "
+            "Fix: another share"
         )
-    return np.flatnonzero(~held)
+    return learned
 
 
 def _classes_of(recipe: StudentRecipe, cache: Cache, held: Mapping[str, HeldTeacher]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from logitcache.cache.cache import Cache, open_uncompared
+from logitcache.cache.pairs.record import Pairing
 from logitcache.errors import RecipeError, TargetErrorWarning
 from logitcache.student.compatibility import asked_targets, held_teachers, inexact_targets
 from logitcache.student.ensembles import Ensemble, with_ensembles
@@ -18,6 +19,7 @@ from logitcache.student.lesson import (
     learned_images,
     lesson_of,
     lesson_of_images,
+    pairing_of,
     require_live,
     views_of,
 )
@@ -32,20 +34,26 @@ from logitcache.views.spec import Views
 
 @dataclass(frozen=True)
 class Stream:
-    """Batches for all students of a group; `live` teachers answer in place of the `cache`."""
+    """Batches for all students of a group; `live` teachers answer in place of the `cache`.
+
+    They answer the images that they `seen` of a pairing load, else the students' own.
+    """
 
     loader: EpochLoader
     live: LiveTargets | None = None
+    seen: EpochLoader | None = None
     num_live: int = 0
     ensembles: Mapping[str, Ensemble] = field(default_factory=dict)
     cache: str | None = None
 
     def batches(self, device: torch.device, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch on a device, from batch `start` on, with every teacher's answers."""
+        seen = None if self.seen is None else self.seen.batches(self.loader.keys(epoch, start))
         for batch in self.loader.epoch(epoch, start):
             batch = batch.to(device)
             if self.live is not None:
-                batch = replace(batch, teachers=self.live(batch.images, batch.labels))
+                shown = batch if seen is None else next(seen).to(device)
+                batch = replace(batch, teachers=self.live(shown.images, shown.labels))
             yield with_ensembles(batch, self.ensembles)
 
     def class_names(self, num_classes: int) -> tuple[str, ...] | None:
@@ -75,6 +83,7 @@ class CachedData:
     num_views: int
     images: object | None
     live: LiveTargets | None = None
+    pairing: Pairing | None = None
 
     @classmethod
     def open(
@@ -89,7 +98,7 @@ class CachedData:
             cache = cache.only({name: targets[name] for name in begun["teachers"]})  # without those that came later
         # Another cache may have fewer views: the identity differs then.
         num_views = min(begun.get("num_views", recipe.num_views or cache.num_views), cache.num_views)
-        return cls(cache, num_views, images, live)
+        return cls(cache, num_views, images, live, pairing_of(recipe, cache))
 
     @cached_property
     def _held(self) -> Mapping[str, Any]:
@@ -97,7 +106,7 @@ class CachedData:
 
     def lesson(self, recipe: StudentRecipe) -> Lesson:
         """Return the lesson of a student; raise if its losses do not fit the cache."""
-        return lesson_of(recipe, self.cache)
+        return lesson_of(recipe, self.cache, self.pairing)
 
     def read_by(self, recipes: Sequence[StudentRecipe]) -> Cache:
         """Return the cache with the targets that losses ask for; nothing else is compared with its records, or read."""
@@ -114,6 +123,7 @@ class CachedData:
             "num_views": self.num_views,
             "teachers": list(self.cache.manifest.teachers),
             "online": self.live is not None,
+            **({} if self.pairing is None else self.pairing.identity()),
         }
 
     def stream(self, recipes: Sequence[StudentRecipe], ranks: Ranks = ALONE) -> Stream:
@@ -128,20 +138,26 @@ class CachedData:
         assert len(blocks) == 1, "each student alone would see another order"
         loader = _loader(
             first,
-            views_of(cache, self.images, first, first.replay),
+            views_of(cache, self.images, first, first.replay, self.pairing),
             ranks,
             targets_of=cache.rows if self.live is None else no_targets,
-            checksums_of=cache.checksums_of(first.verify),
-            images=learned_images(first, cache),
+            checksums_of=cache.checksums_of(first.verify) if self.pairing is None else None,
+            images=learned_images(first, cache, self.pairing),
             shuffle_block=blocks.pop(),
         )
         if self.live is not None:
-            return Stream(loader, self.live, len(self.cache.manifest.teachers), first.ensembles)
+            seen = None if self.pairing is None else self._seen(first, cache, ranks)
+            return Stream(loader, self.live, seen, len(self.cache.manifest.teachers), first.ensembles)
         if ranks.is_first:
             inexact = (reason for one in recipes for reason in inexact_targets(one.losses, one.ensembles, self.cache))
             for reason in dict.fromkeys(inexact):
                 warnings.warn(reason, TargetErrorWarning, stacklevel=2)
         return Stream(loader, ensembles=first.ensembles, cache=first.cache)
+
+    def _seen(self, recipe: StudentRecipe, cache: Cache, ranks: Ranks) -> EpochLoader:
+        """Load the teacher's own images beside the paired ones."""
+        views = views_of(cache, recipe.teacher_dataset, recipe, recipe.replay)
+        return _loader(recipe, views, ranks, checksums_of=cache.checksums_of(recipe.verify))
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from logitcache.runtime.device import ChannelsLast, Precision
 from logitcache.store.remote.client import is_remote
 from logitcache.student.ensembles import Ensemble
 from logitcache.student.evaluation.validation_recipe import Validation
+from logitcache.student.exclusions import exclusions
 from logitcache.student.live_teacher import LiveTeacher
 from logitcache.student.losses import BinaryCrossEntropy, CrossEntropy, KLDivergence, Loss
 from logitcache.student.optim.averaging import Average
@@ -197,27 +198,7 @@ class TrainingRecipe(Component):
 
     def _impossible(self) -> Iterator[str]:
         """Yield why entries exclude one another."""
-        if self.keep == "best" and self.validation is None:
-            yield "keep: best keeps the weights that measure best, and nothing is measured: add validation"
-        coupled = [loss.kind for loss in self.losses if not loss.by_row]
-        if coupled and self.micro_batches > 1:
-            yield f"{coupled} compare the rows of a whole batch with one another: leave out micro_batches"
-        if few := [loss.kind for loss in self.losses if self.batch_size < loss.min_rows]:
-            largest = max(loss.min_rows for loss in self.losses)
-            yield f"{few} compare the rows of a batch with one another: make batch_size {largest} or more"
-        within = [loss.kind for loss in self.losses if loss.differentiates]
-        if within and self.compile:
-            yield f"{within} take gradients inside the model, which a compiled one hides: leave out compile"
-        if within and self.sync_batch_norm:
-            yield (
-                f"{within} take gradients inside the model, and torch.nn.SyncBatchNorm has none of these: leave out "
-                "sync_batch_norm"
-            )
-        if self.epochs % self.views_per_image:
-            yield (
-                f"{self.epochs} epochs with views_per_image {self.views_per_image} use some images more often than "
-                f"others: make epochs a multiple of {self.views_per_image}"
-            )
+        yield from exclusions(self)
 
 
 class StudentRecipe(TrainingRecipe):
@@ -240,6 +221,22 @@ class StudentRecipe(TrainingRecipe):
         "the same images. By default stage one's.",
         examples=[{"kind": "image_folder", "root": "/data/photos"}],
     )
+    pairing: str | None = Field(
+        default=None,
+        description="Folder that `logitcache pair` wrote: the student learns from the paired images, and `dataset` is "
+        "their place. By default from those that the teacher saw.",
+        examples=["pairs/half"],
+    )
+    shuffled: bool = Field(
+        default=False,
+        description="Control run of a `pairing`: each image learns from the answers to another. Labels stay its own.",
+    )
+    teacher_dataset: Dataset | None = Field(
+        default=None,
+        description="Place of the teacher's images beside a `pairing`, for `--online`, if they moved since stage one "
+        "or came from your own code.",
+        examples=[{"kind": "image_folder", "root": "/data/photos"}],
+    )
     replay: Replay = Field(
         default="planned",
         description="Parameters of augmentations: drawn again from the seed, or read from a cache with "
@@ -259,6 +256,9 @@ class StudentRecipe(TrainingRecipe):
 
     def _without_effect(self) -> Iterator[str]:
         yield from super()._without_effect()
+        if self.pairing is None:
+            given = [key for key in ("shuffled", "teacher_dataset") if getattr(self, key)]
+            yield from (f"has {key}, which is for a pairing. Fix: leave it out, or name `pairing`" for key in given)
         named = {loss.teacher for loss in self.losses if "teacher" in type(loss).model_fields}
         # A loss that names no teacher may mean an ensemble: it is refused for that, beside the cache's teachers.
         if None not in named and (unused := sorted(self.ensembles.keys() - named)):

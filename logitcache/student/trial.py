@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.cache.cache import Cache
+from logitcache.cache.pairs.record import Pairing
 from logitcache.errors import RecipeError, caught, raise_all
 from logitcache.logits import NO_LOGITS
 from logitcache.models import Classifier
@@ -102,10 +103,11 @@ def require_fit(recipe: TrainingRecipe, lesson: Lesson) -> None:
         decide_layouts(bare, classifier, black(lesson), bare.measured_taps)
 
 
-def require_taps(recipe: StudentRecipe, cache: Cache) -> None:
+def require_taps(recipe: StudentRecipe, cache: Cache, pairing: Pairing | None = None) -> None:
     """Raise RecipeError listing the taps that the student does not have, whatever else is wrong."""
     counts = [entry.num_classes for entry in cache.manifest.teachers.values() if entry.num_classes is not None]
-    num_classes, channels = (*counts, cache.manifest.fingerprint.num_classes)[0], cache.manifest.image_shape[0]
+    num_classes = (*counts, cache.manifest.fingerprint.num_classes)[0]
+    channels = (cache.manifest if pairing is None else pairing.record).image_shape[0]
     assert recipe.model is not None, "require_entries looked for it"
     with own_randomness(torch.device("cpu"), recipe.seed):
         network = recipe.model.architecture().build(num_classes, channels).module

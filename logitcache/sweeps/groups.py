@@ -23,7 +23,7 @@ from logitcache.student.training_recipes import StudentRecipe
 from logitcache.sweeps.cells import Member
 
 _SHARED = (
-    *("cache", "dataset", "num_views", "replay", "verify", "drift_limits", "factories", "trust"),
+    *("cache", "dataset", "pairing", "shuffled", "num_views", "replay", "verify", "drift_limits", "factories", "trust"),
     *("batch_size", "drop_last", "views_per_image", "sampling", "ensembles"),
     *("num_workers", "start_method", "device"),
 )
@@ -79,7 +79,7 @@ def _stream_key(recipe: StudentRecipe, opened: dict[str, CachedData], refuse_ine
         "order": recipe.seed if recipe.order_seed is None else recipe.order_seed,
         "begun": {key: begun.get(key) for key in ("num_views", "teachers")} if begun else None,
     }
-    where = json.dumps([recipe.cache, recipe.num_views, entries["begun"]])
+    where = json.dumps([recipe.cache, recipe.pairing, recipe.shuffled, recipe.num_views, entries["begun"]])
     if where not in opened:
         opened[where] = CachedData.open(recipe, recipe.dataset, None, begun)
     data = opened[where]

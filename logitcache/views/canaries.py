@@ -82,6 +82,7 @@ class Origin(NamedTuple):
     recorded: Mapping[str, str]
     here: Mapping[str, str]
     has_parameters: bool = False
+    whose: str = "those the teacher saw"
 
 
 def choose(seed: int, num_images: int, num_views: int) -> list[ViewKey]:
@@ -126,8 +127,7 @@ def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]
 def _take(views: Views, key: ViewKey) -> tuple[Canary, Tensor]:
     raw = views.images.read(key.index)
     sizes = np.array([raw.shape[1:]], dtype=np.int64)
-    drawn = views.spec.rows([key], sizes, len(views.dataset.ids)) if views.recorded is None else views.recorded([key])
-    pixels = views[key]
+    drawn, pixels = views.rows([key], sizes), views[key]
     plan = pixel_digest(drawn[0] if drawn.size else sizes[0])
     raw_digest, augmented = pixel_digest(raw.numpy()), pixel_digest(pixels.numpy())
     return Canary(view=key.view, index=key.index, raw=raw_digest, plan=plan, augmented=augmented), pixels
@@ -165,7 +165,7 @@ def judge(report: CanaryReport, level: Level, origin: Origin, limits: DriftLimit
         ", ".join(f"{name} {side.get(name, 'none')}" for name in shown) for side in (origin.recorded, origin.here)
     )
     message = (
-        f"augmented images differ from those the teacher saw ({origin.name})\n"
+        f"augmented images differ from {origin.whose} ({origin.name})\n"
         f"  raw images {report.raw_equal}/{total} equal | plans {report.plans_equal}/{total} equal | "
         f"augmented {report.augmented_equal}/{total} equal: "
         f"mean |d| {report.mean_difference:.2f}, max {report.max_difference}\n"
@@ -188,7 +188,7 @@ def _diagnosis(report: CanaryReport, limits: DriftLimits, has_parameters: bool) 
     if report.raw_equal < report.num_canaries:
         return (
             "the decoded images differ: other files, another order or another decoder.",
-            "point `dataset` at the images of the cache.",
+            "point `dataset` at the images that were recorded.",
         )
     if report.plans_equal < report.num_canaries:
         recorded = "replay the parameters that this cache keeps (replay: recorded), or " if has_parameters else ""

@@ -32,6 +32,7 @@ STREAMS = {
     "sample": 15,
     "calibration": 16,
     "held_out": 17,
+    "shuffled_pairs": 18,
 }
 """What the words are for. Append only: a number, once used, keeps its meaning."""
 

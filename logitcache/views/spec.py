@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor
 from logitcache.config.recipe import Extended
 from logitcache.errors import DataError, RecipeError
 from logitcache.views.augmentations import Augmentation
-from logitcache.views.augmentations.base import Ints
+from logitcache.views.augmentations.base import Ints, Step
 from logitcache.views.datasets.base import ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey, columns_of
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
 from logitcache.views.pairing import Pairing
 from logitcache.views.scaled_decoding import Decode, factors, reduced
+
+if TYPE_CHECKING:
+    from logitcache.views.paired import Frame
 
 _SMALL = 1 << 16  # bytes of an image that is better augmented together with others
 
@@ -115,14 +118,21 @@ class ViewSpec(Extended):
 
         Also returns the sizes of the views [B, 2]. DataError names an image that is too small.
         """
+        plans = []
+        for step in self.steps(keys, sizes):
+            plans.append(step.params)
+            sizes = step.after
+        return plans, sizes
+
+    def steps(self, keys: Sequence[ViewKey], sizes: Ints) -> Iterator[Step]:
+        """Draw the parameters of one augmentation after the other, with the sizes that images have around it."""
         draws = Draws.of(self.seed, keys)
         seen: Counter[str] = Counter()
-        plans = []
         for augmentation in self.augmentations:
-            params, sizes = augmentation.plan(draws, seen[augmentation.kind], sizes)
+            params, after = augmentation.plan(draws, seen[augmentation.kind], sizes)
+            yield Step(augmentation, params, sizes, after)
             seen[augmentation.kind] += 1
-            plans.append(params)
-        return plans, sizes
+            sizes = after
 
     def mixture(self, keys: Sequence[ViewKey], num_images: int, size: tuple[int, int]) -> Mixture | None:
         """Draw how the views of `keys`, of one (height, width), are mixed; None if nothing is."""
@@ -177,15 +187,20 @@ class ViewSpec(Extended):
 class Views:
     """The views of a data set, by key: usable as a map-style data set of torch.
 
-    `recorded` gives rows of integers [B, P], named by the spec's `columns`, to replay in place of drawing them.
-    `images` are those of `dataset` as they are decoded for these views.
+    `recorded` gives rows of integers [B, P], named by the spec's `columns`, to replay in place of drawing them. With a
+    `frame`, the data set has paired images, which are rendered as the frame says. `images` are those of `dataset` as
+    they are decoded for these views.
     """
 
-    def __init__(self, dataset: ImageDataset, spec: ViewSpec, recorded: Recorded | None = None) -> None:
+    def __init__(
+        self, dataset: ImageDataset, spec: ViewSpec, recorded: Recorded | None = None, frame: "Frame | None" = None
+    ) -> None:
         self.dataset = dataset
-        self.images = dataset if spec.decode == "full" else reduced(dataset, spec.factors)
+        # How far an image is reduced is a rule of the teacher's: paired ones are decoded in full.
+        self.images = dataset if spec.decode == "full" or frame is not None else reduced(dataset, spec.factors)
         self.spec = spec
         self.recorded = recorded
+        self.frame = frame
 
     def __getitem__(self, key: ViewKey) -> Tensor:
         """Render one view, uint8 [C, H, W]."""
@@ -207,13 +222,37 @@ class Views:
 
     def mixture(self, keys: Sequence[ViewKey], images: Tensor) -> Mixture | None:
         """Return how the views of `keys`, rendered as [B, C, H, W], are mixed; None if nothing is."""
+        return self._mixture(keys, (images.shape[2], images.shape[3]))
+
+    def _mixture(self, keys: Sequence[ViewKey], size: tuple[int, int]) -> Mixture | None:
         if self.recorded is not None:
-            return self.spec.split(self.recorded(keys))[1]
-        return self.spec.mixture(keys, len(self.dataset.ids), (images.shape[2], images.shape[3]))
+            found = self.spec.split(self.recorded(keys))[1]
+        else:
+            seen = size if self.frame is None else self.frame.scale.seen
+            found = self.spec.mixture(keys, len(self.dataset.ids), seen)
+        return found if found is None or self.frame is None else self.frame.mixture(found)
+
+    def rows(self, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
+        """Return all integers by which views of images of `sizes` [B, 2] are rendered, [B, P]."""
+        if self.frame is None:
+            return self.spec.rows(keys, sizes, len(self.dataset.ids)) if self.recorded is None else self.recorded(keys)
+        mixture = self._mixture(keys, self.frame.scale.seen)
+        parts = [np.empty((len(keys), 0), np.int64), *self._plans(keys, sizes)]
+        return np.concatenate(parts if mixture is None else [*parts, mixture.rows()], axis=1)
+
+    def planned_sizes(self, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
+        """Return the sizes [B, 2] of views of images of `sizes`. DataError names an image that is too small."""
+        return self.spec.plan(keys, sizes)[1] if self.frame is None else self.frame.plan(keys, sizes)[1]
+
+    def _plans(self, keys: Sequence[ViewKey], sizes: Ints) -> list[Ints]:
+        recorded = None if self.recorded is None else self.spec.split(self.recorded(keys))[0]
+        if self.frame is not None:
+            return self.frame.plan(keys, sizes, recorded)[0]
+        return self.spec.plan(keys, sizes)[0] if recorded is None else recorded
 
     def answered(self) -> "Views":
         """Return the views that the teacher answers."""
-        return Views(self.dataset, self.spec.answered())
+        return Views(self.dataset, self.spec.answered(), frame=self.frame)
 
     def partners(self, keys: Sequence[ViewKey]) -> list[ViewKey]:
         """Return the views that those of `keys` are mixed with; if nothing is mixed, the same."""
@@ -236,9 +275,9 @@ class Views:
         decoded = dict(zip(indices, read_images(self.images, indices), strict=True))
         images = [decoded[key[1]] for key in keys]
         sizes = np.array([image.shape for image in images], dtype=np.int64)[:, 1:]
-        plans = self.spec.split(self.recorded(keys))[0] if self.recorded else self.spec.plan(keys, sizes)[0]
+        plans = self._plans(keys, sizes)
         try:
-            groups = self.spec.render(images, plans)
+            groups = self.spec.render(images, plans) if self.frame is None else self.frame.render(keys, images, plans)
         except RecipeError as error:
             raise self._blamed(images, plans, keys, error) from error
         if len(groups) == 1:

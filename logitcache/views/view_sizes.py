@@ -28,7 +28,7 @@ def require_one_size(views: Views) -> None:
 
 def _sizes_of_views(views: Views, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
     try:
-        return views.spec.plan(keys, sizes)[1]
+        return views.planned_sizes(keys, sizes)
     except DataError as error:
         if len(keys) == 1:
             raise DataError(f"{views.dataset.ids[keys[0].index]!r}: {error}") from error

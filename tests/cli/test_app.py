@@ -35,6 +35,7 @@ COMMANDS = [
     ["inspect"],
     ["summary"],
     ["verify"],
+    ["pair"],
     ["card"],
     ["gc"],
     ["recipe"],

@@ -23,7 +23,7 @@ from logitcache.student.evaluation.cost import Contender, LatencyPlan, latencies
 from logitcache.student.evaluation.evaluate import OpenedRun, open_run
 from logitcache.student.evaluation.single_label import Tally
 from logitcache.student.evaluation.validation import Validator, only_logits
-from logitcache.student.lesson import views_of
+from logitcache.student.lesson import pairing_of, views_of
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.views.keys import ViewKey
 
@@ -114,12 +114,14 @@ def _beside(opened: OpenedRun, points: int) -> tuple[Beside | None, str]:
             return None, "learnt from labels: there is no teacher to compare with"
         try:
             cache = open_uncompared(recipe.cache)
-            views = views_of(only_logits(cache), recipe.dataset, recipe)
+            pairing = pairing_of(recipe, cache)
+            views = views_of(only_logits(cache), recipe.dataset, recipe, pairing=pairing)
         except LogitCacheError as error:
             return None, f"not compared with its teachers: {str(error).splitlines()[0]}"
         assert recipe.validation is not None
         size = recipe.validation.batch_size
-        validator = Validator(views, only_logits(cache), size, recipe.num_workers)
+        chosen = None if pairing is None else pairing.matched
+        validator = Validator(views, only_logits(cache), size, recipe.num_workers, images=chosen, pairing=pairing)
     assert validator.cache is not None
     generator = np.random.default_rng(0)
     count = min(points, validator.num_images)

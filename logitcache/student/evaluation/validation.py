@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.cache.format.manifest import LOGITS
+from logitcache.cache.pairs.record import Pairing
 from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import Precision, autocast
@@ -21,7 +22,7 @@ from logitcache.student.compatibility import require_labels
 from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
 from logitcache.student.evaluation.single_label import Measures, Tally
 from logitcache.student.evaluation.validation_recipe import Validation
-from logitcache.student.lesson import share_held_out, views_of
+from logitcache.student.lesson import pairing_of, share_held_out, views_of
 from logitcache.student.losses import Loss
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
@@ -49,7 +50,8 @@ class Validator:
 
     `labels` [N], if given, replace the images' own: those of a data set of other classes, in the model's classes.
     Images whose label is -1 there are left out. `images` [N] are the indices of those to measure on, by default all.
-    `threshold` is the probability above which answers to images of any number of classes are yes.
+    `threshold` is the probability above which answers to images of any number of classes are yes. With a `pairing` the
+    images are paired with those that the teacher answered.
     """
 
     def __init__(
@@ -61,9 +63,11 @@ class Validator:
         labels: NDArray[np.int64] | None = None,
         threshold: float = THRESHOLD,
         images: Ints | None = None,
+        pairing: Pairing | None = None,
     ) -> None:
         targets_of: TargetsOf = no_targets if cache is None else cache.rows
-        self.cache, self.augmentations = cache, views.spec.augmentations
+        self.cache, self._pairing = cache, pairing
+        self.augmentations = views.spec.augmentations if pairing is None else ()
         self._views, self._labels = views, labels
         self.class_names = views.dataset.class_names if labels is None else None
         self.is_multi_label = is_multi_label(views.dataset.labels)
@@ -83,7 +87,8 @@ class Validator:
         """Return what identifies the images and the answers; reads the images that are not remembered."""
         if self.cache is not None:
             manifest = self.cache.manifest
-            return {"cache": manifest.restricted(1, manifest.targets).content_digest()}
+            paired = {} if self._pairing is None else self._pairing.identity()
+            return {"cache": manifest.restricted(1, manifest.targets).content_digest(), **paired}
         return {"dataset": fingerprint(self._views.dataset).model_dump(mode="json")}
 
     def sample(self) -> Tensor:
@@ -202,11 +207,13 @@ def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int, lear
         assert isinstance(recipe, StudentRecipe), "others have no cache"
         location, dataset = recipe.cache, recipe.dataset
     cache = None if location is None else only_logits(open_uncompared(location))
+    pairing = None if cache is None else _pairing(recipe, validation, cache)
     if cache is None:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
         require_one_size(views)
     else:
-        views = views_of(cache, dataset, recipe) if validation.split is None or learned is None else learned
+        is_open = validation.split is not None and learned is not None
+        views = learned if is_open and learned else views_of(cache, dataset, recipe, pairing=pairing)
         if views.spec.mixing:
             raise MismatchError(
                 f"validation: {location} holds mixed images, which have no one label. "
@@ -229,8 +236,25 @@ def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int, lear
                 f"validation: {who} has {count} classes, the model {num_classes}. Fix: validate on the same classes, "
                 "or map the classes by validation.class_map"
             )
-    images = None if validation.split is None else np.flatnonzero(held_out(len(views.dataset.ids), validation.split))
-    return Validator(views, cache, validation.batch_size, recipe.num_workers, labels, validation.threshold, images)
+    images = None if pairing is None else pairing.matched
+    if validation.split is not None:
+        held = np.flatnonzero(held_out(len(views.dataset.ids), validation.split))
+        images = held if images is None else np.intersect1d(held, images)
+    size, workers = validation.batch_size, recipe.num_workers
+    return Validator(views, cache, size, workers, labels, validation.threshold, images, pairing)
+
+
+def _pairing(recipe: TrainingRecipe, validation: Validation, cache: Cache) -> Pairing | None:
+    """Read the pairing of the images to measure on; raise RecipeError if a student of one would see the teacher's."""
+    if validation.pairing is not None:
+        return cache.pairing(validation.pairing)
+    own = pairing_of(recipe, cache) if isinstance(recipe, StudentRecipe) and validation.split is not None else None
+    if own is None and isinstance(recipe, StudentRecipe) and recipe.pairing is not None:
+        raise RecipeError(
+            f"validation: {cache.location} is of images that the teacher saw, and the student learns from paired ones. "
+            "Fix: validation.pairing, for this cache, or validation.dataset in its place"
+        )
+    return own
 
 
 def only_logits(cache: Cache) -> Cache:

@@ -42,6 +42,12 @@ class Validation(Component):
         description="Cache of the images to measure on; it adds agreement with the teacher and KL divergence from it.",
         examples=["caches/fashion_mnist/test.zarr"],
     )
+    pairing: str | None = Field(
+        default=None,
+        description="Folder that `logitcache pair` wrote for `cache`: the paired images are measured on, and `dataset` "
+        "is their place if they moved. A student of a `pairing` needs one.",
+        examples=["pairs/half-test"],
+    )
     split: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] | None = Field(
         default=None,
         description="Share of the images of the student's cache that it does not learn from, and is measured on: view "
@@ -82,4 +88,6 @@ class Validation(Component):
             raise ValueError("name a data set (dataset) or a cache of one (cache), or hold images out (split)")
         if self.augmentations and (self.cache is not None or self.split is not None):
             raise ValueError("a cache brings its own augmentations: leave them out")
+        if self.pairing is not None and self.cache is None:
+            raise ValueError("a pairing is of a cache: name it (cache), or leave out pairing")
         return self

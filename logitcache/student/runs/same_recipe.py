@@ -15,6 +15,7 @@ _FREE = (
     *("device", "num_workers", "start_method", "checkpoint_steps", "verify", "teachers", "trackers"),
     *("validation.groups", "validation.taps"),
     *("out", "cache", "dataset", "validation.cache", "validation.dataset"),
+    *("pairing", "teacher_dataset", "validation.pairing"),
 )
 
 

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from types import ModuleType
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
 from logitcache.config.recipe import NEVER_APPLIED, Component, Float
-from logitcache.errors import DataError
+from logitcache.errors import DataError, RecipeError
 from logitcache.views.keys import Draws, Words, uniform
 
 Ints = NDArray[np.int64]
@@ -29,6 +29,47 @@ Size = Side | tuple[Side, Side]
 Fill = Annotated[int, Field(ge=0, le=255)]
 
 NUM_KNOTS = 65
+
+
+class Scale(NamedTuple):
+    """The (height, width) of views of paired images, `shown`, and of the teacher's views, `seen`."""
+
+    seen: tuple[int, int]
+    shown: tuple[int, int]
+
+    def __call__(self, sizes: Ints) -> Ints:
+        """Scale sizes [..., 2] of the teacher's images, to one pixel or more."""
+        return np.maximum(rescaled(sizes, np.array(self.seen), np.array(self.shown)), 1)
+
+    def pair(self, size: "Size") -> tuple[int, int]:
+        """Scale a side, or height and width."""
+        height, width = self(np.array(pair(size))).tolist()
+        return height, width
+
+
+def rescaled(places: Ints, before: Ints, after: Ints) -> Ints:
+    """Carry places in lengths `before` to lengths `after`, rounded half up; by integers alone."""
+    return np.asarray((2 * places * after + before) // (2 * before), np.int64)
+
+
+def rescaled_boxes(boxes: Ints, before: Ints, after: Ints) -> Ints:
+    """Carry boxes [B, 4] (top, left, height, width) in images of sizes `before` [B, 2] to sizes `after`.
+
+    A box keeps a pixel of each side that it has.
+    """
+    starts, stops = rescaled(boxes[:, :2], before, after), rescaled(boxes[:, :2] + boxes[:, 2:], before, after)
+    lost = (boxes[:, 2:] > 0) & (stops == starts)
+    starts = np.where(lost, np.minimum(starts, after - 1), starts)
+    return np.concatenate([starts, np.where(lost, 1, stops - starts)], axis=1)
+
+
+class Step(NamedTuple):
+    """An augmentation of images of sizes `before` [B, 2], with its parameters [B, P], and their sizes `after` it."""
+
+    augmentation: "AugmentationBase"
+    params: Ints
+    before: Ints
+    after: Ints
 
 
 class AugmentationBase(Component, ABC):
@@ -59,6 +100,23 @@ class AugmentationBase(Component, ABC):
     @abstractmethod
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Change images of one size, uint8 [B, C, H, W], by their parameters."""
+
+    def beside(self, scale: Scale, channels: int) -> "AugmentationBase | None":
+        """Return the augmentation of paired images, of so many channels; None for a change of colour.
+
+        Raises RecipeError if its geometry cannot be shared.
+        """
+        raise RecipeError(
+            f"{dict(self)['kind']} runs a transform whose geometry paired images cannot share: only its code knows "
+            "what it draws. Fix: precompute with other augmentations"
+        )
+
+    def carried(self, params: Ints, before: Ints, after: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+        """Return the parameters of `beside` for paired images of sizes `others` [B, 2], and their new sizes.
+
+        `params` are those of the teacher's images, whose sizes [B, 2] they change from `before` to `after`.
+        """
+        return params, others
 
 
 @functools.cache
@@ -175,3 +233,8 @@ def require_values(field: str, values: tuple[int, ...], images: Tensor) -> None:
             f"{field} has {len(values)} values {list(values)}, the images have {images.shape[1]} channels. "
             "Fix: give one number, or a list of one for each channel"
         )
+
+
+def levels_of(values: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    """Return levels for images of so many channels: their mean if they are of another number."""
+    return values if len(values) in (1, channels) else (round(sum(values) / len(values)),)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logitcache.config.recipe import Fraction, Lenient
 from logitcache.errors import DataError
-from logitcache.views.augmentations.base import Ints, Ordered, Size, TorchvisionBase, kernels, pair, replace_rows
+from logitcache.views.augmentations.base import Ints, Ordered, Scale, Size, TorchvisionBase, kernels, pair, replace_rows
 from logitcache.views.keys import Draws, bernoulli, uniform
 
 STEPS = 65536
@@ -60,6 +60,9 @@ class GaussianBlur(TorchvisionBase):
         low, high = self.sigma
         sigmas = np.rint((low + (high - low) * uniform(words[:, 1])) * STEPS).astype(np.int64)
         return np.stack([bernoulli(words[:, 0], self.p).astype(np.int64), sigmas], axis=1), sizes
+
+    def beside(self, scale: Scale, channels: int) -> None:
+        """Return None: it moves no pixel."""
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Blur the chosen images."""

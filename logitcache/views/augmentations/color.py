@@ -10,7 +10,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from logitcache.config.recipe import Float, Fraction
-from logitcache.views.augmentations.base import Ints, TorchvisionBase, kernels, replace_rows, require_colors
+from logitcache.views.augmentations.base import Ints, Scale, TorchvisionBase, kernels, replace_rows, require_colors
 from logitcache.views.keys import Draws, below, bernoulli, uniform
 
 Factors = Float | tuple[Float, Float]
@@ -129,6 +129,9 @@ class ColorJitter(TorchvisionBase):
         factors = np.rint((low + (high - low) * uniform(words[:, 2:])) * STEPS).astype(np.int64)
         return np.concatenate([chosen, order, factors], axis=1), sizes
 
+    def beside(self, scale: Scale, channels: int) -> None:
+        """Return None: it moves no pixel."""
+
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Adjust the chosen images."""
         require_colors(self.kind, images)
@@ -156,6 +159,9 @@ class RandomGrayscale(TorchvisionBase):
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit."""
         return bernoulli(draws.words("grayscale", ordinal, 1), self.p).astype(np.int64), sizes
+
+    def beside(self, scale: Scale, channels: int) -> None:
+        """Return None: it moves no pixel."""
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Turn the chosen images to grey."""

@@ -1,6 +1,6 @@
 """Crops: of the centre, anywhere, and of a random area and aspect ratio."""
 
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,14 @@ from logitcache.views.augmentations.base import (
     Ordered,
     RatioKnots,
     ResizingBase,
+    Scale,
     Size,
     TorchvisionBase,
     drawn_sides,
     kernels,
     no_params,
     pair,
+    rescaled_boxes,
     sizes_of,
 )
 from logitcache.views.augmentations.resize import Kernel, resized
@@ -30,6 +32,60 @@ from logitcache.views.keys import Draws, below, uniform
 
 NUM_TRIES = 10
 Share = Annotated[float, Field(gt=0.0, le=1.0), Lenient]
+
+
+PaddingMode = Literal["constant", "edge", "reflect", "symmetric"]
+
+
+class Window(TorchvisionBase):
+    """Cut windows that may reach beyond the image, and resize those of another size: a crop of paired images."""
+
+    columns: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width")
+
+    kind: Literal["window"] = "window"
+    size: tuple[int, int]
+    padding_mode: PaddingMode = "constant"
+    fill: Fill = 0
+
+    def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
+        """Draw nothing: windows are carried from the teacher's images."""
+        raise AssertionError("windows are carried")
+
+    def apply(self, images: Tensor, params: Ints) -> Tensor:
+        """Pad as far as any window reaches, and cut."""
+        starts, stops = params[:, :2], params[:, :2] + params[:, 2:]
+        low = np.maximum(-starts.min(axis=0), 0)
+        high = np.maximum(stops.max(axis=0) - np.array(images.shape[2:]), 0)
+        images = padded(images, ((0, 0), (0, 0), *zip(low.tolist(), high.tolist(), strict=True)), self)
+        if (params[:, 2:] == self.size).all():
+            return windows(images, starts + low, self.size)
+        boxes = np.concatenate([starts + low, params[:, 2:]], axis=1)
+        return resized(images, boxes, self.size, "bilinear", "exact")
+
+
+def padded(images: Tensor, widths: tuple[tuple[int, int], ...], crop: "RandomCrop | Window") -> Tensor:
+    """Pad the axes of images [B, C, H, W] as a crop does."""
+    if not np.any(widths):
+        return images
+    options: dict[str, Any] = {"constant_values": crop.fill} if crop.padding_mode == "constant" else {}
+    return torch.from_numpy(np.pad(images.numpy(), widths, crop.padding_mode, **options))
+
+
+def windows(images: Tensor, corners: Ints, size: tuple[int, int]) -> Tensor:
+    """Cut a window out of each image [B, C, H, W], all of one size."""
+    every = images.unfold(2, size[0], 1).unfold(3, size[1], 1).numpy()
+    return torch.from_numpy(every[np.arange(len(images)), :, corners[:, 0], corners[:, 1]])
+
+
+def _carried(corners: Ints, size: Size, before: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+    """Carry windows of one size, [B, 2] corners in images of sizes `before`, to paired images; also their new sizes.
+
+    Of images that are scaled as the views are, they keep one size, and no pixel is resampled.
+    """
+    boxes = np.concatenate([corners, sizes_of(len(corners), pair(size))], axis=1)
+    carried, sides = rescaled_boxes(boxes, before, others), sizes_of(len(corners), scale.pair(size))
+    alike = (others == scale(before)).all(axis=1, keepdims=True)
+    return np.concatenate([carried[:, :2], np.where(alike, sides, carried[:, 2:])], axis=1), sides
 
 
 class CenterCrop(TorchvisionBase):
@@ -41,6 +97,16 @@ class CenterCrop(TorchvisionBase):
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw nothing."""
         return no_params(len(sizes)), sizes_of(len(sizes), pair(self.size))
+
+    def beside(self, scale: Scale, channels: int) -> Window:
+        """Return windows of the scaled size."""
+        return Window(size=scale.pair(self.size))
+
+    def carried(self, params: Ints, before: Ints, after: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+        """Carry the window that torchvision cuts, which it rounds half to even; padding is cut off at the right."""
+        left_over = before - after
+        corners = np.where(left_over < 0, -(-left_over // 2), np.rint(left_over / 2).astype(np.int64))
+        return _carried(corners, self.size, before, others, scale)
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop the centre."""
@@ -57,7 +123,7 @@ class RandomCrop(AugmentationBase):
     padding: Annotated[int, Field(ge=0, le=1024)] = Field(
         default=0, description="Pixels added to every side before the crop."
     )
-    padding_mode: Literal["constant", "edge", "reflect", "symmetric"] = Field(
+    padding_mode: PaddingMode = Field(
         default="constant",
         description="Content of the padding: the level `fill`, the border's pixels, or the mirrored image without "
         "or with its border.",
@@ -93,15 +159,18 @@ class RandomCrop(AugmentationBase):
             )
         return below(draws.words("crop", ordinal, 2), corners), sizes_of(len(sizes), pair(self.size))
 
+    def beside(self, scale: Scale, channels: int) -> Window:
+        """Return windows of the scaled size."""
+        return Window(size=scale.pair(self.size), padding_mode=self.padding_mode, fill=self.fill)
+
+    def carried(self, params: Ints, before: Ints, after: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+        """Carry the windows."""
+        return _carried(params - self.padding, self.size, before, others, scale)
+
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Pad and crop."""
-        if self.padding:
-            widths = ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding))
-            options: dict[str, Any] = {"constant_values": self.fill} if self.padding_mode == "constant" else {}
-            images = torch.from_numpy(np.pad(images.numpy(), widths, self.padding_mode, **options))
-        height, width = pair(self.size)
-        windows = images.unfold(2, height, 1).unfold(3, width, 1).numpy()
-        return torch.from_numpy(windows[np.arange(len(images)), :, params[:, 0], params[:, 1]])
+        widths = ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding))
+        return windows(padded(images, widths, self), params, pair(self.size))
 
 
 class RandomResizedCrop(ResizingBase):
@@ -163,6 +232,14 @@ class RandomResizedCrop(ResizingBase):
         wide = np.clip(np.rint(height * high), 1, width).astype(np.int64)
         ratio = width / height
         return np.stack([np.where(ratio < low, tall, height), np.where(ratio > high, wide, width)], axis=1)
+
+    def beside(self, scale: Scale, channels: int) -> Self:
+        """Return the same to the scaled size."""
+        return self.model_copy(update={"size": scale.pair(self.size)})
+
+    def carried(self, params: Ints, before: Ints, after: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+        """Scale the boxes, each to its image."""
+        return rescaled_boxes(params, before, others), scale(after)
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop and resize with antialiasing."""

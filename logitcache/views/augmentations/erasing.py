@@ -1,6 +1,6 @@
 """Erasing a random rectangle."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -15,8 +15,11 @@ from logitcache.views.augmentations.base import (
     Ints,
     Ordered,
     RatioKnots,
+    Scale,
     drawn_sides,
+    levels_of,
     require_values,
+    rescaled_boxes,
 )
 from logitcache.views.keys import Draws, below, bernoulli, philox, uniform
 
@@ -70,6 +73,16 @@ class RandomErasing(AugmentationBase):
         boxes = np.where(erased, boxes, 0)
         corners = np.where(erased, below(corner, sizes - boxes + 1), 0)
         return np.concatenate([corners, boxes, key.astype(np.int64)], axis=1), sizes
+
+    def beside(self, scale: Scale, channels: int) -> Self:
+        """Return the same with a level that images of so many channels have."""
+        if not isinstance(self.value, tuple):
+            return self
+        return self.model_copy(update={"value": levels_of(self.value, channels)})
+
+    def carried(self, params: Ints, before: Ints, after: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+        """Scale the rectangles."""
+        return np.concatenate([rescaled_boxes(params[:, :4], before, others), params[:, 4:]], axis=1), others
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Fill the rectangles."""

@@ -1,13 +1,13 @@
 """Mirroring."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from pydantic import Field
 from torch import Tensor
 
 from logitcache.config.recipe import Fraction
-from logitcache.views.augmentations.base import AugmentationBase, Ints
+from logitcache.views.augmentations.base import AugmentationBase, Ints, Scale
 from logitcache.views.keys import Draws, bernoulli
 
 
@@ -23,6 +23,10 @@ class HorizontalFlip(AugmentationBase):
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit."""
         return bernoulli(draws.words("flip", ordinal, 1), self.p).astype(np.int64), sizes
+
+    def beside(self, scale: Scale, channels: int) -> Self:
+        """Return itself: paired images are mirrored together."""
+        return self
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Mirror if the bit is set."""

@@ -14,14 +14,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from logitcache.errors import RecipeError
 from logitcache.views.augmentations.base import (
     Fill,
     Ints,
+    Scale,
     TorchvisionBase,
     kernels,
+    levels_of,
     replace_rows,
     require_colors,
     require_values,
+    rescaled,
 )
 from logitcache.views.augmentations.color import adjust_contrast
 from logitcache.views.keys import Draws, below
@@ -97,6 +101,8 @@ OPERATIONS: dict[str, Operation] = {
 }
 """Operations by name, from an image [C, H, W] and a signed magnitude. Plans hold their numbers: append only."""
 NAMES = tuple(OPERATIONS)
+MOVING = [NAMES.index(name) for name in ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")]
+"""The numbers of the operations that move pixels."""
 UNSIGNED = ("posterize", "solarize", "auto_contrast", "equalize", "identity")
 
 Range = tuple[float, float]
@@ -157,6 +163,18 @@ def apply_policy(
     return replace_rows(images, rows.tolist(), change)
 
 
+def fill_for(fill: int | tuple[int, ...] | None, channels: int) -> int | tuple[int, ...] | None:
+    """Return a fill that images of so many channels have."""
+    return levels_of(fill, channels) if isinstance(fill, tuple) else fill
+
+
+def moving_steps(params: Ints) -> Ints:
+    """Return steps [B, S, 3] of which those that move no pixel are identities."""
+    steps = params.reshape(len(params), -1, 3).copy()
+    steps[~np.isin(steps[..., 0], MOVING), 0] = NAMES.index("identity")
+    return steps
+
+
 class RandAugment(TorchvisionBase):
     """Apply operations of random kind and sign, all of one strength. Images have one channel or three."""
 
@@ -192,6 +210,14 @@ class RandAugment(TorchvisionBase):
         params = np.stack([numbers, np.full_like(numbers, self.magnitude), 2 * below(words[..., 1], 2) - 1], axis=2)
         return params.reshape(len(sizes), 3 * self.num_ops), sizes
 
+    def beside(self, scale: Scale, channels: int) -> Self:
+        """Return the same with a fill that images of so many channels have."""
+        return self.model_copy(update={"fill": fill_for(self.fill, channels)})
+
+    def carried(self, params: Ints, before: Ints, after: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+        """Leave out what moves no pixel; translations are by parts of an image."""
+        return moving_steps(params).reshape(params.shape), others
+
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Apply the operations."""
         return apply_policy(self, narrow_range, images, params)
@@ -212,6 +238,24 @@ class TrivialAugmentWide(TorchvisionBase):
         words = draws.words("trivial_augment", ordinal, 3)
         numbers, bins = below(words[:, 0], len(NAMES)), below(words[:, 1], self.num_magnitude_bins)
         return np.stack([numbers, bins, 2 * below(words[:, 2], 2) - 1], axis=1), sizes
+
+    def beside(self, scale: Scale, channels: int) -> Self:
+        """Return the same with a fill that images of so many channels have; RecipeError for larger views."""
+        if scale.shown[0] > scale.seen[0] or scale.shown[1] > scale.seen[1]:
+            raise RecipeError(
+                f"{self.kind} moves images by up to 32 pixels of the teacher's views of {scale.seen}, and has no more "
+                f"for views of {scale.shown}. Fix: --size '{list(scale.seen)}', or precompute with "
+                "rand_augment"
+            )
+        return self.model_copy(update={"fill": fill_for(self.fill, channels)})
+
+    def carried(self, params: Ints, before: Ints, after: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+        """Leave out what moves no pixel, and scale translations to the nearest bin."""
+        (steps,) = moving_steps(params).transpose(1, 0, 2)
+        for axis, name in enumerate(("translate_y", "translate_x")):
+            moved = steps[:, 0] == NAMES.index(name)
+            steps[moved, 1] = rescaled(steps[moved, 1], np.array(scale.seen[axis]), np.array(scale.shown[axis]))
+        return steps, others
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Apply the operation."""

@@ -11,7 +11,7 @@ coarser weights exactly too, but autocast and torch's reduced matmul precisions 
 """
 
 import functools
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
-from logitcache.views.augmentations.base import Interpolation, Ints, ResizingBase, Size, kernels, sizes_of
+from logitcache.views.augmentations.base import Interpolation, Ints, ResizingBase, Scale, Size, kernels, sizes_of
 from logitcache.views.keys import Draws
 
 Filter = Literal["bilinear", "bicubic"]
@@ -94,6 +94,14 @@ class Resize(ResizingBase):
         if isinstance(self.size, int):
             return np.asarray(self.size * sizes // sizes.min(axis=1, keepdims=True), np.int64)
         return sizes_of(len(sizes), self.size)
+
+    def beside(self, scale: Scale, channels: int) -> Self:
+        """Return itself: the parameters are the sizes."""
+        return self
+
+    def carried(self, params: Ints, before: Ints, after: Ints, others: Ints, scale: Scale) -> tuple[Ints, Ints]:
+        """Scale the new sizes."""
+        return scale(after), scale(after)
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Resize with antialiasing."""
