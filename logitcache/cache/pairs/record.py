@@ -166,7 +166,10 @@ def open_pairing(location: str | Path, manifest: Manifest, where: str, *, shuffl
         raise _damaged(store, "its rows name images that are not there")
     if np.count_nonzero(rows == UNPAIRED) != record.unmatched or record.unmatched == count:
         raise _damaged(store, "its rows are not those that its record counts")
-    if any(canary.index >= count or rows[canary.index] == UNPAIRED for canary in record.canaries):
+    if not all(
+        0 <= canary.view < 1 << 32 and 0 <= canary.index < count and rows[canary.index] != UNPAIRED
+        for canary in record.canaries
+    ):
         raise _damaged(store, "a canary is of an image that is not there")
     return Pairing(store, record, rows, sizes.reshape(count, 2), shuffled)
 
