@@ -30,9 +30,13 @@ class Job(NamedTuple):
     quick: bool = False
     later: tuple[tuple[str, ...], ...] = ()
     """Changes of further calls on the same recipe: a cache that grows."""
+    words: tuple[str, ...] = ()
+    """What a command takes that reads no recipe."""
 
     def command_lines(self, pipelines: Path, inputs: Path) -> list[list[str]]:
         """Return the arguments of `logitcache` for each call in turn, without keys that its checkout does not know."""
+        if self.words:
+            return [[self.command, "--quiet", *(word.replace("INPUTS", str(inputs)) for word in self.words)]]
         known = (pipelines / "schemas" / "train-student.json").read_text()
         missing = tuple(f"{key}=" for change in PLAIN if f'"{(key := change.partition("=")[0])}":' not in known)
         return [
@@ -58,7 +62,14 @@ def _sets(changes: Iterable[str], inputs: Path) -> Iterable[str]:
 
 def jobs() -> list[Job]:
     """List the jobs of every recipe, each after those that it reads."""
-    return [*_of_options(), *_of_bundled_images(), *_of_sweeps(), *_of_fashion_mnist(), *_of_photographs()]
+    return [
+        *_of_options(),
+        *_of_bundled_images(),
+        *_of_sweeps(),
+        *_of_fashion_mnist(),
+        *_of_photographs(),
+        *_of_pairs(),
+    ]
 
 
 def selected(pattern: str, quick: bool) -> list[Job]:
@@ -208,6 +219,27 @@ def _of_photographs() -> list[Job]:
     ]
 
 
+def _of_pairs() -> list[Job]:
+    """List jobs of students that see photographs at half their size, or their edges, beside those of a teacher."""
+    jobs = []
+    for folder, mode in (("half_size", "RGB"), ("edges", "L")):
+        out, entry = f"pairs/{folder}", f"{{kind: image_folder, root: INPUTS/{folder}, mode: {mode}}}"
+        words = ("caches/image_folder-precompute.zarr", out, "--by", "stem", "--dataset", entry)
+        jobs += [
+            Job(f"{folder}: pair", "pair", "", out, (), after=("image_folder/precompute.yaml",), words=words),
+            _student(
+                folder,
+                f"pairing={out}",
+                "model.width=4",
+                "batch_size=4",
+                "validation={split: 0.3}",
+                cache="image_folder/precompute.yaml",
+                after=(f"{folder}: pair",),
+            ),
+        ]
+    return jobs
+
+
 def _of_options() -> list[Job]:
     """List jobs of what no shipped recipe asks for: growth, processes, models of timm, records of every row."""
     grown = _precompute("fashion_mnist", "dataset.num_images=40", "shard_rows=16", "batch_size=16")
@@ -256,7 +288,12 @@ def make_inputs(folder: Path) -> None:
         pixels = generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)
         path = folder / "photos" / f"class{number % 3}" / f"{number:02}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).resize((60 - number, 40 + number)).save(path)
+        photo = Image.fromarray(pixels).resize((60 - number, 40 + number))
+        photo.save(path)
+        for other, paired in (("half_size", photo.reduce(2)), ("edges", photo.convert("L"))):
+            file = folder / other / f"class{number % 3}" / f"{number:02}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            paired.save(file)
         with tarfile.open(folder / f"photos-{number % 2}.tar", "a") as archive:
             _add(archive, f"{number:02}.jpg", path.read_bytes())
             _add(archive, f"{number:02}.cls", str(number % 3).encode())

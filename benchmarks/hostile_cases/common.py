@@ -116,6 +116,7 @@ def _make(folder: Path) -> int:
         ["train-teacher", "teacher.yaml"],
         ["precompute", "precompute.yaml"],
         ["train-student", "student.yaml"],
+        ["pair", "c.zarr", "pairs", "--dataset", "images"],
         ["export", "run", "model.onnx"],
     )
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -182,21 +183,29 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
         *("quantize", "run", "again.int8.onnx", "--images", "4", "--least-agreement", "0")
     ],
     "prune": lambda folder, case: ["prune", "run", "pruned", "--sparsity", "0.5"],
+    "pair": lambda folder, case: ["pair", _cache(folder, case), "paired", "--dataset", "images"],
+    "verify pairing": lambda folder, case: ["verify", _cache(folder, case), "--pairing", "pairs"],
+    "train pairing": lambda folder, case: [
+        *("train-student", "student.yaml", "--set", "out=new", "--set", "pairing=pairs"),
+        *("--set", f"cache={_cache(folder, case)}"),
+    ],
     "predict file": lambda folder, case: ["predict", "model.onnx", "images/a/00.png"],
     "log": lambda folder, case: ["log", "run", "--to", "tensorboard"],
     "run page": lambda folder, case: ["report", "run", "--points", "20"],
 }
 READERS = ("inspect", "verify", "summary", "gc", "train", "online", "check", "derive", "precompute", "plan")
-READERS += ("card", "view", "suspects", "sweep", "page", "app")
+READERS += ("pair", "card", "view", "suspects", "sweep", "page", "app")
 RUNS = ("evaluate", "resume", "teach", "start", "predict", "export", "quantize", "prune", "log", "run page", "app")
 ALIKE = {
     "suspects": "summary",
+    "pair": "train",
     "sweep": "train",
     "view": "verify",
     "page": "inspect",
     "card": "inspect",
     "predict": "evaluate",
 }
+
 ALIKE |= {"export": "evaluate", "quantize": "evaluate", "prune": "evaluate"}
 """Commands that read the same as others, and end with the same codes where a case does not say otherwise."""
 

@@ -56,6 +56,7 @@ NOT_RUN = {
     " torchrun ": "starts processes, as tests/student/test_distributed.py does",
     " dask ": "starts a scheduler, and workers with a GPU each",
     " sbatch ": "takes Slurm; tests/docs/test_cluster_docs.py runs the script",
+    " python pipelines/edges/": "tests/docs/world.py draws the edges, and tests/docs/test_pipelines.py runs the script",
     " python pipelines/other_frameworks/": "takes Keras; tests/integrations/test_keras_teacher.py runs the script",
     " import-targets ": "takes answers; tests/stage_one/test_import_targets.py runs it",
     " python pipelines/slurm/": "takes Slurm; tests/docs/test_cluster_docs.py runs the script",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import logitcache as lc
 from logitcache.cache.cache import open_cache
 from logitcache.cli.app import main
 from logitcache.config.recipe import load_recipe
@@ -21,6 +22,7 @@ from logitcache.stage_one.derive.derive import DeriveRecipe, derive
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
+from logitcache.views.datasets.image_folder import ImageFolder
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
 RECIPE_FILES = sorted(PIPELINES.rglob("*.yaml"))
@@ -200,6 +202,38 @@ def test_photographs_and_names_of_classes_make_a_small_classifier(
     assert (clip.num_classes, [stored.shape for stored in clip.stored_features.values()]) == (3, [(16,)])
     train_student("zero_shot", cache, tmp_path / "run")
     assert load_model(tmp_path / "run").module.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_a_student_on_images_of_half_the_size_runs(tmp_path: Path) -> None:
+    halve = runpy.run_path(str(PIPELINES / "half_size/halve.py"))["halve"]
+    cache = filled("fashion_mnist", tmp_path / "train.zarr")
+    small = [f"cache={tmp_path}/test.zarr", "dataset.num_images=100", "num_workers=0", "device=cpu"]
+    precompute(load_recipe(PIPELINES / "fashion_mnist/precompute_test.yaml", PrecomputeRecipe, small))
+    for split, count in (("train", 200), ("test", 100)):
+        halve(split, tmp_path / f"half-{split}", num_images=count)
+        entry = ImageFolder(root=str(tmp_path / f"half-{split}"), labelled=False, mode="L")
+        found = lc.pair(tmp_path / f"{split}.zarr", tmp_path / f"pairs-{split}", entry, by="stem")
+        assert (found.pairs, found.image_shape) == (count, (1, 14, 14))
+    changes = [f"cache={cache}", f"pairing={tmp_path}/pairs-train", f"out={tmp_path}/student", *SHORT]
+    validated = f"validation={{cache: {tmp_path}/test.zarr, pairing: {tmp_path}/pairs-test}}"
+    recipe = load_recipe(PIPELINES / "half_size/student.yaml", StudentRecipe, [*changes, validated])
+    result = train(recipe)
+    assert (result.images, result.teacher_passes) == (400, 0)
+    assert result.agreement is not None
+    assert load_model(tmp_path / "student").module.eval()(torch.zeros(1, 1, 14, 14)).shape == (1, 10)
+
+
+def test_a_student_on_edges_in_grey_runs(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "c.zarr"
+    changes = [f"cache={cache}", f"dataset.root={photos}", "views.num_views=2", "views.augmentations.0.size=32"]
+    recipe = PIPELINES / "image_folder/precompute.yaml"
+    precompute(load_recipe(recipe, PrecomputeRecipe, [*changes, *SMALL, *UNTRAINED]))
+    monkeypatch.setattr("sys.argv", ["draw_edges.py", str(photos), str(tmp_path / "edges")])
+    runpy.run_path(str(PIPELINES / "edges/draw_edges.py"), run_name="__main__")
+    entry = f"{{kind: image_folder, root: {tmp_path}/edges, mode: L}}"
+    assert main(["pair", str(cache), str(tmp_path / "pairs"), "--by", "stem", "--dataset", entry, "-q"]) == 0
+    train_student("edges", cache, tmp_path / "run", f"pairing={tmp_path}/pairs", "model.width=4")
+    assert load_model(tmp_path / "run").module.eval()(torch.zeros(1, 1, 32, 32)).shape == (1, 1000)
 
 
 def test_custom_loop_learns_from_a_cache(

@@ -1,6 +1,7 @@
 """A folder with all that README and docs name, in small: recipes, photographs, shards, caches."""
 
 import io
+import runpy
 import tarfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ BUNDLED = {"kind": "bundled", "num_images": 40}
 HERE = {
     "s3://bucket": "bucket",
     "/data/photos": "photos",
+    "/data/edges": "edges",
     "torchvision:resnet50": "timm:test_resnet.r160_in1k",
     "torchvision:mobilenet_v3_small": "timm:test_efficientnet.r160_in1k",
     "resnet50.a1_in1k": "test_resnet.r160_in1k",
@@ -113,6 +115,8 @@ def make_world(folder: Path) -> None:
     crop = {"augmentations": [{"kind": "center_crop", "size": 32}]}
     (folder / "teacher.yaml").write_text(yaml.safe_dump(shrunk(teacher | crop)))
     _draw_photos(folder)
+    draw = runpy.run_path(str(PIPELINES / "edges/draw_edges.py"))["draw_edges"]
+    draw(folder / "photos", folder / "edges")
     _fill_caches(folder)
     if find_spec("transformers") is not None:
         from tests.models.hugging_face import write_classifier, write_clip
