@@ -15,6 +15,7 @@ from logitcache.cache.cache import open_cache
 from logitcache.cli.app import main
 from logitcache.config.recipe import dump_recipe, load_recipe
 from logitcache.errors import MismatchError, RecipeError
+from logitcache.store.mirrors_folder import FOLDER
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
 from logitcache.student.training_data import CachedData
@@ -23,6 +24,7 @@ from logitcache.sweeps.sweep import sweep
 from logitcache.sweeps.sweep_recipe import SweepRecipe, as_sweep
 from logitcache.teacher.online import live_targets
 from logitcache.views.datasets import Bundled, open_dataset
+from tests.cache.elsewhere import new_url, upload
 from tests.student.small import (
     IMAGES,
     NUM_IMAGES,
@@ -228,6 +230,18 @@ def test_the_images_of_the_teacher_may_have_moved_too(made: Path, tmp_path: Path
     assert (
         train(paired(tmp_path / "run", made, teacher_dataset=IMAGES, epochs=1), live=live).teacher_passes == NUM_IMAGES
     )
+
+
+def test_a_cache_at_a_url_is_paired_as_one_here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path / "mirrors"))
+    url = new_url()
+    upload(made / "c.zarr", url)
+    lc.pair(url, tmp_path / "half", Half())
+    for file in (made / "half").iterdir():
+        assert (tmp_path / "half" / file.name).read_bytes() == file.read_bytes()
+    here = train(paired(tmp_path / "here", made, epochs=1))
+    there = train(paired(tmp_path / "there", made, cache=url, pairing=str(tmp_path / "half"), epochs=1))
+    assert weights(here) == weights(there)
 
 
 def test_ranks_see_parts_of_the_same_batches(made: Path) -> None:
