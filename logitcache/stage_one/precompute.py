@@ -74,10 +74,10 @@ class PrecomputeTask(ShardTask):
         Partners in one shard come together, so that each is decoded once.
         """
         size, first = self._inputs.recipe.batch_size, next(iter(group.missing))
-        pairing = self._answered.spec.pairing(len(self._answered.dataset.ids))
+        partners = self._answered.spec.partners(len(self._answered.dataset.ids))
         indices = np.arange(first.start, first.stop)
-        if pairing is not None:
-            indices = indices[np.argsort(pairing.places(np.full_like(indices, first.view), indices))]
+        if partners is not None:
+            indices = indices[np.argsort(partners.places(np.full_like(indices, first.view), indices))]
         for start in range(0, len(indices), size):
             yield RowBatch(group, indices[start : start + size].tolist(), start + size >= len(indices))
 

@@ -9,7 +9,8 @@ from logitcache.config.recipe import NOWHERE, Component, Count
 from logitcache.teacher.teacher import TeacherSource
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
-from logitcache.views.spec import MIXED_VIEWS_PER_IMAGE, ViewSpec
+from logitcache.views.mixing import MIXED_VIEWS_PER_IMAGE
+from logitcache.views.spec import ViewSpec
 
 
 class PrecomputeRecipe(Component):

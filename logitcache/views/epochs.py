@@ -16,10 +16,11 @@ from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.checksums import require_rows
 from logitcache.views.keys import Keys, ViewKey, columns_of
 from logitcache.views.loader import StartMethod, ViewLoader
+from logitcache.views.mixing import MIXED_IMAGES_HELD_OUT, MIXED_VIEWS_PER_IMAGE
 from logitcache.views.order import Drawn, share_of
-from logitcache.views.pairing import Ints
+from logitcache.views.partners import Ints
 from logitcache.views.sampling import EveryImage, Sampling
-from logitcache.views.spec import MIXED_IMAGES_HELD_OUT, MIXED_VIEWS_PER_IMAGE, Views
+from logitcache.views.spec import Views
 
 TargetsOf = Callable[[Sequence[ViewKey]], Mapping[str, Targets]]
 ChecksumsOf = Callable[[Sequence[ViewKey]], NDArray[np.uint32]]
@@ -186,10 +187,10 @@ class EpochLoader:
         place = slots // shared
         images, repeats = (numbers[place[0] : place[-1] + 1][place - place[0]] for numbers in order)
         views = ((group + repeats) * shared + slots % shared) % num_views
-        pairing = self.views.spec.pairing(count)
+        partners = self.views.spec.partners(count)
         if self._chosen is not None:
             return views, self._chosen[images]
-        return views, images if pairing is None else pairing.images(views, images)
+        return views, images if partners is None else partners.images(views, images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch `start` on."""

@@ -31,6 +31,17 @@ _DIGITS = Context(prec=40)
 _MAX_ALPHA = 64.0
 
 
+MIXED_VIEWS_PER_IMAGE = (
+    "views_per_image lets several views share the decode of an image, but with mixing each view brings another partner "
+    "to decode. Fix: views_per_image: 1; partners share decodes already"
+)
+
+MIXED_IMAGES_HELD_OUT = (
+    "images that are mixed are partners of one another, held out or not: students would learn from pixels of images "
+    "that are held out. Fix: leave out validation.split, and validate on other images"
+)
+
+
 @functools.cache
 def beta_thresholds(alpha: float) -> tuple[int, ...]:
     """Return the words, of 2³², below which a Beta(alpha, alpha) draw rounds to 0/256, to at most 1/256, and so on.

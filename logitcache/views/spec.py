@@ -18,7 +18,7 @@ from logitcache.views.augmentations.base import Ints, Step
 from logitcache.views.datasets.base import ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey, columns_of
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
-from logitcache.views.pairing import Pairing
+from logitcache.views.partners import Partners
 from logitcache.views.scaled_decoding import Decode, factors, reduced
 
 if TYPE_CHECKING:
@@ -32,15 +32,6 @@ Recorded = Callable[[Sequence[ViewKey]], Ints]
 FIX_OF_SIZES = (
     "end the augmentations with a crop to a fixed size, such as {kind: resize, size: 256}, "
     "{kind: center_crop, size: 224}"
-)
-MIXED_VIEWS_PER_IMAGE = (
-    "views_per_image lets several views share the decode of an image, but with mixing each view brings another partner "
-    "to decode. Fix: views_per_image: 1; partners share decodes already"
-)
-
-MIXED_IMAGES_HELD_OUT = (
-    "images that are mixed are partners of one another, held out or not: students would learn from pixels of images "
-    "that are held out. Fix: leave out validation.split, and validate on other images"
 )
 
 
@@ -109,9 +100,9 @@ class ViewSpec(Extended):
         """Return by which factor JPEG of `sizes` [B, 2] is reduced as it is decoded, [B]: the same for all views."""
         return factors(self.augmentations, sizes)
 
-    def pairing(self, num_images: int) -> Pairing | None:
+    def partners(self, num_images: int) -> Partners | None:
         """Return who is mixed with whom among so many images; None if nothing is mixed."""
-        return Pairing(self.seed, num_images, self.pairing_window or num_images) if self.mixing else None
+        return Partners(self.seed, num_images, self.pairing_window or num_images) if self.mixing else None
 
     def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> tuple[list[Ints], Ints]:
         """Draw each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2].
@@ -136,12 +127,12 @@ class ViewSpec(Extended):
 
     def mixture(self, keys: Sequence[ViewKey], num_images: int, size: tuple[int, int]) -> Mixture | None:
         """Draw how the views of `keys`, of one (height, width), are mixed; None if nothing is."""
-        pairing = self.pairing(num_images)
-        if pairing is None:
+        partners = self.partners(num_images)
+        if partners is None:
             return None
         draws = Draws.of(self.seed, keys)
-        partners = pairing.partners(draws.views.astype(np.int64), draws.indices.astype(np.int64))
-        return draw_mixture(self.mixing, draws, partners, size, self.plan_version)
+        found = partners.partners(draws.views.astype(np.int64), draws.indices.astype(np.int64))
+        return draw_mixture(self.mixing, draws, found, size, self.plan_version)
 
     def columns(self) -> tuple[str, ...]:
         """Name the integers that are drawn for a view: those of each augmentation, then those of the mixing."""
@@ -260,9 +251,9 @@ class Views:
             return list(keys)
         views, indices = columns_of(keys)
         if self.recorded is None:
-            pairing = self.spec.pairing(len(self.dataset.ids))
-            assert pairing is not None
-            found = pairing.partners(views, indices)
+            partners = self.spec.partners(len(self.dataset.ids))
+            assert partners is not None
+            found = partners.partners(views, indices)
         else:
             mixture = self.spec.split(self.recorded(keys))[1]
             assert mixture is not None

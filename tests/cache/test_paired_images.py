@@ -21,6 +21,8 @@ from logitcache.cli.app import main
 from logitcache.config import trust
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError, RefusedError, ReplayMismatchError
 from logitcache.views.canaries import pixel_digest as canary_digest
+from logitcache.views.datasets.image_folder import ImageFolder
+from logitcache.views.keys import ViewKey
 from tests.cache.made import Linear, run
 from tests.views.images import textured
 
@@ -253,6 +255,29 @@ def test_odd_sides_are_half_of_even_and_odd_ones(tmp_path: Path) -> None:
     halves = Sized([(height // 2, width // 2) for height, width in seen])
     found = lc.pair(tmp_path / "c.zarr", tmp_path / "p", halves, teacher_dataset=Sized(seen))
     assert found.image_shape == (3, 8, 8)
+
+
+def write_photographs(root: Path, side: int) -> dict[str, Any]:
+    for number, pixels in enumerate(textured(COUNT, side, side)):
+        (root / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(root / "ab"[number % 2] / f"{number}.jpg", quality=95)
+    return {"kind": "image_folder", "root": str(root)}
+
+
+def test_photographs_that_the_teacher_saw_reduced_are_paired_in_full(tmp_path: Path) -> None:
+    """The teacher's views are drawn for the sizes that it decodes."""
+    spec = SPEC | {"decode": "scaled", "augmentations": [{"kind": "resize", "size": 16}]}
+    run(tmp_path / "c.zarr", dataset=write_photographs(tmp_path / "photos", 64), module=Linear(2, 16), views=spec)
+    entry = ImageFolder(root=str(tmp_path / "photos"))
+    lc.pair(tmp_path / "c.zarr", tmp_path / "p", entry)
+    cache = open_cache(tmp_path / "c.zarr")
+    pairing = cache.pairing(tmp_path / "p")
+    assert pairing.sizes.tolist() == [[16, 16]] * COUNT  # a quarter
+    assert pairing.record.image_shape == (3, 16, 16)
+    seen, shown = cache.views(), cache.views(pairing=pairing)
+    for key in (ViewKey(0, 0), ViewKey(1, 7)):
+        assert (seen[key].float() - shown[key].float()).abs().mean() < 16
+        assert not torch.equal(seen[key], shown[key])
 
 
 def test_a_size_that_nothing_gives_is_refused(tmp_path: Path) -> None:

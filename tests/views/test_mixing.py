@@ -106,7 +106,7 @@ def test_partners_share_weight_and_box(mixing):
 def test_of_an_odd_number_one_image_stays_as_it_is():
     images = Images(textured(7, 9, 9))
     views = Views(images, spec_of(CUTMIX | {"alpha": 0.05}, MIXUP | {"p": 0.0}))
-    [alone] = np.flatnonzero(views.spec.pairing(7).partners(np.full(7, 1), np.arange(7)) == np.arange(7))
+    [alone] = np.flatnonzero(views.spec.partners(7).partners(np.full(7, 1), np.arange(7)) == np.arange(7))
     assert torch.equal(views[ViewKey(1, int(alone))], images.pixels[int(alone)])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.pairs.join import By, Join, join_ids, join_pairs, read_pairs
 from logitcache.cache.pairs.paired_views import frame_of
-from logitcache.cache.pairs.record import NOTE, PairingRecord, rows_digest, write_pairing
+from logitcache.cache.pairs.record import NOTE, PairingRecord, numbers_digest, write_pairing
 from logitcache.config.recipe import Component, load_recipe
 from logitcache.config.trust import remember
 from logitcache.errors import DataError, RecipeError
@@ -117,7 +117,8 @@ def _recorded(
     out: Path,
 ) -> PairingRecord:
     """Take the canaries of the paired images, and write the pairing."""
-    manifest, sizes = cache.manifest, np.asarray(teacher.sizes(), np.int64)
+    manifest = cache.manifest
+    sizes = np.asarray(Views(teacher, manifest.views).images.sizes(), np.int64)
     matched = np.flatnonzero(join.rows != UNPAIRED)
     if manifest.views.mixing and len(matched) < len(sizes):
         raise DataError(
@@ -126,9 +127,7 @@ def _recorded(
         )
     paired = PairedImages(images, join.rows, cache.labels, manifest.fingerprint.num_classes, manifest.class_names)
     channels = images.read(int(join.rows[matched[0]])).shape[0]
-    shown = (
-        _shown(manifest.image_shape[1:], sizes[matched], paired.sizes()[matched]) if size is None else both_sides(size)
-    )
+    shown = _shown(manifest.image_shape[1:], teacher, paired, matched) if size is None else both_sides(size)
     views = Views(paired, manifest.views, None, frame_of(manifest, sizes, (channels, *shown), colors))
     require_one_size(views)
     chosen = canaries.choose(manifest.views.seed, len(matched), manifest.views.num_views)
@@ -150,7 +149,8 @@ def _recorded(
         unused=len(join.unused),
         doubled=len(join.doubled),
         other_labels=_other_labels(teacher, images, join.rows),
-        rows=rows_digest(join.rows),
+        rows=numbers_digest(join.rows),
+        sizes=numbers_digest(sizes),
         canaries=records,
         versions=dict(versions()),
     )
@@ -158,8 +158,9 @@ def _recorded(
     return record
 
 
-def _shown(seen: tuple[int, int], sizes: Ints, others: Ints) -> tuple[int, int]:
+def _shown(seen: tuple[int, int], teacher: ImageDataset, paired: ImageDataset, matched: Ints) -> tuple[int, int]:
     """Return the (height, width) of views of paired images: scaled as the images are, if that is one factor a side."""
+    sizes, others = (np.asarray(images.sizes(), np.int64)[matched] for images in (teacher, paired))
     factors = [_factor(sizes[:, side], others[:, side]) for side in range(2)]
     found = [round(length * (factor or 1)) for length, factor in zip(seen, factors, strict=True)]
     return (max(1, found[0]), max(1, found[1])) if None not in factors else seen

@@ -1,7 +1,8 @@
 """The record of a pairing: which image of a student belongs to which image of a cache, and what proves both.
 
 A folder of four files: `rows` (int64 [N], the place of the paired image, -1 for none), `sizes` (int64 [N, 2], of the
-teacher's images), `canaries` (uint8 [K, C, H, W]), all little endian, and `pairing.json`, which is written last.
+teacher's images as its views decode them), `canaries` (uint8 [K, C, H, W]), all little endian, and `pairing.json`,
+which is written last.
 """
 
 import hashlib
@@ -49,9 +50,9 @@ class PairingRecord(Component):
     """What two data sets share by their ids.
 
     `seen` and `views` are the fingerprint of the cache's images and the digest of its views, `fingerprint` that of the
-    paired images, `image_shape` the shape of their views. `unmatched` images of the cache have no paired image,
-    `unused` paired images no image of the cache, `doubled` ids stand for several; `other_labels` pairs have two labels,
-    None if these cannot be compared.
+    paired images, `image_shape` the shape of their views; `rows` and `sizes` are digests of these files. `unmatched`
+    images of the cache have no paired image, `unused` paired images no image of the cache, `doubled` ids stand for
+    several; `other_labels` pairs have two labels, None if these cannot be compared.
     """
 
     dataset: Dataset | None
@@ -65,6 +66,7 @@ class PairingRecord(Component):
     doubled: Number
     other_labels: Number | None
     rows: Sha256
+    sizes: Sha256
     canaries: Annotated[tuple[Canary, ...], Field(min_length=1, max_length=NUM_CANARIES)]
     versions: dict[str, str]
 
@@ -121,9 +123,9 @@ class Pairing:
         }
 
 
-def rows_digest(rows: Ints) -> str:
-    """Return the sha256 of the places of paired images as they are stored."""
-    return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+def numbers_digest(numbers: Ints) -> str:
+    """Return the sha256 of whole numbers as they are stored."""
+    return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()
 
 
 def write_pairing(folder: Path, record: PairingRecord, rows: Ints, sizes: Ints, pixels: Tensor) -> None:
@@ -161,7 +163,9 @@ def open_pairing(location: str | Path, manifest: Manifest, where: str, *, shuffl
         )
     count = manifest.num_images
     rows = np.frombuffer(read_sized(store, ROWS, 8 * count, record.rows), "<i8").astype(np.int64)
-    sizes = np.frombuffer(read_sized(store, SIZES, 16 * count, record.seen.sizes), "<i8").astype(np.int64)
+    sizes = np.frombuffer(read_sized(store, SIZES, 16 * count, record.sizes), "<i8").astype(np.int64)
+    if manifest.views.decode == "full" and record.sizes != record.seen.sizes:
+        raise _damaged(store, "its sizes are not those of the cache's images")
     if rows.min() < UNPAIRED or rows.max() >= record.fingerprint.num_images or sizes.min() < 1:
         raise _damaged(store, "its rows name images that are not there")
     if np.count_nonzero(rows == UNPAIRED) != record.unmatched or record.unmatched == count:

@@ -54,9 +54,9 @@ def with_repaired_images(
 def _answered(manifest: Manifest, committed: Iterable[Shard], changed: set[int]) -> bool:
     """Whether a committed shard holds an answer to one of the images, alone or mixed with another."""
     rows = np.array(sorted(changed), dtype=np.int64)
-    pairing = manifest.views.answered().pairing(manifest.num_images)
+    mixed = manifest.views.answered().partners(manifest.num_images)
     for shard in committed:
-        partners = rows if pairing is None else pairing.partners(np.full_like(rows, shard.view), rows)
+        partners = rows if mixed is None else mixed.partners(np.full_like(rows, shard.view), rows)
         seen = np.concatenate([rows, partners])
         if ((shard.start <= seen) & (seen < shard.stop)).any():
             return True

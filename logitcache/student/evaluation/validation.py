@@ -33,7 +33,7 @@ from logitcache.views.datasets.images.labels import class_index, listed_classes
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
 from logitcache.views.order import held_out, share_of
-from logitcache.views.pairing import Ints
+from logitcache.views.partners import Ints
 from logitcache.views.spec import Views, ViewSpec
 from logitcache.views.view_sizes import require_one_size
 

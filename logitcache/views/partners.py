@@ -1,4 +1,4 @@
-"""Pairing: who is mixed with whom, an involution that any process can look up for any image.
+"""Partners: who is mixed with whom, an involution that any process can look up for any image.
 
 In each view a keyed permutation E lays the images out in places, and the images in places 2t and 2t + 1 are partners.
 E is a generalised Feistel network over a grid that just holds the images, walked along its cycle until it lands inside
@@ -19,7 +19,7 @@ NUM_ROUNDS = 6
 MIN_SIDE = 3  # of the grid: smaller ones would favour some pairs
 
 
-class Pairing(NamedTuple):
+class Partners(NamedTuple):
     """Partners within windows of `window` consecutive images; of a window of odd size one image stays alone."""
 
     seed: int

@@ -1,4 +1,4 @@
-"""Pairing: an involution within windows, looked up without a table, that favours nobody."""
+"""Partners: an involution within windows, looked up without a table, that favours nobody."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from logitcache.views.pairing import Pairing
+from logitcache.views.partners import Partners
 
 words64 = st.integers(0, 2**64 - 1)
 windows = st.integers(1, 200).map(lambda half: 2 * half)
@@ -19,9 +19,9 @@ def all_of(count: int, view: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @given(seed=words64, count=st.integers(1, 400), window=windows, view=st.integers(0, 2**32 - 1))
 def test_partners_are_one_anothers_and_from_one_window(seed, count, window, view):
     views, indices = all_of(count, view)
-    pairing = Pairing(seed, count, window)
-    partners = pairing.partners(views, indices)
-    assert np.array_equal(pairing.partners(views, partners), indices)
+    paired = Partners(seed, count, window)
+    partners = paired.partners(views, indices)
+    assert np.array_equal(paired.partners(views, partners), indices)
     assert np.array_equal(partners // window, indices // window)
     alone = np.flatnonzero(partners == indices) // window
     odd = [start // window for start in range(0, count, window) if min(window, count - start) % 2]
@@ -31,29 +31,29 @@ def test_partners_are_one_anothers_and_from_one_window(seed, count, window, view
 @given(seed=words64, count=st.integers(1, 400), window=windows)
 def test_places_are_a_permutation_of_images_and_back(seed, count, window):
     views, indices = all_of(count, 3)
-    pairing = Pairing(seed, count, window)
-    images = pairing.images(views, indices)
+    paired = Partners(seed, count, window)
+    images = paired.images(views, indices)
     assert sorted(images.tolist()) == list(range(count))
     assert np.array_equal(images // window, indices // window)
-    assert np.array_equal(pairing.places(views, images), indices)
+    assert np.array_equal(paired.places(views, images), indices)
 
 
 @given(seed=words64, count=st.integers(2, 400), window=windows)
 def test_partners_lie_side_by_side(seed, count, window):
     views, indices = all_of(count)
-    pairing = Pairing(seed, count, window)
-    places = pairing.places(views, indices)
-    beside = pairing.places(views, pairing.partners(views, indices))
+    paired = Partners(seed, count, window)
+    places = paired.places(views, indices)
+    beside = paired.places(views, paired.partners(views, indices))
     alone = beside == places
     assert np.array_equal(beside[~alone], places[~alone] ^ 1)
 
 
 @given(seed=words64, keys=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1_281_166)), min_size=1, max_size=9))
 def test_a_partner_does_not_depend_on_the_batch(seed, keys):
-    pairing = Pairing(seed, 1_281_167, 16_384)
+    paired = Partners(seed, 1_281_167, 16_384)
     views, indices = np.array(keys, dtype=np.int64).T
-    together = pairing.partners(views, indices)
-    alone = [int(pairing.partners(views[row : row + 1], indices[row : row + 1])[0]) for row in range(len(keys))]
+    together = paired.partners(views, indices)
+    alone = [int(paired.partners(views[row : row + 1], indices[row : row + 1])[0]) for row in range(len(keys))]
     assert together.tolist() == alone
 
 
@@ -62,7 +62,7 @@ def test_a_partner_does_not_depend_on_the_batch(seed, keys):
 def test_every_other_image_is_a_partner_equally_often(count, image):
     num_views = 200 * count
     views = np.arange(num_views)
-    partners = Pairing(4, count, count + count % 2).partners(views, np.full(num_views, image % count))
+    partners = Partners(4, count, count + count % 2).partners(views, np.full(num_views, image % count))
     times = np.bincount(partners, minlength=count)
     if count % 2 == 0:
         assert times[image % count] == 0
@@ -73,7 +73,7 @@ def test_every_other_image_is_a_partner_equally_often(count, image):
 @pytest.mark.parametrize(("count", "ways"), [(4, 3), (6, 15), (8, 105)])
 def test_all_ways_to_pair_are_equally_frequent(count, ways):
     views = np.repeat(np.arange(6000), count)
-    partners = Pairing(9, count, count).partners(views, np.tile(np.arange(count), 6000)).reshape(6000, count)
+    partners = Partners(9, count, count).partners(views, np.tile(np.arange(count), 6000)).reshape(6000, count)
     _, times = np.unique(partners, axis=0, return_counts=True)
     assert len(times) == ways
     assert stats.chisquare(times).pvalue > 1e-4
@@ -82,7 +82,7 @@ def test_all_ways_to_pair_are_equally_frequent(count, ways):
 def test_views_windows_and_both_halves_of_the_seed_pair_anew():
     def partners(seed: int, view: int, window_number: int) -> tuple[int, ...]:
         start = 50 * window_number
-        found = Pairing(seed, 200, 50).partners(np.full(50, view), np.arange(start, start + 50))
+        found = Partners(seed, 200, 50).partners(np.full(50, view), np.arange(start, start + 50))
         return tuple((found - start).tolist())
 
     arguments = [(0, 0, 0), (1, 0, 0), (2**32, 0, 0), (0, 1, 0), (0, 2**32 - 1, 0), (0, 0, 1), (0, 0, 3)]
@@ -94,7 +94,7 @@ def test_large_windows_mix_classes_that_are_sorted():
     indices = np.arange(200_000)
     same = {}
     for window in (256, 64 * 256):
-        partners = Pairing(0, len(indices), window).partners(np.zeros_like(indices), indices)
+        partners = Partners(0, len(indices), window).partners(np.zeros_like(indices), indices)
         same[window] = float((partners // 1300 == indices // 1300).mean())
     assert same[256] > 0.8
     assert same[64 * 256] < 0.1
