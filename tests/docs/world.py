@@ -75,6 +75,8 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
         small["dataset"] = small["dataset"] | {"root": "photos", "labelled": bool(classes)}
     if "epochs" in small:
         small |= {"epochs": 1, "schedule": {}, "num_workers": 0, "batch_size": 64}
+        if "split" in small.get("validation", {}):
+            small["validation"] = {"split": 0.3}
         if small["model"]["kind"] in ("torchvision", "timm"):
             small["model"] = TINY
     elif "out" not in small:

@@ -84,7 +84,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def paired(out: Path, made: Path, **changes: Any) -> StudentRecipe:
-    return student(out, made / "c.zarr", **({"pairing": str(made / "half"), "dataset": HALF} | changes))
+    cache = changes.pop("cache", made / "c.zarr")
+    return student(out, cache, **({"pairing": str(made / "half"), "dataset": HALF} | changes))
 
 
 CROPPED = MIXED | {"augmentations": [{"kind": "random_crop", "size": 16}, {"kind": "horizontal_flip"}], "mixing": []}
