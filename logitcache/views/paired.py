@@ -17,7 +17,7 @@ from logitcache.views.augmentations.blur import GaussianBlur
 from logitcache.views.augmentations.color import ColorJitter, RandomGrayscale
 from logitcache.views.datasets.base import ImageDataset, Labels, read_images
 from logitcache.views.datasets.images.ids import PackedIds
-from logitcache.views.keys import Draws, ViewKey
+from logitcache.views.keys import Draws, ViewKey, columns_of
 from logitcache.views.mixing import Mixture
 from logitcache.views.spec import ViewSpec
 
@@ -100,7 +100,7 @@ class Frame:
 
         `recorded` are the parameters of the teacher's own, to carry in place of drawing them.
         """
-        plans, seen = [], self.sizes[[key[1] for key in keys]]
+        plans, seen = [], self.sizes[columns_of(keys)[1]]
         for number, step in enumerate(self.spec.steps(keys, seen)):
             if self._beside[number] is not None:
                 params = step.params if recorded is None else recorded[number]
@@ -117,7 +117,7 @@ class Frame:
         self, keys: Sequence[ViewKey], images: list[Tensor], plans: list[Ints]
     ) -> list[tuple[list[int], Tensor]]:
         """Augment paired images as `ViewSpec.render` does, those together that the teacher saw in one size."""
-        seen = self.sizes[[key[1] for key in keys]]
+        seen = self.sizes[columns_of(keys)[1]]
         if (seen == seen[0]).all():
             return self._rendered.render(images, plans)
         groups = []
