@@ -21,7 +21,7 @@ help:
 	@echo "make test-wheel  the wheel, installed into an empty environment and used there"
 	@echo "make lint    ruff and mypy only"
 	@echo "make format  let ruff mend what it can"
-	@echo "make bench   the scripts in benchmarks/, but losses.py, compression.py and views.py"
+	@echo "make bench   the scripts in benchmarks/, but losses.py, compression.py and studies of accuracy"
 	@echo "make clean   remove what these made, .venv included"
 
 $(INSTALLED): pyproject.toml
@@ -74,7 +74,7 @@ format: $(INSTALLED)
 
 # Without losses.py and compression.py, which take long and a data set, compare_checkouts.py, and modules that the scripts import.
 bench: $(INSTALLED)
-	@set -e; for script in $(filter-out benchmarks/_%.py $(addprefix benchmarks/,losses.py compression.py views.py compare_checkouts.py scale_model.py fault_cases.py fault_kills.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
+	@set -e; for script in $(filter-out benchmarks/_%.py $(addprefix benchmarks/,losses.py compression.py views.py few_labels.py cifar.py compare_checkouts.py scale_model.py fault_cases.py fault_kills.py),$(wildcard benchmarks/*.py)); do echo "== $$script"; $(PY) $$script $(ARGS); done
 
 clean:
 	rm -rf $(VENV) $(INTEGRATIONS) site dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
