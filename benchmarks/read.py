@@ -38,11 +38,11 @@ from logitcache.cache.format.metadata import metadata_files
 from logitcache.cache.format.samples import Samples
 from logitcache.cache.format.shard_rows import choose_shard_rows
 from logitcache.cache.read.row_sources import PackedRows, num_kept
-from logitcache.cache.read.shared_memory import SharedShards
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.writer import CacheWriter
 from logitcache.store.local import LocalStore
 from logitcache.store.shards import seal
+from logitcache.store.shared_memory import SharedShards
 from logitcache.views.canaries import pixel_digest
 from logitcache.views.keys import ViewKey
 

@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader, get_worker_info
 from logitcache.errors import KilledWorkerError, LogitCacheError
 from logitcache.runtime.main_guard import require_main_guard
 from logitcache.runtime.stopping import ignore_signals
+from logitcache.store.shared_memory import leave
+from logitcache.views.decoded_once import decoded_once
 from logitcache.views.keys import ViewKey
 from logitcache.views.shared_arrays import SharedArrays
 from logitcache.views.spec import Views
@@ -117,7 +119,8 @@ def _start_worker(end: Connection, worker: int) -> None:
 def _await_end(end: Connection) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([parent.sentinel, end])
+    if parent.sentinel in wait([parent.sentinel, end]):
+        leave()  # nobody else may be left to
     os._exit(0)
 
 
@@ -156,7 +159,7 @@ class ViewLoader:
             # The user decides how many workers pay: many of them wait for disks.
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             self._loader: DataLoader[Rendered] | None = DataLoader(
-                _Renderer(views),  # type: ignore[arg-type]  # only `__getitems__` is used
+                _Renderer(decoded_once(views)),  # type: ignore[arg-type]  # only `__getitems__` is used
                 batch_sampler=self._sampler,  # of any length
                 collate_fn=_as_it_is,  # type: ignore[arg-type]  # a rendered batch, not a list of samples
                 num_workers=num_workers,

@@ -15,7 +15,7 @@ from logitcache.config.recipe import Extended
 from logitcache.errors import DataError, RecipeError
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.base import Ints, Step
-from logitcache.views.datasets.base import ImageDataset, read_images
+from logitcache.views.datasets.base import DecodedImages, ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey, columns_of
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
 from logitcache.views.partners import Partners
@@ -188,7 +188,8 @@ class Views:
     ) -> None:
         self.dataset = dataset
         # How far an image is reduced is a rule of the teacher's: paired ones are decoded in full.
-        self.images = dataset if spec.decode == "full" or frame is not None else reduced(dataset, spec.factors)
+        is_full = spec.decode == "full" or frame is not None
+        self.images: DecodedImages = dataset if is_full else reduced(dataset, spec.factors)
         self.spec = spec
         self.recorded = recorded
         self.frame = frame

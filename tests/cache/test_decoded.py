@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from logitcache.cache.cache import Cache, open_cache
-from logitcache.cache.read.shared_memory import VARIABLE, SharedShards, shared_limit, shared_shards
 from logitcache.errors import RecipeError
+from logitcache.store.shared_memory import VARIABLE, SharedShards, shared_limit, shared_shards
 from logitcache.views.keys import ViewKey
 from tests.cache.made import ENCODINGS, made
 
@@ -176,7 +176,7 @@ def test_the_last_process_to_end_removes_all(tmp_path: Path) -> None:
         import sys
         from pathlib import Path
         import numpy as np
-        from logitcache.cache.read.shared_memory import shared_shards
+        from logitcache.store.shared_memory import shared_shards
         shared_shards(Path(sys.argv[1])).get(sys.argv[2], (2,), np.dtype("u1"), lambda: np.zeros(2, "u1"))
         print("ready", flush=True)
         sys.stdin.read()

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from logitcache.cache.read.shared_memory import VARIABLE
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import LogitCacheError
 from logitcache.report.verify_and_repair import repair
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.store.shared_memory import VARIABLE
 from tests.cache.made import DENSE16, FLIP_AND_CROP, PACKED, recipe, teacher
 from tests.cache.reading import Reader, serve
 from tests.warm import start_server

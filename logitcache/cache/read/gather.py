@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.read.mapped import MappedRows
 from logitcache.cache.read.row_sources import PackedRows, RowSource, num_kept
-from logitcache.cache.read.shared_memory import shared_shards
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import require_intact, row_shards
 from logitcache.errors import CacheError
 from logitcache.store.mirrors_folder import SIZE
 from logitcache.store.shards import Shard
+from logitcache.store.shared_memory import shared_shards
 from logitcache.views.keys import ViewKey, columns_of
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.format.arrays import ArrayLayout
-from logitcache.cache.read.shared_memory import SharedShards, name_of
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.store.shards import Shard
+from logitcache.store.shared_memory import SharedShards, name_of
 from logitcache.views.keys import ViewKey, columns_of
 
 PACKED_SHARDS = 8

@@ -23,8 +23,21 @@ is there, 0 for one that is not, -1 if nobody knows."""
 _BLOCK = 1 << 16
 
 
-class ImageDataset(Protocol):
+class DecodedImages(Protocol):
     """Decoded images in a fixed order. Instances can be pickled, for workers that are spawned."""
+
+    def read(self, index: int) -> Tensor:
+        """Return one image, uint8 [C, H, W]; DataError names one that is unreadable.
+
+        Its memory may lie in another order: decoders write [H, W, C], and rearranging it costs as much as decoding.
+        """
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return height and width of each image as `read` gives it, [n, 2]; decodes no file for it."""
+
+
+class ImageDataset(DecodedImages, Protocol):
+    """Decoded images with their names, classes and digests."""
 
     @property
     def ids(self) -> Sequence[str]:
@@ -41,15 +54,6 @@ class ImageDataset(Protocol):
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes, when they have any."""
-
-    def read(self, index: int) -> Tensor:
-        """Return one image, uint8 [C, H, W]; DataError names one that is unreadable.
-
-        Its memory may lie in another order: decoders write [H, W, C], and rearranging it costs as much as decoding.
-        """
-
-    def sizes(self) -> NDArray[np.int64]:
-        """Return height and width of each image as `read` gives it, [n, 2]; decodes no file for it."""
 
     def digests(self) -> NDArray[np.uint64]:
         """Return [n] the first 8 bytes, little endian, of the sha256 of each image's content.
@@ -133,7 +137,7 @@ class Fingerprint(Component):
         return self
 
 
-def read_images(dataset: ImageDataset, indices: Sequence[int]) -> list[Tensor]:
+def read_images(dataset: DecodedImages, indices: Sequence[int]) -> list[Tensor]:
     """Return several images, read together if the data set offers that."""
     if isinstance(dataset, ReadsTogether):
         return dataset.read_batch(indices)

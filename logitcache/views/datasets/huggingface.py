@@ -2,14 +2,13 @@
 
 import functools
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from logitcache.config.recipe import Count
 from logitcache.errors import DataError, MissingExtraError, RecipeError, did_you_mean
@@ -76,9 +75,7 @@ class HuggingFace(DatasetBase):
     mode: Mode = "RGB"
     decoder: Decoder = "pillow"
     orientation: Orientation = "ignore"
-    streaming: bool = Field(
-        default=False, description="Always false: rows of a stream have no number by which they are read again."
-    )
+    streaming: bool = Field(default=False, description="Always false: rows of a stream have no number to read them by.")
 
     @field_validator("streaming")
     @classmethod
@@ -167,8 +164,6 @@ def _memory(entry: HuggingFace, files: tuple[str, ...], opened_ns: int) -> ScanM
 class HuggingFaceImages(ImageFiles):
     """The images of rows, in their order."""
 
-    scans_once = True
-
     def __init__(self, entry: HuggingFace, rows: Any, memory: ScanMemory | None) -> None:
         super().__init__(entry.mode, entry.orientation)
         self._name, self._memory = f"'{entry.path}'", memory
@@ -202,9 +197,14 @@ class HuggingFaceImages(ImageFiles):
         names = self._class_names
         return names if names and self.num_classes == len(names) else None
 
-    def read(self, index: int) -> Tensor:
-        """Return uint8 [C, H, W]; raises DataError naming an image that cannot be read."""
-        return self.decoded(io.BytesIO(self._content(index)), self._shown(index))
+    def contents(self, indices: Sequence[int]) -> Iterator[bytes]:
+        """Read the encoded bytes of rows; raises DataError naming an image that cannot be read."""
+        return map(self._content, indices)
+
+    @property
+    def is_scanned(self) -> bool:
+        """Whether every row has been read."""
+        return "_scan" in vars(self)
 
     def heads(self) -> NDArray[np.int64]:
         """Return the heads of all images [n, 3]."""
@@ -224,7 +224,7 @@ class HuggingFaceImages(ImageFiles):
         for index in track(range(count), f"reading {self._name}", count):
             content = self._content(index)
             digests[index] = digest_of(content)
-            heads[index] = head_of(io.BytesIO(content), self._shown(index))
+            heads[index] = head_of(io.BytesIO(content), self.shown(index))
             if self._labels_of is not None:
                 self._put(labels, index, self._labels_of(index))
         scan = Scan(labels.values, heads, digests)
@@ -250,13 +250,14 @@ class HuggingFaceImages(ImageFiles):
         except (OSError, ValueError) as cause:
             reason = (cause.strerror if isinstance(cause, OSError) else None) or cause
             raise DataError(
-                f"{self._shown(index)} cannot be read: {reason}.\n  Fix: name the column of the images, or put it back"
+                f"{self.shown(index)} cannot be read: {reason}.\n  Fix: name the column of the images, or put it back"
             ) from cause
         if len(content) > LARGEST:
-            raise DataError(f"{self._shown(index)} has more than {LARGEST} bytes.\n  Fix: replace it or remove it")
+            raise DataError(f"{self.shown(index)} has more than {LARGEST} bytes.\n  Fix: replace it or remove it")
         return content
 
-    def _shown(self, index: int) -> str:
+    def shown(self, index: int) -> str:
+        """Name an image by its row and column."""
         return f"the image of row '{self.ids[index]}' (index {index}) in column {self._column!r} of {self._name}"
 
 

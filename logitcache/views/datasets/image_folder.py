@@ -3,7 +3,7 @@
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, BinaryIO, ClassVar, Literal
@@ -11,7 +11,6 @@ from typing import Annotated, BinaryIO, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
 from logitcache.errors import DataError, RefusedError
 from logitcache.store.digest_index import SHA256, Measure, remembered
@@ -115,16 +114,27 @@ class FolderImages(ImageFiles):
         self._paths = PathsBelow(str(root), self.ids)
         super().__init__(mode, orientation)
 
-    def read(self, index: int) -> Tensor:
-        """Return uint8 [C, H, W]; raises DataError naming a file that cannot be decoded."""
-        path = self._paths[index]
-        try:
-            with open_regular(path) as file:
-                return self.decoded(file, path)
-        except OSError as cause:
-            moved = "put it back; the folder must not change during a run."
-            fix = "make it readable." if os.path.lexists(path) else moved
-            raise DataError(f"image '{path}' cannot be read: {cause.strerror or cause}.\n  Fix: {fix}") from cause
+    def contents(self, indices: Sequence[int]) -> Iterator[bytes]:
+        """Read files one by one; raises DataError naming one that cannot be read."""
+        for path in map(self.shown, indices):
+            try:
+                with open_regular(path) as file:
+                    content = _require_small(file).read()
+            except OSError as cause:
+                moved = "put it back; the folder must not change during a run."
+                fix = "make it readable." if os.path.lexists(path) else moved
+                raise DataError(f"image '{path}' cannot be read: {cause.strerror or cause}.\n  Fix: {fix}") from cause
+            yield content
+
+    def shown(self, index: int) -> str:
+        """Return the path."""
+        return self._paths[index]
+
+    def head(self, index: int) -> NDArray[np.int64]:
+        """Read the header of one file, [3]."""
+        path = self.shown(index)
+        with open_regular(path) as file:
+            return np.array(head_of(file, path))
 
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of all files [n]; only those that changed are read again."""
@@ -137,11 +147,15 @@ class FolderImages(ImageFiles):
         return found.view("<i8").astype(np.int64, copy=False)
 
 
-def _sha256(file: BinaryIO) -> bytes:
-    """Hash an image file; refuse one that would take minutes."""
+def _require_small(file: BinaryIO) -> BinaryIO:
+    """Return an image file; raise DataError for one that would take minutes."""
     if os.fstat(file.fileno()).st_size > LARGEST:
         raise DataError(f"image '{file.name}' has more than {LARGEST} bytes.\n  Fix: replace it or remove it.")
-    return SHA256.of(file)
+    return file
+
+
+def _sha256(file: BinaryIO) -> bytes:
+    return SHA256.of(_require_small(file))
 
 
 _SHA256 = SHA256._replace(of=_sha256)

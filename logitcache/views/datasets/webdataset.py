@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import io
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,6 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from torch import Tensor
 
 from logitcache.config.recipe import Count
 from logitcache.errors import DataError, RemoteError
@@ -205,12 +203,11 @@ class ShardImages(ImageFiles):
         # Where any is remote, pieces of all of them may be read at the same time.
         self._first = next((one for one in samples.shards if isinstance(one, RemoteShard)), samples.shards[0])
 
-    def read(self, index: int) -> Tensor:
-        """Return uint8 [C, H, W]; raises DataError naming an image that has changed or cannot be decoded."""
-        return self.read_batch([index])[0]
+    def contents(self, indices: Sequence[int]) -> list[bytes]:
+        """Read images; what lies close together is read at once, and all of it at the same time.
 
-    def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return several images; what lies close together is read at once, and all of it at the same time."""
+        Raises DataError naming an image that has changed.
+        """
         spans = _spans(self._samples, indices)
         found = {}
         for span, data in zip(spans, self._first.each(self._piece, spans), strict=True):
@@ -218,9 +215,13 @@ class ShardImages(ImageFiles):
                 [(start, size)] = self._samples.places.pieces([index])
                 content = data[start - span.start : start - span.start + size]
                 if digest_of(content) != self._samples.places.digests[index]:
-                    raise self._changed(span.shard, index)
-                found[index] = self.decoded(io.BytesIO(content), self._shown(span.shard, index))
+                    raise self._changed(index)
+                found[index] = content
         return [found[index] for index in indices]
+
+    def head(self, index: int) -> NDArray[np.int64]:
+        """Return the header of one image, [3]."""
+        return np.asarray(self._samples.places.heads[index], np.int64)
 
     def heads(self) -> NDArray[np.int64]:
         """Return the heads of all images [n, 3]."""
@@ -236,22 +237,24 @@ class ShardImages(ImageFiles):
             return shard.piece(span.start, span.stop)
         except OSError as cause:
             raise DataError(
-                f"{self._shown(span.shard, span.samples[0])} cannot be read: {cause.strerror or 'the shard is gone'}.\n"
+                f"{self.shown(span.samples[0])} cannot be read: {cause.strerror or 'the shard is gone'}.\n"
                 "  Fix: put it back; shards must not change during a run."
             ) from cause
         except RemoteError as error:
             with contextlib.suppress(RemoteError):  # the first error explains more
                 if differ(shard.entry(), self._samples.states[span.shard]):
-                    raise self._changed(span.shard, span.samples[0]) from error
+                    raise self._changed(span.samples[0]) from error
             raise
 
-    def _changed(self, shard: int, index: int) -> DataError:
+    def _changed(self, index: int) -> DataError:
         return DataError(
-            f"{self._shown(shard, index)} is not what it was when the shard was opened.\n"
+            f"{self.shown(index)} is not what it was when the shard was opened.\n"
             "  Fix: put the shard back, or start again; shards must not change during a run."
         )
 
-    def _shown(self, shard: int, index: int) -> str:
+    def shown(self, index: int) -> str:
+        """Name an image by its sample and shard."""
+        (shard,) = self._samples.shard_of(np.array([index])).tolist()
         return f"the image of sample '{self.ids[index]}' in shard '{self._samples.shards[shard]}'"
 
 

@@ -6,10 +6,11 @@ read (its first frame). The EXIF orientation is ignored, as there, or applied; P
 
 import contextlib
 import copy
+import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, BinaryIO, ClassVar, Literal, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, BinaryIO, Literal, NamedTuple, Self
 
 import numpy as np
 import PIL
@@ -20,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from logitcache.errors import DataError
+from logitcache.runtime.versions import versions
 from logitcache.views.datasets.images.pixels import Mode, from_pil
 
 EXTENSIONS = (
@@ -124,20 +126,39 @@ def _sizes_and_factors(
 class ImageFiles(ABC):
     """A data set whose images are files: sizes and orientations come from their headers."""
 
-    scans_once: ClassVar[bool] = False
-    """Whether headers and digests are read once for each object, which a copy should not repeat."""
+    ids: Sequence[str]
 
     def __init__(self, mode: Mode, orientation: Orientation) -> None:
         self._mode, self._orientation = mode, orientation
         self._factors: Factors | None = None
 
     @abstractmethod
+    def contents(self, indices: Sequence[int]) -> Iterable[bytes]:
+        """Read several files; raises DataError naming one that cannot be read or is not what it was."""
+
+    @abstractmethod
+    def shown(self, index: int) -> str:
+        """Name a file for messages."""
+
+    @abstractmethod
+    def digests(self) -> NDArray[np.uint64]:
+        """Return the digest of every file, [n]."""
+
+    @abstractmethod
     def heads(self) -> NDArray[np.int64]:
         """Return the header of every file, [n, 3]."""
 
+    def head(self, index: int) -> NDArray[np.int64]:
+        """Return the header of one file, [3]."""
+        return np.asarray(self.heads()[index])
+
     def sizes(self) -> NDArray[np.int64]:
         """Return height and width of all images, [n, 2], as `read` gives them."""
-        return _sizes_and_factors(self.heads(), self._orientation, self._factors)[0]
+        return self.sizes_of(self.heads())
+
+    def sizes_of(self, heads: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return height and width of the images with these headers, [B, 2], as `read` gives them."""
+        return _sizes_and_factors(heads, self._orientation, self._factors)[0]
 
     def turned(self) -> NDArray[np.int64]:
         """Return which images have an EXIF orientation that is ignored."""
@@ -146,15 +167,42 @@ class ImageFiles(ABC):
 
     def reduced(self, factors: Factors) -> Self:
         """Return the same images, of which JPEG is decoded at 1/`factors` of its sizes."""
-        if self.scans_once:
-            self.heads()
+        if not self.is_scanned:
+            self.heads()  # both use one scan
         images = copy.copy(self)
         images._factors = factors
         return images
 
-    def decoded(self, file: BinaryIO, name: str) -> Tensor:
+    @property
+    def is_scanned(self) -> bool:
+        """Whether headers and digests are known, or are remembered apart from this object."""
+        return True
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the decoded images."""
+        return 1 if self._mode == "L" else 3
+
+    def about_bytes(self) -> int:
+        """Estimate the bytes of all decoded images by the first, without a look at each file."""
+        height, width = self.sizes_of(self.head(0)[None])[0].tolist()
+        return len(self.ids) * int(height * width) * self.num_channels
+
+    def read(self, index: int) -> Tensor:
+        """Return uint8 [C, H, W]; raises DataError naming a file that cannot be read or decoded."""
+        return self.read_batch([index])[0]
+
+    def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return several images, read together if that is faster."""
+        return list(map(self.decoded, self.contents(indices), indices))
+
+    def decoded(self, content: bytes, index: int) -> Tensor:
         """Decode a file to uint8 [C, H, W]; raises DataError naming one that cannot be decoded."""
-        return decode(file, self._mode, name, self._orientation, self._factors)
+        return decode(io.BytesIO(content), self._mode, self.shown(index), self._orientation, self._factors)
+
+    def described(self) -> str:
+        """Return what decides the pixels beside the files: the libraries and the options."""
+        return f"{versions()} {self._mode} {self._orientation}"
 
 
 def _orientation(image: Image.Image) -> int:

@@ -5,12 +5,11 @@ import io
 import itertools
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from logitcache.errors import DataError, RecipeError, RemoteError
 from logitcache.runtime.console import track
@@ -72,8 +71,6 @@ def _below(root: str, keys: Mapping[str, Entry]) -> tuple[list[str], set[str]]:
 class RemoteImages(ImageFiles):
     """Image files at a URL in order; an id is the path below the root."""
 
-    scans_once = True
-
     def __init__(
         self, remote: Remote, mode: Mode, listing: Listing, entries: Mapping[str, Entry], orientation: Orientation
     ) -> None:
@@ -85,14 +82,14 @@ class RemoteImages(ImageFiles):
         self._tags: list[str] | None = [entries[name].tag for name in self.ids]
         self._measured: NDArray[np.int64] | None = None
 
-    def read(self, index: int) -> Tensor:
-        """Return uint8 [C, H, W]; raises DataError naming a file that is not what was listed, or cannot be decoded."""
-        return self.read_batch([index])[0]
+    def contents(self, indices: Sequence[int]) -> Iterable[bytes]:
+        """Fetch files at the same time; raises DataError naming one that is not what was listed."""
+        return self._remote.each(self._content, indices)
 
-    def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return several images, fetched at the same time."""
-        contents = zip(indices, self._remote.each(self._content, indices), strict=True)
-        return [self.decoded(io.BytesIO(data), self._shown(index)) for index, data in contents]
+    @property
+    def is_scanned(self) -> bool:
+        """Whether every file has been read."""
+        return self._measured is not None
 
     def heads(self) -> NDArray[np.int64]:
         """Return the heads of all files [n, 3]."""
@@ -136,7 +133,7 @@ class RemoteImages(ImageFiles):
     def _measure(self, index: int) -> bytes:
         data = self._stored(index)
         digest = digest_of(data)
-        return _MEASURED.pack(digest, *head_of(io.BytesIO(data), self._shown(index)))
+        return _MEASURED.pack(digest, *head_of(io.BytesIO(data), self.shown(index)))
 
     def _content(self, index: int) -> bytes:
         """Fetch a file; of one whose digest is known every byte is compared."""
@@ -151,7 +148,7 @@ class RemoteImages(ImageFiles):
             return self._remote.read_range(name, 0, length)
         except FileNotFoundError as cause:
             raise DataError(
-                f"image '{self._shown(index)}' cannot be read: it is not there any more.\n"
+                f"image '{self.shown(index)}' cannot be read: it is not there any more.\n"
                 "  Fix: put it back; the folder must not change during a run."
             ) from cause
         except RemoteError as error:
@@ -163,11 +160,12 @@ class RemoteImages(ImageFiles):
 
     def _changed(self, index: int, how: str) -> DataError:
         return DataError(
-            f"image '{self._shown(index)}' has changed since the folder was opened: {how}.\n"
+            f"image '{self.shown(index)}' has changed since the folder was opened: {how}.\n"
             "  Fix: put it back; the folder must not change during a run."
         )
 
-    def _shown(self, index: int) -> str:
+    def shown(self, index: int) -> str:
+        """Return the URL."""
         return f"{self._remote}/{self.ids[index]}"
 
 
