@@ -187,8 +187,7 @@ class Views:
         self, dataset: ImageDataset, spec: ViewSpec, recorded: Recorded | None = None, frame: "Frame | None" = None
     ) -> None:
         self.dataset = dataset
-        # How far an image is reduced is a rule of the teacher's: paired ones are decoded in full.
-        is_full = spec.decode == "full" or frame is not None
+        is_full = spec.decode == "full" or frame is not None  # how far is a rule of the teacher's images
         self.images: DecodedImages = dataset if is_full else reduced(dataset, spec.factors)
         self.spec = spec
         self.recorded = recorded
