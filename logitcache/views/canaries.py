@@ -1,7 +1,7 @@
 """Canaries: a few views recorded in stage one and rendered again before a student starts."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from logitcache.config.recipe import Component, Lenient
 from logitcache.errors import RecipeError, ReplayMismatchError
+from logitcache.views.augmentations.base import Ints
 from logitcache.views.augmentations.foreign import foreign_transforms
 from logitcache.views.keys import Draws, ViewKey, below
 from logitcache.views.spec import Views
@@ -113,34 +114,62 @@ def take(views: Views, keys: list[ViewKey]) -> tuple[tuple[Canary, ...], Tensor]
 
     Raises RecipeError if they come out different when they are rendered again, together and in another order.
     """
-    taken = [_take(views, key) for key in keys]
-    pixels = views.stack([pixels for _, pixels in taken], keys)
-    if not torch.equal(views.__getitems__(keys[::-1]), pixels.flip(0)):
+    pixels, (*others, last) = views.__getitems__(keys), keys
+    again = [views[last], *(views.__getitems__(others[::-1]) if others else ())]
+    if not torch.equal(torch.stack(again), pixels.flip(0)):
         names = [used.what for used in foreign_transforms(views.spec.augmentations)]
         raise RecipeError(
             f"views come out different when they are rendered again. Fix: what draws in {', '.join(names)} must do so "
             "from the global generators of torch, numpy or Python, and keep nothing from one image to the next"
         )
-    return tuple(record for record, _ in taken), pixels
+    return tuple(_records(views, keys, _raw(views, keys), pixels.unbind())), pixels
 
 
-def _take(views: Views, key: ViewKey) -> tuple[Canary, Tensor]:
-    raw = views.images.read(key.index)
-    sizes = np.array([raw.shape[1:]], dtype=np.int64)
-    drawn, pixels = views.rows([key], sizes), views[key]
-    plan = pixel_digest(drawn[0] if drawn.size else sizes[0])
-    raw_digest, augmented = pixel_digest(raw.numpy()), pixel_digest(pixels.numpy())
-    return Canary(view=key.view, index=key.index, raw=raw_digest, plan=plan, augmented=augmented), pixels
+def _raw(views: Views, keys: Sequence[ViewKey]) -> list[Tensor]:
+    return [views.images.read(key.index) for key in keys]
+
+
+def _sizes(raw: Sequence[Tensor]) -> Ints:
+    return np.array([image.shape[1:] for image in raw], dtype=np.int64)
+
+
+def _are_alike(views: Views, keys: Sequence[ViewKey], raw: Sequence[Tensor]) -> bool:
+    """Whether the views of images, which may be others than stage one saw, are sure to have one shape."""
+    if views.recorded is not None or len({len(image) for image in raw}) > 1:
+        return False
+    rendered = views.planned_sizes(keys, _sizes(raw))
+    return bool((rendered == rendered[0]).all())
+
+
+def _records(
+    views: Views, keys: Sequence[ViewKey], raw: Sequence[Tensor], pixels: Sequence[Tensor]
+) -> Iterator[Canary]:
+    """Record views by the pixels of their images and their own."""
+    sizes = _sizes(raw)
+    if not views.spec.mixing or _are_alike(views, keys, raw):
+        drawn = views.rows(keys, sizes)
+    else:
+        drawn = np.concatenate([views.rows([key], size[None]) for key, size in zip(keys, sizes, strict=True)])
+    for key, image, view, row, size in zip(keys, raw, pixels, drawn, sizes, strict=True):
+        yield Canary(
+            view=key.view,
+            index=key.index,
+            raw=pixel_digest(image.numpy()),
+            plan=pixel_digest(row if row.size else size),
+            augmented=pixel_digest(view.numpy()),
+        )
 
 
 def compare(views: Views, recorded: Sequence[Canary], recorded_pixels: Tensor) -> CanaryReport:
     """Render the recorded canaries again and count what is equal."""
-    now = [_take(views, ViewKey(canary.view, canary.index)) for canary in recorded]
-    pairs = [(record, canary) for (record, _), canary in zip(now, recorded, strict=True)]
+    keys = [ViewKey(canary.view, canary.index) for canary in recorded]
+    raw = _raw(views, keys)
+    rendered = views.__getitems__(keys).unbind() if _are_alike(views, keys, raw) else [views[key] for key in keys]
+    pairs = list(zip(_records(views, keys, raw, rendered), recorded, strict=True))
     # Images of different shapes could not be further apart.
     differences = [
         (pixels.int() - then.int()).abs() if pixels.shape == then.shape else torch.tensor([255])
-        for (_, pixels), then in zip(now, recorded_pixels, strict=True)
+        for pixels, then in zip(rendered, recorded_pixels, strict=True)
     ]
     return CanaryReport(
         num_canaries=len(recorded),

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from logitcache.config.recipe import Component, dump_recipe
+from logitcache.config.recipe import Component
 from logitcache.config.yaml_text import flattened
 from logitcache.errors import MismatchError
 
@@ -50,6 +48,6 @@ def _entries(recipe: Component) -> dict[str, Any]:
     """List what decides the numbers, by dotted key."""
     return {
         key: value
-        for key, value in flattened(yaml.safe_load(dump_recipe(recipe)))
+        for key, value in flattened(recipe.model_dump(mode="json", by_alias=True))
         if not any(f"{key}.".startswith(f"{free}.") for free in _FREE)
     }
