@@ -260,7 +260,7 @@ def test_mixtures_are_recorded_and_replayed_too(tmp_path: Path, monkeypatch: pyt
     def forbidden(*arguments: Any) -> Any:
         raise AssertionError("drawn again")
 
-    for name in ("plan", "mixture", "pairing"):
+    for name in ("plan", "mixture", "partners"):
         monkeypatch.setattr(ViewSpec, name, forbidden)
     assert bool((opened.views(Pixels(60), replay="recorded").__getitems__(keys) == pixels).all())
 
