@@ -124,7 +124,10 @@ def _built(name: str, manifest: Manifest, recipe: StudentRecipe, stated: LiveTea
     if stated is None:
         require_grant(recorded_risks(model, entry), manifest.digest(), recipe.trust, "its entry in the cache")
     # A network with other outputs too has a number of classes of its own, which only a checkpoint states.
-    own = model.num_classes if isinstance(model, Checkpoint) else None
+    num_outputs = model.num_classes if isinstance(model, Checkpoint) else None
     with own_randomness(device, 0):
-        built = model.architecture().build(entry.num_classes if entry.classes is None else own, manifest.image_shape[0])
-    return Contender(Classifier(built.module, entry.preprocessing).to(device), entry.precision)
+        built = model.architecture().build(
+            entry.num_classes if entry.classes is None else num_outputs, manifest.image_shape[0]
+        )
+    own = None if recipe.pairing is None else manifest.image_shape
+    return Contender(Classifier(built.module, entry.preprocessing).to(device), entry.precision, own)

@@ -204,7 +204,7 @@ def _teacher_row(name: str, teacher: Contender | None, image: Tensor) -> ModelRo
         row,
         arithmetic=teacher.precision,
         num_parameters=count_parameters(teacher.model),
-        macs=count_flops(teacher.model, image) // _FLOPS_OF_MAC,
+        macs=count_flops(teacher.model, teacher.pixels_like(image)) // _FLOPS_OF_MAC,
         bytes=count_bytes(teacher.model),
     )
 

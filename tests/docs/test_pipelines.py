@@ -16,7 +16,9 @@ import logitcache as lc
 from logitcache.cache.cache import open_cache
 from logitcache.cli.app import main
 from logitcache.config.recipe import load_recipe
+from logitcache.models import Bundled as BundledTeacher
 from logitcache.models import load_model
+from logitcache.models.operations import flops_of
 from logitcache.report.recipe_check import RECIPES, check_recipes, command_of
 from logitcache.stage_one.derive.derive import DeriveRecipe, derive
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
@@ -204,7 +206,7 @@ def test_photographs_and_names_of_classes_make_a_small_classifier(
     assert load_model(tmp_path / "run").module.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
 
 
-def test_a_student_on_images_of_half_the_size_runs(tmp_path: Path) -> None:
+def test_a_student_on_images_of_half_the_size_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     halve = runpy.run_path(str(PIPELINES / "half_size/halve.py"))["halve"]
     cache = filled("fashion_mnist", tmp_path / "train.zarr")
     small = [f"cache={tmp_path}/test.zarr", "dataset.num_images=100", "num_workers=0", "device=cpu"]
@@ -221,6 +223,12 @@ def test_a_student_on_images_of_half_the_size_runs(tmp_path: Path) -> None:
     assert (result.images, result.teacher_passes) == (400, 0)
     assert result.agreement is not None
     assert load_model(tmp_path / "student").module.eval()(torch.zeros(1, 1, 14, 14)).shape == (1, 10)
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "student"), "--json"]) == 0
+    own, teacher = json.loads(capsys.readouterr().out)["costs"]
+    # Each is weighed on its own images: these two differ in width, and in four times the pixels.
+    assert teacher["flops"] == flops_of(BundledTeacher().build(10, 1).module, torch.zeros(1, 1, 28, 28))
+    assert own["flops"] == flops_of(load_model(tmp_path / "student").module, torch.zeros(1, 1, 14, 14))
 
 
 def test_a_student_on_edges_in_grey_runs(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,20 @@ STUDENT = "student"
 
 @dataclass(frozen=True)
 class Contender:
-    """A model to weigh: uint8 pixels [B, C, H, W] in, logits out, in a precision."""
+    """A model to weigh: uint8 pixels [B, C, H, W] in, logits out, in a precision.
+
+    `image_shape` [C, H, W] is that of its images, if they are not the student's: of a pairing a teacher has its own.
+    """
 
     model: nn.Module
     precision: Precision
+    image_shape: tuple[int, int, int] | None = None
+
+    def pixels_like(self, pixels: Tensor) -> Tensor:
+        """Return pixels [..., C, H, W] that the model takes in place of a student's: the same, or black ones."""
+        if self.image_shape is None:
+            return pixels
+        return pixels.new_zeros((*pixels.shape[:-3], *self.image_shape))
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ def costs(student: nn.Module, teachers: Mapping[str, Contender | None], image: T
     own = _weigh(student, image)
     rows = [Cost(STUDENT, *own, None, None, None)]
     for name, teacher in teachers.items():
-        found = (None, None, None) if teacher is None else _weigh(teacher.model, image)
+        found = (None, None, None) if teacher is None else _weigh(teacher.model, teacher.pixels_like(image))
         pairs = zip(found, own, strict=True)
         ratios = [None if count is None or not students else count / students for count, students in pairs]
         rows.append(Cost(name, *found, *ratios))
@@ -89,9 +99,10 @@ def failing(teachers: Mapping[str, Contender | None], image: Tensor) -> dict[str
     for name, teacher in teachers.items():
         try:
             if teacher is not None:
-                teacher.model.eval()(image[None])
+                own = teacher.pixels_like(image)
+                teacher.model.eval()(own[None])
         except Exception as error:  # the network's own code may raise anything
-            reasons[name] = f"its network fails on an image, uint8 {list(image.shape)}: {error}"
+            reasons[name] = f"its network fails on an image, uint8 {list(own.shape)}: {error}"
     return reasons
 
 
@@ -138,7 +149,8 @@ def median_seconds(timed: Sequence[tuple[Contender, Tensor]], threads: int, warm
     """Return the median seconds of each model on its batch, uint8 [B, C, H, W], timed in turns."""
     for contender, _ in timed:
         contender.model.eval()
-    return time_in_turns([partial(_predict, *one) for one in timed], threads, warm_up, repeats)
+    calls = [partial(_predict, contender, contender.pixels_like(pixels)) for contender, pixels in timed]
+    return time_in_turns(calls, threads, warm_up, repeats)
 
 
 def _predict(contender: Contender, pixels: Tensor) -> None:
