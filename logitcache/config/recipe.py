@@ -145,6 +145,13 @@ def dump_recipe(recipe: BaseModel) -> str:
     return dump(recipe.model_dump(mode="json", by_alias=True))
 
 
+def is_stated(key: str, overrides: Sequence[str]) -> bool:
+    """Return whether the user sets a key, or one that holds it."""
+    parts = key.split(".")
+    above = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
+    return any(text.partition("=")[0] in above for text in overrides)
+
+
 def _read(source: str | Path | Mapping[str, Any]) -> RecipeText:
     if not isinstance(source, Mapping):
         recipe = RecipeText()

@@ -8,6 +8,7 @@ from typing import TypeVar
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import read_manifest
 from logitcache.cache.snapshot import locate
+from logitcache.config.recipe import is_stated
 from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, LogitCacheError, RecipeError, RefusedError, RemoteError
 from logitcache.models import Checkpoint, Classifier
@@ -18,7 +19,7 @@ from logitcache.shipping.exported import is_exported
 from logitcache.shipping.model_table import ModelTable, compare_models
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.evaluation.cost import Contender, LatencyPlan
-from logitcache.student.evaluation.evaluate import EvaluationResult, evaluate, is_stated, read_run, require_known_source
+from logitcache.student.evaluation.evaluate import EvaluationResult, evaluate, read_run, require_known_source
 from logitcache.student.live_teacher import LiveTeacher
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.teacher.online import recorded_risks, recorded_source

@@ -10,7 +10,7 @@ from torch import Tensor
 from logitcache.cache.cache import open_uncompared
 from logitcache.errors import RecipeError
 from logitcache.shipping.metadata import Metadata
-from logitcache.student.evaluation.evaluate import require_known_source
+from logitcache.student.evaluation.evaluate import require_known_images, require_known_source
 from logitcache.student.lesson import pairing_of, views_of
 from logitcache.student.runs.trained import EvaluationTransform
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
@@ -46,6 +46,7 @@ def calibration_images(
 def _dataset(run: Path, recipe: StudentRecipe | TeacherRecipe, overrides: Sequence[str]) -> ImageDataset:
     require_known_source(run, recipe, overrides)
     if isinstance(recipe, StudentRecipe):
+        require_known_images(run, recipe, overrides)
         cache = open_uncompared(recipe.cache)
         return views_of(cache, recipe.dataset, recipe, pairing=pairing_of(recipe, cache)).dataset
     if recipe.dataset is None or (isinstance(recipe.dataset, Custom)):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logitcache.config.recipe import NOWHERE, load_recipe
+from logitcache.config.recipe import NOWHERE, is_stated, load_recipe
 from logitcache.errors import RecipeError
 from logitcache.models import Run, read_stored, weights_digest
 from logitcache.runtime.device import Precision, autocast, resolve_device
@@ -27,7 +27,6 @@ from logitcache.student.evaluation.cost import (
     median_seconds,
 )
 from logitcache.student.evaluation.evaluate import (
-    is_stated,
     load_run,
     open_images,
     open_run,

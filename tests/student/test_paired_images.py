@@ -15,6 +15,7 @@ from logitcache.cache.cache import open_cache
 from logitcache.cli.app import main
 from logitcache.config.recipe import dump_recipe, load_recipe
 from logitcache.errors import MismatchError, RecipeError
+from logitcache.report.page.report import write_report
 from logitcache.store.mirrors_folder import FOLDER
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
@@ -192,6 +193,17 @@ def test_validation_is_on_the_students_images(made: Path, tmp_path: Path) -> Non
     split = train(paired(tmp_path / "split", made, validation={"split": 0.2}, epochs=1))
     assert split.images < NUM_IMAGES
     assert split.agreement is not None
+
+
+def test_a_report_compares_a_student_on_its_images_with_the_teacher_on_its_own(made: Path, tmp_path: Path) -> None:
+    """Also one that was measured on images without labels, of which no accuracy is drawn."""
+    validation = {"dataset": HALF_TEST, "augmentations": []}
+    train(paired(tmp_path / "run", made, validation=validation, epochs=1))
+    stated, page = [f"validation.dataset.factory={HALF['factory']}"], tmp_path / "report.html"
+    assert write_report([tmp_path / "run"], page, stated, points=20).measured == ("run",)
+    assert "learnt from images of code, and what a file names is never called" in page.read_text()
+    write_report([tmp_path / "run"], page, [*stated, f"dataset.factory={HALF['factory']}"], points=20)
+    assert "not compared with its teachers" not in page.read_text()
 
 
 def test_validation_on_the_teachers_images_is_refused(made: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from logitcache.runtime.device import autocast
 from logitcache.student.build_model import decide_layouts
 from logitcache.student.evaluation.alignment import KINDS
 from logitcache.student.evaluation.cost import Contender, LatencyPlan, latencies
-from logitcache.student.evaluation.evaluate import OpenedRun, open_run
+from logitcache.student.evaluation.evaluate import OpenedRun, open_run, require_known_images, require_known_source
 from logitcache.student.evaluation.single_label import Tally
 from logitcache.student.evaluation.validation import Validator, only_logits
 from logitcache.student.lesson import pairing_of, views_of
@@ -75,7 +75,7 @@ def measure_run(run: Path, name: str, overrides: Sequence[str], points: int, lat
         if opened.validator.is_multi_label:
             return MeasuredRun(name, latency_ms=speed, note="images of any number of classes: see evaluate")
         tallies = _tallies(opened)
-        beside, note = _beside(opened, points)
+        beside, note = _beside(run, opened, points, overrides)
     except LogitCacheError as error:
         return MeasuredRun(name, note=str(error).splitlines()[0])
     return MeasuredRun(name, tallies, opened.validator.class_names, beside, speed, note)
@@ -102,7 +102,7 @@ def _latency(opened: OpenedRun) -> float:
     return 1000 * latencies(student, {}, image, LatencyPlan(batch_sizes=(1,)))[0].seconds
 
 
-def _beside(opened: OpenedRun, points: int) -> tuple[Beside | None, str]:
+def _beside(run: Path, opened: OpenedRun, points: int, overrides: Sequence[str]) -> tuple[Beside | None, str]:
     """Answer the same images as the teachers: those of the validation's cache, else of the cache that was learnt from.
 
     Returns why that is not possible, too.
@@ -113,6 +113,8 @@ def _beside(opened: OpenedRun, points: int) -> tuple[Beside | None, str]:
         if not isinstance(recipe, StudentRecipe):
             return None, "learnt from labels: there is no teacher to compare with"
         try:
+            require_known_source(run, recipe, overrides)
+            require_known_images(run, recipe, overrides)
             cache = open_uncompared(recipe.cache)
             pairing = pairing_of(recipe, cache)
             views = views_of(only_logits(cache), recipe.dataset, recipe, pairing=pairing)

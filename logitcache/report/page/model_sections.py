@@ -18,7 +18,8 @@ def sections_of_models(runs: Sequence[MeasuredRun]) -> Iterator[Section]:
     """Yield the sections of runs that were measured."""
     notes = "\n".join(f"{run.name}: {run.note}." for run in runs if run.note)
     counted = [run for run in runs if run.tallies]
-    drawn = [] if not counted else [_by_class(counted), _calibration(counted)]
+    labelled = [run for run in counted if run.tallies["student"].measures().top1 is not None]
+    drawn = [] if not labelled else [_by_class(labelled), _calibration(labelled)]
     yield Section("Validation", notes, [*drawn], [Table("calibration", _errors(counted))] if counted else [])
     groups: dict[tuple[str, bytes], list[tuple[MeasuredRun, Beside]]] = {}
     for run in counted:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache
 from logitcache.cache.snapshot import open_snapshot
-from logitcache.config.recipe import load_recipe, read_recipe
+from logitcache.config.recipe import is_stated, load_recipe, read_recipe
 from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, DataError, RecipeError, RemoteError
 from logitcache.models import Classifier, Custom, StoredModel, load_model, read_stored, resolve_preprocessing
@@ -211,8 +211,8 @@ def read_run(run: Path, overrides: Sequence[str] = ()) -> StudentRecipe | Teache
     _require_stated(recipe, path, overrides)
     images = recipe.validation
     places = {} if images is None else {"validation.dataset": images.dataset, "validation.cache": images.cache}
-    risks = _risks(places, overrides)
-    require_grant(risks, _digest(path), recipe.trust, str(path), "--set validation.…: name other images")
+    instead = "--set validation.…: name other images"
+    require_grant(_risks(places, overrides), _digest(path), recipe.trust, str(path), instead)
     return recipe
 
 
@@ -255,6 +255,15 @@ def require_known_source(run: Path, recipe: StudentRecipe | TeacherRecipe, overr
     require_grant(_risks(places, overrides), _digest(path), recipe.trust, str(path))
 
 
+def require_known_images(run: Path, recipe: StudentRecipe, overrides: Sequence[str]) -> None:
+    """Raise RecipeError or RefusedError if a run's file, and not the user, names code or a URL for its images."""
+    named, path = recipe.dataset, run / "recipe.yaml"
+    if isinstance(named, CustomImages) and not is_stated("dataset.factory", overrides):
+        fix = f"Fix: if you trust it, --set dataset.factory={named.factory}"
+        raise RecipeError(f"{run} learnt from images of code, and what a file names is never called. {fix}")
+    require_grant(_risks({"dataset": named}, overrides), _digest(path), recipe.trust, str(path))
+
+
 def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]) -> None:
     """Raise RecipeError if a run's file, and not the user, names a factory to call."""
     if recipe.validation is None:
@@ -269,13 +278,6 @@ def _require_stated(recipe: TrainingRecipe, path: Path, overrides: Sequence[str]
                 f"{path} names the factory '{factory}', and what a file names is never called.\n"
                 f"  Fix: if you trust it, --set {key}={factory}"
             )
-
-
-def is_stated(key: str, overrides: Sequence[str]) -> bool:
-    """Return whether the user sets a key, or one that holds it."""
-    parts = key.split(".")
-    above = {".".join(parts[:count]) for count in range(1, len(parts) + 1)}
-    return any(text.partition("=")[0] in above for text in overrides)
 
 
 def stated_factory(run: Path, stored: StoredModel, overrides: Sequence[str]) -> str | None:
