@@ -4,7 +4,8 @@
 
 Bundled images and the shipped teacher: stage one in float32, in bfloat16 and with `speed: auto`, each cache compared
 with that of the CPU; verification; a student in float32, under autocast, with `torch.compile` (on CUDA), and by
-torchrun with one process (NCCL on CUDA, else gloo). It runs on a CPU as well. Exits 1 if a part failed.
+torchrun with one process (NCCL on CUDA, else gloo). The set stays on the device: its views are compared with those of
+the CPU, and all students learn from them. It runs on a CPU as well. Exits 1 if a part failed.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from logitcache.cache.cache import open_cache
 from logitcache.runtime.device import resolve_device
 from logitcache.runtime.versions import versions
 from logitcache.views.keys import ViewKey
+from logitcache.views.resident import ResidentViews, may_stay
 
 RECIPES = Path(__file__).parent.parent / "pipelines" / "fashion_mnist"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
@@ -49,6 +51,16 @@ def difference(cache: Path, other: Path) -> float:
     return float((one - two).abs().max() / two.square().mean().sqrt())
 
 
+def resident(cache: Path, device: torch.device) -> dict[str, Any]:
+    """Compare views that are rendered on the device, where their images stay, with those of the CPU."""
+    views, started = open_cache(cache).views(), time.perf_counter()
+    keys = [ViewKey(0, index) for index in range(len(views.dataset.ids))]
+    (found,) = ResidentViews(views, device).render([keys])
+    equal = may_stay(views, device) and found.device.type == device.type
+    equal = equal and torch.equal(found.cpu(), views.__getitems__(keys))
+    return {"exit_code": int(not equal), "seconds": round(time.perf_counter() - started, 2)}
+
+
 def parts(folder: Path, device: str, quick: bool) -> dict[str, dict[str, Any]]:
     """Run every part; return what each did, by name."""
     images = {"dataset.num_images": 200 if quick else 5000, "views.num_views": 1 if quick else 4}
@@ -66,6 +78,8 @@ def parts(folder: Path, device: str, quick: bool) -> dict[str, dict[str, Any]]:
         if not found[f"precompute {name}"]["exit_code"]:
             share = difference(folder / f"{name}.zarr", folder / "cpu.zarr")
             found[f"answers {name}"] = {"exit_code": int(share > bound), "difference": share, "bound": bound}
+    if not found["precompute fp32"]["exit_code"]:
+        found["resident views"] = resident(folder / "fp32.zarr", torch.device(device))
     found["verify"] = run(["verify", str(folder / "fp32.zarr")], {})
     test = {"cache": folder / "test.zarr", "device": device, "dataset.num_images": 200}
     found["precompute test"] = run(["precompute", str(RECIPES / "precompute_test.yaml")], test)

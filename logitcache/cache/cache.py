@@ -37,6 +37,7 @@ from logitcache.views import canaries
 from logitcache.views.datasets.base import ImageDataset, Labels
 from logitcache.views.epochs import ChecksumsOf, EpochLoader, LoaderOptions
 from logitcache.views.keys import ViewKey
+from logitcache.views.resident import NumWorkers
 from logitcache.views.spec import Views
 
 Replay = Literal["planned", "recorded"]
@@ -231,7 +232,7 @@ class Cache:
     def loader(
         self,
         batch_size: int = 256,
-        num_workers: int = 0,
+        num_workers: NumWorkers = 0,
         *,
         dataset: object | None = None,
         verify: canaries.Level = "strict",

@@ -106,7 +106,8 @@ class Learner:
 
     def add(self, terms: Tensor, rows: Tensor) -> None:
         """Add loss terms [L], each a mean over its number of rows [L], to the sums of the epoch."""
-        self.sums += torch.stack([terms.detach().to(self.sums) * rows.to(self.sums), rows.to(self.sums)])
+        counted = rows.to(self.sums)
+        self.sums += torch.stack([terms.detach().to(self.sums) * counted, counted])
 
     def end_step(self) -> None:
         """Count the step, once the weights have moved."""

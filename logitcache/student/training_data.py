@@ -11,6 +11,7 @@ import torch
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.cache.pairs.record import Pairing
 from logitcache.errors import RecipeError, TargetErrorWarning
+from logitcache.runtime.device import resolve_device
 from logitcache.student.compatibility import asked_targets, held_teachers, inexact_targets
 from logitcache.student.ensembles import Ensemble, with_ensembles
 from logitcache.student.lesson import (
@@ -50,7 +51,7 @@ class Stream:
         """Yield the batches of an epoch on a device, from batch `start` on, with every teacher's answers."""
         seen = None if self.seen is None else self.seen.batches(self.loader.keys(epoch, start))
         for batch in self.loader.epoch(epoch, start):
-            batch = batch.to(device)
+            batch = batch if device.type == "cpu" else batch.to(device)
             if self.live is not None:
                 shown = batch if seen is None else next(seen).to(device)
                 batch = replace(batch, teachers=self.live(shown.images, shown.labels))
@@ -216,6 +217,7 @@ def _loader(recipe: StudentRecipe | TeacherRecipe, views: Views, ranks: Ranks, *
         views_per_image=recipe.views_per_image,
         sampling=recipe.sampling,
         start_method=recipe.start_method,
+        device=resolve_device(recipe.device),
         rank=ranks.rank,
         world_size=ranks.size,
         **options,

@@ -142,12 +142,13 @@ class TrainingRecipe(Component):
     )
     checkpoint_steps: Count | None = Field(
         default=None,
-        description="Optimiser steps between two checkpoints within an epoch; by default there is one after each "
-        "epoch.",
+        description="Optimiser steps between two checkpoints within an epoch; by default one after each epoch.",
         examples=[500],
     )
-    num_workers: Annotated[int, Field(ge=0)] = Field(
-        default=2, description="Processes of each rank that render images; 0 renders in the main process."
+    num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Processes of each rank that render images; 0 renders in the main process. `auto`: none for a "
+        "small set, which stays on the device and is rendered there; else 2.",
     )
     start_method: StartMethod = Field(default="forkserver", description="How Python starts the rendering processes.")
     device: str = Field(

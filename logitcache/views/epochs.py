@@ -15,16 +15,18 @@ from logitcache.errors import RecipeError
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.checksums import require_rows
 from logitcache.views.keys import Keys, ViewKey, columns_of
-from logitcache.views.loader import StartMethod, ViewLoader
+from logitcache.views.loader import StartMethod
 from logitcache.views.mixing import MIXED_IMAGES_HELD_OUT, MIXED_VIEWS_PER_IMAGE
 from logitcache.views.order import Drawn, share_of
 from logitcache.views.partners import Ints
+from logitcache.views.resident import NumWorkers, open_loader
 from logitcache.views.sampling import EveryImage, Sampling
 from logitcache.views.spec import Views
 
 TargetsOf = Callable[[Sequence[ViewKey]], Mapping[str, Targets]]
 ChecksumsOf = Callable[[Sequence[ViewKey]], NDArray[np.uint32]]
 EVERY_IMAGE = EveryImage()
+CPU = torch.device("cpu")
 _DRAWN = 1 << 14  # images whose keys are drawn at a time, a batch at least
 
 
@@ -43,6 +45,7 @@ class LoaderOptions(TypedDict, total=False):
     rank: int | None
     world_size: int | None
     start_method: StartMethod
+    device: torch.device
 
 
 class EpochSampler(Sampler[list[ViewKey]]):
@@ -71,7 +74,8 @@ class EpochLoader:
     Partners that are mixed with one another come together. Of several processes, `rank` of `world_size` takes its part
     of every batch of `batch_size`; by default those of torch.distributed, if it is initialised when an epoch starts.
     With `checksums_of`, every image that is rendered is compared. `images` are the indices to read, in order; by
-    default all. `sampling` chooses among them those of an epoch: by default every one once.
+    default all. `sampling` chooses among them those of an epoch: by default every one once. With `num_workers` "auto",
+    images of a small set stay on `device`, and views are rendered there; others have two processes.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class EpochLoader:
         checksums_of: ChecksumsOf | None = None,
         *,
         batch_size: int = 256,
-        num_workers: int = 0,
+        num_workers: NumWorkers = 0,
         seed: int = 0,
         drop_last: bool = False,
         views_per_image: int = 1,
@@ -91,6 +95,7 @@ class EpochLoader:
         rank: int | None = None,
         world_size: int | None = None,
         start_method: StartMethod = "forkserver",
+        device: torch.device = CPU,
     ) -> None:
         self.views = views
         self.batch_size, self.seed, self.drop_last = batch_size, seed, drop_last
@@ -103,7 +108,7 @@ class EpochLoader:
         self._chosen, self._labels = images, views.dataset.labels if images is None else views.dataset.labels[images]
         self._num_images = len(self._labels)
         self.current_epoch, self._was_read = 0, False
-        self._images = ViewLoader(views, num_workers, start_method)
+        self._images = open_loader(views, num_workers, start_method, device, checksums_of is not None)
         if len(self) == 0:
             raise RecipeError(
                 f"drop_last leaves no batch: {self._num_images} images are fewer than batch_size {batch_size}. "
@@ -228,7 +233,7 @@ class EpochLoader:
         """Yield keys and targets of each batch of an epoch, without images."""
         return ((keys, self._targets_of(keys)) for keys in self.keys(epoch))
 
-    def _checked(self, keys: list[ViewKey]) -> list[ViewKey]:
+    def _checked(self, keys: Sequence[ViewKey]) -> Sequence[ViewKey]:
         """Raise IndexError for a key that names no view, before anything is rendered."""
         views, images = self.views.spec.num_views, len(self.views.dataset.ids)
         if not keys:
@@ -240,7 +245,7 @@ class EpochLoader:
             raise IndexError(f"there is no view {view} of image {index}: there are {views} views of {images} images")
         return keys
 
-    def batches(self, batches: Iterable[list[ViewKey]]) -> Iterator[Batch]:
+    def batches(self, batches: Iterable[Sequence[ViewKey]]) -> Iterator[Batch]:
         """Yield a batch per list of keys, for a sampler of the caller's own."""
         wanted, ahead = itertools.tee(map(self._checked, batches))
         for images, keys in zip(self._images.render(ahead), wanted, strict=True):

@@ -5,8 +5,8 @@ integers, so that a word is the same on every machine, in every batch and in eve
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,16 +52,26 @@ class ViewKey(NamedTuple):
     index: int  # type: ignore[assignment]  # hides tuple.index
 
 
-class Keys(list[ViewKey]):
-    """The keys of a batch, beside their views and images as arrays: for code that changes no list of keys."""
+class Keys(Sequence[ViewKey]):
+    """The keys of a batch as arrays of views and of indices, int64 [B] each: nothing is made of them one by one."""
 
     def __init__(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
-        super().__init__(map(ViewKey, views.tolist(), indices.tolist()))
         self.columns = views, indices
 
-    def __reduce__(self) -> tuple[type["Keys"], tuple[NDArray[np.int64], NDArray[np.int64]]]:
-        """Pickle the arrays: key by key a batch takes longer than some students take to learn from it."""
-        return Keys, self.columns
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    @overload
+    def __getitem__(self, place: int) -> ViewKey: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Keys": ...
+    def __getitem__(self, place: int | slice) -> "ViewKey | Keys":
+        """Return a key, or those of a slice."""
+        views, indices = (column[place] for column in self.columns)
+        return Keys(views, indices) if isinstance(place, slice) else ViewKey(int(views), int(indices))
+
+    def __iter__(self) -> Iterator[ViewKey]:
+        return map(ViewKey, *(column.tolist() for column in self.columns))
 
 
 def columns_of(keys: Sequence[ViewKey]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -59,7 +59,7 @@ class _Renderer:
         """Share the large arrays of the views with the other workers."""
         return _Renderer, (self._shared,)
 
-    def __getitems__(self, keys: list[ViewKey]) -> Rendered:
+    def __getitems__(self, keys: Sequence[ViewKey]) -> Rendered:
         """Render a batch; a worker moves it to shared memory.
 
         Left to torch, a thread of the worker does that, where an error drops the batch, which is awaited for ever.
@@ -80,9 +80,9 @@ class _Batches:
     """The batch sampler of persistent workers: the keys that the main process asks for next."""
 
     def __init__(self) -> None:
-        self.batches: Iterable[list[ViewKey]] = ()
+        self.batches: Iterable[Sequence[ViewKey]] = ()
 
-    def __iter__(self) -> Iterator[list[ViewKey]]:
+    def __iter__(self) -> Iterator[Sequence[ViewKey]]:
         return iter(self.batches)
 
 
@@ -160,7 +160,7 @@ class ViewLoader:
             warnings.filterwarnings("ignore", message="This DataLoader will create")
             self._loader: DataLoader[Rendered] | None = DataLoader(
                 _Renderer(decoded_once(views)),  # type: ignore[arg-type]  # only `__getitems__` is used
-                batch_sampler=self._sampler,  # of any length
+                batch_sampler=self._sampler,  # type: ignore[arg-type]  # of any length, of any sequences
                 collate_fn=_as_it_is,  # type: ignore[arg-type]  # a rendered batch, not a list of samples
                 num_workers=num_workers,
                 generator=torch.Generator(),  # or torch would draw the workers' seeds from the global one
@@ -170,7 +170,7 @@ class ViewLoader:
         self._end.atexit = False  # it might be too late
         _open.add(self)
 
-    def render(self, batches: Iterable[list[ViewKey]]) -> Iterator[Tensor]:
+    def render(self, batches: Iterable[Sequence[ViewKey]]) -> Iterator[Tensor]:
         """Yield one uint8 [B, C, H, W] per batch of keys; raise DataError if an image cannot be read.
 
         The workers serve one call at a time: a later call ends this one, with RuntimeError if it is continued.

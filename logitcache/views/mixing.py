@@ -12,11 +12,14 @@ from decimal import Context, Decimal, localcontext
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
 from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction, Lenient
+from logitcache.runtime.device import to_device
+from logitcache.views.augmentations.base import boxes_mask
 from logitcache.views.keys import Draws, Words, below
 
 Ints = NDArray[np.int64]
@@ -137,6 +140,16 @@ class Mixture(NamedTuple):
             here, there = _places(rows), _places(places[rows])
             mixed[here] = _blend(mixed[here], others[there], self.own[rows])
         return images
+
+    def apply_in_batches(self, images: Tensor, pool: Tensor, places: Ints) -> Tensor:
+        """Return what `apply_` gives, by operations on the whole batch, on the device of the images."""
+        device = images.device
+        partners = pool[to_device(torch.from_numpy(places), device)]
+        boxes = to_device(torch.from_numpy(self.boxes), device)
+        is_blended = (self.own < self.total) & ~self.boxes[:, 2:].any(axis=1)
+        weights = to_device(torch.from_numpy(np.where(is_blended, self.own, LEVELS)), device)[:, None, None, None]
+        blended = (images.int() * weights + partners.int() * (LEVELS - weights) + LEVELS // 2) >> 8
+        return torch.where(boxes_mask(boxes, images.shape[2], images.shape[3]), partners, blended.to(torch.uint8))
 
 
 def _places(rows: Ints) -> Ints | slice:

@@ -197,7 +197,7 @@ class Views:
         """Render one view, uint8 [C, H, W]."""
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: list[ViewKey]) -> Tensor:
+    def __getitems__(self, keys: Sequence[ViewKey]) -> Tensor:
         """Render a batch, uint8 [B, C, H, W]; an image that several keys name is decoded once."""
         if not self.spec.mixing:
             return self._augmented(keys)
@@ -206,10 +206,10 @@ class Views:
         rendered = self._augmented(unique)
         row_of = {key: row for row, key in enumerate(unique)}
         own, other = (np.array([row_of[key] for key in half]) for half in (both[: len(keys)], both[len(keys) :]))
-        mixed = rendered[torch.from_numpy(own)]
+        mixed = rendered[torch.from_numpy(own).to(rendered.device)]
         mixture = self.mixture(keys, mixed)
         assert mixture is not None
-        return mixture.apply_(mixed, rendered, other)
+        return (mixture.apply_ if mixed.is_cpu else mixture.apply_in_batches)(mixed, rendered, other)
 
     def mixture(self, keys: Sequence[ViewKey], images: Tensor) -> Mixture | None:
         """Return how the views of `keys`, rendered as [B, C, H, W], are mixed; None if nothing is."""
@@ -260,7 +260,7 @@ class Views:
             found = mixture.partners
         return list(map(ViewKey, views.tolist(), found.tolist()))
 
-    def _augmented(self, keys: list[ViewKey]) -> Tensor:
+    def _augmented(self, keys: Sequence[ViewKey]) -> Tensor:
         """Render views as they are before mixing."""
         indices = list({key[1] for key in keys})
         decoded = dict(zip(indices, read_images(self.images, indices), strict=True))
@@ -287,7 +287,7 @@ class Views:
                 return RecipeError(f"view {key[0]} of image {self.dataset.ids[key[1]]!r}: {found}")
         return error
 
-    def stack(self, rendered: list[Tensor], keys: list[ViewKey]) -> Tensor:
+    def stack(self, rendered: list[Tensor], keys: Sequence[ViewKey]) -> Tensor:
         """Join the views of `keys` to uint8 [B, C, H, W]; raise DataError naming two images of different shapes."""
         for key, image in zip(keys, rendered, strict=True):
             if image.shape != rendered[0].shape:

@@ -14,6 +14,7 @@ from logitcache.models import SmallCNN
 from logitcache.student.learner import Learner
 from logitcache.student.speed import settled
 from logitcache.student.training import train
+from logitcache.views.resident import ResidentViews
 from tests.student.small import GREY, TINY, flat, metrics, student, weights
 
 OFF = {"channels_last": False, "fused": False}
@@ -131,3 +132,21 @@ def test_a_run_goes_on_by_what_it_recorded_and_refuses_another_choice(cache: Pat
     train(student(out, cache, model=TINY), resume=True)
     recorded = yaml.safe_load((out / "recipe.yaml").read_text())
     assert (recorded["epochs"], recorded["channels_last"], recorded["fused"]) == (2, False, True)
+
+
+def test_views_that_are_rendered_on_the_device_change_no_byte(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = train(student(tmp_path / "workers", cache, num_workers=0))
+    places: list[str] = []
+    held = ResidentViews._hold
+
+    def holding(self: ResidentViews, indices: list[int]) -> None:
+        places.append(self.device.type)
+        held(self, indices)
+
+    monkeypatch.setattr(ResidentViews, "_hold", holding)
+    found = train(student(tmp_path / "resident", cache, num_workers="auto"))
+    assert set(places) == {"cpu"}
+    assert weights(found) == weights(wanted)
+    assert metrics(tmp_path / "resident") == metrics(tmp_path / "workers")

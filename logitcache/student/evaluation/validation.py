@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class Validator:
         views: Views,
         cache: Cache | None,
         batch_size: int,
-        num_workers: int,
+        num_workers: int | Literal["auto"],
         labels: NDArray[np.int64] | None = None,
         threshold: float = THRESHOLD,
         images: Ints | None = None,

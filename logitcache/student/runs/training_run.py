@@ -94,12 +94,13 @@ class TrainingRun:
             factor = recipe.schedule.factor(learner.step, self._num_batches, recipe.epochs)
             for group in learner.optimizer.param_groups:
                 group["lr"] = recipe.optimizer.lr * factor
-            rows = learner.ranks.mean_rows(self._rows(batch))
+            batch_rows = self._rows(batch)
+            rows = learner.ranks.mean_rows(batch_rows)
             parts = batch.parts(recipe.micro_batches)
             for part in parts:
                 with learner.ranks.exchanging(learner.terms, part is parts[-1]):
                     terms: Tensor = learner.terms(part, progress)
-                    part_rows = self._rows(part)
+                    part_rows = batch_rows if part is batch else self._rows(part)
                     loss_of_batch = (terms * (part_rows / rows)).sum()
                     learner.scaler.scale(loss_of_batch).backward()  # type: ignore[no-untyped-call]
                 learner.add(terms, part_rows)

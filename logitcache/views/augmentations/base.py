@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
@@ -118,6 +119,14 @@ class AugmentationBase(Component, ABC):
         """
         return params, others
 
+    def in_batches(self, size: tuple[int, int]) -> bool:
+        """Return whether `apply_in_batches` takes images of (height, width)."""
+        return False
+
+    def apply_in_batches(self, images: Tensor, params: Ints) -> Tensor:
+        """Return the bytes of `apply`, by operations on a whole batch, on the device of the images."""
+        raise NotImplementedError
+
 
 @functools.cache
 def kernels() -> ModuleType:
@@ -143,6 +152,15 @@ class ResizingBase(TorchvisionBase):
     @abstractmethod
     def results(self, sizes: Ints) -> Ints:
         """Return the sizes of the results for images of `sizes`, [B, 2] both."""
+
+
+def boxes_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Return which pixels [B, 1, H, W] lie in boxes [B, 4] (top, left, height, width)."""
+    within = []
+    for axis, side in enumerate((height, width)):
+        places, start = torch.arange(side, device=boxes.device), boxes[:, axis, None]
+        within.append((places >= start) & (places < start + boxes[:, axis + 2, None]))
+    return within[0][:, None, :, None] & within[1][:, None, None, :]
 
 
 def pair(size: Size) -> tuple[int, int]:

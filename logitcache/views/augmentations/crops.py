@@ -9,6 +9,7 @@ from torch import Tensor
 
 from logitcache.config.recipe import Lenient, Positive
 from logitcache.errors import DataError
+from logitcache.runtime.device import to_device
 from logitcache.views.augmentations.base import (
     AugmentationBase,
     Fill,
@@ -27,7 +28,7 @@ from logitcache.views.augmentations.base import (
     rescaled_boxes,
     sizes_of,
 )
-from logitcache.views.augmentations.resize import Kernel, resized
+from logitcache.views.augmentations.resize import Kernel, resampled_together, resized
 from logitcache.views.keys import Draws, below, uniform
 
 NUM_TRIES = 10
@@ -112,6 +113,12 @@ class CenterCrop(TorchvisionBase):
         """Crop the centre."""
         return cast(Tensor, kernels().center_crop(images, list(pair(self.size))))
 
+    def in_batches(self, size: tuple[int, int]) -> bool:
+        """Take images of any size."""
+        return True
+
+    apply_in_batches = apply
+
 
 class RandomCrop(AugmentationBase):
     """Pad every side, then crop a window anywhere."""
@@ -171,6 +178,31 @@ class RandomCrop(AugmentationBase):
         """Pad and crop."""
         widths = ((0, 0), (0, 0), (self.padding, self.padding), (self.padding, self.padding))
         return windows(padded(images, widths, self), params, pair(self.size))
+
+    def in_batches(self, size: tuple[int, int]) -> bool:
+        """Take images of any size."""
+        return True
+
+    def apply_in_batches(self, images: Tensor, params: Ints) -> Tensor:
+        """Gather the pixels of each window; those of the padding are other pixels, or `fill`."""
+        corners, places, inside = to_device(torch.from_numpy(params), images.device), [], []
+        for axis, (length, side) in enumerate(zip(pair(self.size), images.shape[2:], strict=True)):
+            at = corners[:, axis, None] + (torch.arange(length, device=images.device) - self.padding)
+            inside.append((at >= 0) & (at < side))
+            places.append(self._padded(at, side))
+        rows = torch.arange(len(images), device=images.device)[:, None, None]
+        found = images.permute(0, 2, 3, 1)[rows, places[0][:, :, None], places[1][:, None, :]].permute(0, 3, 1, 2)
+        if self.padding and self.padding_mode == "constant":
+            found = torch.where((inside[0][:, :, None] & inside[1][:, None, :])[:, None], found, self.fill)
+        return found
+
+    def _padded(self, at: Tensor, side: int) -> Tensor:
+        """Return which of `side` pixels lie at places before, in and after them."""
+        if self.padding_mode in ("constant", "edge"):
+            return at.clamp(0, side - 1)
+        repeated = int(self.padding_mode == "symmetric")  # the border's own pixels
+        before = torch.where(at < 0, -at - repeated, at)
+        return torch.where(before >= side, 2 * (side - 1) + repeated - before, before)
 
 
 class RandomResizedCrop(ResizingBase):
@@ -244,3 +276,9 @@ class RandomResizedCrop(ResizingBase):
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop and resize with antialiasing."""
         return resized(images, params, pair(self.size), self.interpolation, self.kernel)
+
+    def in_batches(self, size: tuple[int, int]) -> bool:
+        """Take small images, by the exact kernel."""
+        return resampled_together(size, pair(self.size), self.kernel)
+
+    apply_in_batches = apply

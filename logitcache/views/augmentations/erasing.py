@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from logitcache.config.recipe import Fraction, Positive
+from logitcache.runtime.device import to_device
 from logitcache.views.augmentations.base import (
     AugmentationBase,
     Fill,
@@ -16,6 +17,7 @@ from logitcache.views.augmentations.base import (
     Ordered,
     RatioKnots,
     Scale,
+    boxes_mask,
     drawn_sides,
     levels_of,
     require_values,
@@ -86,9 +88,7 @@ class RandomErasing(AugmentationBase):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Fill the rectangles."""
-        levels = self.value if isinstance(self.value, tuple) else (self.value if isinstance(self.value, int) else 0,)
-        require_values("random_erasing.value", levels, images)
-        constant = torch.tensor(levels, dtype=torch.uint8)[:, None, None]
+        constant = self._constant(images)
         rows = np.flatnonzero(params[:, 2:4].all(axis=1)).tolist()
         if not rows:
             return images
@@ -97,6 +97,32 @@ class RandomErasing(AugmentationBase):
             top, left, height, width, *key = params[row].tolist()
             box = result[row, :, top : top + height, left : left + width]
             box[:] = _noise((key[0], key[1]), tuple(box.shape)) if self.value == "noise" else constant
+        return result
+
+    def _constant(self, images: Tensor) -> Tensor:
+        """Return the level of each channel, uint8 [C or 1, 1, 1]; 0 stands for noise."""
+        levels = self.value if isinstance(self.value, tuple) else (self.value if isinstance(self.value, int) else 0,)
+        require_values("random_erasing.value", levels, images)
+        return torch.tensor(levels, dtype=torch.uint8)[:, None, None]
+
+    def in_batches(self, size: tuple[int, int]) -> bool:
+        """Take images of any size."""
+        return True
+
+    def apply_in_batches(self, images: Tensor, params: Ints) -> Tensor:
+        """Fill the rectangles."""
+        rows = np.flatnonzero(params[:, 2:4].all(axis=1))
+        if not len(rows):
+            return images
+        if self.value == "noise":  # drawn here, and moved to the images
+            filled = self.apply(torch.zeros((len(rows), *images.shape[1:]), dtype=torch.uint8), params[rows])
+        else:
+            filled = self._constant(images)
+        boxes = to_device(torch.from_numpy(params[rows, :4]), images.device)
+        chosen = to_device(torch.from_numpy(rows), images.device)
+        mask = boxes_mask(boxes, images.shape[2], images.shape[3])
+        result = images.clone()
+        result[chosen] = torch.where(mask, to_device(filled, images.device), images[chosen])
         return result
 
 

@@ -3,10 +3,12 @@
 from typing import ClassVar, Literal, Self
 
 import numpy as np
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from logitcache.config.recipe import Fraction
+from logitcache.runtime.device import to_device
 from logitcache.views.augmentations.base import AugmentationBase, Ints, Scale
 from logitcache.views.keys import Draws, bernoulli
 
@@ -37,3 +39,12 @@ class HorizontalFlip(AugmentationBase):
         if kept.any():  # numpy copies rows much faster than torch.where chooses between them
             mirrored.numpy()[kept] = images.numpy()[kept]
         return mirrored
+
+    def in_batches(self, size: tuple[int, int]) -> bool:
+        """Take images of any size."""
+        return True
+
+    def apply_in_batches(self, images: Tensor, params: Ints) -> Tensor:
+        """Mirror if the bit is set."""
+        flipped = to_device(torch.from_numpy(params[:, 0] != 0), images.device)
+        return torch.where(flipped[:, None, None, None], images.flip(-1), images)

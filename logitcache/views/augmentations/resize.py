@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
+from logitcache.runtime.device import to_device
 from logitcache.views.augmentations.base import Interpolation, Ints, ResizingBase, Scale, Size, kernels, sizes_of
 from logitcache.views.keys import Draws
 
@@ -109,6 +110,18 @@ class Resize(ResizingBase):
         boxes = sizes_of(len(images), (0, 0, *images.shape[2:]))
         return resized(images, boxes, (height, width), self.interpolation, self.kernel)
 
+    def in_batches(self, size: tuple[int, int]) -> bool:
+        """Take small images, by the exact kernel."""
+        scaled = self.size * max(size) // min(size) if isinstance(self.size, int) else max(self.size)
+        return resampled_together(size, (scaled, scaled), self.kernel)
+
+    apply_in_batches = apply
+
+
+def resampled_together(size: tuple[int, int], out: tuple[int, int], kernel: Kernel) -> bool:
+    """Return whether images of (height, width) are brought to another as one batch, by exact arithmetic."""
+    return kernel == "exact" and max(*size, *out) <= _SMALL
+
 
 def resample(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: Filter) -> Tensor:
     """Cut `boxes` [B, 4] (top, left, height, width) out of [B, C, H, W] and bring them to `size`."""
@@ -124,19 +137,19 @@ def resample(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: 
 def _resample_together(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: Filter) -> Tensor:
     """Resample a batch by two products with matrices [B, out, in] that are zero outside the boxes."""
     count, channels, height, width = images.shape
-    vertical = _matrices(boxes[:, 0], boxes[:, 2], height, size[0], interpolation)
-    horizontal = _matrices(boxes[:, 1], boxes[:, 3], width, size[1], interpolation)
+    vertical = _matrices(boxes[:, 0], boxes[:, 2], height, size[0], interpolation, images.device)
+    horizontal = _matrices(boxes[:, 1], boxes[:, 3], width, size[1], interpolation, images.device)
     pixels = images.permute(0, 2, 1, 3).to(torch.float64, memory_format=torch.contiguous_format)
     rows = _rounded(pixels.view(count, height * channels, width) @ horizontal.mT).floor_()
     whole = _rounded(vertical @ rows.view(count, height, channels * size[1]))
     return whole.to(torch.uint8).view(count, size[0], channels, size[1]).permute(0, 2, 1, 3)
 
 
-def _matrices(starts: Ints, lengths: Ints, side: int, out: int, interpolation: Filter) -> Tensor:
+def _matrices(starts: Ints, lengths: Ints, side: int, out: int, interpolation: Filter, device: torch.device) -> Tensor:
     matrices = np.zeros((len(starts), out, side))
     for matrix, start, length in zip(matrices, starts.tolist(), lengths.tolist(), strict=True):
         matrix[:, start : start + length] = _small_matrix(length, out, interpolation)
-    return torch.from_numpy(matrices)
+    return to_device(torch.from_numpy(matrices), device)
 
 
 @functools.lru_cache(maxsize=512)  # 32 kB each at most
