@@ -4,12 +4,10 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from tests.objects import bucket
 from tests.stage_one.apart import until
 from tests.views.archives import tarred, written
 from tests.views.images import textured
+from tests.warm import Program
 
 COUNT = 40
 KEYS = [[ViewKey(view, (7 * start + place) % COUNT) for place in range(8)] for view in range(2) for start in range(5)]
@@ -281,53 +280,50 @@ def test_a_cache_is_the_same_to_the_byte(tmp_path: Path, monkeypatch: pytest.Mon
     assert contents(tmp_path / "shared.zarr") == contents(tmp_path / "plain.zarr")
 
 
-SCRIPT = """
-    import json, sys
-    from pathlib import Path
-    from logitcache.store import shared_memory
-    from logitcache.views.datasets import ImageFolder
-    from logitcache.views.keys import ViewKey
-    from logitcache.views.loader import ViewLoader
-    from logitcache.views.spec import Views, ViewSpec
-    shared_memory.MEMORY = Path(sys.argv[1])
-    views = Views(ImageFolder(root=sys.argv[2]).open(), ViewSpec())
-    loader = ViewLoader(views, int(sys.argv[3]), "fork")
-    batches = [[ViewKey(0, index) for index in range(start, start + 8)] for start in range(0, 40, 8)]
-    print(json.dumps([int(images.sum()) for images in loader.render(batches)]), flush=True)
-    sys.stdin.read()
-"""
+def _printed(program: Program) -> str:
+    with suppress(FileNotFoundError):  # before it has begun
+        return program.out
+    return ""
 
 
-def started(memory: Path, root: Path, num_workers: int) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(memory.parent), str(root), str(num_workers)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+def started(memory: Path, root: Path, num_workers: int, expected: list[int]) -> tuple[Program, int]:
+    """Start a program that renders all images; return it and its process once it has."""
+    program = Program("tests.views.sharing_images", str(memory.parent), str(root), str(num_workers))
+    try:
+        until(lambda: program.poll() is not None or _printed(program).endswith("\n"))
+        process, *sums = json.loads(program.out)
+        assert sums == expected, program.errors
+    except BaseException:
+        program.end(signal.SIGKILL)
+        raise
+    return program, process
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_processes_that_end_or_are_killed_leave_nothing_behind(tmp_path: Path, memory: Path, num_workers: int) -> None:
-    root = write(tmp_path / "in")
+    root, end = write(tmp_path / "in"), tmp_path / "in.end"
     views = Views(ImageFolder(root=str(root)).open(), ViewSpec())
     expected = [sum(int(views.images.read(i).sum()) for i in range(start, start + 8)) for start in range(0, COUNT, 8)]
-    with started(memory, root, num_workers) as killed, started(memory, root, num_workers) as other:
-        for process in (killed, other):
-            assert process.stdout is not None
-            assert json.loads(process.stdout.readline()) == expected
+    killed, first = started(memory, root, num_workers, expected)
+    other, _ = started(memory, root, num_workers, expected)
+    with killed, other:
         (file,) = memory.iterdir()
-        killed.send_signal(signal.SIGKILL)
-        killed.wait()
+        os.kill(first, signal.SIGKILL)
+        assert killed.wait(60) == -signal.SIGKILL
         time.sleep(0.3)
         assert list(memory.iterdir()) == [file]  # the other process uses it
-        other.communicate()
+        end.touch()
+        assert other.wait(60) == 0, other.errors
         assert list(memory.iterdir()) == []
-    with started(memory, root, num_workers) as alone:
-        assert alone.stdout is not None
-        assert json.loads(alone.stdout.readline()) == expected
-        alone.send_signal(signal.SIGKILL)
-        alone.wait()
-    if num_workers == 0:  # nobody is left to remove it: the next process uses it, and does
-        assert len(list(memory.iterdir())) == 1
-        with started(memory, root, 0) as following:
-            assert following.stdout is not None
-            assert json.loads(following.stdout.readline()) == expected
-            following.communicate()
-    until(lambda: not list(memory.iterdir()))
+        end.unlink()
+    alone, process = started(memory, root, num_workers, expected)
+    with alone:
+        os.kill(process, signal.SIGKILL)
+        alone.wait(60)
+        if num_workers == 0:  # nobody is left to remove it: the next process uses it, and does
+            assert len(list(memory.iterdir())) == 1
+            following, _ = started(memory, root, 0, expected)
+            with following:
+                end.touch()
+                assert following.wait(60) == 0
+        until(lambda: not list(memory.iterdir()))
