@@ -199,7 +199,7 @@ class EpochLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch `start` on."""
-        return self.batches(self._keys(epoch, start))
+        return self._batches(self._keys(epoch, start))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that `for batch in loader` reads next."""
@@ -247,7 +247,10 @@ class EpochLoader:
 
     def batches(self, batches: Iterable[Sequence[ViewKey]]) -> Iterator[Batch]:
         """Yield a batch per list of keys, for a sampler of the caller's own."""
-        wanted, ahead = itertools.tee(map(self._checked, batches))
+        return self._batches(map(self._checked, batches))
+
+    def _batches(self, batches: Iterable[Sequence[ViewKey]]) -> Iterator[Batch]:
+        wanted, ahead = itertools.tee(batches)
         for images, keys in zip(self._images.render(ahead), wanted, strict=True):
             if self._checksums_of is not None:
                 require_rows(images, keys, self._checksums_of(keys), self.views.dataset.ids)
@@ -256,5 +259,5 @@ class EpochLoader:
                 partners = torch.from_numpy(labels[mixture.partners])
                 mixed = MixedLabels(partners, torch.from_numpy(mixture.share).float())
             columns = columns_of(keys)
-            own, named = torch.from_numpy(labels[columns[1]]), torch.from_numpy(np.stack(columns, axis=1))
-            yield Batch(images, own, named, self._targets_of(keys), mixed)
+            named = torch.stack([torch.from_numpy(column) for column in columns], dim=1)
+            yield Batch(images, torch.from_numpy(labels[columns[1]]), named, self._targets_of(keys), mixed)

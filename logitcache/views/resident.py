@@ -99,7 +99,7 @@ class ResidentViews(Views):
         _, indices = columns_of(keys)
         if not self._is_held[indices].all():
             self._hold(sorted({*indices[~self._is_held[indices]].tolist()}))
-        images = self._pixels[to_device(torch.from_numpy(indices), self.device)]
+        images = self._pixels.index_select(0, to_device(torch.from_numpy(indices), self.device))
         sizes = np.broadcast_to(np.array(images.shape[2:], np.int64), (len(keys), 2))
         for augmentation, params in zip(self.spec.augmentations, self._plans(keys, sizes), strict=True):
             change = augmentation.apply if images.is_cpu else augmentation.apply_in_batches

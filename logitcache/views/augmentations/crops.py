@@ -1,11 +1,12 @@
 """Crops: of the centre, anywhere, and of a random area and aspect ratio."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, ClassVar, Literal, Self, cast
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from logitcache.config.recipe import Lenient, Positive
 from logitcache.errors import DataError
@@ -68,8 +69,10 @@ def padded(images: Tensor, widths: tuple[tuple[int, int], ...], crop: "RandomCro
     """Pad the axes of images [B, C, H, W] as a crop does."""
     if not np.any(widths):
         return images
-    options: dict[str, Any] = {"constant_values": crop.fill} if crop.padding_mode == "constant" else {}
-    return torch.from_numpy(np.pad(images.numpy(), widths, crop.padding_mode, **options))
+    if crop.padding_mode == "constant":  # in less time than np.pad
+        (top, bottom), (left, right) = widths[2:]
+        return functional.pad(images, (left, right, top, bottom), value=crop.fill)
+    return torch.from_numpy(np.pad(images.numpy(), widths, crop.padding_mode))
 
 
 def windows(images: Tensor, corners: Ints, size: tuple[int, int]) -> Tensor:
