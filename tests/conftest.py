@@ -74,12 +74,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Keep what was imported and collected out of later garbage collections: a million objects.
+    """Keep what was imported and collected out of later garbage collections: a million objects. Collect less often.
 
     Start the server of warm processes before a loader starts one that has imported less.
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)  # tests make many objects and few cycles: a twentieth of their time
     if any(name in vars(getattr(item, "module", None) or object) for item in session.items for name in WARM):
         start_server()
 
