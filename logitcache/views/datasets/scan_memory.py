@@ -22,7 +22,8 @@ _MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
 def remember(path: Path | None, state: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays for a state of the files, a digest of 32 bytes, if the user has a cache directory."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    members: dict[str, Any] = dict(arrays)
+    np.savez(buffer, **members)
     write_memory(path, state + buffer.getvalue())
 
 
