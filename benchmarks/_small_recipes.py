@@ -214,6 +214,8 @@ def _of_photographs() -> list[Job]:
         _student("other_frameworks", *small),
         _precompute("imagenet", folder, "dataset.labelled=false", cropped, *photos, *untrained),
         _student("imagenet", *small, "validation=null"),
+        _precompute("large_photographs", folder, cropped, *photos, *untrained),
+        _student("large_photographs", *small),
         _precompute("webdataset", shards, "dataset.labelled=false", cropped, *photos, *untrained),
         _student("webdataset", shards, "dataset.labelled=false", *small),
     ]
