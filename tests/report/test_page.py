@@ -197,6 +197,25 @@ def test_the_page_of_a_sweep_has_the_table_of_the_sweep(swept: tuple[Path, Sweep
     assert "<caption>over seeds" in (tmp_path / "runs.html").read_text()
 
 
+def test_the_page_of_a_search_has_its_trials(world: Path, tmp_path: Path) -> None:
+    entries = {"cache": str(world / "train.zarr"), "model": TINY, "epochs": 1, "batch_size": 32, "num_workers": 0}
+    entries |= {"device": "cpu", "validation": {"cache": str(world / "test.zarr")}}
+    entries |= {"losses": [{"kind": "cross_entropy"}]}
+    space = {"optimizer.lr": [0.01, 20.0], "model.width": [2, 3]}
+    searching = {"kind": "random", "space": space, "trials": 3, "objectives": ["accuracy", "parameters"]}
+    recipe = load_recipe({"kind": "sweep", "student": entries, "search": searching}, SweepRecipe)
+    found = sweep(recipe, tmp_path / "search")
+    write_report([tmp_path / "search"], tmp_path / "r.html", measure=0)
+    text = html.unescape((tmp_path / "r.html").read_text())
+    (table,) = re.findall(r"<caption>trials.*?</table>", text, re.DOTALL)
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>") if "<td>" in row]
+    states = [(row[1], row[2], "yes" in row) for row in rows]
+    assert states == [(trial.cell, trial.state, trial.is_front) for trial in found.trials]
+    assert any(is_front for *_, is_front in states)
+    for row, trial in zip(rows, found.trials, strict=True):
+        assert str(int(trial.values["parameters"])) in [cell.replace(",", "") for cell in row]
+
+
 @pytest.mark.filterwarnings("ignore::logitcache.errors.TargetErrorWarning")
 def test_a_damaged_table_of_a_sweep_is_named(
     swept: tuple[Path, SweepResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
