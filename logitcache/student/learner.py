@@ -17,6 +17,7 @@ from logitcache.student.losses.base import Context, StepSums
 from logitcache.student.optim.batch_norm import synchronize
 from logitcache.student.optim.schedules import Progress
 from logitcache.student.ranks import ALONE, Ranks
+from logitcache.student.speed import lay_out
 from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.student.whole_batch import WholeBatch
 from logitcache.targets import Batch, Targets
@@ -73,8 +74,7 @@ class Learner:
         if recipe.sync_batch_norm:
             synchronize(self.model, ranks)
         self.trained = nn.ModuleList([self.model, self.adapters])
-        if recipe.channels_last is True:
-            self.model.to(memory_format=torch.channels_last)
+        lay_out(self.model, recipe)
         self.optimizer = recipe.optimizer.build(self.trained, fused=recipe.fused is True)
         self.scaler = grad_scaler(device, recipe.precision)
         self._averaging = recipe.ema

@@ -7,13 +7,14 @@ import copy
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from logitcache.classifier import Classifier
 from logitcache.models.variants import has_convolutions
 from logitcache.student.training_recipes import TrainingRecipe
 
 R = TypeVar("R", bound=TrainingRecipe)
+M = TypeVar("M", bound=nn.Module)
 
 CHOSEN = ("channels_last", "fused")
 """The keys of a recipe that `auto` leaves open."""
@@ -43,6 +44,11 @@ def as_recorded(recipe: R, recorded: TrainingRecipe) -> R:
     """Return a recipe in which `auto` is what a run records; one of a release without the key computed plainly."""
     found = {key: getattr(recorded, key) is True for key in CHOSEN if getattr(recipe, key) == "auto"}
     return recipe.model_copy(update=found)
+
+
+def lay_out(module: M, recipe: TrainingRecipe) -> M:
+    """Lay a module's weights out in memory as a recipe without `auto` says, in place; returns it."""
+    return module.to(memory_format=torch.channels_last) if recipe.channels_last is True else module
 
 
 @torch.no_grad()

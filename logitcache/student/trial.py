@@ -27,7 +27,7 @@ from logitcache.student.lesson import Lesson
 from logitcache.student.optim.batch_norm import require_possible
 from logitcache.student.optim.schedules import Progress
 from logitcache.student.ranks import ALONE, Ranks
-from logitcache.student.speed import settled
+from logitcache.student.speed import lay_out, settled
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.order import share_of
@@ -128,9 +128,7 @@ def _try_step(
     first = min(rows, max(2, _least(recipe), _PIXELS // math.prod(lesson.image_shape[1:])))
     few = replace(lesson, num_images=min(lesson.num_images, _REMEMBERED))
     adapters = build_adapters(recipe, few, model, layouts).to(device)
-    if recipe.channels_last is True:
-        model.to(memory_format=torch.channels_last)
-    attempt = partial(_attempt, lesson, model.to(device), device, layouts)
+    attempt = partial(_attempt, lesson, lay_out(model.to(device), recipe), device, layouts)
     failure = attempt(recipe, adapters, first)
     if failure is not None and first < rows:
         failure = attempt(recipe, adapters, rows)

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
 from logitcache.student.build_model import black, build_classifier
 from logitcache.student.evaluation.cost import Contender, count_flops, count_parameters, median_seconds
-from logitcache.student.speed import settled
+from logitcache.student.speed import lay_out, settled
 from logitcache.student.training_data import CachedData
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.sweeps.cells import Member
@@ -115,7 +114,6 @@ def _build(recipe: StudentRecipe) -> _Built:
     with own_randomness(device, recipe.seed):
         classifier = build_classifier(recipe, lesson, None)
     model, image = classifier.to(device), black(lesson)[0].to(device)
-    if settled(recipe, model, image[None], device).channels_last is True:
-        model.to(memory_format=torch.channels_last)
+    lay_out(model, settled(recipe, model, image[None], device))
     count_flops(model, image)  # raises what the model raises on this device
     return _Built(Contender(model, recipe.precision), image)

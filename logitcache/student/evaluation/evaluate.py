@@ -28,6 +28,7 @@ from logitcache.student.evaluation.single_label import ClassAccuracy, GroupAccur
 from logitcache.student.evaluation.validation import AnyMeasures, Validator, open_validator
 from logitcache.student.runs.run_directory import MAX_RECIPE_BYTES
 from logitcache.student.runs.trained import Evaluation, read_evaluation
+from logitcache.student.speed import lay_out
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.datasets import Dataset, open_dataset
@@ -131,7 +132,8 @@ def load_run(run: Path, recipe: TrainingRecipe, overrides: Sequence[str] = ()) -
     # A network draws its first weights, which are then replaced.
     with own_randomness(device, recipe.seed):
         built = load_model(run, stated_factory(run, stored, overrides), recipe.trust)
-    return Classifier(built.module, resolve_preprocessing(built, None, who=str(run))).to(device).eval()
+    classifier = Classifier(built.module, resolve_preprocessing(built, None, who=str(run))).to(device).eval()
+    return lay_out(classifier, recipe)
 
 
 def require_memory(run: Path, classifier: Classifier, batch: int, device: str, option: str) -> None:

@@ -21,6 +21,7 @@ from logitcache.store.safe_files import open_regular
 from logitcache.student.evaluation.evaluate import require_memory, stated_factory, unopened_recipe
 from logitcache.student.losses import BinaryCrossEntropy, MultiLabelKL
 from logitcache.student.runs.trained import MODES, EvaluationTransform, load_student
+from logitcache.student.speed import lay_out
 from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.views.datasets.image_folder import LARGEST, ImageFolder
 from logitcache.views.datasets.images.image_files import Orientation, decode, is_image
@@ -89,7 +90,7 @@ class Predictor:
         # A network draws its first weights, which are then replaced.
         with own_randomness(device, recipe.seed):
             student = load_student(run, factory=factory, factories=recipe.factories, trust=recipe.trust)
-        model, transform = student.classifier.to(device), student.preprocess
+        model, transform = lay_out(student.classifier.to(device), recipe), student.preprocess
         require_memory(run, model, batch_size, device.type, "--batch-size ")
 
         def logits(pixels: Tensor) -> Tensor:
