@@ -17,8 +17,8 @@ that of plain: the figure is the measured ratio over that one. Teachers cost abo
 
 Images: 32 px in memory, JPEG files of 32 px, and JPEG files of 500 x 375 px cropped to 224, with one view and with four
 a decode, all from the photographs of scikit-learn. Students: ResNet-20 for CIFAR, and MobileNetV3-small. Weights are
-random. `--quick` takes the images in memory and the photographs with a teacher of 5 times. Exits 1 when a goal is
-missed.
+random. `--quick` is one round of the images in memory and the photographs, with a teacher of 5 times. Exits 1 when a
+goal is missed.
 """
 
 import statistics
@@ -51,7 +51,7 @@ from logitcache.targets import Batch
 from logitcache.teacher.online import live_targets
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-STEPS, ROUNDS = 6, 5
+STEPS, ROUNDS = 6, 3
 """Steps of a turn, the first of which warms up, and turns."""
 SMALL, LARGE = 32, 16
 """Images of a batch, of 32 and of 224 px."""
@@ -335,7 +335,7 @@ def compared(case: str, found: dict[str, list[float]], other: str, goal: float, 
 def rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure everything."""
     for setting in settings(folder, quick):
-        yield from rows_of(Bench(setting, folder), 3 if quick else ROUNDS)
+        yield from rows_of(Bench(setting, folder), 1 if quick else ROUNDS)
 
 
 if __name__ == "__main__":
