@@ -14,7 +14,7 @@ from logitcache.models.fake_quantization import FakeQuantized, to_float, to_int8
 from logitcache.runtime.versions import versions
 from logitcache.shipping.elsewhere import Elsewhere, commands_elsewhere
 from logitcache.shipping.exported import ExportedModel
-from logitcache.shipping.graph import PixelsToLogits, as_input, example, record, to_onnx, to_pt2
+from logitcache.shipping.graph import AS_RECORDED, PixelsToLogits, as_input, example, record, to_onnx, to_pt2
 from logitcache.shipping.latency import FileLatency, Predict, file_latencies, warn_if_slow
 from logitcache.shipping.metadata import (
     Arithmetic,
@@ -81,7 +81,7 @@ def export(
     """
     run = Path(run)
     file = new_file(run / f"model.{format}" if out is None else out, overwrite)
-    opened = open_run(run, [*overrides, "device=cpu"])
+    opened = open_run(run, [*overrides, *AS_RECORDED])
     network, image = opened.classifier.module, opened.validator.sample()[0]
     metadata = describe(run, opened, pixels, "int8" if isinstance(network, FakeQuantized) else "float32")
     made = _made(to_int8(network) if isinstance(network, FakeQuantized) else network, file, metadata, format)

@@ -16,6 +16,8 @@ from logitcache.models import Classifier
 from logitcache.shipping.metadata import KEY, Metadata, Pixels
 
 INPUT, OUTPUT, BATCH = "pixels", "logits", "batch"
+AS_RECORDED = ("device=cpu", "channels_last=false")
+"""Overrides of a run whose network is recorded: in another memory format torch.export has other operators."""
 _OPERATOR = re.compile(r"OpOverload\(op='([\w.]+)', overload='(\w+)'\)|torch\.ops\.([\w.]+)")
 _TORCH = str(Path(torch.__file__).parent)
 

@@ -15,7 +15,7 @@ from logitcache.shipping.calibration import calibration_images
 from logitcache.shipping.elsewhere import Elsewhere, commands_elsewhere
 from logitcache.shipping.export import describe
 from logitcache.shipping.exported import ExportedModel, Session
-from logitcache.shipping.graph import PixelsToLogits, example, record, to_onnx
+from logitcache.shipping.graph import AS_RECORDED, PixelsToLogits, example, record, to_onnx
 from logitcache.shipping.latency import FileLatency, file_latencies, warn_if_slow
 from logitcache.shipping.metadata import Metadata, Pixels, new_file, record_of, write_with_record
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, Parity, compare
@@ -84,7 +84,7 @@ def quantize(
         raise RecipeError("PT2E makes no symmetric activations. Fix: --method onnxruntime, or leave out --symmetric")
     run = Path(run)
     file = new_file(run / "model.int8.onnx" if out is None else out, overwrite)
-    opened = open_run(run, [*overrides, "device=cpu"])
+    opened = open_run(run, [*overrides, *AS_RECORDED])
     metadata = describe(run, opened, pixels, "int8")
     images = calibration_images(run, opened.recipe, metadata, num_images, overrides)
     _require_finite(run, opened.classifier, images)
