@@ -78,7 +78,10 @@ def write_recipes(texts: Mapping[Path, str]) -> list[Path]:
     """
     existing = [str(file) for file in texts if file.exists()]
     if existing:
-        raise RecipeError(f"{existing[0]} exists and is not overwritten. Fix: remove it, or name another folder")
+        raise RecipeError(
+            f"{existing[0]} exists and is not overwritten. Fix: remove it, or name another folder "
+            "(recipe new: --out DIR)"
+        )
     named = {
         Path(os.path.normpath(file.parent / match[1])) for file, text in texts.items() if (match := _SCHEMA.match(text))
     }

@@ -87,8 +87,8 @@ class Torchvision(Component):
                 f"the weights {weights.name} of torchvision's {self.name} could not be had:"
                 f" {error}.\n"
                 f"  Fix: on a machine with a network, download {weights.url}\n"
-                f"    and put the file into {torch.hub.get_dir()}/checkpoints; or train it on your"
-                " own images: logitcache train-teacher, with weights: null"
+                f"    and put the file into {torch.hub.get_dir()}/checkpoints; or begin with random"
+                " weights (weights: null), as logitcache train-teacher does for a teacher of your own"
             ) from error
         except (TypeError, ValueError, RuntimeError) as error:
             raise RecipeError(
