@@ -5,6 +5,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,12 @@ from logitcache.stage_one.claims import parse_part
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.sweeps.comparison import Difference, Spread
+from logitcache.sweeps.comparison import compare_measures
+from logitcache.sweeps.table_formats import format_table
 from logitcache.teacher.online import live_targets
 
 TrainStudent = Callable[[argparse.Namespace, str, int], float]
-"""Returns the accuracy of the student of a row and a seed, in percent."""
-Found = Mapping[str, Mapping[int, float]]
-"""Accuracies in percent, by row and seed."""
+"""Returns the top-1 accuracy of the student of a row and a seed."""
 WAIT = 5.0
 """Seconds between looks at shards that another process writes."""
 
@@ -58,22 +58,43 @@ def fashion_mnist(split: str, root: str | None) -> dict[str, Any]:
     return {"kind": "torchvision", "name": "FashionMNIST", "root": root, "split": split, "mode": "L"}
 
 
-def fill(entries: dict[str, Any]) -> str:
+def fill(recipe: PrecomputeRecipe) -> str:
     """Fill the cache of a recipe, or wait until the processes that fill it have done so; return its path."""
-    recipe = load_recipe(entries, PrecomputeRecipe)
     while precompute(recipe).shards_left:
         time.sleep(WAIT)
     return recipe.cache
 
 
+def fashion_cache(path: Path, dataset: dict[str, Any], views: dict[str, Any]) -> str:
+    """Fill a cache of the shipped teacher, and return its path."""
+    teachers = {"teacher": {"model": {"kind": "bundled"}, "logits": {"kind": "dense"}}}
+    entries = {"cache": str(path), "dataset": dataset, "views": views, "teachers": teachers, "num_workers": 0}
+    return fill(load_recipe(entries, PrecomputeRecipe))
+
+
+def fashion_student(arguments: argparse.Namespace, row: str, seed: int, cache: str, **entries: Any) -> dict[str, Any]:
+    """Return the recipe of the student of a row, measured after its last epoch."""
+    return {
+        "out": str(arguments.out / str(seed) / row),
+        "cache": cache,
+        "model": {"kind": "small_cnn", "width": arguments.width},
+        "losses": [{"kind": "cross_entropy" if row.startswith("labels") else "kl_divergence"}],
+        "optimizer": {"kind": "adamw", "lr": 0.004},
+        "seed": seed,
+        "num_workers": 0,
+        "validation": {"dataset": fashion_mnist("test", arguments.root), "every": entries["epochs"]},
+        **entries,
+    }
+
+
 def top1_of(entries: dict[str, Any], online: bool = False) -> float:
-    """Train a student, or read what it measured; return its top-1 after the last epoch, in percent."""
+    """Train a student, or read what it measured; return its top-1 after the last epoch."""
     recipe = load_recipe(entries, StudentRecipe)
     with silenced():
         live = live_targets(recipe.cache, recipe.device) if online else None
         top1 = train(recipe, resume=True, live=live).top1
     assert top1 is not None, "the test images have labels"
-    return 100 * top1
+    return top1
 
 
 def run_study(arguments: argparse.Namespace, train_student: TrainStudent, baseline: str, **shared: Any) -> int:
@@ -88,59 +109,18 @@ def run_study(arguments: argparse.Namespace, train_student: TrainStudent, baseli
             jobs = [(row, seed) for seed in range(arguments.seeds) for row in arguments.rows]
             for row, seed in jobs[number - 1 :: count]:
                 found.setdefault(row, {})[seed] = train_student(arguments, row, seed)
-                logger.info(f"{row}, seed {seed}: {found[row][seed]:.2f} %")
+                logger.info(f"{row}, seed {seed}: {found[row][seed]:.2%}")
         except LogitCacheError as error:
             print(error, file=sys.stderr)
             return error.exit_code
-    rows = tabulate(found, baseline)
+    comparison = compare_measures({row: measured(tops) for row, tops in found.items()}, baseline)
     if arguments.json:
-        print_json(rows, conditions=shared)
+        print_json(asdict(comparison), conditions=shared)
     else:
-        show(rows, baseline, shared)
+        print(format_table(comparison, "markdown"), shared, sep="\n")
     return 0
 
 
-def tabulate(found: Found, baseline: str) -> list[dict[str, Any]]:
-    """Average each row, and its difference from the baseline, over seeds; in percent points."""
-    base = found.get(baseline, {})
-    rows = []
-    for name, tops in found.items():
-        less = [top - base[seed] for seed, top in tops.items() if seed in base and name != baseline]
-        rows.append(
-            {
-                "row": name,
-                "seeds": sorted(tops),
-                "top1": rounded(vars(Spread.of([*tops.values()]))),
-                "difference": rounded(vars(Difference.of(less))) if less else None,
-            }
-        )
-    return rows
-
-
-def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Round what is in percent points to two decimals, probabilities to four."""
-    digits = {"p": 4, "p_holm": 4, "p_sign": 4}
-    return {
-        name: round(value, digits.get(name, 2)) if isinstance(value, float) else value
-        for name, value in figures.items()
-        if value is not None
-    }
-
-
-def show(rows: list[dict[str, Any]], baseline: str, shared: Mapping[str, Any]) -> None:
-    """Print the table."""
-    print(
-        f"{'row':<14} {'top-1, %':<16} {f'less {baseline}: mean ± deviation [95 % interval]':<50}  n   {dict(shared)}"
-    )
-    for row in rows:
-        line = f"{row['row']:<14} {_written(row['top1']):<16} {_written(row['difference']):<50} {len(row['seeds']):>3}"
-        print(line)
-
-
-def _written(figures: Mapping[str, Any] | None) -> str:
-    if figures is None:
-        return ""
-    deviation = f" ± {figures['deviation']:.2f}" if "deviation" in figures else ""
-    interval = f" [{figures['low']:+.2f}, {figures['high']:+.2f}]" if "low" in figures else ""
-    sign = "+" if "above" in figures else ""
-    return f"{figures['mean']:{sign}.2f}{deviation}{interval}"
+def measured(tops: Mapping[int, float]) -> dict[int, dict[str, float]]:
+    """Return the measures of each seed of a row."""
+    return {seed: {"top1": top} for seed, top in tops.items()}

@@ -15,7 +15,7 @@ has the top-1 of the test images after the last epoch, and the difference from l
 and the 95 % interval of the mean (t distribution).
 
 `--images` takes so many training images, the first of each class. Everything is kept in DIR, by default runs/cifar10:
-the same command continues and trains nothing twice. `--quick` is an epoch of 500 images and one seed of ResNet-8,
+the same command continues and trains nothing twice. `--quick` is two epochs of 500 images and one seed of ResNet-8,
 which shows that everything runs, and no more. There is no goal: the table is the result.
 """
 
@@ -28,18 +28,21 @@ from typing import Any
 
 import torch
 from _harness import parser_of, print_json
-from _study import fill, rounded
+from _study import fill
+from _training import custom
 
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError
 from logitcache.runtime.console import configure, logger
+from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.sweeps.comparison import Comparison
 from logitcache.sweeps.sweep import sweep
 from logitcache.sweeps.sweep_recipe import SweepRecipe
+from logitcache.sweeps.table_formats import format_table
 
 NUM_VIEWS, CLASSES = 8, 10
 STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-QUICK = {"students": "8", "images": 500, "epochs": 2, "seeds": 1}
+QUICK = {"students": "8", "images": 500, "test_images": 200, "epochs": 2, "seeds": 1}
 TEACHER_DEPTH = 56
 
 Losses = list[dict[str, Any]]
@@ -57,59 +60,51 @@ FEATURES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 """Feature losses, and the weights to choose from."""
 
 
-def cell(name: str, weight: float) -> Losses:
+def with_feature(name: str, weight: float) -> Losses:
     """Return KD with a feature loss."""
     return [*KD, FEATURES[name][0] | {"weight": weight}]
 
 
-def network(depth: int) -> dict[str, Any]:
-    """Return the recipe entry of a student."""
-    return {"kind": "custom", "factory": "_networks:resnet", "arguments": {"depth": depth}}
-
-
-def training_images(arguments: argparse.Namespace) -> Path:
-    """Return the folder of the training images, or one with links to the first of each class."""
-    whole: Path = arguments.folder / "train"
-    if arguments.images is None:
-        return whole
-    folder: Path = arguments.out / f"train-{arguments.images}"
-    for source in sorted(path for path in whole.iterdir() if path.is_dir()):
-        (folder / source.name).mkdir(parents=True, exist_ok=True)
-        for image in sorted(source.iterdir())[: arguments.images // CLASSES]:
-            link = folder / source.name / image.name
-            if not link.is_symlink():
-                link.symlink_to(image.resolve())
-    return folder
+def images_of(arguments: argparse.Namespace, split: str, count: int | None) -> dict[str, Any]:
+    """Return the recipe entry of the images of a split, or of links to so many, the first of each class."""
+    folder: Path = arguments.folder / split
+    if count is not None:
+        whole, folder = folder, arguments.out / f"{split}-{count}"
+        for source in sorted(path for path in whole.iterdir() if path.is_dir()):
+            (folder / source.name).mkdir(parents=True, exist_ok=True)
+            for image in sorted(source.iterdir())[: count // CLASSES]:
+                link = folder / source.name / image.name
+                if not link.is_symlink():
+                    link.symlink_to(image.resolve())
+    return {"kind": "image_folder", "root": str(folder)}
 
 
 def student(arguments: argparse.Namespace, depth: int) -> dict[str, Any]:
     """Fill the cache, and return what all students of a depth share."""
-    teacher = {"kind": "custom", "factory": "_networks:published_resnet"}
-    arguments_of_teacher = {"depth": TEACHER_DEPTH, "checkpoint": str(arguments.checkpoint.resolve())}
-    dataset = {"kind": "image_folder", "root": str(training_images(arguments))}
-    cache = fill(
-        {
-            "cache": str(arguments.out / f"cache-{arguments.images or 'all'}.zarr"),
-            "dataset": dataset,
-            "views": {
-                "num_views": NUM_VIEWS,
-                "augmentations": [{"kind": "random_crop", "size": 32, "padding": 4}, {"kind": "horizontal_flip"}],
-            },
-            "teachers": {
-                "resnet56": {
-                    "model": teacher | {"arguments": arguments_of_teacher},
-                    "preprocessing": STATISTICS,
-                    "logits": {"kind": "head"},
-                    "features": {"maps": {"kind": "maps", "tap": "layer3", "dtype": "int8"}},
-                }
-            },
-            "num_workers": 0,
-        }
-    )
-    return {
-        "cache": cache,
+    checkpoint = str(arguments.checkpoint.resolve())
+    teacher = custom("_networks:published_resnet", depth=TEACHER_DEPTH, checkpoint=checkpoint)
+    dataset = images_of(arguments, "train", arguments.images)
+    entries = {
+        "cache": str(arguments.out / f"cache-{arguments.images or 'all'}.zarr"),
         "dataset": dataset,
-        "model": network(depth),
+        "views": {
+            "num_views": NUM_VIEWS,
+            "augmentations": [{"kind": "random_crop", "size": 32, "padding": 4}, {"kind": "horizontal_flip"}],
+        },
+        "teachers": {
+            "resnet56": {
+                "model": teacher,
+                "preprocessing": STATISTICS,
+                "logits": {"kind": "head"},
+                "features": {"maps": {"kind": "maps", "tap": "layer3", "dtype": "int8"}},
+            }
+        },
+        "num_workers": 0,
+    }
+    return {
+        "cache": fill(load_recipe(entries, PrecomputeRecipe)),
+        "dataset": dataset,
+        "model": custom("_networks:resnet", depth=depth),
         "preprocessing": STATISTICS,
         "epochs": arguments.epochs,
         "batch_size": 128,
@@ -122,18 +117,18 @@ def student(arguments: argparse.Namespace, depth: int) -> dict[str, Any]:
 
 def choose(arguments: argparse.Namespace, depth: int) -> dict[str, float]:
     """Return the weight of each feature loss that is best on a tenth of the training images."""
-    tried = {f"{name}-{weight:g}": cell(name, weight) for name, (_, weights) in FEATURES.items() for weight in weights}
+    tried = {f"{name}-{weight:g}": (name, weight) for name, (_, weights) in FEATURES.items() for weight in weights}
     epochs = max(1, arguments.epochs // 2)
     entries = {
         "kind": "sweep",
         "student": student(arguments, depth) | {"epochs": epochs, "validation": {"split": 0.1, "every": epochs}},
-        "grid": {"losses": tried},
+        "cells": {cell: {"losses": with_feature(*one)} for cell, one in tried.items()},
     }
     found = run(entries, arguments.out / f"weights-{depth}-{arguments.images or 'all'}-{epochs}")
     tops = {row.cell: row.measures["top1"].mean for row in found.rows if "top1" in row.measures}
     chosen = {}
     for name, (_, weights) in FEATURES.items():
-        chosen[name] = max(weights, key=lambda weight: tops.get(f"{name}-{weight:g}", 0.0))
+        chosen[name] = max(weights, key=lambda weight: tops[f"{name}-{weight:g}"])
         logger.info(f"ResNet-{depth}, {name}: weight {chosen[name]:g}")
     return chosen
 
@@ -141,12 +136,12 @@ def choose(arguments: argparse.Namespace, depth: int) -> dict[str, float]:
 def compare(arguments: argparse.Namespace, depth: int, weights: dict[str, float]) -> Comparison:
     """Train the students of a depth with every loss."""
     losses: dict[str, Losses] = {"labels": [LABELS], "kd": KD, "dist": [{"kind": "dist", "weight": 2}, LABELS]}
-    losses |= {f"kd-{name}": cell(name, weight) for name, weight in weights.items()}
-    test = {"dataset": {"kind": "image_folder", "root": str(arguments.folder / "test")}, "every": arguments.epochs}
+    losses |= {f"kd-{name}": with_feature(name, weight) for name, weight in weights.items()}
+    test = {"dataset": images_of(arguments, "test", arguments.test_images), "every": arguments.epochs}
     entries = {
         "kind": "sweep",
         "student": student(arguments, depth) | {"validation": test},
-        "grid": {"losses": losses},
+        "cells": {cell: {"losses": terms} for cell, terms in losses.items()},
         "seeds": arguments.seeds,
         "baseline": "labels",
     }
@@ -163,12 +158,13 @@ def run(entries: dict[str, Any], out: Path) -> Comparison:
 
 def parse() -> argparse.Namespace:
     """Read the command line."""
-    parser = parser_of(__doc__, "an epoch of few images")
+    parser = parser_of(__doc__, "two epochs of few images")
     parser.add_argument("folder", type=Path, metavar="IMAGES", help="folder of train/ and test/")
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="weights of the teacher")
     parser.add_argument("--out", type=Path, help="folder of the cache and the runs; of --quick a temporary one")
     parser.add_argument("--students", default="8,20", help="depths of the students, with commas")
     parser.add_argument("--images", type=int, help="training images, a multiple of 10; by default all 50,000")
+    parser.set_defaults(test_images=None)
     parser.add_argument("--epochs", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
@@ -182,43 +178,25 @@ def main() -> int:
     arguments = parse()
     configure(quiet=arguments.json)
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    found: dict[str, tuple[dict[str, float], Comparison]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         arguments.out = arguments.out or Path(temporary if arguments.quick else "runs/cifar10")
         try:
             for depth in map(int, arguments.students.split(",")):
                 weights = choose(arguments, depth)
                 comparison = compare(arguments, depth, weights)
-                found[f"resnet{depth}"] = {"weights": weights, "rows": [row_of(row) for row in comparison.rows]}
+                found[f"ResNet-{depth}"] = weights, comparison
         except LogitCacheError as error:
             print(error, file=sys.stderr)
             return error.exit_code
     if arguments.json:
         conditions = {name: getattr(arguments, name) for name in ("images", "epochs", "seeds")}
-        print_json(found, conditions=conditions)
+        results = {name: {"weights": chosen} | asdict(table) for name, (chosen, table) in found.items()}
+        print_json(results, conditions=conditions)
     else:
-        for name, table in found.items():
-            print(f"{name}: top-1 of the test images, %; difference from labels, paired by seed; {table['weights']}")
-            for row in table["rows"]:
-                print(f"  {row['row']:<16} {row['top1']}  {row['difference'] or ''}")
+        for name, (weights, comparison) in found.items():
+            print(f"{name}, {weights}", format_table(comparison, "markdown"), sep="\n")
     return 0
-
-
-def row_of(row: Any) -> dict[str, Any]:
-    """Return a row of a comparison in percent."""
-    difference = None if row.difference is None else rounded(percent(asdict(row.difference)))
-    return {
-        "row": row.cell,
-        "seeds": row.seeds,
-        "top1": rounded(percent(asdict(row.measures["top1"]))),
-        "difference": difference,
-    }
-
-
-def percent(figures: dict[str, Any]) -> dict[str, Any]:
-    """Return accuracies as percent."""
-    accuracies = ("mean", "deviation", "low", "high")
-    return {name: 100 * value if name in accuracies and value is not None else value for name, value in figures.items()}
 
 
 if __name__ == "__main__":

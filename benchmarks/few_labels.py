@@ -24,7 +24,7 @@ result.
 import argparse
 import sys
 
-from _study import chosen_rows, fashion_mnist, fill, run_study, study_parser, top1_of
+from _study import chosen_rows, fashion_cache, fashion_student, run_study, study_parser, top1_of
 
 COUNTS = (100, 250, 1000, 5000)
 """Labelled images, all multiples of the ten classes."""
@@ -35,8 +35,8 @@ NAMES = [f"{kind}-{count}" for count in COUNTS for kind in ("labels", "cache")]
 
 
 def train_student(arguments: argparse.Namespace, row: str, seed: int) -> float:
-    """Train the student of a row; returns its top-1 in percent."""
-    kind, _, number = row.partition("-")
+    """Train the student of a row; return its top-1."""
+    number = row.partition("-")[2]
     count = int(number) if number else COUNTS[-1]
     epochs = max(1, arguments.steps * BATCH // count)
     views = {
@@ -44,29 +44,9 @@ def train_student(arguments: argparse.Namespace, row: str, seed: int) -> float:
         "seed": seed,
         "augmentations": [{"kind": "random_crop", "size": 28, "padding": 2}, {"kind": "horizontal_flip"}],
     }
-    cache = fill(
-        {
-            "cache": str(arguments.out / f"{count}-{seed}.zarr"),
-            "dataset": {"kind": "bundled", "num_images": count},
-            "views": views,
-            "teachers": {"teacher": {"model": {"kind": "bundled"}, "logits": {"kind": "dense"}}},
-            "num_workers": 0,
-        }
-    )
-    entries = {
-        "out": str(arguments.out / str(seed) / row),
-        "cache": cache,
-        "model": {"kind": "small_cnn", "width": arguments.width},
-        "losses": [{"kind": "cross_entropy" if kind == "labels" else "kl_divergence"}],
-        "optimizer": {"kind": "adamw", "lr": 0.004},
-        "schedule": {"warmup_epochs": epochs / 20},
-        "epochs": epochs,
-        "batch_size": BATCH,
-        "seed": seed,
-        "num_workers": 0,
-        "validation": {"dataset": fashion_mnist("test", arguments.root), "every": epochs},
-    }
-    return top1_of(entries)
+    cache = fashion_cache(arguments.out / f"{count}-{seed}.zarr", {"kind": "bundled", "num_images": count}, views)
+    more = {"epochs": epochs, "batch_size": BATCH, "schedule": {"warmup_epochs": epochs / 20}}
+    return top1_of(fashion_student(arguments, row, seed, cache, **more))
 
 
 def main() -> int:

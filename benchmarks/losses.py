@@ -23,17 +23,17 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from _harness import parser_of, print_json
+from _study import fill
 
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError
 from logitcache.runtime.console import configure, logger, silenced
 from logitcache.stage_one.claims import Part, parse_part
-from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
@@ -41,8 +41,6 @@ from logitcache.student.training_recipes import StudentRecipe
 RECIPES = Path(__file__).parent.parent / "pipelines" / "losses"
 QUICK = {"seeds": 1, "epochs": 1, "limit": 1000}
 BASELINE = "labels"
-WAIT = 5.0
-"""Seconds between looks at shards that another process writes."""
 
 Losses = list[dict[str, Any]]
 
@@ -120,14 +118,14 @@ def _term(kind: str, weight: float, feature: str = "", student: str = "", **fiel
     return f"{weight:g} {kind}({', '.join(filter(None, inside))})".removesuffix("()")
 
 
-def fill_cache(arguments: argparse.Namespace) -> Path:
+def fill_cache(arguments: argparse.Namespace) -> str:
     """Fill the cache that all students learn from, or wait until the processes that fill it have done so."""
-    path: Path = arguments.out / "cache.zarr"
-    changes = [f"cache={path}", f"views.num_views={arguments.epochs}", *images(arguments, "dataset", "train")]
-    recipe = load_recipe(RECIPES / "precompute.yaml", PrecomputeRecipe, changes)
-    while precompute(recipe).shards_left:
-        time.sleep(WAIT)
-    return path
+    changes = [
+        f"cache={arguments.out / 'cache.zarr'}",
+        f"views.num_views={arguments.epochs}",
+        *images(arguments, "dataset", "train"),
+    ]
+    return fill(load_recipe(RECIPES / "precompute.yaml", PrecomputeRecipe, changes))
 
 
 def images(arguments: argparse.Namespace, key: str, split: str) -> list[str]:
@@ -138,7 +136,7 @@ def images(arguments: argparse.Namespace, key: str, split: str) -> list[str]:
     return [f"{key}={{kind: bundled, split: {split}{count}}}"]
 
 
-def train_students(arguments: argparse.Namespace, cache: Path, part: Part) -> dict[str, dict[int, RunResult]]:
+def train_students(arguments: argparse.Namespace, cache: str, part: Part) -> dict[str, dict[int, RunResult]]:
     """Train this part's students, or read what they measured, by row and seed."""
     results: dict[str, dict[int, RunResult]] = {}
     jobs = [(name, seed) for seed in range(arguments.seeds) for name in arguments.losses]
@@ -151,7 +149,7 @@ def train_students(arguments: argparse.Namespace, cache: Path, part: Part) -> di
     return results
 
 
-def train_student(arguments: argparse.Namespace, cache: Path, name: str, seed: int) -> RunResult:
+def train_student(arguments: argparse.Namespace, cache: str, name: str, seed: int) -> RunResult:
     """Train one student; a run that is there already goes on, or is read."""
     changes = [
         f"out={arguments.out / name / str(seed)}",

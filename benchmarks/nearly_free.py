@@ -35,8 +35,9 @@ import torch
 import torchvision
 from _harness import Row, parser_of, run_benchmark
 from _networks import resnet
+from _training import Arrivals, custom, seconds_between
 from PIL import Image
-from render import FLIP, NUM_PHOTOS, TileImages, tiles, write_photos
+from render import FLIP, NUM_PHOTOS, Photos, TileImages, Tiles, tiles, write_photos
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -45,9 +46,8 @@ from torchvision.transforms import v2
 from logitcache.config.recipe import load_recipe
 from logitcache.models import Classifier, Preprocessing
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.student.training import Watcher, train_together
+from logitcache.student.training import train_together
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.targets import Batch
 from logitcache.teacher.online import live_targets
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -77,31 +77,17 @@ class LabelledTiles(TileImages):
         self.labels = np.arange(count) % CLASSES
 
 
-class FileImages(Dataset[tuple[Tensor, int]]):
-    """What a user writes around files: their parent folders are their classes."""
+class Labelled(Dataset[tuple[Tensor, int]]):
+    """What a user writes: so many images that are augmented, with labels."""
 
-    def __init__(self, paths: list[Path], transform: v2.Transform) -> None:
-        self.paths, self.transform = paths, transform
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        with Image.open(self.paths[index]) as image:
-            return self.transform(image.convert("RGB")), index % CLASSES
-
-
-class MemoryImages(Dataset[tuple[Tensor, int]]):
-    """What a user writes around a tensor of images."""
-
-    def __init__(self, images: Tensor, transform: v2.Transform) -> None:
-        self.images, self.transform = images, transform
+    def __init__(self, images: Photos | Tiles, count: int) -> None:
+        self.images, self.count = images, count
 
     def __len__(self) -> int:
-        return len(self.images)
+        return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(self.images[index]), index % CLASSES
+        return self.images[index], index % CLASSES
 
 
 class Setting(NamedTuple):
@@ -109,18 +95,13 @@ class Setting(NamedTuple):
 
     name: str
     dataset: dict[str, Any]
-    images: Callable[[v2.Transform], Dataset[tuple[Tensor, int]]]
+    images: Callable[[v2.Transform], Photos | Tiles]
     augmentations: list[dict[str, Any]]
     transforms: list[v2.Transform]
     batch_size: int
     student: str
     teachers: tuple[str, ...]
     views: int = 1
-
-
-def factory(function: str, **arguments: Any) -> dict[str, Any]:
-    """Return the recipe entry of a factory of this file."""
-    return {"kind": "custom", "factory": f"nearly_free:{function}", "arguments": arguments}
 
 
 def settings(folder: Path, quick: bool) -> Iterator[Setting]:
@@ -131,8 +112,8 @@ def settings(folder: Path, quick: bool) -> Iterator[Setting]:
     small = partial(Setting, augmentations=crop, transforms=transforms, batch_size=SMALL, student="cifar_resnet20")
     count = STEPS * SMALL
     pixels = LabelledTiles(count).images
-    in_memory = factory("LabelledTiles", count=count)
-    yield small("32 px in memory", in_memory, partial(MemoryImages, pixels), teachers=teachers)
+    in_memory = custom("nearly_free:LabelledTiles", count=count)
+    yield small("32 px in memory", in_memory, lambda transform: Tiles(pixels, transform), teachers=teachers)
     photos = write_photos(made(folder / "photos" / "class"))
     while len(photos) < STEPS * LARGE:
         photos.append(photos[0].with_name(f"{len(photos):02}.jpg"))
@@ -141,7 +122,7 @@ def settings(folder: Path, quick: bool) -> Iterator[Setting]:
     large = partial(
         Setting,
         dataset=dataset,
-        images=partial(FileImages, photos),
+        images=lambda transform: Photos(photos, transform),
         augmentations=[{"kind": "random_resized_crop", "size": 224}, FLIP],
         transforms=[v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()],
         batch_size=LARGE,
@@ -153,7 +134,7 @@ def settings(folder: Path, quick: bool) -> Iterator[Setting]:
     yield large("224 px JPEG, 4 views a decode", teachers=(), views=4)
     tile_paths = write_tiles(made(folder / "tiles" / "class"), pixels)
     dataset = {"kind": "image_folder", "root": str(folder / "tiles"), "labelled": False}
-    yield small("32 px JPEG", dataset, partial(FileImages, tile_paths), teachers=teachers)
+    yield small("32 px JPEG", dataset, lambda transform: Photos(tile_paths, transform), teachers=teachers)
 
 
 def made(folder: Path) -> Path:
@@ -170,20 +151,6 @@ def write_tiles(folder: Path, pixels: Tensor) -> list[Path]:
     return paths
 
 
-class Moments(Watcher):
-    """The CPU time at which batches arrive."""
-
-    def __init__(self) -> None:
-        self.found: list[float] = []
-
-    def ended_epoch(self, recipe: object, row: dict[str, Any]) -> None:
-        """Show nothing."""
-
-    def shared(self, batch: Batch, students: int, seconds: float) -> None:
-        """Note a batch."""
-        self.found.append(time.process_time())
-
-
 class Bench:
     """The loops of a setting; each returns the CPU seconds of an image."""
 
@@ -192,7 +159,7 @@ class Bench:
         transform = v2.Compose(
             [v2.ToImage(), *setting.transforms, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
         )
-        self.images = setting.images(transform)
+        self.images = Labelled(setting.images(transform), STEPS * setting.batch_size)
         self.teachers = {name: network(name).eval() for name in setting.teachers or (setting.student,)}
         self.caches = {name: self.cache(name) for name in self.teachers}
 
@@ -247,7 +214,7 @@ class Bench:
             "out": tempfile.mkdtemp(dir=self.folder) + "/run",
             "cache": cache,
             "dataset": self.setting.dataset,
-            "model": factory("network", name=self.setting.student),
+            "model": custom("nearly_free:network", name=self.setting.student),
             "preprocessing": {"mean": MEAN, "std": STD},
             "epochs": views,
             "views_per_image": views,
@@ -255,14 +222,14 @@ class Bench:
             "num_workers": 0,
             "device": "cpu",
         }
-        moments = Moments()
+        arrivals = Arrivals()
         live = live_targets(cache, "cpu", modules={"teacher": self.teachers[teacher]}) if teacher else None
-        train_together([load_recipe(entries, StudentRecipe)], moments, live=live)
-        return self.per_image(moments.found)
+        train_together([load_recipe(entries, StudentRecipe)], arrivals, live=live)
+        return arrivals.seconds / self.setting.batch_size
 
     def per_image(self, moments: list[float]) -> float:
         """Return the seconds of an image, from the second batch to the last."""
-        return (moments[-1] - moments[1]) / (len(moments) - 2) / self.setting.batch_size
+        return seconds_between(moments) / self.setting.batch_size
 
     def rendering(self) -> float:
         """Return the seconds in which a user's images are rendered."""
@@ -272,7 +239,7 @@ class Bench:
         """Return the seconds of a teacher's forward pass for an image."""
         ((images, _), *_) = self.batches()
         moments = []
-        for _ in range(STEPS):
+        for _ in range(3):
             with torch.no_grad():
                 teacher(images)
             moments.append(time.process_time())
@@ -290,45 +257,38 @@ def turns(loops: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[
 
 def rows_of(bench: Bench, rounds: int) -> Iterator[Row]:
     """Compare the loops of a setting."""
-    name = bench.setting.name
-    render = statistics.median(bench.rendering() for _ in range(rounds))
     loops: dict[str, Callable[[], float]] = {
         "plain": bench.theirs,
         "channels_last": partial(bench.theirs, channels_last=True),
         "cached": bench.ours,
+        "rendering": bench.rendering,
     }
+    for name in bench.setting.teachers:
+        network = bench.teachers[name]
+        loops[f"{name}, online"] = partial(bench.theirs, network)
+        loops[f"{name}, --online"] = partial(bench.ours, name)
+        loops[f"{name}, teacher"] = partial(bench.answering, network)
     found = turns(loops, rounds)
-    share = render / statistics.median(found["plain"])
-    goal = 1.1 if share >= 0.2 else 0.98
-    yield compared(f"{name}, cached / plain", found, "plain", goal, f"rendering {share:.0%} of a step of plain")
-    yield compared(f"{name}, cached / channels_last", found, "channels_last", 0.0)
-    for teacher in bench.setting.teachers:
-        yield from online_rows(bench, teacher, rounds)
+    times = {name: statistics.median(seconds) for name, seconds in found.items()}
+    share = times["rendering"] / times["plain"]
+    note = f"rendering {share:.0%} of a step of plain"
+    yield compared(bench, found, "cached", "plain", 1.1 if share >= 0.2 else 0.98, note)
+    yield compared(bench, found, "cached", "channels_last")
+    for name in bench.setting.teachers:
+        answering = times[f"{name}, teacher"] / times["plain"]
+        row = compared(bench, found, "cached", f"{name}, online", 0.95, f"t / p {answering:.1f}")
+        formula = 1 + answering
+        yield row._replace(figure=row.figure / formula, note=f"ratio {row.figure:.2f} of {formula:.2f}, {row.note}")
+        yield compared(bench, found, f"{name}, --online", f"{name}, online")
 
 
-def online_rows(bench: Bench, teacher: str, rounds: int) -> Iterator[Row]:
-    """Compare with teachers in the loop."""
-    network = bench.teachers[teacher]
-    loops: dict[str, Callable[[], float]] = {
-        "plain": bench.theirs,
-        "online": partial(bench.theirs, network),
-        "cached": bench.ours,
-        "--online": partial(bench.ours, teacher),
-        "teacher": partial(bench.answering, network),
-    }
-    found = turns(loops, rounds)
-    plain, answering = (statistics.median(found[name]) for name in ("plain", "teacher"))
-    case = f"{bench.setting.name}, {teacher}"
-    row = compared(f"{case}, cached / online", found, "online", 0.95, f"t / p {answering / plain:.1f}")
-    formula = (plain + answering) / plain
-    yield row._replace(figure=row.figure / formula, note=f"ratio {row.figure:.2f} of {formula:.2f}, {row.note}")
-    yield compared(f"{case}, --online / online", found | {"cached": found["--online"]}, "online", 0.0)
-
-
-def compared(case: str, found: dict[str, list[float]], other: str, goal: float, note: str = "") -> Row:
-    """Return by how much `cached` is faster than another."""
-    figure = statistics.median(theirs / ours for ours, theirs in zip(found["cached"], found[other], strict=True))
-    rates = " and ".join(f"{1 / statistics.median(found[name]):.0f}" for name in ("cached", other))
+def compared(
+    bench: Bench, found: dict[str, list[float]], one: str, other: str, goal: float = 0.0, note: str = ""
+) -> Row:
+    """Return how often as fast one loop is as another."""
+    figure = statistics.median(theirs / ours for ours, theirs in zip(found[one], found[other], strict=True))
+    rates = " and ".join(f"{1 / statistics.median(found[name]):.0f}" for name in (one, other))
+    case = f"{bench.setting.name}: {one} / {other}"
     return Row(case, figure, goal, note=", ".join(filter(None, [f"{rates} images/s", note])))
 
 
@@ -339,4 +299,4 @@ def rows(folder: Path, quick: bool) -> Iterator[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_benchmark(parser_of(__doc__, "two settings, one teacher each", "where to write"), rows, width=58))
+    sys.exit(run_benchmark(parser_of(__doc__, "two settings, one teacher each", "where to write"), rows, width=66))

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from _harness import Row, parser_of, run_benchmark
+from _training import Arrivals, Clock, custom
 from PIL import Image
 from render import CROP, FLIP, TileImages, tiles, write_photos
 from torch import nn
@@ -37,10 +38,9 @@ from torch import nn
 from logitcache.config.recipe import load_recipe
 from logitcache.models import Classifier, Preprocessing
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
-from logitcache.student.training import Watcher, train, train_together
+from logitcache.student.training import train, train_together
 from logitcache.student.training_data import open_training_data
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.targets import Batch
 
 os.environ["LOGITCACHE_SHARED_MEMORY"] = "0"
 """Files are decoded anew in every run: an epoch is too short for what processes share."""
@@ -48,7 +48,6 @@ CLASSES, CORES = 10, len(os.sched_getaffinity(0))
 HALF = {"mean": [0.5] * 3, "std": [0.5] * 3}
 PADDED = [{"kind": "random_crop", "size": 32, "padding": 4}, FLIP]
 SMALL_CNN = {"kind": "small_cnn", "width": 8}
-Clock = Callable[[], float]
 
 
 def in_memory(count: int) -> TileImages:
@@ -69,11 +68,6 @@ def teacher() -> Classifier:
     return Classifier(layers, Preprocessing(mean=(0.5,) * 3, std=(0.5,) * 3))
 
 
-def code(factory: str, **arguments: Any) -> dict[str, Any]:
-    """Return the entry of a factory of this file."""
-    return {"kind": "custom", "factory": f"sweep:{factory}", "arguments": arguments}
-
-
 def photos(folder: Path, alike: int) -> dict[str, Any]:
     """Write 24 JPEG files, each so often."""
     (folder / "class").mkdir(parents=True)
@@ -88,22 +82,6 @@ def tile_files(folder: Path, count: int) -> dict[str, Any]:
     for number, tile in enumerate(in_memory(count).images):
         Image.fromarray(tile.permute(1, 2, 0).numpy()).save(folder / "class" / f"{number:04}.png")
     return {"kind": "image_folder", "root": str(folder), "labelled": False}
-
-
-class Arrivals(Watcher):
-    """The moments at which batches arrive; a student's error ends the benchmark."""
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._moments = clock, list[float]()
-
-    def shared(self, batch: Batch, students: int, seconds: float) -> None:
-        """Note a batch."""
-        self._moments.append(self._clock())
-
-    @property
-    def seconds(self) -> float:
-        """The time from one batch to the next, the first being left out: it warms up."""
-        return (self._moments[-1] - self._moments[1]) / (len(self._moments) - 2)
 
 
 class Bench:
@@ -169,7 +147,7 @@ class Bench:
 def cpu_rows(bench: Bench, model: dict[str, Any], quick: bool) -> Iterator[Row]:
     """Compare CPU times."""
     for count in (8,) if quick else (2, 8, 32):
-        ratio, r, s = bench.measured(count, model, 3 if quick else 5)
+        ratio, r, s = bench.measured(count, model, 2 if quick else 5)
         formula = (r + count * s) / (count * (r + s))
         note = f"ratio {ratio:.2f}, s / r {s / r:.2f}"
         yield Row(f"{bench.name}, {count} students, CPU", ratio / formula, 1.10, at_most=True, note=note)
@@ -188,10 +166,10 @@ def clock_rows(bench: Bench, model: dict[str, Any]) -> Iterator[Row]:
 def quarter(bench: Bench, quick: bool) -> Row:
     """Compare eight students whose step takes a quarter of rendering."""
     layers = 1
-    for _ in range(3):  # to the number of layers that takes as long; the first time warms up
-        few, many = (bench.step(1, code("student", layers=count)) - bench.rendering() for count in (1, 33))
+    for _ in range(2 if quick else 3):  # to the number of layers that takes as long; the first time warms up
+        few, many = (bench.step(1, custom("sweep:student", layers=count)) - bench.rendering() for count in (1, 33))
         layers = max(0, 1 + round((bench.rendering() / 4 - few) / max((many - few) / 32, 1e-6)))
-    ratio, r, s = bench.measured(8, code("student", layers=layers), 2 if quick else 5)
+    ratio, r, s = bench.measured(8, custom("sweep:student", layers=layers), 2 if quick else 5)
     return Row(f"{bench.name}, 8 students, quarter", ratio, 0.35, at_most=True, note=f"s / r {s / r:.2f}")
 
 
@@ -208,7 +186,7 @@ def weights(bench: Bench) -> Row:
 
 def memory(bench: Bench, quick: bool) -> Row:
     """Compare what further students add to the peak of a process with four times their weights."""
-    model = code("student", layers=12, width=1024)
+    model = custom("sweep:student", layers=12, width=1024)
     size = sum(parameter.numel() * 4 for parameter in student(12, 1024).parameters())
     counts = (1, 3) if quick else (2, 6)
     few, many = (_peak(lambda count=count: bench.step(count, model)) for count in counts)  # type: ignore[misc]
@@ -236,11 +214,11 @@ def _peak(work: Callable[[], object]) -> int:
 def rows(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure everything."""
     count = 512 if quick else 1024
-    few = Bench("192 images of 32 px", code("in_memory", count=192), PADDED, 64, folder)
-    in_ram = Bench("32 px in memory", code("in_memory", count=count), PADDED, 64, folder)
+    few = Bench("192 images of 32 px", custom("sweep:in_memory", count=192), PADDED, 64, folder)
+    in_ram = Bench("32 px in memory", custom("sweep:in_memory", count=count), PADDED, 64, folder)
     files = Bench("32 px files", tile_files(folder / "files", count), PADDED, 64, folder)
-    jpeg = Bench("224 px JPEG", photos(folder / "photos", count // 128), [CROP, FLIP], 16, folder)
-    models = {in_ram: SMALL_CNN, files: SMALL_CNN, jpeg: code("student", layers=8)}
+    jpeg = Bench("224 px JPEG", photos(folder / "photos", 3 if quick else 8), [CROP, FLIP], 16, folder)
+    models = {in_ram: SMALL_CNN, files: SMALL_CNN, jpeg: custom("sweep:student", layers=8)}
     yield memory(few, quick)
     yield weights(few)
     for bench, model in models.items():

@@ -28,7 +28,7 @@ import argparse
 import math
 import sys
 
-from _study import chosen_rows, fashion_mnist, fill, run_study, study_parser, top1_of
+from _study import chosen_rows, fashion_cache, fashion_mnist, fashion_student, run_study, study_parser, top1_of
 
 QUICK = {"seeds": 1, "epochs": 2, "width": 4}
 AUGMENTATIONS = [{"kind": "random_crop", "size": 28, "padding": 2}, {"kind": "horizontal_flip"}]
@@ -41,38 +41,16 @@ def row_names(epochs: int) -> list[str]:
     return ["labels", "plain", *map(str, counts), BASELINE, "online"]
 
 
-def fill_cache(arguments: argparse.Namespace, seed: int, plain: bool) -> str:
-    """Fill the cache of a seed, or the one of a plain view that all seeds share."""
-    views = {"num_views": arguments.epochs, "seed": seed, "augmentations": AUGMENTATIONS, "mixing": [{"kind": "mixup"}]}
-    return fill(
-        {
-            "cache": str(arguments.out / ("plain" if plain else str(seed)) / "cache.zarr"),
-            "dataset": fashion_mnist("train", arguments.root if arguments.full else None),
-            "views": {"num_views": 1} if plain else views,
-            "teachers": {"teacher": {"model": {"kind": "bundled"}, "logits": {"kind": "dense"}}},
-            "num_workers": 0,
-        }
-    )
-
-
 def train_student(arguments: argparse.Namespace, row: str, seed: int) -> float:
-    """Train the student of a row; returns its top-1 in percent."""
-    epochs = arguments.epochs
-    entries = {
-        "out": str(arguments.out / str(seed) / row),
-        "cache": fill_cache(arguments, seed, row == "plain"),
-        "model": {"kind": "small_cnn", "width": arguments.width},
-        "losses": [{"kind": "cross_entropy" if row == "labels" else "kl_divergence"}],
-        "optimizer": {"kind": "adamw", "lr": 0.004},
-        "schedule": {"warmup_epochs": 1.0},
-        "epochs": epochs,
-        "num_views": int(row) if row.isdecimal() else 1 if row == "plain" else epochs,
-        "batch_size": 128,
-        "seed": seed,
-        "num_workers": 0,
-        "validation": {"dataset": fashion_mnist("test", arguments.root), "every": epochs},
-    }
-    return top1_of(entries, online=row == "online")
+    """Train the student of a row; return its top-1. A cache is of a seed, or the one of a plain view."""
+    epochs, is_plain = arguments.epochs, row == "plain"
+    path = arguments.out / ("plain" if is_plain else str(seed)) / "cache.zarr"
+    augmented = {"num_views": epochs, "seed": seed, "augmentations": AUGMENTATIONS, "mixing": [{"kind": "mixup"}]}
+    images = fashion_mnist("train", arguments.root if arguments.full else None)
+    cache = fashion_cache(path, images, {"num_views": 1} if is_plain else augmented)
+    num_views = int(row) if row.isdecimal() else 1 if is_plain else epochs
+    more = {"epochs": epochs, "num_views": num_views, "batch_size": 128, "schedule": {"warmup_epochs": 1.0}}
+    return top1_of(fashion_student(arguments, row, seed, cache, **more), online=row == "online")
 
 
 def parse() -> argparse.Namespace:

@@ -23,7 +23,7 @@ _LONGEST = 300
 _MEASURES = ("top1", "top5", "mean_ap", "f1_macro", "agreement", "num_parameters", "epochs", "loss")
 _NO_LICENCE = "not stated"
 _IMAGES = "IMAGES"
-"""Stands for the place of the images, which whoever reads a card knows."""
+"""Placeholder for the location of the images, which the card cannot know."""
 _TEACHER_COLUMNS = ("teacher", "model", "classes", "precision", "accuracy", "licence")
 
 

@@ -103,12 +103,21 @@ def compare(
         seeds = found.setdefault(member.cell, {})
         if outcome.result is not None:
             seeds[member.seed] = _measures(outcome)
+    return compare_measures(found, baseline, errors)
+
+
+def compare_measures(
+    found: Mapping[str, Mapping[int, Mapping[str, float]]],
+    baseline: str | None = None,
+    errors: Mapping[str, float] | None = None,
+) -> Comparison:
+    """Compare measures by cell and seed; `baseline` is by default the first cell that has any."""
     metric = next((name for name in MEASURES if any(name in one for s in found.values() for one in s.values())), None)
     baseline = baseline or next((cell for cell, seeds in found.items() if seeds), None)
     rows = [_row(cell, seeds, (errors or {}).get(cell)) for cell, seeds in found.items()]
     if metric is None or baseline is None:
         return Comparison(metric, baseline, 0, tuple(rows))
-    base = found[baseline]
+    base = found.get(baseline, {})
     rows = [row if row.cell == baseline else _compared(row, found[row.cell], base, metric) for row in rows]
     compared = [row.difference for row in rows if row.difference is not None]
     corrected = iter(holm([difference.p for difference in compared]))

@@ -22,7 +22,7 @@ from logitcache.views.mixing import Mixture
 from logitcache.views.spec import ViewSpec
 
 UNPAIRED = -1
-"""Stands in the place of a paired image that there is none of."""
+"""Place of an image that has no pair."""
 
 Color = Annotated[ColorJitter | RandomGrayscale | GaussianBlur, Field(discriminator="kind")]
 """A change of colour, which paired images have of their own."""

@@ -60,7 +60,7 @@ def may_stay(views: Views, device: torch.device) -> bool:
         _, size = augmentation.plan(draws, 0, size)
     try:
         image = views.images.read(0)
-    except DataError:  # if it is rendered, that tells more
+    except DataError:  # raised again when the image is rendered, with its view
         return False
     return len(sizes) * image.numel() <= _memory(device) // SHARE
 

@@ -1,4 +1,4 @@
-"""Scaled decoding: how far JPEG is reduced while it is decoded, by its size and the augmentations alone."""
+"""Scaled decoding: the scale at which a JPEG file is decoded, from its size and the augmentations alone."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
@@ -37,8 +37,8 @@ Decode = Annotated[
     AfterValidator(_with_resizing),
     Field(
         description="Resolution in which files are decoded. `scaled` decodes JPEG at 1/2, 1/4 or 1/8 of its height and "
-        "width, as far as the smallest crop that the augmentations can draw keeps at least the pixels of the result: "
-        "for large photographs, whose decoding costs most. Other files are decoded in full."
+        "width: the smallest scale at which every crop that the augmentations can draw has at least the pixels of the "
+        "result. It is meant for large photographs, whose decoding costs most. Other files are decoded in full."
     ),
 ]
 """Of a component with `augmentations` before it."""

@@ -212,8 +212,8 @@ def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int, lear
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
         require_one_size(views)
     else:
-        is_open = validation.split is not None and learned is not None
-        views = learned if is_open and learned else views_of(cache, dataset, recipe, pairing=pairing)
+        is_open = validation.split is not None
+        views = learned if is_open and learned is not None else views_of(cache, dataset, recipe, pairing=pairing)
         if views.spec.mixing:
             raise MismatchError(
                 f"validation: {location} holds mixed images, which have no one label. "

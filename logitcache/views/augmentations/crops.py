@@ -54,7 +54,7 @@ class Window(TorchvisionBase):
         raise AssertionError("windows are carried")
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
-        """Pad as far as any window reaches, and cut."""
+        """Pad the images so that they contain every window, and crop."""
         starts, stops = params[:, :2], params[:, :2] + params[:, 2:]
         low = np.maximum(-starts.min(axis=0), 0)
         high = np.maximum(stops.max(axis=0) - np.array(images.shape[2:]), 0)
