@@ -127,7 +127,9 @@ def local_cluster(workers: int, device: torch.device, pause: Pause) -> Iterator[
     on.
     """
     import dask
-    from distributed import Nanny, Scheduler, SpecCluster
+    from distributed import Scheduler, SpecCluster
+
+    from logitcache.stage_one.cluster.nanny import StartingNanny
 
     options: dict[str, Any] = {
         "nthreads": 1,
@@ -135,7 +137,8 @@ def local_cluster(workers: int, device: torch.device, pause: Pause) -> Iterator[
         "preload": [PRELOAD],
         "silence_logs": logging.CRITICAL,
     }
-    specs = {number: {"cls": Nanny, "options": {**options, **own}} for number, own in enumerate(_own(workers, device))}
+    given = enumerate(_own(workers, device))
+    specs = {number: {"cls": StartingNanny, "options": {**options, **own}} for number, own in given}
     scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
     in_vain = 0
     with dask.config.set(_NANNY), contextlib.ExitStack() as ending:

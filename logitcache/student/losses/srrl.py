@@ -28,9 +28,9 @@ def softmax_regression(student: Tensor, weight: Tensor, bias: Tensor, logits: Lo
     or a batch's targets. Raises RecipeError if these keep no logits.
     """
     features = at_least_float32(student)
-    return F.mse_loss(
-        F.linear(features, weight.to(features), bias.to(features)), at_least_float32(dense_logits(logits))
-    )
+    answers = F.linear(features, weight.to(features), bias.to(features))
+    # PyTorch 2.6 has no gradient of mse_loss between two types.
+    return F.mse_loss(answers, at_least_float32(dense_logits(logits)).to(answers))
 
 
 class TeacherHead(nn.Module):
