@@ -10,6 +10,12 @@ Everything that is fitted is fitted on four fifths of the images and judged on t
 is judged once. Bytes are those of one chunk of all judged rows, compressed as packed arrays are; the tables of a fit,
 stored once in a cache, are not counted. KL is KL(full ‖ decoded) in nats, its mean and its 99.9th percentile. "At equal
 bytes" means on the lines, log KL over log bytes, through the figures of each encoding.
+
+The last lines compare the transform with the rate-distortion bound of its own model, independent Gaussian coefficients:
+the bits of a row's coefficients as they are stored, without corrections, less the fewest bits that any code of such
+coefficients takes at the squared error that the transform makes, divided by the number of coefficients that the bound
+gives bits to. `fitted` are the variances that the transform was fitted with, `judged` those of the rows that are
+judged, in the same basis. Logits are not Gaussian: a code may be below the bound of the model.
 Exits 1 when a goal is missed.
 """
 
@@ -23,12 +29,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _harness import exit_code, parser_of, print_json, seconds
+from _rate_distortion import above_bound
 from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.models import resnet18
 
 from logitcache.cache.encodings.base import LogitsCodec
-from logitcache.cache.encodings.basis import fit_basis
+from logitcache.cache.encodings.basis import Basis, fit_basis
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.encodings.fitted_transform import FittedTransform
 from logitcache.cache.encodings.measure import ErrorMeter, chunk_bytes, stored
@@ -82,7 +89,9 @@ def made(num_images: int = 250, num_classes: int = 400) -> Tensor:
     return (hidden.exp() * scale).flatten(0, 1) @ torch.randn(96, num_classes, generator=generator) / 8
 
 
-def candidates(folds: list[Fold], quick: bool) -> Iterator[tuple[str, dict[str, Any], list[LogitsCodec], bool]]:
+def candidates(
+    folds: list[Fold], bases: list[Basis], quick: bool
+) -> Iterator[tuple[str, dict[str, Any], list[LogitsCodec], bool]]:
     """Yield family, fields, the encoding as each fold fits it, and whether it is stored compressed."""
     num_classes, count = folds[0].judged.shape[1], len(folds)
     yield "dense float16", {}, [Dense()] * count, False
@@ -92,7 +101,6 @@ def candidates(folds: list[Fold], quick: bool) -> Iterator[tuple[str, dict[str, 
         yield "top_k", {"k": k}, [TopK(k=k)] * count, False
     for k in ranks:
         yield "packed_top_k", {"k": k}, [PackedTopK(k=k)] * count, True
-    bases = [fit_basis(fold.fitted, fold.images) for fold in folds]
     for corrections in CORRECTIONS[: 1 if quick else None]:
         for step in QUICK_STEPS if quick else STEPS:
             transform = Transform(step=step, corrections=min(corrections, num_classes))
@@ -127,6 +135,21 @@ def kept_bytes(parts: list[NDArray[Any]], order: Order, compressed: bool) -> int
     widest = max(part.shape[1] for part in parts)
     rows = np.concatenate([np.pad(part, ((0, 0), (0, widest - part.shape[1]))) for part in parts])
     return chunk_bytes(rows, order) if compressed else rows.nbytes
+
+
+def bounds(folds: list[Fold], bases: list[Basis], quick: bool) -> Iterator[dict[str, Any]]:
+    """Yield, for each step, how far the transform's coefficients are from the bound of their Gaussian model."""
+    judged = [fold.judged for fold in folds]
+    for step in QUICK_STEPS if quick else STEPS:
+        transform = Transform(step=step, corrections=0)
+        fitted = [transform.with_basis(basis, fold.fitted) for basis, fold in zip(bases, folds, strict=True)]
+        parts: dict[str, list[NDArray[Any]]] = {}
+        for one, rows in zip(fitted, judged, strict=True):
+            arrays = stored(one, rows)
+            for name, _, _ in one.form.coefficient_parts:
+                parts.setdefault(name, []).append(arrays[name].reshape(len(rows), -1))
+        num_bits = 8 * sum(kept_bytes(part, "component", True) for part in parts.values())
+        yield above_bound(step, num_bits / sum(map(len, judged)), fitted, bases, judged)
 
 
 def at_bytes(results: list[dict[str, Any]], family: str, num_bytes: float, temperature: float) -> float:
@@ -168,13 +191,19 @@ def goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return compared
 
 
-def show(results: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
-    """Print the frontier, and the goals beside the figures."""
+def show(results: list[dict[str, Any]], bounded: list[dict[str, Any]], compared: list[dict[str, Any]]) -> None:
+    """Print the frontier, the distance to the bound, and the goals beside the figures."""
     print(f"{'':<46} bytes " + "".join(f"   T={at:g}: mean    p99.9" for at in TEMPERATURES))
     for row in results:
         fields = ", ".join(f"{name} {row[name]:g}" for name in ("k", "step", "corrections") if name in row)
         figures = "".join(f"   {row['mean'][at]:9.2e} {row['p99.9'][at]:8.1e}" for at in ("1", "2", "4"))
         print(f"{row['family'] + ' ' + fields:<42} {row['bytes']:>9.1f} {figures}")
+    for row in bounded:
+        excess = "   ".join(
+            f"{name} {row[f'{name}_bits']:6.0f} of {row[f'{name}_active']:4.0f}, {row[f'{name}_excess']:+.3f} each"
+            for name in ("fitted", "judged")
+        )
+        print(f"bits of coefficients, step {row['step']:<4g} {row['bits']:7.0f}   bounds: {excess}")
     for row in compared:
         bound = f">= {row['least']:g}" if "least" in row else f"<= {row['most']:g}"
         print(f"{row['goal']:<56} {row['figure']:>8.4g}   goal {bound}{'' if row['met'] else '   MISSED'}")
@@ -189,18 +218,20 @@ def main() -> int:
     torch.manual_seed(0)
     folds = load(arguments.logits)
     judged, last = [], None
-    for family, fields, encodings, compressed in candidates(folds, arguments.quick):
+    bases = [fit_basis(fold.fitted, fold.images) for fold in folds]
+    for family, fields, encodings, compressed in candidates(folds, bases, arguments.quick):
         judged.append(judge(family, fields, encodings, compressed, folds))
         last = encodings[0]
+    bounded = list(bounds(folds, bases, arguments.quick))
     compared = goals(judged) if arguments.logits else []
     assert isinstance(last, FittedTransform)
     share = decode_share(last, folds[0].judged, 3 if arguments.quick else 9)
     name = "time of decoding 256 rows / step of ResNet-18 on 256"
     compared.append({"goal": name, "figure": share, "most": DECODE_SHARE, "met": share <= DECODE_SHARE})
     if arguments.json:
-        print_json(judged, goals=compared)
+        print_json(judged, bounds=bounded, goals=compared)
     else:
-        show(judged, compared)
+        show(judged, bounded, compared)
     return exit_code(row["met"] for row in compared)
 
 
