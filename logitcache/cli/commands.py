@@ -129,7 +129,7 @@ def recipe_new(
     ] = None,
 ) -> CommandResult:
     """Write commented recipes of both stages for a folder of your own; nothing is overwritten."""
-    from logitcache.report.new_recipes import new_recipes
+    from logitcache.report.new_recipes.new_recipes import new_recipes
 
     made = new_recipes(images, teacher, student, out)
     text = "".join(f"{file}\n" for file in made.files)

@@ -1,6 +1,6 @@
 """The commands of stage two: train, sweep and evaluate."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -88,7 +88,8 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
 
     with joined() as ranks:
         result = train(load_own(recipe, TeacherRecipe, overrides), resume=resume)
-        return _trained(result, ranks.is_first)
+        words = ("recipe", "new", "--images", "DIR", "--teacher", f"run:{result.out}", "--student", "timm:NAME")
+        return replace(_trained(result, ranks.is_first), follows=words)
 
 
 def sweep(

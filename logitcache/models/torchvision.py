@@ -87,8 +87,9 @@ class Torchvision(Component):
                 f"the weights {weights.name} of torchvision's {self.name} could not be had:"
                 f" {error}.\n"
                 f"  Fix: on a machine with a network, download {weights.url}\n"
-                f"    and put the file into {torch.hub.get_dir()}/checkpoints; or begin with random"
-                " weights (weights: null), as logitcache train-teacher does for a teacher of your own"
+                f"    and put the file into {torch.hub.get_dir()}/checkpoints. A student may begin with random weights"
+                " instead (--set model.weights=null); a teacher must know its classes, or be trained first"
+                " (logitcache train-teacher)"
             ) from error
         except (TypeError, ValueError, RuntimeError) as error:
             raise RecipeError(

@@ -29,6 +29,7 @@ from logitcache.planning.dry_run import DryRun, dry_run
 from logitcache.planning.probe import Probe, probe
 from logitcache.planning.timing import Quartiles
 from logitcache.planning.upper_bounds import most_bytes, upper_bounds
+from logitcache.runtime.console import duration
 from logitcache.runtime.tables import as_text, format_bytes
 from logitcache.stage_one.claims import Claims
 from logitcache.stage_one.materialize.materialize import bytes_of
@@ -72,9 +73,23 @@ def plan(
 
 
 def plan_text(document: Mapping[str, Any]) -> str:
-    """Format a plan as tables, then its notes."""
+    """Format a plan as tables, then its notes, and last what it comes to."""
     figures = {key: value for key, value in document.items() if key not in ("warnings", "notes")}
-    return as_text(figures) + "".join(f"\n{note}." for note in document["notes"]) + "\n"
+    return as_text(figures) + "".join(f"\n{note}." for note in document["notes"]) + f"\n\n{_summary(document)}\n"
+
+
+def _summary(document: Mapping[str, Any]) -> str:
+    """Say in one line what a plan comes to."""
+    images, views = document["images"], document["views"]
+    size = f"{format_bytes(document['bytes'])} in {document['files']} files"
+    line = f"In short: {images} images × {views} view{'s' * (views > 1)} take {size}"
+    if document["new_bytes"] != document["bytes"]:
+        line += f", of which {format_bytes(document['new_bytes'])} are new"
+    if seconds := document.get("seconds"):
+        line += f", {duration(seconds[1])} on {document['device']}"
+    if memory := document.get("memory"):
+        line += f" and {format_bytes(memory['total_bytes'])} of memory beside the teachers"
+    return line + "."
 
 
 def _taps(run: DryRun) -> list[dict[str, Any]]:

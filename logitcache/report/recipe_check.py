@@ -218,7 +218,7 @@ def load_sweep(
     varied |= {"search": {"kind": "random"} | added if added else {}}
     granted = f"trust=[{', '.join(trust)}]"
     if read_recipe(path).get("kind") != "sweep":
-        student = load_own(path, StudentRecipe, [*overrides, *[granted] * bool(trust)])
+        student = load_own(path, StudentRecipe, [*overrides, f"out={NOWHERE}", *[granted] * bool(trust)])
         return load_recipe(as_sweep(student, **varied), SweepRecipe)
     recipe = load_own(path, SweepRecipe, [*overrides, *[f"student.{granted}"] * bool(trust)])
     changes = {key: value for key, value in varied.items() if value}

@@ -145,12 +145,12 @@ def _with_lines(iterable: Iterable[T], description: str, total: int, unit: str, 
         if now - last >= LINE_SECONDS and done + count < total:
             last = now
             rate = count / (now - started)
-            left = _duration((total - done - count) / rate)
+            left = duration((total - done - count) / rate)
             percent = 100 * (done + count) // total
             logger.info(f"{description}: {done + count}/{total} {unit} ({percent} %), {rate:.3g} {unit}/s, {left} left")
     seconds = time.monotonic() - started
     if seconds >= LINE_SECONDS:
-        logger.info(f"{description}: {done + count}/{total} {unit} in {_duration(seconds)}")
+        logger.info(f"{description}: {done + count}/{total} {unit} in {duration(seconds)}")
 
 
 def _with_bar(iterable: Iterable[T], description: str, total: int, unit: str, done: int) -> Iterator[T]:
@@ -186,7 +186,7 @@ def _start_progress() -> "Progress":
     return progress
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Write 3.2 s, 75 s, 4:05 min or 2:03 h."""
     if seconds < 100:
         return f"{seconds:.3g} s"

@@ -19,6 +19,7 @@ from logitcache.student.build_model import black, build_adapters, build_classifi
 from logitcache.student.evaluation.validation import Validator, open_validator
 from logitcache.student.learner import Learner
 from logitcache.student.lesson import Lesson, LiveTargets, as_given
+from logitcache.student.optim.batch_norm import warn_of_unsettled
 from logitcache.student.ranks import ALONE, Ranks, joined
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import RunResult, require_measurable
@@ -191,6 +192,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
         adapters = build_adapters(recipe, lesson, classifier, layouts)
         require_trainable(recipe, lesson, classifier, device, layouts, ranks.size)
         learner = Learner(recipe, classifier, device, adapters, ranks, layouts)
+        warn_of_unsettled(learner.model, recipe.epochs * len(stream.loader) * recipe.micro_batches)
         height, width = (lesson.image_shape if sample is None else sample.shape)[-2:]
         evaluation = Evaluation(
             augmentations=evaluated_as(() if validator is None else validator.augmentations, (height, width)),

@@ -47,7 +47,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["verfy"], 2, ["verfy", "Did you mean 'verify'?", "Fix: see `logitcache --help`"]),
         (["train-student", "second.yaml", "--verify", "lose"], 2, ["lose", "strict", "train-student --help"]),
         (["evaluate", "notes.txt"], 2, ["notes.txt is no run", "Fix:"]),
-        (["evaluate", "absent"], 2, ["absent is no run", "Fix:"]),
+        (["evaluate", "absent"], 2, ["absent is no run: no such folder exists", "Fix:"]),
         *(
             ([command, path], 3, [path, words, "Fix: "])
             for command in ("inspect", "summary", "verify", "gc")

@@ -150,7 +150,7 @@ def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for name in ("test_resnet.r160_in1k", "test_efficientnet.r160_in1k"):
         keep_timm_weights(folder / "hub", name, monkeypatch)
     for name, value in {"NUM_VIEWS": 2, "STEPS": 1, "MOST_WORKERS": 0}.items():
-        monkeypatch.setattr(f"logitcache.report.new_recipes.{name}", value)
+        monkeypatch.setattr(f"logitcache.report.new_recipes.texts.{name}", value)
     return folder
 
 

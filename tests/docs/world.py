@@ -33,6 +33,7 @@ BUNDLED = {"kind": "bundled", "num_images": 40}
 HERE = {
     "s3://bucket": "bucket",
     "/data/photos": "photos",
+    "pipelines/photos/teacher.yaml": "teacher.yaml",
     "/data/edges": "edges",
     "torchvision:resnet50": "timm:test_resnet.r160_in1k",
     "torchvision:mobilenet_v3_small": "timm:test_efficientnet.r160_in1k",

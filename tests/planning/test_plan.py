@@ -398,6 +398,7 @@ def test_the_command_tells_it_as_text_and_as_json(tmp_path: Path, capsys: pytest
     text = capsys.readouterr().out
     assert "teacher.logits" in text
     assert "students on, if each trains 1 epoch or more." in text
+    assert text.splitlines()[-1].startswith("In short: 60 images × 1 view take ")
     assert not (tmp_path / "c").exists()
 
 

@@ -1,6 +1,7 @@
 """`recipe new`: recipes for a folder of one's own, which check, plan and the commands of both stages accept."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from safetensors.torch import load_file
 
 import logitcache as lc
 from logitcache.cli.app import main
-from logitcache.report import new_recipes as new_recipes_module
-from logitcache.report.new_recipes import NewRecipes, new_recipes
+from logitcache.report.new_recipes import texts
+from logitcache.report.new_recipes.new_recipes import NewRecipes, new_recipes
 from tests.models.hub import keep_timm_weights, keep_torchvision_weights
 from tests.models.nets import TINY_TIMM, saved_run
 
@@ -53,9 +54,9 @@ def test_photographs_become_a_student_that_begins_with_pretrained_weights(
     keep_timm_weights(here / "hub", TINY_TIMM, monkeypatch)
     pretrained = keep_timm_weights(here / "hub", STUDENT, monkeypatch)
     run("recipe", "new", "--images", "my photos", "--teacher", f"timm:{TINY_TIMM}", "--student", f"timm:{STUDENT}")
-    precompute, validation, student = capsys.readouterr().out.splitlines()
+    precompute, validation, student, fine_tuning = capsys.readouterr().out.splitlines()
     assert precompute == "pipelines/my_photos/precompute.yaml"
-    run("recipe", "check", precompute, validation, student)
+    run("recipe", "check", precompute, validation, student, fine_tuning)
     capsys.readouterr()
     run("plan", precompute, "--no-probe", "--json", "--set", "num_workers=0")
     planned = json.loads(capsys.readouterr().out)
@@ -79,6 +80,23 @@ def test_photographs_become_a_student_that_begins_with_pretrained_weights(
     pixels = used.preprocess(Image.open("my photos/a/00.png"))
     assert pixels.shape == (3, 160, 160)
     assert used(pixels[None]).shape == (1, 1000)
+
+
+def test_a_teacher_is_trained_on_classes_that_it_does_not_predict(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw(here / "photos", ("cat", "dog"), 20)
+    keep_timm_weights(here / "hub", TINY_TIMM, monkeypatch)
+    made = new_recipes("photos", f"timm:{TINY_TIMM}", BIG, here / "first")
+    recipe = Path(made.files[-1])
+    assert recipe.name == "teacher.yaml"
+    run("train-teacher", str(recipe), *(f"--set={word}" for word in ("epochs=1", "num_workers=0", "device=cpu")))
+    assert "--teacher run:runs/first-teacher --student" in capsys.readouterr().err
+    (line,) = [line for line in recipe.read_text().splitlines() if "logitcache recipe new" in line]
+    run(*shlex.split(line.removeprefix("#   logitcache ")))
+    second = yaml.safe_load(Path(f"{here}/first-classes/precompute.yaml").read_text())
+    assert second["dataset"]["labelled"] is True
+    assert not Path(f"{here}/first-classes/teacher.yaml").exists()
 
 
 def test_folders_of_the_teachers_classes_are_labels(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +174,7 @@ def test_folders_of_training_and_validation_images_are_taken_as_these(here: Path
     draw(here / "photos" / names[0], ("a", "b"), 6)
     draw(here / "photos" / names[1], ("a", "b"), 3)
     made = new_recipes("photos", "timm:resnet18.a1_in1k", "timm:resnet18.a1_in1k")
-    stage_one, validation, _ = entries(made)
+    stage_one, validation, *_ = entries(made)
     assert made.num_images == 6
     assert [one["dataset"]["root"] for one in (stage_one, validation)] == [f"photos/{name}" for name in names]
     assert "split" not in stage_one["dataset"]
@@ -172,7 +190,7 @@ def test_images_beside_class_folders_are_read_without_labels(here: Path) -> None
 def test_sizes_and_normalisation_are_those_of_the_weights(here: Path) -> None:
     draw(here / "photos", ("a",), 12)
     made = new_recipes("photos", BIG, "torchvision:mobilenet_v3_small")
-    stage_one, validation, student = entries(made)
+    stage_one, validation, student, *_ = entries(made)
     (teacher,) = stage_one["teachers"].values()
     assert teacher["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": 384}
     assert stage_one["views"]["augmentations"][0]["size"] == 384
@@ -186,7 +204,7 @@ def test_sizes_and_normalisation_are_those_of_the_weights(here: Path) -> None:
 
 def test_logits_that_would_be_large_are_kept_as_the_most_probable(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(here / "photos", ("a",), 12)
-    monkeypatch.setattr(new_recipes_module, "MOST_BYTES", 2 * 1000 * 8 * 10 - 1)
+    monkeypatch.setattr(texts, "MOST_BYTES", 2 * 1000 * 8 * 10 - 1)
     text = Path(new_recipes("photos", BIG, BIG).files[0]).read_text()
     assert yaml.safe_load(text)["teachers"]["vit_base_patch16_384_augreg_in1k"]["logits"] == {"kind": "top_k", "k": 100}
     assert "all are 160 kB" in text

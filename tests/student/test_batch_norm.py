@@ -8,7 +8,7 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.models import SmallCNN
-from logitcache.student.optim.batch_norm import require_possible, synchronize
+from logitcache.student.optim.batch_norm import require_possible, synchronize, warn_of_unsettled
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training import train
 from tests.student.ranks import train_together
@@ -73,3 +73,17 @@ def test_gradients_within_a_synchronized_model_are_refused(cache: Path, tmp_path
     losses = [{"kind": "grad_cam", "student": "0", "feature": "cam"}]
     with pytest.raises(ValueError, match=r"\['grad_cam'\] take gradients inside the model, and torch.nn.SyncBatchNorm"):
         student(tmp_path / "run", cache, losses=losses, sync_batch_norm=True)
+
+
+@pytest.mark.parametrize(("momentum", "steps"), [(0.01, 60), (0.01, 400), (0.1, 10), (0.1, 60)])
+def test_a_model_whose_averages_have_not_settled_is_warned_of(
+    momentum: float, steps: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    layer = nn.BatchNorm1d(1, momentum=momentum)
+    warn_of_unsettled(layer, steps)
+    for _ in range(steps):
+        layer(torch.tensor([[2.0], [4.0]]))  # mean 3: what is left of the first average is 1 - mean / 3
+    left = 1 - layer.running_mean.item() / 3  # type: ignore[union-attr]
+    warn_of_unsettled(layer, 1)  # averages that are not new count for what they are
+    assert caplog.text.count("running averages") == (left > 0.1)
+    assert (f"are still {100 * left:.0f} %" in caplog.text) == (left > 0.1)

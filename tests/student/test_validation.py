@@ -119,6 +119,15 @@ def test_images_of_another_size_than_those_learned_from_are_measured_on_only_if_
     assert result.top1 is not None
 
 
+@pytest.mark.parametrize(("side", "warned"), [(16, True), (24, False)])
+def test_sizes_that_are_very_different_are_warned_of(
+    side: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learned = {"augmentations": [{"kind": "resize", "size": [side, side]}]}
+    train(teacher(tmp_path / "run", **learned, validation={"dataset": TEST_IMAGES, "augmentations": []}))
+    assert (f"learns from {side} × {side} pixels and is measured on 28 × 28" in caplog.text) == warned
+
+
 def test_groups_of_classes_have_none_in_common(cache: Path, tmp_path: Path) -> None:
     groups = {"head": 10, "tail": 12}
     with pytest.raises(ValueError, match="in common"):

@@ -235,8 +235,9 @@ def _digest(path: Path) -> str:
     try:
         return hashlib.sha256(read_bounded(path, MAX_RECIPE_BYTES)).hexdigest()
     except (FileNotFoundError, NotADirectoryError) as error:
+        lacks = f"it has no {path.name}" if path.parent.exists() else "no such folder exists"
         raise RecipeError(
-            f"{path.parent} is no run: it has no {path.name}. Fix: name the `out:` directory of a finished training"
+            f"{path.parent} is no run: {lacks}. Fix: name the `out:` directory of a finished training"
         ) from error
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} cannot be read: {error}. Fix: copy the run again") from error

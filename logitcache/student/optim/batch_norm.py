@@ -1,11 +1,15 @@
-"""Batch normalisation by all rows of a batch, of which each of several ranks has a part."""
+"""Batch normalisation: by all rows of a batch, of which each of several ranks has a part, and over few steps."""
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from logitcache.errors import RecipeError
+from logitcache.runtime.console import logger
 from logitcache.student.ranks import Ranks
+
+_UNSETTLED = 0.1
+"""Share of the values before the first step, of which running averages should keep less."""
 
 CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -38,3 +42,28 @@ def synchronize(model: nn.Module, ranks: Ranks) -> None:
             "Fix: sync_batch_norm: false, or a model of nn.BatchNorm1d, 2d and 3d"
         )
     nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+
+
+def warn_of_unsettled(model: nn.Module, steps: int) -> None:
+    """Warn if so many forward passes leave much of the values that running averages of a new model begin with.
+
+    Evaluation normalises by these averages, and training by the batch: until they agree, a model that learns well
+    measures like chance.
+    """
+    shares = [
+        (1.0 - module.momentum) ** steps
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.momentum is not None and _is_new(module)
+    ]
+    if shares and max(shares) > _UNSETTLED:
+        logger.warning(
+            f"after {steps} steps, running averages of batch normalisation are still {100 * max(shares):.0f} % what "
+            "they were before the first: accuracy will be measured far too low. Fix: more steps (epochs, smaller "
+            "batches), pretrained weights, or layers of a higher momentum"
+        )
+
+
+def _is_new(module: _BatchNorm) -> bool:
+    """Return whether the running averages are those that torch begins with."""
+    mean, variance = module.running_mean, module.running_var
+    return mean is not None and variance is not None and not bool(mean.any()) and bool((variance == 1).all())

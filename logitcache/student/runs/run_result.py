@@ -20,6 +20,9 @@ from logitcache.student.runs.state_shapes import most_bytes
 from logitcache.student.runs.trained import Evaluation, save_evaluation
 from logitcache.student.training_recipes import TrainingRecipe
 
+_UNLIKE = 1.5
+"""Ratio of two sizes beyond which a network that learnt from one seldom knows the other."""
+
 
 @dataclass(frozen=True)
 class RunResult:
@@ -54,13 +57,21 @@ def require_measurable(
     preprocessing: Preprocessing,
 ) -> None:
     """Raise RecipeError if the best epoch is to be kept and no image to measure on has a label, or if these have
-    another size than the images [C, H, W] that are `learned` from, and the recipe does not say so.
+    another size than the images [C, H, W] that are `learned` from, and the recipe does not say so; warn if it says
+    one that is very different.
     """
     images = recipe.validation
     if images is not None and sample is not None and images.dataset is not None and images.cache is None:
         (height, width), size = learned[-2:], tuple(sample.shape[-2:])
-        unstated = "augmentations" not in images.model_fields_set and preprocessing.size is None
-        if unstated and size != (height, width):
+        is_free, stated = preprocessing.size is None, "augmentations" in images.model_fields_set
+        ratio = max(size[0] / height, size[1] / width, height / size[0], width / size[1])
+        if is_free and stated and ratio > _UNLIKE:
+            logger.warning(
+                f"the model learns from {height} × {width} pixels and is measured on {size[0]} × {size[1]}, which it "
+                "is not resized to: accuracy may be far lower. Fix: preprocessing.input_size, or validation "
+                "augmentations that end near the size that it learns from"
+            )
+        if is_free and not stated and size != (height, width):
             raise RecipeError(
                 f"validation: the images are {size[0]} × {size[1]} pixels, those that the model learns from {height} × "
                 f"{width}. Fix: validation.augmentations: [{{kind: resize, size: [{height}, {width}]}}], or [] to "

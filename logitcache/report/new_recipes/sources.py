@@ -1,0 +1,132 @@
+"""What the command line names: models with the facts of their weights, and a folder of images."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from logitcache.config.yaml_text import dump_inline
+from logitcache.errors import DataError, RecipeError
+from logitcache.models import Timm, Torchvision, read_stored
+from logitcache.models.base import PretrainedFacts
+from logitcache.store.remote.client import is_remote
+from logitcache.student.runs.trained import Evaluation, EvaluationTransform, read_evaluation
+from logitcache.views.augmentations.foreign import factories_of
+from logitcache.views.datasets.image_folder import ImageFolder
+from logitcache.views.datasets.images.class_folders import SPLITS
+
+_UNLIKE = ((300, 400), (400, 300))  # what brings images of both sizes to one does so with all
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model of the command line: its entry, its name, and what its weights were trained on."""
+
+    entry: Mapping[str, object]
+    name: str
+    facts: PretrainedFacts
+    size: tuple[int, int]
+    class_names: tuple[str, ...] | None = None
+
+    @property
+    def preprocessing(self) -> str:
+        return dump_inline(self.facts.preprocessing.model_dump(mode="json", exclude_none=True))
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Images of a folder: data set entries to train and to validate on, their number, and why labels are not read.
+
+    `class_names` are None if the teacher does not predict them; the folders may then be other classes.
+    """
+
+    train: Mapping[str, object]
+    validation: Mapping[str, object]
+    num_images: int
+    class_names: tuple[str, ...] | None
+    has_other_classes: bool
+    unlabelled_because: str
+    split_because: str
+
+
+def read_source(option: str, text: str) -> Source:
+    kind, _, name = text.partition(":")
+    match kind:
+        case "timm" if name:
+            facts = Timm(name=name).pretrained_facts()
+            return Source({"kind": kind, "name": name, "pretrained": True}, name, facts, _pretrained_size(facts))
+        case "torchvision" if name:
+            facts = Torchvision(name=name, weights="DEFAULT").pretrained_facts()
+            return Source({"kind": kind, "name": name, "weights": "DEFAULT"}, name, facts, _pretrained_size(facts))
+        case "run" if name:
+            run = Path(name).expanduser()
+            stored, recorded = read_stored(run / "model.json"), read_evaluation(run)
+            size = stored.preprocessing.size or _evaluated_size(run, recorded, stored.in_channels)
+            facts = PretrainedFacts(stored.num_classes, stored.preprocessing, max(size))
+            names = None if recorded is None else recorded.class_names
+            return Source({"kind": "run", "path": name}, run.name, facts, size, names)
+    raise RecipeError(
+        f"{option} {text!r} names no model. Fix: timm:NAME, torchvision:NAME or run:DIR, as in timm:resnet50.a1_in1k"
+    )
+
+
+def _pretrained_size(facts: PretrainedFacts) -> tuple[int, int]:
+    return facts.preprocessing.size or (224, 224)
+
+
+def _evaluated_size(run: Path, recorded: Evaluation | None, num_channels: int) -> tuple[int, int]:
+    """Return the height and width of the images that a run was evaluated on, whatever those of the files."""
+    if recorded is not None and not factories_of(recorded.augmentations):
+        bring = EvaluationTransform(recorded.augmentations, num_channels)
+        sizes = {tuple(bring(torch.zeros(num_channels, *size, dtype=torch.uint8)).shape[1:]) for size in _UNLIKE}
+        if len(sizes) == 1:
+            height, width = sizes.pop()
+            return height, width
+    raise RecipeError(
+        f"{run} takes images of any size, and does not record one. Fix: logitcache recipe cp image_folder, and write "
+        "the size and the run into these recipes"
+    )
+
+
+def read_folder(images: str, teacher: Source) -> Folder:
+    """Find out whether a folder is divided into splits and whether its folders are the teacher's classes."""
+    if not is_remote(images) and not Path(images).is_dir():
+        raise DataError(f"--images {images!r} does not exist, or is no folder. Fix: the folder of your images")
+    roots, because = _roots(images), "the folders of the images"
+    ours: tuple[Mapping[str, object], Mapping[str, object]] = ({}, {})
+    if len(roots) == 1:
+        roots, because = roots * 2, "nine images in ten; every tenth, in the order of their names, is for validation"
+        ours = ({"split": "train"}, {"split": "validation"})
+    names, why = _class_names(roots[0])
+    if names is not None and len(names) != teacher.facts.num_classes:
+        why = f"the folders are {len(names)} classes, {teacher.name} predicts {teacher.facts.num_classes}"
+    elif names is not None and teacher.class_names not in (None, names):
+        why = f"the folders are other classes than those that {teacher.name} predicts"
+    labelled = names is not None and not why
+    train, validation = (
+        {"kind": "image_folder", "root": root, "labelled": labelled, **split, "orientation": "apply"}
+        for root, split in zip(roots, ours, strict=True)
+    )
+    count = len(ImageFolder.model_validate(train).open().ids)
+    ImageFolder.model_validate(validation).open()
+    has_others = names is not None and len(names) > 1 and not labelled
+    return Folder(train, validation, count, names if labelled else None, has_others, why, because)
+
+
+def _roots(images: str) -> list[str]:
+    """Return the folder, or the folders of its training and validation images if it is divided into these."""
+    if not is_remote(images) and Path(images).is_dir():
+        folders = {path.name.lower(): str(path) for path in sorted(Path(images).iterdir()) if path.is_dir()}
+        found = [next((folders[name] for name in names if name in folders), None) for names in (SPLITS[:2], SPLITS[2:])]
+        if folders.keys() <= set(SPLITS) and None not in found:
+            return [root for root in found if root is not None]
+    return [images]
+
+
+def _class_names(root: str) -> tuple[tuple[str, ...] | None, str]:
+    """Return the classes of a folder, or why it has none."""
+    try:
+        return ImageFolder(root=root, labelled=True).open().class_names, ""
+    except DataError as error:
+        return None, " ".join(str(error).partition("\n")[0].split())
