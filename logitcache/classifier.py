@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from logitcache.config.recipe import Component, Count, Extended, Fraction, Positive
+from logitcache.config.recipe import Count, Extended, Fraction, Positive
 from logitcache.errors import RecipeError
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -49,11 +49,18 @@ class Preprocessing(Extended):
         return self.input_size
 
 
-class Variant(Component):
+class Variant(Extended):
     """A variant of a network that computes the same function faster, up to rounding."""
+
+    added: ClassVar[frozenset[str]] = frozenset({"compile"})
 
     channels_last: bool = Field(default=False, description="Whether weights and images are laid out channels-last.")
     fold: bool = Field(default=False, description="Whether each BatchNorm is folded into the convolution before it.")
+    compile: bool = Field(
+        default=False,
+        description="Whether `torch.compile` compiles the network: seconds to minutes at every start and for every "
+        "size of a batch, which only pay on a large set; `auto` does not try it.",
+    )
 
     @property
     def text(self) -> str:

@@ -53,8 +53,9 @@ class TeacherSource(Component):
     speed: Literal["auto"] | Variant | None = Field(
         default=None,
         description="Variant of the network that answers: laid out channels-last, with BatchNorm folded into "
-        "convolutions, or both; it rounds in its own way. `auto` times them before the first shard and takes the "
-        "fastest whose answers agree with the plain ones; the cache records it. By default the network runs as built.",
+        "convolutions, compiled, or several of these; it rounds in its own way. `auto` times the first two before the "
+        "first shard and takes the fastest whose answers agree with the plain ones; the cache records it. By default "
+        "the network runs as built.",
         examples=["auto", {"channels_last": True, "fold": True}],
     )
     classes: Outputs | None = Field(
@@ -125,8 +126,9 @@ class Teacher(nn.Module):
     def answer_by(self, classifier: Classifier, variant: Variant) -> None:
         """Answer by the classifier that `variant_of` made for a variant of the network, from now on."""
         self._running, self.variant, who = classifier, variant, f"teacher {self.name!r}"
-        self._counting = classifier.module.register_forward_pre_hook(self._count)
         self._tapped = Tapped(classifier.module, classifier.module, self._plain_taps, who)
+        # Kernels must depend on a batch's size alone, not on the sizes before it: a resumed run starts anywhere.
+        self._forward = torch.compile(self._tapped, dynamic=False) if variant.compile else self._tapped
 
     def variant_of(self, variant: Variant, image_shape: tuple[int, int, int]) -> Classifier:
         """Return a classifier of images [C, H, W] around a variant of the network; `classifier` if it is plain.
@@ -169,7 +171,8 @@ class Teacher(nn.Module):
             )
         with autocast(self.device, self.precision):
             inputs = (pixels, keys) if self.answers_by_key else (self._running.normalize(pixels),)
-            output, tapped = self._tapped(*inputs)
+            output, tapped = self._forward(*inputs)
+            self.passes += len(pixels) * self.passes_by_row
             logits = self._running.checked(output).to(torch.float32, copy=True) if self.answers_logits else None
             graded = {}
             if logits is not None and self._graded_taps:
@@ -200,10 +203,6 @@ class Teacher(nn.Module):
     def remove_taps(self) -> None:
         """Take the hooks off the network, which is the caller's."""
         self._tapped.remove()
-        self._counting.remove()
-
-    def _count(self, network: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.passes += 0 if self.answers_by_key else len(inputs[0])
 
 
 def features_of(name: str, source: TeacherSource, network: nn.Module) -> dict[str, Feature]:

@@ -105,8 +105,23 @@ def test_batch_norms_that_cannot_be_folded_are_left() -> None:
     assert batch_norms(nn.Sequential(nn.Conv2d(3, 3, 1), of_the_batch).eval(), pixels) == []
 
 
-@pytest.mark.parametrize("variant", [{"channels_last": True}, {"fold": True}, BOTH])
-def test_every_target_of_a_variant_is_that_of_the_plain_network(tmp_path: Path, variant: dict[str, bool]) -> None:
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let `torch.compile` trace networks and run the trace, without a compiler of C++; return the sizes of batches."""
+    compiled, sizes = torch.compile, list[int]()
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        sizes.extend(len(one) for one in inputs if isinstance(one, Tensor) and one.shape[1:] == (3, SIDE, SIDE))
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compiled(module, backend=backend, **options))
+    return sizes
+
+
+@pytest.mark.parametrize("variant", [{"channels_last": True}, {"fold": True}, BOTH, {"compile": True}])
+def test_every_target_of_a_variant_is_that_of_the_plain_network(
+    tmp_path: Path, variant: dict[str, bool], graphs: list[int]
+) -> None:
     module = Normed()
     run(tmp_path / "plain", module, features=EVERY_KIND)
     run(tmp_path / "fast", module, features=EVERY_KIND, speed=variant)
@@ -116,6 +131,8 @@ def test_every_target_of_a_variant_is_that_of_the_plain_network(tmp_path: Path, 
         torch.testing.assert_close(fast[name], values, rtol=1e-4, atol=1e-4)
     assert open_cache(tmp_path / "fast").manifest.teachers["t"].speed == Variant(**variant)
     assert "speed" not in (tmp_path / "plain/zarr.json").read_text()  # as releases without variants stored it
+    assert ("compile" in (tmp_path / "fast/zarr.json").read_text()) == ("compile" in variant)  # as releases before it
+    assert (20 in graphs) == ("compile" in variant)
     assert not module._forward_hooks
     assert not module._forward_pre_hooks
 
