@@ -65,6 +65,7 @@ def jobs() -> list[Job]:
     return [
         *_of_options(),
         *_of_bundled_images(),
+        *_of_synthesized_images(),
         *_of_sweeps(),
         *_of_fashion_mnist(),
         *_of_photographs(),
@@ -129,6 +130,18 @@ def _of_bundled_images() -> list[Job]:
             after=("derive/precompute.yaml",),
             quick=True,
         ),
+    ]
+
+
+def _of_synthesized_images() -> list[Job]:
+    """List the jobs of a student without images."""
+    made, recipe = "synthesized/data_free", "data_free/synthesize.yaml"
+    changes = ("num_batches=2", "batch_size=20", "steps=2", "device=cpu")
+    small = (f"dataset.root={made}/images", "views.num_views=2", "shard_rows=16", "batch_size=16")
+    return [
+        Job(recipe, "synthesize", recipe, made, changes, options=(made,)),
+        _precompute("data_free", *small, after=(recipe,)),
+        _student("data_free", "validation.dataset.num_images=20"),
     ]
 
 

@@ -23,6 +23,7 @@ from logitcache.cli import main
 from tests.cache.made import DENSE16, FLIP_AND_CROP, TOP2_PACKED, contents, flip, recipe, stamps, teacher
 from tests.stage_one.apart import by_two, ended, forked, until
 from tests.stage_one.killing import committed, counting
+from tests.stage_one.synthesized import network, synthesis
 
 SECONDS = 300.0
 """Within which every command ends, also on a machine that is used by others."""
@@ -54,6 +55,7 @@ def write_recipes(folder: Path) -> None:
         "precompute": whole.model_dump(mode="json", exclude_none=True),
         "less": less.model_dump(mode="json", exclude_none=True),
         "derive": derived | {"shard_rows": 40, "device": "cpu"},
+        "synthesize": synthesis().model_dump(mode="json", exclude_none=True),
         "student": student | {"losses": [{"kind": "kl_divergence", "teacher": "first"}], "device": "cpu"},
     }
     for name, document in documents.items():
@@ -105,9 +107,16 @@ def _from(name: str, change: Callable[[Path], object] = lambda cache: None) -> C
 
 
 COMMANDS = (
-    Command("precompute", 34, "precompute precompute.yaml", keeps=True),
+    Command("precompute", 24, "precompute precompute.yaml", keeps=True),
     Command("growth", 20, "precompute precompute.yaml", _from("less.zarr"), keeps=True),
     Command("derive", 14, "derive derive.yaml", _from("precompute.zarr"), _derived, beside=("c.zarr", "d.zarr")),
+    Command(
+        "synthesize",
+        10,
+        "synthesize synthesize.yaml made",
+        result=lambda folder: contents(folder / "made"),
+        beside=("made",),
+    ),
     Command("repair", 14, "verify c.zarr --repair precompute.yaml", _from("precompute.zarr", _damage)),
     Command(
         "train-student",
@@ -132,6 +141,7 @@ class Kills:
         self._folder, self._sound = folder, folder / "sound"
         self._sound.mkdir()
         write_recipes(self._sound)
+        network()  # the teacher of synthesize is trained once: a factory of the same process returns a copy
         assert by_two(("less", "precompute"), self._make) == [0, 0]
         timed = [command for command in COMMANDS if command.name != "workers"]
         measured = {command.name: found for command, found in zip(timed, by_two(timed, self._measure), strict=True)}

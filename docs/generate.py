@@ -45,6 +45,8 @@ _ANCHORS = {
     "teacher source": "teacher-source",
     "live teacher": "live-teacher",
     "derived teacher": "derived-teacher",
+    "synthesis teacher": "synthesis-teacher",
+    "synthesis losses": "synthesis-losses",
     "class groups": "class-groups",
     "drift limits": "drift-limits",
     "view spec": "view-spec",

@@ -28,6 +28,8 @@ _MODULES = {
     "shipping.quantize": ("quantize",),
     "stage_one.derive.derive": ("DeriveRecipe", "derive"),
     "stage_one.precompute": ("PrecomputeRecipe", "precompute"),
+    "stage_one.synthesize.synthesize": ("synthesize",),
+    "stage_one.synthesize.synthesize_recipe": ("SynthesizeRecipe",),
     "student": ("losses",),
     "student.evaluation.evaluate": ("evaluate",),
     "student.runs.trained": ("load_student",),
@@ -70,6 +72,8 @@ if TYPE_CHECKING:
     from logitcache.shipping.quantize import quantize as quantize
     from logitcache.stage_one.derive.derive import DeriveRecipe as DeriveRecipe, derive as derive
     from logitcache.stage_one.precompute import PrecomputeRecipe as PrecomputeRecipe, precompute as precompute
+    from logitcache.stage_one.synthesize.synthesize import synthesize as synthesize
+    from logitcache.stage_one.synthesize.synthesize_recipe import SynthesizeRecipe as SynthesizeRecipe
     from logitcache.student import losses as losses
     from logitcache.student.evaluation.evaluate import evaluate as evaluate
     from logitcache.student.runs.trained import load_student as load_student

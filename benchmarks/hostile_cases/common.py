@@ -161,6 +161,10 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
     ],
     "evaluate": lambda folder, case: ["evaluate", "run"],
     "resume": lambda folder, case: ["train-student", "student.yaml", "--resume", "--set", "epochs=1"],
+    "synthesize": lambda folder, case: [
+        *("synthesize", "run", "made", "--set", "size=8", "--set", "steps=1", "--set", "batch_size=8"),
+        *("--set", "num_batches=1"),
+    ],
     "teach": lambda folder, case: ["precompute", "again.yaml"],
     "start": lambda folder, case: [
         "train-student",
@@ -196,6 +200,7 @@ COMMANDS: Mapping[str, Callable[[Path, "Case | None"], list[str]]] = {
 READERS = ("inspect", "verify", "summary", "gc", "train", "online", "check", "derive", "precompute", "plan")
 READERS += ("pair", "card", "view", "suspects", "sweep", "page", "app")
 RUNS = ("evaluate", "resume", "teach", "start", "predict", "export", "quantize", "prune", "log", "run page", "app")
+RUNS += ("synthesize",)
 ALIKE = {
     "suspects": "summary",
     "pair": "train",
@@ -206,7 +211,7 @@ ALIKE = {
     "predict": "evaluate",
 }
 
-ALIKE |= {"export": "evaluate", "quantize": "evaluate", "prune": "evaluate"}
+ALIKE |= {"synthesize": "teach", "export": "evaluate", "quantize": "evaluate", "prune": "evaluate"}
 """Commands that read the same as others, and end with the same codes where a case does not say otherwise."""
 
 Prepare = Callable[[Path], Any]

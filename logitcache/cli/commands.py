@@ -153,6 +153,10 @@ _COMMANDS = {
         *(_ONE, "precompute pipelines/image_folder/precompute.yaml --set dataset.root=/data/photos"),
         *("how-to/resume-and-grow.md", "logitcache train-student RECIPE"),
     ),
+    "synthesize": Command(
+        stage_one.synthesize,
+        *(_ONE, "synthesize runs/teacher made", "how-to/distil-without-images.md", "logitcache precompute RECIPE"),
+    ),
     "materialize": Command(
         stage_one.materialize,
         *(_ONE, "materialize pipelines/other_frameworks/precompute.yaml views --format npz"),

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Argument, BadParameter, Option
@@ -134,6 +135,37 @@ def materialize(
     result = run(load_own(source, PrecomputeRecipe, overrides), out)
     follows = ("import-targets", source, "ANSWERS", "--whose", "WHOSE", *as_options(overrides))
     return CommandResult(asdict(result), follows=() if dry_run or result.files_left else follows)
+
+
+def synthesize(
+    teacher: Annotated[
+        str, Argument(metavar="TEACHER", help="A recipe, the folder of a run, timm:NAME or torchvision:NAME.")
+    ],
+    out: Annotated[str, Argument(metavar="OUT", help="Folder or URL of the images.")],
+    overrides: Overrides,
+    student: Annotated[
+        Path | None,
+        Option("--student", metavar="RUN", help="Add a round: images on which this student and the teacher disagree."),
+    ] = None,
+    part: Annotated[
+        str | None,
+        Option("--part", metavar="I/N", help="Make each N-th batch only; 1/N to N/N make all, in any order."),
+    ] = None,
+) -> CommandResult:
+    """Make images from a teacher alone, by DeepInversion: no image is read.
+
+    The teacher needs BatchNorm. OUT gets PNG files in class folders, or tar archives, and the losses that each batch
+    reached. The same command continues after a stop; precompute takes the images as any others.
+    """
+    from logitcache.report.new_recipes.synthesis import load_synthesis
+    from logitcache.stage_one.synthesize.synthesize import synthesize as run
+
+    result = run(load_synthesis(teacher, overrides), out, student=student, part=part)
+    follows: tuple[str, ...] = ("recipe", "new", "--images", result.images, "--teacher", teacher, "--student", "MODEL")
+    if teacher.endswith((".yaml", ".yml")):
+        beside = Path(teacher).with_name("precompute.yaml")
+        follows = ("precompute", str(beside) if beside.is_file() else "RECIPE")
+    return CommandResult(asdict(result), follows=() if result.batches_left else follows)
 
 
 def import_targets(

@@ -13,7 +13,7 @@ from typing import Any
 from logitcache.config.shipped_recipes import schema_file
 from logitcache.errors import RecipeError, did_you_mean
 
-COMMANDS = ("precompute", "derive", "train-student", "train-teacher", "sweep")
+COMMANDS = ("precompute", "synthesize", "derive", "train-student", "train-teacher", "sweep")
 PAGE = "https://github.com/logitcache/logitcache/blob/main/docs/reference/recipes.md"
 NAME = "NAME"
 """Stands for a name of the user's own."""

@@ -19,6 +19,8 @@ from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.derive.source import SourceCache
 from logitcache.stage_one.inputs import require_teachers
 from logitcache.stage_one.precompute import PrecomputeRecipe
+from logitcache.stage_one.synthesize.networks import require_teacher
+from logitcache.stage_one.synthesize.synthesize_recipe import SynthesizeRecipe
 from logitcache.student.compatibility import inexact_targets
 from logitcache.student.evaluation.validation import mapped_labels
 from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, pairing_of, require_live
@@ -35,6 +37,7 @@ from logitcache.views.spec import Views
 
 RECIPES: dict[str, type[Component]] = {
     "precompute": PrecomputeRecipe,
+    "synthesize": SynthesizeRecipe,
     "derive": DeriveRecipe,
     "train-student": StudentRecipe,
     "train-teacher": TeacherRecipe,
@@ -144,6 +147,11 @@ def _checks_of_derivation(recipe: DeriveRecipe, stated: Collection[str]) -> Iter
         yield lambda: SourceCache.of(recipe, Snapshot.read(store))
 
 
+def _checks_of_synthesis(recipe: SynthesizeRecipe, stated: Collection[str]) -> Iterator[Check]:
+    """Yield the check that there is a teacher; it is not built, as its weights might be downloaded."""
+    yield lambda: require_teacher(recipe)
+
+
 def _checks_of_sweep(recipe: SweepRecipe, stated: Collection[str]) -> Iterator[Check]:
     """Yield checks of every cell by itself, and of every choice and end of a range of a search, with the first seed."""
     try:
@@ -171,6 +179,7 @@ def _opened(entry: object, otherwise: str) -> ImageDataset | None:
 
 _CHECKS: dict[type[Component], Callable[[Any, Collection[str]], Iterator[Check]]] = {
     PrecomputeRecipe: _checks_of_precompute,
+    SynthesizeRecipe: _checks_of_synthesis,
     DeriveRecipe: _checks_of_derivation,
     StudentRecipe: _checks_of_student,
     TeacherRecipe: _checks_of_teacher,
@@ -184,8 +193,9 @@ def command_of(path: str | Path) -> str:
     command = min(RECIPES, key=lambda command: misfit(data, RECIPES[command]))
     if not data.keys() & RECIPES[command].model_fields.keys():
         raise RecipeError(
-            f"{path}:1: no recipe has these keys; `precompute` needs teachers, `derive` cache, out and teachers, "
-            "`train-student` cache and model, `train-teacher` dataset and model, `sweep` kind and student"
+            f"{path}:1: no recipe has these keys; `precompute` needs teachers, `synthesize` teacher, `derive` cache, "
+            "out and teachers, `train-student` cache and model, `train-teacher` dataset and model, "
+            "`sweep` kind and student"
         )
     return command
 

@@ -33,6 +33,7 @@ STREAMS = {
     "calibration": 16,
     "held_out": 17,
     "shuffled_pairs": 18,
+    "synthesis": 19,
 }
 """What the words are for. Append only: a number, once used, keeps its meaning."""
 

@@ -41,7 +41,7 @@ def test_kills_are_shared_out_among_all_commands_that_write(cases: ModuleType) -
     kills = importlib.import_module("fault_kills")
     names = [kills._command(number).name for number in range(100)]
     assert {name: names.count(name) for name in names} == {command.name: command.share for command in kills.COMMANDS}
-    assert {"precompute", "growth", "derive", "repair", "train-student", "gc", "workers"} == set(names)
+    assert {"precompute", "growth", "derive", "synthesize", "repair", "train-student", "gc", "workers"} == set(names)
 
 
 @pytest.mark.parametrize("count", [100, 1000])

@@ -17,6 +17,7 @@ COMMANDS = [
     ["demo"],
     ["plan"],
     ["precompute"],
+    ["synthesize"],
     ["materialize"],
     ["import-targets"],
     ["derive"],

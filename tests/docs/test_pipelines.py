@@ -189,6 +189,30 @@ def test_two_teachers_are_made_one_without_images_and_a_student_learns_from_it(t
     assert train(student).teacher_passes == 0
 
 
+def test_a_student_learns_without_images_and_again_from_those_on_which_it_disagrees(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, changes = tmp_path / "made", ["num_batches=2", "batch_size=20", "steps=2", "device=cpu"]
+    command = ["synthesize", str(PIPELINES / "data_free/synthesize.yaml"), str(made), "--json", "-q"]
+    command += [word for change in changes for word in ("--set", change)]
+    assert main(command) == 0
+    images = json.loads(capsys.readouterr().out)["images"]
+    for number, count in enumerate((40, 80)):
+        cache, out = tmp_path / f"{number}.zarr", tmp_path / f"student{number}"
+        changed = [f"cache={cache}", f"dataset.root={images}", "views.num_views=2", "num_workers=0", "device=cpu"]
+        recipe = load_recipe(PIPELINES / "data_free/precompute.yaml", PrecomputeRecipe, changed)
+        assert precompute(recipe).row_views == 2 * count
+        changed = [f"cache={cache}", f"out={out}", *SHORT[:3], "batch_size=20", "schedule.warmup_epochs=1"]
+        changed.append("validation.dataset.num_images=100")
+        result = train(load_recipe(PIPELINES / "data_free/student.yaml", StudentRecipe, changed))
+        assert (result.images, result.teacher_passes) == (2 * count, 0)
+        assert result.top1 is not None
+        assert main([*command, "--student", str(out)]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["round"], found["num_images"]) == (number + 1, 40)
+        assert 0 <= found["student_agreement"] <= 1
+
+
 def test_photographs_and_names_of_classes_make_a_small_classifier(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

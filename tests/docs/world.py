@@ -73,7 +73,10 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
         small["dataset"] = BUNDLED | {"split": small["dataset"].get("split", "train")}
     elif small.get("dataset", {}).get("kind") == "image_folder" and "teachers" in small:
         classes = [entry for entry in small["teachers"].values() if "classes" in entry]
-        small["dataset"] = small["dataset"] | {"root": "photos", "labelled": bool(classes)}
+        if not small["dataset"]["root"].startswith("synthesized"):
+            small["dataset"] = small["dataset"] | {"root": "photos", "labelled": bool(classes)}
+    if "num_batches" in small:
+        return small | {"num_batches": 1, "batch_size": 20, "steps": 2, "device": "cpu"}
     if "epochs" in small:
         small |= {"epochs": 1, "schedule": {}, "num_workers": 0, "batch_size": 64}
         if "split" in small.get("validation", {}):
@@ -82,7 +85,7 @@ def shrunk(entries: dict[str, Any]) -> dict[str, Any]:
             small["model"] = TINY
     elif "out" not in small:
         small |= {"num_workers": 0, "batch_size": 64, "views_per_image": 1}
-        is_grey = small["dataset"]["kind"] == "bundled"
+        is_grey = small["dataset"]["kind"] == "bundled" or small["dataset"].get("mode") == "L"
         small["teachers"] = {name: _teacher(entry, is_grey) for name, entry in small["teachers"].items()}
     return small | {"device": "cpu"}
 

@@ -1,4 +1,4 @@
-"""Kill `materialize` and `import-targets` at random moments: a program that is run apart, as `killing` is.
+"""Kill `materialize`, `import-targets` and `synthesize` at random moments: a program run apart, as `killing` is.
 
     python -m tests.stage_one.killing_imports DIRECTORY [TIMES]
 
@@ -17,21 +17,31 @@ from typing import Any
 import numpy as np
 import torch
 
+from logitcache.classifier import Classifier
 from logitcache.stage_one.materialize import materialize as module
 from logitcache.stage_one.precompute import precompute
+from logitcache.stage_one.synthesize.synthesize import synthesize
 from tests.cache.made import DENSE16, Linear, contents, recipe, teacher
 from tests.stage_one.apart import ended, forked
 from tests.stage_one.killing import counting
+from tests.stage_one.synthesized import PREPROCESSING, learner, synthesis
 from tests.stage_one.test_import_targets import KEPT, answered, imported, views, write_npz
 
 NUM_KILLS = 5
-"""Of each of both commands."""
+"""Of each command; `synthesize` is killed three more times."""
 
 
 def materialized(path: Path) -> int:
     """Write six files of views; return how many were written."""
     module.FILE_BYTES = 40 * 3 * 4 * 4
     return module.materialize(recipe(path / "x.zarr", **KEPT), path / "v").files_written
+
+
+def synthesized(path: Path) -> int:
+    """Make four batches of images, and two of an adaptive round; return how many were written."""
+    first = synthesize(synthesis(), path / "s").batches_written
+    student = Classifier(learner(), PREPROCESSING)
+    return first + synthesize(synthesis(num_batches=2), path / "s", student=student).batches_written
 
 
 def importing(answers: Path) -> Callable[[Path], int]:
@@ -76,6 +86,7 @@ def main(root: Path, times: int = 1) -> list[dict[str, Any]]:
     return [
         *killed("materialize", root / "materialize", materialized, count),
         *killed("import-targets", root / "import", importing(root / "answers.npz"), count),
+        *killed("synthesize", root / "synthesize", synthesized, count + 3 * times),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Zero-shot teachers, written views and imported answers in object storage, while requests fail."""
+"""Zero-shot teachers, written views, synthesized images and imported answers in object storage, while requests fail."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 
 from logitcache.cache.cache import open_cache
+from logitcache.classifier import Classifier
 from logitcache.cli.app import main
 from logitcache.config.recipe import dump_recipe, load_recipe
+from logitcache.errors import MismatchError
 from logitcache.stage_one.materialize import materialize as module
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
+from logitcache.stage_one.synthesize.synthesize import synthesize
 from logitcache.store.mirrors_folder import FOLDER
+from logitcache.views.datasets.image_folder import ImageFolder
 from tests.cache.made import Linear, contents, recipe, teacher, write_images
 from tests.objects import Bucket, bucket
+from tests.stage_one.synthesized import PREPROCESSING, learner, synthesis
 from tests.stage_one.test_import_targets import KEPT, answered, imported, views, write_npz
 from tests.stage_one.test_storage import QUICK
 
@@ -52,6 +57,26 @@ def test_views_are_written_to_storage_and_of_caches_that_lie_there(
     assert main(["precompute", str(file)]) == 0
     assert main(["materialize", cache, f"{store.url}/again", *quick]) == 0
     assert store.contents("again") == contents(tmp_path / "here")
+    assert store.front.asked(failed=True)
+
+
+def test_images_are_synthesized_into_storage_with_an_adaptive_round_and_read_from_there(
+    store: Bucket, tmp_path: Path
+) -> None:
+    url, student = f"{store.url}/made", Classifier(learner(), PREPROCESSING)
+    for part in ("2/2", "1/2"):
+        synthesize(synthesis(), url, part=part)
+    synthesize(synthesis(), tmp_path / "here")
+    for out in (url, tmp_path / "here"):
+        made = synthesize(synthesis(num_batches=1), out, student=student)
+        assert (made.round, made.batches_written) == (1, 1)
+    assert store.contents("made") == contents(tmp_path / "here")
+    there = ImageFolder(root=f"{url}/images", mode="L").open()
+    here = ImageFolder(root=str(tmp_path / "here/images"), mode="L").open()
+    assert (list(there.ids), there.labels.tolist()) == (list(here.ids), here.labels.tolist())
+    assert len(there.ids) == 30
+    with pytest.raises(MismatchError, match="holds other images"):
+        synthesize(synthesis(seed=1), url)
     assert store.front.asked(failed=True)
 
 

@@ -85,7 +85,7 @@ def _evaluated_size(run: Path, recorded: Evaluation | None, num_channels: int) -
             return height, width
     raise RecipeError(
         f"{run} takes images of any size, and does not record one. Fix: logitcache recipe cp image_folder, and write "
-        "the size and the run into these recipes"
+        "the size and the run into these recipes; of synthesize, --set size=N"
     )
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 from logitcache.cache.cache import open_cache
 from logitcache.cache.format.metadata import ROOT
-from logitcache.errors import MismatchError, RecipeError
+from logitcache.errors import RecipeError
 from logitcache.runtime.console import track
 from logitcache.runtime.stopping import stop_flag
 from logitcache.stage_one.claims import parse_part
@@ -26,9 +25,8 @@ from logitcache.stage_one.materialize.view_files import (
     image_sizes,
     predicted_bytes,
 )
-from logitcache.store.files import LEFTOVER
-from logitcache.store.local import LocalStore
-from logitcache.store.remote.client import Remote, is_remote
+from logitcache.stage_one.output_folder import Document, OutputFolder
+from logitcache.store.remote.client import is_remote
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.views import canaries
 from logitcache.views.checksums import row_checksums
@@ -124,8 +122,8 @@ def materialize(
     predicted = bytes_of(views, form, pixels)
     if dry_run:
         return MaterializeResult(str(out), len(files), 0, len(files), 0, 0, predicted)
-    folder = _Folder(out)
-    folder.describe(_description(views, shape, files[0].stop, form, pixels))
+    folder = OutputFolder(out, DESCRIPTION)
+    folder.describe(_description(views, shape, files[0].stop, form, pixels), _has_more_views, "views")
     mine = [file for place, file in enumerate(files) if place % count == number - 1]
     todo = [file for file in mine if not folder.holds(file.name(form))]
     written = 0
@@ -166,10 +164,10 @@ def _rendered(loader: ViewLoader, views: Views, files: Sequence[ViewFile]) -> It
         yield RenderedViews(pixels, file.keys, list(views.dataset.ids[file.start : file.stop]), crc32)
 
 
-def _description(views: Views, shape: Sequence[int], rows: int, form: Form, pixels: PixelForm) -> bytes:
+def _description(views: Views, shape: Sequence[int], rows: int, form: Form, pixels: PixelForm) -> Document:
     """Describe what the files hold: the same views, images and form give the same bytes."""
     spec = views.spec.model_copy(update={"num_views": 1}).model_dump_json().encode()
-    described = {
+    return {
         "format": form,
         "pixels": pixels if form != "npz" else "raw",
         "shape": list(shape),
@@ -181,36 +179,7 @@ def _description(views: Views, shape: Sequence[int], rows: int, form: Form, pixe
         "key": "VIEW/IMAGE, both counted from 0",
         "crc32": "of the pixels, uint8 in the order [C, H, W]",
     }
-    return json.dumps(described, indent=2).encode() + b"\n"
 
 
-class _Folder:
-    """Where files are written, whole or not at all: a folder of this machine, or a URL."""
-
-    def __init__(self, out: str | Path) -> None:
-        self._out, self._here = str(out), not is_remote(out)
-        self._files: Remote | LocalStore = LocalStore(Path(out).expanduser()) if self._here else Remote(str(out))
-
-    def describe(self, content: bytes) -> None:
-        """Write the description, or that of further views; raise MismatchError if there is another."""
-        if self._here:
-            Path(self._out).expanduser().mkdir(parents=True, exist_ok=True)
-        old, new = json.loads(self._files.read(DESCRIPTION)) if self.holds(DESCRIPTION) else {}, json.loads(content)
-        if not old or (old | {"num_views": new["num_views"]} == new and old["num_views"] < new["num_views"]):
-            self.write(DESCRIPTION, content)
-        elif old != new:
-            differing = ", ".join(
-                f"{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]
-            )
-            raise MismatchError(f"'{self._out}' holds other views ({differing}).\n  Fix: another folder, or remove it")
-
-    def holds(self, name: str) -> bool:
-        """Whether a file is there."""
-        return self._files.exists(name)
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file; what a killed writer of it left is removed."""
-        if self._here:
-            for left in Path(self._out).expanduser().glob(f"{name}.*{LEFTOVER}"):
-                left.unlink(missing_ok=True)
-        self._files.write(name, content)
+def _has_more_views(old: Document, new: Document) -> bool:
+    return bool(old | {"num_views": new["num_views"]} == new and old["num_views"] < new["num_views"])

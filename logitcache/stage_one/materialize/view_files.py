@@ -8,7 +8,7 @@ import json
 import math
 import struct
 import tarfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import google_crc32c
@@ -46,7 +46,7 @@ def encode_views(views: RenderedViews, form: Form, pixels: PixelForm) -> bytes:
     return _WRITERS[form](views, pixels)
 
 
-def _image(pixels: NDArray[np.uint8], form: PixelForm) -> bytes:
+def image_bytes(pixels: NDArray[np.uint8], form: PixelForm) -> bytes:
     """Return uint8 [C, H, W] as PNG, or as it is."""
     if form == "raw":
         return np.ascontiguousarray(pixels).tobytes()
@@ -57,13 +57,21 @@ def _image(pixels: NDArray[np.uint8], form: PixelForm) -> bytes:
 
 def _webdataset(views: RenderedViews, form: PixelForm) -> bytes:
     """Return an archive in which `VIEW/IMAGE.png` (or `.raw`) lies beside `VIEW/IMAGE.json`."""
+    return tar_bytes(
+        (f"{name}.{ending}", content)
+        for name, pixels, facts in zip(views.names, views.pixels, _facts(views), strict=True)
+        for ending, content in ((form, image_bytes(pixels, form)), ("json", json.dumps(facts).encode()))
+    )
+
+
+def tar_bytes(members: Iterable[tuple[str, bytes]]) -> bytes:
+    """Return an archive of members, each a name and its bytes; dates and owners are those of tarfile's defaults."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for name, pixels, facts in zip(views.names, views.pixels, _facts(views), strict=True):
-            for ending, content in ((form, _image(pixels, form)), ("json", json.dumps(facts).encode())):
-                member = tarfile.TarInfo(f"{name}.{ending}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return stream.getvalue()
 
 
@@ -95,7 +103,7 @@ def _tfrecord(views: RenderedViews, form: PixelForm) -> bytes:
         features = {
             "key": _bytes_feature(str(facts["key"]).encode()),
             "id": _bytes_feature(str(facts["id"]).encode(errors="surrogateescape")),
-            "image": _bytes_feature(_image(pixels, form)),
+            "image": _bytes_feature(image_bytes(pixels, form)),
             "crc32": _int_feature([facts["crc32"]]),  # type: ignore[list-item]
             "shape": _int_feature(list(pixels.shape)),
         }
@@ -142,7 +150,7 @@ _WRITERS: Mapping[Form, Callable[[RenderedViews, PixelForm], bytes]] = {
 
 def image_sizes(pixels: NDArray[np.uint8], form: PixelForm) -> list[int]:
     """Return the bytes that each of some images [n, C, H, W] takes in a file."""
-    return [len(_image(one, form)) for one in pixels]
+    return [len(image_bytes(one, form)) for one in pixels]
 
 
 def predicted_bytes(sizes: Sequence[int], counts: Sequence[int], ids: Sequence[str], num_views: int, form: Form) -> int:

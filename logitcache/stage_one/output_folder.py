@@ -1,0 +1,71 @@
+"""Folders of files that are written whole or not at all: a folder of this machine, or a URL."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from logitcache.errors import CacheError, LogitCacheError, MismatchError
+from logitcache.store.files import LEFTOVER
+from logitcache.store.local import LocalStore
+from logitcache.store.remote.client import Remote, is_remote
+from logitcache.store.safe_files import parse_json
+
+Document = dict[str, Any]
+
+
+class OutputFolder:
+    """Files below a folder or URL; the file `description` says what they hold, and is written before the others."""
+
+    def __init__(self, out: str | Path, description: str) -> None:
+        self._out, self._description = str(out), description
+        self._here = None if is_remote(out) else Path(out).expanduser()
+        self._files: Remote | LocalStore = Remote(self._out) if self._here is None else LocalStore(self._here)
+
+    def __str__(self) -> str:
+        return self._out
+
+    def description(self) -> dict[str, Any]:
+        """Read the description; empty if there is none."""
+        return self.read_json(self._description) if self.holds(self._description) else {}
+
+    def describe(self, new: Document, grows: Callable[[Document, Document], bool], what: str) -> None:
+        """Write the description, also in place of an older one that `grows` (old, new) to it.
+
+        Raises MismatchError if the folder holds another `what`.
+        """
+        if self._here is not None:
+            self._here.mkdir(parents=True, exist_ok=True)
+        old = self.description()
+        if not old or (old != new and grows(old, new)):
+            self.write(self._description, json.dumps(new, indent=2).encode() + b"\n")
+        elif old != new:
+            differing = ", ".join(
+                f"{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]
+            )
+            raise MismatchError(f"'{self}' holds other {what} ({differing}).\n  Fix: another folder, or remove it")
+
+    def holds(self, name: str) -> bool:
+        """Whether a file is there."""
+        return self._files.exists(name)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Read a JSON document. Raises CacheError if it is damaged."""
+        try:
+            found = parse_json(self._files.read(name))
+            if not isinstance(found, dict):
+                raise ValueError("it is no object")
+        except ValueError as cause:
+            if isinstance(cause, LogitCacheError):
+                raise
+            raise CacheError(f"'{self}/{name}' is damaged: {cause}. Fix: remove it, and run again") from cause
+        return found
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file; what a killed writer of it left is removed."""
+        if self._here is not None:
+            path = self._here / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for left in path.parent.glob(f"{path.name}.*{LEFTOVER}"):
+                left.unlink(missing_ok=True)
+        self._files.write(name, content)

@@ -1,0 +1,1 @@
+"""Synthesize images from a teacher alone, by DeepInversion."""
