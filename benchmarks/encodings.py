@@ -49,7 +49,7 @@ from logitcache.runtime.console import configure
 NUM_VIEWS, NUM_FOLDS = 4, 5
 TEMPERATURES = (1.0, 2.0, 4.0)
 STEPS = (4.0, 2.8, 2.0, 1.4, 1.0, 0.9, 0.8, 0.6, 0.5, 0.45, 0.4, 0.28, 0.2)
-QUICK_STEPS = (0.84, 0.78, 0.46, 0.44)
+QUICK_STEPS = (1.8, 0.84, 0.78, 0.46, 0.44)
 CORRECTIONS = (64, 32, 0)
 RANKS = (5, 10, 20, 50, 100, 150, 200, 250, 300)
 GOALS = ((215, 1.0, 5.0), (215, 4.0, 10.0), (320, 1.0, 10.0), (320, 4.0, 25.0))
