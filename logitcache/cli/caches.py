@@ -118,6 +118,21 @@ def verify(
     return CommandResult(asdict(result), result.text, (result.error,), CacheError.__name__, CacheError.exit_code)
 
 
+PairedSize = Annotated[
+    str | None,
+    Option(
+        "--size",
+        metavar="N|[H, W]",
+        help="Size of the student's views.",
+        show_default="the teacher's, scaled as the images are",
+    ),
+]
+Colors = Annotated[
+    list[str],
+    Option("--color", metavar="ENTRY", help="A change of colour of their own, '{kind: color_jitter, …}'; repeatable."),
+]
+
+
 def pair(
     cache: CachePath,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder of the pairing, which `pairing:` of a student names.")],
@@ -133,21 +148,8 @@ def pair(
     by: Annotated[
         Literal["id", "stem"], Option("--by", help="What pairs share: the id, or the id without the file's ending.")
     ] = "id",
-    size: Annotated[
-        str | None,
-        Option(
-            "--size",
-            metavar="N|[H, W]",
-            help="Size of the student's views.",
-            show_default="the teacher's, scaled as the images are",
-        ),
-    ] = None,
-    color: Annotated[
-        list[str],
-        Option(
-            "--color", metavar="ENTRY", help="A change of colour of their own, '{kind: color_jitter, …}'; repeatable."
-        ),
-    ] = [],  # noqa: B006  # Typer's way
+    size: PairedSize = None,
+    color: Colors = [],  # noqa: B006  # Typer's way
     allow_unmatched: Annotated[
         bool, Option("--allow-unmatched", help="Leave out images that have no pair, on either side.")
     ] = False,

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, BadParameter, Option
 
@@ -85,50 +85,58 @@ def export(
     return CommandResult(asdict(result), follows=follows)
 
 
+CalibrationImages = Annotated[
+    int | None,
+    Option("--images", min=1, metavar="N", show_default="256", help="Unaugmented training images to calibrate on."),
+]
+KeepFloat = Annotated[list[str], Option("--keep-float", metavar="LAYER", help="Keep a layer in float; repeatable.")]
+KeepWorst = Annotated[
+    int, Option("--keep-worst", min=0, metavar="K", help="Measure all layers, and keep the K worst in float.")
+]
+Method = Annotated[
+    Literal["onnxruntime", "pt2e"] | None,
+    Option(
+        "--method",
+        show_default="onnxruntime",
+        help="Quantise after training by onnxruntime, or by torchao's PT2E (extra quant).",
+    ),
+]
+Qat = Annotated[
+    bool,
+    Option(
+        "--qat", help="Train for int8 on the run's own data; OUT is the new run's folder, --set changes its recipe."
+    ),
+]
+QuantizedOut = Annotated[
+    Path | None,
+    Argument(
+        metavar="OUT",
+        show_default="RUN/model.int8.onnx",
+        help="The file; its record lies beside it. With --qat, the folder of the run that is trained.",
+    ),
+]
+Sensitivity = Annotated[
+    bool, Option("--sensitivity", help="List by how much each layer alone, quantised, changes the logits.")
+]
+Symmetric = Annotated[
+    bool, Option("--symmetric", help="Make activations signed with zero at 0, as TensorRT takes them.")
+]
+
+
 def quantize(
     run: Run,
     overrides: Overrides,
     trust: Trust,
-    out: Annotated[
-        Path | None,
-        Argument(
-            metavar="OUT",
-            show_default="RUN/model.int8.onnx",
-            help="The file; its record lies beside it. With --qat, the folder of the run that is trained.",
-        ),
-    ] = None,
+    out: QuantizedOut = None,
     pixels: Pixels = "uint8",
-    qat: Annotated[
-        bool,
-        Option(
-            "--qat", help="Train for int8 on the run's own data; OUT is the new run's folder, --set changes its recipe."
-        ),
-    ] = False,
+    qat: Qat = False,
     resume: Annotated[bool, Option("--resume", help="With --qat: continue from the last checkpoint.")] = False,
-    method: Annotated[
-        Literal["onnxruntime", "pt2e"] | None,
-        Option(
-            "--method",
-            show_default="onnxruntime",
-            help="Quantise after training by onnxruntime, or by torchao's PT2E (extra quant).",
-        ),
-    ] = None,
-    symmetric: Annotated[
-        bool, Option("--symmetric", help="Make activations signed with zero at 0, as TensorRT takes them.")
-    ] = False,
-    images: Annotated[
-        int | None,
-        Option("--images", min=1, metavar="N", show_default="256", help="Unaugmented training images to calibrate on."),
-    ] = None,
-    keep_float: Annotated[
-        list[str], Option("--keep-float", metavar="LAYER", help="Keep a layer in float; repeatable.")
-    ] = [],  # noqa: B006  # Typer's way
-    keep_worst: Annotated[
-        int, Option("--keep-worst", min=0, metavar="K", help="Measure all layers, and keep the K worst in float.")
-    ] = 0,
-    sensitivity: Annotated[
-        bool, Option("--sensitivity", help="List by how much each layer alone, quantised, changes the logits.")
-    ] = False,
+    method: Method = None,
+    symmetric: Symmetric = False,
+    images: CalibrationImages = None,
+    keep_float: KeepFloat = [],  # noqa: B006  # Typer's way
+    keep_worst: KeepWorst = 0,
+    sensitivity: Sensitivity = False,
     least_agreement: LeastAgreement = 0.9,
     overwrite: Overwrite = False,
     latency: Annotated[bool, Option("--latency", help="Time int8 against the float file, by turns.")] = False,
@@ -144,52 +152,42 @@ def quantize(
     with a scale for each channel, activations unsigned ones. The file is compared with the run over all validation
     images, and the integer operators that onnxruntime fuses are counted.
     """
-    plan = latency_plan(latency, batch_size, threads, repeats, warm_up)
     changes = [*overrides, *granted(trust)]
+    both: dict[str, Any] = {
+        "pixels": pixels,
+        "keep_float": keep_float,
+        "least_agreement": least_agreement,
+        "overwrite": overwrite,
+        "latency": latency_plan(latency, batch_size, threads, repeats, warm_up),
+    }
     if qat:
         after = {"--method": method, "--symmetric": symmetric, "--images": images}
         after |= {"--keep-worst": keep_worst, "--sensitivity": sensitivity}
-        if unused := [option for option, value in after.items() if value]:
-            raise BadParameter("has no effect with --qat: it is of quantising after training", param_hint=unused)
-        if out is None:
-            raise BadParameter("is missing: --qat trains a run, in a folder of its own", param_hint="OUT")
+        folder = _qat_folder(out, [option for option, value in after.items() if value])
         from logitcache.shipping.quantization_aware import train_quantized
         from logitcache.student.ranks import joined
 
         with joined() as ranks:
-            made = train_quantized(
-                run,
-                out,
-                changes,
-                keep_float=keep_float,
-                pixels=pixels,
-                least_agreement=least_agreement,
-                resume=resume,
-                overwrite=overwrite,
-                latency=plan,
-            )
+            made = train_quantized(run, folder, changes, resume=resume, **both)
             follows = ("predict", made.exported.file, "IMAGE")
             return CommandResult(asdict(made), is_shown=ranks.is_first, follows=follows)
     if resume:
         raise BadParameter("has no effect without --qat", param_hint="--resume")
     from logitcache.shipping.quantize import quantize as quantized
 
-    result = quantized(
-        run,
-        out,
-        changes,
-        pixels=pixels,
-        method=method or "onnxruntime",
-        symmetric=symmetric,
-        num_images=256 if images is None else images,
-        keep_float=keep_float,
-        keep_worst=keep_worst,
-        sensitivity=sensitivity,
-        least_agreement=least_agreement,
-        overwrite=overwrite,
-        latency=plan,
-    )
+    num_images, method = 256 if images is None else images, method or "onnxruntime"
+    both |= {"keep_worst": keep_worst, "sensitivity": sensitivity, "symmetric": symmetric}
+    result = quantized(run, out, changes, method=method, num_images=num_images, **both)
     return CommandResult(asdict(result), follows=("predict", result.file, "IMAGE"))
+
+
+def _qat_folder(out: Path | None, unused: list[str]) -> Path:
+    """Return the folder of the run that is trained; raise BadParameter if there is none, or for unused options."""
+    if unused:
+        raise BadParameter("has no effect with --qat: it is of quantising after training", param_hint=unused)
+    if out is None:
+        raise BadParameter("is missing: --qat trains a run, in a folder of its own", param_hint="OUT")
+    return out
 
 
 def prune(

@@ -92,27 +92,30 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
         return replace(_trained(result, ranks.is_first), follows=words)
 
 
+Grid = Annotated[
+    list[str], Option("--grid", metavar="KEY=V1,V2", help="Train with each of these values; repeatable, all with all.")
+]
+Space = Annotated[
+    list[str],
+    Option(
+        "--space",
+        metavar="KEY=V1,V2",
+        help="Search these values, or a range: '{kind: log_uniform, low: 1e-3, high: 0.1}'; repeatable.",
+    ),
+]
+
+
 def sweep(
     recipe: Recipe,
     out: Annotated[Path, Argument(metavar="OUT", help="Folder of the runs and of the comparison.")],
     overrides: Overrides,
     trust: Trust,
-    grid: Annotated[
-        list[str],
-        Option("--grid", metavar="KEY=V1,V2", help="Train with each of these values; repeatable, all with all."),
-    ] = [],  # noqa: B006  # Typer's way
+    grid: Grid = [],  # noqa: B006  # Typer's way
     search: Annotated[
         str | None,
         Option("--search", metavar="KIND", help="random, optuna, or a mapping: '{kind: optuna, batch: 4}'."),
     ] = None,
-    space: Annotated[
-        list[str],
-        Option(
-            "--space",
-            metavar="KEY=V1,V2",
-            help="Search these values, or a range: '{kind: log_uniform, low: 1e-3, high: 0.1}'; repeatable.",
-        ),
-    ] = [],  # noqa: B006
+    space: Space = [],  # noqa: B006
     trials: Annotated[
         int | None, Option("--trials", min=1, metavar="N", help="Trials of the search, those before included.")
     ] = None,
