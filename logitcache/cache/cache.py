@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.cache.format.layout import CHECKSUMS, PARAMETERS, Layout
-from logitcache.cache.format.metadata import read_manifest
 from logitcache.cache.format.samples import read_labels
+from logitcache.cache.image_order import Without, first_images, images_of
 from logitcache.cache.pairs.paired_views import paired_views
 from logitcache.cache.pairs.record import Pairing, open_pairing
 from logitcache.cache.read.gather import StoredRows
@@ -27,8 +27,8 @@ from logitcache.cache.replay import (
     require_same_images,
     require_trusted,
 )
-from logitcache.cache.snapshot import Snapshot, locate, remembered_records, require_sound_skeleton
-from logitcache.cache.verify import require_committed
+from logitcache.cache.snapshot import Snapshot
+from logitcache.cache.verify import open_committed
 from logitcache.errors import RecipeError
 from logitcache.logits import LinearLogits
 from logitcache.reductions import FeatureShape
@@ -102,6 +102,10 @@ class Cache:
                     "Fix: name what it has, or add it with precompute"
                 )
         return Cache(self.snapshot.of(self.manifest.restricted(num_views or self.num_views, targets)))
+
+    def first(self, num_images: int) -> "Cache":
+        """Return the same cache with as many images as it had once; raise MismatchError for more, or for fewer."""
+        return Cache(self.snapshot.of(first_images(self.snapshot.store, self.manifest, num_images)))
 
     def features(self, teacher: str) -> dict[str, FeatureShape]:
         """Return kind and shape of the stored features of a teacher, by name."""
@@ -201,10 +205,13 @@ class Cache:
             self.require_canaries(views, verify, limits)
         return views
 
-    def open_images(self, dataset: object | None = None, trust: Collection[str] = ()) -> ImageDataset:
-        """Open a data set or its component, by default what stage one read; nothing is compared."""
+    def open_images(
+        self, dataset: object | None = None, trust: Collection[str] = (), without: Without = ()
+    ) -> ImageDataset:
+        """Open a data set or its component, by default what stage one read, in the order of a cache that has grown."""
         manifest = self.manifest
-        return open_images(manifest.dataset, manifest.num_images, self.location, dataset, self.identity, trust)
+        images = open_images(manifest.dataset, manifest.num_images, self.location, dataset, self.identity, trust)
+        return images_of(self.snapshot.store, manifest, images, without)
 
     def pairing(self, location: str | Path, *, shuffled: bool = False) -> Pairing:
         """Read a pairing that `pair` wrote for this cache; `shuffled`: each image learns from another's answers."""
@@ -287,9 +294,4 @@ def open_cache(path: str | Path) -> Cache:
 
 def open_uncompared(path: str | Path) -> Cache:
     """Open a finished cache of which some targets are used; none is compared before `only` has named them."""
-    store = locate(path)
-    manifest = read_manifest(store)
-    require_sound_skeleton(store, manifest)
-    snapshot = Snapshot.as_described(store, manifest, remembered_records(store, manifest))
-    require_committed(snapshot)
-    return Cache(snapshot)
+    return Cache(open_committed(path))

@@ -7,7 +7,7 @@ from contextlib import suppress
 from logitcache.cache.format.layout import Layout, layout_of, require_possible
 from logitcache.cache.format.manifest import Manifest, parse_manifest
 from logitcache.cache.format.metadata import GROWING, ROOT, skeleton_limits, skeleton_problems
-from logitcache.cache.write.growth import read_growth
+from logitcache.cache.write.growth import GROWING_IDS, read_growth
 from logitcache.cache.write.unreadable_images import FILE as UNREADABLE
 from logitcache.errors import CacheError
 from logitcache.store.mirror import Mirror
@@ -41,6 +41,9 @@ def refresh(mirror: Mirror, fresh: bool) -> None:
             with suppress(CacheError):  # a damaged note of a growth, which reading it reports
                 goal = read_growth(mirror, manifest)
             _update(mirror, {key: most for key, most in skeleton_limits(goal).items() if key != ROOT}, fresh, is_same)
+            if goal.num_images != manifest.num_images and goal.appended is not None:
+                _update(mirror, {GROWING_IDS: goal.appended.id_bytes}, fresh, False)
+                _update_records(mirror, layout_of(manifest), fresh, is_same)
             _update_records(mirror, layout_of(goal), fresh, is_same)
         mirror.put(ROOT, root)
         if manifest is not None:
@@ -97,18 +100,19 @@ def _update_records(mirror: Mirror, layout: Layout, fresh: bool, is_same: bool) 
         records = (group.record_file(shard) for group in layout.groups for shard in layout.shards())
         _update(mirror, dict.fromkeys(records, MAX_PAGE_BYTES), fresh, is_same)
         return
-    folders = mirror.remote.each(mirror.remote.list, [group.commits for group in layout.groups])
-    for group, found in zip(layout.groups, folders, strict=True):
+    wanted = [(group, name) for group in layout.groups for name in (group.commits, *group.staged_folders[:1])]
+    folders = mirror.remote.each(mirror.remote.list, [name for _, name in wanted])
+    for (group, folder), found in zip(wanted, folders, strict=True):
         # A listing may name anything: only names of records are taken from it, and one byte more than they have.
         longest = RECORD_BYTES * len(group.arrays) + 1
-        listed = {key: entry for key, entry in found.items() if _is_record(key, group.commits)}
+        listed = {key: entry for key, entry in found.items() if _is_record(key, folder)}
         new = [key for key, entry in listed.items() if fresh or not _has_tag(_here(mirror, key) or b"", entry.tag)]
         ranges = [(key, min(listed[key].size, longest)) for key in new]
         read = mirror.remote.each(lambda one: mirror.remote.read_range(one[0], 0, one[1]), ranges)
         for key, data in zip(new, read, strict=True):
             mirror.put(key, data)
-        here = {f"{group.commits}/{file.name}" for file in (mirror.path / group.commits).glob("c.*")}
-        for key in {key for key in here if _is_record(key, group.commits)} - listed.keys():
+        here = {f"{folder}/{file.name}" for file in (mirror.path / folder).glob("c.*")}
+        for key in {key for key in here if _is_record(key, folder)} - listed.keys():
             mirror.drop(key)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.samples import read_canaries, read_digests
+from logitcache.cache.format.samples import read_canaries, read_digests, read_labels, read_sizes
 from logitcache.cache.read.row_sources import RecordedRows
 from logitcache.config.trust import require_grant
 from logitcache.errors import DataError, MismatchError, RecipeError, RefusedError, ReplayMismatchError
@@ -19,6 +19,7 @@ from logitcache.store.shards import Shard
 from logitcache.views import canaries
 from logitcache.views.augmentations.foreign import factories_of, foreign_transforms
 from logitcache.views.datasets import Dataset, open_dataset
+from logitcache.views.datasets.arranged import ABSENT, ArrangedImages
 from logitcache.views.datasets.base import ImageDataset, fingerprint
 from logitcache.views.datasets.custom import Custom
 from logitcache.views.datasets.fingerprint_diff import explain_difference
@@ -27,6 +28,9 @@ from logitcache.views.datasets.torchvision import Torchvision
 from logitcache.views.datasets.webdataset import WebDataset
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, ViewSpec
+
+SHOWN = 3
+"""Images that a message names."""
 
 BLOCK = 4096
 """Keys planned at a time."""
@@ -82,17 +86,44 @@ def _opened(recorded: Dataset, num_images: int) -> ImageDataset:
 
 
 def require_same_images(store: Store, manifest: Manifest, dataset: ImageDataset) -> None:
-    """Raise MismatchError unless a data set has the images, order and labels that stage one saw."""
+    """Raise MismatchError unless a data set has the images, order and labels that stage one saw.
+
+    Images that are absent on purpose are not compared.
+    """
+    if isinstance(dataset, ArrangedImages) and len(dataset.absent):
+        _require_those_there(store, manifest, dataset)
+        return
     if fingerprint(dataset) != manifest.fingerprint:
         difference = explain_difference(manifest.fingerprint, read_digests(store, manifest), dataset)
         raise MismatchError(f"{store} was made from other images:\n{difference}")
+
+
+def _require_those_there(store: Store, manifest: Manifest, dataset: ArrangedImages) -> None:
+    there = np.flatnonzero(dataset.rows != ABSENT)
+    pairs = {
+        "content": (read_digests(store, manifest), dataset.digests()),
+        "labels": (read_labels(store, manifest), dataset.labels),
+        "sizes": (read_sizes(store, manifest), dataset.sizes()),
+    }
+    for what, (then, now) in pairs.items():
+        if len(other := there[(then[there] != now[there]).reshape(len(there), -1).any(axis=1)]):
+            names = ", ".join(f"'{dataset.ids[place]}'" for place in other[:SHOWN].tolist())
+            raise MismatchError(
+                f"{store} was made from other images: the {what} of {len(other)} differ, such as of {names}.\n"
+                "  Fix: put back the original files, or precompute a new cache from the present ones"
+            )
 
 
 def require_canaries(
     store: Store, manifest: Manifest, views: Views, verify: canaries.Level, limits: canaries.DriftLimits
 ) -> None:
     """Raise ReplayMismatchError unless views rendered here are those that the teacher saw, within limits."""
-    report = canaries.compare(views, manifest.canaries, torch.from_numpy(read_canaries(store, manifest)))
+    absent = views.dataset.absent if isinstance(views.dataset, ArrangedImages) else ()
+    places = [place for place, canary in enumerate(manifest.canaries) if canary.index not in absent]
+    known = [manifest.canaries[place] for place in places]
+    if not known:
+        raise MismatchError(f"{store}: none of the images that prove the pixels is left. Fix: put images back")
+    report = canaries.compare(views, known, torch.from_numpy(read_canaries(store, manifest)[places]))
     may_replay = bool(manifest.parameters) and views.recorded is None and manifest.views.targets == "exact"
     name = f"{store}, spec {manifest.views.digest()[:8]}…"
     warning = canaries.judge(report, verify, canaries.Origin(name, manifest.versions, versions(), may_replay), limits)

@@ -23,7 +23,7 @@ from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import ROOT, read_manifest, skeleton_limits, skeleton_problems
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.cache.refresh import refresh
-from logitcache.cache.write.growth import read_growth
+from logitcache.cache.write.growth import is_outgrown, read_growth
 from logitcache.errors import CacheError
 from logitcache.store import digest_index
 from logitcache.store.base import Store
@@ -83,7 +83,7 @@ def _records(store: Store, manifest: Manifest, group: ArrayGroup) -> Records:
         count = (len(payload) - len(before)) // (8 + width)
         numbers = np.frombuffer(payload, np.int64, count, len(before))
         values = np.frombuffer(payload, np.uint8, count * width, len(before) + numbers.nbytes)
-        return Records(layout.num_shards, numbers, values.reshape(count, width), {})
+        return Records(layout.num_shards, numbers, values.reshape(count, width), {}, layout.shards_per_view)
     found = read_records(store, layout, group)
     if before is not None and not found.damaged and state() == before:
         write_memory(memory, before + found.numbers.tobytes() + found.values.tobytes())
@@ -196,13 +196,15 @@ class Snapshot:
 
     def array(self, layout: ArrayLayout) -> StoredArray:
         """Return one array of the cache."""
-        return StoredArray(self.store, layout, self.records[layout.group], self.fix)
+        outgrown = functools.partial(is_outgrown, self.store, *self.manifest.extent)
+        return StoredArray(self.store, layout, self.records[layout.group], self.fix, outgrown)
 
     def _is_committed(self, group: ArrayGroup, shard: Shard) -> bool:
         try:
             data = self.store.read(group.record_file(shard))
         except (FileNotFoundError, CacheError):
-            return False
+            # What was staged is removed once the root describes it.
+            return self.layout.is_staged(shard) and read_manifest(self.store).num_images >= self.manifest.num_images
         return are_records(self.layout, group, shard, data)
 
     def _numbers(self, group: ArrayGroup) -> NDArray[np.int64]:

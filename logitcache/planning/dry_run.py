@@ -87,7 +87,7 @@ def _prepare(inputs: Inputs, opening: float, began: float) -> DryRun:
             preparing += correction(batches, asked, num_workers, pace)
             passes += asked * teacher.passes_by_row
         missing: set[Shard] = set().union(*(todo.missing[group.name] for group in todo.layout.of(teacher.name)))
-        passes += teacher.passes_by_row * (num_canaries + sum(shard.stop - shard.start for shard in missing))
+        passes += teacher.passes_by_row * (num_canaries + todo.layout.num_new(missing))
     return DryRun(inputs, todo, used, wanted, opening, np.maximum(preparing, 0.0), passes)
 
 

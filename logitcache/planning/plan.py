@@ -151,7 +151,7 @@ def _sizes(run: DryRun, packed: Mapping[str, float]) -> tuple[dict[str, Any], St
         "shard_rows": goal.shard_rows,
         "shards": layout.num_shards,
         "shards_to_do": len(shards),
-        "row_views_to_do": sum(shard.stop - shard.start for shard in shards),
+        "row_views_to_do": layout.num_new(shards),
         "bytes": whole.bytes,
         "new_bytes": added.bytes,
         "stored_bytes_per_row": round(whole.bytes_per_row, 1),
@@ -187,7 +187,7 @@ def _times(run: DryRun, found: Probe | None, workers: int) -> dict[str, Any]:
     if found is None:
         return {"seconds": _range(before), "time": time, "device_hours": None, "break_even_students": None}
     layout, shards = run.todo.layout, run.todo.shards
-    todo, rows = sum(shard.stop - shard.start for shard in shards), layout.num_images * layout.num_views
+    todo, rows = layout.num_new(shards), layout.num_images * layout.num_views
     filling = _fill_seconds(found, todo, len(shards), workers)
     seconds, before = before + found.start + filling, before + found.start
     whole = workers * float((before + _fill_seconds(found, rows, layout.num_shards, workers))[1])

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 
 from logitcache.cache.encodings.features import FeatureForm
+from logitcache.cache.format.appended import Appended
 from logitcache.cache.format.arrays import ArrayLayout
-from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry, recordable
+from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, StoredLogits, TeacherEntry
+from logitcache.cache.format.samples import packed_ids, recordable
 from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.snapshot import Snapshot
+from logitcache.cache.write.growth import NewImages
 from logitcache.cache.write.writer_locks import target_of
 from logitcache.planning.dry_run import DryRun
 from logitcache.runtime.device import to_device
@@ -21,6 +24,7 @@ from logitcache.teacher.answers import answers_of
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import Teacher
 from logitcache.views import canaries
+from logitcache.views.datasets.arranged import ArrangedImages
 from logitcache.views.datasets.base import Fingerprint, is_multi_label, names_digest
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views
@@ -68,7 +72,7 @@ def _bound(inputs: Inputs) -> DryRun:
             entry = entry.with_stored(cache.manifest.teachers[teacher.name])
         shapes = {name: tuple(values.shape[1:]) for name, values in examples[teacher.name].features.items()}
         entries[teacher.name] = _largest(entry, teacher, shapes)
-    goal = _new(recipe, views, entries, pixels.shape) if cache is None else _grown(recipe, cache, entries)
+    goal = _new(recipe, views, entries, pixels.shape) if cache is None else _grown(recipe, cache, entries, views)
     snapshot = Snapshot.as_described(store, goal, {} if cache is None else cache.records)
     every = set(snapshot.layout.shards())
     missing = {name: every - committed for name, committed in snapshot.committed().items()}
@@ -117,8 +121,14 @@ def _new(recipe: PrecomputeRecipe, views: Views, entries: dict[str, TeacherEntry
     )
 
 
-def _grown(recipe: PrecomputeRecipe, cache: Snapshot, entries: dict[str, TeacherEntry]) -> Manifest:
-    """Return the manifest that a cache grows to: more views, teachers and targets."""
-    views = cache.manifest.views.model_copy(update={"num_views": recipe.views.num_views})
-    packed = fit_to_pages(entries, cache.manifest.shard_rows)
-    return cache.manifest.model_copy(update={"views": views, "teachers": packed})
+def _grown(recipe: PrecomputeRecipe, cache: Snapshot, entries: dict[str, TeacherEntry], opened: Views) -> Manifest:
+    """Return the manifest that a cache grows to: more views, teachers and targets, or more images."""
+    recorded, ids = cache.manifest, opened.dataset.ids
+    views = recorded.views.model_copy(update={"num_views": recipe.views.num_views})
+    packed = fit_to_pages(entries, recorded.shard_rows)
+    grown = recorded.model_copy(update={"views": views, "teachers": packed})
+    if not isinstance(opened.dataset, ArrangedImages) or len(ids) == recorded.num_images:
+        return grown
+    fingerprint = recorded.fingerprint.model_copy(update={"num_images": len(ids), "ids": NOT_READ})
+    appended = Appended(first=recorded.first, id_bytes=len(packed_ids(ids)))
+    return NewImages.of(recorded, fingerprint, appended, recorded.canaries).added_to(grown)

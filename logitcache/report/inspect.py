@@ -48,6 +48,7 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
         "shards_committed": len(done),
         "bytes": snapshot.store.stored_bytes(),
         "images": manifest.num_images,
+        **({} if manifest.appended is None else {"first_images": manifest.first.num_images}),
         "views": manifest.views.num_views,
         "image_shape": list(manifest.image_shape),
         "shard_rows": manifest.shard_rows,
@@ -75,6 +76,7 @@ def _growing(snapshot: Snapshot) -> dict[str, Any] | None:
         return None
     return {
         "views": goal.views.num_views,
+        "images": goal.num_images,
         "targets": [f"{name}.{target}" for name, targets in goal.targets.items() for target in targets],
         "shards": begun.layout.num_shards,
         "shards_committed": len(begun.shards),

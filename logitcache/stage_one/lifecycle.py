@@ -12,6 +12,7 @@ from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.manifest_diff import extends, is_more
 from logitcache.cache.format.metadata import read_manifest, repair_skeleton
 from logitcache.cache.format.row_errors import BOUND
+from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.create import create_skeleton
 from logitcache.cache.write.error_summary import finish_growth, note_errors
 from logitcache.cache.write.growth import begin_growth, forget_growth
@@ -71,6 +72,7 @@ def _begin(todo: Todo, target: Path) -> None:
     """Create the cache at `target`, or repair all of it but the shards and note what it grows to."""
     assert todo.skeleton is not None
     manifest, samples, repairs = todo.skeleton
+    samples = samples.of(manifest)
     store, recorded, goal = todo.store, todo.recorded, todo.goal
     tables = {**repairs, **table_files(todo.layout, todo.tables)}
     if recorded is None:
@@ -83,7 +85,7 @@ def _begin(todo: Todo, target: Path) -> None:
     if alone(store):
         remove_leftovers(store.path)
     if is_more(goal, manifest):
-        begin_growth(store, goal, tables)
+        begin_growth(store, goal, tables | todo.skeleton.growing_ids(goal))
     store.remove(todo.damaged)
 
 
@@ -117,11 +119,14 @@ def _finish(todo: Todo, done: Done) -> list[Shard]:
         is_ours = done.shards == len(todo.shards)
         filled = todo.snapshot.reread(todo.shards) if is_ours else todo.snapshot.refreshed()
         recorded = read_manifest(store)
+        if filled.layout.staged is not None and recorded.num_images >= todo.goal.num_images:
+            filled = Snapshot.read(store)  # another process has finished the growth
         before = recorded.digest()
         committed = set(filled.shards)
         left = [shard for shard in filled.layout.shards() if shard not in committed]
         if not left and is_more(todo.goal, recorded) and extends(todo.goal, recorded):
-            finish_growth(filled)
+            assert todo.skeleton is not None
+            finish_growth(filled, todo.skeleton.grown_files(todo.goal))
             recorded = todo.goal
         elif not left and (cache := filled.of(recorded)).complete:
             note_errors(cache)

@@ -17,11 +17,15 @@ from logitcache.views.keys import ViewKey
 
 
 class RowBatch(NamedTuple):
-    """Some images of a group of shards, by index; the group is full after its last batch."""
+    """Some images of a group of shards, by index; the group is full after its last batch.
+
+    `place` is where the images are in the batch that teachers answer, if others come around them.
+    """
 
     group: ShardGroup
     images: Sequence[int]
     is_last: bool
+    place: int | None = None
 
     @property
     def keys(self) -> dict[Shard, list[ViewKey]]:
@@ -64,9 +68,9 @@ class Done:
     row_views: int = 0
     passes: int = 0
 
-    def count(self, shard: Shard) -> None:
+    def count(self, num_new: int) -> None:
         self.shards += 1
-        self.row_views += shard.stop - shard.start
+        self.row_views += num_new
 
     def add(self, other: "Done") -> None:
         """Count what a worker committed for this run."""
@@ -95,7 +99,7 @@ def fill(task: ShardTask, claims: Claims, done: Done) -> None:
                 pause()
                 for shard, rows in batch.group.rows.items() if batch.is_last else ():
                     writer.submit(shard, rows, functools.partial(claims.release, shard))
-                    done.count(shard)
+                    done.count(task.todo.layout.num_new([shard]))
             writer.flush()
     done.passes += task.passes - before
 

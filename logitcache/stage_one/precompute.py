@@ -19,6 +19,9 @@ from logitcache.cache.cache import Cache
 from logitcache.cache.format.arrays import Rows
 from logitcache.cache.format.layout import CHECKSUMS
 from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.replay import require_canaries
+from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.unreadable_images import note_unreadable
 from logitcache.config.trust import remember
 from logitcache.errors import DataError, MismatchError, RecipeError, caught
@@ -37,6 +40,7 @@ from logitcache.store.shards import Shard
 from logitcache.teacher.encoding import fill_rows
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 from logitcache.teacher.teacher import require_answers, take_recorded
+from logitcache.views.canaries import DEFAULT_LIMITS
 from logitcache.views.checksums import require_rows, row_checksums
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
@@ -66,31 +70,66 @@ class PrecomputeTask(ShardTask):
 
     def num_batches(self, shard: Shard) -> int:
         """Count the batches of the group that a shard is in."""
-        return -(-(shard.stop - shard.start) // self._inputs.recipe.batch_size)
+        return sum(1 for _ in self._cuts(shard))
 
     def batches(self, group: ShardGroup) -> Iterator[RowBatch]:
         """Cut a group into batches of images; a teacher's batch is the same whatever is rendered with it.
 
         Partners in one shard come together, so that each is decoded once.
         """
-        size, first = self._inputs.recipe.batch_size, next(iter(group.missing))
+        first = next(iter(group.missing))
         partners = self._answered.spec.partners(len(self._answered.dataset.ids))
         indices = np.arange(first.start, first.stop)
         if partners is not None:
             indices = indices[np.argsort(partners.places(np.full_like(indices, first.view), indices))]
-        for start in range(0, len(indices), size):
-            yield RowBatch(group, indices[start : start + size].tolist(), start + size >= len(indices))
+        for start, stop, place in self._cuts(first):
+            yield RowBatch(group, indices[start:stop].tolist(), stop == len(indices), place)
+
+    def _cuts(self, shard: Shard) -> Iterator[tuple[int, int, int | None]]:
+        """Yield where the batches of a shard begin and end, and the place of the rows in what teachers answer.
+
+        Appended images are answered in whole batches of the shard, with copies in the place of others: what is kept of
+        one depends neither on which runs appended images nor on which came with it.
+        """
+        size, num_rows = self._inputs.recipe.batch_size, shard.stop - shard.start
+        num_first = min(max(0, self.todo.goal.first.num_images - shard.start), num_rows)
+        num_known = self.todo.layout.num_known(shard)
+        for start in range(0, num_first, size) if not num_known else ():
+            yield start, min(start + size, num_first), None
+        for cell in range(num_first // size * size, num_rows, size):
+            start, stop = max(cell, num_first, num_known), min(cell + size, num_rows)
+            if start < stop:
+                yield start, stop, start - cell
+
+    @cached_property
+    def _recorded(self) -> Snapshot:
+        """The cache as its root describes it, while it grows."""
+        return Snapshot.read(self.todo.store)
+
+    def _take_over(self, group: ShardGroup) -> None:
+        """Copy the rows that a shard has already, if images are appended to it."""
+        for shard, rows in group.rows.items():
+            if not (num_known := self.todo.layout.num_known(shard)):
+                continue
+            arrays = {array.name: array for array in self._recorded.layout.arrays}
+            for name, values in rows.items():
+                known = self._recorded.array(arrays[name]).rows(shard._replace(stop=shard.start + num_known))
+                values[: len(known)] = known
 
     def fill(self, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
         """Render each batch ahead, and fill its rows with what the teachers answer."""
         ours, ahead = itertools.tee(batches)
         images = self._loader.render(_flat(batch.keys) for batch in ahead)
+        group = None
         for batch in ours:
+            if batch.group is not group:
+                group = batch.group
+                self._take_over(group)
             began, keys = time.perf_counter(), batch.keys
             rendered = self._next(images, keys)
             self.waited += time.perf_counter() - began
             for (shard, some), pixels in zip(keys.items(), rendered.chunk(len(keys)), strict=True):
-                self._fill(batch.group.rows[shard], shard, some, pixels)
+                self._fill(batch.group.rows[shard], shard, some, pixels, batch.place)
             yield batch
 
     def close(self) -> None:
@@ -108,22 +147,28 @@ class PrecomputeTask(ShardTask):
                 note_unreadable(self.todo.store, [index for index in named if caught(functools.partial(read, index))])
             raise
 
-    def _fill(self, rows: Rows, shard: Shard, keys: Sequence[ViewKey], images: Tensor) -> None:
+    def _fill(
+        self, rows: Rows, shard: Shard, keys: Sequence[ViewKey], images: Tensor, place: int | None = None
+    ) -> None:
         """Fill the rows of a batch of one shard, uint8 [B, C, H, W], in the arrays that it lacks.
 
         Where only further teachers answer, the views must be those that the others have seen.
         """
         dataset, todo = self._inputs.views.dataset, self.todo
         indices = np.array([key.index for key in keys])
-        places, ids = indices - shard.start, [dataset.ids[index] for index in indices]
-        pixels = to_device(images, self._inputs.device)
-        labels = to_device(torch.from_numpy(dataset.labels[indices]), self._inputs.device)
+        places, kept = indices - shard.start, None if place is None else slice(place, place + len(keys))
+        whole = np.arange(len(keys)) if place is None else np.zeros(self._inputs.recipe.batch_size, np.int64)
+        whole[kept or slice(None)] = np.arange(len(keys))
+        asked = [keys[row] for row in whole.tolist()]
+        ids = [dataset.ids[key.index] for key in asked]
+        pixels = to_device(images if kept is None else images[torch.from_numpy(whole)], self._inputs.device)
+        labels = to_device(torch.from_numpy(dataset.labels[indices[whole]]), self._inputs.device)
         for teacher in self._inputs.teachers:
             groups = [group for group in todo.layout.of(teacher.name) if group.arrays[0].name in rows]
             if groups:
-                answers, entry = teacher(pixels, labels, keys), todo.goal.teachers[teacher.name]
+                answers, entry = teacher(pixels, labels, asked), todo.goal.teachers[teacher.name]
                 require_answers(teacher, answers, entry, ids)
-                fill_rows(rows, places, todo.codecs, entry, groups, answers, lambda row: f"image {ids[row]!r}")
+                fill_rows(rows, places, todo.codecs, entry, groups, answers, lambda row: f"image {ids[row]!r}", kept)
         self._record_views(rows, shard, keys, places, images)
 
     def _record_views(
@@ -138,7 +183,7 @@ class PrecomputeTask(ShardTask):
                     if array.suffix == CHECKSUMS
                     else self._inputs.views.spec.rows(keys, self._sizes[places + shard.start], len(dataset.ids))
                 )
-        elif recorded is not None and shard.view < self.todo.num_recorded:
+        elif recorded is not None and shard.view < self.todo.num_recorded and self.todo.has_checksums(shard):
             require_rows(images, keys, recorded(keys), dataset.ids)
 
     @cached_property
@@ -233,7 +278,8 @@ def open_precompute_task(recipe: PrecomputeRecipe, goal: Manifest, num_recorded:
     with open_inputs(recipe) as inputs:
         cache = Cache(open_same(recipe.cache, goal))
         cache.require_dataset(inputs.views.dataset)
-        cache.require_canaries(inputs.views)
+        store = cache.snapshot.store
+        require_canaries(store, read_manifest(store), inputs.views, "strict", DEFAULT_LIMITS)
         for teacher in inputs.teachers:
             entry = goal.teachers[teacher.name]
             here, wanted = weights_digest(teacher.classifier.module), entry.weights

@@ -9,25 +9,34 @@ from typing import NamedTuple
 import torch
 
 from logitcache.cache.cache import Cache
+from logitcache.cache.format.appended import Appended
 from logitcache.cache.format.derivation import require_not_derived
 from logitcache.cache.format.layout import CHECKSUMS, Layout
-from logitcache.cache.format.manifest import Manifest, TeacherEntry, recordable
+from logitcache.cache.format.manifest import Manifest, TeacherEntry
 from logitcache.cache.format.manifest_diff import extends, is_more, require_growth
 from logitcache.cache.format.metadata import ROOT
-from logitcache.cache.format.samples import Samples
+from logitcache.cache.format.samples import Samples, recordable
 from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.read.row_sources import RecordedRows
 from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.replay import require_same_images
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import damaged
-from logitcache.cache.write.growth import grown, read_growth
+from logitcache.cache.write.growth import GROWING_IDS, grown, read_growth
 from logitcache.cache.write.unreadable_images import with_repaired_images
 from logitcache.classifier import PLAIN
 from logitcache.models import weights_digest
 from logitcache.runtime.console import logger
 from logitcache.runtime.versions import versions
 from logitcache.stage_one.inputs import Inputs
+from logitcache.stage_one.new_images import (
+    appended_of,
+    calibrated,
+    canary_keys,
+    first_of,
+    require_images_alone,
+    with_ids,
+)
 from logitcache.store.base import Store
 from logitcache.store.shards import Shard
 from logitcache.targets import Targets
@@ -37,6 +46,7 @@ from logitcache.teacher.fitting import Tables, fit, refit_damaged_tables
 from logitcache.teacher.speed import settle_variants
 from logitcache.teacher.teacher import Teacher, TeacherSource
 from logitcache.views import canaries
+from logitcache.views.datasets.arranged import ArrangedImages
 from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation
 from logitcache.views.keys import ViewKey
 
@@ -47,6 +57,14 @@ class Skeleton(NamedTuple):
     manifest: Manifest
     samples: Samples
     repairs: Mapping[str, bytes]
+
+    def grown_files(self, goal: Manifest) -> dict[str, bytes]:
+        """Return the files of the samples of the images of `goal`, by key, if it has more."""
+        return self.samples.of(goal).files() if goal.num_images != self.manifest.num_images else {}
+
+    def growing_ids(self, goal: Manifest) -> dict[str, bytes]:
+        """Return the file of the ids of the images of `goal`, by key, if it has more."""
+        return {GROWING_IDS: self.samples.ids} if goal.num_images != self.manifest.num_images else {}
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,11 @@ class Todo:
         arrays = {array.suffix: array for array in self.layout.views_arrays}
         return RecordedRows(self.snapshot.array(arrays[CHECKSUMS])) if CHECKSUMS in arrays else None
 
+    def has_checksums(self, shard: Shard) -> bool:
+        """Whether the checksums of a shard were recorded before."""
+        views = self.layout.views
+        return views is not None and self.snapshot.records[views.name].of(views.arrays[0].number_of(shard)) is not None
+
 
 def find_todo(inputs: Inputs, most_rows: int | None = None) -> Todo:
     """Describe the recipe's new cache, or compare the existing one with the recipe; writes nothing.
@@ -127,7 +150,9 @@ def find_todo(inputs: Inputs, most_rows: int | None = None) -> Todo:
         return _new(inputs, most_rows)
     recorded = Snapshot.read(inputs.store)
     require_not_derived(recorded.manifest, str(inputs.store))
-    if recorded.manifest.num_images != len(inputs.views.dataset.ids):
+    if recorded.manifest.num_images != len(inputs.views.dataset.ids) and not isinstance(
+        inputs.views.dataset, ArrangedImages
+    ):
         require_same_images(inputs.store, recorded.manifest, inputs.views.dataset)
     return _existing(inputs, recorded, most_rows)
 
@@ -165,25 +190,29 @@ def _new(inputs: Inputs, most_rows: int | None) -> Todo:
 def _existing(inputs: Inputs, recorded: Snapshot, most_rows: int | None) -> Todo:
     recipe, store, views, root = inputs.recipe, inputs.store, inputs.views, recorded.manifest
     growing = recorded.growing()
-    keys = [ViewKey(canary.view, canary.index) for canary in root.canaries]
-    tried = _try_canaries(inputs, keys, growing.manifest.teachers)
-    wanted = _manifest(inputs, tried.entries, tried, recipe.shard_rows or root.shard_rows)
+    tried = _try_canaries(inputs, canary_keys(root, len(views.dataset.ids)), growing.manifest.teachers)
+    samples = with_ids(tried.samples, views.dataset, root)
+    shard_rows, appended = recipe.shard_rows or root.shard_rows, appended_of(root, samples)
+    wanted = _manifest(inputs, tried.entries, tried, shard_rows, appended)
     wanted = wanted.model_copy(update={"views": recipe.views})
+    require_images_alone(root, wanted, str(store))
     held: set[Shard] = set().union(*growing.committed().values())
-    manifest = with_repaired_images(store, root, wanted, tried.samples.digests, held)
+    manifest = with_repaired_images(store, root, wanted, samples.digests, held)
     cache = Cache(growing.of(manifest))
-    cache.require_dataset(views.dataset)
+    cache.require_dataset(first_of(views.dataset, manifest.num_images))
     goal = _goal(cache.snapshot, wanted)
-    if manifest.canaries != wanted.canaries:
+    if manifest.canaries != wanted.canaries[: len(manifest.canaries)]:
         cache.require_canaries(views)
 
-    def fit_again(entries: Mapping[str, TeacherEntry], num_views: int | None, rows: int) -> Tables:
-        return fit(recipe, views, inputs.teachers, entries, tried.examples, num_views, recorded_rows=rows)[1]
+    sample = calibrated(views, root)
 
-    skeleton = Skeleton(manifest, tried.samples, refit_damaged_tables(store, goal, fit_again))
+    def fit_again(entries: Mapping[str, TeacherEntry], num_views: int | None, rows: int) -> Tables:
+        return fit(recipe, sample, inputs.teachers, entries, tried.examples, num_views, recorded_rows=rows)[1]
+
+    skeleton = Skeleton(manifest, samples, refit_damaged_tables(store, goal, fit_again))
     tables: Tables = {}
     if is_more(goal, manifest):
-        entries, tables = fit(recipe, views, inputs.teachers, goal.teachers, tried.examples, most_rows=most_rows)
+        entries, tables = fit(recipe, sample, inputs.teachers, goal.teachers, tried.examples, most_rows=most_rows)
         goal = goal.model_copy(update={"teachers": fit_to_pages(entries, goal.shard_rows)})
     return Todo.compare(cache.snapshot.of(goal), root, skeleton, manifest.views.num_views, tables)
 
@@ -204,7 +233,9 @@ def _goal(cache: Snapshot, wanted: Manifest) -> Manifest:
     raise AssertionError("it neither extends the cache nor differs from it")
 
 
-def _manifest(inputs: Inputs, entries: dict[str, TeacherEntry], tried: _Tried, shard_rows: int) -> Manifest:
+def _manifest(
+    inputs: Inputs, entries: dict[str, TeacherEntry], tried: _Tried, shard_rows: int, appended: Appended | None = None
+) -> Manifest:
     recipe, dataset, shape = inputs.recipe, inputs.views.dataset, tried.samples.canaries.shape
     warn_of_orientation(dataset)
     return Manifest(
@@ -222,6 +253,7 @@ def _manifest(inputs: Inputs, entries: dict[str, TeacherEntry], tried: _Tried, s
         canaries=tried.records,
         versions=versions(),
         class_names=recordable(dataset.class_names),
+        appended=appended,
     )
 
 

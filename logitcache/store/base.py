@@ -47,6 +47,10 @@ class Store(ABC):
         Raises FileNotFoundError, and CacheError for a larger file and for anything but a regular one.
         """
 
+    @abstractmethod
+    def read_first(self, key: str, size: int) -> bytes:
+        """Read the first `size` bytes of a file that is no shard; raises as `read` does."""
+
     def holds(self, key: str, data: bytes) -> bool:
         """Whether a file that is no shard has these bytes."""
         try:
@@ -61,6 +65,10 @@ class Store(ABC):
     @abstractmethod
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Write a file so that readers see the old bytes or the new ones."""
+
+    @abstractmethod
+    def rewrite(self, key: str, data: bytes) -> None:
+        """Write a small file on which processes hold locks: here it stays the same file."""
 
     @abstractmethod
     def remove(self, keys: Iterable[str]) -> None:

@@ -37,6 +37,10 @@ def download(remote: Remote, shard: StoredShard) -> bytes:
             reason = shard.wrong_digest(shard.sound_digest(io.BytesIO(data)), str(remote))
             if reason is None:
                 return data
+    if shard.longer is not None:
+        with suppress(FileNotFoundError, RemoteError):
+            if (restored := shard.restored(remote.read(shard.key, most=shard.longer.most))) is not None:
+                return restored
     raise CacheError(
         f"{remote} is damaged: {reason}, or it has changed since it was opened.\n"
         f"  Fix: open it again; `logitcache verify {remote} --repair RECIPE` writes just what is damaged again"

@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -46,6 +47,11 @@ class LocalStore(Store):
         """Read a file."""
         return read_below(self.path, key, most)
 
+    def read_first(self, key: str, size: int) -> bytes:
+        """Read the first bytes of a file."""
+        with open(open_below(self.path, key), "rb") as file:
+            return file.read(size)
+
     def exists(self, key: str) -> bool:
         """Whether there is a regular file."""
         return regular_size(inside(self.path, key)) is not None
@@ -53,6 +59,14 @@ class LocalStore(Store):
     def write(self, key: str, data: bytes | memoryview) -> None:
         """Write a file, whole or not at all."""
         write_atomically(inside(self.path, key), data)
+
+    def rewrite(self, key: str, data: bytes) -> None:
+        """Write a small file in place, by one call."""
+        path = inside(self.path, key)
+        with explained(path), open(path, "r+b", buffering=0) as file:
+            file.write(data)
+            file.truncate()
+            os.fsync(file.fileno())
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove files."""
@@ -92,7 +106,17 @@ class LocalStore(Store):
             found[number] = shards[number].wrong_digest(digest.tobytes(), self._name)
             if found[number] is None and _mark(shards[number], status) == _mark(shards[number], before[number]):
                 self._known[shards[number].key] = _mark(shards[number], status)
+        for number, shard in enumerate(shards):
+            if found[number] is not None and self._restored(shard) is not None:
+                found[number] = None
         return found
+
+    def _restored(self, shard: StoredShard) -> bytes | None:
+        """Return the recorded bytes of a last shard, in whose place lies a longer one; None if none does."""
+        if shard.longer is not None:
+            with suppress(FileNotFoundError, CacheError), open(open_below(self.path, shard.key), "rb") as file:
+                return shard.restored(file.read(shard.longer.most + 1))
+        return None
 
     def ensure(self, shards: Sequence[StoredShard], ahead: Sequence[StoredShard] = ()) -> None:
         """Do nothing: all files are here."""
@@ -109,11 +133,19 @@ class LocalStore(Store):
                 os.lseek(descriptor, 0, os.SEEK_SET)
                 if text is None and _mark(shard, os.fstat(descriptor)) == _mark(shard, status):
                     self._known[shard.key] = _mark(shard, status)
-            if text is not None:
-                raise CacheError(text)
         except BaseException:
             os.close(descriptor)
             raise
+        if text is None:
+            return descriptor
+        os.close(descriptor)
+        if (data := self._restored(shard)) is None:
+            raise CacheError(text)
+        with tempfile.TemporaryFile() as file:  # without a name
+            file.write(data)
+            file.flush()
+            descriptor = os.dup(file.fileno())
+        os.lseek(descriptor, 0, os.SEEK_SET)
         return descriptor
 
     def read_shard(self, shard: StoredShard, *, keep: bool = True) -> bytes:
@@ -122,6 +154,8 @@ class LocalStore(Store):
             text = shard.wrong_size(os.fstat(file.fileno()).st_size, self._name)
             data = file.read(shard.size) if text is None else b""
         text = text or shard.wrong_digest(shard.sound_digest(io.BytesIO(data)), self._name)
+        if text is not None and (restored := self._restored(shard)) is not None:
+            return restored
         if text is not None:
             raise CacheError(text)
         return data

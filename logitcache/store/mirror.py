@@ -119,6 +119,12 @@ class Mirror(Store):
         self.put(key, data)
         return data
 
+    def read_first(self, key: str, size: int) -> bytes:
+        """Read the first bytes of a file, from the storage unless it is here."""
+        with contextlib.suppress(FileNotFoundError):
+            return self._local.read_first(key, size)
+        return self.remote.read_range(key, 0, size)
+
     def stored(self, key: str, most: int) -> bytes:
         """Read a file of at most `most` bytes from the storage; raises as `read` does."""
         try:
@@ -144,6 +150,11 @@ class Mirror(Store):
             self.put(key, data)
         elif len(data) <= self.limit:
             self.put(key, data, self._folder.reserved(len(data)))
+
+    def rewrite(self, key: str, data: bytes) -> None:
+        """Write a small file to the storage, then to the mirror, in place."""
+        self.remote.write(key, data)
+        self._local.rewrite(key, data)
 
     def remove(self, keys: Iterable[str]) -> None:
         """Remove files from the storage, then from the mirror."""
@@ -183,6 +194,11 @@ class Mirror(Store):
         digests = object_digests(self.remote, [shards[number] for number in sound], listed, fresh=fresh)
         for number, digest in zip(sound, digests, strict=True):
             found[number] = None if digest is None else shards[number].wrong_digest(digest, str(self))
+        for number, shard in enumerate(shards):
+            if found[number] is not None and shard.longer is not None:
+                with contextlib.suppress(CacheError, RemoteError):
+                    download(self.remote, shard)
+                    found[number] = None
         return found
 
     def ensure(self, shards: Sequence[StoredShard], ahead: Sequence[StoredShard] = ()) -> None:

@@ -1,6 +1,7 @@
 """Shards as a store sees them: the key of a shard's bytes, and the commit record that these bytes must match."""
 
 import hashlib
+import io
 import re
 from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
@@ -57,10 +58,21 @@ class Shard(NamedTuple):
         return f"view {self.view} rows {self.start}..{self.stop}"
 
 
+class Longer(NamedTuple):
+    """How the bytes of the last shard of a view are made of those of the longer one that takes its place.
+
+    `shorten` returns None unless images were appended to the cache; the longer shard has at most `most` bytes.
+    """
+
+    most: int
+    shorten: Callable[[bytes], bytes | None]
+
+
 class StoredShard(NamedTuple):
     """One array's bytes of one shard, and the record that commits them.
 
-    The first `float_bytes`, which are whole rows of `row_bytes`, must pass `is_finite`.
+    The first `float_bytes`, which are whole rows of `row_bytes`, must pass `is_finite`. A `longer` one may take the
+    place of the last shard of a view.
     """
 
     key: str
@@ -69,6 +81,7 @@ class StoredShard(NamedTuple):
     row_bytes: int
     float_bytes: int
     is_finite: Callable[[bytes], bool]
+    longer: Longer | None = None
 
     @property
     def size(self) -> int:
@@ -98,6 +111,13 @@ class StoredShard(NamedTuple):
     def matches(self, digest: bytes) -> bool:
         """Whether the record commits bytes with this `sound_digest`."""
         return seal(digest, self.key) == self.record[SIZE_BYTES:]
+
+    def restored(self, found: bytes) -> bytes | None:
+        """Return the recorded bytes, made of those of the longer shard in their place; None if these are others."""
+        data = None if self.longer is None or len(found) > self.longer.most else self.longer.shorten(found)
+        if data is None or self.wrong_size(len(data), "") or not self.matches(self.sound_digest(io.BytesIO(data))):
+            return None
+        return data
 
     def wrong_size(self, size: int | None, where: str) -> str | None:
         """Return how a size differs from the record, None if it does not; `size` is None for no regular file."""

@@ -90,9 +90,14 @@ def views_of(
     )
 
 
-def lesson_of(recipe: StudentRecipe, cache: Cache, pairing: Pairing | None = None) -> Lesson:
-    """Return what a cache asks of a student; raises if it, the losses and the ensembles do not belong together."""
-    held, learned = held_teachers(cache), learned_images(recipe, cache, pairing)
+def lesson_of(
+    recipe: StudentRecipe, cache: Cache, pairing: Pairing | None = None, absent: Ints | None = None
+) -> Lesson:
+    """Return what a cache asks of a student; raises if it, the losses and the ensembles do not belong together.
+
+    `absent` are the images that are left out.
+    """
+    held, learned = held_teachers(cache), learned_images(recipe, cache, pairing, absent)
     every = cache.labels if pairing is None else cache.labels[pairing.sources]
     labels = every if learned is None else every[learned]
     raise_all(
@@ -117,16 +122,27 @@ def share_held_out(recipe: TrainingRecipe) -> float | None:
     return None if recipe.validation is None else recipe.validation.split
 
 
-def learned_images(recipe: StudentRecipe, cache: Cache, pairing: Pairing | None) -> Ints | None:
+def learned_images(
+    recipe: StudentRecipe, cache: Cache, pairing: Pairing | None, absent: Ints | None = None
+) -> Ints | None:
     """Return the indices of the images that a student learns from; None if it learns from all.
 
     Raises RecipeError if none are held out, or all, or if a loss remembers those that are.
     """
     share, matched = share_held_out(recipe), None if pairing is None else pairing.matched
+    if absent is not None:
+        if cache.manifest.views.mixing:
+            raise RecipeError(
+                f"without: {cache.location} mixes each image with another, which needs both. Fix: put the images back"
+            )
+        matched = np.setdiff1d(np.arange(len(cache)), absent)
+        if not len(matched):
+            raise RecipeError(f"without: no image of {cache.location} is left. Fix: name their place by `dataset:`")
     if share is None and matched is None:
         return None
     if lasting := [loss.kind for loss in recipe.losses if loss.remembers_rows]:
-        fix = "leave out validation.split" if share is not None else "pairs of all images"
+        fix = "pairs of all images" if absent is None else "put the images back"
+        fix = "leave out validation.split" if share is not None else fix
         raise RecipeError(f"{lasting} remember every image, left out or not. Fix: {fix}")
     if share is None:
         return matched

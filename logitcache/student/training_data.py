@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from logitcache.cache.cache import Cache, open_uncompared
-from logitcache.cache.pairs.record import Pairing
+from logitcache.cache.pairs.record import Pairing, numbers_digest
 from logitcache.errors import RecipeError, TargetErrorWarning
+from logitcache.runtime.console import logger
 from logitcache.runtime.device import resolve_device
 from logitcache.student.compatibility import asked_targets, held_teachers, inexact_targets
 from logitcache.student.ensembles import Ensemble, with_ensembles
@@ -22,14 +23,17 @@ from logitcache.student.lesson import (
     lesson_of_images,
     pairing_of,
     require_live,
+    share_held_out,
     views_of,
 )
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.targets import Batch
 from logitcache.views.datasets import open_dataset
+from logitcache.views.datasets.arranged import ArrangedImages
 from logitcache.views.datasets.base import fingerprint, warn_of_orientation
 from logitcache.views.epochs import EpochLoader, no_targets
+from logitcache.views.partners import Ints
 from logitcache.views.spec import Views
 
 
@@ -85,6 +89,7 @@ class CachedData:
     images: object | None
     live: LiveTargets | None = None
     pairing: Pairing | None = None
+    absent: Ints | None = None
 
     @classmethod
     def open(
@@ -95,11 +100,23 @@ class CachedData:
         targets = cache.manifest.targets
         if not begun:
             require_live(recipe, cache)
-        elif begun.get("teachers", list(targets)) != list(targets) and targets.keys() >= {*begun["teachers"]}:
+        elif cache.manifest.appended is not None:
+            cache = cache.first(begun.get("num_images", cache.manifest.first.num_images))
+        if begun and begun.get("teachers", list(targets)) != list(targets) and targets.keys() >= {*begun["teachers"]}:
             cache = cache.only({name: targets[name] for name in begun["teachers"]})  # without those that came later
         # Another cache may have fewer views: the identity differs then.
         num_views = min(begun.get("num_views", recipe.num_views or cache.num_views), cache.num_views)
-        return cls(cache, num_views, images, live, pairing_of(recipe, cache))
+        if not recipe.without:
+            return cls(cache, num_views, images, live, pairing_of(recipe, cache))
+        if recipe.pairing is not None or share_held_out(recipe) is not None:
+            other = "validation.split" if recipe.pairing is None else "pairing"
+            raise RecipeError(
+                f"without leaves out images of the cache, which {other} takes. Fix: leave out one of both"
+            )
+        there = cache.open_images(images, recipe.trust, recipe.without)
+        assert isinstance(there, ArrangedImages)
+        logger.info(f"{len(there.absent)} images of {recipe.cache} are left out")
+        return cls(cache, num_views, there, live, absent=there.absent)
 
     @cached_property
     def _held(self) -> Mapping[str, Any]:
@@ -107,7 +124,7 @@ class CachedData:
 
     def lesson(self, recipe: StudentRecipe) -> Lesson:
         """Return the lesson of a student; raise if its losses do not fit the cache."""
-        return lesson_of(recipe, self.cache, self.pairing)
+        return lesson_of(recipe, self.cache, self.pairing, self.absent)
 
     def read_by(self, recipes: Sequence[StudentRecipe]) -> Cache:
         """Return the cache with the targets that losses ask for; nothing else is compared with its records, or read."""
@@ -124,7 +141,9 @@ class CachedData:
             "num_views": self.num_views,
             "teachers": list(self.cache.manifest.teachers),
             "online": self.live is not None,
+            **_grown(self.cache),
             **({} if self.pairing is None else self.pairing.identity()),
+            **({} if self.absent is None else {"without": numbers_digest(self.absent)}),
         }
 
     def stream(self, recipes: Sequence[StudentRecipe], ranks: Ranks = ALONE) -> Stream:
@@ -143,7 +162,7 @@ class CachedData:
             ranks,
             targets_of=cache.rows if self.live is None else no_targets,
             checksums_of=cache.checksums_of(first.verify) if self.pairing is None else None,
-            images=learned_images(first, cache, self.pairing),
+            images=learned_images(first, cache, self.pairing, self.absent),
             shuffle_block=blocks.pop(),
         )
         if self.live is not None:
@@ -159,6 +178,12 @@ class CachedData:
         """Load the teacher's own images beside the paired ones."""
         views = views_of(cache, recipe.teacher_dataset, recipe, recipe.replay)
         return _loader(recipe, views, ranks, checksums_of=cache.checksums_of(recipe.verify))
+
+
+def _grown(cache: Cache) -> dict[str, int]:
+    """Return the number of images if some were appended: a run continues on those that it began with."""
+    manifest = cache.manifest
+    return {"num_images": len(cache)} if manifest.num_images > manifest.first.num_images else {}
 
 
 @dataclass(frozen=True)

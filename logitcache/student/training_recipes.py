@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from logitcache.cache.cache import Replay
+from logitcache.cache.image_order import Without
 from logitcache.config.recipe import NOWHERE, Component, Count, Name, Positive
 from logitcache.config.trust import Trust
 from logitcache.errors import RecipeError, raise_all
@@ -207,9 +208,7 @@ class StudentRecipe(TrainingRecipe):
 
     stand_ins: ClassVar[dict[str, object]] = TrainingRecipe.stand_ins | {"cache": NOWHERE}
 
-    cache: str = Field(
-        description="Cache to learn from, a folder or a URL.", examples=["caches/fashion_mnist/train.zarr"]
-    )
+    cache: str = Field(description="Cache to learn from, a folder or a URL.", examples=["caches/photos.zarr"])
     num_views: Count | None = Field(
         default=None,
         description="Number of the cache's first views to use; by default those that it has when the run begins. A "
@@ -222,6 +221,7 @@ class StudentRecipe(TrainingRecipe):
         "the same images. By default stage one's.",
         examples=[{"kind": "image_folder", "root": "/data/photos"}],
     )
+    without: Without = ()
     pairing: str | None = Field(
         default=None,
         description="Folder that `logitcache pair` wrote: the student learns from the paired images, and `dataset` is "

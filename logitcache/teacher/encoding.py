@@ -33,10 +33,12 @@ def fill_rows(
     groups: Sequence[ArrayGroup],
     answers: Targets,
     name_of: Callable[[int], str],
+    kept: slice | None = None,
 ) -> None:
     """Encode a batch's answers on the device they are on, and copy what `groups` keep to their places in a shard.
 
-    Raises DataError naming, as `name_of` does, the first row that cannot be encoded, or does not fit its stored dtype.
+    Of the rows of the batch only `kept` ones are copied, by default all. Raises DataError naming, as `name_of` does,
+    the first row that cannot be encoded, or does not fit its stored dtype.
     """
     encoded = _encode(codecs, entry, groups, answers, name_of)
     for target, (arrays, _) in encoded.items():
@@ -44,9 +46,9 @@ def fill_rows(
     for group in groups:
         arrays, errors = encoded[group.target]
         for array in group.rows:
-            rows[array.name][places] = arrays[array.suffix].cpu().numpy()
+            rows[array.name][places] = arrays[array.suffix][kept or slice(None)].cpu().numpy()
         if group.errors is not None and errors is not None:
-            count_errors(rows[group.errors.name][0], errors)
+            count_errors(rows[group.errors.name][0], errors[:, kept or slice(None)], by_row=kept is not None)
 
 
 def _require_fits(

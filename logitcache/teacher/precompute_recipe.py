@@ -1,6 +1,6 @@
 """The recipe of stage one."""
 
-from typing import Annotated, ClassVar, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -35,6 +35,12 @@ class PrecomputeRecipe(Component):
         default={},
         description="Teachers, by names of your own; may be left out only if `lc.precompute` is given the modules.",
         examples=[{"resnet50": {"model": {"kind": "timm", "name": "resnet50.a1_in1k"}}}],
+    )
+    new_images: Literal["refuse", "append"] = Field(
+        default="refuse",
+        description="What to do with images of the data set that the cache does not have. `append` adds them in their "
+        "order after those of the cache, and only they are answered; `refuse` takes the data set for another one. "
+        "Mixed views grow by whole windows of `pairing_window` images.",
     )
     batch_size: Count = Field(default=256, description="Images of a forward pass.")
     num_workers: Annotated[int, Field(ge=0)] = Field(

@@ -34,6 +34,7 @@ STREAMS = {
     "held_out": 17,
     "shuffled_pairs": 18,
     "synthesis": 19,
+    "appended_canary": 20,
 }
 """What the words are for. Append only: a number, once used, keeps its meaning."""
 

@@ -7,67 +7,35 @@ from functools import cached_property
 from typing import Annotated
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.errors import DataError
 from logitcache.views.augmentations.base import AugmentationBase, Ints, Scale, rescaled_boxes
 from logitcache.views.augmentations.blur import GaussianBlur
 from logitcache.views.augmentations.color import ColorJitter, RandomGrayscale
-from logitcache.views.datasets.base import ImageDataset, Labels, read_images
-from logitcache.views.datasets.images.ids import PackedIds
+from logitcache.views.datasets.arranged import ABSENT, ArrangedImages
+from logitcache.views.datasets.base import ImageDataset, Labels
 from logitcache.views.keys import Draws, ViewKey, columns_of
 from logitcache.views.mixing import Mixture
 from logitcache.views.spec import ViewSpec
 
-UNPAIRED = -1
+UNPAIRED = ABSENT
 """Place of an image that has no pair."""
 
 Color = Annotated[ColorJitter | RandomGrayscale | GaussianBlur, Field(discriminator="kind")]
 """A change of colour, which paired images have of their own."""
 
 
-class PairedImages:
-    """Images in the order of those that a teacher saw, with the labels of these: an `ImageDataset`.
+def paired_images(
+    images: ImageDataset, rows: Ints, labels: Labels, num_classes: int | None, class_names: tuple[str, ...] | None
+) -> ArrangedImages:
+    """Return images in the order of those that a teacher saw, with the labels of these.
 
     `rows` [N] are the places of the paired images in `images`, UNPAIRED for none.
     """
-
-    def __init__(
-        self,
-        images: ImageDataset,
-        rows: Ints,
-        labels: Labels,
-        num_classes: int | None,
-        class_names: tuple[str, ...] | None,
-    ) -> None:
-        self._images, self._rows = images, rows
-        self.labels, self.num_classes, self.class_names = labels, num_classes, class_names
-        ids = images.ids
-        self.ids: Sequence[str] = PackedIds("" if row == UNPAIRED else ids[row] for row in rows.tolist())
-
-    def _row(self, index: int) -> int:
-        row = int(self._rows[index])
-        if row == UNPAIRED:
-            raise DataError(f"image {index} of the cache has no paired image. Fix: leave it out")
-        return row
-
-    def read(self, index: int) -> Tensor:
-        """Return the image that is paired with one of the teacher's."""
-        return self._images.read(self._row(index))
-
-    def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return several, read together if the data set offers that."""
-        return read_images(self._images, [self._row(index) for index in indices])
-
-    def sizes(self) -> NDArray[np.int64]:
-        """Return height and width of each paired image, [N, 2]; those of an image without one mean nothing."""
-        return np.asarray(self._images.sizes(), np.int64)[self._rows]
-
-    def digests(self) -> NDArray[np.uint64]:
-        """Return the digests of the paired images, [N]; those of an image without one mean nothing."""
-        return self._images.digests()[self._rows]
+    ids = images.ids
+    names = ["" if row == UNPAIRED else ids[row] for row in rows.tolist()]
+    return ArrangedImages(images, rows, names, labels, num_classes, class_names, "has no paired image")
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,15 @@ MIN_SIDE = 3  # of the grid: smaller ones would favour some pairs
 
 
 class Partners(NamedTuple):
-    """Partners within windows of `window` consecutive images; of a window of odd size one image stays alone."""
+    """Partners within windows of `window` consecutive images; of a window of odd size one image stays alone.
+
+    Images that were appended to the `num_first` ones of a cache fill windows of their own.
+    """
 
     seed: int
     num_images: int
     window: int
+    num_first: int | None = None
 
     def partners(self, views: Ints, indices: Ints) -> Ints:
         """Return the partner of each image [B] in its view; an image that stays alone is its own."""
@@ -43,8 +47,13 @@ class Partners(NamedTuple):
 
     def _windows(self, indices: Ints) -> tuple[Ints, Ints]:
         """Return the first image and the number of images of each one's window."""
-        starts = indices - indices % self.window
-        return starts, np.minimum(self.window, self.num_images - starts)
+        if self.num_first is None:
+            starts = indices - indices % self.window
+            return starts, np.minimum(self.window, self.num_images - starts)
+        begin = np.where(indices < self.num_first, 0, self.num_first)
+        stop = np.where(indices < self.num_first, self.num_first, self.num_images)
+        starts = indices - (indices - begin) % self.window
+        return starts, np.minimum(self.window, stop - starts)
 
     def _permuted(self, views: Ints, numbers: Ints, *, forwards: bool) -> Ints:
         """Apply E or its inverse, whose keys are those of a view and a window, however many images ask."""

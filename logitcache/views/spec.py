@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from logitcache.config.recipe import Extended
@@ -79,6 +79,8 @@ class ViewSpec(Extended):
         examples=[1],
     )
 
+    _num_first: int | None = PrivateAttr(default=None)
+
     @model_validator(mode="after")
     def _mixes_something(self) -> Self:
         if not self.mixing and (self.pairing_window is not None or self.targets != "exact"):
@@ -102,7 +104,8 @@ class ViewSpec(Extended):
 
     def partners(self, num_images: int) -> Partners | None:
         """Return who is mixed with whom among so many images; None if nothing is mixed."""
-        return Partners(self.seed, num_images, self.pairing_window or num_images) if self.mixing else None
+        window = self.pairing_window or num_images
+        return Partners(self.seed, num_images, window, self._num_first) if self.mixing else None
 
     def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> tuple[list[Ints], Ints]:
         """Draw each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2].
@@ -250,14 +253,12 @@ class Views:
         if not self.spec.mixing:
             return list(keys)
         views, indices = columns_of(keys)
-        if self.recorded is None:
+        if self.recorded is not None and (mixture := self.spec.split(self.recorded(keys))[1]) is not None:
+            found = mixture.partners
+        else:
             partners = self.spec.partners(len(self.dataset.ids))
             assert partners is not None
             found = partners.partners(views, indices)
-        else:
-            mixture = self.spec.split(self.recorded(keys))[1]
-            assert mixture is not None
-            found = mixture.partners
         return list(map(ViewKey, views.tolist(), found.tolist()))
 
     def _augmented(self, keys: Sequence[ViewKey]) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from logitcache.cache.cache import Cache, open_cache
-from logitcache.cache.format.manifest import Manifest, recordable
+from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.format.samples import recordable
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError
 from logitcache.report import summary

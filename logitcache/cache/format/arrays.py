@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -39,6 +39,24 @@ class Floats(NamedTuple):
     dtype: str
 
 
+class Staged(NamedTuple):
+    """The shards of the first `views` views that a growth in images makes longer than the rows `start` to `stop`.
+
+    They lie beside the cache, under other keys, until all of the growth is committed.
+    """
+
+    views: int
+    start: int
+    stop: int
+
+    def has(self, shard: Shard) -> bool:
+        """Whether a shard is staged."""
+        return shard.view < self.views and shard.start == self.start
+
+
+STAGED = ".staged"
+"""Suffix of the folders of staged shards and of their records."""
+
 PAGE = 4096
 INNER_BYTES = 128 << 10
 MIN_PACKED_INNER_ROWS, MIN_COMPONENT_INNER_ROWS = 1024, 2048
@@ -73,6 +91,7 @@ class ArrayLayout:
     images_per_row: int = 1
     group: str = ""
     position: int = 0
+    staged: Staged | None = None
 
     def rows_of(self, shard: Shard) -> slice:
         """Return which rows of a view a shard has: one per image, or one for all of them."""
@@ -123,11 +142,15 @@ class ArrayLayout:
 
     def file(self, shard: Shard) -> str:
         """Return the key of a shard's bytes in the store."""
-        return f"{self.name}/c.{shard.view}.{self._place(shard)}" + ".0" * len(self.row_shape)
+        folder = f"{self.name}{self._stage_of(shard)}"
+        return f"{folder}/c.{shard.view}.{self._place(shard)}" + ".0" * len(self.row_shape)
 
     def record_file(self, shard: Shard) -> str:
         """Return the key of the commit records of a shard in the store: its own, among those of its group's arrays."""
-        return f"{self.group}{COMMITS}/{record_name(shard.view, self._place(shard))}"
+        return f"{self.group}{self._stage_of(shard)}{COMMITS}/{record_name(shard.view, self._place(shard))}"
+
+    def _stage_of(self, shard: Shard) -> str:
+        return STAGED if self.staged is not None and self.staged.has(shard) else ""
 
     def stored(self, shard: Shard, records: bytes) -> StoredShard:
         """Return a shard with its own record, among those of its group's arrays."""
@@ -226,6 +249,31 @@ class ArrayGroup:
     def commits(self) -> str:
         """Name of the array of commit records."""
         return f"{self.name}{COMMITS}"
+
+    @property
+    def staged(self) -> Staged | None:
+        """The shards that are staged beside the cache."""
+        return self.arrays[0].staged
+
+    @property
+    def staged_commits(self) -> str:
+        """Name of the folder of the commit records of staged shards."""
+        return f"{self.name}{STAGED}{COMMITS}"
+
+    @property
+    def staged_folders(self) -> tuple[str, ...]:
+        """The folders of staged shards and their commit records, if any are staged."""
+        names = (self.staged_commits, *(f"{array.name}{STAGED}" for array in self.arrays))
+        return () if self.staged is None else names
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders of shards and of commit records."""
+        return (self.commits, *(array.name for array in self.arrays), *self.staged_folders)
+
+    def unstaged(self) -> "ArrayGroup":
+        """Return the same arrays with all shards in their places."""
+        return replace(self, arrays=tuple(replace(array, staged=None) for array in self.arrays))
 
     def record_file(self, shard: Shard) -> str:
         """Return the key of a shard's commit records in the store, one of each array in their order."""

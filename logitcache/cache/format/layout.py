@@ -1,14 +1,14 @@
 """Layout: which arrays a manifest implies, how they are cut into shards and where their bytes lie."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from logitcache.cache.encodings.base import RowArray, TableShape
-from logitcache.cache.format.arrays import FLAT_KEYS, PAGE, ArrayGroup, ArrayLayout, Storage, TableLayout
+from logitcache.cache.format.arrays import FLAT_KEYS, PAGE, ArrayGroup, ArrayLayout, Staged, Storage, TableLayout
 from logitcache.cache.format.manifest import LOGITS, VIEWS, Manifest, TeacherEntry
 from logitcache.cache.format.row_errors import NUM_STATISTICS
 from logitcache.errors import CacheError, RecipeError
@@ -66,6 +66,23 @@ class Layout:
     def num_shards(self) -> int:
         """Shards of one array."""
         return self.num_views * self.shards_per_view
+
+    @property
+    def staged(self) -> Staged | None:
+        """The shards that are staged beside the cache, if it is growing in images."""
+        return next((group.staged for group in self.groups), None)
+
+    def is_staged(self, shard: Shard) -> bool:
+        """Whether a shard is staged."""
+        return self.staged is not None and self.staged.has(shard)
+
+    def num_known(self, shard: Shard) -> int:
+        """Return how many of the first rows of a shard the cache has already: those that a staged one begins with."""
+        return self.staged.stop - self.staged.start if self.staged is not None and self.is_staged(shard) else 0
+
+    def num_new(self, shards: Iterable[Shard]) -> int:
+        """Count the rows of shards that the cache does not have already."""
+        return sum(shard.stop - shard.start - self.num_known(shard) for shard in shards)
 
     def shard(self, view: int, number: int) -> Shard:
         """Return a view's shard by its number."""
@@ -178,6 +195,7 @@ def _errors_array(manifest: Manifest, stem: str, position: int, axes: tuple[int,
         images_per_row=manifest.shard_rows,
         group=stem,
         position=position,
+        staged=manifest._staged,
     )
 
 
@@ -211,6 +229,7 @@ def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage, prefi
         floats=row.floats,
         group=stem,
         position=position,
+        staged=manifest._staged,
     )
 
 

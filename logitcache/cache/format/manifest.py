@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, PlainSerializer, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, PlainSerializer, PrivateAttr, ValidationError, model_validator
 
 from logitcache.cache.encodings import Encoding, Form
 from logitcache.cache.encodings.features import Feature, FeatureForm
+from logitcache.cache.format.appended import MOST_CANARIES, Appended
+from logitcache.cache.format.arrays import Staged
 from logitcache.cache.format.row_errors import RowErrors
 from logitcache.classifier import Preprocessing, Variant
 from logitcache.config.recipe import Count, Extended, Name, Positive
@@ -49,8 +51,6 @@ ERROR_TEMPERATURES = (1.0, 4.0)
 """Temperatures at which the errors of logits are recorded: losses on probabilities mostly take one from 1 to 4."""
 
 MAX_TEMPERATURES = 16
-MAX_NAME_BYTES = 1 << 20
-"""Of the names of all classes."""
 
 
 class StoredLogits(Extended):
@@ -177,10 +177,11 @@ class Manifest(Extended):
 
     `row_checksums` and `parameters` are recorded of every view besides the teachers' answers: the checksum of
     its pixels, and the named numbers that its augmentations drew; None if these are not recorded. `class_names` are
-    those of the images' classes; None if they have none, or if these are not recorded.
+    those of the images' classes; None if they have none, or if these are not recorded. `appended` is None unless images
+    were appended.
     """
 
-    added: ClassVar[frozenset[str]] = frozenset({"class_names"})
+    added: ClassVar[frozenset[str]] = frozenset({"class_names", "appended"})
 
     format_version: Literal[1] = 1
     dataset: Dataset | None
@@ -191,9 +192,13 @@ class Manifest(Extended):
     row_checksums: bool = False
     parameters: Annotated[tuple[Column, ...], Field(max_length=MAX_PARAMETERS)] | None = None
     teachers: Annotated[dict[TeacherName, TeacherEntry], Field(min_length=1)]
-    canaries: Annotated[tuple[Canary, ...], Field(min_length=1, max_length=NUM_CANARIES)]
+    canaries: Annotated[tuple[Canary, ...], Field(min_length=1, max_length=NUM_CANARIES + MOST_CANARIES)]
     versions: dict[str, str]
     class_names: tuple[str, ...] | None = None
+    appended: Appended | None = None
+
+    _staged: Staged | None = PrivateAttr(default=None)
+    """The shards that a growth in images makes longer, of a manifest that a cache is growing to."""
 
     @model_validator(mode="after")
     def _class_names_are_those_of_the_images(self) -> Self:
@@ -202,7 +207,11 @@ class Manifest(Extended):
         return self
 
     @model_validator(mode="after")
-    def _canaries_exist(self) -> Self:
+    def _first_images_are_known(self) -> Self:
+        if (count := sum(canary.index < self.first.num_images for canary in self.canaries)) > NUM_CANARIES:
+            raise ValueError(f"{count} canaries of the first images, {NUM_CANARIES} at most")
+        if self.appended is not None:
+            self.views._num_first = self.first.num_images
         for canary in self.canaries:
             if not (0 <= canary.view < self.views.num_views and 0 <= canary.index < self.num_images):
                 raise ValueError(f"a canary of view {canary.view}, image {canary.index}, which do not exist")
@@ -212,6 +221,16 @@ class Manifest(Extended):
     def num_images(self) -> int:
         """Images in the data set."""
         return self.fingerprint.num_images
+
+    @property
+    def extent(self) -> tuple[int, str]:
+        """The number of images, and the digest of the ids of the first: a cache that outgrew it has these too."""
+        return self.num_images, self.first.ids
+
+    @property
+    def first(self) -> Fingerprint:
+        """The images that the cache began with."""
+        return self.fingerprint if self.appended is None else self.appended.first
 
     def digest(self) -> str:
         """Return the sha256 that identifies the cache, as hex."""
@@ -239,21 +258,13 @@ class Manifest(Extended):
         """
         without: Any = dict.fromkeys(("dataset", "canaries", "versions", "class_names"), True)
         without["teachers"] = {"__all__": {"errors": True}}
+        without |= {"appended": True} if self.first == self.fingerprint else {}
         return _digest(self.model_dump(mode="json", exclude=without))
 
     def attributes(self) -> dict[str, Any]:
         """Return the stored form, with its own sha256."""
         stored = self.model_dump(mode="json")
         return {"format_version": FORMAT_VERSION, "manifest": stored, "sha256": _digest(stored)}
-
-
-def recordable(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return names of classes, or None if there are none, or if JSON cannot hold them or a manifest should not."""
-    try:
-        size = sum(len(name.encode()) for name in names or ())
-    except UnicodeEncodeError:  # of a folder whose name is not UTF-8
-        return None
-    return tuple(names) if names and size <= MAX_NAME_BYTES else None
 
 
 def _digest(stored: object) -> str:

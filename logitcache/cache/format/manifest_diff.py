@@ -75,7 +75,8 @@ def _is_imported(entry: TeacherEntry) -> bool:
 
 def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
     """List what no cache can change."""
-    lines = []
+    is_grown = recorded.num_images != wanted.num_images
+    lines = ["images: the cache began with others"] if is_grown and recorded.first != wanted.first else []
     for key in type(recorded.views).model_fields:
         old, new = getattr(recorded.views, key), getattr(wanted.views, key)
         if old != new and key != "num_views":
@@ -117,6 +118,8 @@ def _lacks(recorded: Manifest, wanted: Manifest) -> list[str]:
     """List what the cache has and the recipe does not ask for."""
     old, new = recorded.views.num_views, wanted.views.num_views
     lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new < old else []
+    old, new = recorded.num_images, wanted.num_images
+    lines += [f"images: the cache has {old}, the data set {new}"] if new < old else []
     return lines + [f"{name}: only in the cache" for name in _only(recorded, wanted)]
 
 
@@ -124,6 +127,8 @@ def _adds(recorded: Manifest, wanted: Manifest) -> list[str]:
     """List what the recipe asks for and the cache does not have."""
     old, new = recorded.views.num_views, wanted.views.num_views
     lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new > old else []
+    old, new = recorded.num_images, wanted.num_images
+    lines += [f"images: the cache has {old}, the data set {new}"] if new > old else []
     return lines + [f"{name}: only in the recipe" for name in _only(wanted, recorded)]
 
 

@@ -22,11 +22,15 @@ from logitcache.cache.format.manifest_diff import extends
 from logitcache.cache.format.samples import (
     CANARIES,
     DIGESTS,
+    IDS,
+    SIZES,
     Samples,
     label_file,
     read_digests,
+    read_ids,
     read_labels,
     read_sized,
+    read_sizes,
     require_canaries,
     sample_sizes,
 )
@@ -46,8 +50,8 @@ MAX_ARRAY_BYTES = 1 << 20
 _NO_METADATA = (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, NotImplementedError)
 """Raised by JSON and zarr-python for what is not the metadata of a group or an array."""
 
-_FIXED = ("label", "digest", "canary")
-"""Arrays that are the same in a grown cache."""
+_FIXED = ("label", "digest", "canary", "id", "size")
+"""Arrays that are the same in a cache that grew in views."""
 
 
 class Problem(NamedTuple):
@@ -134,6 +138,9 @@ def _array_options(manifest: Manifest) -> Iterator[dict[str, Any]]:
     yield _single_chunk("label", shape, dtype.str, -1, ("sample", "class")[: len(shape)])
     yield _single_chunk("digest", (count,), "<u8", 0, ("sample",))
     yield _single_chunk("canary", pixels, "uint8", 0, ("canary", "channel", "height", "width"))
+    if manifest.appended is not None:
+        yield _single_chunk("id", (manifest.appended.id_bytes,), "uint8", 0, ("byte",))
+        yield _single_chunk("size", (count, 2), "<i8", 0, ("sample", "side"))
     layout = layout_of(manifest)
     for group in layout.groups:
         for table in group.tables:
@@ -171,12 +178,15 @@ def skeleton_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
     parse = _as_json if manifest.versions.get("zarr") == version("zarr") else _as_zarr
     for options in _array_options(manifest):
         key = f"{options['name']}/{ROOT}"
-        yield from _compare(key, partial(_require_array, store, key, wanted[key], parse))
+        yield from _compare(key, partial(_require_array, store, manifest, key, wanted[key], parse))
     yield from _compare(ROOT, partial(_require_root, store, manifest, wanted[ROOT], parse))
     yield from table_problems(store, layout_of(manifest).groups)
     yield from _compare(label_file(recorded).key, partial(read_labels, store, manifest, recorded.labels))
     yield from _compare(DIGESTS, partial(read_digests, store, manifest, recorded.content))
     yield from _compare(CANARIES, partial(require_canaries, store, manifest))
+    if manifest.appended is not None:
+        yield from _compare(IDS, partial(read_ids, store, manifest, recorded.ids))
+        yield from _compare(SIZES, partial(read_sizes, store, manifest, recorded.sizes))
 
 
 def table_problems(store: Store, groups: Iterable[ArrayGroup]) -> Iterator[Problem]:
@@ -195,9 +205,16 @@ def _compare(key: str, check: Callable[[], object]) -> list[Problem]:
     return []
 
 
-def _require_array(store: Store, key: str, wanted: bytes, parse: Callable[[bytes, str], Any]) -> None:
+def _require_array(
+    store: Store, manifest: Manifest, key: str, wanted: bytes, parse: Callable[[bytes, str], Any]
+) -> None:
     found, implied = _parsed(store, key, parse), parse(wanted, key)
-    if found != implied and (key.split("/")[0] in _FIXED or not _is_grown(store, found, implied)):
+    if found == implied or (key.split("/")[0] not in _FIXED and _is_grown(store, found, implied)):
+        return
+    from logitcache.cache.write.growth import outgrown_to  # which reads metadata
+
+    goals = (metadata_files(goal) for goal in outgrown_to(store, *manifest.extent))
+    if not any(key in files and found == parse(files[key], key) for files in goals):
         raise CacheError(f"{store}/{key} does not describe what the manifest implies")
 
 

@@ -41,8 +41,15 @@ class RowErrors(Component):
         return self.mean * (self.temperature or 1.0) ** 2
 
 
-def count_errors(statistics: NDArray[np.float64], errors: Tensor) -> None:
-    """Count the errors [K, B] of a batch in statistics of K temperatures, [K, S], or [S] if K is 1; in place."""
+def count_errors(statistics: NDArray[np.float64], errors: Tensor, *, by_row: bool = False) -> None:
+    """Count the errors [K, B] of a batch in statistics of K temperatures, [K, S], or [S] if K is 1; in place.
+
+    `by_row` adds one row after another, so that sums do not depend on where batches end.
+    """
+    if by_row:
+        for row in errors.unbind(1):
+            count_errors(statistics, row[:, None])
+        return
     values = errors.double().cpu().numpy()
     with np.errstate(divide="ignore"):
         place = np.floor((np.log2(values) - LOWEST) * PER_OCTAVE)

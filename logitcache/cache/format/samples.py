@@ -1,10 +1,12 @@
-"""Samples: the labels and digests of the images of a cache, and the pixels of its canaries, as stage one saw them.
+"""Samples: labels and digests of the images of a cache, the pixels of its canaries, and ids and sizes once it grew.
 
-Each is one array of one uncompressed chunk, whose file is its values.
+Each is one array of one uncompressed chunk, whose file is its values. Images that are appended come last in each: the
+files of a cache that grows begin with those that it had.
 """
 
 import hashlib
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,24 +18,55 @@ from logitcache.store.base import Store
 from logitcache.views.canaries import pixel_digest
 from logitcache.views.datasets.base import UNLABELLED, Fingerprint, Labels, label_dtype
 
-DIGESTS, CANARIES = "digest/c/0", "canary/c/0/0/0/0"
-"""Keys of the digests and the canaries; that of the labels depends on their axes."""
+DIGESTS, CANARIES, IDS, SIZES = "digest/c/0", "canary/c/0/0/0/0", "id/c/0", "size/c/0/0"
+"""Keys of what is kept of the images; that of the labels depends on their axes."""
+
+MAX_NAME_BYTES = 1 << 20
+"""Of the names of all classes."""
 
 
 class Samples(NamedTuple):
-    """Labels [N] or [N, C], digests [N], and the pixels of the canaries [K, C, H, W]."""
+    """Labels [N] or [N, C], digests [N], and the pixels of the canaries [K, C, H, W].
+
+    Of images of which some were appended also their ids, as `packed_ids` returns them, and sizes [N, 2].
+    """
 
     labels: Labels
     digests: NDArray[np.uint64]
     canaries: NDArray[np.uint8]
+    ids: bytes = b""
+    sizes: NDArray[np.int64] | None = None
 
     def files(self) -> dict[str, bytes]:
         """Return the stored bytes by key."""
-        return {
+        files = {
             _label_key(self.labels.ndim): self.labels.astype(label_dtype(self.labels.ndim)).tobytes(),
             DIGESTS: self.digests.astype("<u8").tobytes(),
             CANARIES: self.canaries.tobytes(),
         }
+        return files if self.sizes is None else files | {IDS: self.ids, SIZES: self.sizes.astype("<i8").tobytes()}
+
+    def of(self, manifest: Manifest) -> "Samples":
+        """Return those of the first images, which a manifest describes."""
+        count, appended = manifest.num_images, manifest.appended
+        first = Samples(self.labels[:count], self.digests[:count], self.canaries[: len(manifest.canaries)])
+        if appended is None or self.sizes is None:
+            return first
+        return first._replace(ids=self.ids[: appended.id_bytes], sizes=self.sizes[:count])
+
+
+def packed_ids(ids: Iterable[str]) -> bytes:
+    """Return ids as they are stored, and digested for the fingerprint: one a line."""
+    return "\n".join(ids).encode(errors="surrogateescape")
+
+
+def recordable(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return names of classes, or None if there are none, or if JSON cannot hold them or a manifest should not."""
+    try:
+        size = sum(len(name.encode()) for name in names or ())
+    except UnicodeEncodeError:  # of a folder whose name is not UTF-8
+        return None
+    return tuple(names) if names and size <= MAX_NAME_BYTES else None
 
 
 class LabelFile(NamedTuple):
@@ -64,7 +97,10 @@ def sample_sizes(manifest: Manifest) -> dict[str, int]:
     """Return the bytes of each file of samples by key."""
     labels = label_file(manifest.fingerprint)
     pixels = math.prod((len(manifest.canaries), *manifest.image_shape))
-    return {labels.key: labels.num_bytes, DIGESTS: 8 * manifest.num_images, CANARIES: pixels}
+    sizes = {labels.key: labels.num_bytes, DIGESTS: 8 * manifest.num_images, CANARIES: pixels}
+    if manifest.appended is None:
+        return sizes
+    return sizes | {IDS: manifest.appended.id_bytes, SIZES: 16 * manifest.num_images}
 
 
 def labels_of(data: bytes, recorded: Fingerprint) -> Labels:
@@ -82,7 +118,7 @@ def labels_of(data: bytes, recorded: Fingerprint) -> Labels:
 def read_labels(store: Store, manifest: Manifest, digest: str | None = None) -> Labels:
     """Read the labels, int64 [N] or int8 [N, C], -1 if there is none; compare them with a digest, if given."""
     file = label_file(manifest.fingerprint)
-    data = read_sized(store, file.key, file.num_bytes, digest)
+    data = _read_first(store, manifest, file.key, digest)
     try:
         return labels_of(data, manifest.fingerprint).astype(file.dtype.newbyteorder("="))
     except ValueError as error:
@@ -91,13 +127,26 @@ def read_labels(store: Store, manifest: Manifest, digest: str | None = None) -> 
 
 def read_digests(store: Store, manifest: Manifest, digest: str | None = None) -> NDArray[np.uint64]:
     """Read the digests of the images, [N]; compare them with a digest, if given."""
-    return np.frombuffer(read_sized(store, DIGESTS, 8 * manifest.num_images, digest), "<u8").astype(np.uint64)
+    return np.frombuffer(_read_first(store, manifest, DIGESTS, digest), "<u8").astype(np.uint64)
+
+
+def read_ids(store: Store, manifest: Manifest, digest: str | None = None) -> list[str]:
+    """Read the ids of the images of a cache to which some were appended; compare them with a digest, if given."""
+    ids = _read_first(store, manifest, IDS, digest).decode(errors="surrogateescape").split("\n")
+    if len(ids) != manifest.num_images or len(set(ids)) != len(ids):
+        raise CacheError(f"{store}/{IDS} does not hold {manifest.num_images} different ids")
+    return ids
+
+
+def read_sizes(store: Store, manifest: Manifest, digest: str | None = None) -> NDArray[np.int64]:
+    """Read the sizes [N, 2] of the images of a cache to which some were appended."""
+    return np.frombuffer(_read_first(store, manifest, SIZES, digest), "<i8").astype(np.int64).reshape(-1, 2)
 
 
 def read_canaries(store: Store, manifest: Manifest) -> NDArray[np.uint8]:
     """Read the pixels of the canaries, [K, C, H, W]."""
     shape = (len(manifest.canaries), *manifest.image_shape)
-    return np.frombuffer(bytearray(read_sized(store, CANARIES, math.prod(shape))), np.uint8).reshape(shape)
+    return np.frombuffer(bytearray(_read_first(store, manifest, CANARIES)), np.uint8).reshape(shape)
 
 
 def require_canaries(store: Store, manifest: Manifest) -> None:
@@ -110,10 +159,26 @@ def require_canaries(store: Store, manifest: Manifest) -> None:
         raise CacheError(f"{store}/{CANARIES}: the pixels of canary {which} differ from the manifest's digest")
 
 
-def read_sized(store: Store, key: str, size: int, digest: str | None = None) -> bytes:
-    """Read a file of a known size and SHA-256, if given: whatever a manifest claims, no more is allocated."""
+def _read_first(store: Store, manifest: Manifest, key: str, digest: str | None = None) -> bytes:
+    """Read a file of samples; of one that holds more images by now than the manifest describes its first part."""
+    from logitcache.cache.write.growth import is_outgrown  # which reads metadata, of which these files are a part
+
+    size = sample_sizes(manifest)[key]
     try:
-        data = store.read(key, size)
+        return read_sized(store, key, size, digest)
+    except CacheError:
+        if not is_outgrown(store, *manifest.extent):
+            raise
+    return read_sized(store, key, size, digest, is_first=True)
+
+
+def read_sized(store: Store, key: str, size: int, digest: str | None = None, *, is_first: bool = False) -> bytes:
+    """Read a file of a known size and SHA-256, if given: whatever a manifest claims, no more is allocated.
+
+    `is_first` takes the first bytes of a longer one.
+    """
+    try:
+        data = store.read_first(key, size) if is_first else store.read(key, size)
     except FileNotFoundError as error:
         raise CacheError(f"{store}/{key} cannot be read: {error.strerror or 'it is missing'}") from error
     if len(data) != size:

@@ -24,7 +24,7 @@ from logitcache.views.datasets import Dataset, open_dataset
 from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation
 from logitcache.views.datasets.custom import Custom
 from logitcache.views.keys import ViewKey
-from logitcache.views.paired import UNPAIRED, Color, PairedImages
+from logitcache.views.paired import UNPAIRED, Color, paired_images
 from logitcache.views.spec import Views
 from logitcache.views.view_sizes import require_one_size
 
@@ -125,7 +125,7 @@ def _recorded(
             f"{cache.location} mixes each image with another, and {len(sizes) - len(matched)} have no pair. Fix: a "
             "paired image for each, or a cache without views.mixing"
         )
-    paired = PairedImages(images, join.rows, cache.labels, manifest.fingerprint.num_classes, manifest.class_names)
+    paired = paired_images(images, join.rows, cache.labels, manifest.fingerprint.num_classes, manifest.class_names)
     channels = images.read(int(join.rows[matched[0]])).shape[0]
     shown = _shown(manifest.image_shape[1:], teacher, paired, matched) if size is None else both_sides(size)
     views = Views(paired, manifest.views, None, frame_of(manifest, sizes, (channels, *shown), colors))

@@ -13,7 +13,7 @@ from logitcache.views import canaries
 from logitcache.views.augmentations.base import Ints, Scale
 from logitcache.views.datasets.base import ImageDataset, fingerprint
 from logitcache.views.datasets.fingerprint_diff import explain_difference
-from logitcache.views.paired import Color, Frame, PairedImages
+from logitcache.views.paired import Color, Frame, paired_images
 from logitcache.views.spec import Recorded, Views
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def _views(
         rows, labels = rows[pairing.sources], labels[pairing.sources]
     classes = cache.manifest.fingerprint.num_classes, cache.manifest.class_names
     frame = frame_of(cache.manifest, pairing.sizes, pairing.record.image_shape, pairing.record.colors)
-    return Views(PairedImages(images, rows, labels, *classes), cache.manifest.views, recorded, frame)
+    return Views(paired_images(images, rows, labels, *classes), cache.manifest.views, recorded, frame)
 
 
 def frame_of(manifest: Manifest, sizes: Ints, image_shape: tuple[int, int, int], colors: tuple[Color, ...]) -> Frame:

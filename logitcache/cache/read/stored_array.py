@@ -7,11 +7,11 @@ and refuses frames that hold more.
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from logitcache.cache.format.derivation import fix_of_contents
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
 from logitcache.store.safe_files import parse_json
-from logitcache.store.shards import NOT_FINITE, Shard, StoredShard
+from logitcache.store.shards import NOT_FINITE, Longer, Shard, StoredShard
 
 _THREADS = min(8, os.cpu_count() or 1)
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
@@ -78,6 +78,21 @@ def decode(layout: ArrayLayout, stored: bytes, shard: Shard) -> NDArray[Any]:
     return rows
 
 
+def shortened(layout: ArrayLayout, shard: Shard, longer: bytes) -> bytes | None:
+    """Return the bytes of the last shard of a view before images were appended, made of those after; None if not."""
+    from logitcache.cache.write.writer import ShardEncoder  # which imports zarr: hardly any reader needs it
+
+    try:
+        if layout.storage == "hot":
+            shape = (shard.stop - shard.start, *layout.row_shape)
+            rows = np.frombuffer(longer, layout.dtype, math.prod(shape)).reshape(shape)
+        else:
+            rows = decode(layout, longer, shard)
+    except (ValueError, RuntimeError):  # zstd has no class of its own
+        return None
+    return bytes(ShardEncoder(layout).encode(shard, rows))
+
+
 def _content_bytes(frame: memoryview) -> int | None:
     """Return the decompressed size that a zstd frame declares (RFC 8878, 3.1.1.1); None if there is none."""
     if len(frame) < 5 or frame[:4] != _MAGIC:
@@ -100,16 +115,18 @@ def _pool(process: int) -> ThreadPoolExecutor:
 class StoredArray:
     """An array in a store and the commit records of its group; `fix` is the advice of errors about lost shards.
 
-    It can be pickled: each process opens the store and reads the metadata itself.
+    `may_be_longer` returns whether images were appended to the cache since it was opened. An array can be pickled: each
+    process opens the store and reads the metadata itself.
     """
 
     store: Store
     layout: ArrayLayout
     records: Records
     fix: str
+    may_be_longer: Callable[[], bool] = bool
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StoredArray, (self.store, self.layout, self.records, self.fix)
+        return StoredArray, (self.store, self.layout, self.records, self.fix, self.may_be_longer)
 
     @cached_property
     def metadata(self) -> bytes:
@@ -127,7 +144,15 @@ class StoredArray:
         if found is None:
             text = self.records.damaged.get(number, f"{self.store}/{self.layout.record_file(shard)} is missing")
             raise CacheError(f"{shard}: {text}. {self.fix}")
-        return self.layout.stored(shard, found)
+        stored = self.layout.stored(shard, found)
+        is_last = shard.stop - shard.start < self.layout.shard_rows and not self.layout.per_shard
+        if not is_last:
+            return stored
+        most = self.layout.stored_bounds(self.layout.shard_rows)[1]
+        return stored._replace(longer=Longer(most, partial(self._shortened, shard)))
+
+    def _shortened(self, shard: Shard, longer: bytes) -> bytes | None:
+        return shortened(self.layout, shard, longer) if self.may_be_longer() else None
 
     def ensure(self, shards: Iterable[Shard]) -> None:
         """Download shards that are not here, several at a time."""

@@ -10,16 +10,17 @@ from typing import NamedTuple, get_args
 
 from logitcache.cache.encodings import Form
 from logitcache.cache.encodings.features import FeatureForm
+from logitcache.cache.format.arrays import STAGED
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.metadata import GROWING, ROOT, read_manifest
-from logitcache.cache.snapshot import locate
-from logitcache.cache.write.growth import read_growth
+from logitcache.cache.snapshot import Snapshot, locate
+from logitcache.cache.write.growth import GROWING_IDS, read_growth
 from logitcache.cache.write.writer_locks import alone, preparing, try_creating
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
 from logitcache.store.files import LEFTOVER, explained
-from logitcache.store.shards import SHARD_NAME
+from logitcache.store.shards import COMMITS, SHARD_NAME
 
 _NAME = "[A-Za-z0-9][A-Za-z0-9_-]*"
 _TABLE_NAMES = frozenset().union(*(form.table_names for form in (*get_args(get_args(Form)[0]), FeatureForm)))
@@ -68,13 +69,14 @@ def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False
 
 
 class _Contents(NamedTuple):
-    """What a cache holds: files and folders, and the layouts of what stays, and of all that was begun.
+    """What a cache holds: files and folders, and the layouts of its root, of what stays, and of all that was begun.
 
     `note` is why the note of its growth is not needed; "" if it is.
     """
 
     files: Mapping[str, int]
     folders: frozenset[str]
+    root: Layout
     kept: Layout
     begun: Layout
     note: str
@@ -88,10 +90,16 @@ def _contents(store: Store, files: Mapping[str, int], manifest: Manifest, growth
         if not growth:
             raise
         goal, note = manifest, ""
+    if growth and goal.num_images > manifest.num_images and Snapshot.as_described(store, goal).complete:
+        raise CacheError(
+            f"{store} has grown by {goal.num_images - manifest.num_images} images but for the last step. Fix: run the "
+            "same precompute again, which finishes it at once"
+        )
     begun, empty = layout_of(goal), {file.name for file in store.path.iterdir() if file.is_dir()}
     return _Contents(
         files,
         frozenset({key.partition("/")[0] for key in files if "/" in key} | empty),
+        layout_of(manifest),
         layout_of(manifest) if growth else begun,
         begun,
         note or ("given up" if growth else ""),
@@ -106,16 +114,18 @@ def _stray_shards(contents: _Contents) -> Found:
     """Find records of views that there are not, and shards without a record."""
     layout = contents.kept
     for group in layout.groups:
-        recorded = set()
-        for key, view, number in _numbered(contents.files, group.commits):
-            if view < layout.num_views and number < layout.shards_per_view:
-                recorded.add((view, number))
-            else:
-                yield key, "of views that the cache does not have"
-        for array in group.arrays:
-            for key, *place in _numbered(contents.files, array.name):
-                if tuple(place) not in recorded:
-                    yield key, "a shard that was never committed"
+        for commits, *arrays in (group.unstaged().folders, group.staged_folders or (group.commits,)):
+            recorded = set()
+            for key, view, number in _numbered(contents.files, commits):
+                if view < layout.num_views and number < layout.shards_per_view:
+                    recorded.add((view, number))
+                elif arrays:
+                    what = "images" if view < layout.num_views else "views"
+                    yield key, f"of {what} that the cache does not have"
+            for array in arrays:
+                for key, *place in _numbered(contents.files, array):
+                    if tuple(place) not in recorded:
+                        yield key, "a shard that was never committed"
 
 
 def _abandoned_groups(contents: _Contents) -> Found:
@@ -126,6 +136,16 @@ def _abandoned_groups(contents: _Contents) -> Found:
         for name in parts if group.name not in kept else ():
             if name in contents.folders:
                 yield name, "of a growth that is given up"
+
+
+def _staged(contents: _Contents) -> Found:
+    """Find what was staged for a growth in images that is finished, or given up."""
+    staged = {name for group in contents.kept.groups for name in group.staged_folders}
+    for name in sorted(contents.folders - staged):
+        if name.endswith((STAGED, f"{STAGED}{COMMITS}")):
+            yield name, "staged for a growth that is finished or given up"
+    if contents.kept.staged is None and GROWING_IDS in contents.files and contents.kept == contents.root:
+        yield GROWING_IDS, "the ids of a growth that is finished or given up"
 
 
 def _stray_tables(contents: _Contents) -> Found:
@@ -144,6 +164,7 @@ FINDERS: tuple[Callable[[_Contents], Found], ...] = (
     _partial_files,
     _stray_shards,
     _abandoned_groups,
+    _staged,
     _stray_tables,
     _stale_note,  # last: until then it names the shards
 )

@@ -1,38 +1,89 @@
 """Growth: what a cache is to become, while its root still describes what it is.
 
-Further views and teachers are written beside the cache; nobody reads them yet. When all of it is committed, the
+Further views, teachers and images are written beside the cache; nobody reads them yet. When all of it is committed, the
 arrays' metadata and then, in one atomic step, the root describe the grown cache: readers see the old state or the new.
+If images are appended, the short last shards are staged with more rows, and take the place of the old ones before that.
 """
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from contextlib import suppress
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from logitcache.cache.format.appended import MOST_CANARIES, Appended
+from logitcache.cache.format.arrays import Staged
 from logitcache.cache.format.layout import layout_of, require_possible
 from logitcache.cache.format.manifest import Manifest, TeacherEntry, TeacherName
 from logitcache.cache.format.manifest_diff import extends, is_more
-from logitcache.cache.format.metadata import GROWING
-from logitcache.config.recipe import Component, Count
+from logitcache.cache.format.metadata import GROWING, read_manifest
+from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
 from logitcache.store.files import explained, sync_directory
 from logitcache.store.safe_files import parse_json
+from logitcache.views.canaries import NUM_CANARIES, Canary
+from logitcache.views.datasets.base import Fingerprint
+
+GROWING_IDS = "digest/growing.ids"
+"""The ids of the images that a cache is growing to have, in its order."""
 
 
-class Growth(Component):
-    """How many views and which teachers, with which targets, a cache is to have, in the order of the recipe."""
+class NewImages(Component):
+    """The images that a cache is to have, and the shards that are staged because they become longer."""
+
+    fingerprint: Fingerprint
+    appended: Appended
+    canaries: Annotated[tuple[Canary, ...], Field(max_length=NUM_CANARIES + MOST_CANARIES)]
+    staged: Staged | None
+
+    @classmethod
+    def of(
+        cls, recorded: Manifest, fingerprint: Fingerprint, appended: Appended, canaries: tuple[Canary, ...]
+    ) -> "NewImages":
+        """Describe images of which a cache has the first ones."""
+        start = recorded.num_images // recorded.shard_rows * recorded.shard_rows
+        is_short = start < recorded.num_images
+        staged = Staged(recorded.views.num_views, start, recorded.num_images) if is_short else None
+        return cls(fingerprint=fingerprint, appended=appended, canaries=canaries, staged=staged)
+
+    @classmethod
+    def between(cls, recorded: Manifest, wanted: Manifest) -> "NewImages | None":
+        """Return the images that `wanted` adds to a cache; None if it adds none."""
+        if wanted.num_images == recorded.num_images or wanted.appended is None:
+            return None
+        return cls.of(recorded, wanted.fingerprint, wanted.appended, wanted.canaries)
+
+    def added_to(self, manifest: Manifest) -> Manifest:
+        """Return a manifest with these images."""
+        update: dict[str, Any] = {key: getattr(self, key) for key in ("fingerprint", "appended", "canaries")}
+        views = manifest.views.model_copy()
+        views._num_first = manifest.first.num_images
+        grown = manifest.model_copy(update={**update, "views": views})
+        grown._staged = self.staged
+        return grown
+
+
+class Growth(Extended):
+    """How many views, which teachers with which targets, and which images a cache is to have.
+
+    Teachers are in the order of the recipe; `images` is None if there are no new ones.
+    """
+
+    added: ClassVar[frozenset[str]] = frozenset({"images"})
 
     num_views: Count
     teachers: Annotated[dict[TeacherName, TeacherEntry], Field(min_length=1)]
     versions: dict[str, str]
+    images: NewImages | None = None
 
     def applied(self, recorded: Manifest) -> Manifest:
         """Return the manifest of the grown cache: what is recorded of the rest stays."""
         views = recorded.views.model_copy(update={"num_views": self.num_views})
         update: dict[str, Any] = {"views": views, "teachers": self.teachers, "versions": self.versions}
-        return recorded.model_copy(update=update)
+        manifest = recorded.model_copy(update=update)
+        return manifest if self.images is None else self.images.added_to(manifest)
 
 
 def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
@@ -50,6 +101,7 @@ def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
             for name, entry in wanted.teachers.items()
         },
         versions=recorded.versions | {"zarr": wanted.versions["zarr"]},
+        images=NewImages.between(recorded, wanted),
     ).applied(recorded)
 
 
@@ -59,42 +111,66 @@ def read_growth(store: Store, recorded: Manifest) -> Manifest:
     A note that does not extend what is recorded is none: storage may apply a write that was retried once more, after
     the growth is finished and its note removed.
     """
-    where = f"{store}/{GROWING}"
-    try:
-        data = store.read(GROWING)
-    except FileNotFoundError:
+    growth = _noted(store)
+    if growth is None:
         return recorded
-    try:
-        parse_json(data)
-        growth = Growth.model_validate_json(data)
-    except ValueError as error:
-        raise CacheError(
-            f"{where} is damaged: it does not describe what the cache was growing to. Fix: give this growth up "
-            f"(`logitcache gc {store} --growth`), then run precompute again"
-        ) from error
     manifest = growth.applied(recorded)
     if not (is_more(manifest, recorded) and extends(manifest, recorded)):
         return recorded
-    require_possible(manifest, where)
+    require_possible(manifest, f"{store}/{GROWING}")
     return manifest
 
 
-def begin_growth(store: Store, goal: Manifest, tables: Mapping[str, bytes]) -> None:
+def _noted(store: Store) -> Growth | None:
+    try:
+        data = store.read(GROWING)
+    except FileNotFoundError:
+        return None
+    try:
+        parse_json(data)
+        return Growth.model_validate_json(data)
+    except ValueError as error:
+        raise CacheError(
+            f"{store}/{GROWING} is damaged: it does not describe what the cache was growing to. Fix: give this growth "
+            f"up (`logitcache gc {store} --growth`), then run precompute again"
+        ) from error
+
+
+def outgrown_to(store: Store, num_images: int, first_ids: str) -> list[Manifest]:
+    """Return what the root describes now, and what the cache is growing to, if that has more than so many images.
+
+    `first_ids` is the digest of the ids of the images that the cache began with.
+    """
+    goals = [read_manifest(store)]
+    with suppress(CacheError):  # a damaged note
+        goals.append(read_growth(store, goals[0]))
+    return [goal for goal in goals if goal.num_images > num_images and goal.first.ids == first_ids]
+
+
+def is_outgrown(store: Store, num_images: int, first_ids: str) -> bool:
+    """Whether the files of a cache may hold more images than a manifest describes."""
+    return bool(outgrown_to(store, num_images, first_ids))
+
+
+def begin_growth(store: Store, goal: Manifest, files: Mapping[str, bytes]) -> None:
     """Note what a cache is growing to, before the first shard of it, and make room for the shards.
 
-    The tables of what is new, bytes by key, come first: the note names their digests.
+    The tables and ids of what is new, bytes by key, come first: the note names their digests.
     """
-    root = store.path
-    for key, values in tables.items():
+    root, images = store.path, None
+    for key, values in files.items():
         with explained(root / key):
             (root / key).parent.mkdir(parents=True, exist_ok=True)
-        store.write(key, values)
-    growth = Growth(num_views=goal.views.num_views, teachers=goal.teachers, versions=goal.versions)
+        if not store.holds(key, values):
+            store.write(key, values)
+    if (recorded := read_manifest(store)).num_images != goal.num_images:
+        images = NewImages.between(recorded, goal)
+    growth = Growth(num_views=goal.views.num_views, teachers=goal.teachers, versions=goal.versions, images=images)
     data = json.dumps(growth.model_dump(mode="json")).encode()
     if not store.holds(GROWING, data):
         store.write(GROWING, data)
     for group in layout_of(goal).groups:
-        for name in (group.commits, *(array.name for array in group.arrays)):
+        for name in group.folders:
             with explained(root / name):
                 (root / name).mkdir(exist_ok=True)
     with explained(root):
@@ -102,7 +178,26 @@ def begin_growth(store: Store, goal: Manifest, tables: Mapping[str, bytes]) -> N
 
 
 def forget_growth(store: Store, recorded: Manifest) -> None:
-    """Remove the note of a growth that the root describes already; another run may have begun to add even more."""
+    """Remove the note of a growth that the root describes already; another run may have begun to add even more.
+
+    What was staged for it goes before the note, which names it.
+    """
     if store.exists(GROWING) and read_growth(store, recorded) == recorded:
+        growth = _noted(store)
+        if growth is not None and growth.images is not None:
+            forget_staged(store, growth.applied(recorded))
         with explained(store.path / GROWING):
             store.remove([GROWING])
+
+
+def forget_staged(store: Store, goal: Manifest) -> None:
+    """Remove the staged shards of a growth to `goal`, the records first, and the ids that it was to have."""
+    layout = layout_of(goal)
+    shards = [shard for shard in layout.shards() if layout.is_staged(shard)]
+    store.remove([group.record_file(shard) for group in layout.groups for shard in shards])
+    store.remove([array.file(shard) for array in layout.arrays for shard in shards])
+    store.remove([GROWING_IDS])
+    for group in layout.groups:
+        for name in group.staged_folders:
+            with suppress(OSError):  # of a mirror, which makes folders as they are needed
+                (store.path / name).rmdir()

@@ -4,6 +4,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +29,7 @@ class ShardEncoder:
     """Turn rows into the stored bytes of a shard, as zarr-python writes them, without touching the disk."""
 
     def __init__(self, array: ArrayLayout) -> None:
-        self._layout = array
+        self._layout = replace(array, staged=None)  # as zarr names its shards
         self._bytes: dict[str, Buffer] = {}
         self._array = zarr.create_array(MemoryStore(store_dict=self._bytes), **array.zarr_options())
 

@@ -16,6 +16,7 @@ import torch
 
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.snapshot import Snapshot, locate
+from logitcache.cache.write.growth import read_growth
 from logitcache.cache.write.writer_locks import writing
 from logitcache.config.recipe import Component
 from logitcache.errors import CacheError, MismatchError
@@ -135,6 +136,9 @@ def open_same(location: str, wanted: Manifest) -> Snapshot:
     except CacheError as error:
         raise CacheError(f"{error}\n  {SHARED}") from error
     found = opened.manifest
+    if wanted.num_images > found.num_images:
+        growing = read_growth(store, found)  # as the client has noted
+        found = found.model_copy(update={"fingerprint": growing.fingerprint, "appended": growing.appended})
     views = min(found.views.num_views, wanted.views.num_views)
     common = {
         name: [target for target in targets if target in found.targets[name]]

@@ -17,7 +17,15 @@ from logitcache.cache.format.derivation import Derivation, Member
 from logitcache.cache.format.manifest import Manifest, TeacherEntry
 from logitcache.cache.format.manifest_diff import short
 from logitcache.cache.format.metadata import ROOT
-from logitcache.cache.format.samples import Samples, read_canaries, read_digests, read_labels
+from logitcache.cache.format.samples import (
+    Samples,
+    packed_ids,
+    read_canaries,
+    read_digests,
+    read_ids,
+    read_labels,
+    read_sizes,
+)
 from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.config.trust import inherit
@@ -101,6 +109,9 @@ def find_derived_todo(recipe: DeriveRecipe, source: SourceCache, store: Store) -
     samples = Samples(
         read_labels(source.snapshot.store, manifest), read_digests(source.snapshot.store, manifest), pixels
     )
+    if manifest.appended is not None:
+        ids = packed_ids(read_ids(source.snapshot.store, manifest))
+        samples = samples._replace(ids=ids, sizes=read_sizes(source.snapshot.store, manifest))
     asked = {name: _entry(name, source) for name in source.origins}
     canaries = tuple(canary for canary, seen in zip(manifest.canaries, is_seen, strict=True) if seen)
     # Versions are those that made the pixels and the answers; the metadata is written here.

@@ -1,0 +1,95 @@
+"""Arranged images: some images of a data set, in the order in which a cache has them."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from logitcache.errors import DataError
+from logitcache.views.datasets.base import ImageDataset, Labels, Turned, read_images
+from logitcache.views.datasets.images.ids import PackedIds
+from logitcache.views.scaled_decoding import reduced
+
+ABSENT = -1
+"""Place of an image that the data set does not have."""
+
+
+class ArrangedImages:
+    """Images in an order of their own: an `ImageDataset`.
+
+    `rows` [N] are their places in `images`, ABSENT for one that is not there, and `lacks` words that; `ids` are their
+    names, labels and classes those of the order.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        rows: NDArray[np.int64],
+        ids: Sequence[str],
+        labels: Labels,
+        num_classes: int | None,
+        class_names: tuple[str, ...] | None,
+        lacks: str = "is not in the data set",
+    ) -> None:
+        self._images, self.rows, self._lacks = images, rows, lacks
+        self.labels, self.num_classes, self.class_names = labels, num_classes, class_names
+        self.ids: Sequence[str] = PackedIds(ids)
+
+    @property
+    def num_left_out(self) -> int:
+        """Images of the data set that are in no place of the order."""
+        return len(self._images.ids) - int(np.count_nonzero(self.rows != ABSENT))
+
+    @property
+    def absent(self) -> NDArray[np.int64]:
+        """The places of images that the data set does not have."""
+        return np.flatnonzero(self.rows == ABSENT)
+
+    def without(self, places: NDArray[np.int64]) -> "ArrangedImages":
+        """Return the same order in which some images are not there."""
+        images = self._with(self._images, slice(None))
+        images.rows = self.rows.copy()
+        images.rows[places] = ABSENT
+        return images
+
+    def first(self, count: int) -> "ArrangedImages":
+        """Return the first images of the order."""
+        return self._with(self._images, slice(count))
+
+    def _with(self, images: ImageDataset, places: slice) -> "ArrangedImages":
+        ids, labels = self.ids[places], self.labels[places]
+        classes = self.num_classes, self.class_names
+        return ArrangedImages(images, self.rows[places], ids, labels, *classes, self._lacks)
+
+    def _row(self, index: int) -> int:
+        row = int(self.rows[index])
+        if row == ABSENT:
+            name = f" {self.ids[index]!r}" if self.ids[index] else ""
+            raise DataError(f"image {index}{name} of the cache {self._lacks}. Fix: leave it out")
+        return row
+
+    def read(self, index: int) -> Tensor:
+        """Return one image."""
+        return self._images.read(self._row(index))
+
+    def read_batch(self, indices: Sequence[int]) -> list[Tensor]:
+        """Return several, read together if the data set offers that."""
+        return read_images(self._images, [self._row(index) for index in indices])
+
+    def sizes(self) -> NDArray[np.int64]:
+        """Return height and width of each image, [N, 2]; those of an absent one mean nothing."""
+        return np.asarray(self._images.sizes(), np.int64)[self.rows]
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Return the digests of the images, [N]; those of an absent one mean nothing."""
+        return self._images.digests()[self.rows]
+
+    def turned(self) -> NDArray[np.int64]:
+        """Return which images have an orientation that is ignored."""
+        found = self._images.turned() if isinstance(self._images, Turned) else np.empty(0, np.int64)
+        return np.flatnonzero(np.isin(self.rows, found))
+
+    def reduced(self, factors: Callable[[NDArray[np.int64]], NDArray[np.int64]]) -> "ArrangedImages":
+        """Return the same images, decoded at 1/`factors`; raise RecipeError if the data set decodes no files."""
+        return self._with(reduced(self._images, factors), slice(None))
