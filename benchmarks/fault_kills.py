@@ -213,7 +213,7 @@ class Kills:
             wrong.append(f"exit code {code}: {self._log(folder)[-500:]}")
         elif command.result(folder) != self._results[command.name]:
             wrong.append("another result than without kills")
-        after = stamps(cache)
+        after = stamps(cache) if kept else {}
         wrong += [f"{name} was written again" for name in kept if after.get(name) != before[name]]
         others = {path.name for path in folder.iterdir() if path.suffix not in (".yaml", ".txt")}
         return wrong + [f"{name} is left" for name in sorted(others - set(command.beside))]

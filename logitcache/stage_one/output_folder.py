@@ -45,14 +45,23 @@ class OutputFolder:
             )
             raise MismatchError(f"'{self}' holds other {what} ({differing}).\n  Fix: another folder, or remove it")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a folder of this machine."""
+        return self._here is not None
+
     def holds(self, name: str) -> bool:
         """Whether a file is there."""
         return self._files.exists(name)
 
+    def read(self, name: str) -> bytes:
+        """Read a file."""
+        return self._files.read(name)
+
     def read_json(self, name: str) -> dict[str, Any]:
         """Read a JSON document. Raises CacheError if it is damaged."""
         try:
-            found = parse_json(self._files.read(name))
+            found = parse_json(self.read(name))
             if not isinstance(found, dict):
                 raise ValueError("it is no object")
         except ValueError as cause:

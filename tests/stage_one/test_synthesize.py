@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from logitcache.stage_one.synthesize.networks import open_networks
 from logitcache.stage_one.synthesize.synthesize import DESCRIPTION, synthesize
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.webdataset import WebDataset
-from tests.cache.made import Linear, contents
+from tests.cache.made import Linear, contents, flip
 from tests.stage_one.synthesized import NUM_CLASSES, PREPROCESSING, SIDE, TEACHER, learner, network, synthesis
 
 NUM_IMAGES = 24
@@ -130,6 +131,14 @@ def test_parts_and_a_continued_run_write_the_same_bytes(whole: Path, tmp_path: P
     (tmp_path / "parts/images/000000/00-00001-00000.png.7-ab.logitcache-tmp").write_bytes(b"of a killed writer")
     assert synthesize(synthesis(), tmp_path / "parts").batches_written == 1
     assert contents(tmp_path / "parts") == contents(whole)
+
+
+def test_a_batch_whose_files_are_missing_or_damaged_is_made_again(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "out")
+    flip(tmp_path / "out/images/000001/00-00000-00002.png", 20)
+    (tmp_path / "out/images/000000/00-00003-00000.png").unlink()
+    assert synthesize(synthesis(), tmp_path / "out").batches_written == 2
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 def test_batches_are_added_to_those_that_are_there(whole: Path, tmp_path: Path) -> None:
@@ -245,6 +254,7 @@ REFUSALS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"num_batches": 1, "batch_size": 4}, {}, r"leave some of 3 classes without any(.|\n)*Fix: num_batches: 2"),
     ({}, {"part": "3/2"}, "Fix: --part"),
     ({}, {"student": FIVE}, "the student has 5 classes, the teacher 3"),
+    ({"losses": {"competition": 0}}, {"student": FIVE}, "losses.competition is 0"),
     ({}, {"student": learner()}, "student does not know"),
     ({}, {"student": "no/such/run"}, "no/such/run is not a run"),
     ({"teacher": TEACHER | {"classes": [0, 7]}}, {}, "name output 7"),
@@ -262,7 +272,9 @@ def test_what_cannot_be_made_is_refused_before_anything_is_written(
 
 
 def test_recipes_that_contradict_themselves_are_refused() -> None:
-    for changes in ({"jitter": SIDE}, {"batch_size": 1}, {"channels": 2}, {"losses": {"l2": -1}}, {"format": "jpeg"}):
+    nothing = {"label": 0, "batch_norm": 0}
+    wrong: list[dict[str, Any]] = [{"jitter": SIDE}, {"batch_size": 1}, {"channels": 2}, {"losses": nothing}]
+    for changes in (*wrong, {"losses": {"l2": -1}}, {"format": "jpeg"}):
         with pytest.raises(RecipeError):
             synthesis(**changes)
 

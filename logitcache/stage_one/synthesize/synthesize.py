@@ -51,7 +51,7 @@ def synthesize(
     student: str | Path | nn.Module | None = None,
     part: str | None = None,
 ) -> SynthesizeResult:
-    """Write batches of images to a folder or a URL, `out`; batches that are there stay.
+    """Write batches of images to a folder or a URL, `out`; whole batches that are there stay.
 
     `teacher` takes the place of the recipe's model. With a `student`, a run or a module, the round is adaptive: further
     images, on which it and the teacher disagree. `part` "i/n" takes each n-th batch. Raises RecipeError for a teacher
@@ -59,11 +59,13 @@ def synthesize(
     other settings, Stopped after SIGTERM or Ctrl-C; a batch that is not finished is made again.
     """
     number, count = parse_part(part)
+    if student is not None and not recipe.losses.competition:
+        raise RecipeError("losses.competition is 0, by which a student counts. Fix: raise it, or leave out the student")
     synthesizer = open_networks(recipe, teacher, student)
     folder = OutputFolder(out, DESCRIPTION)
     round_ = _describe(folder, synthesizer)
     mine = range(recipe.num_batches)[number - 1 :: count]
-    todo = [batch for batch in mine if not folder.holds(_record_name(round_, batch))]
+    todo = [batch for batch in mine if not _is_whole(folder, _record_name(round_, batch))]
     with stop_flag() as stop:
         steps = track(iter(range(len(todo) * recipe.steps)), "synthesize", len(todo) * recipe.steps, "steps")
         for batch in todo:
@@ -121,6 +123,17 @@ def _grows(old: Document, new: Document) -> bool:
 
 def _record_name(round_: int, batch: int) -> str:
     return f"batches/{round_:02}-{batch:05}.json"
+
+
+def _is_whole(folder: OutputFolder, record: str) -> bool:
+    """Whether a batch has its record and, on this machine, the files of which it has the digests.
+
+    At a URL reading them would take a request for each image.
+    """
+    if not folder.holds(record) or not folder.is_local:
+        return folder.holds(record)
+    digests = folder.read_json(record)["sha256"].items()
+    return all(folder.holds(name) and sha256(folder.read(name)).hexdigest() == digest for name, digest in digests)
 
 
 def _write(folder: OutputFolder, recipe: SynthesizeRecipe, round_: int, batch: int, made: SynthesizedBatch) -> None:

@@ -10,6 +10,7 @@ from logitcache.models import Model, Preprocessing
 from logitcache.views.augmentations.base import Size, pair
 
 LossWeight = Annotated[float, Field(ge=0.0), Lenient]
+_NO_LOSS_OF_THE_TEACHER = ("first_batch_norm", "competition")
 ImageForm = Literal["image_folder", "webdataset"]
 
 
@@ -62,6 +63,12 @@ class SynthesisLosses(Component):
         description="1 - the Jensen-Shannon divergence of the teacher's and the student's probabilities: images on "
         "which they disagree. Counts with a student alone.",
     )
+
+    @model_validator(mode="after")
+    def _something_counts(self) -> Self:
+        if not any(getattr(self, name) for name in type(self).model_fields if name not in _NO_LOSS_OF_THE_TEACHER):
+            raise ValueError("no loss of the teacher counts: give `label` or `batch_norm` a weight")
+        return self
 
 
 class SynthesizeRecipe(Component):
