@@ -73,7 +73,7 @@ format: $(INSTALLED)
 	@$(PY) -m ruff format --quiet .
 
 # Without studies of accuracy, which take hours, other programs, or a data set, and without modules that scripts import.
-STUDIES := losses compression views few_labels cifar encoding_accuracy peers compare_checkouts
+STUDIES := losses compression views few_labels data_free cifar encoding_accuracy peers compare_checkouts
 MODULES := scale_model fault_cases fault_kills
 BENCHMARKS := $(filter-out benchmarks/_%.py $(patsubst %,benchmarks/%.py,$(STUDIES) $(MODULES)),$(wildcard benchmarks/*.py))
 
