@@ -151,6 +151,7 @@ def synthesize(
         str | None,
         Option("--part", metavar="I/N", help="Make each N-th batch only; 1/N to N/N make all, in any order."),
     ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Time two steps, and predict the rest; write nothing.")] = False,
 ) -> CommandResult:
     """Make images from a teacher alone, by DeepInversion: no image is read.
 
@@ -160,7 +161,7 @@ def synthesize(
     from logitcache.report.new_recipes.synthesis import load_synthesis
     from logitcache.stage_one.synthesize.synthesize import synthesize as run
 
-    result = run(load_synthesis(teacher, overrides), out, student=student, part=part)
+    result = run(load_synthesis(teacher, overrides), out, student=student, part=part, dry_run=dry_run)
     follows: tuple[str, ...] = ("recipe", "new", "--images", result.images, "--teacher", teacher, "--student", "MODEL")
     if teacher.endswith((".yaml", ".yml")):
         beside = Path(teacher).with_name("precompute.yaml")

@@ -288,6 +288,27 @@ def test_images_that_diverge_and_a_damaged_description_are_reported(tmp_path: Pa
     (tmp_path / "out" / DESCRIPTION).write_text("[")
     with pytest.raises(CacheError, match=r"synthesis.json' is damaged(.|\n)*Fix: remove it"):
         synthesize(synthesis(), tmp_path / "out")
+    for wrong in ('{"rounds": 3}', '{"rounds": [{"student": 5}]}'):
+        (tmp_path / "out" / DESCRIPTION).write_text(wrong)
+        with pytest.raises(CacheError, match=r"the rounds of .*out is damaged"):
+            synthesize(synthesis(), tmp_path / "out")
+    (tmp_path / "out" / DESCRIPTION).unlink()
+    record = tmp_path / "out/batches/00-00000.json"
+    record.parent.mkdir()
+    record.write_text('{"losses": {}}')
+    with pytest.raises(CacheError, match=r"batches/00-00000.json' is damaged: teacher_accuracy(.|\n)*Fix: remove"):
+        synthesize(synthesis(), tmp_path / "out")
+
+
+def test_a_dry_run_predicts_the_time_of_what_is_left_and_writes_nothing(whole: Path, tmp_path: Path) -> None:
+    planned = synthesize(synthesis(), tmp_path / "out", dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    assert (planned.batches, planned.batches_left, planned.teacher_accuracy) == (4, 4, None)
+    assert planned.predicted_seconds is not None
+    assert 0 < planned.predicted_seconds < 60
+    before = contents(whole)
+    assert synthesize(synthesis(), whole, dry_run=True).predicted_seconds == 0
+    assert contents(whole) == before
 
 
 def test_classes_choose_outputs_of_the_network(tmp_path: Path) -> None:

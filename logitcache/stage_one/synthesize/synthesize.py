@@ -1,11 +1,9 @@
 """`synthesize`: write images that a teacher alone gives rise to, batch after batch."""
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from hashlib import sha256
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 from torch import nn
 
@@ -13,12 +11,12 @@ from logitcache.errors import RecipeError
 from logitcache.models import weights_digest
 from logitcache.runtime.console import track
 from logitcache.runtime.stopping import stop_flag
-from logitcache.runtime.versions import versions
 from logitcache.stage_one.claims import parse_part
 from logitcache.stage_one.materialize.view_files import image_bytes, tar_bytes
 from logitcache.stage_one.output_folder import Document, OutputFolder
-from logitcache.stage_one.synthesize.batches import IMAGES_OF_A_CLASS, SynthesizedBatch, Synthesizer
+from logitcache.stage_one.synthesize.batches import IMAGES_OF_A_CLASS, SynthesizedBatch, Synthesizer, seconds_of_step
 from logitcache.stage_one.synthesize.networks import open_networks
+from logitcache.stage_one.synthesize.records import Round, is_whole, read_record, read_rounds, record_name, write_batch
 from logitcache.stage_one.synthesize.synthesize_recipe import SynthesizeRecipe
 
 DESCRIPTION = "synthesis.json"
@@ -30,6 +28,7 @@ class SynthesizeResult:
     """What was written in this run, and what the folder holds of its round; measures are means over the batches there.
 
     `student_agreement` is that of an adaptive round: the share of images on which student and teacher agree.
+    `predicted_seconds` are those of the batches that a dry run would write.
     """
 
     images: str
@@ -40,7 +39,8 @@ class SynthesizeResult:
     num_images: int
     teacher_accuracy: float | None
     student_agreement: float | None
-    losses: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, float]
+    predicted_seconds: float | None
 
 
 def synthesize(
@@ -50,11 +50,13 @@ def synthesize(
     teacher: nn.Module | None = None,
     student: str | Path | nn.Module | None = None,
     part: str | None = None,
+    dry_run: bool = False,
 ) -> SynthesizeResult:
     """Write batches of images to a folder or a URL, `out`; whole batches that are there stay.
 
     `teacher` takes the place of the recipe's model. With a `student`, a run or a module, the round is adaptive: further
-    images, on which it and the teacher disagree. `part` "i/n" takes each n-th batch. Raises RecipeError for a teacher
+    images, on which it and the teacher disagree. `part` "i/n" takes each n-th batch; `dry_run` writes
+    nothing, and predicts the time from two steps. Raises RecipeError for a teacher
     without BatchNorm and for classes that would get no image, MismatchError if `out` holds images of another teacher or
     other settings, Stopped after SIGTERM or Ctrl-C; a batch that is not finished is made again.
     """
@@ -63,9 +65,13 @@ def synthesize(
         raise RecipeError("losses.competition is 0, by which a student counts. Fix: raise it, or leave out the student")
     synthesizer = open_networks(recipe, teacher, student)
     folder = OutputFolder(out, DESCRIPTION)
-    round_ = _describe(folder, synthesizer)
+    round_, described = _described(folder, synthesizer)
+    if not dry_run:
+        folder.describe(described, _grows, "images")
     mine = range(recipe.num_batches)[number - 1 :: count]
-    todo = [batch for batch in mine if not _is_whole(folder, _record_name(round_, batch))]
+    todo = [batch for batch in mine if not is_whole(folder, record_name(round_, batch))]
+    if dry_run:
+        return _result(folder, recipe, round_, 0, seconds_of_step(synthesizer) * recipe.steps * len(todo))
     with stop_flag() as stop:
         steps = track(iter(range(len(todo) * recipe.steps)), "synthesize", len(todo) * recipe.steps, "steps")
         for batch in todo:
@@ -75,32 +81,31 @@ def synthesize(
                 if stop:
                     raise stop.stopped(f"stopped: batch {batch} and later ones of {out} are not written; run it again")
 
-            _write(folder, recipe, round_, batch, synthesizer.batch(round_, batch, before_step))
-    return _result(folder, recipe, round_, len(todo))
+            made = synthesizer.batch(round_, batch, before_step)
+            files = dict(_files(recipe, f"{round_:02}-{batch:05}", made))
+            write_batch(folder, record_name(round_, batch), files, made)
+    return _result(folder, recipe, round_, len(todo), None)
 
 
-def _describe(folder: OutputFolder, synthesizer: Synthesizer) -> int:
-    """Describe what the folder is to hold, and return the number of the round: one for each student, 0 without one."""
+def _described(folder: OutputFolder, synthesizer: Synthesizer) -> tuple[int, Document]:
+    """Return the number of the round, one for each student and 0 without one, and what the folder is to hold."""
     recipe, student = synthesizer.recipe, synthesizer.student
-    of_student = None if student is None else weights_digest(student.module)
-    rounds: list[dict[str, Any]] = folder.description().get("rounds", [])
-    students = [one["student"] for one in rounds]
-    number = students.index(of_student) if of_student in students else len(rounds)
+    own = Round(student=None if student is None else weights_digest(student.module), num_batches=recipe.num_batches)
+    rounds = read_rounds(folder)
+    number = next((place for place, one in enumerate(rounds) if one.student == own.student), len(rounds))
     if number == 0:
         _require_every_class(recipe, synthesizer.num_classes)
-    own = {"student": of_student, "num_batches": recipe.num_batches}
+    rounds[number : number + 1] = [own]
     settings = recipe.model_dump(mode="json", exclude={"teacher", "num_batches", "device"})
-    described = {
+    return number, {
         "teacher": weights_digest(synthesizer.teacher.module),
         "preprocessing": synthesizer.teacher.preprocessing.model_dump(mode="json"),
         "classes": None if synthesizer.teacher.classes is None else list(synthesizer.teacher.classes),
         "num_classes": synthesizer.num_classes,
         "image_shape": list(synthesizer.image_shape),
         "settings": settings,
-        "rounds": [*rounds[:number], own, *rounds[number + 1 :]],
+        "rounds": [one.model_dump() for one in rounds],
     }
-    folder.describe(described, _grows, "images")
-    return number
 
 
 def _require_every_class(recipe: SynthesizeRecipe, num_classes: int) -> None:
@@ -121,36 +126,6 @@ def _grows(old: Document, new: Document) -> bool:
     )
 
 
-def _record_name(round_: int, batch: int) -> str:
-    return f"batches/{round_:02}-{batch:05}.json"
-
-
-def _is_whole(folder: OutputFolder, record: str) -> bool:
-    """Whether a batch has its record and, on this machine, the files of which it has the digests.
-
-    At a URL reading them would take a request for each image.
-    """
-    if not folder.holds(record) or not folder.is_local:
-        return folder.holds(record)
-    digests = folder.read_json(record)["sha256"].items()
-    return all(folder.holds(name) and sha256(folder.read(name)).hexdigest() == digest for name, digest in digests)
-
-
-def _write(folder: OutputFolder, recipe: SynthesizeRecipe, round_: int, batch: int, made: SynthesizedBatch) -> None:
-    """Write the files of a batch, and then its record: without it they do not count, and are written again."""
-    files = dict(_files(recipe, f"{round_:02}-{batch:05}", made))
-    for name, content in files.items():
-        folder.write(name, content)
-    record = {
-        "losses": dict(made.losses),
-        "teacher_accuracy": made.teacher_accuracy,
-        "student_agreement": made.student_agreement,
-        "sha256": {name: sha256(content).hexdigest() for name, content in files.items()},
-        "versions": versions(),
-    }
-    folder.write(_record_name(round_, batch), json.dumps(record, indent=1).encode() + b"\n")
-
-
 def _files(recipe: SynthesizeRecipe, name: str, made: SynthesizedBatch) -> Iterator[tuple[str, bytes]]:
     """Yield the files of a batch: an archive, or an image each in the folder of its class."""
     rows = zip((image_bytes(one, "png") for one in made.pixels), made.labels.tolist(), strict=True)
@@ -166,12 +141,13 @@ def _files(recipe: SynthesizeRecipe, name: str, made: SynthesizedBatch) -> Itera
         yield f"shards/{name}.tar", tar_bytes(members)
 
 
-def _result(folder: OutputFolder, recipe: SynthesizeRecipe, round_: int, written: int) -> SynthesizeResult:
+def _result(
+    folder: OutputFolder, recipe: SynthesizeRecipe, round_: int, written: int, seconds: float | None
+) -> SynthesizeResult:
     """Read what the batches of a round recorded, those of other processes too."""
-    names = [_record_name(round_, batch) for batch in range(recipe.num_batches)]
-    records = [folder.read_json(name) for name in names if folder.holds(name)]
-    losses = {name: _mean([one["losses"][name] for one in records]) for name in records[0]["losses"]} if records else {}
-    agreed = [one["student_agreement"] for one in records if one["student_agreement"] is not None]
+    names = [record_name(round_, batch) for batch in range(recipe.num_batches)]
+    records = [read_record(folder, name) for name in names if folder.holds(name)]
+    agreed = [one.student_agreement for one in records if one.student_agreement is not None]
     return SynthesizeResult(
         f"{folder}/{'images' if recipe.format == 'image_folder' else 'shards'}",
         round_,
@@ -179,11 +155,8 @@ def _result(folder: OutputFolder, recipe: SynthesizeRecipe, round_: int, written
         written,
         len(names) - len(records),
         len(records) * recipe.batch_size,
-        _mean([one["teacher_accuracy"] for one in records]) if records else None,
-        _mean(agreed) if agreed else None,
-        losses,
+        fmean(one.teacher_accuracy for one in records) if records else None,
+        fmean(agreed) if agreed else None,
+        {name: fmean(one.losses[name] for one in records) for name in (records[0].losses if records else ())},
+        seconds,
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
