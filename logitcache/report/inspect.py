@@ -58,6 +58,7 @@ def inspect_cache(path: str | Path) -> dict[str, Any]:
         ],
         "mixing": [item.model_dump(mode="json", exclude={"thresholds"}) for item in manifest.views.mixing],
         "targets": manifest.views.targets,
+        "decode": manifest.views.decode,
         "dataset": None if manifest.dataset is None else manifest.dataset.model_dump(mode="json"),
         "fingerprint": manifest.fingerprint.content,
         "teachers": {name: _teacher(cache, name, entry, done) for name, entry in manifest.teachers.items()},

@@ -29,7 +29,7 @@ from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, 
 from logitcache.shipping.static_quantizer import count_fused
 from logitcache.student.evaluation.cost import LatencyPlan, count_flops, count_parameters
 from logitcache.student.evaluation.evaluate import OpenedRun, open_run
-from logitcache.student.evaluation.predict import learns_several, orientation_of
+from logitcache.student.evaluation.predict import evaluated_orientation, learns_several
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.trained import read_evaluation
 from logitcache.views.augmentations.foreign import factories_of
@@ -173,7 +173,7 @@ def describe(run: Path, opened: OpenedRun, pixels: Pixels, arithmetic: Arithmeti
         num_classes=stored.num_classes,
         multi_label=learns_several(opened.recipe),
         arithmetic=arithmetic,
-        orientation=orientation_of(opened.recipe),
+        orientation=evaluated_orientation(opened.recipe, recorded),
         preprocessing=opened.classifier.preprocessing,
         evaluation=recorded,
         run=Provenance(

@@ -32,6 +32,7 @@ from logitcache.student.training_data import Stream, TrainingData, open_training
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_parts, require_trainable
 from logitcache.targets import Batch
+from logitcache.views.datasets.base import orientation_of
 
 AnyRecipe = StudentRecipe | TeacherRecipe
 T = TypeVar("T")
@@ -198,6 +199,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
             augmentations=evaluated_as(() if validator is None else validator.augmentations, (height, width)),
             class_names=stream.class_names(lesson.num_classes),
             epoch=recipe.epochs,
+            orientation=orientation_of((stream.loader.views if validator is None else validator.views).dataset),
         )
         stored = describe(recipe, classifier, lesson)
         locks.enter_context(directory.held())

@@ -17,10 +17,10 @@ import logitcache as lc
 from logitcache.cli.app import main
 from logitcache.errors import RecipeError
 from logitcache.student.evaluation.evaluate import evaluate
-from logitcache.student.evaluation.predict import orientation_of
+from logitcache.student.evaluation.predict import evaluated_orientation
 from logitcache.student.evaluation.single_label import Tally
 from logitcache.student.training import train
-from tests.student.small import LINEAR, student
+from tests.student.small import LINEAR, student, teacher
 
 BATCH = 8
 AUGMENTATIONS = [{"kind": "resize", "size": 24}, {"kind": "center_crop", "size": 20}]
@@ -185,7 +185,7 @@ def test_every_kind_of_data_set_that_turns_images_is_asked(entry: dict[str, str]
     recipes = [
         student(tmp_path, tmp_path, validation={"dataset": entry | how}) for how in ({}, {"orientation": "apply"})
     ]
-    assert [orientation_of(recipe) for recipe in recipes] == ["ignore", "apply"]
+    assert [evaluated_orientation(recipe, None) for recipe in recipes] == ["ignore", "apply"]
 
 
 def test_a_run_whose_evaluation_applies_orientations_predicts_so(cache: Path, tmp_path: Path) -> None:
@@ -200,6 +200,22 @@ def test_a_run_whose_evaluation_applies_orientations_predicts_so(cache: Path, tm
         lc.predict(tmp_path / "run", [folder], orientation=orientation) for orientation in (None, "apply", "ignore")
     )
     assert default == applied != ignored
+
+
+@pytest.mark.filterwarnings("ignore:2 of 2 images")
+def test_a_run_that_was_not_measured_predicts_on_images_turned_as_those_that_it_learned_from(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.linear_gradient("L").resize((28, 28)).save(tmp_path / "photos" / name / "1.jpg", exif=exif)
+    dataset = {"kind": "image_folder", "root": str(tmp_path / "photos"), "mode": "L"}
+    for how, other in (("apply", "ignore"), ("ignore", "apply")):
+        train(teacher(tmp_path / how, dataset=dataset | {"orientation": how}, epochs=1, batch_size=2))
+        default, same, otherwise = (
+            lc.predict(tmp_path / how, [tmp_path / "photos"], orientation=given) for given in (None, how, other)
+        )
+        assert default == same != otherwise
 
 
 def test_classes_of_images_of_several_have_probabilities_of_their_own(

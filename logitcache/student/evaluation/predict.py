@@ -20,7 +20,7 @@ from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import open_regular
 from logitcache.student.evaluation.evaluate import require_memory, stated_factory, unopened_recipe
 from logitcache.student.losses import BinaryCrossEntropy, MultiLabelKL
-from logitcache.student.runs.trained import MODES, EvaluationTransform, load_student
+from logitcache.student.runs.trained import MODES, Evaluation, EvaluationTransform, load_student, read_evaluation
 from logitcache.student.speed import lay_out
 from logitcache.student.training_recipes import TrainingRecipe
 from logitcache.views.datasets.image_folder import LARGEST, ImageFolder
@@ -98,7 +98,7 @@ class Predictor:
                 found: Tensor = model(pixels.to(device))
             return found.float().cpu()
 
-        turned = orientation or orientation_of(recipe)
+        turned = orientation or evaluated_orientation(recipe, read_evaluation(run))
         return cls(str(run), logits, transform, student.class_names, device, learns_several(recipe), turned)
 
     def sources(self, image: str | Path) -> Iterator[ImageSource]:
@@ -160,8 +160,10 @@ def predict_images(
     return tuple(one for batch in shown for one in predictor.predict(batch, top))
 
 
-def orientation_of(recipe: TrainingRecipe) -> Orientation:
+def evaluated_orientation(recipe: TrainingRecipe, recorded: Evaluation | None) -> Orientation:
     """Return how the images that a run was measured on were turned; data sets of some kinds have no orientation."""
+    if recorded is not None and recorded.orientation is not None:
+        return recorded.orientation
     entry = None if recipe.validation is None else recipe.validation.dataset
     turned: Orientation = getattr(entry, "orientation", "ignore")
     return turned

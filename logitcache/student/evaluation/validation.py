@@ -68,7 +68,7 @@ class Validator:
         targets_of: TargetsOf = no_targets if cache is None else cache.rows
         self.cache, self._pairing = cache, pairing
         self.augmentations = views.spec.augmentations if pairing is None else ()
-        self._views, self._labels = views, labels
+        self.views, self._labels = views, labels
         self.class_names = views.dataset.class_names if labels is None else None
         self.is_multi_label = is_multi_label(views.dataset.labels)
         several = functools.partial(MultiLabelTally.of, threshold=threshold)
@@ -89,11 +89,11 @@ class Validator:
             manifest = self.cache.manifest
             paired = {} if self._pairing is None else self._pairing.identity()
             return {"cache": manifest.restricted(1, manifest.targets).content_digest(), **paired}
-        return {"dataset": fingerprint(self._views.dataset).model_dump(mode="json")}
+        return {"dataset": fingerprint(self.views.dataset).model_dump(mode="json")}
 
     def sample(self) -> Tensor:
         """Render the first few images, uint8 [B, C, H, W]."""
-        return self._views.__getitems__(self._keys(0, NUM_SAMPLES))
+        return self.views.__getitems__(self._keys(0, NUM_SAMPLES))
 
     def _keys(self, start: int, count: int) -> list[ViewKey]:
         return [ViewKey(0, index) for index in self._indices[start : start + count]]
@@ -153,7 +153,7 @@ class Validator:
 
     def require_labels(self, losses: Sequence[Loss]) -> None:
         """Raise RecipeError if losses ask for labels of another kind than those of the images."""
-        require_labels(losses, self._views.dataset.labels, "validation: ")
+        require_labels(losses, self.views.dataset.labels, "validation: ")
 
 
 class Counted:

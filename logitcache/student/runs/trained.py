@@ -18,6 +18,7 @@ from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.crops import CenterCrop
 from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.augmentations.resize import Resize
+from logitcache.views.datasets.images.image_files import Orientation
 from logitcache.views.datasets.images.pixels import Mode, from_value
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import ViewSpec
@@ -31,12 +32,14 @@ _AUGMENTATIONS: TypeAdapter[tuple[Augmentation, ...]] = TypeAdapter(tuple[Augmen
 class Evaluation(Component):
     """The content of a run's `evaluation.json`: how images reach the model outside training, and what it predicts.
 
-    `epoch` counts from 1: the kept weights are those after it.
+    `epoch` counts from 1: the kept weights are those after it. `orientation` is the handling of the EXIF orientation of
+    the images that were measured, or without any of those that were learned from; None in runs of earlier releases.
     """
 
     augmentations: Annotated[tuple[Augmentation, ...], Field(max_length=64)]
     class_names: tuple[str, ...] | None = None
     epoch: Count
+    orientation: Orientation | None = None
 
 
 @dataclass(frozen=True)

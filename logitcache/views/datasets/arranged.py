@@ -1,13 +1,14 @@
 """Arranged images: some images of a data set, in the order in which a cache has them."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcache.errors import DataError
-from logitcache.views.datasets.base import ImageDataset, Labels, Turned, read_images
+from logitcache.views.datasets.base import ImageDataset, Labels, Turned, orientation_of, read_images
 from logitcache.views.datasets.images.ids import PackedIds
 from logitcache.views.scaled_decoding import reduced
 
@@ -84,6 +85,11 @@ class ArrangedImages:
     def digests(self) -> NDArray[np.uint64]:
         """Return the digests of the images, [N]; those of an absent one mean nothing."""
         return self._images.digests()[self.rows]
+
+    @property
+    def orientation(self) -> Literal["ignore", "apply"]:
+        """Handling of the EXIF orientation."""
+        return orientation_of(self._images)
 
     def turned(self) -> NDArray[np.int64]:
         """Return which images have an orientation that is ignored."""

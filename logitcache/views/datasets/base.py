@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,10 @@ class ReadsTogether(Protocol):
 class Turned(Protocol):
     """A data set of files that may have an EXIF orientation."""
 
+    @property
+    def orientation(self) -> Literal["ignore", "apply"]:
+        """Handling of the EXIF orientation."""
+
     def turned(self) -> NDArray[np.int64]:
         """Return which images have an orientation that is ignored; decodes no file for it."""
 
@@ -87,6 +91,11 @@ class Reducible(Protocol):
 
         `factors` maps sizes [B, 2], as `sizes` gives them, to 1, 2, 4 or 8, [B]. Sides are rounded up.
         """
+
+
+def orientation_of(dataset: ImageDataset) -> Literal["ignore", "apply"]:
+    """Return how the EXIF orientation of images is handled: data sets of some kinds have none."""
+    return dataset.orientation if isinstance(dataset, Turned) else "ignore"
 
 
 def warn_of_orientation(dataset: ImageDataset) -> None:

@@ -129,7 +129,7 @@ class ImageFiles(ABC):
     ids: Sequence[str]
 
     def __init__(self, mode: Mode, orientation: Orientation) -> None:
-        self._mode, self._orientation = mode, orientation
+        self._mode, self.orientation = mode, orientation
         self._factors: Factors | None = None
 
     @abstractmethod
@@ -158,11 +158,11 @@ class ImageFiles(ABC):
 
     def sizes_of(self, heads: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return height and width of the images with these headers, [B, 2], as `read` gives them."""
-        return _sizes_and_factors(heads, self._orientation, self._factors)[0]
+        return _sizes_and_factors(heads, self.orientation, self._factors)[0]
 
     def turned(self) -> NDArray[np.int64]:
         """Return which images have an EXIF orientation that is ignored."""
-        ignored = self._orientation == "ignore"
+        ignored = self.orientation == "ignore"
         return np.flatnonzero(self.heads()[:, 2] % _REDUCIBLE > _UPRIGHT) if ignored else np.empty(0, np.int64)
 
     def reduced(self, factors: Factors) -> Self:
@@ -198,11 +198,11 @@ class ImageFiles(ABC):
 
     def decoded(self, content: bytes, index: int) -> Tensor:
         """Decode a file to uint8 [C, H, W]; raises DataError naming one that cannot be decoded."""
-        return decode(io.BytesIO(content), self._mode, self.shown(index), self._orientation, self._factors)
+        return decode(io.BytesIO(content), self._mode, self.shown(index), self.orientation, self._factors)
 
     def described(self) -> str:
         """Return what decides the pixels beside the files: the libraries and the options."""
-        return f"{versions()} {self._mode} {self._orientation}"
+        return f"{versions()} {self._mode} {self.orientation}"
 
 
 def _orientation(image: Image.Image) -> int:
