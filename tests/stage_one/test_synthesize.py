@@ -153,7 +153,7 @@ def test_batches_are_added_to_those_that_are_there(whole: Path, tmp_path: Path) 
 def test_a_folder_of_other_images_is_refused(whole: Path) -> None:
     before = contents(whole)
     for changes, named in (
-        ({"lr": 0.1}, "settings"),
+        ({"lr": 0.3}, "settings"),
         ({"seed": 1}, "settings"),
         ({"num_batches": 3}, "rounds"),
         ({"format": "webdataset"}, "settings"),

@@ -60,8 +60,9 @@ class Synthesizer:
         steps = self._words(round_, number, _STEPS, recipe.steps, 3)
         shifts = below(steps[:, :2], 2 * recipe.jitter + 1) - recipe.jitter
         mirrored = bernoulli(steps[:, 2], 0.5) & recipe.flip
-        # The algorithms of cuDNN may otherwise add up in another order in every run.
-        with BatchNormInputs(self.teacher.module) as statistics, torch.backends.cudnn.flags(deterministic=True):
+        # cuDNN may otherwise choose algorithms that add up in another order in every run.
+        deterministic = torch.backends.cudnn.flags(enabled=True, deterministic=True)
+        with BatchNormInputs(self.teacher.module) as statistics, deterministic:
             for step, (shift, is_mirrored) in enumerate(zip(shifts.tolist(), mirrored.tolist(), strict=True)):
                 before_step()
                 for group in optimizer.param_groups:

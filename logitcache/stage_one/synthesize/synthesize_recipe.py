@@ -94,7 +94,7 @@ class SynthesizeRecipe(Component):
         default=256, description="Images that are optimised together: their statistics are compared with BatchNorm's."
     )
     steps: Count = Field(default=500, description="Optimiser steps of a batch (Adam, cosine decay of the step size).")
-    lr: Positive = Field(default=0.05, description="First step size, in units of pixel / 255.")
+    lr: Positive = Field(default=0.1, description="First step size, in units of pixel / 255.")
     jitter: Annotated[int, Field(ge=0)] = Field(
         default=2, description="Most pixels by which all images of a batch are rolled in a step, along each side."
     )
