@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.spatial.distance import jensenshannon
 from torch import Tensor, nn
 
 from logitcache.classifier import Classifier, Preprocessing
@@ -189,16 +190,18 @@ def test_an_adaptive_round_adds_images_on_which_the_student_disagrees(whole: Pat
     assert all(one[name] == other[name] for name in other if name != DESCRIPTION)
 
 
-def test_competition_makes_teacher_and_student_disagree() -> None:
-    divergences = []
+def test_competition_makes_images_on_which_the_answers_of_teacher_and_student_are_further_apart() -> None:
+    apart = []
     for weight in (0.0, 10.0):
         made = open_networks(synthesis(steps=60, batch_size=30, losses={"competition": weight}), None, student())
         batch = made.batch(1, 0)
-        assert batch.student_agreement is not None
-        divergences.append((batch.losses["competition"], batch.student_agreement))
-    (without, agreed), (counted, disagreed) = divergences
-    assert counted < without - 0.02
-    assert disagreed <= agreed
+        inputs = (torch.from_numpy(batch.pixels).float() / 255 - 0.4) / 0.25
+        answers = [module(inputs).softmax(1).numpy() for module in (network(), learner())]
+        divergences = [jensenshannon(*pair) ** 2 for pair in zip(*answers, strict=True)]
+        assert batch.losses["competition"] == pytest.approx(1 - np.mean(divergences), abs=1e-4)
+        assert batch.student_agreement == np.mean(answers[0].argmax(1) == answers[1].argmax(1))
+        apart.append(np.mean(divergences))
+    assert apart[1] > apart[0] + 0.02
 
 
 def test_archives_hold_the_images_and_labels_of_the_folder(whole: Path, tmp_path: Path) -> None:
