@@ -229,6 +229,15 @@ def _of_photographs() -> list[Job]:
         _student("imagenet", *small, "validation=null"),
         _precompute("large_photographs", folder, cropped, *photos, *untrained),
         _student("large_photographs", *small),
+        _precompute(
+            "growing_folder",
+            "dataset.root=INPUTS/photos_before",
+            cropped,
+            *photos,
+            *untrained,
+            later=((folder,),),
+        ),
+        _student("growing_folder", "dataset={kind: image_folder, root: INPUTS/photos, labelled: false}", *small),
         _precompute("webdataset", shards, "dataset.labelled=false", cropped, *photos, *untrained),
         _student("webdataset", shards, "dataset.labelled=false", *small),
     ]
@@ -305,6 +314,10 @@ def make_inputs(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         photo = Image.fromarray(pixels).resize((60 - number, 40 + number))
         photo.save(path)
+        if number < 9:
+            before = folder / "photos_before" / f"class{number % 3}" / path.name
+            before.parent.mkdir(parents=True, exist_ok=True)
+            photo.save(before)
         for other, paired in (("half_size", photo.reduce(2)), ("edges", photo.convert("L"))):
             file = folder / other / f"class{number % 3}" / f"{number:02}.png"
             file.parent.mkdir(parents=True, exist_ok=True)

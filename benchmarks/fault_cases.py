@@ -23,6 +23,7 @@ from logitcache.config.recipe import load_recipe
 from logitcache.errors import CacheError
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.stage_one import full_disk as small_disk
+from tests.stage_one import killing_images as appending
 from tests.stage_one import misbehaving
 from tests.stage_one import several as sharing
 from tests.stage_one import starting as dying
@@ -67,6 +68,14 @@ def starting(folder: Path, quick: bool, state: State) -> dict[str, Any]:
     count, workers = (1, 1) if quick else (12, 2)
     found = dying.main(folder, count, workers)
     return {"kills": found["killed"], "wrong": int(found["killed"] < count) + int(not found["identical"])}
+
+
+def new_images(folder: Path, quick: bool, state: State) -> dict[str, Any]:
+    """Kill runs that append images to a cache while students read it, and let them continue."""
+    found = appending.main(folder, appending.NUM_KILLS if quick else 100)
+    good = [one["identical"] and one["kept"] and one["beside"] and one["reader"] in (1, 2, 3) for one in found]
+    wrong = [one for one, is_good in zip(found, good, strict=True) if one["problems"] or not is_good]
+    return {"kills": len(found), "finished": sum(one["opened"] == 120 for one in found), "wrong": len(wrong)}
 
 
 def several(folder: Path, quick: bool, state: State) -> dict[str, Any]:
@@ -182,4 +191,5 @@ CASES: tuple[Case, ...] = (
     full_memory,
     storage,
     damage,
+    new_images,
 )

@@ -1,11 +1,12 @@
 """Does a cache survive what happens to computers?
 
-    python benchmarks/faults.py [--quick] [--json] [--state FILE]
+    python benchmarks/faults.py [--quick] [--json] [--state FILE] [--case NAME]
 
 Kills every command that writes at 1,000 moments of its life, and the workers of a Dask cluster while they start; flips
 bits of, or truncates, 1,000 files of a cache; fills a small disk, and shared memory; lets several processes write one
-cache while some are killed; writes and reads caches in storage that loses, cuts and delays answers. `--quick` does
-everything in fewer rounds: 100 kills, one of a worker that starts, 100 damages, and every third fault of storage.
+cache while some are killed; writes and reads caches in storage that loses, cuts and delays answers; kills runs that
+append images 100 times while students read. `--quick` does everything in fewer rounds: 100 kills, one of a worker that
+starts, 100 damages, every third fault of storage, and 12 kills of runs that append. `--case` does one of these alone.
 Run from a checkout, whose tests have the programs that do this. What is done is noted in the state file: the same
 command continues where it was stopped, and removes the file at its end. Exits 1 if anything committed is lost, anything
 bad is accepted, a command hangs, or the bytes differ from those of an undisturbed run.
@@ -54,6 +55,7 @@ def main() -> int:
     """Run every case and print what it found."""
     parser = parser_of(__doc__, "fewer of each, about two minutes")
     parser.add_argument("--state", type=Path, default=Path("faults.state"), help="where to note what is done")
+    parser.add_argument("--case", help="the only one to do, such as new_images")
     options = parser.parse_args()
     # Not above: the workers that a case starts import this file.
     from fault_cases import CASES, HANGS, Case
@@ -62,7 +64,10 @@ def main() -> int:
 
     configure(quiet=True)
     import_package()
-    state = State(options.state, {"quick": options.quick, "versions": versions()})
+    chosen = [case for case in CASES if options.case in (None, case.__name__)]
+    if not chosen:
+        parser.error(f"--case {options.case}: one of {', '.join(case.__name__ for case in CASES)}")
+    state = State(options.state, {"quick": options.quick, "case": options.case, "versions": versions()})
 
     def found(case: Case) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="logitcache-faults-") as folder:
@@ -71,8 +76,8 @@ def main() -> int:
             print(f"{case.__name__:11} {result}", flush=True)
         return result
 
-    first, *others = CASES  # the first takes both processors
-    results = dict(zip([case.__name__ for case in CASES], [found(first), *by_two(others, found, HANGS)], strict=True))
+    first, *others = chosen  # the first takes both processors
+    results = dict(zip([case.__name__ for case in chosen], [found(first), *by_two(others, found, HANGS)], strict=True))
     state.file.unlink()
     if options.json:
         print_json(results, goal="nothing wrong")

@@ -65,7 +65,7 @@ def precompute(
     """Run the teachers once over every view.
 
     The same command continues after a stop, and shares the work with others of its kind. A recipe that asks for more
-    views or further teachers adds just these.
+    views or further teachers adds just these; with new_images: append it adds images that came since.
     """
     from logitcache.report.load_own import load_own
     from logitcache.stage_one.precompute import PrecomputeRecipe

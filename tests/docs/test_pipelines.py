@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,17 @@ def test_the_recipe_runs_on_a_folder_of_ones_own(name: str, photos: Path, tmp_pa
     )
     assert result.row_views == 4 * 12
     train_student(name, cache, tmp_path / "run")
+
+
+def test_photographs_that_come_later_are_appended(photos: Path, tmp_path: Path) -> None:
+    folder, cache = tmp_path / "growing", tmp_path / "c.zarr"
+    shutil.copytree(photos, folder, ignore=shutil.ignore_patterns("1*.jpg"))
+    changes = [f"cache={cache}", f"dataset.root={folder}", "views.num_views=2", *SMALL, *UNTRAINED]
+    recipe = load_recipe(PIPELINES / "growing_folder/precompute.yaml", PrecomputeRecipe, changes)
+    assert precompute(recipe).row_views == 2 * 9  # 0, 2, 3, ... 9
+    shutil.copytree(photos, folder, dirs_exist_ok=True)
+    assert precompute(recipe).row_views == 2 * 3
+    train_student("growing_folder", cache, tmp_path / "run")
 
 
 def test_the_recipes_for_small_images_run_on_a_folder_of_ones_own(photos: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from logitcache.config.recipe import dump_recipe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from tests.cache.made import Linear, contents, recipe, teacher
-from tests.stage_one import killing, killing_imports
+from tests.stage_one import killing, killing_images, killing_imports
 from tests.stage_one.apart import program, stopped
 
 
@@ -122,3 +122,12 @@ def test_written_views_imported_answers_and_synthesized_images_continue_after_a_
     assert [one for one in found if not one["identical"]] == []
     for commands in ({"materialize", "import-targets"}, {"synthesize"}):
         assert len({one["written"] for one in found if one["command"] in commands}) >= 3
+
+
+def test_a_growth_in_images_continues_after_a_kill_while_students_read(tmp_path: Path) -> None:
+    found = program("killing_images", tmp_path)
+    assert len(found) == killing_images.NUM_KILLS
+    assert [one for one in found if not (one["identical"] and one["kept"] and one["beside"])] == []
+    assert [one for one in found if one["problems"] or one["opened"] not in (90, 120)] == []
+    assert [one for one in found if one["reader"] not in (1, 2, 3)] == []
+    assert {one["written"] for one in found} >= {0, 2}
