@@ -210,10 +210,12 @@ def test_a_student_learns_without_images_and_again_from_those_on_which_it_disagr
     assert main(command) == 0
     images = json.loads(capsys.readouterr().out)["images"]
     for number, count in enumerate((40, 80)):
-        cache, out = tmp_path / f"{number}.zarr", tmp_path / f"student{number}"
+        cache, out = tmp_path / "c.zarr", tmp_path / f"student{number}"
         changed = [f"cache={cache}", f"dataset.root={images}", "views.num_views=2", "num_workers=0", "device=cpu"]
         recipe = load_recipe(PIPELINES / "data_free/precompute.yaml", PrecomputeRecipe, changed)
-        assert precompute(recipe).row_views == 2 * count
+        assert precompute(recipe).row_views == 2 * 40
+        assert main(["verify", str(cache), "-q"]) == 0
+        capsys.readouterr()
         changed = [f"cache={cache}", f"out={out}", *SHORT[:3], "batch_size=20", "schedule.warmup_epochs=1"]
         changed.append("validation.dataset.num_images=100")
         result = train(load_recipe(PIPELINES / "data_free/student.yaml", StudentRecipe, changed))
