@@ -131,4 +131,5 @@ def _grown(recipe: PrecomputeRecipe, cache: Snapshot, entries: dict[str, Teacher
         return grown
     fingerprint = recorded.fingerprint.model_copy(update={"num_images": len(ids), "ids": NOT_READ})
     appended = Appended(first=recorded.first, id_bytes=len(packed_ids(ids)))
-    return NewImages.of(recorded, fingerprint, appended, recorded.canaries).added_to(grown)
+    wanted = grown.model_copy(update={"fingerprint": fingerprint, "appended": appended})
+    return NewImages.of(recorded, wanted).added_to(grown)

@@ -15,6 +15,7 @@ from logitcache.student.lesson import pairing_of, views_of
 from logitcache.student.runs.trained import EvaluationTransform
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.views.datasets import open_dataset
+from logitcache.views.datasets.arranged import present
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.datasets.custom import Custom
 
@@ -32,8 +33,8 @@ def calibration_images(
     """
     dataset = _dataset(run, recipe, overrides)
     transform = EvaluationTransform(metadata.evaluation.augmentations, metadata.shape[0])
-    total = len(dataset.ids)
-    indices = np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
+    there = present(dataset)
+    indices = there[np.linspace(0, len(there) - 1, min(count, len(there))).round().astype(np.int64)]
     images = [transform(dataset.read(int(index))) for index in indices]
     if wrong := [image for image in images if tuple(image.shape) != metadata.shape]:
         raise RecipeError(

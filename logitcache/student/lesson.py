@@ -78,7 +78,12 @@ def views_of(
     replay: Replay = "planned",
     pairing: Pairing | None = None,
 ) -> Views:
-    """Bind a cache's views to its images, or to paired ones, as exactly as a recipe asks."""
+    """Bind a cache's views to its images, or to paired ones, as exactly as a recipe asks.
+
+    Of the images those that the recipe leaves out are absent.
+    """
+    if isinstance(recipe, StudentRecipe) and recipe.without:
+        dataset = cache.open_images(dataset, recipe.trust, recipe.without)
     return cache.views(
         dataset,
         recipe.verify,

@@ -23,8 +23,8 @@ from logitcache.student.training_recipes import StudentRecipe
 from logitcache.sweeps.cells import Member
 
 _SHARED = (
-    *("cache", "dataset", "pairing", "shuffled", "num_views", "replay", "verify", "drift_limits", "factories", "trust"),
-    *("batch_size", "drop_last", "views_per_image", "sampling", "ensembles"),
+    *("cache", "dataset", "without", "pairing", "shuffled", "num_views", "replay", "verify", "drift_limits"),
+    *("factories", "trust", "batch_size", "drop_last", "views_per_image", "sampling", "ensembles"),
     *("num_workers", "start_method", "device"),
 )
 """The entries of a recipe that decide the batches, where they are made, and where they are moved."""
@@ -77,9 +77,10 @@ def _stream_key(recipe: StudentRecipe, opened: dict[str, CachedData], refuse_ine
     entries: dict[str, Any] = {
         **recipe.model_dump(mode="json", include=set(_SHARED)),
         "order": recipe.seed if recipe.order_seed is None else recipe.order_seed,
-        "begun": {key: begun.get(key) for key in ("num_views", "teachers")} if begun else None,
+        "begun": {key: begun.get(key) for key in ("num_views", "teachers", "num_images")} if begun else None,
     }
-    where = json.dumps([recipe.cache, recipe.pairing, recipe.shuffled, recipe.num_views, entries["begun"]])
+    opens = ("cache", "pairing", "shuffled", "num_views", "begun", "without", *(["dataset"] if recipe.without else []))
+    where = json.dumps([entries[key] for key in opens])
     if where not in opened:
         opened[where] = CachedData.open(recipe, recipe.dataset, None, begun)
     data = opened[where]
@@ -90,6 +91,7 @@ def _stream_key(recipe: StudentRecipe, opened: dict[str, CachedData], refuse_ine
     entries |= {
         "held_out": share_held_out(recipe),
         "num_views": data.num_views,
+        "num_images": len(data.cache),
         "begun": list(data.cache.manifest.teachers),
     }
     # What a student reads decides among how many rows it is shuffled.

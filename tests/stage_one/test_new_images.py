@@ -1,8 +1,10 @@
 """Images are appended to a cache: only they are answered, in its order, and nothing of the old ones moves."""
 
+import io
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from tests.cache.made import (
     TOP2_PACKED,
     TRANSFORM,
     Linear,
+    Pixels,
     contents,
     flip,
     raw,
@@ -64,19 +67,18 @@ def grow(
     names: str = "tuv",
     modules: dict[str, nn.Module] | None = None,
     part: str | None = None,
-    workers: int | None = None,
     **changes: Any,
 ) -> PrecomputeResult:
+    """Precompute a folder, given as an object: a cache does not record where it lies."""
     changes = {"new_images": "append", "views": VIEWS, "shard_rows": 40, "batch_size": 20} | changes
     changes |= {"row_checksums": True, "record_parameters": True}
     wanted = recipe(
         cache,  # type: ignore[arg-type]
-        dataset={"kind": "image_folder", "root": str(folder)},
         teachers={name: ENTRIES[name] for name in names},
         **changes,
     )
     given = {name: (modules or MODULES)[name] for name in names}
-    return precompute(wanted, teachers=given, part=part, workers=workers)
+    return precompute(wanted, teachers=given, dataset=ImageFolder(root=str(folder)).open(), part=part)
 
 
 def rows_of(cache: Cache, num_images: int) -> list[Any]:
@@ -429,3 +431,54 @@ def test_errors_are_of_the_library(world: Path) -> None:
     add(world / "images", ["cat/a\nb.png"])
     with pytest.raises(LogitCacheError, match=r"(?s)holds a line break.*Fix: rename it"):
         grow(world / "c.zarr", world / "images")
+
+
+def shards_of(folder: Path, numbers: Sequence[int]) -> Path:
+    """Write tar shards of twenty images each, whose names sort before those that are there."""
+    folder.mkdir(exist_ok=True)
+    for number in numbers:
+        with tarfile.open(folder / f"part-{9 - number}.tar", "w") as archive:
+            for index in range(20):
+                generator, picture = np.random.default_rng([number, index]), io.BytesIO()
+                Image.fromarray(generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)).save(picture, "PNG")
+                member = tarfile.TarInfo(f"{number}-{index}.png")
+                member.size = picture.tell()
+                archive.addfile(member, io.BytesIO(picture.getvalue()))
+    return folder
+
+
+class Rows(Pixels):
+    """Rows of a table, with ids, which newer rows precede."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(100, 2)
+        self.images, self.targets = self.images[:count][::-1], self.targets[:count][::-1]  # type: ignore[index]
+        self.ids = [f"row {number}" for number in reversed(range(count))]
+        self.classes = ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["shards", "rows"])
+def test_shards_and_rows_are_appended_too(kind: str, tmp_path: Path) -> None:
+    def answered(steps: int) -> PrecomputeResult:
+        given: dict[str, Any] = {"dataset": Rows(50 + 20 * steps)}
+        entry = None
+        if kind == "shards":
+            folder = shards_of(tmp_path / "shards", range(2 + steps))
+            entry = {"kind": "webdataset", "shards": str(folder / f"part-{{{8 - steps}..9}}.tar"), "labelled": False}
+            given = {}
+        wanted = recipe(
+            tmp_path / "c.zarr", dataset=entry, new_images="append", shard_rows=16, batch_size=8, views=VIEWS
+        )
+        return precompute(wanted, teachers={"t": Linear(2)}, **given)
+
+    answered(0)
+    before = open_cache(tmp_path / "c.zarr")
+    expected = rows_of(before, len(before))
+    for steps in (1, 2):
+        assert answered(steps).row_views == 2 * 20
+    after = open_cache(tmp_path / "c.zarr")
+    assert len(after) == len(before) + 40
+    assert equal(rows_of(after, len(before)), expected)
+    images = Rows(90) if kind == "rows" else None
+    pixels = (after.views(images).__getitems__([ViewKey(1, len(after) - 1)]).float() / 255 - 0.5) / 0.5
+    assert torch.equal(after.rows([ViewKey(1, len(after) - 1)])["t"].logits, Linear(2)(pixels).half())

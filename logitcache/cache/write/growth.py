@@ -24,6 +24,7 @@ from logitcache.store.base import Store
 from logitcache.store.files import explained, sync_directory
 from logitcache.store.safe_files import parse_json
 from logitcache.views.canaries import NUM_CANARIES, Canary
+from logitcache.views.datasets import Dataset
 from logitcache.views.datasets.base import Fingerprint
 
 GROWING_IDS = "digest/growing.ids"
@@ -31,33 +32,32 @@ GROWING_IDS = "digest/growing.ids"
 
 
 class NewImages(Component):
-    """The images that a cache is to have, and the shards that are staged because they become longer."""
+    """The images that a cache is to have, where they are, and the shards that are staged because they become longer."""
 
+    dataset: Dataset | None
     fingerprint: Fingerprint
     appended: Appended
     canaries: Annotated[tuple[Canary, ...], Field(max_length=NUM_CANARIES + MOST_CANARIES)]
     staged: Staged | None
 
     @classmethod
-    def of(
-        cls, recorded: Manifest, fingerprint: Fingerprint, appended: Appended, canaries: tuple[Canary, ...]
-    ) -> "NewImages":
-        """Describe images of which a cache has the first ones."""
+    def of(cls, recorded: Manifest, wanted: Manifest) -> "NewImages":
+        """Describe the images of `wanted`, of which a cache has the first ones."""
         start = recorded.num_images // recorded.shard_rows * recorded.shard_rows
         is_short = start < recorded.num_images
         staged = Staged(recorded.views.num_views, start, recorded.num_images) if is_short else None
-        return cls(fingerprint=fingerprint, appended=appended, canaries=canaries, staged=staged)
+        assert wanted.appended is not None
+        given = {key: getattr(wanted, key) for key in ("dataset", "fingerprint", "appended", "canaries")}
+        return cls(**given, staged=staged)
 
     @classmethod
     def between(cls, recorded: Manifest, wanted: Manifest) -> "NewImages | None":
         """Return the images that `wanted` adds to a cache; None if it adds none."""
-        if wanted.num_images == recorded.num_images or wanted.appended is None:
-            return None
-        return cls.of(recorded, wanted.fingerprint, wanted.appended, wanted.canaries)
+        return None if wanted.num_images == recorded.num_images else cls.of(recorded, wanted)
 
     def added_to(self, manifest: Manifest) -> Manifest:
         """Return a manifest with these images."""
-        update: dict[str, Any] = {key: getattr(self, key) for key in ("fingerprint", "appended", "canaries")}
+        update: dict[str, Any] = {key: getattr(self, key) for key in ("dataset", "fingerprint", "appended", "canaries")}
         views = manifest.views.model_copy()
         views._num_first = manifest.first.num_images
         grown = manifest.model_copy(update={**update, "views": views})

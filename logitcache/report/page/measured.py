@@ -25,6 +25,7 @@ from logitcache.student.evaluation.single_label import Tally
 from logitcache.student.evaluation.validation import Validator, only_logits
 from logitcache.student.lesson import pairing_of, views_of
 from logitcache.student.training_recipes import StudentRecipe
+from logitcache.views.datasets.arranged import present
 from logitcache.views.keys import ViewKey
 
 Matrix = NDArray[np.float32]
@@ -122,7 +123,7 @@ def _beside(run: Path, opened: OpenedRun, points: int, overrides: Sequence[str])
             return None, f"not compared with its teachers: {str(error).splitlines()[0]}"
         assert recipe.validation is not None
         size = recipe.validation.batch_size
-        chosen = None if pairing is None else pairing.matched
+        chosen = present(views.dataset) if pairing is None else pairing.matched
         validator = Validator(views, only_logits(cache), size, recipe.num_workers, images=chosen, pairing=pairing)
     assert validator.cache is not None
     generator = np.random.default_rng(0)

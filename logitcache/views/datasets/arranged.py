@@ -16,6 +16,12 @@ ABSENT = -1
 """Place of an image that the data set does not have."""
 
 
+def present(dataset: ImageDataset) -> NDArray[np.int64]:
+    """Return the places of the images of a data set that are there: all but absent ones in the order of a cache."""
+    everything = np.arange(len(dataset.ids))
+    return np.setdiff1d(everything, dataset.absent) if isinstance(dataset, ArrangedImages) else everything
+
+
 class ArrangedImages:
     """Images in an order of their own: an `ImageDataset`.
 
