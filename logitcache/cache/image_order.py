@@ -182,7 +182,7 @@ def images_to_answer(store: Store, dataset: ImageDataset, *, appends: bool) -> I
     manifest = read_manifest(store)
     if not appends and manifest.appended is None:
         return dataset
-    goal, is_complete = read_growth(store, manifest), Snapshot.as_described(store, manifest).complete
+    goal, recorded = read_growth(store, manifest), manifest
     is_growing = goal.num_images > manifest.num_images
     if appends and is_growing and goal.appended is not None:
         data = read_sized(store, GROWING_IDS, goal.appended.id_bytes, goal.fingerprint.ids)
@@ -199,7 +199,7 @@ def images_to_answer(store: Store, dataset: ImageDataset, *, appends: bool) -> I
             f"{store}: {len(new)} images of the data set are new: {_names(dataset, new)}.\n"
             "  Fix: new_images: append in the recipe, which appends them to the cache; or move them away"
         )
-    is_settled = is_complete and not is_growing and not is_more(goal, manifest)
+    is_settled = bool(new) and not is_more(goal, recorded) and Snapshot.as_described(store, recorded).complete
     added = _whole(manifest, new, store) if is_settled else []
     images = in_cache_order(store, manifest, dataset, [*ids, *(dataset.ids[place] for place in added)])
     _require_present(store, images, images.absent)

@@ -4,7 +4,7 @@ from logitcache.cache.format.appended import Appended, appended_canaries
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.manifest_diff import is_more
 from logitcache.cache.format.samples import Samples, packed_ids
-from logitcache.errors import RecipeError
+from logitcache.errors import MismatchError, RecipeError
 from logitcache.views.datasets.arranged import ArrangedImages
 from logitcache.views.datasets.base import ImageDataset
 from logitcache.views.keys import ViewKey
@@ -40,6 +40,17 @@ def with_ids(samples: Samples, dataset: ImageDataset, recorded: Manifest) -> Sam
 def appended_of(recorded: Manifest, samples: Samples) -> Appended | None:
     """Return what a manifest records of images that a cache began with, if some are or were appended."""
     return None if samples.sizes is None else Appended(first=recorded.first, id_bytes=len(samples.ids))
+
+
+def require_same_growth(growing: Manifest, wanted: Manifest, recorded: Manifest, where: str) -> None:
+    """Raise MismatchError if another run began to append other images since the data set was opened."""
+    is_begun = min(growing.num_images, wanted.num_images) > recorded.num_images
+    if is_begun and growing.fingerprint != wanted.fingerprint:
+        raise MismatchError(
+            f"{where} is growing to {growing.num_images} images, and the data set has {wanted.num_images} of other "
+            "content or order. Fix: run the same command again, if another run has begun meanwhile; else put the "
+            f"images back, or give the growth up (`logitcache gc {where} --growth`)"
+        )
 
 
 def require_images_alone(recorded: Manifest, wanted: Manifest, where: str) -> None:

@@ -35,6 +35,7 @@ from logitcache.stage_one.new_images import (
     canary_keys,
     first_of,
     require_images_alone,
+    require_same_growth,
     with_ids,
 )
 from logitcache.store.base import Store
@@ -196,6 +197,7 @@ def _existing(inputs: Inputs, recorded: Snapshot, most_rows: int | None) -> Todo
     wanted = _manifest(inputs, tried.entries, tried, shard_rows, appended)
     wanted = wanted.model_copy(update={"views": recipe.views})
     require_images_alone(root, wanted, str(store))
+    require_same_growth(growing.manifest, wanted, root, str(store))
     held: set[Shard] = set().union(*growing.committed().values())
     manifest = with_repaired_images(store, root, wanted, samples.digests, held)
     cache = Cache(growing.of(manifest))

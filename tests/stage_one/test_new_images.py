@@ -482,3 +482,34 @@ def test_shards_and_rows_are_appended_too(kind: str, tmp_path: Path) -> None:
     images = Rows(90) if kind == "rows" else None
     pixels = (after.views(images).__getitems__([ViewKey(1, len(after) - 1)]).float() / 255 - 0.5) / 0.5
     assert torch.equal(after.rows([ViewKey(1, len(after) - 1)])["t"].logits, Linear(2)(pixels).half())
+
+
+def test_an_image_that_changed_since_a_growth_began_is_refused(world: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        grow(world / "c.zarr", add(world / "images", NEW), modules=MODULES | {"v": Interrupting(2, seed=2)})
+    before = contents(world / "c.zarr")
+    shutil.copy(world / "images/cat/000.png", world / "images" / NEW[4])
+    with pytest.raises(MismatchError, match=r"is growing to 120 images, .*Fix: run the same .*gc .* --growth"):
+        grow(world / "c.zarr", world / "images")
+    assert contents(world / "c.zarr") == before
+    collect(world / "c.zarr", growth=True)
+    grow(world / "c.zarr", world / "images")
+    assert verified(world / "c.zarr") == ()
+
+
+def test_what_a_finished_growth_left_is_removed(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed after its last step leaves what was staged."""
+    add(world / "images", NEW)
+    with monkeypatch.context() as patch:
+        patch.setattr("logitcache.cache.write.error_summary.forget_staged", lambda *_: None)
+        patch.setattr("logitcache.stage_one.lifecycle.forget_growth", lambda *_: None)
+        grow(world / "c.zarr", world / "images")
+    assert (world / "c.zarr/t.logits.staged").is_dir()
+    assert verified(world / "c.zarr") == ()
+    other = Path(shutil.copytree(world / "c.zarr", world / "d.zarr"))
+    collect(other)
+    grow(world / "c.zarr", world / "images")
+    assert contents(other) == contents(world / "c.zarr")
+    assert sorted(os.listdir(other)) == sorted(os.listdir(world / "c.zarr"))
+    assert not list(other.glob("*.staged*"))
+    assert not list((other / "digest").glob("growing*"))
