@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -144,6 +145,12 @@ class Ranks:
 
 ALONE = Ranks()
 
+_FREEING = 0.1
+"""Seconds for gloo's threads to free the tensors of finished work.
+
+In PyTorch 2.6 that takes Python's lock, which the end of a group holds while it waits for these threads.
+"""
+
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
@@ -166,6 +173,8 @@ def joined() -> Iterator[Ranks]:
         try:
             yield Ranks(rank, size)
             Ranks(rank, size).every(True)  # a rank that leaves early would cut off one that still listens
+            if dist.get_backend() == "gloo":
+                time.sleep(_FREEING)
         except Exception as error:
             shown, others_failed = _explained(error, rank, size), False
             with suppress(dist.DistError):  # the store ends with the process that kept it
