@@ -39,10 +39,12 @@ def loader(split: str, *augmentations: v2.Transform) -> DataLoader:
 
 
 teacher_name, student_name = setting["networks"]
+# The default, loss="kl_divergence", is a function in Keras 3.15.1 and is given logits in place of probabilities.
+logits = keras.distillation.LogitsDistillation(setting["temperature"], keras.losses.KLDivergence())
 distiller = keras.distillation.Distiller(
     teacher=classifier(teacher_name, setting["teacher"]),
     student=classifier(student_name),
-    distillation_losses=keras.distillation.LogitsDistillation(temperature=setting["temperature"]),
+    distillation_losses=logits,
     student_loss_weight=setting["labels_weight"],
 )
 distiller.compile(

@@ -25,8 +25,8 @@ Every student is a run in DIR, by default runs/encoding_accuracy: the same comma
 """
 
 import argparse
+import functools
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from _study import chosen_rows, fashion_mnist, fashion_student, fill, run_study, study_parser, top1_of
 from _training import custom
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from torch import Tensor
 
@@ -61,16 +62,23 @@ ENCODINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def singles(split: str, root: str | None) -> tuple[Tensor, NDArray[np.int64]]:
+    """Return the images [N, 28, 28] and labels [N] that pairs are made of, which are read once."""
+    source = TypeAdapter(Dataset).validate_python(fashion_mnist(split, root)).open()
+    pixels = torch.stack([source.read(index) for index in range(len(source.ids))])[:, 0]
+    return pixels, np.asarray(source.labels)
+
+
 class Pairs:
     """A factory: images [3, 28, 28] of two, the third channel empty, drawn by a seed; label 10 · first + second."""
 
     num_classes = CLASSES**2
 
     def __init__(self, split: str, root: str | None, count: int, seed: int) -> None:
-        source = TypeAdapter(Dataset).validate_python(fashion_mnist(split, root)).open()
-        drawn = np.random.default_rng(seed).integers(len(source.ids), size=(count, 2))
-        pixels = torch.stack([source.read(int(index)) for index in range(len(source.ids))])[:, 0]
-        labels = np.asarray(source.labels)[drawn]
+        pixels, single = singles(split, root)
+        drawn = np.random.default_rng(seed).integers(len(single), size=(count, 2))
+        labels = single[drawn]
         self.labels = CLASSES * labels[:, 0] + labels[:, 1]
         self.images = torch.nn.functional.pad(pixels[drawn], (0, 0, 0, 0, 0, 1))
 
@@ -105,21 +113,24 @@ def teacher(arguments: argparse.Namespace) -> str:
     return out
 
 
-def cache_of(arguments: argparse.Namespace, row: str) -> str:
-    """Fill the cache of an encoding, derived from that of the teacher's own logits; return its path."""
+def path_of(arguments: argparse.Namespace, row: str) -> str:
+    """Return the path of the cache of an encoding."""
+    return str(arguments.out / f"{row}.zarr")
+
+
+def fill_cache(arguments: argparse.Namespace, row: str) -> None:
+    """Fill the cache of an encoding, derived from that of the teacher's own logits."""
     images = pairs(arguments, "train", arguments.pairs, 1)
-    source = str(arguments.out / f"{BASELINE}.zarr")
+    source = path_of(arguments, BASELINE)
     views = {"num_views": NUM_VIEWS, "augmentations": AUGMENTATIONS}
     model = {"kind": "run", "path": teacher(arguments)}
     teachers = {"teacher": {"model": model, "logits": ENCODINGS[BASELINE]}}
     entries = {"cache": source, "dataset": images, "views": views, "teachers": teachers, "num_workers": 0}
     fill(load_recipe(entries, PrecomputeRecipe))
-    if row == BASELINE:
-        return source
-    out = str(arguments.out / f"{row}.zarr")
-    derived = {"cache": source, "out": out, "teachers": {"teacher": {"logits": ENCODINGS[row]}}}
-    derive(load_recipe(derived, DeriveRecipe), wait=True)
-    return out
+    if row != BASELINE:
+        encoded = {"teacher": {"logits": ENCODINGS[row]}}
+        derived = {"cache": source, "out": path_of(arguments, row), "teachers": encoded}
+        derive(load_recipe(derived, DeriveRecipe), wait=True)
 
 
 def cost_of(cache: str, temperature: float) -> dict[str, float]:
@@ -131,8 +142,10 @@ def cost_of(cache: str, temperature: float) -> dict[str, float]:
 
 def train_student(costs: dict[str, dict[str, float]], arguments: argparse.Namespace, row: str, seed: int) -> float:
     """Train the student of an encoding; return its top-1, and note what the encoding costs."""
-    cache = cache_of(arguments, row)
-    costs[row] = cost_of(cache, arguments.temperature)
+    cache = path_of(arguments, row)
+    if row not in costs:
+        fill_cache(arguments, row)
+        costs[row] = cost_of(cache, arguments.temperature)
     test = pairs(arguments, "test", arguments.pairs // 2, 2)
     more = {
         "out": str(arguments.out / f"{arguments.temperature:g}" / str(seed) / row),
@@ -159,7 +172,7 @@ def main() -> int:
     arguments.rows = chosen_rows(parser, arguments.rows, list(ENCODINGS))
     costs: dict[str, dict[str, float]] = {}
     shared = {name: getattr(arguments, name) for name in ("temperature", "width", "epochs", "pairs", "seeds")}
-    return run_study(arguments, partial(train_student, costs), BASELINE, **shared, encodings=costs)
+    return run_study(arguments, functools.partial(train_student, costs), BASELINE, **shared, encodings=costs)
 
 
 if __name__ == "__main__":
