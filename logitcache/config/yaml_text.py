@@ -227,7 +227,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        raise RecipeError(f"{path}: there is no such file; {_hint(path)}") from None
+        raise RecipeError(f"{path}: there is no such file. Fix: {_hint(path)}") from None
     except IsADirectoryError:
         names = ", ".join(sorted(p.name for p in path.glob("*.y*ml"))) or "it holds none"
         raise RecipeError(f"{path}: is a folder; name a recipe in it ({names})") from None
@@ -242,11 +242,11 @@ def _hint(path: Path) -> str:
     """Guess the file that a wrong path means."""
     bare = Path(str(path).strip("'\""))
     if bare != path:
-        return f"the quotes are taken as part of its name: write {bare}"
+        return f"write {bare}: the quotes are taken as part of its name"
     # Endings are alike in all names.
     stems = {p.stem: p for p in path.parent.glob("*.y*ml")}
     near = nearest(path.stem, stems)
-    return f"did you mean '{stems[near]}'?" if near else "name a YAML file"
+    return f"did you mean '{stems[near]}'?" if near else "a YAML file"
 
 
 def _scalar(node: yaml.ScalarNode, place: Place) -> Any:
