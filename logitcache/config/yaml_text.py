@@ -246,7 +246,7 @@ def _hint(path: Path) -> str:
     # Endings are alike in all names.
     stems = {p.stem: p for p in path.parent.glob("*.y*ml")}
     near = nearest(path.stem, stems)
-    return f"did you mean '{stems[near]}'?" if near else "a YAML file"
+    return f"did you mean '{stems[near]}'?" if near else "name a YAML file"
 
 
 def _scalar(node: yaml.ScalarNode, place: Place) -> Any:
