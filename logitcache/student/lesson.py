@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -64,6 +64,18 @@ class Lesson:
     labels: Labels
     mixes: bool
     teachers: Mapping[str, HeldTeacher] = field(default_factory=dict)
+
+
+def begun_with(cache: Cache, identity: Mapping[str, Any]) -> Cache:
+    """Return the images of a cache that a run began with, by its identity; all for a new run, which has none."""
+    if not identity or cache.manifest.appended is None:
+        return cache
+    return cache.first(identity.get("num_images", cache.manifest.first.num_images))
+
+
+def num_grown(cache: Cache) -> dict[str, int]:
+    """Return the number of images, as the identity of a run records it if some were appended."""
+    return {"num_images": len(cache)} if len(cache) > cache.manifest.first.num_images else {}
 
 
 def pairing_of(recipe: StudentRecipe, cache: Cache) -> Pairing | None:

@@ -176,7 +176,9 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
     """Compare a run with its data, build the student, and continue from a checkpoint; or return a finished result."""
     (recipe, directory, before, lesson), (data, stream, validators, device, ranks, begins) = start, opened
     assert lesson is not None
-    validator = open_validator(recipe, lesson.num_classes, validators, stream.loader.views)
+    validator = open_validator(
+        recipe, lesson.num_classes, validators, stream.loader.views, directory.learns_from().get("validation")
+    )
     identity = data.identity(recipe) | ({} if validator is None else {"validation": validator.identity()})
     if isinstance(recipe.model, Pruned | QuantizedRun):
         identity["parent"] = recipe.model.parent()

@@ -18,9 +18,11 @@ from logitcache.student.ensembles import Ensemble, with_ensembles
 from logitcache.student.lesson import (
     Lesson,
     LiveTargets,
+    begun_with,
     learned_images,
     lesson_of,
     lesson_of_images,
+    num_grown,
     pairing_of,
     require_live,
     share_held_out,
@@ -96,13 +98,11 @@ class CachedData:
         cls, recipe: StudentRecipe, images: object | None, live: LiveTargets | None, begun: Mapping[str, Any]
     ) -> "CachedData":
         """Open the cache of a recipe; raise RecipeError for live teachers that it does not have."""
-        cache = open_uncompared(recipe.cache)
+        cache = begun_with(open_uncompared(recipe.cache), begun)
         targets = cache.manifest.targets
         if not begun:
             require_live(recipe, cache)
-        elif cache.manifest.appended is not None:
-            cache = cache.first(begun.get("num_images", cache.manifest.first.num_images))
-        if begun and begun.get("teachers", list(targets)) != list(targets) and targets.keys() >= {*begun["teachers"]}:
+        elif begun.get("teachers", list(targets)) != list(targets) and targets.keys() >= {*begun["teachers"]}:
             cache = cache.only({name: targets[name] for name in begun["teachers"]})  # without those that came later
         # Another cache may have fewer views: the identity differs then.
         num_views = min(begun.get("num_views", recipe.num_views or cache.num_views), cache.num_views)
@@ -141,7 +141,7 @@ class CachedData:
             "num_views": self.num_views,
             "teachers": list(self.cache.manifest.teachers),
             "online": self.live is not None,
-            **_grown(self.cache),
+            **num_grown(self.cache),
             **({} if self.pairing is None else self.pairing.identity()),
             **({} if self.absent is None else {"without": numbers_digest(self.absent)}),
         }
@@ -178,12 +178,6 @@ class CachedData:
         """Load the teacher's own images beside the paired ones."""
         views = views_of(cache, recipe.teacher_dataset, recipe, recipe.replay)
         return _loader(recipe, views, ranks, checksums_of=cache.checksums_of(recipe.verify))
-
-
-def _grown(cache: Cache) -> dict[str, int]:
-    """Return the number of images if some were appended: a run continues on those that it began with."""
-    manifest = cache.manifest
-    return {"num_images": len(cache)} if manifest.num_images > manifest.first.num_images else {}
 
 
 @dataclass(frozen=True)

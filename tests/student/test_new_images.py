@@ -108,3 +108,21 @@ def test_a_cache_that_never_grew_keeps_no_ids_to_leave_out(steps: Path, tmp_path
     for changes in ({"validation": {"split": 0.3}}, {"pairing": str(tmp_path)}):
         with pytest.raises(RecipeError, match=r"without leaves out images of the cache.*Fix"):
             train(learning(steps, str(tmp_path / "run"), "114", without="missing", **changes))
+
+
+@pytest.mark.parametrize("measured", ["held out", "another cache"])
+def test_a_run_is_measured_on_the_images_that_it_began_with(measured: str, steps: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(steps, tmp_path / "w"))
+    if open_snapshot(root / "106").manifest.views.mixing:
+        return  # which measures nothing
+    place = {"kind": "image_folder", "root": str(root / "images")}
+    validation = {"split": 0.3} if measured == "held out" else {"cache": str(root / "v"), "dataset": place}
+    for name in ("v", "c"):
+        shutil.copytree(root / "106", root / name)
+    train(learning(root, "whole", "c", validation=validation))
+    stopped(learning(root, "run", "c", validation=validation), 7)
+    for name in ("v", "c"):
+        shutil.rmtree(root / name)
+        shutil.copytree(root / "114", root / name)
+    train(learning(root, "run", "c", validation=validation), resume=True)
+    assert metrics(root / "run") == metrics(root / "whole")

@@ -22,7 +22,7 @@ from logitcache.student.compatibility import require_labels
 from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
 from logitcache.student.evaluation.single_label import Measures, Tally
 from logitcache.student.evaluation.validation_recipe import Validation
-from logitcache.student.lesson import pairing_of, share_held_out, views_of
+from logitcache.student.lesson import begun_with, num_grown, pairing_of, share_held_out, views_of
 from logitcache.student.losses import Loss
 from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
@@ -86,9 +86,9 @@ class Validator:
     def identity(self) -> dict[str, Any]:
         """Return what identifies the images and the answers; reads the images that are not remembered."""
         if self.cache is not None:
-            manifest = self.cache.manifest
-            paired = {} if self._pairing is None else self._pairing.identity()
-            return {"cache": manifest.restricted(1, manifest.targets).content_digest(), **paired}
+            manifest, further = self.cache.manifest, num_grown(self.cache)
+            further = further if self._pairing is None else further | self._pairing.identity()
+            return {"cache": manifest.restricted(1, manifest.targets).content_digest(), **further}
         return {"dataset": fingerprint(self.views.dataset).model_dump(mode="json")}
 
     def sample(self) -> Tensor:
@@ -183,30 +183,32 @@ def open_validator(
     num_classes: int,
     opened: dict[str, Validator] | None = None,
     learned: Views | None = None,
+    begun: Mapping[str, Any] | None = None,
 ) -> Validator | None:
     """Open the images to measure on; raises MismatchError when they, or the cache's teachers, have other classes.
 
-    `opened`: validators that recipes of the same images share; a new one is added. `learned`: the views that the model
-    learns from, if they are open.
+    `opened`: validators that recipes of the same images share; a new one is added. `learned`: the open views that the
+    model learns from. `begun`: the identity of the images that a run which continues began with.
     """
     if recipe.validation is None:
         return None
     learned_from = set() if share_held_out(recipe) is None else {"cache", "dataset"}
-    key = f"{num_classes} {recipe.model_dump_json(include=_MEASURED_ON | learned_from)}"
+    key = f"{num_classes} {recipe.model_dump_json(include=_MEASURED_ON | learned_from)} {begun}"
     opened = {} if opened is None else opened
-    if key in opened:
-        opened[key].require_labels(recipe.losses)
-    else:
-        opened[key] = _open(recipe, recipe.validation, num_classes, learned)
+    if key not in opened:
+        opened[key] = _open(recipe, num_classes, learned, begun or {})
+    opened[key].require_labels(recipe.losses)
     return opened[key]
 
 
-def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int, learned: Views | None) -> Validator:
+def _open(recipe: TrainingRecipe, num_classes: int, learned: Views | None, begun: Mapping[str, Any]) -> Validator:
+    validation = recipe.validation
+    assert validation is not None
     location, dataset = validation.cache, validation.dataset
     if validation.split is not None:
         assert isinstance(recipe, StudentRecipe), "others have no cache"
         location, dataset = recipe.cache, recipe.dataset
-    cache = None if location is None else only_logits(open_uncompared(location))
+    cache = None if location is None else only_logits(begun_with(open_uncompared(location), begun))
     pairing = None if cache is None else _pairing(recipe, validation, cache)
     if cache is None:
         views = Views(open_dataset(validation.dataset), ViewSpec(augmentations=validation.augmentations))
@@ -220,10 +222,8 @@ def _open(recipe: TrainingRecipe, validation: Validation, num_classes: int, lear
                 "Fix: a cache of the images as they are"
             )
         if views.spec.columns():
-            logger.info(
-                f"{location} holds randomly augmented images: what is measured on them is lower than on the "
-                "images as they are"
-            )
+            lower = "what is measured on them is lower than on the images as they are"
+            logger.info(f"{location} holds randomly augmented images: {lower}")
     require_labels(recipe.losses, views.dataset.labels, "validation: ")
     class_map = validation.class_map
     labels = None if class_map is None else mapped_labels(views.dataset, class_map, num_classes)
