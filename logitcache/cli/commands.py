@@ -123,7 +123,9 @@ def recipe_cp(
 def recipe_new(
     images: Annotated[str, Option("--images", metavar="DIR", help="A folder of images, in class folders or not.")],
     teacher: Annotated[str, Option("--teacher", metavar="MODEL", help="timm:NAME, torchvision:NAME or run:DIR.")],
-    student: Annotated[str, Option("--student", metavar="MODEL", help="The same, of the model to train.")],
+    student: Annotated[
+        str, Option("--student", metavar="MODEL", help="The same, of the model to train, or small_cnn.")
+    ],
     out: Annotated[
         Path | None, Option("--out", metavar="DIR", show_default="pipelines/IMAGES", help="Folder of the recipes.")
     ] = None,
@@ -133,7 +135,9 @@ def recipe_new(
 
     made = new_recipes(images, teacher, student, out)
     text = "".join(f"{file}\n" for file in made.files)
-    return CommandResult(asdict(made), text, follows=("plan", made.files[0]))
+    fine_tuning = [file for file in made.files if Path(file).name == "teacher.yaml"]
+    follows = ("train-teacher", *fine_tuning) if fine_tuning else ("plan", made.files[0])
+    return CommandResult(asdict(made), text, follows=follows)
 
 
 _START, _ONE, _TWO, _CACHES = "Start", "Stage one: make a cache", "Stage two: train students", "Caches"

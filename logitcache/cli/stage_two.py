@@ -87,8 +87,10 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
     from logitcache.student.training_recipes import TeacherRecipe
 
     with joined() as ranks:
-        result = train(load_own(recipe, TeacherRecipe, overrides), resume=resume)
-        words = ("recipe", "new", "--images", "DIR", "--teacher", f"run:{result.out}", "--student", "timm:NAME")
+        taught = load_own(recipe, TeacherRecipe, overrides)
+        result = train(taught, resume=resume)
+        images = str(getattr(taught.dataset, "root", "DIR"))
+        words = ("recipe", "new", "--images", images, "--teacher", f"run:{result.out}", "--student", "torchvision:NAME")
         return replace(_trained(result, ranks.is_first), follows=words)
 
 

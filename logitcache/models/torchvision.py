@@ -87,9 +87,8 @@ class Torchvision(Component):
                 f"the weights {weights.name} of torchvision's {self.name} could not be had:"
                 f" {error}.\n"
                 f"  Fix: on a machine with a network, download {weights.url}\n"
-                f"    and put the file into {torch.hub.get_dir()}/checkpoints. A student may begin with random weights"
-                " instead (--set model.weights=null); a teacher must know its classes, or be trained first"
-                " (logitcache train-teacher)"
+                f"    and put the file into {torch.hub.get_dir()}/checkpoints. train-teacher and train-student may"
+                " begin with random weights instead (--set model.weights=null); the teacher of a cache may not"
             ) from error
         except (TypeError, ValueError, RuntimeError) as error:
             raise RecipeError(

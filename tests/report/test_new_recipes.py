@@ -99,6 +99,18 @@ def test_a_teacher_is_trained_on_classes_that_it_does_not_predict(
     assert not Path(f"{here}/first-classes/teacher.yaml").exists()
 
 
+def test_a_student_of_few_layers_begins_at_the_teachers_size(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    draw(here / "photos", ("cat", "dog"), 20)
+    with pytest.raises(lc.RecipeError, match=r"--student 'large_cnn' names no model.*or small_cnn"):
+        new_recipes("photos", "torchvision:squeezenet1_1", "large_cnn")
+    made = new_recipes("photos", "torchvision:squeezenet1_1", "small_cnn")
+    student = yaml.safe_load(Path(made.files[2]).read_text())
+    assert student["model"] == {"kind": "small_cnn"}
+    assert student["preprocessing"]["input_size"] == 224
+    assert "the images have up to 58 pixels a side, and the recipes bring them to 224" in caplog.text
+    run("recipe", "check", *made.files)
+
+
 def test_folders_of_the_teachers_classes_are_labels(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(here / "photos", ("cat", "dog"), 20)
     lc.train(

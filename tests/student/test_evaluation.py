@@ -79,8 +79,8 @@ def test_images_of_other_classes_are_refused(run: Path) -> None:
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(RecipeError, match=r"is no run: it has no recipe\.yaml") as refused:
+    for path, why in ((tmp_path, r"it has no recipe\.yaml"), (tmp_path / "nothing", "no such folder exists")):
+        with pytest.raises(RecipeError, match=f"is no run: {why}") as refused:
             evaluate(path)
         assert refused.value.exit_code == 2
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from logitcache.config.shipped_recipes import write_recipes
 from logitcache.report.new_recipes import texts
-from logitcache.report.new_recipes.sources import read_folder, read_source
+from logitcache.report.new_recipes.sources import read_folder, read_source, read_student
 from logitcache.runtime.console import logger
 
 
@@ -30,7 +30,8 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
     them. Raises RecipeError for unknown models and for files that exist, DataError for a folder
     without images.
     """
-    taught, learner = read_source("--teacher", teacher), read_source("--student", student)
+    taught = read_source("--teacher", teacher)
+    learner = read_student(student, taught)
     folder = read_folder(images, taught)
     called = images.rstrip("/").rpartition("/")[2] if out is None else out.name
     name = re.sub(r"[^A-Za-z0-9-]+", "_", called).strip("_") or "photos"
@@ -44,6 +45,12 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
     if folder.has_other_classes:
         written[out / "teacher.yaml"] = texts.teacher_text(folder, taught, name, out, images, student)
         logger.info(f"to train {taught.name} on these classes first: logitcache train-teacher {out / 'teacher.yaml'}")
+    if 2 * folder.longest_side <= max(taught.size):
+        logger.info(
+            f"the images have up to {folder.longest_side} pixels a side, and the recipes bring them to "
+            f"{max(taught.size)}, as the weights of {taught.name} want. Random weights (model.weights: null, or "
+            f"pretrained: false) learn faster at {folder.longest_side}: change size and input_size everywhere"
+        )
     write_recipes(written)
     files = [str(file) for file in written]
     return NewRecipes(files, folder.num_images, folder.class_names is not None, taught.facts.num_classes, taught.size)

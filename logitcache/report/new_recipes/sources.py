@@ -1,7 +1,7 @@
 """What the command line names: models with the facts of their weights, and a folder of images."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from logitcache.views.augmentations.foreign import factories_of
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.images.class_folders import SPLITS
 
+_LOOKED_AT = 16
 _UNLIKE = ((300, 400), (400, 300))  # what brings images of both sizes to one does so with all
 
 
@@ -28,6 +29,7 @@ class Source:
     facts: PretrainedFacts
     size: tuple[int, int]
     class_names: tuple[str, ...] | None = None
+    is_trained: bool = True
 
     @property
     def preprocessing(self) -> str:
@@ -38,7 +40,8 @@ class Source:
 class Folder:
     """Images of a folder: data set entries to train and to validate on, their number, and why labels are not read.
 
-    `class_names` are None if the teacher does not predict them; the folders may then be other classes.
+    `class_names` are None if the teacher does not predict them; the folders may then be other classes. `longest_side`
+    is that of the first few images, in pixels.
     """
 
     train: Mapping[str, object]
@@ -48,9 +51,18 @@ class Folder:
     has_other_classes: bool
     unlabelled_because: str
     split_because: str
+    longest_side: int
+
+
+def read_student(text: str, teacher: Source) -> Source:
+    """Read a model to train: one with weights, or `small_cnn`, which begins with random ones at the teacher's size."""
+    if text == "small_cnn":
+        return replace(teacher, entry={"kind": text}, name=text, is_trained=False)
+    return read_source("--student", text)
 
 
 def read_source(option: str, text: str) -> Source:
+    """Read a model that has weights. Raises RecipeError for what names none."""
     kind, _, name = text.partition(":")
     match kind:
         case "timm" if name:
@@ -66,8 +78,10 @@ def read_source(option: str, text: str) -> Source:
             facts = PretrainedFacts(stored.num_classes, stored.preprocessing, max(size))
             names = None if recorded is None else recorded.class_names
             return Source({"kind": "run", "path": name}, run.name, facts, size, names)
+    more = "" if option != "--student" else ", or small_cnn"
     raise RecipeError(
         f"{option} {text!r} names no model. Fix: timm:NAME, torchvision:NAME or run:DIR, as in timm:resnet50.a1_in1k"
+        + more
     )
 
 
@@ -108,10 +122,12 @@ def read_folder(images: str, teacher: Source) -> Folder:
         {"kind": "image_folder", "root": root, "labelled": labelled, **split, "orientation": "apply"}
         for root, split in zip(roots, ours, strict=True)
     )
-    count = len(ImageFolder.model_validate(train).open().ids)
+    opened = ImageFolder.model_validate(train).open()
+    count = len(opened.ids)
+    side = max(max(opened.read(index).shape[1:]) for index in range(min(count, _LOOKED_AT)))
     ImageFolder.model_validate(validation).open()
     has_others = names is not None and len(names) > 1 and not labelled
-    return Folder(train, validation, count, names if labelled else None, has_others, why, because)
+    return Folder(train, validation, count, names if labelled else None, has_others, why, because, side)
 
 
 def _roots(images: str) -> list[str]:

@@ -129,6 +129,17 @@ def student_text(folder: Folder, teacher: Source, student: Source, name: str, ou
     own = student.facts.num_classes == teacher.facts.num_classes
     model = student.entry if own else {**student.entry, "new_head": True}
     head = "" if own else f", but the last layer: {teacher.facts.num_classes} classes, not {student.facts.num_classes}"
+    begins = f"Weights that are trained{head}: on few images far better than random ones{random}."
+    seen = "As in its training." + " Views of another size are resized for it." * (
+        student.facts.preprocessing.size is not None
+    )
+    rate = "5e-4}  # half the default: pretrained weights need smaller steps"
+    if not student.is_trained:
+        begins, seen, rate = (
+            "Random weights: a few layers, for small images or a first try.",
+            "As the teacher's.",
+            "2e-3}",
+        )
     if folder.class_names is None:
         validation = f"""\
 # Images without labels of the teacher's classes: measure how often the student agrees with the teacher.
@@ -148,17 +159,17 @@ validation:
 # Afterwards: logitcache evaluate {shlex.quote(f"runs/{name}")}
 out: {dump_inline(f"runs/{name}")}
 cache: {dump_inline(f"caches/{name}.zarr")}
-# Weights that are trained{head}: on few images far better than random ones{random}.
+# {begins}
 model: {dump_inline(model)}
-# As in its training.{" Views of another size are resized for it." * (student.facts.preprocessing.size is not None)}
+# {seen}
 preprocessing: {student.preprocessing}
 losses:
   # Temperature 1: higher ones lost accuracy for short runs and small students. Compare with 2 and 4.
   - {{kind: kl_divergence, temperature: 1.0}}
 epochs: {epochs}  # the {NUM_VIEWS} views {rounds} times each: {steps:,} steps; the teacher's answers cost nothing more
 batch_size: {BATCH_SIZE}
-optimizer: {{kind: adamw, lr: 5e-4}}  # half the default: pretrained weights need smaller steps
-schedule: {{warmup_epochs: 1}}  # the first steps move pretrained weights least
+optimizer: {{kind: adamw, lr: {rate}
+schedule: {{warmup_epochs: 1}}  # the first steps are the smallest
 num_workers: {_workers()}  # processes that decode and augment: one per CPU core, 8 at most
 {validation}
 """

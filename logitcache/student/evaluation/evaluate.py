@@ -85,6 +85,11 @@ def evaluate(
     tally = validator.tally(classifier, device, recipe.precision)
     measures, per_class = tally.measures(), tally.per_class(validator.class_names, class_counts)
     own, teacher, image = measures.quality, measures.teacher_quality, validator.sample()[0].to(device)
+    if isinstance(recipe, StudentRecipe) and validator.cache is None:
+        logger.info(
+            "these images have no cached answers of the teacher: agreement and KL are not measured. Fix: precompute a "
+            "cache of them, and --set validation.dataset=null --set validation.cache=CACHE"
+        )
     beside = dict.fromkeys(trained_by) | dict(teachers or {})
     left_out = failing(beside, image)
     beside |= dict.fromkeys(left_out)

@@ -117,7 +117,9 @@ class RunDirectory:
         if not self._begun:
             return None
         if not resume:
-            raise RecipeError(f"{self.path} holds a run already. Fix: --resume to continue it, or another `out:`")
+            raise RecipeError(
+                f"{self.path} holds a run already. Fix: --resume to continue it, another `out:`, or remove it"
+            )
         with self.reading(self._recipe):
             require_bounded(self._recipe, MAX_RECIPE_BYTES)
         try:
