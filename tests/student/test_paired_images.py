@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import logitcache as lc
 from logitcache.cache.cache import open_cache
@@ -26,6 +26,7 @@ from logitcache.sweeps.sweep_recipe import SweepRecipe, as_sweep
 from logitcache.teacher.online import live_targets
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.cache.elsewhere import new_url, upload
+from tests.student.ranks import train_together
 from tests.student.small import (
     IMAGES,
     NUM_IMAGES,
@@ -266,6 +267,22 @@ def test_ranks_see_parts_of_the_same_batches(made: Path) -> None:
     )
     for batch, first, second in zip(whole.epoch(0), *(part.epoch(0) for part in parts), strict=True):
         assert torch.equal(torch.cat([first.images, second.images]), batch.images)
+
+
+def linear() -> nn.Module:
+    """A factory: no batch normalisation, so that a batch is the sum of its parts."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(14 * 14, 10))
+
+
+def test_ranks_learn_from_a_pairing_what_one_process_learns(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    bare = {"model": {"kind": "custom", "factory": f"{__name__}:linear"}, "epochs": 1}
+    train(paired(tmp_path / "whole", made, **bare))
+    assert train_together(2, paired(tmp_path / "parts", made, **bare)) == [(0, "")] * 2
+    found, wanted = (load_file(tmp_path / name / "weights.safetensors") for name in ("parts", "whole"))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_a_sweep_shares_batches_among_students_of_one_pairing(made: Path, tmp_path: Path) -> None:
