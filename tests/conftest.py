@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports a library that reads them once.
-_HOME = tempfile.TemporaryDirectory(prefix="logitcache-home-")
+_HOME = tempfile.TemporaryDirectory(prefix="logitcache-")
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the folder of the process that starts them
+    # What killed processes leave goes with it, but not the folders of tests that failed.
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())
+    os.environ["TMPDIR"], tempfile.tempdir = _HOME.name, None
 for _variable, _folder in {
     "HOME": "",
     "XDG_CACHE_HOME": ".cache",
