@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
+from multiprocessing.context import BaseContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +36,9 @@ _PRELOADED = (__name__, "torchvision.transforms.v2")
 
 _ENDING = 5.0
 """Seconds that a worker may take to end after its connections are closed."""
+
+_NO_SERVER = 255
+"""Exit code that multiprocessing gives the processes of a forkserver that was killed: SIGTERM to a job kills it."""
 
 
 class _Copied(NamedTuple):
@@ -228,6 +231,11 @@ def _outliving_workers(
                 f"a process that renders views was killed by {signal.Signals(-ended).name}, by the system if nobody "
                 "else: memory may have run out.\n"
                 "  Fix: the same command continues; fewer num_workers or a smaller batch_size take less memory"
+            ) from error
+        if ended == _NO_SERVER and any(isinstance(worker, ForkServerProcess) for worker in workers):
+            raise KilledWorkerError(
+                "the process that starts those that render views was killed, by a signal to all processes of this job "
+                "if nobody else.\n  Fix: the same command continues"
             ) from error
         if ended is not None:
             raise LogitCacheError(

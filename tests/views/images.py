@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +16,16 @@ from logitcache.views.datasets.base import pixel_digest
 
 @dataclass
 class Images:
-    """Decoded images; reading `broken` raises DataError, `deadly` ends the process, and `fatal` has it killed."""
+    """Decoded images.
+
+    Reading `broken` raises DataError, `deadly` ends the process, `fatal` has it killed, and `endless` never ends.
+    """
 
     pixels: list[Tensor]
     broken: int | None = None
     deadly: int | None = None
     fatal: int | None = None
+    endless: int | None = None
 
     num_classes = 3
     class_names = None
@@ -40,6 +45,8 @@ class Images:
             os._exit(7)
         if index == self.fatal:
             os.kill(os.getpid(), signal.SIGKILL)
+        if index == self.endless:
+            threading.Event().wait()
         return self.pixels[index]
 
     def sizes(self) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 import gc
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -79,6 +80,18 @@ def test_workers_are_killed_between_epochs_and_while_nobody_waits():
     os.kill(loader._workers[0].pid, signal.SIGKILL)
     with pytest.raises(KilledWorkerError, match="SIGKILL"):
         list(loader.render([[ViewKey(0, index)] for index in range(8)]))
+
+
+def test_a_killed_forkserver_stops_the_run_which_can_go_on(monkeypatch):
+    look = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(look, "__defaults__", (0.2,))  # seconds after which torch looks whether workers live
+    loader = ViewLoader(Views(Images(textured(4, 8, 8), endless=3), ViewSpec()), 1, "forkserver")
+    batches = loader.render([[ViewKey(0, index)] for index in range(4)])
+    next(batches)
+    # A scheduler sends SIGTERM to all processes of a job, and this one does not ignore it.
+    os.kill(multiprocessing.forkserver._forkserver._forkserver_pid, signal.SIGTERM)
+    with pytest.raises(KilledWorkerError, match=r"starts those that render.*\n  Fix: the same command continues"):
+        list(batches)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
