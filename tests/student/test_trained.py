@@ -127,15 +127,16 @@ def test_a_run_of_a_module_loads_into_a_module_as_its_error_advises(cache: Path,
 
 
 def test_the_best_epoch_is_kept_where_the_recipe_says_so(tmp_path: Path) -> None:
-    optimizer = {"kind": "sgd", "lr": 5.0}  # so high that the last epoch is not the best
-    changes = {"validation": {"dataset": TEST_IMAGES}, "optimizer": optimizer, "epochs": 4, "seed": 3}
-    last, best = tmp_path / "last", tmp_path / "best"
-    train(teacher(last, **changes))
-    result = train(teacher(best, keep="best", **changes))
-    rows = metrics(best)
-    assert rows == metrics(last)
-    top1 = [row["val_top1"] for row in rows]
-    assert max(top1) > top1[-1], "the last epoch is the best: this test shows nothing"
+    changes = {"validation": {"dataset": TEST_IMAGES}, "optimizer": {"kind": "sgd", "lr": 5.0}, "epochs": 4}
+    for seed in range(8):  # at so high a rate the last epoch is seldom the best, of which seeds depends on the machine
+        last, best = tmp_path / f"last{seed}", tmp_path / f"best{seed}"
+        train(teacher(last, seed=seed, **changes))
+        top1 = [row["val_top1"] for row in metrics(last)]
+        if max(top1) > top1[-1]:
+            break
+    assert max(top1) > top1[-1], "the last epoch is always the best: this test shows nothing"
+    result = train(teacher(best, seed=seed, keep="best", **changes))
+    assert metrics(best) == metrics(last)
     epoch = top1.index(max(top1))
     assert (result.top1, result.best_top1) == (max(top1), max(top1))
     measured = evaluate(best)
