@@ -102,28 +102,51 @@ def making_sound(folder: Path) -> Iterator[None]:
 
 
 def _make(folder: Path) -> int:
-    generator = np.random.default_rng(0)
     for number in range(COUNT):
-        file = folder / "images" / "abc"[number % 3] / f"{number:02d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(file)
+        _write_image(folder, number)
     texts = {"precompute": PRECOMPUTE, "student": STUDENT, "teacher": TEACHER, "derive": DERIVE, "again": AGAIN}
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(text)
     os.chdir(folder)
     os.environ.update({**ENVIRONMENT, "HOME": str(folder / "maker")})
-    commands = (
+    commands = [
         ["train-teacher", "teacher.yaml"],
         ["precompute", "precompute.yaml"],
         ["train-student", "student.yaml"],
         ["pair", "c.zarr", "pairs", "--dataset", "images"],
         ["export", "run", "model.onnx"],
-    )
+        COMMANDS["synthesize"](folder, None),
+    ]
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         if any(logitcache.cli.main([*arguments, "-q"]) for arguments in commands):
             return 1
+        (folder / "made").rename(folder / "synthesized")
+        if _grow(folder):
+            return 1
     shutil.rmtree(folder / "maker", ignore_errors=True)  # a stranger's cache: no memory of having made it
     return 0
+
+
+def _grow(folder: Path) -> int:
+    """Append images to copies of the cache: to `grown.zarr` all of `many`, to `growing.zarr` a part."""
+    for name in ("grown.zarr", "growing.zarr"):
+        shutil.copytree(folder / "c.zarr", folder / name)
+    shutil.copytree(folder / "images", folder / "first")
+    for number in range(COUNT, COUNT + 6):
+        _write_image(folder, number)
+    append = ["precompute", "precompute.yaml", "-q", "--set", "new_images=append", "--set"]
+    code = logitcache.cli.main([*append, "cache=grown.zarr"])
+    logitcache.cli.main([*append, "cache=growing.zarr", "--part", "1/2"])  # ends with the code of a cache that waits
+    (folder / "images").rename(folder / "many")
+    (folder / "first").rename(folder / "images")
+    return code or not (folder / "growing.zarr/digest/growing").exists()
+
+
+def _write_image(folder: Path, number: int) -> None:
+    pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    file = folder / "images" / "abc"[number % 3] / f"{number:02d}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(file)
 
 
 def _cache(folder: Path, case: "Case | None") -> str:

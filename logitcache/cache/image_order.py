@@ -4,7 +4,6 @@ A cache keeps the order of the images that it began with, and appends new ones i
 their ids once it has grown; before that its images are found by their content.
 """
 
-import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -16,17 +15,17 @@ from pydantic import Field
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.manifest_diff import is_more
 from logitcache.cache.format.metadata import read_manifest
-from logitcache.cache.format.samples import packed_ids, read_digests, read_ids, read_labels, read_sized, read_sizes
+from logitcache.cache.format.samples import fingerprint_of_first, packed_ids, read_digests, read_ids, read_sized
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.growth import GROWING_IDS, read_growth
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
 from logitcache.runtime.console import logger
 from logitcache.store.base import Store
 from logitcache.views.datasets.arranged import ABSENT, ArrangedImages
-from logitcache.views.datasets.base import UNLABELLED, ImageDataset, Labels, is_multi_label, label_dtype, names_digest
+from logitcache.views.datasets.base import UNLABELLED, ImageDataset, Labels, is_multi_label, names_digest
+from logitcache.views.datasets.fingerprint_diff import names_of
 from logitcache.views.partners import Ints
 
-_SHOWN = 3
 Without = Annotated[
     Literal["missing"] | tuple[str, ...],
     Field(
@@ -81,16 +80,11 @@ def _labels(store: Store, manifest: Manifest, dataset: ImageDataset, rows: Ints)
         )
     if len(new):
         raise MismatchError(
-            f"{store}: {len(new)} new images are of classes that the cache does not have: {_names(dataset, new)}. Its "
-            "teachers and its students answer for fixed classes, whose numbers never change.\n"
+            f"{store}: {len(new)} new images are of classes that the cache does not have: {names_of(dataset, new)}. "
+            "Its teachers and its students answer for fixed classes, whose numbers never change.\n"
             "  Fix: move these images out of the data set, or precompute a new cache with all classes"
         )
     return found.astype(labels.dtype)
-
-
-def _names(dataset: ImageDataset, places: Ints | Sequence[int]) -> str:
-    names = ", ".join(f"'{dataset.ids[int(place)]}'" for place in places[:_SHOWN])
-    return names + (", …" if len(places) > _SHOWN else "")
 
 
 def recorded_ids(store: Store, manifest: Manifest, dataset: ImageDataset) -> list[str]:
@@ -169,7 +163,7 @@ def _require_present(store: Store, images: ArrangedImages, absent: Ints) -> None
     if len(absent):
         raise MismatchError(
             f"{store}: {len(absent)} of its {len(images.rows)} images are missing from the data set: "
-            f"{_names(images, absent)}.\n  Fix: put them back; a student leaves them out by `without: missing`"
+            f"{names_of(images, absent)}.\n  Fix: put them back; a student leaves them out by `without: missing`"
         )
 
 
@@ -196,7 +190,7 @@ def images_to_answer(store: Store, dataset: ImageDataset, *, appends: bool) -> I
     new = [place for place, name in enumerate(dataset.ids) if name not in there]
     if new and not appends:
         raise MismatchError(
-            f"{store}: {len(new)} images of the data set are new: {_names(dataset, new)}.\n"
+            f"{store}: {len(new)} images of the data set are new: {names_of(dataset, new)}.\n"
             "  Fix: new_images: append in the recipe, which appends them to the cache; or move them away"
         )
     is_settled = bool(new) and not is_more(goal, recorded) and Snapshot.as_described(store, recorded).complete
@@ -206,7 +200,7 @@ def images_to_answer(store: Store, dataset: ImageDataset, *, appends: bool) -> I
     if new and not is_settled:
         logger.info(f"{len(new)} new images wait: what {store} is made of now is finished first. Run this again after")
     elif added:
-        logger.info(f"{len(added)} new images are appended to {store}: {_names(dataset, added)}")
+        logger.info(f"{len(added)} new images are appended to {store}: {names_of(dataset, added)}")
     if broken := [name for name in images.ids if "\n" in name]:
         raise DataError(f"the id of an image holds a line break: {broken[0]!r}.\n  Fix: rename it.")
     return images
@@ -238,18 +232,8 @@ def first_images(store: Store, manifest: Manifest, count: int) -> Manifest:
     if appended is None or not appended.first.num_images <= count <= manifest.num_images:
         least = manifest.first.num_images
         raise MismatchError(f"{store} has {manifest.num_images} images and began with {least}, not {count}")
+    prefix = appended.first if count == appended.first.num_images else fingerprint_of_first(store, manifest, count)
     ids = packed_ids(read_ids(store, manifest, recorded.ids)[:count])
-    prefix = appended.first
-    if count > prefix.num_images:
-        labels = read_labels(store, manifest, recorded.labels)
-        parts = {
-            "ids": ids,
-            "labels": labels[:count].astype(label_dtype(labels.ndim)).tobytes(),
-            "sizes": read_sizes(store, manifest, recorded.sizes)[:count].astype("<i8").tobytes(),
-            "content": read_digests(store, manifest, recorded.content)[:count].astype("<u8").tobytes(),
-        }
-        digests = {key: hashlib.sha256(part).hexdigest() for key, part in parts.items()}
-        prefix = recorded.model_copy(update={"num_images": count, **digests})
     update = {
         "fingerprint": prefix,
         "appended": appended.model_copy(update={"id_bytes": len(ids)}),

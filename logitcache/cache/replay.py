@@ -22,15 +22,12 @@ from logitcache.views.datasets import Dataset, open_dataset
 from logitcache.views.datasets.arranged import ABSENT, ArrangedImages
 from logitcache.views.datasets.base import ImageDataset, fingerprint
 from logitcache.views.datasets.custom import Custom
-from logitcache.views.datasets.fingerprint_diff import explain_difference
+from logitcache.views.datasets.fingerprint_diff import explain_difference, names_of
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.torchvision import Torchvision
 from logitcache.views.datasets.webdataset import WebDataset
 from logitcache.views.keys import ViewKey
 from logitcache.views.spec import Views, ViewSpec
-
-SHOWN = 3
-"""Images that a message names."""
 
 BLOCK = 4096
 """Keys planned at a time."""
@@ -107,9 +104,8 @@ def _require_those_there(store: Store, manifest: Manifest, dataset: ArrangedImag
     }
     for what, (then, now) in pairs.items():
         if len(other := there[(then[there] != now[there]).reshape(len(there), -1).any(axis=1)]):
-            names = ", ".join(f"'{dataset.ids[place]}'" for place in other[:SHOWN].tolist())
             raise MismatchError(
-                f"{store} was made from other images: the {what} of {len(other)} differ, such as of {names}.\n"
+                f"{store} was made from other images: the {what} of {len(other)} differ: {names_of(dataset, other)}.\n"
                 "  Fix: put back the original files, or precompute a new cache from the present ones"
             )
 

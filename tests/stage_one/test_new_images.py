@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.format.metadata import GROWING
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.gc import collect
-from logitcache.errors import LogitCacheError, MismatchError, RecipeError
+from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
 from logitcache.planning.plan import plan
 from logitcache.report.inspect import inspect_cache
 from logitcache.stage_one.precompute import PrecomputeResult, precompute
@@ -35,12 +35,14 @@ from tests.cache.made import (
     Pixels,
     contents,
     flip,
+    forge,
     raw,
     recipe,
     stamps,
     teacher,
     verified,
 )
+from tests.memory import taking_at_most
 
 FIRST = [f"{name}/{number:03d}.png" for name in ("cat", "dog") for number in range(45)]
 NEW = [*(f"cat/a{number:02d}.png" for number in range(5)), *(f"dog/a{number:02d}.png" for number in range(25))]
@@ -356,6 +358,43 @@ def test_damage_of_a_grown_cache_is_repaired_to_the_same_bytes(grown: Path, tmp_
     assert len(verified(root / "c.zarr")) == 7
     grow(root / "c.zarr", root / "images")
     assert contents(root / "c.zarr") == sound
+
+
+FORGERIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "ids of a terabyte": lambda manifest: manifest["appended"].update(id_bytes=1 << 40),
+    "no images first": lambda manifest: manifest["appended"]["first"].update(num_images=0),
+    "more images first than in all": lambda manifest: manifest["appended"]["first"].update(num_images=10**9),
+    "other images first": lambda manifest: manifest["appended"]["first"].update(num_images=89),
+    "first images of other names": lambda manifest: manifest["appended"]["first"].update(ids="0" * 64),
+    "first images of other classes": lambda manifest: manifest["appended"]["first"].update(num_classes=3),
+}
+
+
+@pytest.mark.parametrize("name", FORGERIES)
+def test_a_forged_beginning_is_refused_without_a_large_allocation(name: str, grown: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(grown / "c.zarr", tmp_path / "c.zarr"))
+    forge(cache, FORGERIES[name])
+    with taking_at_most(64 << 20), pytest.raises(CacheError):
+        open_cache(cache)
+
+
+def test_ids_of_a_file_that_is_as_large_as_claimed_are_not_read(grown: Path, tmp_path: Path) -> None:
+    cache = Path(shutil.copytree(grown / "c.zarr", tmp_path / "c.zarr"))
+    os.truncate(cache / "id/c/0", 1 << 40)
+    forge(cache, FORGERIES["ids of a terabyte"])
+    with taking_at_most(64 << 20), pytest.raises(CacheError, match="4096 each at most"):
+        open_cache(cache)
+
+
+def test_a_note_of_ids_of_a_terabyte_is_refused(world: Path) -> None:
+    add(world / "images", NEW)
+    grow(world / "c.zarr", world / "images", part="1/2")
+    note = world / "c.zarr" / GROWING
+    entries = json.loads(note.read_bytes())
+    entries["images"]["appended"]["id_bytes"] = 1 << 40
+    note.write_text(json.dumps(entries))
+    with taking_at_most(64 << 20), pytest.raises(CacheError, match="damaged"):
+        grow(world / "c.zarr", world / "images")
 
 
 def test_parts_together_append_what_one_run_does(world: Path, grown: Path) -> None:

@@ -13,6 +13,10 @@ _CERTAIN = 8
 _BLOCK = 1 << 16
 
 
+MAX_ID_BYTES = 4096
+"""Bytes of the id of an image, on average over all of a cache: as many as a path may have."""
+
+
 class Appended(Component):
     """The images that a cache began with, `first`, and the bytes of the ids of all.
 
@@ -21,6 +25,11 @@ class Appended(Component):
 
     first: Fingerprint
     id_bytes: Count
+
+    def require_bounded(self, num_images: int) -> None:
+        """Raise ValueError for ids that are longer than those of so many images can be."""
+        if self.id_bytes > MAX_ID_BYTES * num_images:
+            raise ValueError(f"ids of {self.id_bytes} bytes for {num_images} images, {MAX_ID_BYTES} each at most")
 
 
 def appended_canaries(seed: int, num_first: int, num_images: int, num_views: int) -> list[ViewKey]:

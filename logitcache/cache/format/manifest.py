@@ -211,6 +211,7 @@ class Manifest(Extended):
         if (count := sum(canary.index < self.first.num_images for canary in self.canaries)) > NUM_CANARIES:
             raise ValueError(f"{count} canaries of the first images, {NUM_CANARIES} at most")
         if self.appended is not None:
+            self.appended.require_bounded(self.num_images)
             self.views._num_first = self.first.num_images
         for canary in self.canaries:
             if not (0 <= canary.view < self.views.num_views and 0 <= canary.index < self.num_images):

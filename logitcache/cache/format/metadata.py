@@ -32,6 +32,7 @@ from logitcache.cache.format.samples import (
     read_sized,
     read_sizes,
     require_canaries,
+    require_first,
     sample_sizes,
 )
 from logitcache.errors import CacheError
@@ -181,12 +182,18 @@ def skeleton_problems(store: Store, manifest: Manifest) -> Iterator[Problem]:
         yield from _compare(key, partial(_require_array, store, manifest, key, wanted[key], parse))
     yield from _compare(ROOT, partial(_require_root, store, manifest, wanted[ROOT], parse))
     yield from table_problems(store, layout_of(manifest).groups)
-    yield from _compare(label_file(recorded).key, partial(read_labels, store, manifest, recorded.labels))
-    yield from _compare(DIGESTS, partial(read_digests, store, manifest, recorded.content))
-    yield from _compare(CANARIES, partial(require_canaries, store, manifest))
+    checks: dict[str, Callable[[], object]] = {
+        label_file(recorded).key: partial(read_labels, store, manifest, recorded.labels),
+        DIGESTS: partial(read_digests, store, manifest, recorded.content),
+        CANARIES: partial(require_canaries, store, manifest),
+    }
     if manifest.appended is not None:
-        yield from _compare(IDS, partial(read_ids, store, manifest, recorded.ids))
-        yield from _compare(SIZES, partial(read_sizes, store, manifest, recorded.sizes))
+        checks[IDS] = partial(read_ids, store, manifest, recorded.ids)
+        checks[SIZES] = partial(read_sizes, store, manifest, recorded.sizes)
+    problems = [problem for key, check in checks.items() for problem in _compare(key, check)]
+    yield from problems
+    if manifest.appended is not None and not problems:
+        yield from _compare(ROOT, partial(require_first, store, manifest))
 
 
 def table_problems(store: Store, groups: Iterable[ArrayGroup]) -> Iterator[Problem]:

@@ -143,6 +143,29 @@ def read_sizes(store: Store, manifest: Manifest, digest: str | None = None) -> N
     return np.frombuffer(_read_first(store, manifest, SIZES, digest), "<i8").astype(np.int64).reshape(-1, 2)
 
 
+def fingerprint_of_first(store: Store, manifest: Manifest, count: int) -> Fingerprint:
+    """Return the fingerprint of the first `count` images of a cache to which some were appended."""
+    recorded = manifest.fingerprint
+    labels = read_labels(store, manifest, recorded.labels)
+    files = {
+        "ids": packed_ids(read_ids(store, manifest, recorded.ids)[:count]),
+        "labels": labels[:count].astype(label_dtype(labels.ndim)).tobytes(),
+        "sizes": read_sizes(store, manifest, recorded.sizes)[:count].astype("<i8").tobytes(),
+        "content": read_digests(store, manifest, recorded.content)[:count].astype("<u8").tobytes(),
+    }
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    return recorded.model_copy(update={"num_images": count, **digests})
+
+
+def require_first(store: Store, manifest: Manifest) -> None:
+    """Raise CacheError unless the images of a cache begin with those that the manifest says it began with."""
+    first = manifest.first
+    if fingerprint_of_first(store, manifest, first.num_images) != first:
+        raise CacheError(
+            f"{store}: its first {first.num_images} images are not those that it began with by its manifest"
+        )
+
+
 def read_canaries(store: Store, manifest: Manifest) -> NDArray[np.uint8]:
     """Read the pixels of the canaries, [K, C, H, W]."""
     shape = (len(manifest.canaries), *manifest.image_shape)

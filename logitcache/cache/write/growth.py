@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from logitcache.cache.format.appended import MOST_CANARIES, Appended
 from logitcache.cache.format.arrays import Staged
@@ -39,6 +39,11 @@ class NewImages(Component):
     appended: Appended
     canaries: Annotated[tuple[Canary, ...], Field(max_length=NUM_CANARIES + MOST_CANARIES)]
     staged: Staged | None
+
+    @model_validator(mode="after")
+    def _ids_are_bounded(self) -> "NewImages":
+        self.appended.require_bounded(self.fingerprint.num_images)
+        return self
 
     @classmethod
     def of(cls, recorded: Manifest, wanted: Manifest) -> "NewImages":

@@ -2,6 +2,7 @@
 
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -73,10 +74,10 @@ def _images(then: Fingerprint, now: Fingerprint, old: NDArray[np.uint64], datase
         return [f"the same images in another order, from '{dataset.ids[first]}' (row {first}) on"]
     if then.ids == now.ids:
         changed = np.flatnonzero(old != new)
-        return [f"{len(changed)} of {len(new)} images changed: {_names(dataset, changed)}"]
+        return [f"{len(changed)} of {len(new)} images changed: {names_of(dataset, changed)}"]
     lines = []
     if len(added):
-        lines.append(f"{len(added)} images are new or changed: {_names(dataset, added)}")
+        lines.append(f"{len(added)} images are new or changed: {names_of(dataset, added)}")
     if len(missing):
         rows = ", ".join(str(row) for row in missing[:_SHOWN])
         more = ", …" if len(missing) > _SHOWN else ""
@@ -117,7 +118,8 @@ def _places(these: NDArray[np.uint64], others: NDArray[np.uint64]) -> NDArray[np
     return np.array(extra, np.int64)
 
 
-def _names(dataset: ImageDataset, places: NDArray[np.int64]) -> str:
+def names_of(dataset: ImageDataset, places: NDArray[np.int64] | Sequence[int]) -> str:
+    """Name the first three images at some places of a data set, for a message."""
     shown = ", ".join(f"'{dataset.ids[int(place)]}'" for place in places[:_SHOWN])
     return shown + (", …" if len(places) > _SHOWN else "")
 
