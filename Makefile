@@ -49,9 +49,12 @@ test: style
 suite: $(INSTALLED)
 	@$(PY) -m pytest --quiet --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
-$(INTEGRATIONS)/.installed: pyproject.toml
+# It sees what is in $(VENV) after what is its own: PyTorch, 6 GB, is installed once.
+$(INTEGRATIONS)/.installed: $(INSTALLED)
 	@echo "Installing into $(INTEGRATIONS): a few minutes, once"
 	@test -x $(INTEGRATIONS)/bin/pip || $(PYTHON) -m venv $(INTEGRATIONS)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/$(VENV).pth"
 	@$(INTEGRATIONS)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[lightning,accelerate,keras,timm,hf,wandb,trackio,mlflow,app,http]' 'jax>=0.4.30' 'pytest>=8.3' 'hypothesis>=6.120'
 	@touch $@
 
