@@ -36,13 +36,13 @@ from logitcache.cache.encodings.top_k import PackedTopK
 from logitcache.cache.format.arrays import ArrayLayout
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import metadata_files, read_manifest, skeleton_problems
+from logitcache.cache.format.metadata import metadata_files, skeleton_problems
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.format.samples import read_labels
 from logitcache.cache.format.shard_rows import choose_shard_rows
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.verify import verify_cache
-from logitcache.cache.write.error_summary import finish_growth
-from logitcache.cache.write.growth import begin_growth, forget_growth
+from logitcache.cache.write.grow import begin_growth, finish_growth, forget_growth
 from logitcache.cache.write.writer import ShardEncoder
 from logitcache.planning.costs import StoreCost, skeleton_sizes, store_cost
 from logitcache.runtime.console import configure
@@ -216,7 +216,7 @@ def resume(root: Path) -> int:
 def grow(root: Path) -> None:
     """Let the root describe one view more, the shards of which are there."""
     snapshot = open_snapshot(root)
-    finish_growth(snapshot.of(more(snapshot.manifest)))
+    finish_growth(snapshot.of(more(snapshot.manifest)), {})
 
 
 def more(manifest: Manifest) -> Manifest:

@@ -55,7 +55,6 @@ class Cache:
         self.path = snapshot.store.path  # the folder in which it is read
         self.location = str(snapshot.store)  # the same, or a URL
         self.manifest = snapshot.manifest
-        self.identity = snapshot.identity  # of the whole cache, of which this may be a part
         self.layout: Layout = snapshot.layout
         self.shards = snapshot.shards
         self._stored = StoredRows(snapshot)
@@ -132,7 +131,7 @@ class Cache:
         if spec.targets == "exact":
             return own
         _, height, width = self.manifest.image_shape
-        mixture = spec.mixture(keys, len(self), (height, width))
+        mixture = spec.mixture(keys, self.manifest.partners(spec), (height, width))
         assert mixture is not None
         views = [view for view, _ in keys]
         partners = self.answers(list(map(ViewKey, views, mixture.partners.tolist())))
@@ -210,7 +209,8 @@ class Cache:
     ) -> ImageDataset:
         """Open a data set or its component, by default what stage one read, in the order of a cache that has grown."""
         manifest = self.manifest
-        images = open_images(manifest.dataset, manifest.num_images, self.location, dataset, self.identity, trust)
+        identity, count = self.snapshot.identity, manifest.num_images
+        images = open_images(manifest.dataset, count, self.location, dataset, identity, trust)
         return images_of(self.snapshot.store, manifest, images, without)
 
     def pairing(self, location: str | Path, *, shuffled: bool = False) -> Pairing:

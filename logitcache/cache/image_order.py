@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
+from logitcache.cache.format.growth import GROWING_IDS, read_growth
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.manifest_diff import is_more
-from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.format.samples import fingerprint_of_first, packed_ids, read_digests, read_ids, read_sized
 from logitcache.cache.snapshot import Snapshot
-from logitcache.cache.write.growth import GROWING_IDS, read_growth
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError
 from logitcache.runtime.console import logger
 from logitcache.store.base import Store
@@ -52,7 +52,7 @@ def in_cache_order(store: Store, manifest: Manifest, dataset: ImageDataset, ids:
     if manifest.class_names is not None and names is not None:
         names = manifest.class_names
     labels = _labels(store, manifest, dataset, rows)
-    return ArrangedImages(dataset, rows, ids, labels, recorded.num_classes, names)
+    return ArrangedImages(dataset, rows, manifest.first.num_images, ids, labels, recorded.num_classes, names)
 
 
 def _labels(store: Store, manifest: Manifest, dataset: ImageDataset, rows: Ints) -> Labels:

@@ -4,10 +4,11 @@ import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
 
-from logitcache.cache.format.layout import Layout, layout_of, require_possible
+from logitcache.cache.format.growth import GROWING_IDS, read_growth
+from logitcache.cache.format.layout import Layout, layout_of, require_possible, staged_between
 from logitcache.cache.format.manifest import Manifest, parse_manifest
-from logitcache.cache.format.metadata import GROWING, ROOT, skeleton_limits, skeleton_problems
-from logitcache.cache.write.growth import GROWING_IDS, read_growth
+from logitcache.cache.format.metadata import skeleton_limits, skeleton_problems
+from logitcache.cache.format.root import GROWING, ROOT
 from logitcache.cache.write.unreadable_images import FILE as UNREADABLE
 from logitcache.errors import CacheError
 from logitcache.store.mirror import Mirror
@@ -44,7 +45,7 @@ def refresh(mirror: Mirror, fresh: bool) -> None:
             if goal.num_images != manifest.num_images and goal.appended is not None:
                 _update(mirror, {GROWING_IDS: goal.appended.id_bytes}, fresh, False)
                 _update_records(mirror, layout_of(manifest), fresh, is_same)
-            _update_records(mirror, layout_of(goal), fresh, is_same)
+            _update_records(mirror, layout_of(goal, staged_between(manifest, goal)), fresh, is_same)
         mirror.put(ROOT, root)
         if manifest is not None:
             # Files that the disk of the mirror has lost or changed are read again.

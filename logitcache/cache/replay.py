@@ -192,9 +192,9 @@ def require_planned(recorded: RecordedRows, columns: Sequence[str], views: Views
         raise ReplayMismatchError(
             f"the cache recorded the parameters {list(columns)}, this release plans {list(spec.columns())}. {_FIX}"
         )
-    sizes, count = views.images.sizes(), len(views.dataset.ids)
+    sizes, pairs = views.images.sizes(), views.pairs
     for keys in _blocks(shards):
-        planned = spec.rows(keys, sizes[[key.index for key in keys]], count)
+        planned = spec.rows(keys, sizes[[key.index for key in keys]], pairs)
         found = recorded(keys)
         if not np.array_equal(planned, found):
             row, column = np.argwhere(planned != found)[0].tolist()

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from logitcache.cache.format.arrays import ArrayGroup, ArrayLayout
 from logitcache.cache.format.commits import Records, are_records, read_records, reread_records
 from logitcache.cache.format.derivation import fix_of_damage
-from logitcache.cache.format.layout import Layout, layout_of
+from logitcache.cache.format.growth import is_outgrown, read_growth
+from logitcache.cache.format.layout import Layout, layout_of, staged_between
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import ROOT, read_manifest, skeleton_limits, skeleton_problems
+from logitcache.cache.format.metadata import skeleton_limits, skeleton_problems
+from logitcache.cache.format.root import ROOT, read_manifest
 from logitcache.cache.read.stored_array import StoredArray
 from logitcache.cache.refresh import refresh
-from logitcache.cache.write.growth import is_outgrown, read_growth
 from logitcache.errors import CacheError
 from logitcache.store import digest_index
 from logitcache.store.base import Store
@@ -105,15 +106,15 @@ def _names(store: Store, group: ArrayGroup) -> list[str]:
 class Snapshot:
     """A cache as it was when it was opened: a later change of the store is an error, or shows in another snapshot.
 
-    `records`, by the name of a group, decide which bytes are its shards; `identity` is the digest of the whole cache's
-    manifest, of which `manifest` may be a part. It can be pickled: each process opens the
-    store itself, and reads this very cache.
+    `records`, by the name of a group, decide which bytes are its shards. `manifest` describes all that the root
+    `recorded`, a part of it, or what the cache is growing to. A snapshot can be pickled: each process opens the store
+    itself, and reads this very cache.
     """
 
     store: Store
     manifest: Manifest
     records: Mapping[str, Records]
-    identity: str
+    recorded: Manifest
 
     @classmethod
     def read(cls, store: Store) -> Self:
@@ -122,24 +123,33 @@ class Snapshot:
 
     @classmethod
     def as_described(
-        cls, store: Store, manifest: Manifest, known: Mapping[str, Records] | None = None, identity: str | None = None
+        cls,
+        store: Store,
+        manifest: Manifest,
+        known: Mapping[str, Records] | None = None,
+        recorded: Manifest | None = None,
     ) -> Self:
-        """Return what a store has of the cache that a manifest describes; records beyond the `known` ones are read."""
-        layout, known = layout_of(manifest), known or {}
+        """Return what a store has of the cache that a manifest describes; records beyond the `known` ones are read.
+
+        `recorded` is the manifest in its root, by default the same.
+        """
+        recorded, known = recorded or manifest, known or {}
+        layout = layout_of(manifest, staged_between(recorded, manifest))
         groups = {group.name: group for group in layout.groups}
         records = {name: read_records(store, layout, group, known.get(name)) for name, group in groups.items()}
-        return cls(store, manifest, records, identity or manifest.digest())
+        return cls(store, manifest, records, recorded)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.store, self.manifest, self.records, self.identity)
+        return type(self), (self.store, self.manifest, self.records, self.recorded)
 
     def of(self, manifest: Manifest) -> "Snapshot":
         """Return the same store as another manifest of the same images describes it: with more in it, or less."""
-        return Snapshot.as_described(self.store, manifest, self.records, self.identity)
+        return Snapshot.as_described(self.store, manifest, self.records, self.recorded)
 
     def refreshed(self) -> "Snapshot":
         """Return the cache as it is now: other processes and machines may have committed more."""
-        return Snapshot.as_described(locate(str(self.store)) if not self.store.is_local else self.store, self.manifest)
+        store = self.store if self.store.is_local else locate(str(self.store))
+        return Snapshot.as_described(store, self.manifest, recorded=self.recorded)
 
     def reread(self, shards: Iterable[Shard]) -> "Snapshot":
         """Return the cache with the records of some shards as they are now; nothing is listed."""
@@ -157,7 +167,12 @@ class Snapshot:
     @cached_property
     def layout(self) -> Layout:
         """The arrays, and how they are cut into shards."""
-        return layout_of(self.manifest)
+        return layout_of(self.manifest, staged_between(self.recorded, self.manifest))
+
+    @property
+    def identity(self) -> str:
+        """The digest of the manifest in the root."""
+        return self.recorded.digest()
 
     @cached_property
     def fix(self) -> str:

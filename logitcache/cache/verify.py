@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from logitcache.cache.format.arrays import ArrayGroup, Rows
+from logitcache.cache.format.growth import is_outgrown
 from logitcache.cache.format.layout import Layout, layout_of
 from logitcache.cache.format.manifest import LOGITS
-from logitcache.cache.format.metadata import read_manifest, skeleton_problems
+from logitcache.cache.format.metadata import skeleton_problems
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.snapshot import Snapshot, locate, remembered_records, require_sound_skeleton
-from logitcache.cache.write.growth import is_outgrown
 from logitcache.errors import CacheError
 from logitcache.runtime.console import track
 from logitcache.store.shards import Shard, StoredShard

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.snapshot import require_sound_skeleton
 from logitcache.cache.write.writer_locks import target_of
 from logitcache.planning.timing import Quartiles, by_row, timed_answers

@@ -13,7 +13,6 @@ from logitcache.cache.format.manifest import LOGITS, Manifest, StoredFeature, St
 from logitcache.cache.format.samples import packed_ids, recordable
 from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.snapshot import Snapshot
-from logitcache.cache.write.growth import NewImages
 from logitcache.cache.write.writer_locks import target_of
 from logitcache.planning.dry_run import DryRun
 from logitcache.runtime.device import to_device
@@ -72,8 +71,10 @@ def _bound(inputs: Inputs) -> DryRun:
             entry = entry.with_stored(cache.manifest.teachers[teacher.name])
         shapes = {name: tuple(values.shape[1:]) for name, values in examples[teacher.name].features.items()}
         entries[teacher.name] = _largest(entry, teacher, shapes)
-    goal = _new(recipe, views, entries, pixels.shape) if cache is None else _grown(recipe, cache, entries, views)
-    snapshot = Snapshot.as_described(store, goal, {} if cache is None else cache.records)
+    if cache is None:
+        snapshot = Snapshot.as_described(store, _new(recipe, views, entries, pixels.shape))
+    else:
+        snapshot = cache.of(_grown(recipe, cache, entries, views))
     every = set(snapshot.layout.shards())
     missing = {name: every - committed for name, committed in snapshot.committed().items()}
     return DryRun(inputs, Todo(snapshot, missing, recorded=None if cache is None else cache.manifest))
@@ -131,5 +132,4 @@ def _grown(recipe: PrecomputeRecipe, cache: Snapshot, entries: dict[str, Teacher
         return grown
     fingerprint = recorded.fingerprint.model_copy(update={"num_images": len(ids), "ids": NOT_READ})
     appended = Appended(first=recorded.first, id_bytes=len(packed_ids(ids)))
-    wanted = grown.model_copy(update={"fingerprint": fingerprint, "appended": appended})
-    return NewImages.of(recorded, wanted).added_to(grown)
+    return grown.model_copy(update={"fingerprint": fingerprint, "appended": appended})

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.snapshot import locate
 from logitcache.config.recipe import is_stated
 from logitcache.config.trust import require_grant

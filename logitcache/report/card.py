@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.root import ROOT
 from logitcache.config.recipe import read_recipe
 from logitcache.errors import RecipeError
 from logitcache.models import read_stored

@@ -175,7 +175,8 @@ def labels_as_seen(cache: Cache, keys: list[ViewKey]) -> Labels:
     """Return the labels of views as a teacher saw them; of a mixed image, those of the larger part."""
     labels = cache.labels[[key.index for key in keys]]
     _, height, width = cache.manifest.image_shape
-    mixture = cache.manifest.views.answered().mixture(keys, len(cache), (height, width))
+    spec = cache.manifest.views.answered()
+    mixture = spec.mixture(keys, cache.manifest.partners(spec), (height, width))
     if mixture is None:
         return labels
     smaller = (mixture.share < 0.5).reshape(-1, *[1] * (labels.ndim - 1))

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from logitcache.cache.format.arrays import ArrayGroup, Rows
-from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.writer import empty_rows
 from logitcache.cache.write.writer_locks import Claim

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
-from logitcache.cache.format.metadata import ROOT, read_manifest
+from logitcache.cache.format.root import ROOT, read_manifest
 from logitcache.cache.image_order import images_to_answer
 from logitcache.cache.snapshot import locate
 from logitcache.config.recipe import Component, require_effect
@@ -59,11 +59,10 @@ def open_views(
     """Open the store and the images of a recipe, or the `dataset` passed in their place; return its own recipe."""
     store = locate(recipe.cache)
     recipe = _without_objects(_as_recorded(recipe, store), teachers, dataset)
-    images, views = _open_images(recipe, dataset), recipe.views.model_copy()
+    images = _open_images(recipe, dataset)
     if (store.path / ROOT).is_file():
         images = images_to_answer(store, images, appends=recipe.new_images == "append")
-        views._num_first = read_manifest(store).first.num_images
-    return recipe.model_copy(update={"views": views}), store, Views(images, views)
+    return recipe, store, Views(images, recipe.views)
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ from pathlib import Path
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.format.manifest import LOGITS, Manifest
 from logitcache.cache.format.manifest_diff import extends, is_more
-from logitcache.cache.format.metadata import read_manifest, repair_skeleton
+from logitcache.cache.format.metadata import repair_skeleton
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.format.row_errors import BOUND
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.create import create_skeleton
-from logitcache.cache.write.error_summary import finish_growth, note_errors
-from logitcache.cache.write.growth import begin_growth, forget_growth
+from logitcache.cache.write.error_summary import note_errors
+from logitcache.cache.write.grow import begin_growth, finish_growth, forget_growth
 from logitcache.cache.write.unreadable_images import forget_unreadable
 from logitcache.cache.write.writer_locks import alone, preparing, writing
 from logitcache.config.trust import inherit

@@ -19,7 +19,7 @@ from logitcache.cache.cache import Cache
 from logitcache.cache.format.arrays import Rows
 from logitcache.cache.format.layout import CHECKSUMS
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.replay import require_canaries
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.write.unreadable_images import note_unreadable
@@ -78,10 +78,10 @@ class PrecomputeTask(ShardTask):
         Partners in one shard come together, so that each is decoded once.
         """
         first = next(iter(group.missing))
-        partners = self._answered.spec.partners(len(self._answered.dataset.ids))
+        pairs = self._answered.pairs
         indices = np.arange(first.start, first.stop)
-        if partners is not None:
-            indices = indices[np.argsort(partners.places(np.full_like(indices, first.view), indices))]
+        if pairs is not None:
+            indices = indices[np.argsort(pairs.places(np.full_like(indices, first.view), indices))]
         for start, stop, place in self._cuts(first):
             yield RowBatch(group, indices[start:stop].tolist(), stop == len(indices), place)
 
@@ -175,16 +175,16 @@ class PrecomputeTask(ShardTask):
         self, rows: Rows, shard: Shard, keys: Sequence[ViewKey], places: NDArray[np.int64], images: Tensor
     ) -> None:
         """Record checksums and parameters of the views, or compare the checksums with the recorded ones."""
-        group, recorded, dataset = self.todo.layout.views, self.todo.checksums, self._inputs.views.dataset
+        group, recorded, views = self.todo.layout.views, self.todo.checksums, self._inputs.views
         if group is not None and group.arrays[0].name in rows:
             for array in group.arrays:
                 rows[array.name][places] = (
                     row_checksums(images)
                     if array.suffix == CHECKSUMS
-                    else self._inputs.views.spec.rows(keys, self._sizes[places + shard.start], len(dataset.ids))
+                    else views.rows(keys, self._sizes[places + shard.start])
                 )
         elif recorded is not None and shard.view < self.todo.num_recorded and self.todo.has_checksums(shard):
-            require_rows(images, keys, recorded(keys), dataset.ids)
+            require_rows(images, keys, recorded(keys), views.dataset.ids)
 
     @cached_property
     def _sizes(self) -> NDArray[np.int64]:

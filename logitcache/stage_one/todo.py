@@ -11,10 +11,11 @@ import torch
 from logitcache.cache.cache import Cache
 from logitcache.cache.format.appended import Appended
 from logitcache.cache.format.derivation import require_not_derived
+from logitcache.cache.format.growth import GROWING_IDS, grown, read_growth
 from logitcache.cache.format.layout import CHECKSUMS, Layout
 from logitcache.cache.format.manifest import Manifest, TeacherEntry
 from logitcache.cache.format.manifest_diff import extends, is_more, require_growth
-from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.root import ROOT
 from logitcache.cache.format.samples import Samples, recordable
 from logitcache.cache.format.shard_rows import choose_shard_rows, fit_to_pages
 from logitcache.cache.read.row_sources import RecordedRows
@@ -22,7 +23,6 @@ from logitcache.cache.read.target_codecs import TargetCodecs
 from logitcache.cache.replay import require_same_images
 from logitcache.cache.snapshot import Snapshot
 from logitcache.cache.verify import damaged
-from logitcache.cache.write.growth import GROWING_IDS, grown, read_growth
 from logitcache.cache.write.unreadable_images import with_repaired_images
 from logitcache.classifier import PLAIN
 from logitcache.models import weights_digest

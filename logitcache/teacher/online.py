@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from logitcache.cache.encodings.dense import Dense
 from logitcache.cache.format.derivation import network_of
 from logitcache.cache.format.manifest import TeacherEntry
-from logitcache.cache.format.metadata import read_manifest
+from logitcache.cache.format.root import read_manifest
 from logitcache.cache.snapshot import locate
 from logitcache.config.trust import require_grant
 from logitcache.errors import CacheError, MismatchError, RecipeError

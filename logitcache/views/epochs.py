@@ -192,10 +192,10 @@ class EpochLoader:
         place = slots // shared
         images, repeats = (numbers[place[0] : place[-1] + 1][place - place[0]] for numbers in order)
         views = ((group + repeats) * shared + slots % shared) % num_views
-        partners = self.views.spec.partners(count)
         if self._chosen is not None:
             return views, self._chosen[images]
-        return views, images if partners is None else partners.images(views, images)
+        pairs = self.views.pairs
+        return views, images if pairs is None else pairs.images(views, images)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch `start` on."""

@@ -27,15 +27,20 @@ Color = Annotated[ColorJitter | RandomGrayscale | GaussianBlur, Field(discrimina
 
 
 def paired_images(
-    images: ImageDataset, rows: Ints, labels: Labels, num_classes: int | None, class_names: tuple[str, ...] | None
+    images: ImageDataset,
+    rows: Ints,
+    num_first: int,
+    labels: Labels,
+    num_classes: int | None,
+    class_names: tuple[str, ...] | None,
 ) -> ArrangedImages:
-    """Return images in the order of those that a teacher saw, with the labels of these.
+    """Return images in the order of those that a teacher saw, with the labels of these; as `ArrangedImages`.
 
     `rows` [N] are the places of the paired images in `images`, UNPAIRED for none.
     """
     ids = images.ids
     names = ["" if row == UNPAIRED else ids[row] for row in rows.tolist()]
-    return ArrangedImages(images, rows, names, labels, num_classes, class_names, "has no paired image")
+    return ArrangedImages(images, rows, num_first, names, labels, num_classes, class_names, "has no paired image")
 
 
 @dataclass(frozen=True)

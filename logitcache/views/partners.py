@@ -28,7 +28,7 @@ class Partners(NamedTuple):
     seed: int
     num_images: int
     window: int
-    num_first: int | None = None
+    num_first: int
 
     def partners(self, views: Ints, indices: Ints) -> Ints:
         """Return the partner of each image [B] in its view; an image that stays alone is its own."""
@@ -47,9 +47,6 @@ class Partners(NamedTuple):
 
     def _windows(self, indices: Ints) -> tuple[Ints, Ints]:
         """Return the first image and the number of images of each one's window."""
-        if self.num_first is None:
-            starts = indices - indices % self.window
-            return starts, np.minimum(self.window, self.num_images - starts)
         begin = np.where(indices < self.num_first, 0, self.num_first)
         stop = np.where(indices < self.num_first, self.num_first, self.num_images)
         starts = indices - (indices - begin) % self.window

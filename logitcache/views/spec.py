@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from logitcache.config.recipe import Extended
 from logitcache.errors import DataError, RecipeError
 from logitcache.views.augmentations import Augmentation
 from logitcache.views.augmentations.base import Ints, Step
+from logitcache.views.datasets.arranged import num_first
 from logitcache.views.datasets.base import DecodedImages, ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey, columns_of
 from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
@@ -79,8 +80,6 @@ class ViewSpec(Extended):
         examples=[1],
     )
 
-    _num_first: int | None = PrivateAttr(default=None)
-
     @model_validator(mode="after")
     def _mixes_something(self) -> Self:
         if not self.mixing and (self.pairing_window is not None or self.targets != "exact"):
@@ -102,10 +101,10 @@ class ViewSpec(Extended):
         """Return by which factor JPEG of `sizes` [B, 2] is reduced as it is decoded, [B]: the same for all views."""
         return factors(self.augmentations, sizes)
 
-    def partners(self, num_images: int) -> Partners | None:
-        """Return who is mixed with whom among so many images; None if nothing is mixed."""
+    def partners(self, num_images: int, num_first: int) -> Partners | None:
+        """Return who is mixed with whom among the images of a cache that began with `num_first`; None if nobody is."""
         window = self.pairing_window or num_images
-        return Partners(self.seed, num_images, window, self._num_first) if self.mixing else None
+        return Partners(self.seed, num_images, window, num_first) if self.mixing else None
 
     def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> tuple[list[Ints], Ints]:
         """Draw each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2].
@@ -128,9 +127,8 @@ class ViewSpec(Extended):
             seen[augmentation.kind] += 1
             sizes = after
 
-    def mixture(self, keys: Sequence[ViewKey], num_images: int, size: tuple[int, int]) -> Mixture | None:
-        """Draw how the views of `keys`, of one (height, width), are mixed; None if nothing is."""
-        partners = self.partners(num_images)
+    def mixture(self, keys: Sequence[ViewKey], partners: Partners | None, size: tuple[int, int]) -> Mixture | None:
+        """Draw how the views of `keys`, of one (height, width), are mixed with their partners; None without these."""
         if partners is None:
             return None
         draws = Draws.of(self.seed, keys)
@@ -146,11 +144,11 @@ class ViewSpec(Extended):
         ]
         return (*drawn, *(f"mixing.{column}" for column in COLUMNS if self.mixing))
 
-    def rows(self, keys: Sequence[ViewKey], sizes: Ints, num_images: int) -> Ints:
-        """Draw all integers of views of images of `sizes` [B, 2] among `num_images`, named by `columns`: [B, P]."""
+    def rows(self, keys: Sequence[ViewKey], sizes: Ints, partners: Partners | None) -> Ints:
+        """Draw all integers of views of images of `sizes` [B, 2], named by `columns`: [B, P]."""
         plans, rendered = self.plan(keys, sizes)
         height, width = rendered[0].tolist()
-        mixture = self.mixture(keys, num_images, (height, width))
+        mixture = self.mixture(keys, partners, (height, width))
         parts = [np.empty((len(keys), 0), dtype=np.int64), *plans]
         return np.concatenate(parts if mixture is None else [*parts, mixture.rows()], axis=1)
 
@@ -223,13 +221,13 @@ class Views:
             found = self.spec.split(self.recorded(keys))[1]
         else:
             seen = size if self.frame is None else self.frame.scale.seen
-            found = self.spec.mixture(keys, len(self.dataset.ids), seen)
+            found = self.spec.mixture(keys, self.pairs, seen)
         return found if found is None or self.frame is None else self.frame.mixture(found)
 
     def rows(self, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
         """Return all integers by which views of images of `sizes` [B, 2] are rendered, [B, P]."""
         if self.frame is None:
-            return self.spec.rows(keys, sizes, len(self.dataset.ids)) if self.recorded is None else self.recorded(keys)
+            return self.spec.rows(keys, sizes, self.pairs) if self.recorded is None else self.recorded(keys)
         mixture = self._mixture(keys, self.frame.scale.seen)
         parts = [np.empty((len(keys), 0), np.int64), *self._plans(keys, sizes)]
         return np.concatenate(parts if mixture is None else [*parts, mixture.rows()], axis=1)
@@ -248,6 +246,11 @@ class Views:
         """Return the views that the teacher answers."""
         return Views(self.dataset, self.spec.answered(), frame=self.frame)
 
+    @property
+    def pairs(self) -> Partners | None:
+        """Who is mixed with whom among the images; None if nobody is."""
+        return self.spec.partners(len(self.dataset.ids), num_first(self.dataset))
+
     def partners(self, keys: Sequence[ViewKey]) -> list[ViewKey]:
         """Return the views that those of `keys` are mixed with; if nothing is mixed, the same."""
         if not self.spec.mixing:
@@ -256,9 +259,8 @@ class Views:
         if self.recorded is not None and (mixture := self.spec.split(self.recorded(keys))[1]) is not None:
             found = mixture.partners
         else:
-            partners = self.spec.partners(len(self.dataset.ids))
-            assert partners is not None
-            found = partners.partners(views, indices)
+            assert self.pairs is not None
+            found = self.pairs.partners(views, indices)
         return list(map(ViewKey, views.tolist(), found.tolist()))
 
     def _augmented(self, keys: Sequence[ViewKey]) -> Tensor:

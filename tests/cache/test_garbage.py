@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from logitcache.cache.cache import open_cache
-from logitcache.cache.format.metadata import GROWING
+from logitcache.cache.format.root import GROWING
 from logitcache.cache.write import gc
 from logitcache.cache.write.gc import collect
 from logitcache.cache.write.writer_locks import preparing, writing

@@ -15,7 +15,8 @@ from zarr.errors import ZarrUserWarning
 from zarr.storage import MemoryStore
 
 from logitcache.cache.cache import open_cache
-from logitcache.cache.format.metadata import ROOT, metadata_files, read_manifest
+from logitcache.cache.format.metadata import metadata_files
+from logitcache.cache.format.root import ROOT, read_manifest
 from logitcache.cache.snapshot import locate
 from logitcache.errors import CacheError
 from tests.cache.made import contents, flip, forge, mend, verified

@@ -18,10 +18,10 @@ import torch
 
 from logitcache.cache.cache import Cache, open_cache
 from logitcache.cache.format.manifest import Manifest
+from logitcache.cache.format.root import GROWING
 from logitcache.cache.snapshot import locate, open_snapshot
 from logitcache.cache.verify import row_shards
 from logitcache.cache.write.gc import collect
-from logitcache.cache.write.growth import GROWING
 from logitcache.cache.write.writer_locks import creating
 from logitcache.cli.app import main
 from logitcache.errors import CacheError, RecipeError

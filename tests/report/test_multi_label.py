@@ -98,7 +98,8 @@ def test_a_mixed_image_has_the_labels_of_its_larger_part(tmp_path: Path) -> None
     views = {"num_views": 1, "seed": 5, "mixing": [{"kind": "cutmix"}]}
     cache = open_cache(fill(tmp_path / "c", {"a": DENSE32}, views=views))
     keys, labels = [ViewKey(0, index) for index in range(COUNT)], Marked().table
-    mixture = cache.manifest.views.mixture(keys, COUNT, (4, 4))
+    spec = cache.manifest.views
+    mixture = spec.mixture(keys, spec.partners(COUNT, COUNT), (4, 4))
     assert mixture is not None
     seen = labels.copy()
     for index in range(COUNT):

@@ -122,7 +122,8 @@ def test_a_mixed_image_has_the_label_of_its_larger_part(tmp_path: Path) -> None:
     best = probabilities(cache, "a").argmax(axis=2)
     hits = []
     for view, index in itertools.product(range(3), range(COUNT)):
-        mixture = cache.manifest.views.mixture([ViewKey(view, index)], COUNT, (4, 4))
+        spec = cache.manifest.views
+        mixture = spec.mixture([ViewKey(view, index)], spec.partners(COUNT, COUNT), (4, 4))
         assert mixture is not None
         own = mixture.share[0] >= 0.5
         hits.append(best[view, index] == cache.labels[index if own else mixture.partners[0]])

@@ -13,7 +13,7 @@ from torch import nn
 
 from logitcache.cache.cache import open_cache
 from logitcache.cache.encodings.dense import Dense
-from logitcache.cache.format.metadata import GROWING
+from logitcache.cache.format.root import GROWING
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.gc import collect
 from logitcache.errors import CacheError, MismatchError, ReplayMismatchError

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from logitcache.cache.cache import Cache, open_cache
-from logitcache.cache.format.metadata import GROWING
+from logitcache.cache.format.root import GROWING
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.cache.write.gc import collect
 from logitcache.errors import CacheError, LogitCacheError, MismatchError, RecipeError
@@ -540,7 +540,7 @@ def test_what_a_finished_growth_left_is_removed(world: Path, monkeypatch: pytest
     """A run that is killed after its last step leaves what was staged."""
     add(world / "images", NEW)
     with monkeypatch.context() as patch:
-        patch.setattr("logitcache.cache.write.error_summary.forget_staged", lambda *_: None)
+        patch.setattr("logitcache.cache.write.grow.forget_staged", lambda *_: None)
         patch.setattr("logitcache.stage_one.lifecycle.forget_growth", lambda *_: None)
         grow(world / "c.zarr", world / "images")
     assert (world / "c.zarr/t.logits.staged").is_dir()

@@ -104,7 +104,8 @@ def test_linear_targets_mix_the_answers_to_the_images_before_mixing(tmp_path: Pa
     run(tmp_path / "plain.zarr", images, views=views_of(2), teachers={"t": teacher(DENSE32)})
     linear, plain = open_cache(tmp_path / "linear.zarr"), open_cache(tmp_path / "plain.zarr")
     keys = [ViewKey(1, index) for index in range(120)]
-    mixture = linear.manifest.views.mixture(keys, 120, (4, 4))
+    spec = linear.manifest.views
+    mixture = spec.mixture(keys, spec.partners(120, 120), (4, 4))
     assert mixture is not None
     logits, own = linear.rows(keys)["t"].compact, plain.rows(keys)["t"].logits
     assert isinstance(logits, LinearLogits)

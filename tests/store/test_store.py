@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.root import ROOT
 from logitcache.cache.snapshot import Snapshot, locate
 from logitcache.cli import main
 from logitcache.errors import CacheError, RecipeError

@@ -277,7 +277,7 @@ def test_any_number_of_processes_renders_the_same_epoch(mixing, shared):
         assert sorted(itertools.chain.from_iterable(parts)) == alone
         for part in parts if mixing else []:
             indices = np.array([key[1] for key, _ in part])
-            partners = views.spec.partners(23).partners(np.full_like(indices, 3), indices)
+            partners = views.spec.partners(23, 23).partners(np.full_like(indices, 3), indices)
             assert set(partners) == set(indices), "no pair is split"
 
 

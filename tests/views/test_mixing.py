@@ -32,7 +32,7 @@ def keys_of(count: int, view: int = 1) -> list[ViewKey]:
 
 
 def mixed(spec: ViewSpec, count: int, size: tuple[int, int] = (32, 32), view: int = 1) -> Mixture:
-    mixture = spec.mixture(keys_of(count, view), count, size)
+    mixture = spec.mixture(keys_of(count, view), spec.partners(count, count), size)
     assert mixture is not None
     return mixture
 
@@ -106,7 +106,7 @@ def test_partners_share_weight_and_box(mixing):
 def test_of_an_odd_number_one_image_stays_as_it_is():
     images = Images(textured(7, 9, 9))
     views = Views(images, spec_of(CUTMIX | {"alpha": 0.05}, MIXUP | {"p": 0.0}))
-    [alone] = np.flatnonzero(views.spec.partners(7).partners(np.full(7, 1), np.arange(7)) == np.arange(7))
+    [alone] = np.flatnonzero(views.spec.partners(7, 7).partners(np.full(7, 1), np.arange(7)) == np.arange(7))
     assert torch.equal(views[ViewKey(1, int(alone))], images.pixels[int(alone)])
 
 

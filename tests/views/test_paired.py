@@ -81,7 +81,7 @@ def paired(
     colors: tuple[Any, ...] = (),
 ) -> Views:
     frame = Frame(spec, teacher.sizes(), Scale(seen, shown), len(student.pixels[0]), colors)
-    images = paired_images(student, np.arange(len(teacher.pixels)), LABELS, 3, None)
+    images = paired_images(student, np.arange(len(teacher.pixels)), len(teacher.pixels), LABELS, 3, None)
     return Views(images, spec, frame=frame)
 
 
@@ -240,7 +240,7 @@ def test_translations_by_pixels_are_refused_for_larger_views() -> None:
 
 def test_an_image_without_a_pair_is_never_another() -> None:
     images = photographs([(32, 32)] * NUM_IMAGES)
-    found = paired_images(images, np.array([2, UNPAIRED, 0]), LABELS[:3], 3, None)
+    found = paired_images(images, np.array([2, UNPAIRED, 0]), 3, LABELS[:3], 3, None)
     assert found.ids[:] == ["image 2", "", "image 0"]
     assert torch.equal(found.read(0), images.pixels[2])
     with pytest.raises(DataError, match="image 1 of the cache has no paired image"):

@@ -19,7 +19,7 @@ def all_of(count: int, view: int = 0) -> tuple[np.ndarray, np.ndarray]:
 @given(seed=words64, count=st.integers(1, 400), window=windows, view=st.integers(0, 2**32 - 1))
 def test_partners_are_one_anothers_and_from_one_window(seed, count, window, view):
     views, indices = all_of(count, view)
-    paired = Partners(seed, count, window)
+    paired = Partners(seed, count, window, count)
     partners = paired.partners(views, indices)
     assert np.array_equal(paired.partners(views, partners), indices)
     assert np.array_equal(partners // window, indices // window)
@@ -31,7 +31,7 @@ def test_partners_are_one_anothers_and_from_one_window(seed, count, window, view
 @given(seed=words64, count=st.integers(1, 400), window=windows)
 def test_places_are_a_permutation_of_images_and_back(seed, count, window):
     views, indices = all_of(count, 3)
-    paired = Partners(seed, count, window)
+    paired = Partners(seed, count, window, count)
     images = paired.images(views, indices)
     assert sorted(images.tolist()) == list(range(count))
     assert np.array_equal(images // window, indices // window)
@@ -41,7 +41,7 @@ def test_places_are_a_permutation_of_images_and_back(seed, count, window):
 @given(seed=words64, count=st.integers(2, 400), window=windows)
 def test_partners_lie_side_by_side(seed, count, window):
     views, indices = all_of(count)
-    paired = Partners(seed, count, window)
+    paired = Partners(seed, count, window, count)
     places = paired.places(views, indices)
     beside = paired.places(views, paired.partners(views, indices))
     alone = beside == places
@@ -50,7 +50,7 @@ def test_partners_lie_side_by_side(seed, count, window):
 
 @given(seed=words64, keys=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 1_281_166)), min_size=1, max_size=9))
 def test_a_partner_does_not_depend_on_the_batch(seed, keys):
-    paired = Partners(seed, 1_281_167, 16_384)
+    paired = Partners(seed, 1_281_167, 16_384, 1_281_167)
     views, indices = np.array(keys, dtype=np.int64).T
     together = paired.partners(views, indices)
     alone = [int(paired.partners(views[row : row + 1], indices[row : row + 1])[0]) for row in range(len(keys))]
@@ -62,7 +62,7 @@ def test_a_partner_does_not_depend_on_the_batch(seed, keys):
 def test_every_other_image_is_a_partner_equally_often(count, image):
     num_views = 200 * count
     views = np.arange(num_views)
-    partners = Partners(4, count, count + count % 2).partners(views, np.full(num_views, image % count))
+    partners = Partners(4, count, count + count % 2, count).partners(views, np.full(num_views, image % count))
     times = np.bincount(partners, minlength=count)
     if count % 2 == 0:
         assert times[image % count] == 0
@@ -73,7 +73,7 @@ def test_every_other_image_is_a_partner_equally_often(count, image):
 @pytest.mark.parametrize(("count", "ways"), [(4, 3), (6, 15), (8, 105)])
 def test_all_ways_to_pair_are_equally_frequent(count, ways):
     views = np.repeat(np.arange(6000), count)
-    partners = Partners(9, count, count).partners(views, np.tile(np.arange(count), 6000)).reshape(6000, count)
+    partners = Partners(9, count, count, count).partners(views, np.tile(np.arange(count), 6000)).reshape(6000, count)
     _, times = np.unique(partners, axis=0, return_counts=True)
     assert len(times) == ways
     assert stats.chisquare(times).pvalue > 1e-4
@@ -82,7 +82,7 @@ def test_all_ways_to_pair_are_equally_frequent(count, ways):
 def test_views_windows_and_both_halves_of_the_seed_pair_anew():
     def partners(seed: int, view: int, window_number: int) -> tuple[int, ...]:
         start = 50 * window_number
-        found = Partners(seed, 200, 50).partners(np.full(50, view), np.arange(start, start + 50))
+        found = Partners(seed, 200, 50, 200).partners(np.full(50, view), np.arange(start, start + 50))
         return tuple((found - start).tolist())
 
     arguments = [(0, 0, 0), (1, 0, 0), (2**32, 0, 0), (0, 1, 0), (0, 2**32 - 1, 0), (0, 0, 1), (0, 0, 3)]
@@ -94,7 +94,7 @@ def test_large_windows_mix_classes_that_are_sorted():
     indices = np.arange(200_000)
     same = {}
     for window in (256, 64 * 256):
-        partners = Partners(0, len(indices), window).partners(np.zeros_like(indices), indices)
+        partners = Partners(0, len(indices), window, len(indices)).partners(np.zeros_like(indices), indices)
         same[window] = float((partners // 1300 == indices // 1300).mean())
     assert same[256] > 0.8
     assert same[64 * 256] < 0.1

@@ -132,7 +132,8 @@ def mixed_digest(entries: dict[str, Any], version: int) -> str:
     for seed in (0, 1, 2**32 + 1, 2**64 - 1):
         for view, num_images, size in ((0, 301, (32, 32)), (1, 1_281_167, (224, 200)), (2**32 - 1, 7, (17, 400))):
             keys = [ViewKey(view, index * max(1, num_images // 300)) for index in range(min(300, num_images))]
-            mixture = ViewSpec(seed=seed, plan_version=version, **entries).mixture(keys, num_images, size)
+            spec = ViewSpec(seed=seed, plan_version=version, **entries)
+            mixture = spec.mixture(keys, spec.partners(num_images, num_images), size)
             assert mixture is not None
             state.update(mixture.rows().astype("<i8").tobytes())
     return state.hexdigest()

@@ -128,7 +128,7 @@ def test_recorded_parameters_are_replayed() -> None:
 
     def recorded(keys: Sequence[ViewKey]) -> Any:
         other = [ViewKey(2 - key.view, key.index) for key in keys]
-        return drawn.spec.rows(other, np.repeat(sizes, len(keys), axis=0), 24)
+        return drawn.spec.rows(other, np.repeat(sizes, len(keys), axis=0), drawn.pairs)
 
     replayed = Views(drawn.dataset, drawn.spec, recorded)
     keys = [ViewKey(0, index) for index in range(24)]

@@ -271,9 +271,9 @@ class ArrayGroup:
         """The folders of shards and of commit records."""
         return (self.commits, *(array.name for array in self.arrays), *self.staged_folders)
 
-    def unstaged(self) -> "ArrayGroup":
-        """Return the same arrays with all shards in their places."""
-        return replace(self, arrays=tuple(replace(array, staged=None) for array in self.arrays))
+    def with_staged(self, staged: Staged | None) -> "ArrayGroup":
+        """Return the same arrays with these shards staged; all in their places if None."""
+        return replace(self, arrays=tuple(replace(array, staged=staged) for array in self.arrays))
 
     def record_file(self, shard: Shard) -> str:
         """Return the key of a shard's commit records in the store, one of each array in their order."""

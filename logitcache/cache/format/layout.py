@@ -110,13 +110,24 @@ class Layout:
         }
 
 
-def layout_of(manifest: Manifest) -> Layout:
-    """Derive the layout from a manifest: the one place that knows it."""
+def staged_between(recorded: Manifest, goal: Manifest) -> Staged | None:
+    """Return the shards that are staged while a cache grows to `goal`: the last ones, if more images fill them."""
+    start = recorded.num_images // recorded.shard_rows * recorded.shard_rows
+    is_longer = start < recorded.num_images < goal.num_images
+    return Staged(recorded.views.num_views, start, recorded.num_images) if is_longer else None
+
+
+def layout_of(manifest: Manifest, staged: Staged | None = None) -> Layout:
+    """Derive the layout from a manifest, of which some shards may be staged: the one place that knows it."""
     targets = tuple(
         _target_group(manifest, name, target) for name, entry in manifest.teachers.items() for target in entry.targets
     )
     size = manifest.views.num_views, manifest.num_images, manifest.shard_rows
-    return Layout(*size, targets, _views_group(manifest))
+    views = _views_group(manifest)
+    if staged is not None:
+        targets = tuple(group.with_staged(staged) for group in targets)
+        views = None if views is None else views.with_staged(staged)
+    return Layout(*size, targets, views)
 
 
 def _target_group(manifest: Manifest, teacher: str, target: str) -> ArrayGroup:
@@ -195,7 +206,6 @@ def _errors_array(manifest: Manifest, stem: str, position: int, axes: tuple[int,
         images_per_row=manifest.shard_rows,
         group=stem,
         position=position,
-        staged=manifest._staged,
     )
 
 
@@ -229,7 +239,6 @@ def _array(manifest: Manifest, stem: str, row: RowArray, storage: Storage, prefi
         floats=row.floats,
         group=stem,
         position=position,
-        staged=manifest._staged,
     )
 
 

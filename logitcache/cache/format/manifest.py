@@ -5,12 +5,11 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, JsonValue, PlainSerializer, PrivateAttr, ValidationError, model_validator
+from pydantic import AfterValidator, Field, JsonValue, PlainSerializer, ValidationError, model_validator
 
 from logitcache.cache.encodings import Encoding, Form
 from logitcache.cache.encodings.features import Feature, FeatureForm
 from logitcache.cache.format.appended import MOST_CANARIES, Appended
-from logitcache.cache.format.arrays import Staged
 from logitcache.cache.format.row_errors import RowErrors
 from logitcache.classifier import Preprocessing, Variant
 from logitcache.config.recipe import Count, Extended, Name, Positive
@@ -19,6 +18,7 @@ from logitcache.runtime.device import Precision
 from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset
 from logitcache.views.datasets.base import Fingerprint, names_digest
+from logitcache.views.partners import Partners
 from logitcache.views.spec import ViewSpec
 
 FORMAT_VERSION = 1
@@ -197,9 +197,6 @@ class Manifest(Extended):
     class_names: tuple[str, ...] | None = None
     appended: Appended | None = None
 
-    _staged: Staged | None = PrivateAttr(default=None)
-    """The shards that a growth in images makes longer, of a manifest that a cache is growing to."""
-
     @model_validator(mode="after")
     def _class_names_are_those_of_the_images(self) -> Self:
         if self.class_names is not None and names_digest(self.class_names) != self.fingerprint.class_names:
@@ -212,7 +209,6 @@ class Manifest(Extended):
             raise ValueError(f"{count} canaries of the first images, {NUM_CANARIES} at most")
         if self.appended is not None:
             self.appended.require_bounded(self.num_images)
-            self.views._num_first = self.first.num_images
         for canary in self.canaries:
             if not (0 <= canary.view < self.views.num_views and 0 <= canary.index < self.num_images):
                 raise ValueError(f"a canary of view {canary.view}, image {canary.index}, which do not exist")
@@ -232,6 +228,10 @@ class Manifest(Extended):
     def first(self) -> Fingerprint:
         """The images that the cache began with."""
         return self.fingerprint if self.appended is None else self.appended.first
+
+    def partners(self, views: ViewSpec) -> Partners | None:
+        """Return who is mixed with whom in some views of the images; None if nobody is."""
+        return views.partners(self.num_images, self.first.num_images)
 
     def digest(self) -> str:
         """Return the sha256 that identifies the cache, as hex."""

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.cache.format.arrays import ArrayGroup, is_finite
-from logitcache.cache.format.layout import layout_of, require_possible
+from logitcache.cache.format.growth import outgrown_to
+from logitcache.cache.format.layout import layout_of
 from logitcache.cache.format.manifest import Manifest, parse_manifest
 from logitcache.cache.format.manifest_diff import extends
+from logitcache.cache.format.root import GROWING, ROOT, read_manifest
 from logitcache.cache.format.samples import (
     CANARIES,
     DIGESTS,
@@ -40,11 +42,6 @@ from logitcache.store.base import Store
 from logitcache.store.safe_files import MAX_METADATA_BYTES, parse_json
 from logitcache.store.shards import NOT_FINITE
 
-ROOT = "zarr.json"
-
-GROWING = "digest/growing"
-"""The manifest that a cache is growing to: not in the root, which readers of Zarr would not understand."""
-
 MAX_ARRAY_BYTES = 1 << 20
 """Most bytes of an array's metadata."""
 
@@ -60,26 +57,6 @@ class Problem(NamedTuple):
 
     key: str
     text: str
-
-
-def read_manifest(store: Store) -> Manifest:
-    """Read and check the manifest of a cache; raise CacheError if there is none that can be used."""
-    where = f"{store}/{ROOT}"
-    try:
-        stored = parse_json(store.read(ROOT))
-        attributes = stored["attributes"] if stored["node_type"] == "group" else {}
-    except FileNotFoundError as error:
-        found = f"is no cache (it has no {ROOT})" if store.path.exists() else "does not exist"
-        raise CacheError(f"{store} {found}. Fix: check the path, or make it with `logitcache precompute`") from error
-    except CacheError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise CacheError(
-            f"{where} is damaged: {type(error).__name__}: {error}. Fix: restore it, or remove {store} and make it again"
-        ) from error
-    manifest = parse_manifest(attributes, str(store))
-    require_possible(manifest, str(store))
-    return manifest
 
 
 def read_tables(store: Store, group: ArrayGroup) -> dict[str, NDArray[Any]]:
@@ -218,8 +195,6 @@ def _require_array(
     found, implied = _parsed(store, key, parse), parse(wanted, key)
     if found == implied or (key.split("/")[0] not in _FIXED and _is_grown(store, found, implied)):
         return
-    from logitcache.cache.write.growth import outgrown_to  # which reads metadata
-
     goals = (metadata_files(goal) for goal in outgrown_to(store, *manifest.extent))
     if not any(key in files and found == parse(files[key], key) for files in goals):
         raise CacheError(f"{store}/{key} does not describe what the manifest implies")

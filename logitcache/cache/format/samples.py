@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from logitcache.cache.format.growth import is_outgrown
 from logitcache.cache.format.manifest import Manifest
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
@@ -184,8 +185,6 @@ def require_canaries(store: Store, manifest: Manifest) -> None:
 
 def _read_first(store: Store, manifest: Manifest, key: str, digest: str | None = None) -> bytes:
     """Read a file of samples; of one that holds more images by now than the manifest describes its first part."""
-    from logitcache.cache.write.growth import is_outgrown  # which reads metadata, of which these files are a part
-
     size = sample_sizes(manifest)[key]
     try:
         return read_sized(store, key, size, digest)

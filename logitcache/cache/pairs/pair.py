@@ -125,7 +125,8 @@ def _recorded(
             f"{cache.location} mixes each image with another, and {len(sizes) - len(matched)} have no pair. Fix: a "
             "paired image for each, or a cache without views.mixing"
         )
-    paired = paired_images(images, join.rows, cache.labels, manifest.fingerprint.num_classes, manifest.class_names)
+    classes = manifest.fingerprint.num_classes, manifest.class_names
+    paired = paired_images(images, join.rows, manifest.first.num_images, cache.labels, *classes)
     channels = images.read(int(join.rows[matched[0]])).shape[0]
     shown = _shown(manifest.image_shape[1:], teacher, paired, matched) if size is None else both_sides(size)
     views = Views(paired, manifest.views, None, frame_of(manifest, sizes, (channels, *shown), colors))

@@ -56,9 +56,11 @@ def _views(
     rows, labels = pairing.rows, cache.labels
     if shuffled:
         rows, labels = rows[pairing.sources], labels[pairing.sources]
-    classes = cache.manifest.fingerprint.num_classes, cache.manifest.class_names
-    frame = frame_of(cache.manifest, pairing.sizes, pairing.record.image_shape, pairing.record.colors)
-    return Views(paired_images(images, rows, labels, *classes), cache.manifest.views, recorded, frame)
+    manifest = cache.manifest
+    classes = manifest.fingerprint.num_classes, manifest.class_names
+    frame = frame_of(manifest, pairing.sizes, pairing.record.image_shape, pairing.record.colors)
+    paired = paired_images(images, rows, manifest.first.num_images, labels, *classes)
+    return Views(paired, manifest.views, recorded, frame)
 
 
 def frame_of(manifest: Manifest, sizes: Ints, image_shape: tuple[int, int, int], colors: tuple[Color, ...]) -> Frame:

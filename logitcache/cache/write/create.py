@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import ROOT, metadata_files
+from logitcache.cache.format.metadata import metadata_files
+from logitcache.cache.format.root import ROOT
 from logitcache.cache.format.samples import Samples
 from logitcache.cache.write.writer_locks import PREPARING
 from logitcache.store.base import Store

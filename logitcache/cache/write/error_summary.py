@@ -1,19 +1,15 @@
 """The errors that encodings reached over all rows, in the manifest of a cache that is whole."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
 from logitcache.cache.format.arrays import ArrayGroup
 from logitcache.cache.format.manifest import LOGITS, Manifest
-from logitcache.cache.format.metadata import ROOT, metadata_files
+from logitcache.cache.format.metadata import metadata_files
+from logitcache.cache.format.root import ROOT
 from logitcache.cache.format.row_errors import NUM_STATISTICS, RowErrors, summary
 from logitcache.cache.snapshot import Snapshot
-from logitcache.cache.write.growth import forget_staged
-from logitcache.cache.write.writer import commit_record
-from logitcache.cache.write.writer_locks import PREPARING, WRITING
-from logitcache.store.base import Store
-from logitcache.store.files import explained
 from logitcache.store.shards import Shard
 
 
@@ -54,42 +50,3 @@ def note_errors(snapshot: Snapshot) -> None:
     )
     if any(lacking):
         snapshot.store.write(ROOT, metadata_files(with_errors(snapshot))[ROOT])
-
-
-def finish_growth(grown: Snapshot, samples: Mapping[str, bytes]) -> None:
-    """Let the root describe the grown cache, all shards of which are committed, with the errors over all rows.
-
-    `samples` are the files of the samples of its images, by key. Staged shards take the place of those that they
-    begin with; a reader that has these makes their bytes of the new ones.
-    """
-    _place_staged(grown)
-    files = {**samples, **metadata_files(grown.manifest)}
-    _update(grown.store, {key: data for key, data in files.items() if key != ROOT})
-    _update(grown.store, {ROOT: metadata_files(with_errors(grown))[ROOT]})
-    if samples:
-        forget_staged(grown.store, grown.manifest)
-
-
-def _place_staged(grown: Snapshot) -> None:
-    """Write the staged shards under the keys of the cache, each array before the records of its group."""
-    unstaged = [group.unstaged() for group in grown.layout.groups]
-    for shard in filter(grown.layout.is_staged, grown.shards if grown.layout.staged else ()):
-        for group, final in zip(grown.layout.groups, unstaged, strict=True):
-            records = []
-            for part, array in zip(grown.stored(group, shard), final.arrays, strict=True):
-                data = memoryview(grown.store.read_shard(part))
-                grown.store.write(array.file(shard), data)
-                records.append(commit_record(data, array.file(shard)))
-            grown.store.write(final.record_file(shard), b"".join(records))
-
-
-def _update(store: Store, files: Mapping[str, bytes]) -> None:
-    for key, data in files.items():
-        if store.holds(key, data):
-            continue
-        if key in (PREPARING, WRITING):
-            store.rewrite(key, data)
-        else:
-            with explained(store.path / key):
-                (store.path / key).parent.mkdir(parents=True, exist_ok=True)
-            store.write(key, data)

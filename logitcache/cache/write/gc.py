@@ -11,11 +11,11 @@ from typing import NamedTuple, get_args
 from logitcache.cache.encodings import Form
 from logitcache.cache.encodings.features import FeatureForm
 from logitcache.cache.format.arrays import STAGED
-from logitcache.cache.format.layout import Layout, layout_of
+from logitcache.cache.format.growth import GROWING_IDS, read_growth
+from logitcache.cache.format.layout import Layout, layout_of, staged_between
 from logitcache.cache.format.manifest import Manifest
-from logitcache.cache.format.metadata import GROWING, ROOT, read_manifest
+from logitcache.cache.format.root import GROWING, ROOT, read_manifest
 from logitcache.cache.snapshot import Snapshot, locate
-from logitcache.cache.write.growth import GROWING_IDS, read_growth
 from logitcache.cache.write.writer_locks import alone, preparing, try_creating
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
@@ -90,12 +90,14 @@ def _contents(store: Store, files: Mapping[str, int], manifest: Manifest, growth
         if not growth:
             raise
         goal, note = manifest, ""
-    if growth and goal.num_images > manifest.num_images and Snapshot.as_described(store, goal).complete:
+    added = goal.num_images - manifest.num_images
+    if growth and added > 0 and Snapshot.as_described(store, goal, recorded=manifest).complete:
         raise CacheError(
-            f"{store} has grown by {goal.num_images - manifest.num_images} images but for the last step. Fix: run the "
-            "same precompute again, which finishes it at once"
+            f"{store} has grown by {added} images but for the last step. Fix: run the same precompute again, which "
+            "finishes it at once"
         )
-    begun, empty = layout_of(goal), {file.name for file in store.path.iterdir() if file.is_dir()}
+    begun = layout_of(goal, staged_between(manifest, goal))
+    empty = {file.name for file in store.path.iterdir() if file.is_dir()}
     return _Contents(
         files,
         frozenset({key.partition("/")[0] for key in files if "/" in key} | empty),
@@ -114,7 +116,7 @@ def _stray_shards(contents: _Contents) -> Found:
     """Find records of views that there are not, and shards without a record."""
     layout = contents.kept
     for group in layout.groups:
-        for commits, *arrays in (group.unstaged().folders, group.staged_folders or (group.commits,)):
+        for commits, *arrays in (group.with_staged(None).folders, group.staged_folders or (group.commits,)):
             recorded = set()
             for key, view, number in _numbered(contents.files, commits):
                 if view < layout.num_views and number < layout.shards_per_view:

@@ -54,7 +54,7 @@ def with_repaired_images(
 def _answered(manifest: Manifest, committed: Iterable[Shard], changed: set[int]) -> bool:
     """Whether a committed shard holds an answer to one of the images, alone or mixed with another."""
     rows = np.array(sorted(changed), dtype=np.int64)
-    mixed = manifest.views.answered().partners(manifest.num_images)
+    mixed = manifest.partners(manifest.views.answered())
     for shard in committed:
         partners = rows if mixed is None else mixed.partners(np.full_like(rows, shard.view), rows)
         seen = np.concatenate([rows, partners])

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.root import ROOT
 from logitcache.errors import CacheError
 from logitcache.runtime.console import logger
 from logitcache.store.base import Store

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from logitcache.cache.format.growth import read_growth
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.snapshot import Snapshot, locate
-from logitcache.cache.write.growth import read_growth
 from logitcache.cache.write.writer_locks import writing
 from logitcache.config.recipe import Component
 from logitcache.errors import CacheError, MismatchError

@@ -16,7 +16,7 @@ from logitcache.cache.cache import open_cache
 from logitcache.cache.format.derivation import Derivation, Member
 from logitcache.cache.format.manifest import Manifest, TeacherEntry
 from logitcache.cache.format.manifest_diff import short
-from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.root import ROOT
 from logitcache.cache.format.samples import (
     Samples,
     packed_ids,

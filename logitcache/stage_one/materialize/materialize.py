@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.cache.cache import open_cache
-from logitcache.cache.format.metadata import ROOT
+from logitcache.cache.format.root import ROOT
 from logitcache.errors import RecipeError
 from logitcache.runtime.console import track
 from logitcache.runtime.stopping import stop_flag

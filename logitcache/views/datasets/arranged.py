@@ -22,8 +22,13 @@ def present(dataset: ImageDataset) -> NDArray[np.int64]:
     return np.setdiff1d(everything, dataset.absent) if isinstance(dataset, ArrangedImages) else everything
 
 
+def num_first(dataset: ImageDataset) -> int:
+    """Return the number of images that the cache of a data set began with; all if none were appended."""
+    return dataset.num_first if isinstance(dataset, ArrangedImages) else len(dataset.ids)
+
+
 class ArrangedImages:
-    """Images in an order of their own: an `ImageDataset`.
+    """The images of a cache in its order, `num_first` of which it began with: an `ImageDataset`.
 
     `rows` [N] are their places in `images`, ABSENT for one that is not there, and `lacks` words that; `ids` are their
     names, labels and classes those of the order.
@@ -33,13 +38,14 @@ class ArrangedImages:
         self,
         images: ImageDataset,
         rows: NDArray[np.int64],
+        num_first: int,
         ids: Sequence[str],
         labels: Labels,
         num_classes: int | None,
         class_names: tuple[str, ...] | None,
         lacks: str = "is not in the data set",
     ) -> None:
-        self._images, self.rows, self._lacks = images, rows, lacks
+        self._images, self.rows, self.num_first, self._lacks = images, rows, num_first, lacks
         self.labels, self.num_classes, self.class_names = labels, num_classes, class_names
         self.ids: Sequence[str] = PackedIds(ids)
 
@@ -65,9 +71,9 @@ class ArrangedImages:
         return self._with(self._images, slice(count))
 
     def _with(self, images: ImageDataset, places: slice) -> "ArrangedImages":
-        ids, labels = self.ids[places], self.labels[places]
-        classes = self.num_classes, self.class_names
-        return ArrangedImages(images, self.rows[places], ids, labels, *classes, self._lacks)
+        rows, ids, labels = self.rows[places], self.ids[places], self.labels[places]
+        num_first, classes = min(self.num_first, len(rows)), (self.num_classes, self.class_names)
+        return ArrangedImages(images, rows, num_first, ids, labels, *classes, self._lacks)
 
     def _row(self, index: int) -> int:
         row = int(self.rows[index])

@@ -5,8 +5,6 @@ arrays' metadata and then, in one atomic step, the root describe the grown cache
 If images are appended, the short last shards are staged with more rows, and take the place of the old ones before that.
 """
 
-import json
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Annotated, Any, ClassVar
 
@@ -14,14 +12,13 @@ from pydantic import Field, model_validator
 
 from logitcache.cache.format.appended import MOST_CANARIES, Appended
 from logitcache.cache.format.arrays import Staged
-from logitcache.cache.format.layout import layout_of, require_possible
+from logitcache.cache.format.layout import require_possible, staged_between
 from logitcache.cache.format.manifest import Manifest, TeacherEntry, TeacherName
 from logitcache.cache.format.manifest_diff import extends, is_more
-from logitcache.cache.format.metadata import GROWING, read_manifest
+from logitcache.cache.format.root import GROWING, read_manifest
 from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
-from logitcache.store.files import explained, sync_directory
 from logitcache.store.safe_files import parse_json
 from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset
@@ -48,12 +45,9 @@ class NewImages(Component):
     @classmethod
     def of(cls, recorded: Manifest, wanted: Manifest) -> "NewImages":
         """Describe the images of `wanted`, of which a cache has the first ones."""
-        start = recorded.num_images // recorded.shard_rows * recorded.shard_rows
-        is_short = start < recorded.num_images
-        staged = Staged(recorded.views.num_views, start, recorded.num_images) if is_short else None
         assert wanted.appended is not None
         given = {key: getattr(wanted, key) for key in ("dataset", "fingerprint", "appended", "canaries")}
-        return cls(**given, staged=staged)
+        return cls(**given, staged=staged_between(recorded, wanted))
 
     @classmethod
     def between(cls, recorded: Manifest, wanted: Manifest) -> "NewImages | None":
@@ -63,11 +57,7 @@ class NewImages(Component):
     def added_to(self, manifest: Manifest) -> Manifest:
         """Return a manifest with these images."""
         update: dict[str, Any] = {key: getattr(self, key) for key in ("dataset", "fingerprint", "appended", "canaries")}
-        views = manifest.views.model_copy()
-        views._num_first = manifest.first.num_images
-        grown = manifest.model_copy(update={**update, "views": views})
-        grown._staged = self.staged
-        return grown
+        return manifest.model_copy(update=update)
 
 
 class Growth(Extended):
@@ -116,7 +106,7 @@ def read_growth(store: Store, recorded: Manifest) -> Manifest:
     A note that does not extend what is recorded is none: storage may apply a write that was retried once more, after
     the growth is finished and its note removed.
     """
-    growth = _noted(store)
+    growth = read_note(store)
     if growth is None:
         return recorded
     manifest = growth.applied(recorded)
@@ -126,7 +116,8 @@ def read_growth(store: Store, recorded: Manifest) -> Manifest:
     return manifest
 
 
-def _noted(store: Store) -> Growth | None:
+def read_note(store: Store) -> Growth | None:
+    """Read the note of a growth; None if there is none. Raises CacheError if it is damaged."""
     try:
         data = store.read(GROWING)
     except FileNotFoundError:
@@ -155,54 +146,3 @@ def outgrown_to(store: Store, num_images: int, first_ids: str) -> list[Manifest]
 def is_outgrown(store: Store, num_images: int, first_ids: str) -> bool:
     """Whether the files of a cache may hold more images than a manifest describes."""
     return bool(outgrown_to(store, num_images, first_ids))
-
-
-def begin_growth(store: Store, goal: Manifest, files: Mapping[str, bytes]) -> None:
-    """Note what a cache is growing to, before the first shard of it, and make room for the shards.
-
-    The tables and ids of what is new, bytes by key, come first: the note names their digests.
-    """
-    root, images = store.path, None
-    for key, values in files.items():
-        with explained(root / key):
-            (root / key).parent.mkdir(parents=True, exist_ok=True)
-        if not store.holds(key, values):
-            store.write(key, values)
-    if (recorded := read_manifest(store)).num_images != goal.num_images:
-        images = NewImages.between(recorded, goal)
-    growth = Growth(num_views=goal.views.num_views, teachers=goal.teachers, versions=goal.versions, images=images)
-    data = json.dumps(growth.model_dump(mode="json")).encode()
-    if not store.holds(GROWING, data):
-        store.write(GROWING, data)
-    for group in layout_of(goal).groups:
-        for name in group.folders:
-            with explained(root / name):
-                (root / name).mkdir(exist_ok=True)
-    with explained(root):
-        sync_directory(root)
-
-
-def forget_growth(store: Store, recorded: Manifest) -> None:
-    """Remove the note of a growth that the root describes already; another run may have begun to add even more.
-
-    What was staged for it goes before the note, which names it.
-    """
-    if store.exists(GROWING) and read_growth(store, recorded) == recorded:
-        growth = _noted(store)
-        if growth is not None and growth.images is not None:
-            forget_staged(store, growth.applied(recorded))
-        with explained(store.path / GROWING):
-            store.remove([GROWING])
-
-
-def forget_staged(store: Store, goal: Manifest) -> None:
-    """Remove the staged shards of a growth to `goal`, the records first, and the ids that it was to have."""
-    layout = layout_of(goal)
-    shards = [shard for shard in layout.shards() if layout.is_staged(shard)]
-    store.remove([group.record_file(shard) for group in layout.groups for shard in shards])
-    store.remove([array.file(shard) for array in layout.arrays for shard in shards])
-    store.remove([GROWING_IDS])
-    for group in layout.groups:
-        for name in group.staged_folders:
-            with suppress(OSError):  # of a mirror, which makes folders as they are needed
-                (store.path / name).rmdir()
