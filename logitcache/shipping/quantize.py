@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -74,11 +75,11 @@ def quantize(
 ) -> QuantizeResult:
     """Quantise a finished run after training, to `out`, by default RUN/model.int8.onnx.
 
-    Activations are calibrated on `num_images` unaugmented images of the data that the run learnt from. Layers of
-    `keep_float`, and the `keep_worst` ones whose quantisation alone changes the logits most, stay in float. `method`
-    is onnxruntime's `quantize_static` or torchao's PT2E (extra `quant`). `symmetric` activations, of quantize_static
-    alone, are signed with zero at 0, as TensorRT takes them. Raises RecipeError for a model that cannot be quantised,
-    MismatchError if fewer than `least_agreement` answers are the float run's; nothing is written then.
+    Activations are calibrated on `num_images` unaugmented images of the run's data. Layers of `keep_float`, and the
+    `keep_worst` ones whose quantisation alone changes the logits most, stay in float. `method` is onnxruntime's
+    `quantize_static` or torchao's PT2E (extra `quant`). `symmetric` activations, of quantize_static alone, are signed
+    with zero at 0, as TensorRT takes them. Raises RecipeError for a model that cannot be quantised, MismatchError if
+    fewer than `least_agreement` answers are the float run's; nothing is written then.
     """
     if symmetric and method == "pt2e":
         raise RecipeError("PT2E makes no symmetric activations. Fix: --method onnxruntime, or leave out --symmetric")
@@ -88,21 +89,16 @@ def quantize(
     metadata = describe(run, opened, pixels, "int8")
     images = calibration_images(run, opened.recipe, metadata, num_images, overrides)
     _require_finite(run, opened.classifier, images)
-    program = record(PixelsToLogits(opened.classifier, pixels), example(metadata.shape, pixels))
-    floating = to_onnx(program, metadata.model_copy(update={"arithmetic": "float32"}))
+    floating = _graph(opened.classifier, metadata.model_copy(update={"arithmetic": "float32"}))
     quantizer = StaticQuantizer(floating, images, metadata, symmetric)
     require_layers(keep_float, quantizer.layers)
-    rows: tuple[LayerSensitivity, ...] = ()
-    if sensitivity or keep_worst:
-        own = _model(file, floating, metadata)()(images)
-        rows = measure_sensitivity(quantizer, lambda data: _model(file, data, metadata)(), own, images)
+    model = partial(_model, file, metadata)
+    rows = measure_sensitivity(quantizer, model, floating, images) if sensitivity or keep_worst else ()
     kept = tuple(dict.fromkeys([*keep_float, *(row.layer for row in rows[:keep_worst])]))
     data = quantizer.quantize(kept) if method == "onnxruntime" else _by_pt2e(opened.classifier, images, kept, metadata)
-    predictor = _model(file, data, metadata)
-    parity = compare(opened.classifier, predictor(), opened.validator)
+    parity = compare(opened.classifier, model(data)(), opened.validator)
     parity.require_agreement(f"'{file}'", least_agreement)
-    image = opened.validator.sample()[0]
-    turns = () if latency is None else file_latencies(_model(file, floating, metadata), predictor, image, latency)
+    turns = file_latencies(model(floating), model(data), opened.validator.sample()[0], latency) if latency else ()
     result = QuantizeResult(
         run=str(run),
         file=str(file),
@@ -137,9 +133,15 @@ def _by_pt2e(classifier: Classifier, images: Tensor, keep_float: Sequence[str], 
     network = imitate_int8(classifier.module, metadata.shape[0], (height, width), keep_float)
     calibrate(network, batches)
     shipped = Classifier(to_int8(network), classifier.preprocessing)
-    return to_onnx(record(PixelsToLogits(shipped, metadata.pixels), example(metadata.shape, metadata.pixels)), metadata)
+    return _graph(shipped, metadata)
 
 
-def _model(file: Path, data: bytes, metadata: Metadata) -> Callable[..., Session]:
+def _graph(classifier: Classifier, metadata: Metadata) -> bytes:
+    """Return a network as an ONNX file."""
+    pixels = metadata.pixels
+    return to_onnx(record(PixelsToLogits(classifier, pixels), example(metadata.shape, pixels)), metadata)
+
+
+def _model(file: Path, metadata: Metadata, data: bytes) -> Callable[..., Session]:
     """Return what opens a session for a number of threads."""
     return ExportedModel(file, data, metadata).session

@@ -119,14 +119,14 @@ class LayerSensitivity:
 
 def measure_sensitivity(
     quantizer: StaticQuantizer,
-    predictor: Callable[[bytes], Predict],
-    float_logits: Tensor,
+    model: Callable[[bytes], Callable[..., Predict]],
+    floating: bytes,
     images: Tensor,
 ) -> tuple[LayerSensitivity, ...]:
-    """Quantise each layer alone and answer the images, uint8 [N, C, h, w]; the largest error first."""
-    rows = []
+    """Quantise each layer of a float file alone and answer the images, uint8 [N, C, h, w]; the largest error first."""
+    float_logits, rows = model(floating)()(images), []
     for layer in track(list(quantizer.layers), "sensitivity", len(quantizer.layers), "layers"):
-        logits = predictor(quantizer.quantize(only=layer))(images)
+        logits = model(quantizer.quantize(only=layer))()(images)
         agreement = (logits.argmax(dim=1) == float_logits.argmax(dim=1)).to(torch.float32).mean()
         rows.append(LayerSensitivity(layer, float((logits - float_logits).square().mean()), float(agreement)))
     return tuple(sorted(rows, key=lambda row: (-row.error, row.layer)))
