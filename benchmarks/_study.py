@@ -19,8 +19,8 @@ from logitcache.stage_one.claims import parse_part
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.sweeps.comparison import compare_measures
-from logitcache.sweeps.table_formats import format_table
+from logitcache.sweeps.comparison.comparison import compare_measures
+from logitcache.sweeps.comparison.table_formats import format_table
 from logitcache.teacher.online import live_targets
 
 TrainStudent = Callable[[argparse.Namespace, str, int], float]

@@ -35,10 +35,10 @@ from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError
 from logitcache.runtime.console import configure, logger
 from logitcache.stage_one.precompute import PrecomputeRecipe
-from logitcache.sweeps.comparison import Comparison
+from logitcache.sweeps.comparison.comparison import Comparison
+from logitcache.sweeps.comparison.table_formats import format_table
 from logitcache.sweeps.sweep import sweep
 from logitcache.sweeps.sweep_recipe import SweepRecipe
-from logitcache.sweeps.table_formats import format_table
 
 NUM_VIEWS, CLASSES = 8, 10
 STATISTICS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

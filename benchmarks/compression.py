@@ -27,8 +27,8 @@ from _harness import Row, exit_code, parser_of, print_json
 from logitcache.config.recipe import load_recipe
 from logitcache.runtime.console import configure
 from logitcache.shipping.prune import prune
-from logitcache.shipping.quantization_aware import train_quantized
-from logitcache.shipping.quantize import quantize
+from logitcache.shipping.quantization.quantization_aware import train_quantized
+from logitcache.shipping.quantization.quantize import quantize
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe

@@ -33,8 +33,8 @@ from logitcache.models import (
     default_preprocessing,
     save_model,
 )
-from logitcache.models.fake_quantization import imitate_int8
 from logitcache.models.operations import flops_of
+from logitcache.models.quantization.fake_quantization import imitate_int8
 from logitcache.runtime.console import configure
 from logitcache.runtime.device import own_randomness
 from logitcache.runtime.tables import as_markdown
@@ -43,7 +43,7 @@ from logitcache.shipping.graph import PixelsToLogits, example, record, to_onnx
 from logitcache.shipping.latency import file_latencies
 from logitcache.shipping.metadata import Metadata, Provenance
 from logitcache.shipping.parity import LEAST_AGREEMENT, TOLERANCE
-from logitcache.shipping.static_quantizer import StaticQuantizer, count_fused
+from logitcache.shipping.quantization.static_quantizer import StaticQuantizer, count_fused
 from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.runs.trained import Evaluation
 from logitcache.views.augmentations.crops import CenterCrop

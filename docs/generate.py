@@ -24,7 +24,7 @@ PAGE = ROOT / "docs/reference/recipes.md"
 WORDS = {
     "logitcache.views.datasets": "Dataset",
     "logitcache.views.augmentations": "Augmentation",
-    "logitcache.views.mixing": "Mixing",
+    "logitcache.views.mixing.mixing": "Mixing",
     "logitcache.views.sampling": "Sampling",
     "logitcache.models": "Model",
     "logitcache.cache.encodings": "Encoding",

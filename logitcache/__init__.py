@@ -25,7 +25,7 @@ _MODULES = {
     "shipping.export": ("export",),
     "shipping.predict": ("predict",),
     "shipping.prune": ("prune",),
-    "shipping.quantize": ("quantize",),
+    "shipping.quantization.quantize": ("quantize",),
     "stage_one.derive.derive": ("DeriveRecipe", "derive"),
     "stage_one.precompute": ("PrecomputeRecipe", "precompute"),
     "stage_one.synthesize.synthesize": ("synthesize",),
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from logitcache.shipping.export import export as export
     from logitcache.shipping.predict import predict as predict
     from logitcache.shipping.prune import prune as prune
-    from logitcache.shipping.quantize import quantize as quantize
+    from logitcache.shipping.quantization.quantize import quantize as quantize
     from logitcache.stage_one.derive.derive import DeriveRecipe as DeriveRecipe, derive as derive
     from logitcache.stage_one.precompute import PrecomputeRecipe as PrecomputeRecipe, precompute as precompute
     from logitcache.stage_one.synthesize.synthesize import synthesize as synthesize

@@ -100,9 +100,9 @@ def test_every_folder_has_a_layer() -> None:
         ("logitcache.student.training", "from ..teacher import precompute"),
         ("logitcache.views.spec", "def f():\n    from logitcache.cache import reader"),
         ("logitcache.config.recipe", "if TYPE_CHECKING:\n    from logitcache.views import spec"),
-        ("logitcache.views.keys", "importlib.import_module('logitcache.report.demo')"),
-        ("logitcache.report.demo", "from logitcache import open_cache"),
-        ("logitcache.report.demo", "import logitcache\nlogitcache.open_cache('a')"),
+        ("logitcache.views.keys", "importlib.import_module('logitcache.report.demo.demo')"),
+        ("logitcache.report.demo.demo", "from logitcache import open_cache"),
+        ("logitcache.report.demo.demo", "import logitcache\nlogitcache.open_cache('a')"),
     ],
 )
 def test_an_import_that_points_up_or_sideways_is_found(importer: str, line: str) -> None:

@@ -58,7 +58,7 @@ def demo(
     quick: Annotated[bool, Option("--quick", help="A few seconds; the numbers mean little.")] = False,
 ) -> CommandResult:
     """Run both stages on bundled images, in about a minute. Writes demo.json, and demo.svg with the story."""
-    from logitcache.report.demo import run_demo
+    from logitcache.report.demo.demo import run_demo
 
     return CommandResult(asdict(run_demo(out, quick=quick)), follows=NEW_RECIPES)
 

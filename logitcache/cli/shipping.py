@@ -164,8 +164,8 @@ def quantize(
         after = {"--method": method, "--symmetric": symmetric, "--images": images}
         after |= {"--keep-worst": keep_worst, "--sensitivity": sensitivity}
         folder = _qat_folder(out, [option for option, value in after.items() if value])
-        from logitcache.shipping.quantization_aware import train_quantized
-        from logitcache.student.ranks import joined
+        from logitcache.shipping.quantization.quantization_aware import train_quantized
+        from logitcache.student.distributed.ranks import joined
 
         with joined() as ranks:
             made = train_quantized(run, folder, changes, resume=resume, **both)
@@ -173,7 +173,7 @@ def quantize(
             return CommandResult(asdict(made), is_shown=ranks.is_first, follows=follows)
     if resume:
         raise BadParameter("has no effect without --qat", param_hint="--resume")
-    from logitcache.shipping.quantize import quantize as quantized
+    from logitcache.shipping.quantization.quantize import quantize as quantized
 
     num_images, method = 256 if images is None else images, method or "onnxruntime"
     both |= {"keep_worst": keep_worst, "sensitivity": sensitivity, "symmetric": symmetric}

@@ -54,7 +54,7 @@ def train_student(
     if teachers_from is not None and not online:
         raise BadParameter("has no effect: no teachers are in the loop without --online", param_hint="--teachers-from")
     from logitcache.report.load_own import load_own
-    from logitcache.student.ranks import joined
+    from logitcache.student.distributed.ranks import joined
     from logitcache.student.training import train
     from logitcache.student.training_recipes import StudentRecipe
 
@@ -82,7 +82,7 @@ def train_student(
 def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> CommandResult:
     """Train a teacher on labels, by the same loop."""
     from logitcache.report.load_own import load_own
-    from logitcache.student.ranks import joined
+    from logitcache.student.distributed.ranks import joined
     from logitcache.student.training import train
     from logitcache.student.training_recipes import TeacherRecipe
 
@@ -145,8 +145,8 @@ def sweep(
     from logitcache.runtime.tables import as_text
     from logitcache.stage_one.cluster.cluster import Cluster
     from logitcache.sweeps import sweep as sweeping
+    from logitcache.sweeps.comparison.table_formats import format_table, shown_rows, shown_trials
     from logitcache.sweeps.search.trials import parse_search
-    from logitcache.sweeps.table_formats import format_table, shown_rows, shown_trials
 
     searching = parse_search(search, space, trials)
     found = load_sweep(recipe, overrides, trust=trust, grid=grid, search=searching, seeds=seeds, baseline=baseline)

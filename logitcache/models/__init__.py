@@ -11,9 +11,9 @@ from logitcache.models.checkpoint import Checkpoint
 from logitcache.models.custom import Custom
 from logitcache.models.hugging_face.transformers import Transformers
 from logitcache.models.imported.answers import AnswersByKey, ImportedAnswers
-from logitcache.models.pruned import Pruned
-from logitcache.models.quantized import Quantized
-from logitcache.models.quantized_run import QuantizedRun
+from logitcache.models.pruning.pruned import Pruned
+from logitcache.models.quantization.quantized import Quantized
+from logitcache.models.quantization.quantized_run import QuantizedRun
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.models.stored import (
     Architecture,

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from logitcache.config.recipe import Component, Count
 from logitcache.models.base import BuiltModel
-from logitcache.models.quantized import Plain
+from logitcache.models.quantization.quantized import Plain
 from logitcache.models.weights import load_weights, read_state
 
 

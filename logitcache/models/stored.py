@@ -16,8 +16,8 @@ from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel
 from logitcache.models.bounded import Held, TooLarge, held_in, require_buildable, require_used
 from logitcache.models.custom import Custom
-from logitcache.models.pruned_network import Network, PrunedNetwork
-from logitcache.models.quantized import Quantized
+from logitcache.models.pruning.pruned_network import Network, PrunedNetwork
+from logitcache.models.quantization.quantized import Quantized
 from logitcache.models.timm import Timm
 from logitcache.models.torchvision import Torchvision
 from logitcache.models.weights import load_weights, read_state, save_weights

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.models import AnswersByKey
-from logitcache.models.layouts import TapLayout, known_layouts
+from logitcache.models.taps.layouts import TapLayout, known_layouts
 from logitcache.reductions import Layout, channels_in_place
 from logitcache.runtime.device import autocast, to_device
 from logitcache.teacher.teacher import Teacher

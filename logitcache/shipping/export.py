@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from logitcache.errors import RecipeError
 from logitcache.models import Classifier, Quantized, read_stored, weights_digest
-from logitcache.models.fake_quantization import FakeQuantized, to_float, to_int8
+from logitcache.models.quantization.fake_quantization import FakeQuantized, to_float, to_int8
 from logitcache.runtime.versions import versions
 from logitcache.shipping.elsewhere import Elsewhere, commands_elsewhere
 from logitcache.shipping.exported import ExportedModel
@@ -26,7 +26,7 @@ from logitcache.shipping.metadata import (
     write_with_record,
 )
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare
-from logitcache.shipping.static_quantizer import count_fused
+from logitcache.shipping.quantization.static_quantizer import count_fused
 from logitcache.student.evaluation.cost import LatencyPlan, count_flops, count_parameters
 from logitcache.student.evaluation.evaluate import OpenedRun, open_run
 from logitcache.student.evaluation.predict import evaluated_orientation, learns_several

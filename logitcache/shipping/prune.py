@@ -10,7 +10,7 @@ from torch import Tensor
 from logitcache.config.recipe import load_recipe, read_recipe
 from logitcache.errors import RecipeError
 from logitcache.models import Classifier, Pruned, Run, resolve_preprocessing
-from logitcache.models.pruned import LAYERS
+from logitcache.models.pruning.pruned import LAYERS
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness, resolve_device
 from logitcache.shipping.fine_tuning import evaluated_size, fine_tuning_recipe

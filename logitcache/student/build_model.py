@@ -14,8 +14,8 @@ from logitcache.models import (
     default_preprocessing,
     resolve_preprocessing,
 )
-from logitcache.models.layouts import TapLayout, layouts_of
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.layouts import TapLayout, layouts_of
+from logitcache.models.taps.taps import Tapped
 from logitcache.reductions import Layout
 from logitcache.student.lesson import Lesson
 from logitcache.student.losses.base import Site

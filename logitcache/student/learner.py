@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from logitcache.models import Classifier
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.taps import Tapped
 from logitcache.reductions import Layout
 from logitcache.runtime.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
+from logitcache.student.distributed.ranks import ALONE, Ranks
+from logitcache.student.distributed.whole_batch import WholeBatch
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import Context, StepSums
 from logitcache.student.optim.batch_norm import synchronize
 from logitcache.student.optim.schedules import Progress
-from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.speed import lay_out
 from logitcache.student.training_recipes import TrainingRecipe
-from logitcache.student.whole_batch import WholeBatch
 from logitcache.targets import Batch, Targets
 
 

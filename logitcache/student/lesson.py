@@ -29,8 +29,8 @@ from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.datasets.images.labels import class_counts
 from logitcache.views.keys import ViewKey
+from logitcache.views.mixing.partners import Ints
 from logitcache.views.order import held_out
-from logitcache.views.partners import Ints
 from logitcache.views.spec import Views
 from logitcache.views.view_sizes import require_one_size
 

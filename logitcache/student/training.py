@@ -16,11 +16,11 @@ from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import OwnRandomness, resolve_device, synchronize
 from logitcache.runtime.stopping import StopFlag, stop_flag
 from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts, describe
+from logitcache.student.distributed.ranks import ALONE, Ranks, joined
 from logitcache.student.evaluation.validation import Validator, open_validator
 from logitcache.student.learner import Learner
 from logitcache.student.lesson import Lesson, LiveTargets, as_given
 from logitcache.student.optim.batch_norm import warn_of_unsettled
-from logitcache.student.ranks import ALONE, Ranks, joined
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import RunResult, require_measurable
 from logitcache.student.runs.same_recipe import require_same

@@ -14,6 +14,7 @@ from logitcache.errors import RecipeError, TargetErrorWarning
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import resolve_device
 from logitcache.student.compatibility import asked_targets, held_teachers, inexact_targets
+from logitcache.student.distributed.ranks import ALONE, Ranks
 from logitcache.student.ensembles import Ensemble, with_ensembles
 from logitcache.student.lesson import (
     Lesson,
@@ -28,14 +29,13 @@ from logitcache.student.lesson import (
     share_held_out,
     views_of,
 )
-from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.targets import Batch
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.arranged import ArrangedImages
 from logitcache.views.datasets.base import fingerprint, warn_of_orientation
 from logitcache.views.epochs import EpochLoader, no_targets
-from logitcache.views.partners import Ints
+from logitcache.views.mixing.partners import Ints
 from logitcache.views.spec import Views
 
 

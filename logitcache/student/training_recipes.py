@@ -26,7 +26,7 @@ from logitcache.views.augmentations import Augmentation
 from logitcache.views.canaries import DriftLimits, Level
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
-from logitcache.views.mixing import MIXED_VIEWS_PER_IMAGE, Mixings
+from logitcache.views.mixing.mixing import MIXED_VIEWS_PER_IMAGE, Mixings
 from logitcache.views.sampling import MIXED_SAMPLING, EveryImage, Sampling
 from logitcache.views.scaled_decoding import Decode
 from logitcache.views.spec import ViewSpec

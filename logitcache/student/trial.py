@@ -16,17 +16,17 @@ from logitcache.cache.pairs.record import Pairing
 from logitcache.errors import RecipeError, caught, raise_all
 from logitcache.logits import NO_LOGITS
 from logitcache.models import Classifier
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.taps import Tapped
 from logitcache.reductions import Layout
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness
 from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts
+from logitcache.student.distributed.ranks import ALONE, Ranks
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Terms
 from logitcache.student.lesson import Lesson
 from logitcache.student.optim.batch_norm import require_possible
 from logitcache.student.optim.schedules import Progress
-from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.speed import lay_out, settled
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch, MixedLabels, Targets

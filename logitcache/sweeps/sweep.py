@@ -21,7 +21,7 @@ from logitcache.student.compatibility import target_error
 from logitcache.student.training_data import CachedData
 from logitcache.sweeps.architecture_costs import ArchitectureCosts
 from logitcache.sweeps.cells import Member, members_of
-from logitcache.sweeps.comparison import Comparison, compare
+from logitcache.sweeps.comparison.comparison import Comparison, compare
 from logitcache.sweeps.outcomes import outcome_of
 from logitcache.sweeps.progress import Progress
 from logitcache.sweeps.search.search import require_sound, search

@@ -9,7 +9,7 @@ from logitcache.config.recipe import NOWHERE, Component, Count
 from logitcache.teacher.teacher import TeacherSource
 from logitcache.views.datasets import Dataset
 from logitcache.views.loader import StartMethod
-from logitcache.views.mixing import MIXED_VIEWS_PER_IMAGE
+from logitcache.views.mixing.mixing import MIXED_VIEWS_PER_IMAGE
 from logitcache.views.spec import ViewSpec
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitcache.errors import RecipeError
 from logitcache.models import Classifier
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.taps import Tapped
 from logitcache.views.datasets.images.labels import single_labels
 
 

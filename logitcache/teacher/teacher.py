@@ -24,8 +24,8 @@ from logitcache.models import (
     Preprocessing,
     resolve_preprocessing,
 )
-from logitcache.models.layouts import TapLayout, layouts_of
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.layouts import TapLayout, layouts_of
+from logitcache.models.taps.taps import Tapped
 from logitcache.models.variants import variant_of
 from logitcache.runtime.device import Precision, autocast, own_randomness
 from logitcache.targets import Targets

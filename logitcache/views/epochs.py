@@ -16,9 +16,9 @@ from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.checksums import require_rows
 from logitcache.views.keys import Keys, ViewKey, columns_of
 from logitcache.views.loader import StartMethod
-from logitcache.views.mixing import MIXED_IMAGES_HELD_OUT, MIXED_VIEWS_PER_IMAGE
+from logitcache.views.mixing.mixing import MIXED_IMAGES_HELD_OUT, MIXED_VIEWS_PER_IMAGE
+from logitcache.views.mixing.partners import Ints
 from logitcache.views.order import Drawn, share_of
-from logitcache.views.partners import Ints
 from logitcache.views.resident import NumWorkers, open_loader
 from logitcache.views.sampling import EveryImage, Sampling
 from logitcache.views.spec import Views

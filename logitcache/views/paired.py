@@ -16,7 +16,7 @@ from logitcache.views.augmentations.color import ColorJitter, RandomGrayscale
 from logitcache.views.datasets.arranged import ABSENT, ArrangedImages
 from logitcache.views.datasets.base import ImageDataset, Labels
 from logitcache.views.keys import Draws, ViewKey, columns_of
-from logitcache.views.mixing import Mixture
+from logitcache.views.mixing.mixing import Mixture
 from logitcache.views.spec import ViewSpec
 
 UNPAIRED = ABSENT

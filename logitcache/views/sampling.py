@@ -15,8 +15,8 @@ from logitcache.config.recipe import Component, Lenient
 from logitcache.errors import RecipeError
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, Labels, is_multi_label
 from logitcache.views.keys import Draws, Words, below
+from logitcache.views.mixing.partners import Ints
 from logitcache.views.order import Drawn, EpochOrder, block_ranks
-from logitcache.views.partners import Ints
 
 MIXED_SAMPLING = (
     "sampling by class draws images by their own class, mixing brings each image's partner with it. Fix: leave out one "

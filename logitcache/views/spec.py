@@ -18,8 +18,8 @@ from logitcache.views.augmentations.base import Ints, Step
 from logitcache.views.datasets.arranged import num_first
 from logitcache.views.datasets.base import DecodedImages, ImageDataset, read_images
 from logitcache.views.keys import Draws, ViewKey, columns_of
-from logitcache.views.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
-from logitcache.views.partners import Partners
+from logitcache.views.mixing.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
+from logitcache.views.mixing.partners import Partners
 from logitcache.views.scaled_decoding import Decode, factors, reduced
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from logitcache.teacher.teacher import TeacherSource
 from logitcache.views import canaries
 from logitcache.views.augmentations import HorizontalFlip, RandomResizedCrop
 from logitcache.views.canaries import CanaryReport, DriftLimits
-from logitcache.views.mixing import MixUp
+from logitcache.views.mixing.mixing import MixUp
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 

@@ -170,7 +170,7 @@ def test_evaluate_shows_how_it_times_by_default(capsys):
 def test_inspect_and_summary_and_demo_call_their_verbs(tmp_path, verb):
     summarized = verb("logitcache.report.summary", "summarize", Result("a.zarr"))
     inspected = verb("logitcache.report.inspect", "inspect_cache", {"views": 4})
-    told = verb("logitcache.report.demo", "run_demo", Result("demo"))
+    told = verb("logitcache.report.demo.demo", "run_demo", Result("demo"))
     assert main(["summary", str(tmp_path)]) == main(["summary", str(tmp_path), "--views", "2"]) == 0
     assert summarized == [((str(tmp_path), None, Cluster()), {}), ((str(tmp_path), 2, Cluster()), {})]
     assert main(["summary", str(tmp_path), "--workers", "2"]) == 0

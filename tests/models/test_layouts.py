@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
-from logitcache.models.layouts import TapLayout, layouts_of
+from logitcache.models.taps.layouts import TapLayout, layouts_of
 from logitcache.reductions import channels_in_place
 
 

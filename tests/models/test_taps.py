@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from logitcache.errors import RecipeError
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.taps import Tapped
 
 
 class Block(nn.Module):

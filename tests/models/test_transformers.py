@@ -16,7 +16,7 @@ from torch.nn import functional
 from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
 from logitcache.models import Classifier, StoredModel, Transformers, load_model, save_model, weights_digest
 from logitcache.models.hugging_face.transformers import TransformersNetwork
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.taps import Tapped
 from tests.models.hugging_face import change_json, transformers, write_classifier, write_clip, write_siglip
 
 LABELS = ("cat", "dog", "fish")

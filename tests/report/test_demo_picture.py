@@ -12,8 +12,8 @@ from PIL import Image
 
 from logitcache.cache.cache import Cache, open_cache
 from logitcache.config.recipe import load_recipe
-from logitcache.report.demo import DemoResult, DemoStudent, DemoTeacher
-from logitcache.report.demo_picture import demo_picture
+from logitcache.report.demo.demo import DemoResult, DemoStudent, DemoTeacher
+from logitcache.report.demo.picture import demo_picture
 from logitcache.stage_one.precompute import PrecomputeRecipe, PrecomputeResult, precompute
 from logitcache.views.keys import ViewKey
 

@@ -22,9 +22,9 @@ from logitcache.report.page.report import write_report
 from logitcache.report.page.run_files import RunFiles, read_runs, varying
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
+from logitcache.sweeps.comparison.table_formats import format_table, shown_rows
 from logitcache.sweeps.sweep import SweepResult, read_sweep, sweep
 from logitcache.sweeps.sweep_recipe import SweepRecipe
-from logitcache.sweeps.table_formats import format_table, shown_rows
 from tests.student.small import TEST_IMAGES, TINY, fill, network, student
 
 pytest.importorskip("matplotlib", reason="reports need the extra report")

@@ -19,7 +19,7 @@ from logitcache.models import load_model
 from logitcache.report.beside_teachers import compare_beside_teachers
 from logitcache.report.page.report import write_report
 from logitcache.shipping.model_table import ModelRow, ModelTable, compare_models
-from logitcache.shipping.quantize import quantize
+from logitcache.shipping.quantization.quantize import quantize
 from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train

@@ -242,7 +242,7 @@ def _never(*_: object) -> list[float]:
 
 def test_a_pruned_run_is_trained_for_int8_and_exported(parent: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchao", reason="training for int8 needs the extra quant")
-    from logitcache.shipping.quantization_aware import train_quantized
+    from logitcache.shipping.quantization.quantization_aware import train_quantized
 
     prune(parent, tmp_path / "pruned", FAST, macs=0.5)
     found = train_quantized(tmp_path / "pruned", tmp_path / "int8", ("epochs=1",))

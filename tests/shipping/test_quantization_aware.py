@@ -14,11 +14,11 @@ from torch import nn
 from logitcache.cli.app import main
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import Classifier, Preprocessing, Quantized, SmallCNN, load_model, read_stored
-from logitcache.models.fake_quantization import FakeQuantized, imitate_int8, to_float, to_int8
+from logitcache.models.quantization.fake_quantization import FakeQuantized, imitate_int8, to_float, to_int8
 from logitcache.shipping.export import export
 from logitcache.shipping.parity import Parity
-from logitcache.shipping.quantization_aware import quantization_aware_recipe, train_quantized
-from logitcache.shipping.static_quantizer import count_fused
+from logitcache.shipping.quantization.quantization_aware import quantization_aware_recipe, train_quantized
+from logitcache.shipping.quantization.static_quantizer import count_fused
 from logitcache.student.evaluation.cost import LatencyPlan
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.runs.training_run import TrainingRun

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from logitcache.cli.app import main
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import load_model
-from logitcache.shipping.calibration import calibration_images
 from logitcache.shipping.exported import ExportedModel, open_exported
 from logitcache.shipping.latency import FileLatency
 from logitcache.shipping.parity import Parity
-from logitcache.shipping.quantize import QuantizeResult, quantize, warn_if_slow
-from logitcache.shipping.static_quantizer import StaticQuantizer
+from logitcache.shipping.quantization.calibration import calibration_images
+from logitcache.shipping.quantization.quantize import QuantizeResult, quantize, warn_if_slow
+from logitcache.shipping.quantization.static_quantizer import StaticQuantizer
 from logitcache.student.evaluation.evaluate import read_run
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.bundled import Bundled

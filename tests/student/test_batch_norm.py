@@ -8,8 +8,8 @@ from torch import nn
 
 from logitcache.errors import RecipeError
 from logitcache.models import SmallCNN
+from logitcache.student.distributed.ranks import ALONE, Ranks
 from logitcache.student.optim.batch_norm import require_possible, synchronize, warn_of_unsettled
-from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training import train
 from tests.student.ranks import train_together
 from tests.student.small import student, weights

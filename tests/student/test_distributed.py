@@ -17,8 +17,8 @@ from logitcache.cli.app import main
 from logitcache.config.recipe import dump_recipe
 from logitcache.errors import DataError, RecipeError
 from logitcache.runtime.device import resolve_device
+from logitcache.student.distributed.ranks import Ranks
 from logitcache.student.evaluation.validation import Validator
-from logitcache.student.ranks import Ranks
 from logitcache.student.training import train
 from logitcache.student.training_data import open_training_data
 from tests.student.featured import ON_FEATURES, fill_featured

@@ -13,11 +13,11 @@ from torch import nn
 
 from logitcache.errors import DataError
 from logitcache.models import Classifier, load_model
+from logitcache.student.distributed.ranks import joined
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.evaluation.multi_label import MultiLabelTally
 from logitcache.student.evaluation.single_label import Tally
 from logitcache.student.evaluation.validation import AnyTally, Validator, open_validator
-from logitcache.student.ranks import joined
 from logitcache.targets import Batch
 from tests.student.attributes import MANY, TEST_MANY, fill_many
 from tests.student.attributes import network as network_of_attributes

@@ -77,7 +77,7 @@ def test_what_nothing_decides_is_refused_and_its_fix_works(
 
 
 def test_features_reach_the_loss_with_channels_first(featured: Path, tmp_path: Path) -> None:
-    from logitcache.models.taps import Tapped
+    from logitcache.models.taps.taps import Tapped
 
     net = Turned(5, 6, one_size=False)
     _, found = Tapped(net, net, ["turn"], "the model", {"turn": "channels_last"})(torch.rand(2, 1, 6, 6))

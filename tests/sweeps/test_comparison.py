@@ -18,10 +18,10 @@ from scipy import stats
 from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.sweeps.cells import Member
-from logitcache.sweeps.comparison import Comparison, Difference, compare, holm, sign_test
+from logitcache.sweeps.comparison.comparison import Comparison, Difference, compare, holm, sign_test
+from logitcache.sweeps.comparison.student_t import quantile, two_sided
+from logitcache.sweeps.comparison.table_formats import TableFormat, format_table
 from logitcache.sweeps.outcomes import Outcome
-from logitcache.sweeps.student_t import quantile, two_sided
-from logitcache.sweeps.table_formats import TableFormat, format_table
 from tests.student.small import recipe
 
 RESULT: dict[str, Any] = {

@@ -11,7 +11,7 @@ from logitcache.views import canaries
 from logitcache.views.augmentations import HorizontalFlip, RandomCrop
 from logitcache.views.canaries import CanaryReport, DriftLimits, Origin
 from logitcache.views.keys import ViewKey
-from logitcache.views.mixing import CutMix, MixUp
+from logitcache.views.mixing.mixing import CutMix, MixUp
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 

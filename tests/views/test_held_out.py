@@ -10,7 +10,7 @@ from logitcache.errors import RecipeError
 from logitcache.views.augmentations import HorizontalFlip
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import Draws
-from logitcache.views.mixing import MixUp
+from logitcache.views.mixing.mixing import MixUp
 from logitcache.views.order import held_out
 from logitcache.views.sampling import ClassBalanced, EveryImage
 from logitcache.views.spec import Views, ViewSpec

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey
-from logitcache.views.mixing import CutMix, Mixture, MixUp, PlanVersion, beta_thresholds
+from logitcache.views.mixing.mixing import CutMix, Mixture, MixUp, PlanVersion, beta_thresholds
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 

@@ -17,7 +17,7 @@ from logitcache.views.datasets.fingerprint_diff import explain_difference
 from logitcache.views.datasets.images.labels import class_counts, single_labels
 from logitcache.views.datasets.scan_memory import Scan, ScanMemory
 from logitcache.views.epochs import EpochLoader
-from logitcache.views.mixing import MixUp
+from logitcache.views.mixing.mixing import MixUp
 from logitcache.views.sampling import ClassBalanced
 from logitcache.views.spec import Views, ViewSpec
 

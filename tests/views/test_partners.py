@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from logitcache.views.partners import Partners
+from logitcache.views.mixing.partners import Partners
 
 words64 = st.integers(0, 2**64 - 1)
 windows = st.integers(1, 200).map(lambda half: 2 * half)

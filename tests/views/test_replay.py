@@ -34,7 +34,7 @@ from logitcache.views.datasets import ImageFolder
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
-from logitcache.views.mixing import CutMix, Mixing, MixUp
+from logitcache.views.mixing.mixing import CutMix, Mixing, MixUp
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured
 

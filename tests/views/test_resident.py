@@ -24,7 +24,7 @@ from logitcache.views.augmentations import (
 from logitcache.views.epochs import EpochLoader
 from logitcache.views.keys import Keys, ViewKey, columns_of
 from logitcache.views.loader import ViewLoader
-from logitcache.views.mixing import CutMix, Mixture, MixUp
+from logitcache.views.mixing.mixing import CutMix, Mixture, MixUp
 from logitcache.views.resident import ResidentViews, may_stay, open_loader
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.examples import EXAMPLES

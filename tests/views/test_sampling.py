@@ -14,7 +14,7 @@ from scipy import stats
 from logitcache.errors import RecipeError
 from logitcache.views.augmentations import HorizontalFlip
 from logitcache.views.epochs import EpochLoader
-from logitcache.views.mixing import MixUp
+from logitcache.views.mixing.mixing import MixUp
 from logitcache.views.sampling import ClassBalanced, EffectiveNumber, EveryImage, occurrences
 from logitcache.views.spec import Views, ViewSpec
 from tests.views.images import Images, textured

@@ -18,7 +18,7 @@ from logitcache.runtime.device import Precision
 from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset
 from logitcache.views.datasets.base import Fingerprint, names_digest
-from logitcache.views.partners import Partners
+from logitcache.views.mixing.partners import Partners
 from logitcache.views.spec import ViewSpec
 
 FORMAT_VERSION = 1

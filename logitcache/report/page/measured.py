@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from logitcache.cache.cache import open_uncompared
 from logitcache.errors import LogitCacheError
 from logitcache.logits import at_least_float32, log_probs
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.taps import Tapped
 from logitcache.reductions import pooled
 from logitcache.runtime.device import autocast
 from logitcache.student.build_model import decide_layouts

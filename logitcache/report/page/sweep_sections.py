@@ -8,9 +8,9 @@ from typing import Any
 from logitcache.report import figures
 from logitcache.report.page.page import Section, Table
 from logitcache.report.page.run_files import RunFiles
+from logitcache.sweeps.comparison.table_formats import PERCENT, TITLES, format_table, notes, shown_rows
 from logitcache.sweeps.search.trials import TrialResult
 from logitcache.sweeps.sweep import SweepResult, read_sweep
-from logitcache.sweeps.table_formats import PERCENT, TITLES, format_table, notes, shown_rows
 
 
 def sections_of_sweeps(paths: Sequence[Path], runs: Sequence[RunFiles]) -> Iterator[Section]:

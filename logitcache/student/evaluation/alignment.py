@@ -10,7 +10,7 @@ from logitcache.cache.cache import Cache, open_cache
 from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
 from logitcache.models import Classifier
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.taps import Tapped
 from logitcache.reductions import pooled
 from logitcache.runtime.device import autocast
 from logitcache.student.build_model import decide_layouts

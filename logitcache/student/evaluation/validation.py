@@ -19,12 +19,12 @@ from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import Precision, autocast
 from logitcache.runtime.stopping import StopFlag
 from logitcache.student.compatibility import require_labels
+from logitcache.student.distributed.ranks import ALONE, Ranks
 from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
 from logitcache.student.evaluation.single_label import Measures, Tally
 from logitcache.student.evaluation.validation_recipe import Validation
 from logitcache.student.lesson import begun_with, num_grown, pairing_of, share_held_out, views_of
 from logitcache.student.losses import Loss
-from logitcache.student.ranks import ALONE, Ranks
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch
 from logitcache.views.datasets import open_dataset
@@ -32,8 +32,8 @@ from logitcache.views.datasets.base import UNLABELLED, ImageDataset, fingerprint
 from logitcache.views.datasets.images.labels import class_index, listed_classes
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import ViewKey
+from logitcache.views.mixing.partners import Ints
 from logitcache.views.order import held_out, share_of
-from logitcache.views.partners import Ints
 from logitcache.views.spec import Views, ViewSpec
 from logitcache.views.view_sizes import require_one_size
 

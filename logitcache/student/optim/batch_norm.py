@@ -6,7 +6,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from logitcache.errors import RecipeError
 from logitcache.runtime.console import logger
-from logitcache.student.ranks import Ranks
+from logitcache.student.distributed.ranks import Ranks
 
 _UNSETTLED = 0.1
 """Share of the values before the first step, of which running averages should keep less."""

@@ -27,7 +27,7 @@ from logitcache.models.weights import load_plain
 from logitcache.runtime.versions import versions
 from logitcache.store.files import remove_leftovers, write_atomically
 from logitcache.store.safe_files import read_bounded, require_bounded
-from logitcache.student.ranks import ALONE, Ranks
+from logitcache.student.distributed.ranks import ALONE, Ranks
 
 MAX_RECIPE_BYTES = 1 << 20
 _MAX_JSON_BYTES = 64 << 20

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from logitcache.errors import RecipeError
 from logitcache.models import Classifier
-from logitcache.models.fake_quantization import calibrate, imitate_int8, to_int8
-from logitcache.shipping.calibration import calibration_images
+from logitcache.models.quantization.fake_quantization import calibrate, imitate_int8, to_int8
 from logitcache.shipping.elsewhere import Elsewhere, commands_elsewhere
 from logitcache.shipping.export import describe
 from logitcache.shipping.exported import ExportedModel, Session
@@ -20,7 +19,8 @@ from logitcache.shipping.graph import AS_RECORDED, PixelsToLogits, example, reco
 from logitcache.shipping.latency import FileLatency, file_latencies, warn_if_slow
 from logitcache.shipping.metadata import Metadata, Pixels, new_file, record_of, write_with_record
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, Parity, compare
-from logitcache.shipping.static_quantizer import (
+from logitcache.shipping.quantization.calibration import calibration_images
+from logitcache.shipping.quantization.static_quantizer import (
     LayerSensitivity,
     StaticQuantizer,
     count_fused,

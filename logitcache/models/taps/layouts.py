@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from logitcache.errors import RecipeError
-from logitcache.models.taps import Tapped
+from logitcache.models.taps.taps import Tapped
 from logitcache.reductions import Layout
 
 Shape = tuple[int, ...]

@@ -16,7 +16,7 @@ from logitcache.config.recipe import load_recipe
 from logitcache.config.shipped_recipes import NEW_RECIPES
 from logitcache.models import Bundled as BundledTeacher
 from logitcache.models import Classifier, resolve_preprocessing
-from logitcache.report.demo_picture import demo_picture
+from logitcache.report.demo.picture import demo_picture
 from logitcache.runtime.console import logger, silenced
 from logitcache.stage_one.precompute import PrecomputeRecipe, PrecomputeResult, precompute
 from logitcache.store.files import write_atomically

@@ -15,7 +15,7 @@ from logitcache.runtime.tables import format_bytes
 from logitcache.views.keys import ViewKey
 
 if TYPE_CHECKING:
-    from logitcache.report.demo import DemoResult
+    from logitcache.report.demo.demo import DemoResult
 
 _WIDTH, _LEFT, _COLUMN, _BAR, _SIDE = 760, 24, 325, 280, 56
 _NUM_SEEN = 10

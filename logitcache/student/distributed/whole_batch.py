@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from logitcache.logits import NO_LOGITS, at_least_float32, dense_logits, mapped
+from logitcache.student.distributed.ranks import Ranks
 from logitcache.student.losses import Loss
-from logitcache.student.ranks import Ranks
 from logitcache.targets import Batch, Targets
 
 EveryRow = Callable[[Tensor], Tensor]

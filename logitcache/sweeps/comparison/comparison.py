@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from logitcache.sweeps.cells import Member
+from logitcache.sweeps.comparison.student_t import quantile, two_sided
 from logitcache.sweeps.outcomes import Outcome
-from logitcache.sweeps.student_t import quantile, two_sided
 
 CONFIDENCE = 0.95
 FEWEST = 3

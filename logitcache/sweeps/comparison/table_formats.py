@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from logitcache.runtime.tables import TableFormat, as_csv, as_latex, as_markdown
-from logitcache.sweeps.comparison import Comparison, Difference, Row, Spread
+from logitcache.sweeps.comparison.comparison import Comparison, Difference, Row, Spread
 from logitcache.sweeps.search.trials import TrialResult
 
 PERCENT = frozenset({"top1", "best_top1", "mean_ap", "best_mean_ap", "f1_macro", "agreement"})

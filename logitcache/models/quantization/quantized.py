@@ -6,8 +6,8 @@ from pydantic import Field
 
 from logitcache.config.recipe import Component
 from logitcache.models.base import BuiltModel, Side
-from logitcache.models.fake_quantization import imitate_int8
-from logitcache.models.pruned_network import Network, PrunedNetwork
+from logitcache.models.pruning.pruned_network import Network, PrunedNetwork
+from logitcache.models.quantization.fake_quantization import imitate_int8
 
 Plain = Annotated[Network | PrunedNetwork, Field(discriminator="kind")]
 

@@ -15,8 +15,8 @@ from logitcache.config.recipe import Count
 from logitcache.errors import MissingExtraError, RecipeError
 from logitcache.models.base import BuiltModel, Side
 from logitcache.models.operations import flops_of
-from logitcache.models.pruned_network import PrunedNetwork
-from logitcache.models.quantized import Quantized
+from logitcache.models.pruning.pruned_network import PrunedNetwork
+from logitcache.models.quantization.quantized import Quantized
 from logitcache.models.stored import Architecture, OfRun, unwrapped
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

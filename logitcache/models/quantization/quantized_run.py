@@ -6,8 +6,8 @@ from pydantic import Field
 
 from logitcache.errors import RecipeError
 from logitcache.models.base import BuiltModel, Side
-from logitcache.models.fake_quantization import imitate_int8
-from logitcache.models.quantized import Quantized
+from logitcache.models.quantization.fake_quantization import imitate_int8
+from logitcache.models.quantization.quantized import Quantized
 from logitcache.models.stored import OfRun
 
 

@@ -9,8 +9,8 @@ from logitcache.shipping.export import ExportResult, export
 from logitcache.shipping.fine_tuning import STATED, evaluated_size, fine_tuning_recipe
 from logitcache.shipping.metadata import Pixels
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT
+from logitcache.student.distributed.ranks import joined
 from logitcache.student.evaluation.cost import LatencyPlan
-from logitcache.student.ranks import joined
 from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training import AnyRecipe, train
 
