@@ -8,7 +8,7 @@ pipelines/losses: as many augmented views as epochs, the shipped teacher's logit
 alike and take the same steps on the same views; they differ in their losses alone, and labels are one of the losses.
 `gain` is a student's top-1 after the last epoch less that of the student on labels of the same seed: mean and deviation
 over seeds. Weights are the published ones; most losses that were behind with these in a trial of one epoch, or that
-have none, have a second row. Rows without a gain are told again at the end, with their settings. The best epoch is
+have none, have a second row. Rows without a gain are printed again at the end, with their settings. The best epoch is
 chosen on the test images.
 
 Every student is a run in DIR, by default runs/losses: the same command goes on where it was stopped and trains no run

@@ -85,7 +85,7 @@ def write_images(folder: Path, count: int) -> None:
         coarse.resize((160, 120)).save(folder / f"{number:05d}.jpg")
 
 
-def told(command: str, recipe: Path) -> dict[str, Any]:
+def document_of(command: str, recipe: Path) -> dict[str, Any]:
     """Run a command of logitcache and return its document."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(recipe.parent)}
     line = [sys.executable, "-m", "logitcache", command, str(recipe), "--json", "-q"]
@@ -108,7 +108,7 @@ class Round(NamedTuple):
 def compare(case: Case, folder: Path, num_views: int) -> Round:
     """Plan, precompute, and compare; sums of errors by shard, a few hundred bytes, count with all bytes alone."""
     recipe = case.write(folder, num_views)
-    plan, run = told("plan", recipe), told("precompute", recipe)
+    plan, run = document_of("plan", recipe), document_of("precompute", recipe)
     cache = Path(plan["cache"])
     off = [abs(plan["bytes"] / run["bytes"] - 1)]
     for array in plan["arrays"]:

@@ -137,9 +137,9 @@ class Emulator:
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
-        told = json.loads(self._line())
-        self.url: str = told["url"]
-        os.environ |= told["environment"]
+        server = json.loads(self._line())
+        self.url: str = server["url"]
+        os.environ |= server["environment"]
 
     def _line(self) -> str:
         assert self._process.stdout is not None

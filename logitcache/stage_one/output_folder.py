@@ -1,10 +1,14 @@
 """Folders of files that are written whole or not at all: a folder of this machine, or a URL."""
 
+import fcntl
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from logitcache.config.yaml_text import flattened
 from logitcache.errors import CacheError, LogitCacheError, MismatchError
 from logitcache.store.files import LEFTOVER
 from logitcache.store.local import LocalStore
@@ -12,6 +16,9 @@ from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import parse_json
 
 Document = dict[str, Any]
+
+_SHOWN = 5
+"""Differences that a message lists."""
 
 
 class OutputFolder:
@@ -25,6 +32,20 @@ class OutputFolder:
     def __str__(self) -> str:
         return self._out
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold a lock among the processes of this machine, and make the folder; at a URL there is none."""
+        if self._here is None:
+            yield
+            return
+        self._here.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._here, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
     def description(self) -> dict[str, Any]:
         """Read the description; empty if there is none."""
         return self.read_json(self._description) if self.holds(self._description) else {}
@@ -34,16 +55,16 @@ class OutputFolder:
 
         Raises MismatchError if the folder holds another `what`.
         """
-        if self._here is not None:
-            self._here.mkdir(parents=True, exist_ok=True)
         old = self.description()
         if not old or (old != new and grows(old, new)):
             self.write(self._description, json.dumps(new, indent=2).encode() + b"\n")
         elif old != new:
-            differing = ", ".join(
-                f"{key}: {old.get(key)} there, {new[key]} here" for key in new if old.get(key) != new[key]
-            )
-            raise MismatchError(f"'{self}' holds other {what} ({differing}).\n  Fix: another folder, or remove it")
+            there, here = dict(flattened(old)), dict(flattened(new))
+            keys = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
+            lines = [f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys[:_SHOWN]]
+            more = [f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []
+            differing = "\n  ".join([*lines, *more])
+            raise MismatchError(f"'{self}' holds other {what}:\n  {differing}\n  Fix: another folder, or remove it")
 
     @property
     def is_local(self) -> bool:

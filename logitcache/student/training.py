@@ -12,7 +12,7 @@ from torch import nn
 from logitcache.config.recipe import require_effect
 from logitcache.errors import Stopped
 from logitcache.models import Pruned, QuantizedRun
-from logitcache.runtime.console import logger, track
+from logitcache.runtime.console import duration, logger, track
 from logitcache.runtime.device import OwnRandomness, resolve_device, synchronize
 from logitcache.runtime.stopping import StopFlag, stop_flag
 from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts, describe
@@ -55,7 +55,9 @@ class Watcher:
         """Show the metrics of an epoch."""
         shown = [f"epoch {row['epoch'] + 1}/{recipe.epochs}", f"loss {row['loss']:.4f}"]
         shown += [f"{name} {100 * row[f'val_{name}']:.2f} %" for name in SHOWN if f"val_{name}" in row]
-        logger.info("  ".join([*shown, f"{row['seconds']:.1f} s"]))
+        seconds = row["seconds"]
+        left = (recipe.epochs - row["epoch"] - 1) * seconds
+        logger.info("  ".join([*shown, f"{seconds:.1f} s" + f", about {duration(left)} left" * (left > 0)]))
 
     def shared(self, batch: Batch, students: int, seconds: float) -> None:
         """Take note that students waited so long for a batch, and now train on it."""

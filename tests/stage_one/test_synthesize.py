@@ -1,10 +1,14 @@
 """Images from a teacher alone: keyed batches, provenance, growth, an adaptive round, refusals, and what reads them."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import signal
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,9 @@ from logitcache.errors import CacheError, DivergenceError, MismatchError, Recipe
 from logitcache.models import Architecture, StoredModel, save_model, weights_digest
 from logitcache.models.small_cnn import SmallCNN
 from logitcache.runtime.versions import versions
+from logitcache.stage_one.output_folder import OutputFolder
 from logitcache.stage_one.synthesize.networks import open_networks
+from logitcache.stage_one.synthesize.records import Round, read_rounds
 from logitcache.stage_one.synthesize.synthesize import DESCRIPTION, synthesize
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.datasets.webdataset import WebDataset
@@ -159,10 +165,10 @@ def test_a_folder_of_other_images_is_refused(whole: Path) -> None:
         ({"num_batches": 3}, "rounds"),
         ({"format": "webdataset"}, "settings"),
     ):
-        with pytest.raises(MismatchError, match=rf"holds other images \({named}(.|\n)*Fix: another folder"):
+        with pytest.raises(MismatchError, match=rf"holds other images:\n  {named}(.|\n)*Fix: another folder"):
             synthesize(synthesis(**changes), whole)
     other = Classifier(network(seed=2), PREPROCESSING)
-    with pytest.raises(MismatchError, match=r"holds other images \(teacher: "):
+    with pytest.raises(MismatchError, match=r"holds other images:\n  teacher: "):
         synthesize(synthesis(), whole, teacher=other)
     assert contents(whole) == before
 
@@ -188,6 +194,32 @@ def test_an_adaptive_round_adds_images_on_which_the_student_disagrees(whole: Pat
     assert synthesize(synthesis(losses=losses), tmp_path / "url").batches_written == 4
     one, other = contents(tmp_path / "out"), contents(tmp_path / "url")
     assert all(one[name] == other[name] for name in other if name != DESCRIPTION)
+
+
+def test_rounds_that_begin_at_once_get_numbers_of_their_own(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = synthesis(losses={"competition": 10.0}, num_batches=1)
+    shutil.copytree(whole, tmp_path / "out")
+    description = json.loads((whole / DESCRIPTION).read_text())
+    description["settings"]["losses"]["competition"] = 10.0
+    (tmp_path / "out" / DESCRIPTION).write_text(json.dumps(description))
+    both = threading.Barrier(2)
+
+    def slowly(folder: OutputFolder) -> list[Round]:
+        rounds = read_rounds(folder)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # without a lock both have read, and none has written
+        return rounds
+
+    monkeypatch.setattr(sys.modules[synthesize.__module__], "read_rounds", slowly)
+    students = [Classifier(network(2, steps, 1), PREPROCESSING) for steps in (3, 4)]
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda one: synthesize(recipe, tmp_path / "out", student=one), students))
+    assert sorted(one.round for one in found) == [1, 2]
+    rounds = json.loads((tmp_path / "out" / DESCRIPTION).read_text())["rounds"]
+    digests = [weights_digest(one.module) for one in students]
+    assert [rounds[result.round]["student"] for result in found] == digests
 
 
 def test_competition_makes_images_on_which_the_answers_of_teacher_and_student_are_further_apart() -> None:

@@ -67,7 +67,9 @@ def synthesize(
     folder = OutputFolder(out, DESCRIPTION)
     round_, described = _described(folder, synthesizer)
     if not dry_run:
-        folder.describe(described, _grows, "images")
+        with folder.alone():  # another round may have begun meanwhile, and would have the same number
+            round_, described = _described(folder, synthesizer)
+            folder.describe(described, _grows, "images")
     mine = range(recipe.num_batches)[number - 1 :: count]
     todo = [batch for batch in mine if not is_whole(folder, record_name(round_, batch))]
     if dry_run:

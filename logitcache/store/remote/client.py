@@ -185,7 +185,9 @@ class Remote:
             request = lambda fs: fs.pipe_file(self._path(key), content, **options)  # noqa: E731
             self._request("write", request, key, Bounds(sent=len(content)))
         except FileNotFoundError as error:
-            raise RemoteError(f"{self._shown(key)}: cannot write it: there is no such bucket or folder") from error
+            fix = "name the folder without file://" if self.scheme == "file" else "create it, or correct the URL"
+            shown = f"{self._shown(key)}: cannot write it: there is no such bucket or folder"
+            raise RemoteError(f"{shown}. Fix: {fix}") from error
         except RemoteError as error:
             if new and status_of(error.__cause__) == PRECONDITION_FAILED:
                 raise FileExistsError(self._shown(key)) from error

@@ -133,4 +133,7 @@ def _fix(then: Fingerprint, now: Fingerprint) -> str:
     if then.num_images == now.num_images and then.ids == now.ids:
         what = "the original files" if then.content != now.content else "the original labels and classes"
         return f"put back {what}, or precompute a new cache from the present ones."
-    return "point the data set at the same images with the same names, or precompute a new cache from the present ones."
+    fix = "point the data set at the same images with the same names, or precompute a new cache from the present ones"
+    if now.num_images > then.num_images:
+        fix += "; `new_images: append` in the recipe of precompute appends new images"
+    return f"{fix}."
