@@ -1,6 +1,8 @@
 """Faster variants of a network: copies that are laid out channels-last, with BatchNorm folded into convolutions."""
 
 import copy
+import sys
+from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
@@ -51,7 +53,7 @@ def batch_norms(network: nn.Module, inputs: Tensor) -> list[tuple[str, str]]:
 
     Whether anything else takes the output, too, a pass cannot show: the answers of a folded network do.
     """
-    kinds = (*_PAIRS.keys(), *_PAIRS.values())
+    kinds = (*_PAIRS.keys(), *_PAIRS.values(), *_norms_with_activation())
     modules = {path: one for path, one in network.named_modules() if type(one) in kinds and not _is_hooked(one)}
     fired: list[_Fired] = []
 
@@ -76,9 +78,14 @@ def batch_norms(network: nn.Module, inputs: Tensor) -> list[tuple[str, str]]:
 
 def _follows(convolution: nn.Module, norm: nn.Module) -> bool:
     """Return whether a module is a BatchNorm of a convolution's outputs that takes nothing from the batch."""
-    return (
-        type(norm) is _PAIRS[type(convolution)] and "running_mean" in dict(norm.named_buffers()) and not norm.training
-    )
+    kinds = (_PAIRS[type(convolution)], *_norms_with_activation())
+    return type(norm) in kinds and "running_mean" in dict(norm.named_buffers()) and not norm.training
+
+
+def _norms_with_activation() -> tuple[type[nn.Module], ...]:
+    """Return timm's BatchNorm that applies an activation too, if timm is imported: no network has it else."""
+    layers = sys.modules.get("timm.layers")
+    return () if layers is None else (layers.BatchNormAct2d,)
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -86,7 +93,10 @@ def _is_hooked(module: nn.Module) -> bool:
 
 
 def _fold(network: nn.Module, convolution: str, norm: str) -> None:
-    """Multiply and shift a convolution as the BatchNorm after it does, in float64; the latter becomes an identity."""
+    """Multiply and shift a convolution as the BatchNorm after it does, in float64.
+
+    What is left of the latter are its own modules: none, or timm's dropout and activation, in the order they run.
+    """
     conv, bn = network.get_submodule(convolution), network.get_submodule(norm)
     assert isinstance(conv, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     assert isinstance(bn, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)
@@ -100,7 +110,7 @@ def _fold(network: nn.Module, convolution: str, norm: str) -> None:
     folded = fuse_conv_bn_weights(weight, bias, mean, var, bn.eps, scale, shift)
     conv.weight, conv.bias = (nn.Parameter(one.detach().to(conv.weight)) for one in folded)
     parent, _, name = norm.rpartition(".")
-    setattr(network.get_submodule(parent), name, nn.Identity().eval())
+    setattr(network.get_submodule(parent), name, nn.Sequential(OrderedDict(bn.named_children())).eval())
 
 
 def _channels_last(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

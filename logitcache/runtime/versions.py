@@ -3,6 +3,10 @@
 import platform
 from functools import cache
 from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 LIBRARIES = ("logitcache", "torch", "torchvision", "numpy", "pillow", "zarr", "numcodecs")
 
@@ -25,3 +29,11 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         "cpu": cpu,
     }
+
+
+def machine_of(device: "torch.device") -> dict[str, str]:
+    """Return what decides how a network rounds on a device: torch, the CPU's capability, and the device's name."""
+    import torch
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {key: versions()[key] for key in ("torch", "cpu")} | {"device": name}

@@ -39,6 +39,7 @@ from logitcache.store.remote.client import is_remote
 from logitcache.store.shards import Shard
 from logitcache.teacher.encoding import fill_rows
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+from logitcache.teacher.speed import note_other_machine
 from logitcache.teacher.teacher import require_answers, take_recorded
 from logitcache.views.canaries import DEFAULT_LIMITS
 from logitcache.views.checksums import require_rows, row_checksums
@@ -280,6 +281,7 @@ def open_precompute_task(recipe: PrecomputeRecipe, goal: Manifest, num_recorded:
         cache.require_dataset(inputs.views.dataset)
         store = cache.snapshot.store
         require_canaries(store, read_manifest(store), inputs.views, "strict", DEFAULT_LIMITS)
+        note_other_machine(goal, inputs.device)
         for teacher in inputs.teachers:
             entry = goal.teachers[teacher.name]
             here, wanted = weights_digest(teacher.classifier.module), entry.weights

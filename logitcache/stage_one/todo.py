@@ -27,7 +27,7 @@ from logitcache.cache.write.unreadable_images import with_repaired_images
 from logitcache.classifier import PLAIN
 from logitcache.models import weights_digest
 from logitcache.runtime.console import logger
-from logitcache.runtime.versions import versions
+from logitcache.runtime.versions import machine_of, versions
 from logitcache.stage_one.inputs import Inputs
 from logitcache.stage_one.new_images import (
     appended_of,
@@ -44,7 +44,7 @@ from logitcache.targets import Targets
 from logitcache.teacher.answers import examples_of
 from logitcache.teacher.classes import other_classes
 from logitcache.teacher.fitting import Tables, fit, refit_damaged_tables
-from logitcache.teacher.speed import settle_variants
+from logitcache.teacher.speed import note_other_machine, settle_variants
 from logitcache.teacher.teacher import Teacher, TeacherSource
 from logitcache.views import canaries
 from logitcache.views.datasets.arranged import ArrangedImages
@@ -192,6 +192,7 @@ def _existing(inputs: Inputs, recorded: Snapshot, most_rows: int | None) -> Todo
     recipe, store, views, root = inputs.recipe, inputs.store, inputs.views, recorded.manifest
     growing = recorded.growing()
     tried = _try_canaries(inputs, canary_keys(root, len(views.dataset.ids)), growing.manifest.teachers)
+    note_other_machine(growing.manifest, inputs.device)
     samples = with_ids(tried.samples, views.dataset, root)
     shard_rows, appended = recipe.shard_rows or root.shard_rows, appended_of(root, samples)
     wanted = _manifest(inputs, tried.entries, tried, shard_rows, appended)
@@ -253,7 +254,7 @@ def _manifest(
         parameters=recipe.views.columns() if recipe.record_parameters else None,
         teachers=entries,
         canaries=tried.records,
-        versions=versions(),
+        versions=versions() | (machine_of(inputs.device) if any(entry.speed for entry in entries.values()) else {}),
         class_names=recordable(dataset.class_names),
         appended=appended,
     )

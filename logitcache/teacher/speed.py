@@ -11,12 +11,13 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from logitcache.cache.format.manifest import TeacherEntry
+from logitcache.cache.format.manifest import Manifest, TeacherEntry
 from logitcache.classifier import PLAIN, Classifier, Variant
 from logitcache.errors import RecipeError
 from logitcache.models.variants import has_convolutions
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import synchronize, to_device
+from logitcache.runtime.versions import machine_of
 from logitcache.targets import Targets
 from logitcache.teacher.answers import Difference, answers_of, worst_difference
 from logitcache.teacher.tap_gradients import classes_of
@@ -27,6 +28,8 @@ ROUNDS, SECONDS = 3, 2.0
 
 LEAST_GAIN = 1.05
 """A variant that gains less is not worth answers that are rounded in another way."""
+
+FIX_OF_RECORDED = "continue on a machine like the one that made the cache, or precompute into another `cache:`"
 
 _VARIANTS = (Variant(channels_last=True), Variant(fold=True), Variant(channels_last=True, fold=True))
 
@@ -56,7 +59,21 @@ def settle_variants(
         if asked == "auto":
             trial.take_fastest()
         else:
-            trial.take(asked)
+            trial.take(asked, FIX_OF_RECORDED if teacher.name in recorded else "leave it out")
+
+
+def note_other_machine(recorded: Manifest, device: torch.device) -> None:
+    """Warn if variants of networks are recorded that round in another way here than where the cache was made."""
+    names = [name for name, entry in recorded.teachers.items() if entry.speed is not None]
+    here = machine_of(device)
+    differing = [key for key in here if recorded.versions.get(key, here[key]) != here[key]]
+    if names and differing:
+        there, now = (", ".join(f"{key} {side[key]}" for key in differing) for side in (recorded.versions, here))
+        logger.warning(
+            f"teachers.{', '.join(names)}: answers by a recorded variant, made on another machine ({there}); here is "
+            f"{now}. It may round in another way here: rows that are written now agree with those of that machine "
+            "within the bound, and may differ in bits"
+        )
 
 
 class _Trial:
@@ -69,18 +86,18 @@ class _Trial:
         # A map must be of the class that it was of before, also if two logits are nearly equal.
         self._labels = classes_of(labels, answers.logits) if answers.keeps_logits else labels
 
-    def take(self, variant: Variant) -> None:
+    def take(self, variant: Variant, fix: str) -> None:
         """Answer by a variant. Raises RecipeError if the answers differ, or if the network cannot take it."""
         key = f"teachers.{self._teacher.name}.speed"
         try:
             self._answer_by(self._made(variant), variant)
             found = self._difference()
         except Exception as cause:  # the network's own code may raise anything
-            raise RecipeError(f"{key}: {variant.text} fails for this network: {cause}. Fix: leave it out") from cause
+            raise RecipeError(f"{key}: {variant.text} fails for this network: {cause}. Fix: {fix}") from cause
         if not found.agrees:
             raise RecipeError(
                 f"{key}: with {variant.text}, {found.target} differ by {found.share:.2g} of their scale, and "
-                f"rounding in {self._teacher.precision} explains {found.bound:g}. Fix: leave it out"
+                f"rounding in {self._teacher.precision} explains {found.bound:g}. Fix: {fix}"
             )
 
     def take_fastest(self) -> None:

@@ -136,6 +136,7 @@ def test_folders_of_the_teachers_classes_are_labels(here: Path, monkeypatch: pyt
         "teacher": {
             "model": {"kind": "run", "path": "runs/teacher"},
             "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3},
+            "speed": "auto",
             "logits": {"kind": "dense"},
         }
     }
@@ -205,6 +206,7 @@ def test_sizes_and_normalisation_are_those_of_the_weights(here: Path) -> None:
     stage_one, validation, student, *_ = entries(made)
     (teacher,) = stage_one["teachers"].values()
     assert teacher["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": 384}
+    assert teacher["speed"] == "auto"
     assert stage_one["views"]["augmentations"][0]["size"] == 384
     assert validation["views"]["augmentations"] == [
         {"kind": "resize", "size": 384},

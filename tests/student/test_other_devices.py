@@ -8,13 +8,19 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.torch_version import TorchVersion
 
 from logitcache.cache.encodings.dense import Dense
+from logitcache.cache.encodings.features import Feature
+from logitcache.cache.encodings.head import HeadForm
+from logitcache.cache.encodings.measure import divergences
 from logitcache.cache.encodings.top_k import PackedTopK, TopK
+from logitcache.cache.encodings.transform import Transform
 from logitcache.cache.encodings.uint8 import UInt8
 from logitcache.config.recipe import load_recipe
 from logitcache.logits import log_probs, mapped
@@ -31,10 +37,25 @@ from logitcache.student.runs.training_run import TrainingRun
 from logitcache.student.training_data import open_training_data
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.targets import Batch, Targets
+from logitcache.teacher.encoding import relative_error
 from logitcache.teacher.teacher import TeacherSource, build_teacher
+from logitcache.views.augmentations import (
+    CenterCrop,
+    HorizontalFlip,
+    RandomCrop,
+    RandomErasing,
+    RandomResizedCrop,
+    Resize,
+)
+from logitcache.views.keys import ViewKey
+from logitcache.views.mixing import CutMix, MixUp
+from logitcache.views.resident import ResidentViews, may_stay
+from logitcache.views.spec import Views, ViewSpec
+from tests.cache.test_transform import NUM_CLASSES, teacher_logits
 from tests.student.featured import LOSSES, fill_featured
-from tests.student.small import student, teacher
+from tests.student.small import fill, network, student, teacher
 from tests.teacher.nets import FEATURES, SIDE, Net, keeping
+from tests.views.images import Images, textured
 
 META = torch.device("meta")
 ON_LOGITS = [
@@ -47,6 +68,17 @@ ON_LOGITS += [{"kind": "mean_squared_error"}, {"kind": "cross_entropy"}]
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fill_featured(tmp_path_factory.mktemp("featured") / "c.zarr")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of two teachers, of which top-k is kept."""
+    path = tmp_path_factory.mktemp("two") / "c.zarr"
+    return fill(path, {"a": network(1), "b": network(2)}, {"kind": "top_k", "k": 3})
+
+
+ENSEMBLES = {kind: {"kind": kind} for kind in ("mean", "by_confidence", "by_entropy")}
+ON_ENSEMBLES = [{"kind": "kl_divergence", "teacher": name, "temperature": 2.0} for name in ENSEMBLES]
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +166,39 @@ def test_measuring_computes_on_the_device_what_it_copies_once_a_batch(tmp_path: 
     assert found.shape == (8, len(batch))
 
 
+def test_measuring_ensembles_computes_on_the_device(tmp_path: Path, two: Path) -> None:
+    run, batches = begin(student(tmp_path / "run", two, ensembles=ENSEMBLES, losses=ON_ENSEMBLES), META)
+    batch = next(batches)
+    assert {*batch.teachers} == {"a", "b", *ENSEMBLES}
+    logits = run.learner.measured.eval()(batch.images)
+    assert single_label._of_rows(logits, batch.labels, batch.teachers).device == META
+
+
+def test_ensembles_are_weighed_on_the_device(tmp_path: Path, two: Path) -> None:
+    run, batches = begin(student(tmp_path / "run", two, ensembles=ENSEMBLES, losses=ON_ENSEMBLES), META)
+    run.step(next(batches))
+    assert run.learner.step == 1
+
+
+AUGMENTED: list[Any] = [
+    [RandomCrop(size=20, padding=3, padding_mode="reflect"), HorizontalFlip(), RandomErasing(value="noise")],
+    [RandomCrop(size=16, padding=2, padding_mode="symmetric"), RandomErasing(value=7)],
+    [RandomResizedCrop(size=24, kernel="exact", interpolation="bicubic"), CenterCrop(size=20)],
+    [Resize(size=24, kernel="exact"), RandomCrop(size=22, padding=1, padding_mode="edge", fill=0)],
+]
+
+
+@pytest.mark.parametrize("mixing", [(), (MixUp(p=0.5), CutMix(p=0.5))], ids=["plain", "mixed"])
+@pytest.mark.parametrize("augmentations", AUGMENTED, ids=range(len(AUGMENTED)))
+def test_views_are_augmented_and_mixed_on_the_device(augmentations: Any, mixing: Any) -> None:
+    spec = ViewSpec(num_views=2, augmentations=tuple(augmentations), mixing=mixing)
+    views = Views(Images(textured(12, 20, 20)), spec)
+    assert may_stay(views, torch.device("cpu"))
+    keys = [ViewKey(index % 2, index) for index in range(12)]
+    [found] = ResidentViews(views, META).render([keys])
+    assert (found.device, found.dtype, found.shape) == (META, torch.uint8, views.__getitems__(keys).shape)
+
+
 @pytest.mark.parametrize("form", [Dense(), TopK(k=3), PackedTopK(k=3), UInt8()], ids=lambda form: form.kind)
 def test_an_encoding_encodes_and_decodes_on_the_device(form: Any) -> None:
     codec = form.fitted(None)
@@ -143,6 +208,49 @@ def test_an_encoding_encodes_and_decodes_on_the_device(form: Any) -> None:
     decoded = log_probs(codec.decode(rows, 20), 2.0)
     assert decoded.device == META
     assert decoded.shape == (4, 20)
+
+
+FITTED_FEATURES = [
+    Feature(kind="maps", tap="x", dtype="int8"),
+    Feature(kind="maps", tap="x", dtype="int8", channels=3),
+    Feature(kind="maps", tap="x", channels=3),
+    Feature(kind="pooled", tap="x"),
+    Feature(kind="attention", tap="x", dtype="int8"),
+]
+
+
+@pytest.mark.parametrize("feature", FITTED_FEATURES, ids=lambda one: f"{one.kind} {one.dtype} {one.channels}")
+def test_a_feature_is_encoded_and_decoded_on_the_device(feature: Feature) -> None:
+    shape = {"maps": (6, 4, 4), "pooled": (6,), "attention": (4, 4)}[feature.kind]
+    codec = feature.fitted(lambda: torch.randn(20, 6), shape)
+    rows = codec.encode(torch.empty(5, *shape, device=META))
+    assert {values.device for values in rows.values()} == {META}
+    error = relative_error(codec.decode(rows), torch.empty(5, *shape, device=META))
+    assert (error.device, error.shape) == (META, (5,))
+
+
+def test_a_head_is_decoded_on_the_device() -> None:
+    form = HeadForm(width=7, bias=True, storage="hot")
+    codec = form.ready({"weight": np.zeros((20, 7), np.float32), "bias": np.zeros(20, np.float32)})
+    decoded = log_probs(codec.decode({"penultimate": torch.empty(4, 7, dtype=torch.float16, device=META)}, 20))
+    assert (decoded.device, decoded.shape) == (META, (4, 20))
+
+
+def test_a_transform_reads_twice_a_batch_on_the_host_whether_its_rows_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, read = Transform(step=0.5, corrections=9).fit(teacher_logits()), list[Tensor]()
+    monkeypatch.setattr(Tensor, "__bool__", lambda tensor: read.append(tensor) is not None)
+    rows = codec.encode(torch.empty(4, NUM_CLASSES, device=META))
+    assert len(read) == 2
+    assert {values.device for values in rows.values()} == {META}
+    decoded = log_probs(codec.decode(rows, NUM_CLASSES), 2.0)
+    assert (decoded.device, decoded.shape) == (META, (4, NUM_CLASSES))
+    assert len(read) == 2
+
+
+@pytest.mark.parametrize("form", [Dense(), TopK(k=3)], ids=lambda form: form.kind)
+def test_errors_of_rows_are_computed_on_the_device(form: Any) -> None:
+    logits, codec = torch.empty(4, 20, device=META), form.fitted(None)
+    assert divergences(logits, codec.decode(codec.encode(logits), 20), 2.0).device == META
 
 
 @pytest.mark.skipif(TorchVersion(torch.__version__) < (2, 7), reason="fake tensors of PyTorch 2.6 ask for a driver")

@@ -85,8 +85,37 @@ def test_a_folded_network_computes_convolution_and_batch_norm(affine: bool) -> N
     if affine:
         wanted = wanted * network.norm.weight.double().view(-1, 1, 1) + network.norm.bias.double().view(-1, 1, 1)
     torch.testing.assert_close(folded.conv(pixels), wanted.float(), rtol=1e-5, atol=1e-5)
-    assert isinstance(folded.norm, nn.Identity)
+    assert list(folded.norm.children()) == []
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("act_layer", [nn.ReLU, nn.Hardswish, None])
+def test_batch_norm_with_an_activation_of_timm_is_folded(act_layer: type[nn.Module] | None) -> None:
+    layers = pytest.importorskip("timm.layers")
+    network = Normed()
+    norm = layers.BatchNormAct2d(6, apply_act=act_layer is not None, act_layer=act_layer or nn.ReLU)
+    norm.load_state_dict(network.norm.state_dict())
+    network.norm, pixels = norm, torch.randn(4, 3, SIDE, SIDE)
+    network.eval()
+    folded = variant_of(network, Variant(fold=True), pixels)
+    found, wanted = folded.norm(folded.conv(pixels)), norm(network.conv(pixels))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert bool((folded.conv(pixels) < 0).any())
+    assert not any(isinstance(one, nn.BatchNorm2d) for one in folded.modules())
+    assert dict(folded.named_modules()).keys() == dict(network.named_modules()).keys()  # taps keep their names
+
+
+def test_every_batch_norm_of_a_network_of_timm_is_folded() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    network, pixels = timm.create_model("mobilenetv3_small_050", num_classes=CLASSES).eval(), torch.randn(2, 3, 32, 32)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    wanted, folded = network(pixels), variant_of(network, Variant(fold=True), pixels)
+    assert not any(isinstance(one, nn.BatchNorm2d) for one in folded.modules())
+    torch.testing.assert_close(folded(pixels), wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_batch_norms_that_cannot_be_folded_are_left() -> None:

@@ -117,7 +117,9 @@ teachers:
   {dump_inline(key)}:
     model: {dump_inline(teacher.entry)}
     # As in training: recorded with the weights.
-    preprocessing: {teacher.preprocessing}"""
+    preprocessing: {teacher.preprocessing}
+    # The fastest variant of the network whose answers agree with it, chosen before the first shard and recorded.
+    speed: auto"""
 
 
 def student_text(folder: Folder, teacher: Source, student: Source, name: str, out: Path) -> str:
