@@ -79,7 +79,19 @@ def log_probs(logits: Logits, temperature: float | Tensor = 1.0) -> Tensor:
     if not isinstance(logits, Tensor):
         return logits.log_probs(temperature)
     values = at_least_float32(logits)
-    return torch.log_softmax(values / as_column(temperature, values), dim=1)
+    if not is_one(temperature):
+        values = values / as_column(temperature, values)
+    return torch.log_softmax(values, dim=1)
+
+
+def is_one(factor: float | Tensor) -> bool:
+    """Return whether a factor is the number 1, which changes no bit and would take time forwards and backwards."""
+    return not isinstance(factor, Tensor) and factor == 1
+
+
+def scaled(values: Tensor, factor: float | Tensor) -> Tensor:
+    """Return values times a factor."""
+    return values if is_one(factor) else factor * values
 
 
 def as_column(temperature: float | Tensor, like: Tensor) -> float | Tensor:

@@ -118,6 +118,8 @@ Ensemble = Annotated[Mean | ByConfidence | ByEntropy, Field(discriminator="kind"
 
 def with_ensembles(batch: Batch, ensembles: Mapping[str, Ensemble]) -> Batch:
     """Add each ensemble's targets to a batch, under the ensemble's name."""
+    if not ensembles:
+        return batch
     added = {name: _answer(ensemble, batch) for name, ensemble in ensembles.items()}
     return replace(batch, teachers={**batch.teachers, **added})
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from logitcache.logits import scaled
 from logitcache.models import Classifier
 from logitcache.models.taps.taps import Tapped
 from logitcache.reductions import Layout
@@ -47,7 +48,7 @@ class Terms(nn.Module):
         whole = self._whole(*own)
         pairs = zip(self._losses, self.adapters, strict=True)
         terms = [
-            loss(*(own if loss.by_row else whole), Context(adapter, progress)) * loss.weight.at(progress)
+            scaled(loss(*(own if loss.by_row else whole), Context(adapter, progress)), loss.weight.at(progress))
             for loss, adapter in pairs
         ]
         return torch.stack(terms)

@@ -187,9 +187,12 @@ def order_words(seed: int, epoch: int, indices: NDArray[np.int64]) -> Words:
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.integer[Any]]:
     """Return a keyed permutation of range(count): the ranks of 64-bit Philox words, in the narrowest type for them.
 
-    A tie, one pair in 2⁶⁴, is broken by position, so that the order is a pure function of its arguments. Words are
+    A tie, one pair in 2⁶⁴, is broken by position, so that the order is a pure function of its arguments. Many words are
     sorted by their first byte, and then those of each: sorted at once they would take twice the memory.
     """
+    if count <= _BLOCK:
+        words = order_words(seed, epoch, np.arange(count))
+        return np.argsort(words, kind="stable").astype(np.min_scalar_type(max(0, count - 1)))
     words = np.empty(count, dtype=np.uint64)
     for start in range(0, count, _BLOCK):
         words[start : start + _BLOCK] = order_words(seed, epoch, np.arange(start, min(start + _BLOCK, count)))

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.logits import Logits, at_least_float32, dense_logits, log_probs
+from logitcache.logits import Logits, at_least_float32, dense_logits, log_probs, scaled
 from logitcache.student.losses.base import Context, LossTeacher, LossWeight, Need, require_classes
 from logitcache.student.losses.temperatures import RowTemperature, TemperedLoss
 from logitcache.student.optim.schedules import constant
@@ -25,7 +25,8 @@ def kl_divergence(student: Tensor, teacher: Logits, temperature: float | Tensor 
     """
     require_classes(student)
     log_p_s, log_p_t = log_probs(student, temperature), log_probs(teacher, temperature)
-    return (temperature**2 * (log_p_t.exp() * (log_p_t - log_p_s)).sum(dim=1)).mean()
+    rows = (log_p_t.exp() * (log_p_t - log_p_s)).sum(dim=1)
+    return scaled(rows, temperature**2).mean()
 
 
 def standardize(logits: Logits) -> Tensor:
