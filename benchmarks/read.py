@@ -43,7 +43,7 @@ from logitcache.cache.write.writer import CacheWriter
 from logitcache.store.local import LocalStore
 from logitcache.store.shards import seal
 from logitcache.store.shared_memory import SharedShards
-from logitcache.views.canaries import pixel_digest
+from logitcache.views.canaries import array_digest
 from logitcache.views.keys import ViewKey
 
 NUM_IMAGES, QUICK_IMAGES, NUM_VIEWS = 1_280_000, 320_000, 300
@@ -83,7 +83,7 @@ def manifest_of(logits: dict[str, Any], num_images: int, num_views: int, num_cla
                 "stored_logits": {"form": logits, "error_temperatures": temperatures},
             }
         },
-        "canaries": [{"view": 0, "index": 0, "raw": some, "plan": some, "augmented": pixel_digest(pixels[0])}],
+        "canaries": [{"view": 0, "index": 0, "raw": some, "plan": some, "augmented": array_digest(pixels[0])}],
         "versions": {"zarr": zarr.__version__},
     }
     manifest = Manifest.model_validate_json(json.dumps(stored))

@@ -16,7 +16,7 @@ FeatureKind = Literal["pooled", "maps", "attention", "grad_cam"]
 """pooled: [D]. maps: as the module gives them, [C, H, W], [N, D] or [D]. attention, grad_cam: [H, W] or [N]."""
 
 
-Layout = Literal["auto", "channels_first", "channels_last", "tokens"]
+ChannelLayout = Literal["auto", "channels_first", "channels_last", "tokens"]
 """Where a module puts its channels: [C, H, W], [H, W, C] or tokens [N, D]; `auto` is to be decided.
 
 Once it is decided, `auto` is what needs no change: maps [C, H, W], tokens [N, D] and vectors.
@@ -34,7 +34,7 @@ class FeatureShape(NamedTuple):
     shape: tuple[int, ...]
 
 
-def channels_in_place(values: Tensor, layout: Layout) -> Tensor:
+def channels_in_place(values: Tensor, layout: ChannelLayout) -> Tensor:
     """Return maps [B, C, H, W] or tokens [B, N, D] of what a tap holds in a layout that is decided."""
     if values.ndim == 4 and layout == "channels_last":
         return values.movedim(3, 1)

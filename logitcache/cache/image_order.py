@@ -24,7 +24,7 @@ from logitcache.store.base import Store
 from logitcache.views.datasets.arranged import ABSENT, ArrangedImages
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, Labels, is_multi_label, names_digest
 from logitcache.views.datasets.fingerprint_diff import names_of
-from logitcache.views.mixing.partners import Ints
+from logitcache.views.keys import Ints
 
 Without = Annotated[
     Literal["missing"] | tuple[str, ...],

@@ -28,7 +28,7 @@ from logitcache.cache.refresh import refresh
 from logitcache.errors import CacheError
 from logitcache.store import digest_index
 from logitcache.store.base import Store
-from logitcache.store.files import memory_of, read_memory, write_memory
+from logitcache.store.files import memory_file, read_memory, write_memory
 from logitcache.store.local import LocalStore
 from logitcache.store.mirror import mirror_of
 from logitcache.store.remote.client import is_remote
@@ -48,7 +48,7 @@ def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
         paths = [store.path / key for key in skeleton_limits(manifest)]
         return digest_index.state(paths, manifest.digest(), version("zarr"), version("logitcache"))
 
-    memory, before = memory_of(str(store.path.absolute()), "skeleton"), state()
+    memory, before = memory_file(str(store.path.absolute()), "skeleton"), state()
     if before is not None and read_memory(memory) == before:
         return
     problems = list(skeleton_problems(store, manifest))
@@ -78,7 +78,7 @@ def _records(store: Store, manifest: Manifest, group: ArrayGroup) -> Records:
         paths = [store.path / group.commits, store.path / group.commits / ROOT]
         return digest_index.state(paths, manifest.digest(), version("logitcache"), _names(store, group))
 
-    memory, before = memory_of(str(store.path.absolute() / group.commits), "records"), state()
+    memory, before = memory_file(str(store.path.absolute() / group.commits), "records"), state()
     payload = read_memory(memory) if before is not None else None
     if before is not None and payload is not None and payload.startswith(before):
         count = (len(payload) - len(before)) // (8 + width)

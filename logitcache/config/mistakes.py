@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from logitcache.config.yaml_text import Keys, dotted, nearest, show
+from logitcache.config.yaml_text import KeyPath, dotted, nearest, show
 
 R = TypeVar("R", bound=BaseModel)
 
@@ -37,14 +37,14 @@ _NOT_A_MAPPING = ("dict_type", "model_type", "model_attributes_type")
 
 def validate(
     data: Any, model: type[R], stand_ins: Mapping[str, object] | None = None
-) -> tuple[R | None, list[tuple[Keys, str]]]:
+) -> tuple[R | None, list[tuple[KeyPath, str]]]:
     """Validate plain data; returns the object without the wrong entries, and every mistake with its key.
 
     Of more than a hundred mistakes the others are counted. A misspelt kind is read as the nearest one, so that it hides
     no other mistake. Any other wrong entry is left out, or replaced if `stand_ins` has one of its name: the object is
     None if what is left is none.
     """
-    problems: list[tuple[Keys, str]] = []
+    problems: list[tuple[KeyPath, str]] = []
     while True:
         try:
             return model.model_validate_json(json.dumps(data)), problems
@@ -65,7 +65,7 @@ def validate(
             return _without(data, model, [keys for keys, _ in merged], stand_ins or {}), problems + merged
 
 
-def _without(data: Any, model: type[R], wrong: Sequence[Keys], stand_ins: Mapping[str, object]) -> R | None:
+def _without(data: Any, model: type[R], wrong: Sequence[KeyPath], stand_ins: Mapping[str, object]) -> R | None:
     """Validate data without the entries at some keys; None if they are not mappings' or cannot be left out.
 
     An entry that is wrong without them is left out as a whole.
@@ -81,7 +81,7 @@ def _without(data: Any, model: type[R], wrong: Sequence[Keys], stand_ins: Mappin
             wrong = [_Error(error, model, left).keys for error in invalid.errors(include_url=False)]
 
 
-def _leave_out(data: Any, keys: Keys) -> bool:
+def _leave_out(data: Any, keys: KeyPath) -> bool:
     """Remove the entry at a key, or the entry that lacks the key; False if that is an item of a list, or everything."""
     for depth in range(len(keys), 0, -1):
         parent, key = _at(data, keys[: depth - 1]), keys[depth - 1]
@@ -93,7 +93,7 @@ def _leave_out(data: Any, keys: Keys) -> bool:
     return False
 
 
-def default_at(model: type[BaseModel], data: Any, keys: Keys) -> Any:
+def default_at(model: type[BaseModel], data: Any, keys: KeyPath) -> Any:
     """Return the model's default for a key as plain data, or {} if it has none."""
     parents, types = [], _members(model)
     for depth, key in enumerate(keys):
@@ -122,7 +122,7 @@ class _Error:
         self.least = context.get("min_length")
         if self.type.startswith("union_tag"):
             tail = [str(context["discriminator"]).strip("'")]
-        self.keys: Keys = (*keys, *tail)
+        self.keys: KeyPath = (*keys, *tail)
         self.value = _at(data, self.keys)
         self.names = _valid_names(self.type, context, types)
         word = str(tail[0]) if self.type == "extra_forbidden" else self.value
@@ -173,10 +173,10 @@ def _fix_of_scalar(error_type: str, value: Any) -> str:
     return ""
 
 
-def _merged(errors: list[_Error]) -> list[tuple[Keys, str]]:
+def _merged(errors: list[_Error]) -> list[tuple[KeyPath, str]]:
     """Report each mistake once: not for every member of a union, nor as misspelt and as missing."""
     meant = {(*e.keys[:-1], e.meant) for e in errors if e.type == "extra_forbidden"}
-    by_keys: dict[Keys, list[_Error]] = {}
+    by_keys: dict[KeyPath, list[_Error]] = {}
     for error in errors:
         deeper = any(
             len(other.keys) > len(error.keys) and other.keys[: len(error.keys)] == error.keys for other in errors
@@ -200,7 +200,7 @@ def _valid_names(error_type: str, context: Mapping[str, Any], types: list[Any]) 
     return re.findall(r"'([^']*)'", expected)
 
 
-def _at(data: Any, keys: Keys) -> Any:
+def _at(data: Any, keys: KeyPath) -> Any:
     """Return the value at a key, None when there is none."""
     for key in keys:
         try:
@@ -210,12 +210,12 @@ def _at(data: Any, keys: Keys) -> Any:
     return data
 
 
-def _locate(model: Any, names: Sequence[str | int]) -> tuple[Keys, list[Any], bool]:
+def _locate(model: Any, names: Sequence[str | int]) -> tuple[KeyPath, list[Any], bool]:
     """Turn a location into keys: pydantic's also names the member of each union on the way.
 
     Returns the keys, the types allowed there, and whether the location ends on such a member.
     """
-    keys, types, is_member = Keys(), _members(model), False
+    keys, types, is_member = KeyPath(), _members(model), False
     for name in names:
         is_member = len(types) > 1
         if is_member:

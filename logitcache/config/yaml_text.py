@@ -13,7 +13,7 @@ import yaml
 
 from logitcache.errors import RecipeError
 
-Keys = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 
 
 class Place(NamedTuple):
@@ -71,7 +71,7 @@ class RecipeText:
     def __init__(self, data: Any = None) -> None:
         self.data = data
         self.mistakes: list[Mistake] = []
-        self._places: dict[Keys, Place] = {(): Place(0, "")}
+        self._places: dict[KeyPath, Place] = {(): Place(0, "")}
         self._num_values = 0
 
     def read(self, path: Path) -> None:
@@ -82,13 +82,13 @@ class RecipeText:
             found = "is empty" if self.data is None else f"is {show(self.data)}, not a mapping"
             raise RecipeError(f"{path}:1: the recipe {found}; write lines such as `name: value`")
 
-    def place(self, keys: Keys) -> Place:
+    def place(self, keys: KeyPath) -> Place:
         """Find where a key was written, or else the nearest value around it."""
         while keys not in self._places:
             keys = keys[:-1]
         return self._places[keys]
 
-    def override(self, text: str, default: Callable[[Keys], Any]) -> None:
+    def override(self, text: str, default: Callable[[KeyPath], Any]) -> None:
         """Apply one `a.b=value`; an absent entry on the way starts from `default(keys)`."""
         place = Place(_AFTER_THE_FILE, f"--set {text}: ")
         key, equals, value = text.partition("=")
@@ -104,9 +104,9 @@ class RecipeText:
             return
         data[keys[-1]] = parsed
 
-    def _enter(self, parts: list[str], place: Place, default: Callable[[Keys], Any]) -> tuple[Any, Keys]:
+    def _enter(self, parts: list[str], place: Place, default: Callable[[KeyPath], Any]) -> tuple[Any, KeyPath]:
         """Walk to the mapping or list that holds the last part; forget the places it replaces."""
-        data, keys = self.data, Keys()
+        data, keys = self.data, KeyPath()
         for part, after in pairwise(parts):
             keys = (*keys, _step(data, part, keys))
             if isinstance(data, dict) and data.get(part) is None:
@@ -119,7 +119,7 @@ class RecipeText:
         self._places[keys] = place
         return data, keys
 
-    def _parse(self, text: str, at: Callable[[int], Place], keys: Keys) -> Any:
+    def _parse(self, text: str, at: Callable[[int], Place], keys: KeyPath) -> Any:
         """Read one YAML document whose top is at `keys`."""
         try:
             node = _node(text)
@@ -136,7 +136,7 @@ class RecipeText:
             message = f"{at(1).prefix}nested too deeply for a recipe; flatten it"
         raise RecipeError(message)
 
-    def _value(self, node: yaml.Node, at: Callable[[int], Place], keys: Keys, around: tuple[yaml.Node, ...]) -> Any:
+    def _value(self, node: yaml.Node, at: Callable[[int], Place], keys: KeyPath, around: tuple[yaml.Node, ...]) -> Any:
         """Turn a node into plain data, noting the place of everything in it."""
         place = at(node.start_mark.line + 1)
         self._places.setdefault(keys, place)
@@ -152,7 +152,7 @@ class RecipeText:
             name: self._value(item, at, (*keys, name), (*around, node)) for name, item in self._entries(node, at, keys)
         }
 
-    def _entries(self, node: yaml.Node, at: Callable[[int], Place], keys: Keys) -> Iterator[tuple[str, yaml.Node]]:
+    def _entries(self, node: yaml.Node, at: Callable[[int], Place], keys: KeyPath) -> Iterator[tuple[str, yaml.Node]]:
         """Yield the entries of a mapping; keys are text, and a key that appears twice a mistake."""
         first: dict[str, int] = {}
         for key, item in node.value:
@@ -202,7 +202,7 @@ def flattened(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield from flattened(item, f"{key}.{name}" if key else str(name))
 
 
-def dotted(keys: Keys) -> str:
+def dotted(keys: KeyPath) -> str:
     """Write a key as `--set` takes it."""
     return ".".join(map(str, keys))
 
@@ -269,7 +269,7 @@ def _scalar(node: yaml.ScalarNode, place: Place) -> Any:
     raise RecipeError(f"{place.prefix}the tag {node.tag} has no place in a recipe; remove it")
 
 
-def _step(data: Any, part: str, keys: Keys) -> str | int:
+def _step(data: Any, part: str, keys: KeyPath) -> str | int:
     """Resolve one part of a dotted key in a mapping or a list. Raises RecipeError."""
     if isinstance(data, dict):
         return part

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from logitcache.config.recipe import Component, Count
 from logitcache.models.base import BuiltModel
-from logitcache.models.quantization.quantized import Plain
+from logitcache.models.quantization.quantized import FloatNetwork
 from logitcache.models.weights import load_weights, read_state
 
 
@@ -18,7 +18,7 @@ class Checkpoint(Component):
     """
 
     kind: Literal["checkpoint"] = "checkpoint"
-    model: Plain = Field(
+    model: FloatNetwork = Field(
         description="Architecture of the weights.",
         examples=[{"kind": "torchvision", "name": "resnet50", "weights": None}],
     )
@@ -52,6 +52,6 @@ class Checkpoint(Component):
         """Name the file, and the risks of the architecture."""
         return (f"the checkpoint '{self.path}'", *self.model.risks())
 
-    def architecture(self) -> Plain:
+    def architecture(self) -> FloatNetwork:
         """Return the architecture with random weights."""
         return self.model.architecture()

@@ -13,7 +13,7 @@ from logitcache.classifier import Preprocessing, channels_fix
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.models.base import BuiltModel, PretrainedFacts, risky_options
-from logitcache.models.weights import did_you_mean
+from logitcache.models.weights import nearest_names
 
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
@@ -115,7 +115,7 @@ class Torchvision(Component):
 def require_known(name: str, known: Collection[str], library: str, what: str) -> None:
     """Raise RecipeError for a name that a library does not have, with the nearest ones."""
     if name not in known:
-        raise RecipeError(f"{library} has no {what} '{name}'.\n  Fix: {did_you_mean(name, known)}")
+        raise RecipeError(f"{library} has no {what} '{name}'.\n  Fix: {nearest_names(name, known)}")
 
 
 def another_count(who: str, own_classes: int, wanted: int) -> RecipeError:

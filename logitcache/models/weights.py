@@ -254,7 +254,7 @@ def _listed(names: Iterable[object]) -> str:
     return ", ".join(every[:_NUM_SHOWN]) + (", …" if len(every) > _NUM_SHOWN else "")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def nearest_names(name: str, known: Iterable[str]) -> str:
     """Suggest the nearest known names."""
     near = get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else "no known name is near it."

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.models import AnswersByKey
 from logitcache.models.taps.layouts import TapLayout, known_layouts
-from logitcache.reductions import Layout, channels_in_place
+from logitcache.reductions import ChannelLayout, channels_in_place
 from logitcache.runtime.device import autocast, to_device
 from logitcache.teacher.teacher import Teacher
 
@@ -35,7 +35,7 @@ class _Tap(NamedTuple):
     path: str
     module: str
     shape: tuple[int, ...]
-    layout: Layout | None
+    layout: ChannelLayout | None
 
 
 def candidate_taps(teachers: Sequence[Teacher], pixels: Tensor, num_rows: int) -> list[dict[str, Any]]:

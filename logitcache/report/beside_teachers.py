@@ -19,7 +19,8 @@ from logitcache.shipping.exported import is_exported
 from logitcache.shipping.model_table import ModelTable, compare_models
 from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.student.evaluation.cost import Contender, LatencyPlan
-from logitcache.student.evaluation.evaluate import EvaluationResult, evaluate, read_run, require_known_source
+from logitcache.student.evaluation.evaluate import EvaluationResult, evaluate
+from logitcache.student.evaluation.open_run import read_run, require_known_source
 from logitcache.student.live_teacher import LiveTeacher
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.teacher.online import recorded_risks, recorded_source

@@ -18,14 +18,14 @@ class _Export(Component):
 
 
 @dataclass(frozen=True)
-class ExportResult:
+class TrackerExport:
     """The tracker, and the runs with the number of epochs that it now has of each."""
 
     to: str
     runs: tuple[dict[str, Any], ...]
 
 
-def export_runs(paths: Sequence[str | Path], to: str, overrides: Sequence[str] = ()) -> ExportResult:
+def export_runs(paths: Sequence[str | Path], to: str, overrides: Sequence[str] = ()) -> TrackerExport:
     """Write the metrics of runs, and of runs below folders, to a tracker of a kind, each step once.
 
     `overrides` are keys of the tracker, as in project=mine. Raises RecipeError for a folder without runs.
@@ -44,4 +44,4 @@ def export_runs(paths: Sequence[str | Path], to: str, overrides: Sequence[str] =
         finally:
             sink.close()
         exported.append({"run": str(run.path), "epochs": len(run.metrics)})
-    return ExportResult(to, tuple(exported))
+    return TrackerExport(to, tuple(exported))

@@ -19,7 +19,7 @@ from logitcache.shipping.latency import FileLatency, Predict, file_latencies, wa
 from logitcache.shipping.metadata import (
     Arithmetic,
     Metadata,
-    Pixels,
+    PixelType,
     Provenance,
     new_file,
     record_of,
@@ -28,7 +28,7 @@ from logitcache.shipping.metadata import (
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, TOLERANCE, Parity, compare
 from logitcache.shipping.quantization.static_quantizer import count_fused
 from logitcache.student.evaluation.cost import LatencyPlan, count_flops, count_parameters
-from logitcache.student.evaluation.evaluate import OpenedRun, open_run
+from logitcache.student.evaluation.open_run import OpenedRun, open_run
 from logitcache.student.evaluation.predict import evaluated_orientation, learns_several
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.trained import read_evaluation
@@ -50,7 +50,7 @@ class ExportResult:
     file: str
     record: str
     format: Format
-    pixels: Pixels
+    pixels: PixelType
     shape: tuple[int, ...]
     bytes: int
     weights: str
@@ -65,7 +65,7 @@ def export(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
-    pixels: Pixels = "uint8",
+    pixels: PixelType = "uint8",
     format: Format = "onnx",
     tolerance: float = TOLERANCE,
     least_agreement: float = LEAST_INT8_AGREEMENT,
@@ -142,13 +142,13 @@ def _reference(opened: OpenedRun, file: Path, metadata: Metadata, format: Format
     return lambda threads: opened.classifier
 
 
-def _runs(program: ExportedProgram, pixels: Pixels) -> Callable[..., Predict]:
+def _runs(program: ExportedProgram, pixels: PixelType) -> Callable[..., Predict]:
     """Return what makes a function of uint8 pixels for a number of threads, which torch sets."""
     module = program.module()
     return lambda threads=0: lambda images: module(as_input(images, pixels))
 
 
-def describe(run: Path, opened: OpenedRun, pixels: Pixels, arithmetic: Arithmetic = "float32") -> Metadata:
+def describe(run: Path, opened: OpenedRun, pixels: PixelType, arithmetic: Arithmetic = "float32") -> Metadata:
     """Return the metadata of a run's export. Raises RecipeError if the run did not record its evaluation's transform.
 
     So it does for a transform of the user's own code, which a file cannot bring along.

@@ -8,7 +8,7 @@ import torch
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import RecipeError
 from logitcache.models import read_stored
-from logitcache.student.evaluation.evaluate import MODEL_FACTORY, read_run, require_known_source, stated_factory
+from logitcache.student.evaluation.open_run import MODEL_FACTORY, read_run, require_known_source, stated_factory
 from logitcache.student.runs.trained import EvaluationTransform, read_evaluation
 from logitcache.student.training import AnyRecipe
 

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from logitcache.errors import MissingExtraError, RecipeError
 from logitcache.models import Classifier
-from logitcache.shipping.metadata import KEY, Metadata, Pixels
+from logitcache.shipping.metadata import KEY, Metadata, PixelType
 
 INPUT, OUTPUT, BATCH = "pixels", "logits", "batch"
 AS_RECORDED = ("device=cpu", "channels_last=false")
@@ -25,7 +25,7 @@ _TORCH = str(Path(torch.__file__).parent)
 class PixelsToLogits(nn.Module):
     """A classifier as it is shipped: pixels of one size in, logits out, with nothing to check at run time."""
 
-    def __init__(self, classifier: Classifier, pixels: Pixels) -> None:
+    def __init__(self, classifier: Classifier, pixels: PixelType) -> None:
         super().__init__()
         self.classifier, self._pixels = classifier, pixels
         self.eval()
@@ -36,12 +36,12 @@ class PixelsToLogits(nn.Module):
         return self.classifier.checked(self.classifier.module(self.classifier.scale(values)))
 
 
-def example(shape: tuple[int, ...], pixels: Pixels) -> Tensor:
+def example(shape: tuple[int, ...], pixels: PixelType) -> Tensor:
     """Return two black images for a graph that takes `shape` [C, h, w]."""
     return torch.zeros((2, *shape), dtype=torch.uint8 if pixels == "uint8" else torch.float32)
 
 
-def as_input(images: Tensor, pixels: Pixels) -> Tensor:
+def as_input(images: Tensor, pixels: PixelType) -> Tensor:
     """Turn uint8 pixels into what a graph takes."""
     return images if pixels == "uint8" else images.to(torch.float32) / 255
 

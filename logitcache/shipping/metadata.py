@@ -25,7 +25,7 @@ KEY = "logitcache"
 MOST_COUNT = 1 << 20
 """Classes or channels of a file that is read."""
 
-Pixels = Literal["uint8", "float"]
+PixelType = Literal["uint8", "float"]
 Arithmetic = Literal["float32", "int8"]
 
 
@@ -53,7 +53,7 @@ class Metadata(Component):
     """
 
     format: Literal[1] = 1
-    pixels: Pixels
+    pixels: PixelType
     shape: tuple[Annotated[Count, Field(le=MOST_COUNT)], Side, Side]
     num_classes: Annotated[Count, Field(le=MOST_COUNT)]
     multi_label: bool

@@ -16,7 +16,7 @@ from logitcache.errors import RecipeError
 from logitcache.models import Run, read_stored, weights_digest
 from logitcache.runtime.device import Precision, autocast, resolve_device
 from logitcache.shipping.exported import ExportedModel, is_exported, open_exported
-from logitcache.shipping.parity import answers_of
+from logitcache.shipping.parity import predictions_of
 from logitcache.student.evaluation.cost import (
     Contender,
     LatencyPlan,
@@ -26,13 +26,7 @@ from logitcache.student.evaluation.cost import (
     failing,
     median_seconds,
 )
-from logitcache.student.evaluation.evaluate import (
-    load_run,
-    open_images,
-    open_run,
-    read_run,
-    require_memory,
-)
+from logitcache.student.evaluation.open_run import load_run, open_recorded_validator, open_run, read_run, require_memory
 from logitcache.student.evaluation.validation import AnyMeasures, AnyTally, Validator
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.trained import Evaluation, read_evaluation
@@ -151,7 +145,7 @@ def _open(names: Sequence[str], overrides: Sequence[str]) -> _Opened:
         metadata = files[names[0]].metadata
         loss = "binary_cross_entropy" if metadata.multi_label else "cross_entropy"
         recipe = load_recipe({"out": NOWHERE, "epochs": 1, "losses": [{"kind": loss}]}, TeacherRecipe, overrides)
-        validator = open_images(names[0], recipe, metadata.evaluation, metadata.num_classes)
+        validator = open_recorded_validator(names[0], recipe, metadata.evaluation, metadata.num_classes)
         device = resolve_device(recipe.device)
     assert recipe.validation is not None, "or there would be no images"
     batch, image = min(recipe.validation.batch_size, validator.num_images), validator.sample()[0].to(device)
@@ -242,8 +236,8 @@ def _measured(opened: _Opened, parents: Mapping[str, str]) -> tuple[dict[str, An
             with autocast(opened.device, model.precision):
                 logits[model.row.model] = model.module(batch.images).float()
         for child, parent in parents.items():
-            same = answers_of(logits[child], validator.is_multi_label)
-            same = same == answers_of(logits[parent], validator.is_multi_label)
+            same = predictions_of(logits[child], validator.is_multi_label)
+            same = same == predictions_of(logits[parent], validator.is_multi_label)
             equal[child], answers[child] = equal[child] + int(same.sum()), answers[child] + same.numel()
         for name, targets in batch.teachers.items():
             if not validator.is_multi_label:

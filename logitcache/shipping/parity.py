@@ -65,7 +65,7 @@ def compare(eager: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tens
         own, other = logits
         largest = max(largest, float((own - other).abs().max()))
         scale = max(scale, float(own.abs().max()))
-        same = answers_of(own, validator.is_multi_label) == answers_of(other, validator.is_multi_label)
+        same = predictions_of(own, validator.is_multi_label) == predictions_of(other, validator.is_multi_label)
         equal, answers = equal + int(same.sum()), answers + same.numel()
         tallies.append([validator.counts(each, batch) for each in logits])
     measures = [reduce(operator.add, column).measures() for column in zip(*tallies, strict=True)]
@@ -80,6 +80,6 @@ def compare(eager: Callable[[Tensor], Tensor], exported: Callable[[Tensor], Tens
     )
 
 
-def answers_of(logits: Tensor, is_multi_label: bool) -> Tensor:
+def predictions_of(logits: Tensor, is_multi_label: bool) -> Tensor:
     """Return the classes [B] that logits [B, K] answer or, of images of any number of classes, yes and no [B, K]."""
     return logits.sigmoid() > THRESHOLD if is_multi_label else logits.argmax(dim=1)

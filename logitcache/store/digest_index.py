@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from logitcache.errors import DataError, LogitCacheError
 from logitcache.runtime.console import track
-from logitcache.store.files import memory_of, view_memory, write_memory_blocks
+from logitcache.store.files import memory_file, view_memory, write_memory_blocks
 from logitcache.store.safe_files import open_regular
 
 T = TypeVar("T")
@@ -181,7 +181,7 @@ def remembered(
         return found
     # The first and the last in order share the folders that all of them share.
     ends = min(map(os.path.abspath, paths)), max(map(os.path.abspath, paths))
-    store = memory_of(os.path.commonpath([os.path.dirname(name) for name in ends]), measure.name)
+    store = memory_file(os.path.commonpath([os.path.dirname(name) for name in ends]), measure.name)
     index = StampIndex(view_memory(store) or b"")
     known = np.zeros(len(paths), bool)
     with ThreadPoolExecutor(_THREADS) as pool:

@@ -88,7 +88,7 @@ def user_cache_directory() -> Path | None:
         return None
 
 
-def memory_of(name: str, ending: str) -> Path | None:
+def memory_file(name: str, ending: str) -> Path | None:
     """Return the file in which something is kept for a path or a URL; None for a user without a home."""
     directory = user_cache_directory()
     return directory / f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:32]}.{ending}" if directory else None

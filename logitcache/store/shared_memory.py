@@ -32,7 +32,7 @@ MEMORY = Path("/dev/shm")
 _COMPARED = b"compared\n"
 """Earlier releases shared shards that they had not compared, under names without this."""
 
-Decode = Callable[[], NDArray[Any]]
+DecodeShard = Callable[[], NDArray[Any]]
 
 
 class SharedShards:
@@ -51,7 +51,7 @@ class SharedShards:
             os.utime(path)
             return _open_no_link(str(path), os.O_RDWR | os.O_CLOEXEC)
 
-    def get(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], decode: Decode) -> NDArray[Any]:
+    def get(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], decode: DecodeShard) -> NDArray[Any]:
         """Return a shard, [rows, *row_shape], decoded here unless another process did, and shared if there is room."""
         size = math.prod(shape) * dtype.itemsize
         found = self._mapped(name, size) or self._made(name, size, decode)
@@ -65,7 +65,7 @@ class SharedShards:
                 return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         return None
 
-    def _made(self, name: str, size: int, decode: Decode) -> mmap.mmap | memoryview:
+    def _made(self, name: str, size: int, decode: DecodeShard) -> mmap.mmap | memoryview:
         """Decode a shard and keep it; processes that need it meanwhile wait, and find it."""
         with ExitStack() as held:
             part = None

@@ -16,7 +16,7 @@ from logitcache.models import (
 )
 from logitcache.models.taps.layouts import TapLayout, layouts_of
 from logitcache.models.taps.taps import Tapped
-from logitcache.reductions import Layout
+from logitcache.reductions import ChannelLayout
 from logitcache.student.lesson import Lesson
 from logitcache.student.losses.base import Site
 from logitcache.student.training_recipes import TrainingRecipe
@@ -60,7 +60,7 @@ def describe(recipe: TrainingRecipe, classifier: Classifier, lesson: Lesson) -> 
 
 def decide_layouts(
     recipe: TrainingRecipe, classifier: Classifier, images: Tensor, taps: Sequence[str] | None = None
-) -> dict[str, Layout]:
+) -> dict[str, ChannelLayout]:
     """Decide where taps, by default those of the losses, put their channels, on images uint8 [B, C, H, W].
 
     Raises RecipeError as `layouts_of`.
@@ -74,7 +74,7 @@ def decide_layouts(
 
 
 def build_adapters(
-    recipe: TrainingRecipe, lesson: Lesson, classifier: Classifier, layouts: Mapping[str, Layout] | None = None
+    recipe: TrainingRecipe, lesson: Lesson, classifier: Classifier, layouts: Mapping[str, ChannelLayout] | None = None
 ) -> nn.ModuleList:
     """Build what each loss trains beside the model, or remembers; raises RecipeError for a wrong tap.
 
@@ -95,7 +95,7 @@ def build_adapters(
 
 @torch.no_grad()
 def _shapes_at(
-    classifier: Classifier, taps: Sequence[str], lesson: Lesson, layouts: Mapping[str, Layout]
+    classifier: Classifier, taps: Sequence[str], lesson: Lesson, layouts: Mapping[str, ChannelLayout]
 ) -> dict[str, tuple[int, ...]]:
     """Run the model on black images, in its evaluation mode so that nothing of it moves; shapes without the batch."""
     if not taps:

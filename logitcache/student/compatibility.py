@@ -70,7 +70,7 @@ def require_served(losses: Sequence[Loss], cache: Cache, ensembles: Collection[s
         raise RecipeError(f"{cache.location} does not serve these losses:\n  " + "\n  ".join(lines))
 
 
-def require_rows(losses: Sequence[Loss], num_images: int, batch_size: int, drop_last: bool) -> None:
+def require_batch_rows(losses: Sequence[Loss], num_images: int, batch_size: int, drop_last: bool) -> None:
     """Raise RecipeError for losses that compare more images than the last batch of an epoch has."""
     last = num_images % batch_size
     if drop_last or not last:
@@ -112,7 +112,7 @@ def require_labels(losses: Sequence[Loss], labels: Labels, where: str = "") -> N
             raise RecipeError(f"{where}losses.{number} ({loss.kind}) {reason}")
 
 
-def require_classes(losses: Sequence[Loss], num_classes: int, where: str = "") -> None:
+def require_softmax_classes(losses: Sequence[Loss], num_classes: int, where: str = "") -> None:
     """Raise RecipeError for losses that take a softmax over fewer than two classes, which trains nothing."""
     names = [
         f"losses.{number} ({loss.kind})"

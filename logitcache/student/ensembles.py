@@ -133,7 +133,7 @@ def _answer(ensemble: Ensemble, batch: Batch) -> Targets:
     return Targets(EnsembleLogits(forms, ensemble.weigh(log_p, batch), log_p[0].shape[1]))
 
 
-def classes_of(ensembles: Mapping[str, Ensemble], teachers: Mapping[str, int], labelled: bool) -> dict[str, int]:
+def num_classes_of(ensembles: Mapping[str, Ensemble], teachers: Mapping[str, int], labelled: bool) -> dict[str, int]:
     """Return the number of classes of teachers and ensembles, from those of the teachers that have logits.
 
     Raises RecipeError or MismatchError if an ensemble cannot be made of them, or needs labels without `labelled`.

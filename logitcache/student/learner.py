@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from logitcache.logits import scaled
 from logitcache.models import Classifier
 from logitcache.models.taps.taps import Tapped
-from logitcache.reductions import Layout
+from logitcache.reductions import ChannelLayout
 from logitcache.runtime.device import autocast, grad_scaler, random_states, seed_generators, set_random_states
 from logitcache.student.distributed.ranks import ALONE, Ranks
 from logitcache.student.distributed.whole_batch import WholeBatch
@@ -67,7 +67,7 @@ class Learner:
         device: torch.device,
         adapters: nn.ModuleList,
         ranks: Ranks = ALONE,
-        layouts: Mapping[str, Layout] | None = None,
+        layouts: Mapping[str, ChannelLayout] | None = None,
     ) -> None:
         """Take up a model, an adapter for each loss, and the decided layouts of the taps; the recipe is `settled`."""
         self.device, self.ranks, self.layouts = device, ranks, layouts or {}

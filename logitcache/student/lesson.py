@@ -15,21 +15,20 @@ from logitcache.errors import MismatchError, RecipeError, caught, raise_all
 from logitcache.student.compatibility import (
     FROM_LABELS,
     held_teachers,
-    require_classes,
+    require_batch_rows,
     require_labels,
-    require_rows,
     require_served,
+    require_softmax_classes,
     shares_classes,
 )
-from logitcache.student.ensembles import classes_of
+from logitcache.student.ensembles import num_classes_of
 from logitcache.student.losses import Loss
 from logitcache.student.losses.base import HeldTeacher
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.targets import Targets
 from logitcache.views.datasets.base import Labels, is_multi_label
 from logitcache.views.datasets.images.labels import class_counts
-from logitcache.views.keys import ViewKey
-from logitcache.views.mixing.partners import Ints
+from logitcache.views.keys import Ints, ViewKey
 from logitcache.views.order import held_out
 from logitcache.views.spec import Views
 from logitcache.views.view_sizes import require_one_size
@@ -121,13 +120,13 @@ def lesson_of(
         caught(
             lambda: _classes_of(recipe, cache, held),
             lambda: require_served(recipe.losses, cache, recipe.ensembles),
-            lambda: require_rows(recipe.losses, len(labels), recipe.batch_size, recipe.drop_last),
+            lambda: require_batch_rows(recipe.losses, len(labels), recipe.batch_size, recipe.drop_last),
             lambda: _require_views(recipe, cache),
         )
     )
     classes = _classes_of(recipe, cache, held)
     num_classes = _num_classes(recipe.losses, classes, cache.manifest.fingerprint.num_classes)
-    require_classes(recipe.losses, num_classes, f"{cache.location}: ")
+    require_softmax_classes(recipe.losses, num_classes, f"{cache.location}: ")
     counts = torch.from_numpy(class_counts(labels, num_classes))
     first, mixes = labels[:NUM_LABELS].copy(), bool(cache.manifest.views.mixing)
     shape = cache.manifest.image_shape if pairing is None else pairing.record.image_shape
@@ -178,7 +177,7 @@ def _classes_of(recipe: StudentRecipe, cache: Cache, held: Mapping[str, HeldTeac
     """Return the number of classes of the teachers and ensembles that have logits."""
     classes = {name: teacher.num_classes for name, teacher in held.items() if teacher.num_classes is not None}
     labelled = bool((cache.labels >= 0).any()) and not is_multi_label(cache.labels)
-    return classes_of(recipe.ensembles, classes, labelled)
+    return num_classes_of(recipe.ensembles, classes, labelled)
 
 
 def require_live(recipe: StudentRecipe, cache: Cache) -> None:
@@ -205,7 +204,7 @@ def lesson_of_images(recipe: TeacherRecipe, views: Views) -> Lesson:
             "the data set has no labels to learn from. Fix: name one with labels, or train a student from a cache"
         )
     require_labels(recipe.losses, dataset.labels)
-    require_classes(recipe.losses, dataset.num_classes)
+    require_softmax_classes(recipe.losses, dataset.num_classes)
     require_one_size(views)
     counts = torch.from_numpy(class_counts(dataset.labels, dataset.num_classes))
     shape, first = tuple(views[ViewKey(0, 0)].shape), dataset.labels[:NUM_LABELS].copy()

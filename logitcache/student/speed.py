@@ -24,7 +24,7 @@ _BOUND = 1e-3
 """Largest difference of two answers that rounding explains, as a share of the largest answer."""
 
 
-def settled(recipe: R, classifier: Classifier, images: Tensor, device: torch.device) -> R:
+def without_auto(recipe: R, classifier: Classifier, images: Tensor, device: torch.device) -> R:
     """Return a recipe without `auto` for a model that learns on a device from such images, uint8 [B, C, H, W].
 
     Channels-last pays for 2-D convolutions on a CPU, and on CUDA under autocast, for which tensor cores take it. Fused

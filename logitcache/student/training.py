@@ -26,7 +26,7 @@ from logitcache.student.runs.run_result import RunResult, require_measurable
 from logitcache.student.runs.same_recipe import require_same
 from logitcache.student.runs.trained import Evaluation, evaluated_as
 from logitcache.student.runs.training_run import SHOWN, TrainingRun
-from logitcache.student.speed import as_recorded, settled
+from logitcache.student.speed import as_recorded, without_auto
 from logitcache.student.trackers.live import tracked
 from logitcache.student.training_data import Stream, TrainingData, open_training_data
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
@@ -192,7 +192,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
         sample = None if validator is None else validator.sample()
         classifier = build_classifier(recipe, lesson, sample, model)
         require_measurable(recipe, validator, sample, lesson.image_shape, classifier.preprocessing)
-        recipe = settled(recipe, classifier, black(lesson), device)
+        recipe = without_auto(recipe, classifier, black(lesson), device)
         layouts = decide_layouts(recipe, classifier, black(lesson))
         adapters = build_adapters(recipe, lesson, classifier, layouts)
         require_trainable(recipe, lesson, classifier, device, layouts, ranks.size)

@@ -35,7 +35,7 @@ from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.arranged import ArrangedImages
 from logitcache.views.datasets.base import fingerprint, warn_of_orientation
 from logitcache.views.epochs import EpochLoader, no_targets
-from logitcache.views.mixing.partners import Ints
+from logitcache.views.keys import Ints
 from logitcache.views.spec import Views
 
 

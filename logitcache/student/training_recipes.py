@@ -11,7 +11,7 @@ from logitcache.config.recipe import NOWHERE, Component, Count, Name, Positive
 from logitcache.config.trust import Trust
 from logitcache.errors import RecipeError, raise_all
 from logitcache.models import Model, Preprocessing
-from logitcache.reductions import Layout
+from logitcache.reductions import ChannelLayout
 from logitcache.runtime.device import ChannelsLast, Precision
 from logitcache.store.remote.client import is_remote
 from logitcache.student.ensembles import Ensemble
@@ -101,7 +101,7 @@ class TrainingRecipe(Component):
     precision: Precision = Field(
         default="float32", description="Arithmetic of the forward pass, by autocast; `float16` uses a gradient scaler."
     )
-    tap_layouts: dict[str, Layout] = Field(
+    tap_layouts: dict[str, ChannelLayout] = Field(
         default={},
         description="Axis of the channels of the student's taps, by tap, as `layout` of features; by default it is "
         "found. A run of a release without this key read every tap as `channels_first`.",

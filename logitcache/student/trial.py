@@ -17,7 +17,7 @@ from logitcache.errors import RecipeError, caught, raise_all
 from logitcache.logits import NO_LOGITS
 from logitcache.models import Classifier
 from logitcache.models.taps.taps import Tapped
-from logitcache.reductions import Layout
+from logitcache.reductions import ChannelLayout
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import own_randomness
 from logitcache.student.build_model import black, build_adapters, build_classifier, decide_layouts
@@ -25,9 +25,9 @@ from logitcache.student.distributed.ranks import ALONE, Ranks
 from logitcache.student.ensembles import with_ensembles
 from logitcache.student.learner import Terms
 from logitcache.student.lesson import Lesson
-from logitcache.student.optim.batch_norm import require_possible
+from logitcache.student.optim.batch_norm import require_shared_statistics
 from logitcache.student.optim.schedules import Progress
-from logitcache.student.speed import lay_out, settled
+from logitcache.student.speed import lay_out, without_auto
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.order import share_of
@@ -53,7 +53,7 @@ def smallest_batch(recipe: TrainingRecipe, lesson: Lesson, num_processes: int = 
 def require_parts(recipe: TrainingRecipe, device: torch.device, ranks: Ranks) -> None:
     """Raise RecipeError for what a process cannot compute on its part of a batch."""
     if recipe.sync_batch_norm:
-        require_possible(device, ranks)
+        require_shared_statistics(device, ranks)
     remembering = [f"losses.{n} ({loss.kind})" for n, loss in enumerate(recipe.losses) if loss.remembers_rows]
     if remembering and ranks.size > 1:
         raise RecipeError(
@@ -67,7 +67,7 @@ def require_trainable(
     lesson: Lesson,
     classifier: Classifier,
     device: torch.device,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, ChannelLayout],
     num_processes: int = 1,
 ) -> None:
     """Try a step on a copy of a model; random draws are put back. Raises RecipeError if the model or a loss fails."""
@@ -98,7 +98,7 @@ def require_fit(recipe: TrainingRecipe, lesson: Lesson) -> None:
             return
         bare = recipe.model_copy(update={"model": architecture, "precision": "float32"})
         classifier = build_classifier(bare, lesson, None)
-        bare = settled(bare, classifier, black(lesson), cpu)
+        bare = without_auto(bare, classifier, black(lesson), cpu)
         _try_step(bare, lesson, classifier, cpu, decide_layouts(bare, classifier, black(lesson)))
         decide_layouts(bare, classifier, black(lesson), bare.measured_taps)
 
@@ -120,7 +120,7 @@ def _try_step(
     lesson: Lesson,
     model: Classifier,
     device: torch.device,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, ChannelLayout],
     num_processes: int = 1,
 ) -> None:
     """Run forward and backward in training mode on the smallest batch, on noise in the shapes of pixels and targets."""
@@ -171,7 +171,7 @@ def _attempt(
     lesson: Lesson,
     model: Classifier,
     device: torch.device,
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, ChannelLayout],
     recipe: TrainingRecipe,
     adapters: nn.ModuleList | None,
     rows: int,

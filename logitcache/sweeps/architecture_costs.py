@@ -17,10 +17,10 @@ from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
 from logitcache.student.build_model import black, build_classifier
 from logitcache.student.evaluation.cost import Contender, count_flops, count_parameters, median_seconds
-from logitcache.student.speed import lay_out, settled
+from logitcache.student.speed import lay_out, without_auto
 from logitcache.student.training_data import CachedData
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
 from logitcache.sweeps.sweep_recipe import Timing
 
 _TOGETHER = 16
@@ -66,7 +66,9 @@ class ArchitectureCosts:
                 f"{path} is damaged: {reason}. Fix: remove it; the model is then measured again"
             ) from error
 
-    def measured(self, members: Sequence[Member], failed: Callable[[StudentRecipe, Exception], object]) -> list[Member]:
+    def measured(
+        self, members: Sequence[SweepStudent], failed: Callable[[StudentRecipe, Exception], object]
+    ) -> list[SweepStudent]:
         """Measure the models that are not recorded; return the students without those whose model fails."""
         built: dict[Path, _Built] = {}
         broken: set[str] = set()
@@ -114,6 +116,6 @@ def _build(recipe: StudentRecipe) -> _Built:
     with own_randomness(device, recipe.seed):
         classifier = build_classifier(recipe, lesson, None)
     model, image = classifier.to(device), black(lesson)[0].to(device)
-    lay_out(model, settled(recipe, model, image[None], device))
+    lay_out(model, without_auto(recipe, model, image[None], device))
     count_flops(model, image)  # raises what the model raises on this device
     return _Built(Contender(model, recipe.precision), image)

@@ -33,7 +33,7 @@ class Cell:
 
 
 @dataclass(frozen=True, eq=False)
-class Member:
+class SweepStudent:
     """A student of a sweep: a cell with a seed, and the recipe of its run."""
 
     cell: str
@@ -46,7 +46,7 @@ class Member:
         return Path(self.recipe.out).name
 
 
-def members_of(recipe: SweepRecipe, out: Path) -> list[Member]:
+def members_of(recipe: SweepRecipe, out: Path) -> list[SweepStudent]:
     """Return every student of the cells that a recipe states; raise RecipeError listing every cell that is no recipe.
 
     Trials of a search come later.
@@ -60,9 +60,9 @@ def members_of(recipe: SweepRecipe, out: Path) -> list[Member]:
     return members_from(cells, recipe, recipe.all_seeds, out)
 
 
-def members_from(cells: Sequence[Cell], recipe: SweepRecipe, seeds: Sequence[int], out: Path) -> list[Member]:
+def members_from(cells: Sequence[Cell], recipe: SweepRecipe, seeds: Sequence[int], out: Path) -> list[SweepStudent]:
     """Return the students of cells, cell by cell; raise RecipeError listing every cell that is no recipe."""
-    errors, members = list[LogitCacheError](), list[Member]()
+    errors, members = list[LogitCacheError](), list[SweepStudent]()
     base = recipe.student.model_dump(mode="json", by_alias=True, exclude_unset=True)
     for cell in cells:
         for seed in seeds:
@@ -74,7 +74,7 @@ def members_from(cells: Sequence[Cell], recipe: SweepRecipe, seeds: Sequence[int
             except RecipeError as error:
                 errors.append(RecipeError(f"cell {cell.name}: {error}"))
                 break
-            members.append(Member(cell.name, seed, found))
+            members.append(SweepStudent(cell.name, seed, found))
     raise_all(errors)
     return members
 

@@ -20,7 +20,7 @@ from logitcache.student.lesson import share_held_out
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.training_data import CachedData
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
 
 _SHARED = (
     *("cache", "dataset", "without", "pairing", "shuffled", "num_views", "replay", "verify", "drift_limits"),
@@ -35,7 +35,7 @@ _MAX_BYTES = 1 << 16
 class Group:
     """Students that share a stream."""
 
-    members: tuple[Member, ...]
+    members: tuple[SweepStudent, ...]
 
     @property
     def name(self) -> str:
@@ -44,7 +44,7 @@ class Group:
 
 
 def groups_of(
-    members: Sequence[Member],
+    members: Sequence[SweepStudent],
     size: int | None,
     refuse_inexact: bool,
     failed: Callable[[StudentRecipe, LogitCacheError], object],
@@ -55,7 +55,7 @@ def groups_of(
     includes targets whose error is above the bound at a temperature that its losses ask for.
     """
     opened: dict[str, CachedData] = {}
-    by_stream: dict[str, list[Member]] = {}
+    by_stream: dict[str, list[SweepStudent]] = {}
     for member in members:
         try:
             key = _stream_key(member.recipe, opened, refuse_inexact)
@@ -104,11 +104,11 @@ class _Together(Component):
     students: Count
 
 
-def _note(member: Member) -> Path:
+def _note(member: SweepStudent) -> Path:
     return Path(member.recipe.out) / "group.json"
 
 
-def _students(member: Member) -> int | None:
+def _students(member: SweepStudent) -> int | None:
     """Return beside how many students a run was when it was killed, itself included; None if it was not."""
     try:
         return _Together.model_validate_json(read_bounded(_note(member), _MAX_BYTES)).students
@@ -116,7 +116,7 @@ def _students(member: Member) -> int | None:
         return None
 
 
-def parts_of(group: Group) -> list[Group]:
+def consecutive_parts(group: Group) -> list[Group]:
     """Return a group in the parts that train one after the other: as it is, unless it was killed as it trained.
 
     The system kills most often for want of memory: then half as many train together.

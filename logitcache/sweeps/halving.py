@@ -5,14 +5,14 @@ import statistics
 from collections.abc import Sequence
 
 from logitcache.sweeps.architecture_costs import ArchitectureCosts
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
 from logitcache.sweeps.objectives import Scores, best, scores_of, values_of
 from logitcache.sweeps.outcomes import outcome_of
 
 
 def promoted(
-    members: Sequence[Member], epochs: int, keep: float, metrics: Sequence[str], costs: ArchitectureCosts
-) -> list[Member]:
+    members: Sequence[SweepStudent], epochs: int, keep: float, metrics: Sequence[str], costs: ArchitectureCosts
+) -> list[SweepStudent]:
     """Return the students of the best cells after so many epochs; those of cells that failed do not go on."""
     scores: dict[str, list[Scores]] = {}
     failed = set()
@@ -28,10 +28,10 @@ def promoted(
         for cell, values in scores.items()
         if cell not in failed
     }
-    kept = set(best(means, num_kept(len({member.cell for member in members}), keep)))
+    kept = set(best(means, num_survivors(len({member.cell for member in members}), keep)))
     return [member for member in members if member.cell in kept]
 
 
-def num_kept(count: int, keep: float) -> int:
+def num_survivors(count: int, keep: float) -> int:
     """Return how many of so many cells go on."""
     return max(1, math.ceil(keep * count))

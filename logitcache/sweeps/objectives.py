@@ -6,7 +6,7 @@ from typing import Any
 
 from logitcache.errors import RecipeError
 from logitcache.sweeps.architecture_costs import ArchitectureCosts
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
 from logitcache.sweeps.sweep_recipe import COSTS
 
 _COLUMNS = {"accuracy": ("val_top1", "val_mean_ap"), "agreement": ("val_agreement",)}
@@ -21,7 +21,9 @@ def less_is_better(metric: str) -> bool:
     return metric in COSTS or metric.startswith("-")
 
 
-def values_of(metrics: Sequence[str], member: Member, row: Mapping[str, Any], costs: ArchitectureCosts) -> list[float]:
+def values_of(
+    metrics: Sequence[str], member: SweepStudent, row: Mapping[str, Any], costs: ArchitectureCosts
+) -> list[float]:
     """Return metrics of a student by a row of its `metrics.jsonl`. Raises RecipeError for one that is not in it."""
     return [
         float(getattr(costs.of(member.recipe), metric)) if metric in COSTS else _measured(metric, member, row)
@@ -38,7 +40,7 @@ def _columns(metric: str) -> tuple[str, ...]:
     return _COLUMNS.get(metric, (metric.removeprefix("-"),))
 
 
-def _measured(metric: str, member: Member, row: Mapping[str, Any]) -> float:
+def _measured(metric: str, member: SweepStudent, row: Mapping[str, Any]) -> float:
     columns = _columns(metric)
     for column in columns:
         if row.get(column) is not None:

@@ -12,9 +12,9 @@ from logitcache.store.files import refused_by_system, write_atomically
 from logitcache.store.safe_files import read_bounded
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import RunResult
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
 
-State = Literal["finished", "failed", "paused", "waiting"]
+RunState = Literal["finished", "failed", "paused", "waiting"]
 _MAX_BYTES = 1 << 20
 
 
@@ -36,7 +36,7 @@ class Failure:
 class Outcome:
     """How a run stands: its result if it is finished, and the metrics of its epochs."""
 
-    state: State
+    state: RunState
     epochs: int
     result: RunResult | None = None
     failure: Failure | None = None
@@ -61,7 +61,7 @@ def forget_failure(run: Path) -> None:
     (run / "failure.json").unlink(missing_ok=True)
 
 
-def outcome_of(member: Member) -> Outcome:
+def outcome_of(member: SweepStudent) -> Outcome:
     """Read how a run stands. Raises CacheError for a damaged run."""
     run = Path(member.recipe.out)
     directory = RunDirectory(str(run))

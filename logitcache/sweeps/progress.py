@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from logitcache.runtime.console import logger, shown_above, visible
 from logitcache.student.runs.training_run import SHOWN
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
 from logitcache.sweeps.outcomes import Failure, outcome_of, record_failure
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class _Standing:
         return [self.state, f"{self.epochs}/{self.of}", "" if loss is None else f"{loss:.4f}", quality]
 
 
-class Progress:
+class SweepProgress:
     """Every student of a sweep by the name of its run; a context in which a terminal shows them."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class Progress:
         self._ending = contextlib.ExitStack()
         self._is_live, self._logged = False, time.monotonic()
 
-    def add(self, members: Sequence[Member]) -> None:
+    def add(self, members: Sequence[SweepStudent]) -> None:
         """Read how runs stand that are not shown yet."""
         for member in members:
             if member.run in self._standings:

@@ -16,12 +16,12 @@ from logitcache.store.safe_files import read_bounded
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.training import Watcher, train_together
 from logitcache.student.training_recipes import TrainingRecipe
-from logitcache.sweeps.groups import Group, noted, parts_of
+from logitcache.sweeps.groups import Group, consecutive_parts, noted
 from logitcache.sweeps.outcomes import Failure, forget_failure, record_failure
 from logitcache.targets import Batch
 
 _MAX_BYTES = 64 << 20
-Shown = Callable[[str, dict[str, Any] | Failure], object]
+ShowEpoch = Callable[[str, dict[str, Any] | Failure], object]
 """Shows what a run measured after an epoch, or why it failed, by the name of its folder."""
 
 
@@ -47,7 +47,7 @@ class Sharing:
 class _Recorder(Watcher):
     """Records failures in the runs' folders, and passes metrics on to be shown."""
 
-    def __init__(self, show: Shown) -> None:
+    def __init__(self, show: ShowEpoch) -> None:
         self._show = show
         self.sharing = Sharing()
 
@@ -68,12 +68,12 @@ class _Recorder(Watcher):
         self.sharing += Sharing(images, seconds, read, images * students, seconds * students, read * students)
 
 
-def train_group(group: Group, out: Path, until: int | None, stop: StopFlag | None, show: Shown) -> None:
+def train_group(group: Group, out: Path, until: int | None, stop: StopFlag | None, show: ShowEpoch) -> None:
     """Train the students of a group to their end, or until so many epochs are done; in parts, if it was killed.
 
     An error of the data, which all students share, is recorded for each of them. Raises Stopped.
     """
-    for part in parts_of(group):
+    for part in consecutive_parts(group):
         recorder = _Recorder(show)
         recipes = [member.recipe for member in part.members]
         for member in part.members:

@@ -20,15 +20,15 @@ from logitcache.store.safe_files import read_bounded
 from logitcache.student.compatibility import target_error
 from logitcache.student.training_data import CachedData
 from logitcache.sweeps.architecture_costs import ArchitectureCosts
-from logitcache.sweeps.cells import Member, members_of
+from logitcache.sweeps.cells import SweepStudent, members_of
+from logitcache.sweeps.cluster import SweepWorkers
 from logitcache.sweeps.comparison.comparison import Comparison, compare
 from logitcache.sweeps.outcomes import outcome_of
-from logitcache.sweeps.progress import Progress
+from logitcache.sweeps.progress import SweepProgress
 from logitcache.sweeps.search.search import require_sound, search
 from logitcache.sweeps.search.search_recipe import Optuna
 from logitcache.sweeps.search.study import import_optuna
 from logitcache.sweeps.search.trials import TrialResult
-from logitcache.sweeps.spread import Spread
 from logitcache.sweeps.stream import read_sharing
 from logitcache.sweeps.sweep_recipe import SweepRecipe
 from logitcache.sweeps.trainer import Trainer
@@ -95,7 +95,7 @@ def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> Swee
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep is one process, and starts its own. Fix: --workers N in place of torchrun")
     costs = ArchitectureCosts(out / "architectures", recipe.latency)
-    with _locked(out), stop_flag() as stop, Progress() as progress, Spread(cluster, stop) as spread:
+    with _locked(out), stop_flag() as stop, SweepProgress() as progress, SweepWorkers(cluster, stop) as spread:
         (out / RESULT).unlink(missing_ok=True)
         write_atomically(out / "sweep.yaml", dump_recipe(recipe).encode())
         trainer = Trainer(recipe, out, None if cluster.is_here else spread, stop, progress, costs)
@@ -113,7 +113,7 @@ def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> Swee
     return result
 
 
-def _orders(members: Sequence[Member]) -> str:
+def _orders(members: Sequence[SweepStudent]) -> str:
     """State whether seeds share the order of images, which is part of what they differ by if they do not."""
     orders = {m.recipe.seed if m.recipe.order_seed is None else m.recipe.order_seed for m in members}
     if len({member.seed for member in members}) == 1:
@@ -125,8 +125,8 @@ def _orders(members: Sequence[Member]) -> str:
 
 def _result(
     recipe: SweepRecipe,
-    members: Sequence[Member],
-    compared: Sequence[Member],
+    members: Sequence[SweepStudent],
+    compared: Sequence[SweepStudent],
     out: Path,
     trials: tuple[TrialResult, ...] = (),
 ) -> SweepResult:
@@ -153,7 +153,7 @@ def _result(
     )
 
 
-def _target_errors(members: Sequence[Member]) -> dict[str, float]:
+def _target_errors(members: Sequence[SweepStudent]) -> dict[str, float]:
     """Return the error of the targets that each cell learns from, by cell, where it is recorded."""
     errors: dict[str, float] = {}
     for member in members:

@@ -7,12 +7,12 @@ from pathlib import Path
 from logitcache.runtime.console import logger
 from logitcache.runtime.stopping import StopFlag
 from logitcache.sweeps.architecture_costs import ArchitectureCosts
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
+from logitcache.sweeps.cluster import SweepWorkers
 from logitcache.sweeps.groups import groups_of
 from logitcache.sweeps.halving import promoted
 from logitcache.sweeps.outcomes import outcome_of
-from logitcache.sweeps.progress import Progress
-from logitcache.sweeps.spread import Spread
+from logitcache.sweeps.progress import SweepProgress
 from logitcache.sweeps.stream import train_group
 from logitcache.sweeps.sweep_recipe import Halving, SweepRecipe
 
@@ -23,12 +23,12 @@ class Trainer:
 
     recipe: SweepRecipe
     out: Path
-    spread: Spread | None
+    spread: SweepWorkers | None
     stop: StopFlag
-    progress: Progress
+    progress: SweepProgress
     costs: ArchitectureCosts
 
-    def train(self, members: Sequence[Member], halving: Halving | None) -> list[Member]:
+    def train(self, members: Sequence[SweepStudent], halving: Halving | None) -> list[SweepStudent]:
         """Train students to their end; return those that halving left out. Raises Stopped."""
         self.progress.add(members)
         going = list(members)
@@ -40,7 +40,7 @@ class Trainer:
                 going = promoted(going, until, halving.keep, self.recipe.compared_by, self.costs)
         return [member for member in members if member not in going]
 
-    def _train_until(self, members: Sequence[Member], until: int | None) -> None:
+    def _train_until(self, members: Sequence[SweepStudent], until: int | None) -> None:
         """Train students that have not failed for good until so many epochs are done, or to their end."""
         pending = [member for member in members if _is_pending(member, until)]
         refuse_inexact = self.recipe.inexact_targets == "refuse"
@@ -56,7 +56,7 @@ class Trainer:
                 raise self.stop.stopped("stopped")
 
 
-def _is_pending(member: Member, until: int | None) -> bool:
+def _is_pending(member: SweepStudent, until: int | None) -> bool:
     """Return whether a run has epochs left to train: one that diverged would diverge again."""
     outcome = outcome_of(member)
     if outcome.state == "finished" or (outcome.failure is not None and outcome.failure.is_final):

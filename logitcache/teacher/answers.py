@@ -12,7 +12,7 @@ from logitcache.errors import LogitCacheError, RecipeError
 from logitcache.runtime.device import autocast, own_randomness, to_device
 from logitcache.targets import Targets
 from logitcache.teacher.tap_gradients import classes_of
-from logitcache.teacher.teacher import Teacher, values_of
+from logitcache.teacher.teacher import Teacher, tensors_of
 
 PASSES = 2
 """How often each canary is answered: all in one batch, and again in other batches."""
@@ -77,7 +77,7 @@ def taking(teacher: Teacher, pixels: Tensor) -> Iterator[None]:
         ) from cause
 
 
-class Difference(NamedTuple):
+class Discrepancy(NamedTuple):
     """A target, and by how much of its scale answers to one image differ at most."""
 
     target: str
@@ -95,12 +95,12 @@ def _require_agreement(teacher: Teacher, pixels: Tensor, labels: Tensor, answers
     known = classes_of(labels, answers.logits) if answers.keeps_logits else labels
     order, count = torch.arange(len(pixels)).flip(0), len(pixels)
     parts = [part for part in order.tensor_split([1, 1 + count // 3]) if len(part)]
-    pieces = [values_of(answers_of(teacher, pixels[part], known[part])) for part in parts]
+    pieces = [tensors_of(answers_of(teacher, pixels[part], known[part])) for part in parts]
     again = {name: torch.cat([piece[name] for piece in pieces]).flip(0) for name in pieces[0]}
-    worst = worst_difference(teacher, values_of(answers), again)
+    worst = worst_difference(teacher, tensors_of(answers), again)
     if worst.agrees:
         return
-    cause, fix = _cause(teacher, pixels, known, values_of(answers))
+    cause, fix = _cause(teacher, pixels, known, tensors_of(answers))
     raise RecipeError(
         f"teacher {teacher.name!r} answers an image differently in another batch: {worst.target} differ by "
         f"{worst.share:.2g} of their scale, and kernels in {teacher.precision} explain {worst.bound:g}.\n"
@@ -109,13 +109,13 @@ def _require_agreement(teacher: Teacher, pixels: Tensor, labels: Tensor, answers
     )
 
 
-def worst_difference(teacher: Teacher, first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> Difference:
+def worst_difference(teacher: Teacher, first: Mapping[str, Tensor], again: Mapping[str, Tensor]) -> Discrepancy:
     """Return the target that differs most between two answers to the same images, measured by its bound."""
     digits = "float16" if teacher.precision == "float32" and teacher.device.type == "cuda" else teacher.precision
     found = []
     for name, values in first.items():
         graded = name in teacher.features and teacher.features[name].kind == "grad_cam"
-        found.append(Difference(name, _share(values, again[name]), BOUNDS[digits] * (GRADED if graded else 1.0)))
+        found.append(Discrepancy(name, _share(values, again[name]), BOUNDS[digits] * (GRADED if graded else 1.0)))
     return max(found, key=lambda one: one.share / one.bound)
 
 
@@ -142,7 +142,7 @@ def _cause(teacher: Teacher, pixels: Tensor, labels: Tensor, first: Mapping[str,
     """Find out why answers differ, by the same batch once more and by the network's modules; and what to change."""
     modules = dict(teacher.classifier.module.named_modules())
     training = [path for path, module in modules.items() if path and module.training]
-    if _agree(teacher, first, values_of(teacher(pixels, labels))):
+    if _agree(teacher, first, tensors_of(teacher(pixels, labels))):
         normalising = [path for path, module in modules.items() if _is_of_the_batch(module)]
         if normalising:
             return (
@@ -158,7 +158,7 @@ def _cause(teacher: Teacher, pixels: Tensor, labels: Tensor, first: Mapping[str,
     seeded = []
     for _ in range(2):
         with own_randomness(teacher.device, 0):
-            seeded.append(values_of(teacher(pixels, labels)))
+            seeded.append(tensors_of(teacher(pixels, labels)))
     left_on = f" (in training mode are {_listed(training)})" if training else ""
     if _agree(teacher, *seeded):
         return (

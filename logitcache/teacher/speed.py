@@ -19,9 +19,9 @@ from logitcache.runtime.console import logger
 from logitcache.runtime.device import synchronize, to_device
 from logitcache.runtime.versions import machine_of
 from logitcache.targets import Targets
-from logitcache.teacher.answers import Difference, answers_of, worst_difference
+from logitcache.teacher.answers import Discrepancy, answers_of, worst_difference
 from logitcache.teacher.tap_gradients import classes_of
-from logitcache.teacher.teacher import Teacher, TeacherSource, values_of
+from logitcache.teacher.teacher import Teacher, TeacherSource, tensors_of
 
 ROUNDS, SECONDS = 3, 2.0
 """Passes that are timed of each variant; after so many seconds fewer, but one."""
@@ -82,7 +82,7 @@ class _Trial:
     def __init__(self, teacher: Teacher, pixels: Tensor, labels: Tensor, batch_size: int) -> None:
         self._teacher, self._pixels, self._batch_size = teacher, pixels, batch_size
         answers = answers_of(teacher, pixels, labels)
-        self._plain = values_of(answers)
+        self._plain = tensors_of(answers)
         # A map must be of the class that it was of before, also if two logits are nearly equal.
         self._labels = classes_of(labels, answers.logits) if answers.keeps_logits else labels
 
@@ -129,10 +129,10 @@ class _Trial:
         self._teacher.remove_taps()
         self._teacher.answer_by(classifier, variant)
 
-    def _difference(self) -> Difference:
+    def _difference(self) -> Discrepancy:
         """Compare the answers to the canaries with the plain ones."""
         answers: Targets = self._teacher(self._pixels, self._labels)
-        return worst_difference(self._teacher, self._plain, values_of(answers))
+        return worst_difference(self._teacher, self._plain, tensors_of(answers))
 
     def _gain(self, made: Classifier, variant: Variant) -> float:
         """Return the median time of the plain network over that of a variant; they take turns."""

@@ -183,7 +183,7 @@ class Teacher(nn.Module):
             for name, feature in self.features.items()
         }
         answers = Targets(NO_LOGITS if logits is None else logits, features)
-        for name, values in values_of(answers).items():
+        for name, values in tensors_of(answers).items():
             if len(values) != len(pixels):
                 raise RecipeError(
                     f"teacher {self.name!r} returns {len(values)} rows of {name} for {len(pixels)} images"
@@ -252,7 +252,7 @@ def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids
     """Raise if answers are not finite, or do not have the recorded shapes, naming the image."""
     shapes: dict[str, tuple[int, ...]] = {name: stored.shape for name, stored in entry.stored_features.items()}
     shapes |= {} if entry.num_classes is None else {LOGITS: (entry.num_classes,)}
-    for name, values in values_of(answers).items():
+    for name, values in tensors_of(answers).items():
         if tuple(values.shape[1:]) != shapes.get(name, values.shape[1:]):
             raise RecipeError(
                 f"teacher {teacher.name!r} returns {name} {list(values.shape[1:])} for image {ids[0]!r}, and "
@@ -263,7 +263,7 @@ def require_answers(teacher: Teacher, answers: Targets, entry: TeacherEntry, ids
 
 def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> None:
     """Raise DataError naming the first image that is answered with inf or nan."""
-    for name, values in values_of(answers).items():
+    for name, values in tensors_of(answers).items():
         row = first_not_finite(values)
         if row is not None:
             raise DataError(
@@ -276,7 +276,7 @@ def require_finite(teacher: Teacher, answers: Targets, ids: Sequence[str]) -> No
             )
 
 
-def values_of(answers: Targets) -> dict[str, Tensor]:
+def tensors_of(answers: Targets) -> dict[str, Tensor]:
     """Return logits, if there are any, and features by name."""
     logits = {LOGITS: answers.logits} if answers.keeps_logits else {}
     return logits | dict(answers.features)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from logitcache.config.recipe import Component, Lenient
 from logitcache.errors import RecipeError, ReplayMismatchError
-from logitcache.views.augmentations.base import Ints
 from logitcache.views.augmentations.foreign import foreign_transforms
-from logitcache.views.keys import Draws, ViewKey, below
+from logitcache.views.keys import Draws, Ints, ViewKey, below
 from logitcache.views.spec import Views
 
 NUM_CANARIES = 32
@@ -102,7 +101,7 @@ def choose(seed: int, num_images: int, num_views: int) -> list[ViewKey]:
     return sorted(chosen)
 
 
-def pixel_digest(array: NDArray[np.generic]) -> str:
+def array_digest(array: NDArray[np.generic]) -> str:
     """Return the sha256 of an array's dtype, shape and bytes, as hex."""
     return hashlib.sha256(
         f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes()
@@ -154,9 +153,9 @@ def _records(
         yield Canary(
             view=key.view,
             index=key.index,
-            raw=pixel_digest(image.numpy()),
-            plan=pixel_digest(row if row.size else size),
-            augmented=pixel_digest(view.numpy()),
+            raw=array_digest(image.numpy()),
+            plan=array_digest(row if row.size else size),
+            augmented=array_digest(view.numpy()),
         )
 
 

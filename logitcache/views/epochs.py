@@ -14,10 +14,9 @@ from torch.utils.data import Sampler
 from logitcache.errors import RecipeError
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.checksums import require_rows
-from logitcache.views.keys import Keys, ViewKey, columns_of
+from logitcache.views.keys import Ints, Keys, ViewKey, columns_of
 from logitcache.views.loader import StartMethod
 from logitcache.views.mixing.mixing import MIXED_IMAGES_HELD_OUT, MIXED_VIEWS_PER_IMAGE
-from logitcache.views.mixing.partners import Ints
 from logitcache.views.order import Drawn, share_of
 from logitcache.views.resident import NumWorkers, open_loader
 from logitcache.views.sampling import EveryImage, Sampling
@@ -254,7 +253,7 @@ class EpochLoader:
         for images, keys in zip(self._images.render(ahead), wanted, strict=True):
             if self._checksums_of is not None:
                 require_rows(images, keys, self._checksums_of(keys), self.views.dataset.ids)
-            labels, mixture, mixed = self.views.dataset.labels, self.views.mixture(keys, images), None
+            labels, mixture, mixed = self.views.dataset.labels, self.views.mixture(keys, images.shape[2:]), None
             if mixture is not None:
                 partners = torch.from_numpy(labels[mixture.partners])
                 mixed = MixedLabels(partners, torch.from_numpy(mixture.share).float())

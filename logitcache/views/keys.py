@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
+Ints = NDArray[np.int64]
 
 STREAMS = {
     "crop": 0,
@@ -57,7 +58,7 @@ class ViewKey(NamedTuple):
 class Keys(Sequence[ViewKey]):
     """The keys of a batch as arrays of views and of indices, int64 [B] each: nothing is made of them one by one."""
 
-    def __init__(self, views: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+    def __init__(self, views: Ints, indices: Ints) -> None:
         self.columns = views, indices
 
     def __len__(self) -> int:
@@ -76,7 +77,7 @@ class Keys(Sequence[ViewKey]):
         return map(ViewKey, *(column.tolist() for column in self.columns))
 
 
-def columns_of(keys: Sequence[ViewKey]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def columns_of(keys: Sequence[ViewKey]) -> tuple[Ints, Ints]:
     """Return the views and the indices of keys, int64 [B] each."""
     if isinstance(keys, Keys):
         return keys.columns
@@ -159,7 +160,7 @@ class Draws(NamedTuple):
         return np.stack(words, axis=2).reshape(len(self.views), -1)[:, :count]
 
 
-def below(words: Words, limits: NDArray[np.int64] | int) -> NDArray[np.int64]:
+def below(words: Words, limits: Ints | int) -> Ints:
     """Map words to integers in [0, limit): multiply and shift, bias below limit / 2³²."""
     return (words * np.asarray(limits, dtype=np.uint64) >> _SHIFT).astype(np.int64)
 
@@ -174,7 +175,7 @@ def uniform(words: Words) -> NDArray[np.float64]:
     return words.astype(np.float64) / 4294967296.0
 
 
-def order_words(seed: int, epoch: int, indices: NDArray[np.int64]) -> Words:
+def order_words(seed: int, epoch: int, indices: Ints) -> Words:
     """Return the 64-bit words [n] by which an epoch orders these of its places."""
     words = np.empty(len(indices), dtype=np.uint64)
     for start in range(0, len(indices), _BLOCK):

@@ -6,8 +6,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.views.keys import Draws, bernoulli, order_words, permutation
-from logitcache.views.mixing.partners import Ints
+from logitcache.views.keys import Draws, Ints, bernoulli, order_words, permutation
 
 T = TypeVar("T")
 _BLOCK = 1 << 16  # images drawn at a time: the rounds of Philox take many times their memory

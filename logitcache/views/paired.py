@@ -10,12 +10,12 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from logitcache.views.augmentations.base import AugmentationBase, Ints, Scale, rescaled_boxes
+from logitcache.views.augmentations.base import AugmentationBase, Scale, rescaled_boxes
 from logitcache.views.augmentations.blur import GaussianBlur
 from logitcache.views.augmentations.color import ColorJitter, RandomGrayscale
 from logitcache.views.datasets.arranged import ABSENT, ArrangedImages
 from logitcache.views.datasets.base import ImageDataset, Labels
-from logitcache.views.keys import Draws, ViewKey, columns_of
+from logitcache.views.keys import Draws, Ints, ViewKey, columns_of
 from logitcache.views.mixing.mixing import Mixture
 from logitcache.views.spec import ViewSpec
 

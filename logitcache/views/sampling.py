@@ -14,8 +14,7 @@ from pydantic import Field
 from logitcache.config.recipe import Component, Lenient
 from logitcache.errors import RecipeError
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, Labels, is_multi_label
-from logitcache.views.keys import Draws, Words, below
-from logitcache.views.mixing.partners import Ints
+from logitcache.views.keys import Draws, Ints, Words, below
 from logitcache.views.order import Drawn, EpochOrder, block_ranks
 
 MIXED_SAMPLING = (

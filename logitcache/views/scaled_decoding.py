@@ -7,8 +7,9 @@ import numpy as np
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from logitcache.errors import RecipeError
-from logitcache.views.augmentations.base import AugmentationBase, Ints, ResizingBase
+from logitcache.views.augmentations.base import AugmentationBase, ResizingBase
 from logitcache.views.datasets.base import ImageDataset, Reducible
+from logitcache.views.keys import Ints
 
 _FACTORS = (2, 4, 8)
 

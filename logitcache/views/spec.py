@@ -14,10 +14,10 @@ from torch import Tensor
 from logitcache.config.recipe import Extended
 from logitcache.errors import DataError, RecipeError
 from logitcache.views.augmentations import Augmentation
-from logitcache.views.augmentations.base import Ints, Step
+from logitcache.views.augmentations.base import Step
 from logitcache.views.datasets.arranged import num_first
 from logitcache.views.datasets.base import DecodedImages, ImageDataset, read_images
-from logitcache.views.keys import Draws, ViewKey, columns_of
+from logitcache.views.keys import Draws, Ints, ViewKey, columns_of
 from logitcache.views.mixing.mixing import COLUMNS, Mixings, Mixture, PlanVersion, draw_mixture, newest_plan
 from logitcache.views.mixing.partners import Partners
 from logitcache.views.scaled_decoding import Decode, factors, reduced
@@ -208,27 +208,24 @@ class Views:
         row_of = {key: row for row, key in enumerate(unique)}
         own, other = (np.array([row_of[key] for key in half]) for half in (both[: len(keys)], both[len(keys) :]))
         mixed = rendered[torch.from_numpy(own).to(rendered.device)]
-        mixture = self.mixture(keys, mixed)
+        mixture = self.mixture(keys, mixed.shape[2:])
         assert mixture is not None
         return (mixture.apply_ if mixed.is_cpu else mixture.apply_in_batches)(mixed, rendered, other)
 
-    def mixture(self, keys: Sequence[ViewKey], images: Tensor) -> Mixture | None:
-        """Return how the views of `keys`, rendered as [B, C, H, W], are mixed; None if nothing is."""
-        return self._mixture(keys, (images.shape[2], images.shape[3]))
-
-    def _mixture(self, keys: Sequence[ViewKey], size: tuple[int, int]) -> Mixture | None:
+    def mixture(self, keys: Sequence[ViewKey], size: Sequence[int]) -> Mixture | None:
+        """Return how the views of `keys`, rendered in one (height, width), are mixed; None if nothing is."""
         if self.recorded is not None:
             found = self.spec.split(self.recorded(keys))[1]
         else:
-            seen = size if self.frame is None else self.frame.scale.seen
-            found = self.spec.mixture(keys, self.pairs, seen)
+            height, width = size if self.frame is None else self.frame.scale.seen
+            found = self.spec.mixture(keys, self.pairs, (height, width))
         return found if found is None or self.frame is None else self.frame.mixture(found)
 
     def rows(self, keys: Sequence[ViewKey], sizes: Ints) -> Ints:
         """Return all integers by which views of images of `sizes` [B, 2] are rendered, [B, P]."""
         if self.frame is None:
             return self.spec.rows(keys, sizes, self.pairs) if self.recorded is None else self.recorded(keys)
-        mixture = self._mixture(keys, self.frame.scale.seen)
+        mixture = self.mixture(keys, self.frame.scale.seen)
         parts = [np.empty((len(keys), 0), np.int64), *self._plans(keys, sizes)]
         return np.concatenate(parts if mixture is None else [*parts, mixture.rows()], axis=1)
 

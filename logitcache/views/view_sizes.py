@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from logitcache.errors import DataError
-from logitcache.views.augmentations.base import Ints
-from logitcache.views.keys import ViewKey
+from logitcache.views.keys import Ints, ViewKey
 from logitcache.views.spec import FIX_OF_SIZES, Views
 
 _BLOCK = 4096  # images planned at a time

@@ -20,7 +20,7 @@ from logitcache.cache.pairs.record import NOTE, PairingRecord
 from logitcache.cli.app import main
 from logitcache.config import trust
 from logitcache.errors import CacheError, DataError, MismatchError, RecipeError, RefusedError, ReplayMismatchError
-from logitcache.views.canaries import pixel_digest as canary_digest
+from logitcache.views.canaries import array_digest as canary_digest
 from logitcache.views.datasets.image_folder import ImageFolder
 from logitcache.views.keys import ViewKey
 from tests.cache.made import Linear, run

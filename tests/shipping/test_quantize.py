@@ -20,7 +20,7 @@ from logitcache.shipping.parity import Parity
 from logitcache.shipping.quantization.calibration import calibration_images
 from logitcache.shipping.quantization.quantize import QuantizeResult, quantize, warn_if_slow
 from logitcache.shipping.quantization.static_quantizer import StaticQuantizer
-from logitcache.student.evaluation.evaluate import read_run
+from logitcache.student.evaluation.open_run import read_run
 from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.bundled import Bundled
 from tests.shipping.test_export import answers, expected, pixels

@@ -16,7 +16,7 @@ from logitcache.errors import MismatchError, RecipeError
 from logitcache.planning.plan import plan
 from logitcache.stage_one.materialize import materialize as module
 from logitcache.stage_one.materialize.materialize import materialize
-from logitcache.stage_one.materialize.view_files import Form
+from logitcache.stage_one.materialize.view_files import FileForm
 from logitcache.stage_one.precompute import precompute
 from logitcache.views.datasets.custom import as_image_dataset
 from logitcache.views.keys import ViewKey
@@ -25,7 +25,7 @@ from tests.cache.made import Linear, Pixels, contents, recipe, teacher
 from tests.stage_one.test_import_targets import KEPT, PIXELS
 
 COUNT = 90
-FORMS_OF_PNG: tuple[Form, ...] = ("webdataset", "tfrecord")
+FORMS_OF_PNG: tuple[FileForm, ...] = ("webdataset", "tfrecord")
 
 
 @pytest.fixture(autouse=True)

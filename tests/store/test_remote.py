@@ -18,7 +18,7 @@ from fsspec.registry import _registry as registry
 from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError, RemoteError
 from logitcache.store.remote import client
 from logitcache.store.remote.client import Remote, is_remote
-from logitcache.store.remote.failures import plain
+from logitcache.store.remote.failures import without_secrets
 from tests.front import FAULTS
 from tests.objects import KEY_ID, SECRET, Bucket, bucket, connecting, website
 from tests.stage_one.apart import ended, forked
@@ -314,7 +314,7 @@ def test_no_secret_is_told(fault: str, store: Bucket, files: Remote) -> None:
 
 
 def test_no_secret_of_an_address_is_told() -> None:
-    assert plain(OSError("cannot reach https://me:hidden@example.org:9/x by\nme@it")) == (
+    assert without_secrets(OSError("cannot reach https://me:hidden@example.org:9/x by\nme@it")) == (
         "cannot reach https://example.org:9/x by me@it"
     )
 

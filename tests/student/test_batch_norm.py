@@ -9,7 +9,7 @@ from torch import nn
 from logitcache.errors import RecipeError
 from logitcache.models import SmallCNN
 from logitcache.student.distributed.ranks import ALONE, Ranks
-from logitcache.student.optim.batch_norm import require_possible, synchronize, warn_of_unsettled
+from logitcache.student.optim.batch_norm import require_shared_statistics, synchronize, warn_of_unsettled
 from logitcache.student.training import train
 from tests.student.ranks import train_together
 from tests.student.small import student, weights
@@ -65,8 +65,8 @@ def test_processes_without_cuda_are_refused_before_anything_is_written(
     text = "these 2 processes are on device 'cpu'. Fix: sync_batch_norm: false"
     assert sum(text in shown for _, shown in ended) == 1
     assert not (tmp_path / "run").exists()
-    require_possible(torch.device("cuda", 0), TWO)
-    require_possible(torch.device("cpu"), ALONE)
+    require_shared_statistics(torch.device("cuda", 0), TWO)
+    require_shared_statistics(torch.device("cpu"), ALONE)
 
 
 def test_gradients_within_a_synchronized_model_are_refused(cache: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from logitcache.cache.encodings.top_k import TopK
 from logitcache.config.recipe import load_recipe
 from logitcache.errors import LogitCacheError, MismatchError, RecipeError
 from logitcache.logits import NO_LOGITS, EnsembleLogits, LinearLogits, Logits, dense_logits, log_probs, top1
-from logitcache.student.ensembles import Ensemble, classes_of, with_ensembles
+from logitcache.student.ensembles import Ensemble, num_classes_of, with_ensembles
 from logitcache.student.training import train
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.targets import Batch, MixedLabels, Targets
@@ -231,12 +231,12 @@ def test_what_cannot_be_an_ensemble_is_refused(
     name: str, entry: dict[str, Any], error: type[LogitCacheError], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        classes_of({name: _ensemble(**entry)}, TEACHERS, labelled=False)
+        num_classes_of({name: _ensemble(**entry)}, TEACHERS, labelled=False)
 
 
 def test_one_teacher_is_no_ensemble() -> None:
     with pytest.raises(RecipeError, match=r"ensembles.x is made of \['a'\]. Fix: at least two teachers"):
-        classes_of({"x": _ensemble(kind="mean")}, {"a": 10}, labelled=True)
+        num_classes_of({"x": _ensemble(kind="mean")}, {"a": 10}, labelled=True)
 
 
 def test_an_ensemble_has_the_classes_of_its_members() -> None:
@@ -244,8 +244,8 @@ def test_an_ensemble_has_the_classes_of_its_members() -> None:
         "x": _ensemble(kind="mean", teachers=["b", "a"]),
         "y": _ensemble(kind="by_entropy", teachers=["a", "b"]),
     }
-    assert classes_of(ensembles, TEACHERS, labelled=False) == TEACHERS | {"x": 10, "y": 10}
-    assert classes_of({}, TEACHERS, labelled=False) == TEACHERS
+    assert num_classes_of(ensembles, TEACHERS, labelled=False) == TEACHERS | {"x": 10, "y": 10}
+    assert num_classes_of({}, TEACHERS, labelled=False) == TEACHERS
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from logitcache.classifier import Classifier
 from logitcache.errors import MismatchError
 from logitcache.models import SmallCNN
 from logitcache.student.learner import Learner
-from logitcache.student.speed import settled
+from logitcache.student.speed import without_auto
 from logitcache.student.training import train
 from logitcache.views.resident import ResidentViews
 from tests.student.small import GREY, TINY, flat, metrics, student, weights
@@ -42,7 +42,7 @@ class Striding(Viewing):
 def chosen(module: nn.Module, device: str, **changes: Any) -> tuple[object, object]:
     recipe = student(Path("out"), Path("cache"), **changes)
     images = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
-    found = settled(recipe, Classifier(module, GREY), images, torch.device(device))
+    found = without_auto(recipe, Classifier(module, GREY), images, torch.device(device))
     assert found.model_copy(update={key: getattr(recipe, key) for key in OFF}) == recipe
     return found.channels_last, found.fused
 

@@ -17,7 +17,7 @@ from scipy import stats
 
 from logitcache.student.runs.run_result import RunResult
 from logitcache.student.training_recipes import StudentRecipe
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
 from logitcache.sweeps.comparison.comparison import Comparison, Difference, compare, holm, sign_test
 from logitcache.sweeps.comparison.student_t import quantile, two_sided
 from logitcache.sweeps.comparison.table_formats import TableFormat, format_table
@@ -31,11 +31,11 @@ RESULT: dict[str, Any] = {
 TOP1 = {"base": [0.5, 0.6, 0.7, 0.55], "better": [0.6, 0.68, 0.82, 0.63], "worse": [0.4, 0.61, 0.6, 0.5]}
 
 
-def member(cell: str, seed: int) -> Member:
-    return Member(cell, seed, recipe(StudentRecipe, out=f"runs/{cell},{seed}", cache="cache", epochs=2))
+def member(cell: str, seed: int) -> SweepStudent:
+    return SweepStudent(cell, seed, recipe(StudentRecipe, out=f"runs/{cell},{seed}", cache="cache", epochs=2))
 
 
-def outcomes(top1: Mapping[str, list[float | None]]) -> dict[Member, Outcome]:
+def outcomes(top1: Mapping[str, list[float | None]]) -> dict[SweepStudent, Outcome]:
     """Finished students of cells, one a seed; None if it failed."""
     found = {}
     for cell, values in top1.items():

@@ -53,7 +53,7 @@ def test_pixels_are_those_of_the_definition(mixing, window):
     keys = keys_of(41)
     base = Views(images, spec.model_copy(update={"mixing": (), "pairing_window": None})).__getitems__(keys).long()
     views = Views(images, spec)
-    found, mixture = views.__getitems__(keys), views.mixture(keys, base)
+    found, mixture = views.__getitems__(keys), views.mixture(keys, base.shape[2:])
     assert mixture is not None
     for row in range(41):
         own, partner, weight = base[row], base[mixture.partners[row]], int(mixture.own[row])
@@ -209,7 +209,7 @@ def test_batches_bring_partners_together_with_the_labels_of_both():
     seen = []
     for batch in loader.epoch(1):
         indices = batch.keys[:, 1].numpy()
-        mixture = views.mixture([ViewKey(*key) for key in batch.keys.tolist()], batch.images)
+        mixture = views.mixture([ViewKey(*key) for key in batch.keys.tolist()], batch.images.shape[2:])
         assert mixture is not None
         assert batch.mixed is not None
         assert set(mixture.partners) <= set(indices)

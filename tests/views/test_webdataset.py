@@ -31,7 +31,7 @@ from logitcache.store.remote import client, protocols
 from logitcache.views.datasets import ImageFolder, WebDataset, webdataset
 from logitcache.views.datasets.archives import shard_files
 from logitcache.views.datasets.archives.braces import expanded
-from logitcache.views.datasets.archives.shard_index import index_of
+from logitcache.views.datasets.archives.shard_index import shard_index_of
 from logitcache.views.datasets.base import fingerprint
 from logitcache.views.keys import ViewKey
 from logitcache.views.loader import ViewLoader
@@ -158,8 +158,8 @@ def test_a_first_opening_reads_every_byte_once_and_a_second_one_what_has_changed
 def test_archives_on_a_disk_are_read_again_when_they_change(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fingerprint(opened(shards))
     opens: list[str] = []
-    read = shard_files.LocalShard.opened
-    monkeypatch.setattr(shard_files.LocalShard, "opened", lambda *these: opens.append(str(these[0])) or read(*these))
+    read = shard_files.LocalTarShard.opened
+    monkeypatch.setattr(shard_files.LocalTarShard, "opened", lambda *these: opens.append(str(these[0])) or read(*these))
     assert fingerprint(opened(shards)) == before
     assert opens == []
     path = written(shards, "train-002.tar", tarred(samples([*range(10, 14), 77])))
@@ -284,7 +284,7 @@ def test_who_waits_for_others_can_be_told_to_stop(shards: Path, tmp_path: Path) 
         waiting.set()
         waiter.result(timeout=10)
     with pytest.raises(CancelledError):
-        index_of(shard_files.shard_at(f"{shards}/train-000.tar"), waiting)
+        shard_index_of(shard_files.shard_at(f"{shards}/train-000.tar"), waiting)
 
 
 def test_names_whose_numbers_are_equal_are_compared_themselves(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -452,13 +452,13 @@ def test_a_shard_that_changes_while_it_is_read_is_refused(
     shards: Path, s3: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = copied(shards, s3)
-    read = shard_files.RemoteShard.opened
+    read = shard_files.RemoteTarShard.opened
 
-    def changing(shard: shard_files.RemoteShard, size: int):
+    def changing(shard: shard_files.RemoteTarShard, size: int):
         s3.put("there/train-000.tar", tarred(samples(range(5), {0: "2"})))
         return read(shard, size)
 
-    monkeypatch.setattr(shard_files.RemoteShard, "opened", changing)
+    monkeypatch.setattr(shard_files.RemoteTarShard, "opened", changing)
     with pytest.raises(DataError, match=r"train-000\.tar' changed while it was read"):
         opened(place, "train-000.tar")
 

@@ -12,7 +12,16 @@ from logitcache.cache.encodings.base import Fitted, RowArray, TableShape
 from logitcache.cache.format.arrays import Storage
 from logitcache.config.recipe import Component, Count, Extended
 from logitcache.errors import RecipeError
-from logitcache.reductions import FeatureKind, Layout, as_maps, attention, channels_in_place, grad_cam, pooled, resized
+from logitcache.reductions import (
+    ChannelLayout,
+    FeatureKind,
+    as_maps,
+    attention,
+    channels_in_place,
+    grad_cam,
+    pooled,
+    resized,
+)
 from logitcache.targets import CompactFeature, FeatureValues
 
 LEVELS = 127
@@ -58,7 +67,7 @@ class Feature(Extended):
         "all.",
         examples=["layer4"],
     )
-    layout: Layout = Field(
+    layout: ChannelLayout = Field(
         default="auto",
         description="Axis of the module's channels: `channels_first` ([C, H, W] or [C, N]), `channels_last` ([H, "
         "W, C], as stages of Swin) or `tokens` ([N, D]). `auto` finds it by the axes that change when "

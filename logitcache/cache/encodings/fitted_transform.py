@@ -18,7 +18,7 @@ from logitcache.errors import RecipeError, RowError
 from logitcache.logits import CompactLogits, Logits
 
 
-class Size(NamedTuple):
+class Packing(NamedTuple):
     """Whole numbers up to `limit` in an array of `dtype`, of a byte as `each` digits to a base; see `bits`."""
 
     suffix: str
@@ -28,8 +28,9 @@ class Size(NamedTuple):
     each: int = 1
 
 
-WIDE, BYTE = Size("wide", "int16", 32767), Size("byte", "int8", 127)
-PAIR, TRIPLE, QUINT = Size("pair", "uint8", 7, 16, 2), Size("triple", "uint8", 2, 6, 3), Size("quint", "uint8", 1, 3, 5)
+WIDE, BYTE = Packing("wide", "int16", 32767), Packing("byte", "int8", 127)
+PAIR, TRIPLE = Packing("pair", "uint8", 7, 16, 2), Packing("triple", "uint8", 2, 6, 3)
+QUINT = Packing("quint", "uint8", 1, 3, 5)
 MEAN_LIMIT = 32767
 EXACT = 2**24
 """Sums of integers below it are exact in float32, in any order."""
@@ -241,11 +242,11 @@ class FittedTransform(Fitted):
         }
 
 
-Part = tuple[str, Size, int]
+Part = tuple[str, Packing, int]
 """The name of an array, how numbers lie in it, and how many of a row."""
 
 
-def _parts(prefix: str, counts: Iterable[tuple[Size, int]]) -> tuple[Part, ...]:
+def _parts(prefix: str, counts: Iterable[tuple[Packing, int]]) -> tuple[Part, ...]:
     """Name the arrays that are not empty."""
     return tuple((prefix + size.suffix, size, count) for size, count in counts if count)
 
@@ -261,7 +262,7 @@ def _split(values: Tensor, parts: tuple[Part, ...]) -> dict[str, Tensor]:
     return {name: _stored(numbers, size) for numbers, (name, size, _) in zip(cut, parts, strict=True)}
 
 
-def _stored(numbers: Tensor, size: Size) -> Tensor:
+def _stored(numbers: Tensor, size: Packing) -> Tensor:
     lowest = -(size.base // 2) if size.base else -size.limit - 1
     held = numbers.clamp(lowest, size.limit)
     return pack_digits(held, size.base, size.each) if size.base else held.to(getattr(torch, size.dtype))
@@ -272,5 +273,5 @@ def _joined(rows: Mapping[str, Tensor], parts: tuple[Part, ...]) -> Tensor:
     return torch.cat([_numbers(rows[name], size, count).float() for name, size, count in parts], dim=1)
 
 
-def _numbers(stored: Tensor, size: Size, count: int) -> Tensor:
+def _numbers(stored: Tensor, size: Packing, count: int) -> Tensor:
     return unpack_digits(stored, size.base, size.each, count) if size.base else stored

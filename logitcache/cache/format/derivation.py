@@ -12,7 +12,7 @@ from logitcache.classifier import Preprocessing
 from logitcache.config.recipe import Component, Positive
 from logitcache.errors import CacheError, MismatchError
 
-Average = Literal["logits", "probabilities"]
+MeanOf = Literal["logits", "probabilities"]
 """logits: the mean of logits. probabilities: the mean of softmax(z / T), kept as the logits that give it at T."""
 
 
@@ -35,7 +35,7 @@ class Derivation(Component):
     kind: Literal["derived"] = "derived"
     source: Digest
     members: Annotated[dict[TeacherName, Member], Field(min_length=1)]
-    average: Average | None = None
+    average: MeanOf | None = None
     temperature: Positive | None = None
 
     def digest(self) -> str:

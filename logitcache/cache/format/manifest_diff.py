@@ -7,11 +7,11 @@ from typing import Any
 from logitcache.cache.format.manifest import LOGITS, Manifest, TeacherEntry
 from logitcache.config.recipe import Component
 from logitcache.errors import MismatchError
-from logitcache.reductions import Layout
+from logitcache.reductions import ChannelLayout
 
 Outputs = tuple[int, ...] | None
 
-_AS_READ: Mapping[Layout, Layout] = {"channels_last": "channels_first", "channels_first": "tokens"}
+_AS_READ: Mapping[ChannelLayout, ChannelLayout] = {"channels_last": "channels_first", "channels_first": "tokens"}
 """How releases without layouts read a tap of maps [H, W, C], and one of tokens [D, N]: without a change."""
 
 

@@ -16,7 +16,7 @@ from logitcache.cache.format.growth import is_outgrown
 from logitcache.cache.format.manifest import Manifest
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
-from logitcache.views.canaries import pixel_digest
+from logitcache.views.canaries import array_digest
 from logitcache.views.datasets.base import UNLABELLED, Fingerprint, Labels, label_dtype
 
 DIGESTS, CANARIES, IDS, SIZES = "digest/c/0", "canary/c/0/0/0/0", "id/c/0", "size/c/0/0"
@@ -177,7 +177,7 @@ def require_canaries(store: Store, manifest: Manifest) -> None:
     """Raise CacheError unless the pixels of the canaries are those of the manifest."""
     pixels = read_canaries(store, manifest)
     canaries = enumerate(manifest.canaries)
-    wrong = [number for number, canary in canaries if pixel_digest(pixels[number]) != canary.augmented]
+    wrong = [number for number, canary in canaries if array_digest(pixels[number]) != canary.augmented]
     if wrong:
         which = ", ".join(map(str, wrong))
         raise CacheError(f"{store}/{CANARIES}: the pixels of canary {which} differ from the manifest's digest")

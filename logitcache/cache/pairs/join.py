@@ -10,7 +10,7 @@ import numpy as np
 
 from logitcache.errors import DataError, RecipeError
 from logitcache.store.safe_files import open_regular
-from logitcache.views.augmentations.base import Ints
+from logitcache.views.keys import Ints
 from logitcache.views.paired import UNPAIRED
 
 By = Literal["id", "stem"]

@@ -18,12 +18,12 @@ from logitcache.config.trust import remember
 from logitcache.errors import DataError, RecipeError
 from logitcache.runtime.versions import versions
 from logitcache.views import canaries
-from logitcache.views.augmentations.base import Ints, Size
+from logitcache.views.augmentations.base import Size
 from logitcache.views.augmentations.base import pair as both_sides
 from logitcache.views.datasets import Dataset, open_dataset
 from logitcache.views.datasets.base import ImageDataset, fingerprint, warn_of_orientation
 from logitcache.views.datasets.custom import Custom
-from logitcache.views.keys import ViewKey
+from logitcache.views.keys import Ints, ViewKey
 from logitcache.views.paired import UNPAIRED, Color, paired_images
 from logitcache.views.spec import Views
 from logitcache.views.view_sizes import require_one_size

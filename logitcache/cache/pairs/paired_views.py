@@ -10,9 +10,10 @@ from logitcache.cache.replay import open_images
 from logitcache.errors import MismatchError
 from logitcache.runtime.versions import versions
 from logitcache.views import canaries
-from logitcache.views.augmentations.base import Ints, Scale
+from logitcache.views.augmentations.base import Scale
 from logitcache.views.datasets.base import ImageDataset, fingerprint
 from logitcache.views.datasets.fingerprint_diff import explain_difference
+from logitcache.views.keys import Ints
 from logitcache.views.paired import Color, Frame, paired_images
 from logitcache.views.spec import Recorded, Views
 

@@ -26,11 +26,11 @@ from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.store.local import LocalStore
 from logitcache.store.remote.client import is_remote
 from logitcache.store.safe_files import parse_json
-from logitcache.views.augmentations.base import Ints, Side
+from logitcache.views.augmentations.base import Side
 from logitcache.views.canaries import NUM_CANARIES, Canary
 from logitcache.views.datasets import Dataset
 from logitcache.views.datasets.base import Fingerprint, Sha256
-from logitcache.views.keys import Draws
+from logitcache.views.keys import Draws, Ints
 from logitcache.views.paired import UNPAIRED, Color
 
 ROOT, ROWS, SIZES, CANARIES = "pairing.json", "rows", "sizes", "canaries"

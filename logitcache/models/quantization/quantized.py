@@ -9,14 +9,14 @@ from logitcache.models.base import BuiltModel, Side
 from logitcache.models.pruning.pruned_network import Network, PrunedNetwork
 from logitcache.models.quantization.fake_quantization import imitate_int8
 
-Plain = Annotated[Network | PrunedNetwork, Field(discriminator="kind")]
+FloatNetwork = Annotated[Network | PrunedNetwork, Field(discriminator="kind")]
 
 
 class Quantized(Component):
     """The stored form of a network with fake quantisation: the float network, and how it was recorded."""
 
     kind: Literal["quantized"] = "quantized"
-    model: Plain
+    model: FloatNetwork
     input_size: tuple[Side, Side]
     keep_float: tuple[str, ...] = ()
 

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from logitcache.errors import RecipeError
 from logitcache.models.taps.taps import Tapped
-from logitcache.reductions import Layout
+from logitcache.reductions import ChannelLayout
 
 Shape = tuple[int, ...]
 
@@ -18,10 +18,10 @@ class TapLayout(NamedTuple):
     """A tap and the layout that the recipe gives for it."""
 
     tap: str
-    layout: Layout = "auto"
+    layout: ChannelLayout = "auto"
 
 
-def layouts_of(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout], who: str) -> list[Layout]:
+def layouts_of(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout], who: str) -> list[ChannelLayout]:
     """Return the layout of each tap as `known_layouts` does; raise RecipeError for maps whose layout is unknown."""
     found = known_layouts(network, inputs, asked, who)
     for (tap, _), (shape, layout) in zip(asked, found, strict=True):
@@ -37,7 +37,7 @@ class KnownLayout(NamedTuple):
     """The shape of a tapped tensor without the batch, and its layout; None if it is not known."""
 
     shape: Shape
-    layout: Layout | None
+    layout: ChannelLayout | None
 
 
 def known_layouts(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout], who: str) -> list[KnownLayout]:
@@ -61,14 +61,14 @@ def known_layouts(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout]
     for tap, layout in asked:
         shape, doubled = own[tap], larger.get(tap)
         if layout != "auto":
-            decided: Layout | None = _given(tap, layout, shape, who)
+            decided: ChannelLayout | None = _given(tap, layout, shape, who)
         else:
             decided = _maps(shape, doubled, known.get(tap), is_square) if len(shape) == 3 else _tokens(shape, doubled)
         found.append(KnownLayout(shape, decided))
     return found
 
 
-def _given(tap: str, layout: Layout, shape: Shape, who: str) -> Layout:
+def _given(tap: str, layout: ChannelLayout, shape: Shape, who: str) -> ChannelLayout:
     """Return a layout that the user gives; raise RecipeError if the tap's shape cannot have it."""
     if len(shape) == 3 and layout != "tokens":
         return "channels_last" if layout == "channels_last" else "auto"
@@ -79,7 +79,7 @@ def _given(tap: str, layout: Layout, shape: Shape, who: str) -> Layout:
     )
 
 
-def _maps(shape: Shape, larger: Shape | None, num_channels: int | None, is_square: bool) -> Layout | None:
+def _maps(shape: Shape, larger: Shape | None, num_channels: int | None, is_square: bool) -> ChannelLayout | None:
     if larger is not None and len(larger) == 3:
         changed = {axis for axis in range(3) if shape[axis] != larger[axis]}
         if 2 in changed and 0 not in changed:
@@ -93,7 +93,7 @@ def _maps(shape: Shape, larger: Shape | None, num_channels: int | None, is_squar
     return None
 
 
-def _tokens(shape: Shape, larger: Shape | None) -> Layout:
+def _tokens(shape: Shape, larger: Shape | None) -> ChannelLayout:
     """Return `channels_first` for [C, N], if the second axis alone changes with the size of the image."""
     is_turned = larger is not None and len(shape) == len(larger) == 2 and shape[0] == larger[0] and shape != larger
     return "channels_first" if is_turned else "auto"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from logitcache.errors import RecipeError
-from logitcache.reductions import INPUT, Layout, channels_in_place
+from logitcache.reductions import INPUT, ChannelLayout, channels_in_place
 
 SHOWN = 40
 
@@ -28,7 +28,7 @@ class Tapped(nn.Module):
         network: nn.Module,
         taps: Sequence[str],
         who: str,
-        layouts: Mapping[str, Layout] | None = None,
+        layouts: Mapping[str, ChannelLayout] | None = None,
     ) -> None:
         """Tap `network`, a part of `module`, which is called; `who` names it in errors.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from logitcache.errors import MissingExtraError
 from logitcache.runtime import tables
 
-Rows = Sequence[Mapping[str, Any]]
+FigureRows = Sequence[Mapping[str, Any]]
 
 COLORS = ("#3d85c6", "#dd7a34", "#2e9e6b", "#c65180", "#8d70d6", "#ab9420", "#38a7b0", "#8c8c8c")
 """Colours of series, distinct on white, on black and with red-green colour blindness."""
@@ -58,7 +58,7 @@ class Figure:
 
     title: str
     svg: str
-    rows: Rows
+    rows: FigureRows
     caption: str = ""
 
     @property
@@ -70,7 +70,7 @@ class Figure:
         return self.svg
 
 
-def as_csv(rows: Rows) -> str:
+def as_csv(rows: FigureRows) -> str:
     """Format rows as CSV, numbers with six digits."""
     return tables.as_csv(
         [{key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
@@ -79,7 +79,7 @@ def as_csv(rows: Rows) -> str:
 
 def draw(
     title: str,
-    rows: Rows,
+    rows: FigureRows,
     plot: Callable[[Any], None],
     caption: str = "",
     size: tuple[int, int] = (WIDTH, HEIGHT),

@@ -2,14 +2,21 @@
 
 from typing import Any
 
-from logitcache.report.figures.base import COLORS, MOST_SERIES, Figure, Rows, draw, log_scale, shortened
+from logitcache.report.figures.base import COLORS, MOST_SERIES, Figure, FigureRows, draw, log_scale, shortened
 
 _MOST_POINTS = 200
 """Points that are drawn of a line; the rows keep all."""
 
 
 def curves(
-    rows: Rows, y: str, x: str = "epoch", series: str = "run", *, title: str = "", caption: str = "", log: bool = False
+    rows: FigureRows,
+    y: str,
+    x: str = "epoch",
+    series: str = "run",
+    *,
+    title: str = "",
+    caption: str = "",
+    log: bool = False,
 ) -> Figure:
     """Draw column `y` over column `x`, a line for each value of `series`.
 

@@ -5,14 +5,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.report.figures.base import Figure, Rows, draw, shortened
+from logitcache.report.figures.base import Figure, FigureRows, draw, shortened
 
 _MOST_NAMES = 12
 _MOST_VECTORS = 5000
 """Classes that are named at the middle of their points, and points that are drawn as vectors."""
 
 
-def embedding(rows: Rows, *, title: str = "embedding", caption: str = "", label: str = "class") -> Figure:
+def embedding(rows: FigureRows, *, title: str = "embedding", caption: str = "", label: str = "class") -> Figure:
     """Draw points at columns `x` and `y`, coloured by `label`; the axes of such maps have no unit."""
     labels = list(dict.fromkeys(sorted((row[label] for row in rows), key=str)))
     places = np.array([(row["x"], row["y"]) for row in rows], dtype=np.float64).reshape(-1, 2)

@@ -4,14 +4,14 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.report.figures.base import HEIGHT, WIDTH, Figure, Rows, draw, shortened
+from logitcache.report.figures.base import HEIGHT, WIDTH, Figure, FigureRows, draw, shortened
 
 _MOST_NUMBERS = 12
 """Columns up to which the cells show their numbers."""
 
 
 def heat_map(
-    rows: Rows, x: str, y: str, value: str, *, title: str = "", caption: str = "", form: str = "{:.2f}"
+    rows: FigureRows, x: str, y: str, value: str, *, title: str = "", caption: str = "", form: str = "{:.2f}"
 ) -> Figure:
     """Color column `value` by columns `x` and `y`, in the order of the rows; pairs without a row stay empty."""
     columns = list(dict.fromkeys(row[x] for row in rows))

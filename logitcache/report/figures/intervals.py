@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from logitcache.report.figures.base import COLORS, WIDTH, Figure, Rows, draw, shortened
+from logitcache.report.figures.base import COLORS, WIDTH, Figure, FigureRows, draw, shortened
 
 MOST_ROWS = 40
 _LONGEST, _FREE = 48, 20
@@ -10,7 +10,7 @@ _LONGEST, _FREE = 48, 20
 
 
 def intervals(
-    rows: Rows, name: str = "cell", *, title: str = "differences", label: str = "difference", caption: str = ""
+    rows: FigureRows, name: str = "cell", *, title: str = "differences", label: str = "difference", caption: str = ""
 ) -> Figure:
     """Draw column `mean` of each row and, if they are not None, the interval from `low` to `high`; zero is a line.
 

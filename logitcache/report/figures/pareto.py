@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from logitcache.report.figures.base import COLORS, Figure, Rows, draw, log_scale
+from logitcache.report.figures.base import COLORS, Figure, FigureRows, draw, log_scale
 
 _MOST_NAMES = 12
 _LOG_RANGE = 10
 
 
-def front(rows: Rows, cost: str, quality: str) -> list[int]:
+def front(rows: FigureRows, cost: str, quality: str) -> list[int]:
     """Return the rows, by ascending cost, that no other row of at most the cost reaches in quality."""
     best, found = float("-inf"), []
     for number in sorted(range(len(rows)), key=lambda n: (rows[n][cost], -rows[n][quality])):
@@ -18,7 +18,9 @@ def front(rows: Rows, cost: str, quality: str) -> list[int]:
     return found
 
 
-def pareto(rows: Rows, cost: str, quality: str, name: str = "run", *, title: str = "", caption: str = "") -> Figure:
+def pareto(
+    rows: FigureRows, cost: str, quality: str, name: str = "run", *, title: str = "", caption: str = ""
+) -> Figure:
     """Draw `quality` (more is better) over `cost` (less is better); the caption names the members of the front."""
     chosen = front(rows, cost, quality)
     marked = [dict(row) | {"front": number in chosen} for number, row in enumerate(rows)]

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from logitcache.report.figures.base import COLORS, MOST_SERIES, WIDTH, Figure, Rows, draw, shortened
+from logitcache.report.figures.base import COLORS, MOST_SERIES, WIDTH, Figure, FigureRows, draw, shortened
 
 MOST_CLASSES = 30
 
 
 def per_class(
-    rows: Rows, models: list[str], name: str = "name", *, title: str = "accuracy by class", caption: str = ""
+    rows: FigureRows, models: list[str], name: str = "name", *, title: str = "accuracy by class", caption: str = ""
 ) -> Figure:
     """Draw the columns of `models` for each class, in the order of the first model, its worst classes on top.
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from logitcache.report.figures.base import Figure, Rows, opened
+from logitcache.report.figures.base import Figure, FigureRows, opened
 
 _SIDE = 150
 _MOST_PIXELS = 300
@@ -20,7 +20,7 @@ def as_image(pixels: NDArray[np.uint8]) -> Image.Image:
 
 
 def picture(
-    pixels: NDArray[np.uint8], rows: Rows = (), *, title: str = "", caption: str = "", side: int = _SIDE
+    pixels: NDArray[np.uint8], rows: FigureRows = (), *, title: str = "", caption: str = "", side: int = _SIDE
 ) -> Figure:
     """Show pixels, uint8 [C, H, W] of one or three channels; `rows` are data about the image, for its CSV."""
     image = as_image(pixels)

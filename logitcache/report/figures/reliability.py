@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from logitcache.report.figures.base import COLORS, MOST_SERIES, Figure, Rows, draw, shortened
+from logitcache.report.figures.base import COLORS, MOST_SERIES, Figure, FigureRows, draw, shortened
 
 
-def reliability(rows: Rows, model: str = "model", *, title: str = "reliability", caption: str = "") -> Figure:
+def reliability(rows: FigureRows, model: str = "model", *, title: str = "reliability", caption: str = "") -> Figure:
     """Draw `accuracy` over `confidence` of each bin, sized by its share of `images`, a line for each `model`.
 
     Guo et al., "On calibration of modern neural networks" (ICML 2017): on the diagonal a model is as often right as it

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from logitcache.config.shipped_recipes import write_recipes
 from logitcache.report.new_recipes import texts
-from logitcache.report.new_recipes.sources import read_folder, read_source, read_student
+from logitcache.report.new_recipes.sources import inspect_folder, read_source, read_student
 from logitcache.runtime.console import logger
 
 
@@ -32,7 +32,7 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
     """
     taught = read_source("--teacher", teacher)
     learner = read_student(student, taught)
-    folder = read_folder(images, taught)
+    folder = inspect_folder(images, taught)
     called = images.rstrip("/").rpartition("/")[2] if out is None else out.name
     name = re.sub(r"[^A-Za-z0-9-]+", "_", called).strip("_") or "photos"
     out = Path("pipelines") / name if out is None else out

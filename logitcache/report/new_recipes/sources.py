@@ -103,7 +103,7 @@ def _evaluated_size(run: Path, recorded: Evaluation | None, num_channels: int) -
     )
 
 
-def read_folder(images: str, teacher: Source) -> Folder:
+def inspect_folder(images: str, teacher: Source) -> Folder:
     """Find out whether a folder is divided into splits and whether its folders are the teacher's classes."""
     if not is_remote(images) and not Path(images).is_dir():
         raise DataError(f"--images {images!r} does not exist, or is no folder. Fix: the folder of your images")

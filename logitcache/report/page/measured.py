@@ -20,7 +20,7 @@ from logitcache.runtime.device import autocast
 from logitcache.student.build_model import decide_layouts
 from logitcache.student.evaluation.alignment import KINDS
 from logitcache.student.evaluation.cost import Contender, LatencyPlan, latencies
-from logitcache.student.evaluation.evaluate import OpenedRun, open_run, require_known_images, require_known_source
+from logitcache.student.evaluation.open_run import OpenedRun, open_run, require_known_images, require_known_source
 from logitcache.student.evaluation.single_label import Tally
 from logitcache.student.evaluation.validation import Validator, only_logits
 from logitcache.student.lesson import pairing_of, views_of

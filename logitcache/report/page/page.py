@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from logitcache.errors import MissingExtraError
-from logitcache.report.figures.base import Figure, Rows, as_csv
+from logitcache.report.figures.base import Figure, FigureRows, as_csv
 from logitcache.store.files import write_atomically
 
 
@@ -18,7 +18,7 @@ class Table:
     """
 
     title: str
-    rows: Rows
+    rows: FigureRows
     caption: str = ""
     most: int = 200
     full_csv: str | None = None

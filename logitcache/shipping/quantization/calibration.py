@@ -10,7 +10,7 @@ from torch import Tensor
 from logitcache.cache.cache import open_uncompared
 from logitcache.errors import RecipeError
 from logitcache.shipping.metadata import Metadata
-from logitcache.student.evaluation.evaluate import require_known_images, require_known_source
+from logitcache.student.evaluation.open_run import require_known_images, require_known_source
 from logitcache.student.lesson import pairing_of, views_of
 from logitcache.student.runs.trained import EvaluationTransform
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe

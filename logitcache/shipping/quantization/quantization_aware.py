@@ -7,7 +7,7 @@ from pathlib import Path
 from logitcache.errors import RecipeError
 from logitcache.shipping.export import ExportResult, export
 from logitcache.shipping.fine_tuning import STATED, evaluated_size, fine_tuning_recipe
-from logitcache.shipping.metadata import Pixels
+from logitcache.shipping.metadata import PixelType
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT
 from logitcache.student.distributed.ranks import joined
 from logitcache.student.evaluation.cost import LatencyPlan
@@ -52,7 +52,7 @@ def train_quantized(
     overrides: Sequence[str] = (),
     *,
     keep_float: Sequence[str] = (),
-    pixels: Pixels = "uint8",
+    pixels: PixelType = "uint8",
     least_agreement: float = LEAST_INT8_AGREEMENT,
     resume: bool = False,
     overwrite: bool = False,

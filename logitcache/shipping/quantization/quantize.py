@@ -17,7 +17,7 @@ from logitcache.shipping.export import describe
 from logitcache.shipping.exported import ExportedModel, Session
 from logitcache.shipping.graph import AS_RECORDED, PixelsToLogits, example, record, to_onnx
 from logitcache.shipping.latency import FileLatency, file_latencies, warn_if_slow
-from logitcache.shipping.metadata import Metadata, Pixels, new_file, record_of, write_with_record
+from logitcache.shipping.metadata import Metadata, PixelType, new_file, record_of, write_with_record
 from logitcache.shipping.parity import LEAST_INT8_AGREEMENT, Parity, compare
 from logitcache.shipping.quantization.calibration import calibration_images
 from logitcache.shipping.quantization.static_quantizer import (
@@ -28,7 +28,7 @@ from logitcache.shipping.quantization.static_quantizer import (
     require_layers,
 )
 from logitcache.student.evaluation.cost import LatencyPlan
-from logitcache.student.evaluation.evaluate import open_run
+from logitcache.student.evaluation.open_run import open_run
 
 _BATCH = 32
 Method = Literal["onnxruntime", "pt2e"]
@@ -45,7 +45,7 @@ class QuantizeResult:
     run: str
     file: str
     record: str
-    pixels: Pixels
+    pixels: PixelType
     calibration_images: int
     keep_float: tuple[str, ...]
     float_bytes: int
@@ -62,7 +62,7 @@ def quantize(
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     *,
-    pixels: Pixels = "uint8",
+    pixels: PixelType = "uint8",
     method: Method = "onnxruntime",
     symmetric: bool = False,
     num_images: int = 256,

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from logitcache.cache.encodings import Encoding
-from logitcache.cache.format.derivation import Average
+from logitcache.cache.format.derivation import MeanOf
 from logitcache.cache.format.manifest import LOGITS, TeacherName
 from logitcache.config.recipe import NOWHERE, Component, Count, Name, Positive
 
@@ -19,7 +19,7 @@ class DerivedTeacher(Component):
         "name. Weights count by their ratio.",
         examples=[{"resnet50": 1, "vit": 3}],
     )
-    average: Average | None = Field(
+    average: MeanOf | None = Field(
         default=None,
         description="What is averaged for several members: `logits`, or `probabilities` at `temperature`.",
         examples=["probabilities"],

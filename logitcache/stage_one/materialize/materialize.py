@@ -18,7 +18,7 @@ from logitcache.stage_one.claims import parse_part
 from logitcache.stage_one.inputs import open_views
 from logitcache.stage_one.materialize.view_files import (
     ENDINGS,
-    Form,
+    FileForm,
     PixelForm,
     RenderedViews,
     encode_views,
@@ -64,7 +64,7 @@ class ViewFile:
     start: int
     stop: int
 
-    def name(self, form: Form) -> str:
+    def name(self, form: FileForm) -> str:
         """Return its name, by which files are in the order of their views."""
         return f"{self.view:04}-{self.start:09}.{ENDINGS[form]}"
 
@@ -74,7 +74,7 @@ class ViewFile:
         return [ViewKey(self.view, index) for index in range(self.start, self.stop)]
 
 
-def files_of(num_views: int, num_images: int, shape: Sequence[int]) -> list[ViewFile]:
+def view_files_of(num_views: int, num_images: int, shape: Sequence[int]) -> list[ViewFile]:
     """Divide all views, of pixels [C, H, W], among files."""
     rows = min(num_images, max(1, FILE_BYTES // math.prod(shape)))
     return [
@@ -84,14 +84,14 @@ def files_of(num_views: int, num_images: int, shape: Sequence[int]) -> list[View
     ]
 
 
-def bytes_of(views: Views, form: Form = "webdataset", pixels: PixelForm = "png") -> int:
+def bytes_of(views: Views, form: FileForm = "webdataset", pixels: PixelForm = "png") -> int:
     """Predict the bytes of all files; those of PNG from up to 32 views, which are rendered."""
     num_images, num_views = len(views.dataset.ids), views.spec.num_views
     is_raw = pixels == "raw" or form == "npz"
     tried = [ViewKey(0, 0)] if is_raw else canaries.choose(views.spec.seed, num_images, num_views)
     rendered = views.__getitems__(tried).numpy()
     sizes = image_sizes(rendered, "raw" if is_raw else "png")
-    counts = [file.stop - file.start for file in files_of(num_views, num_images, rendered.shape[1:])]
+    counts = [file.stop - file.start for file in view_files_of(num_views, num_images, rendered.shape[1:])]
     return predicted_bytes(sizes, counts, views.dataset.ids, num_views, form)
 
 
@@ -99,7 +99,7 @@ def materialize(
     source: str | Path | PrecomputeRecipe,
     out: str | Path,
     *,
-    form: Form = "webdataset",
+    form: FileForm = "webdataset",
     pixels: PixelForm = "png",
     part: str | None = None,
     dry_run: bool = False,
@@ -118,7 +118,7 @@ def materialize(
     number, count = parse_part(part)
     views, start_method = _views_of(source, dataset, factories, trust)
     num_images, shape = len(views.dataset.ids), tuple(views[ViewKey(0, 0)].shape)
-    files = files_of(views.spec.num_views, num_images, shape)
+    files = view_files_of(views.spec.num_views, num_images, shape)
     predicted = bytes_of(views, form, pixels)
     if dry_run:
         return MaterializeResult(str(out), len(files), 0, len(files), 0, 0, predicted)
@@ -164,7 +164,7 @@ def _rendered(loader: ViewLoader, views: Views, files: Sequence[ViewFile]) -> It
         yield RenderedViews(pixels, file.keys, list(views.dataset.ids[file.start : file.stop]), crc32)
 
 
-def _description(views: Views, shape: Sequence[int], rows: int, form: Form, pixels: PixelForm) -> Document:
+def _description(views: Views, shape: Sequence[int], rows: int, form: FileForm, pixels: PixelForm) -> Document:
     """Describe what the files hold: the same views, images and form give the same bytes."""
     spec = views.spec.model_copy(update={"num_views": 1}).model_dump_json().encode()
     return {

@@ -18,10 +18,10 @@ from PIL import Image
 
 from logitcache.views.keys import ViewKey
 
-Form = Literal["webdataset", "tfrecord", "npz"]
+FileForm = Literal["webdataset", "tfrecord", "npz"]
 PixelForm = Literal["png", "raw"]
 PIXEL_FORMS: tuple[PixelForm, ...] = get_args(PixelForm)
-ENDINGS: Mapping[Form, str] = {"webdataset": "tar", "tfrecord": "tfrecord", "npz": "npz"}
+ENDINGS: Mapping[FileForm, str] = {"webdataset": "tar", "tfrecord": "tfrecord", "npz": "npz"}
 
 _TAR_BLOCK, _TAR_RECORD = 512, 10240
 _MASK = 0xA282EAD8
@@ -41,7 +41,7 @@ class RenderedViews(NamedTuple):
         return [f"{view}/{image}" for view, image in self.keys]
 
 
-def encode_views(views: RenderedViews, form: Form, pixels: PixelForm) -> bytes:
+def encode_views(views: RenderedViews, form: FileForm, pixels: PixelForm) -> bytes:
     """Return the bytes of a file of views."""
     return _WRITERS[form](views, pixels)
 
@@ -141,7 +141,7 @@ def _masked(content: bytes) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + _MASK) & 0xFFFFFFFF)
 
 
-_WRITERS: Mapping[Form, Callable[[RenderedViews, PixelForm], bytes]] = {
+_WRITERS: Mapping[FileForm, Callable[[RenderedViews, PixelForm], bytes]] = {
     "webdataset": _webdataset,
     "tfrecord": _tfrecord,
     "npz": _npz,
@@ -153,7 +153,9 @@ def image_sizes(pixels: NDArray[np.uint8], form: PixelForm) -> list[int]:
     return [len(image_bytes(one, form)) for one in pixels]
 
 
-def predicted_bytes(sizes: Sequence[int], counts: Sequence[int], ids: Sequence[str], num_views: int, form: Form) -> int:
+def predicted_bytes(
+    sizes: Sequence[int], counts: Sequence[int], ids: Sequence[str], num_views: int, form: FileForm
+) -> int:
     """Estimate the bytes of files of so many views each, from the bytes that the images of some views take."""
     pixels, key = float(np.mean(sizes)), len(f"{num_views - 1}/{len(ids) - 1}")
     if form == "webdataset":  # ids fit into a block, and there may be millions

@@ -32,7 +32,7 @@ class BatchRecord(Component):
     versions: dict[str, str]
 
 
-def record_name(round_: int, batch: int) -> str:
+def batch_record_name(round_: int, batch: int) -> str:
     """Return the file of a batch's record."""
     return f"batches/{round_:02}-{batch:05}.json"
 

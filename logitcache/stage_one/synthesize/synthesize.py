@@ -16,7 +16,14 @@ from logitcache.stage_one.materialize.view_files import image_bytes, tar_bytes
 from logitcache.stage_one.output_folder import Document, OutputFolder
 from logitcache.stage_one.synthesize.batches import IMAGES_OF_A_CLASS, SynthesizedBatch, Synthesizer, seconds_of_step
 from logitcache.stage_one.synthesize.networks import open_networks
-from logitcache.stage_one.synthesize.records import Round, is_whole, read_record, read_rounds, record_name, write_batch
+from logitcache.stage_one.synthesize.records import (
+    Round,
+    batch_record_name,
+    is_whole,
+    read_record,
+    read_rounds,
+    write_batch,
+)
 from logitcache.stage_one.synthesize.synthesize_recipe import SynthesizeRecipe
 
 DESCRIPTION = "synthesis.json"
@@ -71,7 +78,7 @@ def synthesize(
             round_, described = _described(folder, synthesizer)
             folder.describe(described, _grows, "images")
     mine = range(recipe.num_batches)[number - 1 :: count]
-    todo = [batch for batch in mine if not is_whole(folder, record_name(round_, batch))]
+    todo = [batch for batch in mine if not is_whole(folder, batch_record_name(round_, batch))]
     if dry_run:
         return _result(folder, recipe, round_, 0, seconds_of_step(synthesizer) * recipe.steps * len(todo))
     with stop_flag() as stop:
@@ -85,7 +92,7 @@ def synthesize(
 
             made = synthesizer.batch(round_, batch, before_step)
             files = dict(_files(recipe, f"{round_:02}-{batch:05}", made))
-            write_batch(folder, record_name(round_, batch), files, made)
+            write_batch(folder, batch_record_name(round_, batch), files, made)
     return _result(folder, recipe, round_, len(todo), None)
 
 
@@ -147,7 +154,7 @@ def _result(
     folder: OutputFolder, recipe: SynthesizeRecipe, round_: int, written: int, seconds: float | None
 ) -> SynthesizeResult:
     """Read what the batches of a round recorded, those of other processes too."""
-    names = [record_name(round_, batch) for batch in range(recipe.num_batches)]
+    names = [batch_record_name(round_, batch) for batch in range(recipe.num_batches)]
     records = [read_record(folder, name) for name in names if folder.holds(name)]
     agreed = [one.student_agreement for one in records if one.student_agreement is not None]
     return SynthesizeResult(

@@ -21,12 +21,12 @@ from logitcache.store.remote.failures import (
     CHANGES,
     NO_RANGES,
     PRECONDITION_FAILED,
-    plain,
     refusal,
-    require_place,
+    require_location,
     status_of,
+    without_secrets,
 )
-from logitcache.store.remote.protocols import S3, WEB, connected, entry, listed
+from logitcache.store.remote.protocols import S3, WEB, connected, entry, list_page
 from logitcache.store.remote.protocols import Entry as Entry
 from logitcache.store.remote.transfer import MAX_ANSWER_BYTES, METADATA, Bounds, Refused, request_seconds, too_long
 
@@ -68,7 +68,7 @@ class Remote:
     def __init__(self, url: str) -> None:
         """Take a URL apart; raise RecipeError for one that carries credentials or a query."""
         parts = urlsplit(url)
-        require_place(parts)
+        require_location(parts)
         self.url = url.rstrip("/")
         self.scheme = parts.scheme.lower()
 
@@ -161,7 +161,7 @@ class Remote:
         """Yield the files below a key, page by page; raise RemoteError for a listing that does not end."""
         began, count, token, path = time.monotonic(), 0, "", self._path(key)
         while True:
-            page, token = self._request("list", partial(listed, scheme=self.scheme, path=path, token=token), key)
+            page, token = self._request("list", partial(list_page, scheme=self.scheme, path=path, token=token), key)
             count += len(page)
             yield page
             if not token:
@@ -234,7 +234,7 @@ class Remote:
                 if attempt == ATTEMPTS or time.monotonic() - began > _patience():
                     raise RemoteError(
                         f"{self._shown(key)}: cannot {doing} it, tried {attempt} times in "
-                        f"{time.monotonic() - began:.0f} s: {plain(error)}.\n"
+                        f"{time.monotonic() - began:.0f} s: {without_secrets(error)}.\n"
                         "  Fix: see that the storage answers, then run the same command again"
                     ) from error
             time.sleep(pause * _chance.uniform(0.5, 1.5))

@@ -9,7 +9,7 @@ import numpy as np
 from logitcache.errors import RemoteError
 from logitcache.runtime.console import track
 from logitcache.store.digest_index import NO_STAMP, StampIndex, as_rows, packed_row, stamp_of_tag
-from logitcache.store.files import memory_of, read_memory, write_memory
+from logitcache.store.files import memory_file, read_memory, write_memory
 from logitcache.store.remote.client import PART, Entry, Remote
 from logitcache.store.shards import StoredShard
 
@@ -18,7 +18,7 @@ def object_digests(
     remote: Remote, shards: Sequence[StoredShard], listed: Mapping[str, Entry], *, fresh: bool
 ) -> list[bytes | None]:
     """Return the digests of shards in storage that are remembered, None for others; `fresh` reads every byte."""
-    memory = memory_of(remote.url, "objects")
+    memory = memory_file(remote.url, "objects")
     index = StampIndex(read_memory(memory) or b"")
     stamps = [stamp_of_tag(*listed[shard.key]) if shard.key in listed else NO_STAMP for shard in shards]
     rows = as_rows(packed_row(f"{remote}/{shard.key}", stamp) for shard, stamp in zip(shards, stamps, strict=True))

@@ -34,7 +34,7 @@ NO_RANGES = (
 )
 
 
-def require_place(parts: SplitResult) -> None:
+def require_location(parts: SplitResult) -> None:
     """Raise RecipeError for a URL that holds more than a place, or none."""
     if not parts.netloc and parts.scheme.lower() in (*S3, *WEB):
         raise RecipeError(f"{parts.geturl()} names no bucket or server. Fix: a URL as s3://bucket/name")
@@ -59,7 +59,7 @@ def refusal(error: Exception, where: str, doing: str) -> RemoteError | None:
     refused = f"{where}: cannot {doing} it"
     for cause in _causes(error):
         if isinstance(cause, Refused):
-            return RemoteError(f"{refused}: {plain(cause)}")
+            return RemoteError(f"{refused}: {without_secrets(cause)}")
     if _answer(error)[1] == "NoSuchBucket":
         bucket = "/".join(where.split("/")[:3])
         return RemoteError(f"{refused}: there is no such bucket, {bucket}. Fix: create it, or correct the URL")
@@ -73,7 +73,7 @@ def refusal(error: Exception, where: str, doing: str) -> RemoteError | None:
             "AWS_ENDPOINT_URL)"
         )
     fix = f"\n  Fix: {_WHERE_CREDENTIALS}" if type(error).__name__ in _CREDENTIAL_NAMES else ""
-    return RemoteError(f"{refused}: {plain(error)}{fix}")
+    return RemoteError(f"{refused}: {without_secrets(error)}{fix}")
 
 
 def may_pass(error: Exception) -> bool:
@@ -85,7 +85,7 @@ def may_pass(error: Exception) -> bool:
     return not refused or status in _PASSING_STATUS or code in _PASSING_CODES
 
 
-def plain(error: Exception) -> str:
+def without_secrets(error: Exception) -> str:
     """Return the text of an error without anything that is secret."""
     text = " ".join(str(error).split()) or type(error).__name__
     for name in _SECRETS:

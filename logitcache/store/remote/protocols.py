@@ -48,7 +48,7 @@ def connected(scheme: str, requests: int, connect_seconds: float, read_seconds: 
     return found
 
 
-def listed(files: Any, scheme: str, path: str, token: str) -> tuple[dict[str, Entry], str]:
+def list_page(files: Any, scheme: str, path: str, token: str) -> tuple[dict[str, Entry], str]:
     """Return files below a path by key, and the token of the next ones; all of them and "" if there are no pages."""
     if scheme in S3:
         from logitcache.store.remote.s3 import page
@@ -97,10 +97,10 @@ def _web(connect_seconds: float, read_seconds: float) -> Any:
 
 
 def _s3(requests: int, connect_seconds: float, read_seconds: float) -> Mapping[str, Any]:
-    from logitcache.store.remote.s3 import Session
+    from logitcache.store.remote.s3 import S3Session
 
     retries = {"total_max_attempts": 1}
     seconds = {"connect_timeout": connect_seconds, "read_timeout": read_seconds}
-    pool = {"max_pool_connections": requests, "http_session_cls": Session}
+    pool = {"max_pool_connections": requests, "http_session_cls": S3Session}
     # With more at once, s3fs asks for the size before each read.
     return {"config_kwargs": {**seconds, **pool, "retries": retries}, "max_concurrency": 1}

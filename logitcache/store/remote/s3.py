@@ -14,7 +14,7 @@ from logitcache.store.remote.transfer import MAX_ERROR_BYTES, Refused, current
 _AWS = re.compile(r"([a-z0-9-]+)\.(amazonaws\.[a-z]+(?:\.[a-z]+)?)$")
 
 
-class Session(AIOHTTPSession):  # type: ignore[misc]
+class S3Session(AIOHTTPSession):  # type: ignore[misc]
     """The HTTP session of a client of S3, which keeps credentials and writes within the domain of its endpoint.
 
     A bucket of another region is one of another host: botocore finds it, here it must be of the same AWS partition.

@@ -18,7 +18,7 @@ from logitcache.runtime.console import track
 from logitcache.runtime.device import autocast, own_randomness, resolve_device
 from logitcache.store.remote.client import Remote, is_remote
 from logitcache.store.safe_files import open_regular
-from logitcache.student.evaluation.evaluate import require_memory, stated_factory, unopened_recipe
+from logitcache.student.evaluation.open_run import require_memory, stated_factory, unopened_recipe
 from logitcache.student.losses import BinaryCrossEntropy, MultiLabelKL
 from logitcache.student.runs.trained import MODES, Evaluation, EvaluationTransform, load_student, read_evaluation
 from logitcache.student.speed import lay_out

@@ -31,8 +31,7 @@ from logitcache.views.datasets import open_dataset
 from logitcache.views.datasets.base import UNLABELLED, ImageDataset, fingerprint, is_multi_label
 from logitcache.views.datasets.images.labels import class_index, listed_classes
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
-from logitcache.views.keys import ViewKey
-from logitcache.views.mixing.partners import Ints
+from logitcache.views.keys import Ints, ViewKey
 from logitcache.views.order import held_out, share_of
 from logitcache.views.spec import Views, ViewSpec
 from logitcache.views.view_sizes import require_one_size

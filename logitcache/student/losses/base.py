@@ -228,7 +228,7 @@ def require_classes(logits: Tensor) -> None:
         raise RecipeError(f"a softmax over {logits.shape[1]} class is constant and trains nothing. {FIX_OF_ONE_CLASS}")
 
 
-def known(labels: Tensor, mixed: MixedLabels | None = None) -> Tensor:
+def known_labels(labels: Tensor, mixed: MixedLabels | None = None) -> Tensor:
     """Return which labels, of the image and of its partner if mixed, are known; bool, in the shape of `labels`."""
     own = labels != UNLABELLED
     return own if mixed is None else own & (mixed.partners != UNLABELLED)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from logitcache.config.recipe import Positive
 from logitcache.errors import RecipeError
 from logitcache.logits import at_least_float32
-from logitcache.student.losses.base import Context, LossBase, LossWeight, Need, Site, known, mean_over
+from logitcache.student.losses.base import Context, LossBase, LossWeight, Need, Site, known_labels, mean_over
 from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, MixedLabels, Targets
 
@@ -31,7 +31,7 @@ def binary_cross_entropy(
         wanted = share * wanted + (1 - share) * mixed.partners.to(scores.dtype)
     weight = torch.as_tensor(positive_weight, dtype=scores.dtype, device=scores.device)
     terms = F.binary_cross_entropy_with_logits(scores, wanted, reduction="none", pos_weight=weight)
-    return mean_over(terms, known(labels, mixed))
+    return mean_over(terms, known_labels(labels, mixed))
 
 
 class PositiveWeights(nn.Module):
@@ -82,4 +82,4 @@ class BinaryCrossEntropy(LossBase):
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the labels that the loss is a mean over."""
-        return known(batch.labels, batch.mixed).sum()
+        return known_labels(batch.labels, batch.mixed).sum()

@@ -15,7 +15,7 @@ from logitcache.student.losses.base import (
     LossWeight,
     Need,
     Site,
-    known,
+    known_labels,
     mean_over,
     require_classes,
 )
@@ -37,7 +37,7 @@ def cross_entropy(
     if mixed is not None:
         share = mixed.share.to(scores.dtype)
         rows = share * rows + (1 - share) * _rows(scores, mixed.partners, label_smoothing)
-    return mean_over(rows, known(labels, mixed))
+    return mean_over(rows, known_labels(labels, mixed))
 
 
 def _rows(scores: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
@@ -95,4 +95,4 @@ class CrossEntropy(LossBase):
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that the loss is a mean over."""
-        return known(batch.labels, batch.mixed).sum()
+        return known_labels(batch.labels, batch.mixed).sum()

@@ -11,7 +11,7 @@ from logitcache.student.losses.base import (
     LossTeacher,
     LossWeight,
     cross,
-    known,
+    known_labels,
     mean_over,
     require_classes,
     split_by_label,
@@ -40,7 +40,7 @@ def dkd(
     own_t, rest_t, others_t = split_by_label(log_probs(teacher, temperature), labels)
     against_rest = own_t.exp() * (own_t - own_s) + rest_t.exp() * (rest_t - rest_s)
     among_others = cross(others_t.exp(), others_t - others_s)
-    return temperature**2 * mean_over(alpha * against_rest + beta * among_others, known(labels))
+    return temperature**2 * mean_over(alpha * against_rest + beta * among_others, known_labels(labels))
 
 
 class DKD(SingleLabelLoss):

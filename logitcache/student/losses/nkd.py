@@ -13,7 +13,7 @@ from logitcache.student.losses.base import (
     LossTeacher,
     LossWeight,
     cross,
-    known,
+    known_labels,
     mean_over,
     require_classes,
     split_by_label,
@@ -39,7 +39,7 @@ def nkd(
     _, _, others_s = split_by_label(log_probs(student, temperature), labels)
     _, _, others_t = split_by_label(log_probs(teacher, temperature), labels)
     rows = -own_t.exp() * own_s - gamma * temperature**2 * cross(others_t.exp(), others_s)
-    return mean_over(rows, known(labels))
+    return mean_over(rows, known_labels(labels))
 
 
 class NKD(SingleLabelLoss):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from logitcache.config.recipe import Positive
 from logitcache.logits import Logits, log_probs
-from logitcache.student.losses.base import Context, LossBase, Need, Site, StepSums, known, targets_of
+from logitcache.student.losses.base import Context, LossBase, Need, Site, StepSums, known_labels, targets_of
 from logitcache.student.losses.cross_entropy import CrossEntropy, cross_entropy
 from logitcache.student.optim.schedules import (
     Constant,
@@ -171,7 +171,7 @@ class SingleLabelLoss(TemperedLoss, ABC):
 
     def rows(self, batch: Batch) -> Tensor:
         """Count the rows that have a label."""
-        return known(batch.labels).sum()
+        return known_labels(batch.labels).sum()
 
 
 def _always_positive(temperature: TemperatureBase) -> TemperatureBase:

@@ -8,7 +8,15 @@ from pydantic import Field
 from torch import Tensor
 
 from logitcache.logits import Logits, log_probs
-from logitcache.student.losses.base import Context, LossTeacher, LossWeight, cross, known, mean_over, require_classes
+from logitcache.student.losses.base import (
+    Context,
+    LossTeacher,
+    LossWeight,
+    cross,
+    known_labels,
+    mean_over,
+    require_classes,
+)
 from logitcache.student.losses.temperatures import SingleLabelLoss, Temperature
 from logitcache.student.optim.schedules import constant
 from logitcache.targets import Batch, Targets
@@ -30,7 +38,7 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | 
     ce_t = -log_probs(teacher).gather(1, place)[:, 0]
     weight = -(-ce_s / (ce_t + EPSILON)).expm1()
     soft = -cross(log_probs(teacher, temperature).exp(), log_probs(student, temperature))
-    return temperature**2 * mean_over(weight * soft, known(labels))
+    return temperature**2 * mean_over(weight * soft, known_labels(labels))
 
 
 class WSLD(SingleLabelLoss):

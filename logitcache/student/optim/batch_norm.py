@@ -14,7 +14,7 @@ _UNSETTLED = 0.1
 CONVERTED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def require_possible(device: torch.device, ranks: Ranks) -> None:
+def require_shared_statistics(device: torch.device, ranks: Ranks) -> None:
     """Raise RecipeError if ranks compute on devices that cannot share statistics."""
     if ranks.size > 1 and device.type != "cuda":
         raise RecipeError(

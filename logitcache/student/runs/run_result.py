@@ -16,7 +16,7 @@ from logitcache.store.safe_files import read_bounded, require_bounded
 from logitcache.student.evaluation.validation import Validator
 from logitcache.student.learner import Learner
 from logitcache.student.runs.run_directory import RunDirectory
-from logitcache.student.runs.state_shapes import most_bytes
+from logitcache.student.runs.state_shapes import most_state_bytes
 from logitcache.student.runs.trained import Evaluation, save_evaluation
 from logitcache.student.training_recipes import TrainingRecipe
 
@@ -128,7 +128,7 @@ def save_kept(
     save_evaluation(run.path, evaluation)
     if recipe.keep == "best":
         with run.reading(run.best):
-            require_bounded(run.best, most_bytes(classifier.state_dict()))
+            require_bounded(run.best, most_state_bytes(classifier.state_dict()))
             load_weights(classifier.module, read_state(run.best), str(run.best))
     module = classifier.module if recipe.model is None else plain(recipe.model, classifier.module)
     save_model(run.path, module, stored)

@@ -12,7 +12,7 @@ _MOST_TIMES = 8
 """A state at any step over the learner's first one, which has no moments of an optimiser yet, at most."""
 
 
-def most_bytes(own: object) -> int:
+def most_state_bytes(own: object) -> int:
     """Return how many bytes a saved state can have, given the learner's own before its first step."""
     return _SLACK + _MOST_TIMES * _num_bytes(own)
 
@@ -39,7 +39,7 @@ def require_alike(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     _require_moments(saved["optimizer"])
 
 
-def require_place(place: Sequence[int], num_batches: int, epochs: int) -> None:
+def require_position(place: Sequence[int], num_batches: int, epochs: int) -> None:
     """Raise ValueError for a step, epoch and batch that a run of so many epochs does not reach."""
     reached = len(place) == 3 and all(
         found <= most for found, most in zip(place, (epochs * num_batches, epochs, num_batches), strict=True)

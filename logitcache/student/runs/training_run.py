@@ -17,7 +17,7 @@ from logitcache.student.nonfinite import require_finite_targets
 from logitcache.student.optim.schedules import Progress
 from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.run_result import RunResult, best_epoch, extend, keep_if_best, save_kept
-from logitcache.student.runs.state_shapes import most_bytes, require_alike, require_place, require_shapes
+from logitcache.student.runs.state_shapes import most_state_bytes, require_alike, require_position, require_shapes
 from logitcache.student.runs.trained import Evaluation
 from logitcache.student.training_data import Stream
 from logitcache.student.training_recipes import TrainingRecipe
@@ -65,10 +65,10 @@ class TrainingRun:
         run, learner = self.directory, self.learner
         if run.begun:
             own = learner.state()
-            saved = run.load_checkpoint(most_bytes(own))
+            saved = run.load_checkpoint(most_state_bytes(own))
             with run.reading(run.checkpoint):
                 require_alike(saved, own)
-                require_place(saved.get("place", (0, 0, 0)), self._num_batches, self.recipe.epochs)
+                require_position(saved.get("place", (0, 0, 0)), self._num_batches, self.recipe.epochs)
             try:
                 learner.load(saved)
             except Exception as cause:  # modules raise anything for a foreign state

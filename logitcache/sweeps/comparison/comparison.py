@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from logitcache.sweeps.cells import Member
+from logitcache.sweeps.cells import SweepStudent
 from logitcache.sweeps.comparison.student_t import quantile, two_sided
 from logitcache.sweeps.outcomes import Outcome
 
@@ -95,7 +95,7 @@ class Comparison:
 
 
 def compare(
-    outcomes: Mapping[Member, Outcome], baseline: str | None = None, errors: Mapping[str, float] | None = None
+    outcomes: Mapping[SweepStudent, Outcome], baseline: str | None = None, errors: Mapping[str, float] | None = None
 ) -> Comparison:
     """Compare finished students by cell; `baseline` is by default the first cell that has any."""
     found: dict[str, dict[int, dict[str, float]]] = {}

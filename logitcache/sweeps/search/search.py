@@ -11,13 +11,22 @@ from logitcache.config.recipe import NOWHERE
 from logitcache.errors import RecipeError
 from logitcache.runtime.console import logger
 from logitcache.sweeps.architecture_costs import ArchitectureCosts
-from logitcache.sweeps.cells import Cell, Member, members_from
-from logitcache.sweeps.halving import num_kept
+from logitcache.sweeps.cells import Cell, SweepStudent, members_from
+from logitcache.sweeps.halving import num_survivors
 from logitcache.sweeps.objectives import best, fronts, is_measured, scores_of, values_of
 from logitcache.sweeps.outcomes import Outcome, outcome_of
 from logitcache.sweeps.search.search_recipe import Random, Search
 from logitcache.sweeps.search.study import StudyTrials
-from logitcache.sweeps.search.trials import Axis, RandomTrials, State, Trial, TrialResult, Trials, axes_of, corners_of
+from logitcache.sweeps.search.trials import (
+    Axis,
+    RandomTrials,
+    Trial,
+    TrialResult,
+    Trials,
+    TrialState,
+    axes_of,
+    corners_of,
+)
 from logitcache.sweeps.sweep_recipe import SweepRecipe
 from logitcache.sweeps.trainer import Trainer
 
@@ -27,11 +36,11 @@ class Searched:
     """A search: its trials, every student of them, and the students to compare with one another."""
 
     trials: tuple[TrialResult, ...]
-    members: tuple[Member, ...]
-    compared: tuple[Member, ...]
+    members: tuple[SweepStudent, ...]
+    compared: tuple[SweepStudent, ...]
 
 
-def require_sound(recipe: SweepRecipe) -> list[Member]:
+def require_sound(recipe: SweepRecipe) -> list[SweepStudent]:
     """Return a student of each choice and each end of a range; raise RecipeError listing those that are no recipe."""
     if recipe.search is None:
         return []
@@ -46,7 +55,7 @@ def search(recipe: SweepRecipe, trainer: Trainer) -> Searched:
     """
     searching = recipe.search
     assert searching is not None
-    axes, results, members = axes_of(searching.space), list[TrialResult](), dict[str, Member]()
+    axes, results, members = axes_of(searching.space), list[TrialResult](), dict[str, SweepStudent]()
     trials = _open(recipe, searching, axes, trainer.out)
     cells: dict[str, Cell] = {}
     for numbers in _batches(searching):
@@ -66,7 +75,7 @@ def _open(recipe: SweepRecipe, searching: Search, axes: Sequence[Axis], out: Pat
     left = searching.batch_size
     for _ in () if recipe.halving is None else recipe.halving.epochs:
         assert recipe.halving is not None
-        left = num_kept(left, recipe.halving.keep)
+        left = num_survivors(left, recipe.halving.keep)
     return StudyTrials(searching, axes, left, out / "study.jsonl")
 
 
@@ -81,10 +90,10 @@ def _same(trial: Trial, cells: dict[str, Cell]) -> Trial:
 
 
 def _run(
-    batch: Sequence[Trial], recipe: SweepRecipe, trials: Trials, trainer: Trainer, members: dict[str, Member]
+    batch: Sequence[Trial], recipe: SweepRecipe, trials: Trials, trainer: Trainer, members: dict[str, SweepStudent]
 ) -> list[TrialResult]:
     """Train a batch, unless all of it is recorded, and record its results; add its students to `members`."""
-    students: dict[int, list[Member]] = {}
+    students: dict[int, list[SweepStudent]] = {}
     refused: dict[int, str] = {}
     for trial in batch:
         try:
@@ -109,7 +118,9 @@ def _run(
     return results
 
 
-def _result(trial: Trial, members: Sequence[Member], recipe: SweepRecipe, costs: ArchitectureCosts) -> TrialResult:
+def _result(
+    trial: Trial, members: Sequence[SweepStudent], recipe: SweepRecipe, costs: ArchitectureCosts
+) -> TrialResult:
     """Read how the students of a trial ended; values are means over its seeds."""
     assert recipe.search is not None
     outcomes = [outcome_of(member) for member in members]
@@ -131,7 +142,7 @@ def _result(trial: Trial, members: Sequence[Member], recipe: SweepRecipe, costs:
     return replace(result, values=dict(zip(objectives, means, strict=True)))
 
 
-def _state(outcomes: Sequence[Outcome]) -> State:
+def _state(outcomes: Sequence[Outcome]) -> TrialState:
     states = {outcome.state for outcome in outcomes}
     if states == {"finished"}:
         return "finished"
@@ -166,7 +177,7 @@ def _finish(
     recipe: SweepRecipe,
     results: Sequence[TrialResult],
     cells: dict[str, Cell],
-    members: dict[str, Member],
+    members: dict[str, SweepStudent],
     trainer: Trainer,
 ) -> Searched:
     """Train finalists and the cells beside them with fresh seeds; without finalists, these cells with the search's."""

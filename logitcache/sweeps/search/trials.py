@@ -16,7 +16,7 @@ from logitcache.sweeps.search.space import RANGES, Range, Space
 
 Value = str | int | float
 """A value of an axis: the label of a choice, or a number of a range."""
-State = Literal["finished", "stopped", "failed", "waiting"]
+TrialState = Literal["finished", "stopped", "failed", "waiting"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TrialResult:
 
     trial: int
     cell: str
-    state: State
+    state: TrialState
     epochs: int
     changes: Mapping[str, JsonValue]
     values: Mapping[str, float] = field(default_factory=dict)

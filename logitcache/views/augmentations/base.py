@@ -20,9 +20,8 @@ from torch import Tensor
 
 from logitcache.config.recipe import NEVER_APPLIED, Component, Float
 from logitcache.errors import DataError, RecipeError
-from logitcache.views.keys import Draws, Words, uniform
+from logitcache.views.keys import Draws, Ints, Words, uniform
 
-Ints = NDArray[np.int64]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 Side = Annotated[int, Field(ge=1, le=16_384)]
 Size = Side | tuple[Side, Side]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from logitcache.config.recipe import Fraction, Lenient
 from logitcache.errors import DataError
-from logitcache.views.augmentations.base import Ints, Ordered, Scale, Size, TorchvisionBase, kernels, pair, replace_rows
-from logitcache.views.keys import Draws, bernoulli, uniform
+from logitcache.views.augmentations.base import Ordered, Scale, Size, TorchvisionBase, kernels, pair, replace_rows
+from logitcache.views.keys import Draws, Ints, bernoulli, uniform
 
 STEPS = 65536
 """Standard deviations are multiples of 1 / STEPS."""

@@ -10,8 +10,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from logitcache.config.recipe import Float, Fraction
-from logitcache.views.augmentations.base import Ints, Scale, TorchvisionBase, kernels, replace_rows, require_colors
-from logitcache.views.keys import Draws, below, bernoulli, uniform
+from logitcache.views.augmentations.base import Scale, TorchvisionBase, kernels, replace_rows, require_colors
+from logitcache.views.keys import Draws, Ints, below, bernoulli, uniform
 
 Factors = Float | tuple[Float, Float]
 """How far a factor may be from its neutral value, or its lowest and highest value."""

@@ -15,7 +15,6 @@ from logitcache.views.augmentations.base import (
     AugmentationBase,
     Fill,
     Interpolation,
-    Ints,
     Ordered,
     RatioKnots,
     ResizingBase,
@@ -29,8 +28,8 @@ from logitcache.views.augmentations.base import (
     rescaled_boxes,
     sizes_of,
 )
-from logitcache.views.augmentations.resize import Kernel, resampled_together, resized
-from logitcache.views.keys import Draws, below, uniform
+from logitcache.views.augmentations.resize import Kernel, crop_and_resize, resampled_together
+from logitcache.views.keys import Draws, Ints, below, uniform
 
 NUM_TRIES = 10
 Share = Annotated[float, Field(gt=0.0, le=1.0), Lenient]
@@ -62,7 +61,7 @@ class Window(TorchvisionBase):
         if (params[:, 2:] == self.size).all():
             return windows(images, starts + low, self.size)
         boxes = np.concatenate([starts + low, params[:, 2:]], axis=1)
-        return resized(images, boxes, self.size, "bilinear", "exact")
+        return crop_and_resize(images, boxes, self.size, "bilinear", "exact")
 
 
 def padded(images: Tensor, widths: tuple[tuple[int, int], ...], crop: "RandomCrop | Window") -> Tensor:
@@ -278,7 +277,7 @@ class RandomResizedCrop(ResizingBase):
 
     def apply(self, images: Tensor, params: Ints) -> Tensor:
         """Crop and resize with antialiasing."""
-        return resized(images, params, pair(self.size), self.interpolation, self.kernel)
+        return crop_and_resize(images, params, pair(self.size), self.interpolation, self.kernel)
 
     def in_batches(self, size: tuple[int, int]) -> bool:
         """Take small images, by the exact kernel."""

@@ -13,7 +13,6 @@ from logitcache.runtime.device import to_device
 from logitcache.views.augmentations.base import (
     AugmentationBase,
     Fill,
-    Ints,
     Ordered,
     RatioKnots,
     Scale,
@@ -23,7 +22,7 @@ from logitcache.views.augmentations.base import (
     require_values,
     rescaled_boxes,
 )
-from logitcache.views.keys import Draws, below, bernoulli, philox, uniform
+from logitcache.views.keys import Draws, Ints, below, bernoulli, philox, uniform
 
 NUM_TRIES = 10
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from logitcache.config.recipe import Fraction
 from logitcache.runtime.device import to_device
-from logitcache.views.augmentations.base import AugmentationBase, Ints, Scale
-from logitcache.views.keys import Draws, bernoulli
+from logitcache.views.augmentations.base import AugmentationBase, Scale
+from logitcache.views.keys import Draws, Ints, bernoulli
 
 
 class HorizontalFlip(AugmentationBase):

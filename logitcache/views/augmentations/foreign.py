@@ -19,11 +19,11 @@ from torch import Tensor
 from logitcache.config.factories import call_factory
 from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError, did_you_mean
-from logitcache.views.augmentations.base import AugmentationBase, Ints, Size, pair, sizes_of
+from logitcache.views.augmentations.base import AugmentationBase, Size, pair, sizes_of
 from logitcache.views.datasets.images.random_state import untouched
-from logitcache.views.keys import Draws
+from logitcache.views.keys import Draws, Ints
 
-Transform = Callable[[Tensor], object]
+ImageTransform = Callable[[Tensor], object]
 
 NewSize = Annotated[
     Size | None,
@@ -54,7 +54,7 @@ def _plan(draws: Draws, stream: str, ordinal: int, sizes: Ints, size: Size | Non
     return seeds, sizes if size is None else sizes_of(len(sizes), pair(size))
 
 
-def _apply(what: str, transform: Transform, images: Tensor, seeds: Ints, size: Size | None) -> Tensor:
+def _apply(what: str, transform: ImageTransform, images: Tensor, seeds: Ints, size: Size | None) -> Tensor:
     wanted = (images.shape[1], *(images.shape[2:] if size is None else pair(size)))
     results = []
     with untouched():
@@ -108,7 +108,7 @@ class Torchvision(AugmentationBase):
             self._transform()
         return self
 
-    def _transform(self) -> Transform:
+    def _transform(self) -> ImageTransform:
         return _torchvision_transform(self.name, json.dumps(self.options, sort_keys=True))
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
@@ -163,7 +163,7 @@ def factories_of(augmentations: Sequence[Component]) -> list[str]:
 
 
 @functools.cache
-def _torchvision_transform(name: str, options: str) -> Transform:
+def _torchvision_transform(name: str, options: str) -> ImageTransform:
     from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
     made = getattr(v2, name, None)
@@ -174,14 +174,14 @@ def _torchvision_transform(name: str, options: str) -> Transform:
         enums = {"interpolation": InterpolationMode, "policy": AutoAugmentPolicy}
         given = json.loads(options).items()
         texts = {n: enums[n](value) if n in enums and isinstance(value, str) else value for n, value in given}
-        transform: Transform = made(**texts)
+        transform: ImageTransform = made(**texts)
     except (TypeError, ValueError) as cause:
         raise RecipeError(f"torchvision's {name} does not take these options: {cause}") from cause
     return transform
 
 
 @functools.cache
-def _custom_transform(factory: str, arguments: str) -> Transform:
+def _custom_transform(factory: str, arguments: str) -> ImageTransform:
     made = call_factory(factory, json.loads(arguments))
     if not callable(made):
         raise RecipeError(f"'{factory}' returned a {type(made).__name__}. Fix: return a callable")

@@ -17,7 +17,6 @@ from torch import Tensor
 from logitcache.errors import RecipeError
 from logitcache.views.augmentations.base import (
     Fill,
-    Ints,
     Scale,
     TorchvisionBase,
     kernels,
@@ -28,7 +27,7 @@ from logitcache.views.augmentations.base import (
     rescaled,
 )
 from logitcache.views.augmentations.color import adjust_contrast
-from logitcache.views.keys import Draws, below
+from logitcache.views.keys import Draws, Ints, below
 
 if TYPE_CHECKING:
     from torchvision.transforms import InterpolationMode
@@ -105,24 +104,24 @@ MOVING = [NAMES.index(name) for name in ("shear_x", "shear_y", "translate_x", "t
 """The numbers of the operations that move pixels."""
 UNSIGNED = ("posterize", "solarize", "auto_contrast", "equalize", "identity")
 
-Range = tuple[float, float]
+MagnitudeRange = tuple[float, float]
 
 
-def narrow_range(name: str, height: int, width: int) -> Range:
+def narrow_range(name: str, height: int, width: int) -> MagnitudeRange:
     """Return the magnitudes of the first and last bin in RandAugment, for an image of a size."""
     moves = {"translate_x": 150.0 / 331.0 * width, "translate_y": 150.0 / 331.0 * height}
     stops = {"shear_x": 0.3, "shear_y": 0.3, "rotate": 30.0} | moves
     return {"posterize": (8.0, 4.0), "solarize": (1.0, 0.0)}.get(name, (0.0, stops.get(name, 0.9)))
 
 
-def wide_range(name: str, height: int, width: int) -> Range:
+def wide_range(name: str, height: int, width: int) -> MagnitudeRange:
     """Return the magnitudes of the first and last bin in TrivialAugment Wide; the size does not matter."""
     stops = {"translate_x": 32.0, "translate_y": 32.0, "rotate": 135.0}
     return {"posterize": (8.0, 2.0), "solarize": (1.0, 0.0)}.get(name, (0.0, stops.get(name, 0.99)))
 
 
 @lru_cache(maxsize=4096)
-def magnitude_of(name: str, bounds: Range, num_bins: int, number: int) -> float:
+def magnitude_of(name: str, bounds: MagnitudeRange, num_bins: int, number: int) -> float:
     """Return the magnitude of a bin, as torchvision computes it in float32."""
     start, stop = bounds
     if name == "posterize":
@@ -134,7 +133,7 @@ def magnitude_of(name: str, bounds: Range, num_bins: int, number: int) -> float:
 
 def apply_policy(
     policy: "RandAugment | TrivialAugmentWide",
-    range_of: Callable[[str, int, int], Range],
+    range_of: Callable[[str, int, int], MagnitudeRange],
     images: Tensor,
     params: Ints,
 ) -> Tensor:

@@ -20,8 +20,8 @@ from pydantic import AfterValidator, Field, ValidationInfo
 from torch import Tensor
 
 from logitcache.runtime.device import to_device
-from logitcache.views.augmentations.base import Interpolation, Ints, ResizingBase, Scale, Size, kernels, sizes_of
-from logitcache.views.keys import Draws
+from logitcache.views.augmentations.base import Interpolation, ResizingBase, Scale, Size, kernels, sizes_of
+from logitcache.views.keys import Draws, Ints
 
 Filter = Literal["bilinear", "bicubic"]
 
@@ -48,7 +48,9 @@ Kernel = Annotated[Literal["torchvision", "exact"], AfterValidator(_with_weights
 CPUs; exact gives the same bytes on every machine."""
 
 
-def resized(images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: Interpolation, kernel: Kernel) -> Tensor:
+def crop_and_resize(
+    images: Tensor, boxes: Ints, size: tuple[int, int], interpolation: Interpolation, kernel: Kernel
+) -> Tensor:
     """Cut `boxes` [B, 4] (top, left, height, width) out of [B, C, H, W] and resize them to `size`."""
     if kernel == "exact":
         assert interpolation != "nearest"
@@ -108,7 +110,7 @@ class Resize(ResizingBase):
         """Resize with antialiasing."""
         height, width = params[0].tolist()  # equal for all rows: the images have one size
         boxes = sizes_of(len(images), (0, 0, *images.shape[2:]))
-        return resized(images, boxes, (height, width), self.interpolation, self.kernel)
+        return crop_and_resize(images, boxes, (height, width), self.interpolation, self.kernel)
 
     def in_batches(self, size: tuple[int, int]) -> bool:
         """Take small images, by the exact kernel."""

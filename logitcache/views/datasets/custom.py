@@ -62,12 +62,12 @@ def as_image_dataset(dataset: object, name: str = "the data set") -> ImageDatase
         name,
         as_ids(getattr(source, "ids", None), length, name),
         from_value,
-        class_names(source),
+        class_names_of(source),
         getattr(source, "num_classes", None),
     )
 
 
-def class_names(source: object) -> tuple[str, ...] | None:
+def class_names_of(source: object) -> tuple[str, ...] | None:
     """Return the names in `classes`, which torchvision's data sets have too; None without."""
     names = getattr(source, "classes", None)
     if not isinstance(names, list | tuple) or not names:

@@ -21,7 +21,7 @@ from logitcache.views.datasets.images.class_folders import Listing, Split, by_cl
 from logitcache.views.datasets.images.ids import PackedIds, PathsBelow
 from logitcache.views.datasets.images.image_files import HEADERS, Decoder, ImageFiles, Orientation, head_of, is_image
 from logitcache.views.datasets.images.pixels import Mode
-from logitcache.views.datasets.images.remote_folder import RemoteImages, open_folder
+from logitcache.views.datasets.images.remote_folder import RemoteImages, open_remote_folder
 
 _OTHERS_PER_IMAGE, _MOST_OTHERS = 10, 50_000
 """Files and folders looked at for each image that a manifest records, and besides."""
@@ -83,7 +83,7 @@ class ImageFolder(DatasetBase):
         `num_images`, if a manifest names the folder, bounds what is looked at: RefusedError if far more lies there.
         """
         if is_remote(self.root):
-            return open_folder(Remote(self.root), self.mode, self.labelled, self.orientation, self._chosen)
+            return open_remote_folder(Remote(self.root), self.mode, self.labelled, self.orientation, self._chosen)
         root = Path(self.root).expanduser().absolute()
         if not root.is_dir():
             state = "is a file, not a folder" if root.exists() else "does not exist"

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcache.store import digest_index
-from logitcache.store.files import memory_of, read_memory, write_memory
+from logitcache.store.files import memory_file, read_memory, write_memory
 from logitcache.views.datasets.base import Labels
 
 _STATE_BYTES = 32
 _MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
 
 
-def remember(path: Path | None, state: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:
+def remember_scan(path: Path | None, state: bytes, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays for a state of the files, a digest of 32 bytes, if the user has a cache directory."""
     buffer = io.BytesIO()
     members: dict[str, Any] = dict(arrays)
@@ -68,10 +68,10 @@ class ScanMemory:
         """Remember a scan, unless a file changed around the opening or since."""
         state = self._state()
         if state is not None:
-            remember(self._path(), state, scan._asdict())
+            remember_scan(self._path(), state, scan._asdict())
 
     def _path(self) -> Path | None:
-        return memory_of(f"{self.root}\n{self.name}", "scan.npz")
+        return memory_file(f"{self.root}\n{self.name}", "scan.npz")
 
     def _state(self) -> bytes | None:
         """Return the digest of all stamps below the root; None if one is not old enough."""

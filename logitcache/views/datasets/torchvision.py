@@ -15,7 +15,7 @@ from torch import Tensor
 from logitcache.errors import DataError, LogitCacheError, RecipeError, did_you_mean
 from logitcache.store import digest_index
 from logitcache.views.datasets.base import DatasetBase
-from logitcache.views.datasets.custom import class_names
+from logitcache.views.datasets.custom import class_names_of
 from logitcache.views.datasets.images import torchvision_files
 from logitcache.views.datasets.images.ids import NumberedIds
 from logitcache.views.datasets.images.pixels import Mode, from_pil
@@ -69,7 +69,7 @@ class Torchvision(DatasetBase):
             if self.download:
                 _built(made, arguments, self.download)
             files = torchvision_files.files_of(self.name, train)
-            source: MapStyle = torchvision_files.read_stored(self.name, Path(root), train)
+            source: MapStyle = torchvision_files.read_split(self.name, Path(root), train)
         else:
             files, source = None, cast(MapStyle, _built(made, arguments, self.download))
         what = f"torchvision's {self.name}"
@@ -80,7 +80,7 @@ class Torchvision(DatasetBase):
             what,
             NumberedIds(f"{self.split}/" if self.split else "", num_items(source, what)),
             functools.partial(_decoded, mode=self.mode),
-            class_names=class_names(source),
+            class_names=class_names_of(source),
             memory=ScanMemory(Path(root), identity, opened_ns, files) if root else None,
         )
 

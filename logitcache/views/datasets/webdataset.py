@@ -16,8 +16,8 @@ from logitcache.errors import DataError, RemoteError
 from logitcache.runtime.console import track
 from logitcache.store.remote.client import REQUESTS, Entry, is_remote
 from logitcache.views.datasets.archives.braces import MOST_NAMES, expanded
-from logitcache.views.datasets.archives.shard_files import RemoteShard, Shard, shard_at
-from logitcache.views.datasets.archives.shard_index import LABEL, Places, ShardIndex, differ, index_of
+from logitcache.views.datasets.archives.shard_files import RemoteTarShard, TarShard, shard_at
+from logitcache.views.datasets.archives.shard_index import LABEL, Places, ShardIndex, differ, shard_index_of
 from logitcache.views.datasets.base import UNLABELLED, DatasetBase, Labels, digest_of
 from logitcache.views.datasets.images.ids import PackedIds
 from logitcache.views.datasets.images.image_files import Decoder, ImageFiles, Orientation
@@ -35,7 +35,7 @@ class ArchiveSamples(NamedTuple):
     `stops` [S] counts the images up to the end of each shard.
     """
 
-    shards: Sequence[Shard]
+    shards: Sequence[TarShard]
     states: Sequence[Entry]
     stops: NDArray[np.int64]
     ids: PackedIds
@@ -47,14 +47,14 @@ class ArchiveSamples(NamedTuple):
         return np.searchsorted(self.stops, indices, side="right")
 
 
-def samples_of(shards: Sequence[Shard], labelled: bool | None) -> ArchiveSamples:
+def samples_of(shards: Sequence[TarShard], labelled: bool | None) -> ArchiveSamples:
     """Find all samples, several shards at a time.
 
     Raises DataError for a shard or a member that cannot be used, a sample that is there twice, labels of some only.
     """
     pool, given_up = ThreadPoolExecutor(min(REQUESTS, len(shards)), "logitcache-shards"), threading.Event()
     try:
-        found = pool.map(lambda shard: index_of(shard, given_up), shards)
+        found = pool.map(lambda shard: shard_index_of(shard, given_up), shards)
         states, parts = zip(*track(found, "reading shards", len(shards), unit="shards"), strict=True)
     finally:
         given_up.set()
@@ -71,12 +71,12 @@ def samples_of(shards: Sequence[Shard], labelled: bool | None) -> ArchiveSamples
     )
 
 
-def _require_unique(shards: Sequence[Shard], parts: Sequence[ShardIndex]) -> None:
+def _require_unique(shards: Sequence[TarShard], parts: Sequence[ShardIndex]) -> None:
     """Raise DataError for a name of two samples; only names whose numbers are equal are compared."""
     hashes = [np.fromiter(map(hash, part.ids), np.int64, len(part.ids)) for part in parts]
     ordered = np.sort(np.concatenate(hashes))
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
-    seen: dict[str, Shard] = {}
+    seen: dict[str, TarShard] = {}
     for shard, part, own in zip(shards, parts, hashes, strict=True) if len(twice) else ():
         for place in np.flatnonzero(np.isin(own, twice)).tolist():
             key = part.ids[place]
@@ -88,7 +88,7 @@ def _require_unique(shards: Sequence[Shard], parts: Sequence[ShardIndex]) -> Non
             seen[key] = shard
 
 
-def _labels(shards: Sequence[Shard], parts: Sequence[ShardIndex], required: bool) -> Labels:
+def _labels(shards: Sequence[TarShard], parts: Sequence[ShardIndex], required: bool) -> Labels:
     """Read the labels of samples; without any none has one, or DataError is raised if they are `required`."""
     table = LabelTable(sum(len(part.ids) for part in parts))
     if all(text is None for part in parts for text in part.labels):
@@ -201,7 +201,7 @@ class ShardImages(ImageFiles):
         self._samples = samples
         super().__init__(mode, orientation)
         # Where any is remote, pieces of all of them may be read at the same time.
-        self._first = next((one for one in samples.shards if isinstance(one, RemoteShard)), samples.shards[0])
+        self._first = next((one for one in samples.shards if isinstance(one, RemoteTarShard)), samples.shards[0])
 
     def contents(self, indices: Sequence[int]) -> list[bytes]:
         """Read images; what lies close together is read at once, and all of it at the same time.

@@ -20,9 +20,8 @@ from torch import Tensor
 from logitcache.config.recipe import NEVER_APPLIED, Component, Fraction, Lenient
 from logitcache.runtime.device import to_device
 from logitcache.views.augmentations.base import boxes_mask
-from logitcache.views.keys import Draws, Words, below
+from logitcache.views.keys import Draws, Ints, Words, below
 
-Ints = NDArray[np.int64]
 Pixels = NDArray[np.uint8]
 
 PlanVersion = Literal[1, 2]

@@ -9,11 +9,8 @@ ever a second step.
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from logitcache.views.keys import Draws, Words
-
-Ints = NDArray[np.int64]
+from logitcache.views.keys import Draws, Ints, Words
 
 NUM_ROUNDS = 6
 MIN_SIDE = 3  # of the grid: smaller ones would favour some pairs

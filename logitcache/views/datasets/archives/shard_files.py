@@ -20,7 +20,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class LocalShard:
+class LocalTarShard:
     """An archive on this machine. OSError is raised if it cannot be read, RefusedError if it is no regular file."""
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class LocalShard:
         return map(function, items)
 
 
-class RemoteShard:
+class RemoteTarShard:
     """An archive at a URL. RemoteError or FileNotFoundError is raised if it cannot be read."""
 
     def __init__(self, remote: Remote) -> None:
@@ -84,14 +84,14 @@ class RemoteShard:
         return self._remote.each(function, items)
 
 
-Shard = LocalShard | RemoteShard
+TarShard = LocalTarShard | RemoteTarShard
 
 
-def shard_at(location: str) -> Shard:
+def shard_at(location: str) -> TarShard:
     """Return the archive at a path or a URL."""
     if is_remote(location):
-        return RemoteShard(Remote(location))
-    return LocalShard(Path(location).expanduser().absolute())
+        return RemoteTarShard(Remote(location))
+    return LocalTarShard(Path(location).expanduser().absolute())
 
 
 class _Ahead:

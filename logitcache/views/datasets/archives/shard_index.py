@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from logitcache.errors import DataError, LogitCacheError
 from logitcache.store.file_locks import turn
-from logitcache.store.files import memory_of
+from logitcache.store.files import memory_file
 from logitcache.store.remote.client import Entry
-from logitcache.views.datasets.archives.shard_files import Shard
+from logitcache.views.datasets.archives.shard_files import TarShard
 from logitcache.views.datasets.archives.tar_members import TarMember, members
 from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.ids import PackedIds, narrowed
-from logitcache.views.datasets.images.image_files import HEADERS, head_of, is_read, known, some
-from logitcache.views.datasets.scan_memory import recall, remember
+from logitcache.views.datasets.images.image_files import HEADERS, extension_names, head_of, is_read, some
+from logitcache.views.datasets.scan_memory import recall, remember_scan
 
 LABEL = ".cls"
 Unsigned = NDArray[np.unsignedinteger[Any]]
@@ -69,14 +69,14 @@ def key_of(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def index_of(shard: Shard, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
+def shard_index_of(shard: TarShard, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
     """Return the state of an archive and its samples; reads it if it is new, has changed, or if its state is unknown.
 
     Raises DataError naming the archive and the member for what is missing, broken or ambiguous, and CancelledError
     once the event is set.
     """
     before = _entry(shard)
-    path = memory_of(str(shard), f"shard-{HEADERS}.npz")
+    path = memory_file(str(shard), f"shard-{HEADERS}.npz")
     if not before.tag:
         return _found(shard, before, None, given_up)
     recalled = _recalled(path, before)
@@ -98,7 +98,7 @@ def _recalled(path: Path | None, entry: Entry) -> ShardIndex | None:
     return ShardIndex(PackedIds.of_arrays(found["id_text"], found["id_ends"]), places, labels, found["label_of"])
 
 
-def _found(shard: Shard, before: Entry, path: Path | None, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
+def _found(shard: TarShard, before: Entry, path: Path | None, given_up: threading.Event) -> tuple[Entry, ShardIndex]:
     """Read an archive, and keep what was found if it certainly is of that state."""
     with _reading:
         index = _read(shard, before.size, given_up)
@@ -109,7 +109,7 @@ def _found(shard: Shard, before: Entry, path: Path | None, given_up: threading.E
         texts = PackedIds(text.decode(errors="surrogateescape") for text in index.labels if text is not None)
         arrays = {"id_text": index.ids.text, "id_ends": index.ids.ends, "label_of": index.label_of}
         arrays |= {"label_text": texts.text, "label_ends": texts.ends} | index.places._asdict()
-        remember(path, _digest(before), arrays)
+        remember_scan(path, _digest(before), arrays)
     return after, index
 
 
@@ -122,7 +122,7 @@ def differ(one: Entry, other: Entry) -> bool:
     return one.size != other.size or (one.tag != other.tag and bool(one.tag and other.tag))
 
 
-def _read(shard: Shard, size: int, given_up: threading.Event) -> ShardIndex:
+def _read(shard: TarShard, size: int, given_up: threading.Event) -> ShardIndex:
     samples: dict[str, _Sample] = {}
     try:
         with shard.opened(size) as file:
@@ -139,16 +139,18 @@ def _read(shard: Shard, size: int, given_up: threading.Event) -> ShardIndex:
     return _complete(shard, samples)
 
 
-def _complete(shard: Shard, samples: Mapping[str, _Sample]) -> ShardIndex:
+def _complete(shard: TarShard, samples: Mapping[str, _Sample]) -> ShardIndex:
     """Put samples together; raises DataError if there is none, or one without an image."""
     if not samples:
-        raise DataError(f"shard '{shard}' holds no samples.\n  Fix: put images into it ({known()}), or leave it out.")
+        raise DataError(
+            f"shard '{shard}' holds no samples.\n  Fix: put images into it ({extension_names()}), or leave it out."
+        )
     places = []
     for key, sample in samples.items():
         if sample.image is None:
             raise DataError(
                 f"sample '{key}' of shard '{shard}' has no image, but {some(sample.members)}: what shares a name up to "
-                f"the first dot is a sample.\n  Fix: give it one ({known()}), or take it out."
+                f"the first dot is a sample.\n  Fix: give it one ({extension_names()}), or take it out."
             )
         places.append(sample.image[1])
     starts, lengths, digests, *heads = zip(*places, strict=True)
@@ -174,11 +176,11 @@ def _extension(name: str) -> str:
     return name[len(key_of(name)) :].lower()
 
 
-def _is_wanted(name: str, shard: Shard) -> bool:
+def _is_wanted(name: str, shard: TarShard) -> bool:
     return _extension(name) == LABEL or is_read(_extension(name), _shown(name, shard))
 
 
-def _add(sample: _Sample, name: str, member: TarMember, shard: Shard) -> None:
+def _add(sample: _Sample, name: str, member: TarMember, shard: TarShard) -> None:
     """Note a member of a sample; raises DataError if there is one like it already, or one that is no image."""
     sample.members.append(name)
     if not _is_wanted(name, shard):
@@ -195,25 +197,25 @@ def _add(sample: _Sample, name: str, member: TarMember, shard: Shard) -> None:
         sample.image = name, (member.start, len(member.data), digest, *head)
 
 
-def _shown(name: str, shard: Shard) -> str:
+def _shown(name: str, shard: TarShard) -> str:
     return f"{name}' in '{shard}"
 
 
-def _ambiguous(shard: Shard, key: str, what: str, names: list[str]) -> DataError:
+def _ambiguous(shard: TarShard, key: str, what: str, names: list[str]) -> DataError:
     return DataError(
         f"sample '{key}' of shard '{shard}' has two {what}: {some(names)}.\n"
         "  Fix: leave one of them, or give the other a name that differs before the first dot."
     )
 
 
-def _entry(shard: Shard) -> Entry:
+def _entry(shard: TarShard) -> Entry:
     try:
         return shard.entry()
     except OSError as cause:
         raise _unreadable(shard, cause) from cause
 
 
-def _unreadable(shard: Shard, cause: Exception) -> DataError:
+def _unreadable(shard: TarShard, cause: Exception) -> DataError:
     reason = str(cause)
     fix = "write it again; archives are not compressed."
     if isinstance(cause, OSError):

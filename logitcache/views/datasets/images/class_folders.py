@@ -14,7 +14,7 @@ from logitcache.errors import DataError
 from logitcache.runtime.console import logger
 from logitcache.views.datasets.base import UNLABELLED
 from logitcache.views.datasets.images.ids import PackedIds
-from logitcache.views.datasets.images.image_files import known, some
+from logitcache.views.datasets.images.image_files import extension_names, some
 
 SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 
@@ -89,7 +89,7 @@ def _check_classes(root: str, classes: list[str], images: Sequence[PackedIds]) -
     if empty:
         raise DataError(
             f"class folders without an image in '{root}': {some(empty)}.\n"
-            f"  Fix: remove them, or add images ({known()})."
+            f"  Fix: remove them, or add images ({extension_names()})."
         )
     if {name.lower() for name in classes} <= set(SPLITS):
         raise DataError(
@@ -99,4 +99,4 @@ def _check_classes(root: str, classes: list[str], images: Sequence[PackedIds]) -
 
 
 def _why_no_images(root: str) -> str:
-    return f"there are no images in '{root}'.\n  Fix: correct root, or add images ({known()})."
+    return f"there are no images in '{root}'.\n  Fix: correct root, or add images ({extension_names()})."

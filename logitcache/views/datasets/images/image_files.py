@@ -226,7 +226,8 @@ def is_read(extension: str, path: str) -> bool:
     """Return whether an extension is that of an image; raises DataError for a type of image that is not read."""
     if extension.lower() in _OTHER_IMAGES:
         raise DataError(
-            f"'{path}' is an image of a type that is not read.\n  Fix: convert it ({known()}), or move it away."
+            f"'{path}' is an image of a type that is not read.\n"
+            f"  Fix: convert it ({extension_names()}), or move it away."
         )
     return extension.lower() in EXTENSIONS
 
@@ -237,7 +238,7 @@ def some(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
-def known() -> str:
+def extension_names() -> str:
     """List the extensions that are read."""
     return " ".join(EXTENSIONS)
 

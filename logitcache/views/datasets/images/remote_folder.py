@@ -15,7 +15,7 @@ from logitcache.errors import DataError, RecipeError, RemoteError
 from logitcache.runtime.console import track
 from logitcache.store import digest_index
 from logitcache.store.file_locks import turn
-from logitcache.store.files import memory_of, read_memory, write_memory
+from logitcache.store.files import memory_file, read_memory, write_memory
 from logitcache.store.remote.client import Entry, Remote
 from logitcache.views.datasets.base import digest_of
 from logitcache.views.datasets.images.class_folders import Listing, by_class, unlabelled
@@ -29,7 +29,7 @@ _BLOCK = 1024  # files whose results are awaited together
 _MEASURED = struct.Struct("<Q3q")  # digest, height, width, traits: as long as the digests of a stamp index
 
 
-def open_folder(
+def open_remote_folder(
     remote: Remote,
     mode: Mode,
     labelled: bool | None,
@@ -106,7 +106,7 @@ class RemoteImages(ImageFiles):
             stamps = map(digest_index.stamp_of_tag, self._lengths.tolist(), self._tags)
             names = (f"{self._remote}/{name}" for name in self.ids)
             rows = digest_index.as_rows(map(digest_index.packed_row, names, stamps))
-            path = memory_of(self._remote.url, f"remote-{HEADERS}")
+            path = memory_file(self._remote.url, f"remote-{HEADERS}")
             if not _recalled(path, rows).all():
                 with turn(path, threading.Event()):
                     self._scan_rest(path, rows)

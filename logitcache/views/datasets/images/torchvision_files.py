@@ -54,7 +54,7 @@ def files_of(name: str, train: bool) -> tuple[str, ...]:
     return tuple(_cifar_files(_class_named(name), train))
 
 
-def read_stored(name: str, root: Path, train: bool) -> StoredImages:
+def read_split(name: str, root: Path, train: bool) -> StoredImages:
     """Read a split of a set below a root. Raises DataError for files that are missing, or other than torchvision's."""
     made = _class_named(name)
     try:

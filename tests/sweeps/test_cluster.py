@@ -11,7 +11,7 @@ import pytest
 from logitcache.errors import RecipeError
 from logitcache.stage_one.cluster import workers
 from logitcache.stage_one.cluster.cluster import Cluster
-from logitcache.sweeps import spread as spreading
+from logitcache.sweeps import cluster as sweep_cluster
 from logitcache.sweeps.sweep import SweepResult, sweep
 from tests.student.small import DROPOUT, LINEAR
 from tests.sweeps.small import CODE, assert_same, swept
@@ -76,8 +76,8 @@ def test_workers_of_this_machine_write_what_one_process_writes(
     cache: Path, tmp_path: Path, here: tuple[Path, SweepResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: list[int] = []
-    start = spreading.running
-    monkeypatch.setattr(spreading, "running", lambda *args: (starts.append(1), start(*args))[1])
+    start = sweep_cluster.running
+    monkeypatch.setattr(sweep_cluster, "running", lambda *args: (starts.append(1), start(*args))[1])
     result = spread(cache, tmp_path, Cluster(workers=2))
     assert_alike(tmp_path, result, here)
     assert len(starts) == 1, "once for all rungs"

@@ -15,10 +15,10 @@ from logitcache.stage_one.cluster.cluster import FIRST, Cluster, LostScheduler, 
 from logitcache.stage_one.cluster.workers import Workers
 from logitcache.sweeps.groups import Group, forget
 from logitcache.sweeps.outcomes import outcome_of
-from logitcache.sweeps.stream import Shown, train_group
+from logitcache.sweeps.stream import ShowEpoch, train_group
 
 
-class Spread:
+class SweepWorkers:
     """The workers of a sweep: of this machine, each with a GPU of its own if there are any, or of a scheduler.
 
     Those of this machine are started when they are first needed, and end with the context. Workers see the paths of the
@@ -36,7 +36,7 @@ class Spread:
     def __exit__(self, *_: object) -> None:
         self._ending.close()
 
-    def train(self, groups: Sequence[Group], out: Path, until: int | None, show: Shown) -> None:
+    def train(self, groups: Sequence[Group], out: Path, until: int | None, show: ShowEpoch) -> None:
         """Train groups, each on a worker, until so many epochs are done, or to their end.
 
         Raises Stopped, CacheError if the scheduler is lost or runs do not appear here.
@@ -70,7 +70,7 @@ class Spread:
             raise self._stop.stopped("stopped")
 
 
-def _show(group: Group, show: Shown) -> None:
+def _show(group: Group, show: ShowEpoch) -> None:
     """Show how the runs of a group ended; raise CacheError if they are not here."""
     for member in group.members:
         outcome = outcome_of(member)
