@@ -48,7 +48,7 @@ from logitcache.views.augmentations import (
     Resize,
 )
 from logitcache.views.keys import ViewKey
-from logitcache.views.mixing import CutMix, MixUp
+from logitcache.views.mixing.mixing import CutMix, MixUp
 from logitcache.views.resident import ResidentViews, may_stay
 from logitcache.views.spec import Views, ViewSpec
 from tests.cache.test_transform import NUM_CLASSES, teacher_logits
