@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 from logitcache.errors import RecipeError
 from logitcache.targets import Batch, MixedLabels, Targets
 from logitcache.views.checksums import require_rows
-from logitcache.views.keys import Ints, Keys, ViewKey, columns_of
+from logitcache.views.keys import Ints, Keys, ViewKey, columns_of, table_of
 from logitcache.views.loader import StartMethod
 from logitcache.views.mixing.mixing import MIXED_IMAGES_HELD_OUT, MIXED_VIEWS_PER_IMAGE
 from logitcache.views.order import Drawn, share_of
@@ -177,11 +177,11 @@ class EpochLoader:
         order = self._sampling.order(self._labels, self.seed, epoch // self.views_per_image, self._block, unit)
         several = max(1, _DRAWN // self.batch_size) * self.batch_size
         for first in range(start * self.batch_size, self.images_per_epoch, several):
-            views, images = self._drawn(epoch, order, first, min(first + several, self.images_per_epoch))
-            for batch in range(0, len(views), self.batch_size):
-                rows = range(batch, min(batch + self.batch_size, len(views)))
+            drawn = np.stack(self._drawn(epoch, order, first, min(first + several, self.images_per_epoch)), axis=1)
+            for batch in range(0, len(drawn), self.batch_size):
+                rows = range(batch, min(batch + self.batch_size, len(drawn)))
                 mine = share_of(rows, rank, world_size, self._unit)
-                yield Keys(views[mine[0] : mine[-1] + 1], images[mine[0] : mine[-1] + 1])
+                yield Keys(drawn[mine[0] : mine[-1] + 1])
 
     def _drawn(self, epoch: int, order: tuple[Drawn, Drawn], start: int, stop: int) -> tuple[Ints, Ints]:
         """Return views and images of a slice of an epoch."""
@@ -257,6 +257,6 @@ class EpochLoader:
             if mixture is not None:
                 partners = torch.from_numpy(labels[mixture.partners])
                 mixed = MixedLabels(partners, torch.from_numpy(mixture.share).float())
-            columns = columns_of(keys)
-            named = torch.stack([torch.from_numpy(column) for column in columns], dim=1)
-            yield Batch(images, torch.from_numpy(labels[columns[1]]), named, self._targets_of(keys), mixed)
+            table = table_of(keys)
+            named = torch.from_numpy(table)
+            yield Batch(images, torch.from_numpy(labels[table[:, 1]]), named, self._targets_of(keys), mixed)

@@ -56,13 +56,18 @@ class ViewKey(NamedTuple):
 
 
 class Keys(Sequence[ViewKey]):
-    """The keys of a batch as arrays of views and of indices, int64 [B] each: nothing is made of them one by one."""
+    """The keys of a batch as one array, int64 [B, 2]: nothing is made of them one by one."""
 
-    def __init__(self, views: Ints, indices: Ints) -> None:
-        self.columns = views, indices
+    def __init__(self, table: Ints) -> None:
+        self.table = table
+
+    @property
+    def columns(self) -> tuple[Ints, Ints]:
+        """The views and the indices, [B] each."""
+        return self.table[:, 0], self.table[:, 1]
 
     def __len__(self) -> int:
-        return len(self.columns[0])
+        return len(self.table)
 
     @overload
     def __getitem__(self, place: int) -> ViewKey: ...
@@ -70,11 +75,16 @@ class Keys(Sequence[ViewKey]):
     def __getitem__(self, place: slice) -> "Keys": ...
     def __getitem__(self, place: int | slice) -> "ViewKey | Keys":
         """Return a key, or those of a slice."""
-        views, indices = (column[place] for column in self.columns)
-        return Keys(views, indices) if isinstance(place, slice) else ViewKey(int(views), int(indices))
+        found = self.table[place]
+        return Keys(found) if isinstance(place, slice) else ViewKey(*found.tolist())
 
     def __iter__(self) -> Iterator[ViewKey]:
         return map(ViewKey, *(column.tolist() for column in self.columns))
+
+
+def table_of(keys: Sequence[ViewKey]) -> Ints:
+    """Return keys as an array, int64 [B, 2]."""
+    return keys.table if isinstance(keys, Keys) else np.stack(columns_of(keys), axis=1)
 
 
 def columns_of(keys: Sequence[ViewKey]) -> tuple[Ints, Ints]:

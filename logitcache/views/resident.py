@@ -16,7 +16,7 @@ from logitcache.errors import DataError
 from logitcache.runtime.device import to_device
 from logitcache.views.datasets.base import read_images
 from logitcache.views.decoded_once import decoded_once
-from logitcache.views.keys import Draws, Keys, ViewKey, columns_of
+from logitcache.views.keys import Draws, Keys, ViewKey, columns_of, table_of
 from logitcache.views.loader import StartMethod, ViewLoader
 from logitcache.views.spec import Views
 
@@ -87,8 +87,7 @@ class ResidentViews(Views):
         remaining, size = iter(batches), self._pixels[0].numel()
         for first in remaining:
             several = [first, *itertools.islice(remaining, _TOGETHER // (size * len(first)))]
-            columns = zip(*map(columns_of, several), strict=True)
-            keys = Keys(*(np.concatenate(column) for column in columns))
+            keys = Keys(np.concatenate([table_of(batch) for batch in several]))
             yield from torch.split(self.__getitems__(keys), [len(batch) for batch in several])
 
     def close(self) -> None:

@@ -214,6 +214,8 @@ class Views:
 
     def mixture(self, keys: Sequence[ViewKey], size: Sequence[int]) -> Mixture | None:
         """Return how the views of `keys`, rendered in one (height, width), are mixed; None if nothing is."""
+        if not self.spec.mixing:
+            return None
         if self.recorded is not None:
             found = self.spec.split(self.recorded(keys))[1]
         else:

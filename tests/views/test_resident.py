@@ -205,7 +205,7 @@ def test_auto_takes_processes_unless_images_stay(monkeypatch: pytest.MonkeyPatch
 
 
 def test_keys_are_the_keys_of_their_arrays() -> None:
-    keys = Keys(np.array([3, 0, 2]), np.array([7, 5, 5]))
+    keys = Keys(np.array([[3, 7], [0, 5], [2, 5]]))
     listed = [ViewKey(3, 7), ViewKey(0, 5), ViewKey(2, 5)]
     assert list(keys) == listed
     assert [keys[1], keys[-1]] == [listed[1], listed[2]]

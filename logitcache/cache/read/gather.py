@@ -31,7 +31,8 @@ class StoredRows:
     def __init__(self, snapshot: Snapshot) -> None:
         self._snapshot, self._layout, self._store = snapshot, snapshot.layout, snapshot.store
         self._is_complete = snapshot.complete
-        self._padded = self._layout.shards_per_view * self._layout.shard_rows
+        self._shape = self._layout.num_views, self._layout.num_images
+        self._padded_shape = self._layout.num_views, self._layout.shards_per_view * self._layout.shard_rows
         self._compared: set[int] = set()
         self._prepared: dict[int, None] = {}  # in order
         self._is_prepared = False
@@ -55,9 +56,11 @@ class StoredRows:
     def places(self, keys: Sequence[ViewKey]) -> NDArray[np.int64]:
         """Return the places of the rows of keys in every array, [B]; raise for a key that the cache does not have."""
         views, indices = columns_of(keys)
-        shape = self._layout.num_views, self._layout.num_images
+        shape = self._shape
         try:
-            np.ravel_multi_index((views, indices), shape)  # the quickest check that numpy has
+            places = np.ravel_multi_index((views, indices), self._padded_shape)  # the quickest check that numpy has
+            if len(indices) and indices.max() >= shape[1]:
+                raise ValueError  # between the last image and the end of its shard
         except ValueError:
             low, high = (views.min(), indices.min()), (views.max(), indices.max())
             raise IndexError(
@@ -69,7 +72,7 @@ class StoredRows:
         if not self._is_prepared:
             with self._using:
                 self._prepare(set(views.tolist()))
-        return views * self._padded + indices
+        return places
 
     def compare(self, views: set[int] | None = None) -> None:
         """Raise CacheError naming the damaged shards of some views, or of all, that were not compared before."""

@@ -1,7 +1,8 @@
 """From rows of arrays to targets, and back: the encodings of a cache. Their tables are read when first needed."""
 
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from logitcache.errors import CacheError
 from logitcache.logits import NO_LOGITS, Logits
 from logitcache.store.base import Store
 from logitcache.store.shards import Shard
-from logitcache.targets import FeatureValues, Targets
+from logitcache.targets import Targets
 
 
 class TargetCodecs:
@@ -35,22 +36,38 @@ class TargetCodecs:
 
         `shard_of` returns the shard of a row. Raises CacheError that names it for a row that is wrong.
         """
-        found = {}
-        for name, groups in self._groups.items():
-            logits: Logits = NO_LOGITS
-            features: dict[str, FeatureValues] = {}
-            for target, group in groups.items():
-                if target == LOGITS:
-                    logits = self._logits(group, rows, shard_of)
-                else:
-                    features[target] = self.features[group.name].decode(_tensors(group, rows))
-            found[name] = Targets(logits, features)
-        return found
+        return {
+            name: Targets(
+                NO_LOGITS if logits is None else self._logits(logits, rows, shard_of),
+                {target: reader.decode(reader.tensors(rows)) for target, reader in features.items()},
+            )
+            for name, (logits, features) in self._readers.items()
+        }
 
     @cached_property
-    def _groups(self) -> dict[str, dict[str, ArrayGroup]]:
-        """The arrays of each target, by teacher and target."""
-        return {name: {group.target: group for group in self._layout.of(name)} for name in self._manifest.teachers}
+    def _readers(self) -> dict[str, tuple["_Reader | None", dict[str, "_Reader"]]]:
+        """How logits, if any, and features are read, by teacher: a batch of short rows feels every look-up."""
+        readers = {}
+        for name in self._manifest.teachers:
+            groups = {group.target: group for group in self._layout.of(name)}
+            features = {
+                target: _Reader(group, _arrays(group), self.features[group.name].decode)
+                for target, group in groups.items()
+                if target != LOGITS
+            }
+            readers[name] = self._logits_reader(groups) if LOGITS in groups else None, features
+        return readers
+
+    def _logits_reader(self, groups: Mapping[str, ArrayGroup]) -> "_Reader":
+        group = groups[LOGITS]
+        entry = self._manifest.teachers[group.teacher]
+        assert entry.num_classes is not None
+        assert entry.stored_logits is not None
+        form = entry.stored_logits.form
+        # A layout in which what is needed is not one array is not possible.
+        needed = tuple((target, groups[target].rows[0].name) for target in form.needs)
+        decode = partial(self.logits[group.name].decode, num_classes=entry.num_classes)
+        return _Reader(group, _arrays(group) + needed, decode, None if form.any_bits else form.wrong_row)
 
     @cached_property
     def logits(self) -> dict[str, LogitsCodec]:
@@ -82,18 +99,13 @@ class TargetCodecs:
         bias = codec.tables.get("bias")
         return weight, torch.zeros(len(weight)) if bias is None else torch.from_numpy(np.array(bias))
 
-    def _logits(self, group: ArrayGroup, rows: Rows, shard_of: Callable[[int], Shard]) -> Logits:
-        entry = self._manifest.teachers[group.teacher]
-        assert entry.num_classes is not None
-        assert entry.stored_logits is not None
-        form, groups, own = entry.stored_logits.form, self._groups[group.teacher], _tensors(group, rows)
-        # A layout in which what is needed is not one array is not possible.
-        needed = {target: _tensors(groups[target], rows)[""] for target in form.needs}
-        found = self.logits[group.name].decode(own | needed, entry.num_classes)
-        if not form.any_bits and (wrong := form.wrong_row(own, found)) is not None:
+    def _logits(self, reader: "_Reader", rows: Rows, shard_of: Callable[[int], Shard]) -> Logits:
+        own = reader.tensors(rows)
+        found: Logits = reader.decode(own)
+        if reader.wrong_row is not None and (wrong := reader.wrong_row(own, found)) is not None:
             row, what = wrong
             raise CacheError(
-                f"{self._store}/{group.arrays[0].file(shard_of(row))}: a row {what}. "
+                f"{self._store}/{reader.group.arrays[0].file(shard_of(row))}: a row {what}. "
                 f"{fix_of_contents(fix_of_damage(self._manifest))}"
             )
         return found
@@ -104,5 +116,21 @@ class TargetCodecs:
         return read_tables(self._store, group)
 
 
-def _tensors(group: ArrayGroup, rows: Rows) -> dict[str, Tensor]:
-    return {array.suffix: torch.from_numpy(rows[array.name]) for array in group.rows}
+class _Reader(NamedTuple):
+    """How a target is read: its arrays, and those that it needs, by the names that `decode` takes.
+
+    wrong_row: finds a row that stands for nothing; None if all bits stand for something.
+    """
+
+    group: ArrayGroup
+    arrays: tuple[tuple[str, str], ...]
+    decode: Callable[[dict[str, Tensor]], Any]
+    wrong_row: Callable[[Mapping[str, Tensor], Logits], tuple[int, str] | None] | None = None
+
+    def tensors(self, rows: Rows) -> dict[str, Tensor]:
+        """Return the rows of its arrays as tensors."""
+        return {suffix: torch.from_numpy(rows[name]) for suffix, name in self.arrays}
+
+
+def _arrays(group: ArrayGroup) -> tuple[tuple[str, str], ...]:
+    return tuple((array.suffix, array.name) for array in group.rows)
