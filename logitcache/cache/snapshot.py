@@ -1,7 +1,8 @@
 """An opened cache as a value: its store, its manifest, and the commit records that were read when it was opened.
 
-What this machine found then is used again while sizes, times and inodes of the files, and of the folders of commit
-records, are the same. Whatever verifies or writes a cache reads every file again."""
+The results of checks are reused while sizes, times and inodes of the files, and of the folders of commit records, stay
+the same. Commands that verify or write a cache read every file again.
+"""
 
 import functools
 import os
@@ -38,11 +39,11 @@ from logitcache.store.shards import RECORD_BYTES, Shard, StoredShard
 SHOWN = 5
 
 FEW = 1024
-"""Commit records of a group that are read at every opening: not even a change in place is missed then."""
+"""Up to this number of commit records of a group are read at every opening, which detects even changes in place."""
 
 
 def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
-    """Raise CacheError naming the damaged files of a cache's skeleton; known to be sound, they are not read."""
+    """Raise CacheError naming damaged files of a cache's skeleton; unchanged files that passed before are not read."""
 
     def state() -> bytes | None:
         paths = [store.path / key for key in skeleton_limits(manifest)]
@@ -60,10 +61,10 @@ def require_sound_skeleton(store: Store, manifest: Manifest) -> None:
 
 
 def remembered_records(store: Store, manifest: Manifest) -> Mapping[str, Records]:
-    """Return the commit records of a large local cache by group; those of folders that have not changed are remembered.
+    """Return the commit records of a large local cache by group, from memory if their folders have not changed.
 
-    A record that is written over in place leaves no trace in its folder: shards must match the remembered one then.
-    Of other caches nothing is remembered.
+    A record that is overwritten in place does not change its folder: its shard must then match the remembered record.
+    Returns nothing for other caches.
     """
     layout = layout_of(manifest)
     if layout.num_shards <= FEW or not store.is_local:  # a mirror changes records in place
@@ -104,11 +105,11 @@ def _names(store: Store, group: ArrayGroup) -> list[str]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A cache as it was when it was opened: a later change of the store is an error, or shows in another snapshot.
+    """A cache as it was when opened: later changes of the store raise an error, or appear in a new snapshot.
 
-    `records`, by the name of a group, decide which bytes are its shards. `manifest` describes all that the root
-    `recorded`, a part of it, or what the cache is growing to. A snapshot can be pickled: each process opens the store
-    itself, and reads this very cache.
+    `records`, by the name of a group, decide which bytes are its shards. `recorded` is the
+    manifest in the root; `manifest` is the same, a part of it, or the manifest of a growth. A snapshot can be pickled:
+    each process opens the store itself, and reads this very cache.
     """
 
     store: Store
@@ -129,9 +130,9 @@ class Snapshot:
         known: Mapping[str, Records] | None = None,
         recorded: Manifest | None = None,
     ) -> Self:
-        """Return what a store has of the cache that a manifest describes; records beyond the `known` ones are read.
+        """Return the state of a cache by a given manifest; commit records that are not `known` are read.
 
-        `recorded` is the manifest in its root, by default the same.
+        `recorded` is the manifest in the root, by default the same.
         """
         recorded, known = recorded or manifest, known or {}
         layout = layout_of(manifest, staged_between(recorded, manifest))
@@ -143,7 +144,7 @@ class Snapshot:
         return type(self), (self.store, self.manifest, self.records, self.recorded)
 
     def of(self, manifest: Manifest) -> "Snapshot":
-        """Return the same store as another manifest of the same images describes it: with more in it, or less."""
+        """Return the same cache by another manifest: with more views, targets or images, or fewer."""
         return Snapshot.as_described(self.store, manifest, self.records, self.recorded)
 
     def refreshed(self) -> "Snapshot":
@@ -152,7 +153,7 @@ class Snapshot:
         return Snapshot.as_described(store, self.manifest, recorded=self.recorded)
 
     def reread(self, shards: Iterable[Shard]) -> "Snapshot":
-        """Return the cache with the records of some shards as they are now; nothing is listed."""
+        """Return the cache with the commit records of some shards read again; nothing is listed."""
         shards = list(shards)
         records = {
             group.name: reread_records(self.store, self.layout, group, self.records[group.name], shards)
@@ -161,7 +162,7 @@ class Snapshot:
         return replace(self, records=records)
 
     def growing(self) -> "Snapshot":
-        """Return the cache that this one is growing to; itself if it is not growing."""
+        """Return the cache that this one grows to; the same cache if it does not grow."""
         return self.of(read_growth(self.store, self.manifest))
 
     @cached_property
@@ -196,7 +197,7 @@ class Snapshot:
         return {group.name: set(self._shards_of(self._numbers(group))) for group in self.layout.groups}
 
     def damaged_records(self, group: ArrayGroup) -> dict[Shard, str]:
-        """Return what is wrong with the records of a group that commit nothing, by shard."""
+        """Return the defects of damaged commit records of a group, by shard."""
         found = self.records[group.name].damaged
         found = {number: text for number, text in found.items() if number < self.layout.num_shards}
         return dict(zip(self._shards_of(np.fromiter(found, np.int64, len(found))), found.values(), strict=True))
@@ -218,7 +219,7 @@ class Snapshot:
         try:
             data = self.store.read(group.record_file(shard))
         except (FileNotFoundError, CacheError):
-            # What was staged is removed once the root describes it.
+            # Staged shards are removed once the root describes the grown cache.
             return self.layout.is_staged(shard) and read_manifest(self.store).num_images >= self.manifest.num_images
         return are_records(self.layout, group, shard, data)
 

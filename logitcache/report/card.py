@@ -1,4 +1,4 @@
-"""Cards: a README for a hub or a shared disk, written from what a cache or a run records of itself."""
+"""Cards: a README for a hub or a shared disk, written from the records of a cache or a run."""
 
 import json
 import shlex
@@ -19,17 +19,17 @@ from logitcache.store.safe_files import read_bounded
 
 _MOST_BYTES = 1 << 20
 _LONGEST = 300
-"""Characters of a recorded value that are shown."""
+"""Most characters that are shown of a recorded value."""
 _MEASURES = ("top1", "top5", "mean_ap", "f1_macro", "agreement", "num_parameters", "epochs", "loss")
 _NO_LICENCE = "not stated"
 _IMAGES = "IMAGES"
-"""Placeholder for the location of the images, which the card cannot know."""
+"""Placeholder for the location of the images on the reader's machine."""
 _TEACHER_COLUMNS = ("teacher", "model", "classes", "precision", "accuracy", "licence")
 
 
 @dataclass(frozen=True)
 class CardResult:
-    """What was written."""
+    """The file that was written."""
 
     of: str
     card: str
@@ -40,8 +40,8 @@ def write_card(
 ) -> CardResult:
     """Write the card of a cache, at a path or a URL, or of a finished run; nothing is overwritten.
 
-    `licence` is that of the cache or run, `teacher_licences` those of teachers by name. Raises RecipeError for anything
-    else, and for a file that is there.
+    `licence` applies to the cache or run, `teacher_licences` to teachers by name. Raises RecipeError for any other
+    folder, and if the file exists.
     """
     if out.exists():
         raise RecipeError(f"{out} exists and is not overwritten. Fix: another --out, or remove it")
@@ -68,7 +68,7 @@ def parse_licences(texts: Sequence[str]) -> dict[str, str]:
 
 
 def cache_card(found: Mapping[str, Any], licence: str | None, teacher_licences: Mapping[str, str]) -> str:
-    """Return the card of a cache, of what `inspect` finds. Raises RecipeError for licences of unknown teachers."""
+    """Return the card of a cache from the result of `inspect`. Raises RecipeError for licences of unknown teachers."""
     teachers: Mapping[str, Any] = found["teachers"]
     if unknown := sorted(teacher_licences.keys() - teachers.keys()):
         raise RecipeError(f"the cache has no teacher {unknown[0]!r}. Fix: one of {', '.join(teachers)}")
@@ -157,7 +157,7 @@ def run_card(run: Path, licence: str | None) -> str:
 
 
 def _front(licence: str | None) -> list[str]:
-    """Return the metadata that hubs read."""
+    """Return the YAML front matter that hubs read."""
     entries = [f"license: {json.dumps(licence)}"] if licence else []
     return ["---", *entries, "tags: [logitcache, knowledge-distillation]", "---", ""]
 
@@ -183,9 +183,9 @@ def _targets(teachers: Mapping[str, Any]) -> Iterator[Sequence[str]]:
 
 
 def _located(dataset: Mapping[str, Any] | None) -> str | None:
-    """Return the entry of the images at another place, as one line of YAML; None for those that come with the package.
+    """Return the data set's entry with a placeholder for its location, as one line of YAML; None for bundled images.
 
-    Images of the user's own code are taken for a folder.
+    A data set of the user's own code becomes a folder of images.
     """
     kept = {key: value for key, value in (dataset or {}).items() if value is not None}
     if kept.get("kind") == "bundled":
@@ -230,12 +230,12 @@ def _plain(value: object) -> str:
 
 
 def _code(value: object) -> str:
-    """Return a recorded value as code, in which Markdown and HTML mean nothing."""
+    """Format a recorded value as code, without active Markdown or HTML."""
     return f"`{_plain(value).replace('`', chr(39)).replace('|', '¦')}`" if value not in (None, [], "") else "–"
 
 
 def _text(value: str) -> str:
-    """Return words of a user as text, in which Markdown and HTML mean nothing."""
+    """Escape Markdown and HTML in a user's text."""
     return "".join(f"\\{one}" if one in "\\`*_[]<>#|&" else one for one in _plain(value))
 
 

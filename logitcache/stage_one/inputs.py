@@ -29,7 +29,7 @@ from logitcache.views.view_sizes import require_one_size
 
 @dataclass(frozen=True)
 class Inputs:
-    """A recipe and what it names, opened; the recipe has only what was opened by it, not the caller's own objects."""
+    """The opened inputs of a recipe; `recipe` has no entries for objects that the caller passed instead."""
 
     recipe: PrecomputeRecipe
     store: Store
@@ -38,16 +38,16 @@ class Inputs:
 
     @property
     def device(self) -> torch.device:
-        """Where the teachers are."""
+        """The device of the teachers."""
         return self.teachers[0].device
 
     @property
     def passes(self) -> int:
-        """How many images the networks of the teachers have taken."""
+        """Number of images that the networks of the teachers have processed."""
         return sum(teacher.passes for teacher in self.teachers)
 
     def leave_device(self) -> None:
-        """Give the device's memory to the workers of a cluster."""
+        """Free the memory of the device for the workers of a cluster."""
         for teacher in self.teachers:
             teacher.cpu()
         torch.cuda.empty_cache()
@@ -56,7 +56,7 @@ class Inputs:
 def open_views(
     recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module], dataset: object | None
 ) -> tuple[PrecomputeRecipe, Store, Views]:
-    """Open the store and the images of a recipe, or the `dataset` passed in their place; return its own recipe."""
+    """Open the store and the images of a recipe, or `dataset` in their place; also returns the recipe to record."""
     store = locate(recipe.cache)
     recipe = _without_objects(_as_recorded(recipe, store), teachers, dataset)
     images = _open_images(recipe, dataset)
@@ -69,7 +69,7 @@ def open_views(
 def with_teachers(
     recipe: PrecomputeRecipe, store: Store, views: Views, given: Mapping[str, nn.Module]
 ) -> Iterator[Inputs]:
-    """Build the teachers of opened views; their hooks are removed afterwards, as the networks may be the caller's."""
+    """Build the teachers, and remove their hooks afterwards: the networks may be the caller's."""
     built = _build_teachers(recipe, given, views, resolve_device(recipe.device))
     try:
         yield Inputs(recipe, store, views, built)
@@ -81,7 +81,7 @@ def with_teachers(
 def open_inputs(
     recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module] | None = None, dataset: object | None = None
 ) -> contextlib.AbstractContextManager[Inputs]:
-    """Open what a recipe names; `teachers` and `dataset` are the objects themselves in place of their entries."""
+    """Open the inputs of a recipe; `teachers` and `dataset` are objects that replace its entries."""
     resolve_device(recipe.device)  # raises before anything is opened
     opened = open_views(recipe, teachers or {}, dataset)
     require_one_size(opened[-1])  # names a wrong image before any is decoded
@@ -121,9 +121,9 @@ def _open_images(recipe: PrecomputeRecipe, dataset: object | None) -> ImageDatas
 def _without_objects(
     recipe: PrecomputeRecipe, teachers: Mapping[str, nn.Module], dataset: object | None
 ) -> PrecomputeRecipe:
-    """Leave out of the recipe the entries that objects replace: they did not make the cache.
+    """Remove the entries that the caller's objects replace: they did not make the cache.
 
-    A recipe without teachers gets an entry with the defaults for each given one.
+    A recipe without teachers takes default entries for the teachers that were passed.
     """
     named = recipe.teachers or {name: TeacherSource() for name in teachers}
     require_teachers(named)
@@ -138,7 +138,7 @@ def _without_objects(
 
 
 def require_teachers(named: Mapping[str, TeacherSource]) -> None:
-    """Raise RecipeError if there are no teachers."""
+    """Raise RecipeError for a recipe without teachers."""
     if not named:
         raise RecipeError("the recipe names no teachers. Fix: give `teachers:`, or pass the modules themselves")
 
@@ -146,7 +146,7 @@ def require_teachers(named: Mapping[str, TeacherSource]) -> None:
 def _build_teachers(
     recipe: PrecomputeRecipe, given: Mapping[str, nn.Module], views: Views, device: torch.device
 ) -> list[Teacher]:
-    """Build the recipe's teachers, around the given modules if any, for images such as those of the views."""
+    """Build the teachers of the recipe, around the caller's modules if passed, for the shape of the views."""
     unknown = sorted(given.keys() - recipe.teachers.keys())
     if unknown:
         raise RecipeError(f"teachers {unknown} were given, but the recipe names {sorted(recipe.teachers)}")

@@ -1,4 +1,4 @@
-"""How a cache begins and ends: created or repaired before its first shard, described as whole after its last."""
+"""Begin and end the writing of a cache: create or repair it before the first shard, finish it after the last."""
 
 import contextlib
 import time
@@ -33,11 +33,11 @@ from logitcache.teacher.fitting import table_files
 
 @dataclass(frozen=True)
 class PrecomputeResult:
-    """What a run did; `row_views` counts what it wrote answers to, of which an image in one view is one.
+    """Result of a run; `row_views` counts written rows, one for each image in each view.
 
-    `teacher_passes` counts every image that a teacher's network took, also to try it and to fit encodings.
-    `shards_left` are not committed yet: `shards_held` of them are claimed by other running processes, and
-    `shards_of_other_parts` are for other parts.
+    `teacher_passes` counts every image that a teacher's network processed, also for trials and for fitting encodings.
+    `shards_left` are not committed yet: other running processes have claimed `shards_held` of them, and
+    `shards_of_other_parts` belong to other parts.
     """
 
     cache: str
@@ -53,14 +53,14 @@ class PrecomputeResult:
 
     @property
     def left(self) -> Left:
-        """The shards that are not committed, by who has them."""
+        """The shards that are not committed, by owner."""
         free = self.shards_left - self.shards_held - self.shards_of_other_parts
         return Left(self.shards_held, self.shards_of_other_parts, free)
 
 
 @contextlib.contextmanager
 def begun(store: Store, find: Callable[[], Todo]) -> Iterator[Todo]:
-    """Begin or continue what `find` finds to do, one process at a time; others see this writer until the block ends."""
+    """Begin or continue the work that `find` returns, one process at a time; marks this writer until the block ends."""
     with contextlib.ExitStack() as held:
         with preparing(store) as target:
             todo = find()
@@ -70,7 +70,7 @@ def begun(store: Store, find: Callable[[], Todo]) -> Iterator[Todo]:
 
 
 def _begin(todo: Todo, target: Path) -> None:
-    """Create the cache at `target`, or repair all of it but the shards and note what it grows to."""
+    """Create the cache at `target`, or repair its files except shards, and write the note of a growth."""
     assert todo.skeleton is not None
     manifest, samples, repairs = todo.skeleton
     samples = samples.of(manifest)
@@ -91,7 +91,7 @@ def _begin(todo: Todo, target: Path) -> None:
 
 
 def result_of(todo: Todo, claims: Claims, done: Done, started: float) -> PrecomputeResult:
-    """Finish a cache if all its shards are committed, and return what was done since `started`."""
+    """Finish a cache if all its shards are committed, and return the result of the run since `started`."""
     store, missing = todo.store, _finish(todo, done)
     left = claims.count_left(missing)
     if not todo.shards:
@@ -113,10 +113,10 @@ def result_of(todo: Todo, claims: Claims, done: Done, started: float) -> Precomp
 
 
 def _finish(todo: Todo, done: Done) -> list[Shard]:
-    """Let the root describe the grown cache once it is whole; returns the shards that are missing."""
+    """Replace the root once all shards of the grown cache are committed; returns the missing shards."""
     store = todo.store
     with preparing(store):
-        # All is listed again only if other processes and machines may have committed what this run has not.
+        # List all records again only if other processes or machines may have committed shards.
         is_ours = done.shards == len(todo.shards)
         filled = todo.snapshot.reread(todo.shards) if is_ours else todo.snapshot.refreshed()
         recorded = read_manifest(store)
@@ -139,7 +139,7 @@ def _finish(todo: Todo, done: Done) -> list[Shard]:
 
 
 def _warn_of_rounding(manifest: Manifest) -> None:
-    """Warn of dense logits that float16 rounds too much, because of what all classes of a row have in common."""
+    """Warn of dense logits that float16 rounds too much because all classes of a row share a large offset."""
     for name, entry in manifest.teachers.items():
         worst = max(entry.errors_of(LOGITS), key=lambda one: one.scaled, default=None)
         if worst is not None and worst.scaled > BOUND and isinstance(entry.logits, Dense):

@@ -19,7 +19,7 @@ from logitcache.views.keys import ViewKey
 class RowBatch(NamedTuple):
     """Some images of a group of shards, by index; the group is full after its last batch.
 
-    `place` is where the images are in the batch that teachers answer, if others come around them.
+    `place` is the position of the images in the teachers' batch, if other images fill it.
     """
 
     group: ShardGroup
@@ -34,10 +34,10 @@ class RowBatch(NamedTuple):
 
 
 class ShardTask(ABC):
-    """What computes the shards of a cache, opened: each process opens its own."""
+    """Computes the shards of a cache from opened inputs; each process opens its own task."""
 
     label: ClassVar[str]
-    """What the progress shows."""
+    """Label of the progress bar."""
 
     todo: Todo
     """The cache to fill."""
@@ -45,7 +45,7 @@ class ShardTask(ABC):
     @property
     @abstractmethod
     def passes(self) -> int:
-        """How many images the networks of teachers have taken."""
+        """Number of images that the networks of the teachers have processed."""
 
     @abstractmethod
     def num_batches(self, shard: Shard) -> int:
@@ -53,16 +53,16 @@ class ShardTask(ABC):
 
     @abstractmethod
     def batches(self, group: ShardGroup) -> Iterator[RowBatch]:
-        """Cut a group into batches, which do not depend on what it lacks."""
+        """Cut a group into batches; the cuts do not depend on the missing arrays."""
 
     @abstractmethod
     def fill(self, batches: Iterator[RowBatch]) -> Iterator[RowBatch]:
-        """Fill the rows of each batch and yield it, reading ahead of what is filled."""
+        """Fill the rows of each batch and yield it; later batches are read ahead."""
 
 
 @dataclass
 class Done:
-    """What is committed in this run: shards and their row-views; and how many images teachers have taken for it."""
+    """Counts of this run: committed shards, their rows, and images that teachers have processed."""
 
     shards: int = 0
     row_views: int = 0
@@ -73,7 +73,7 @@ class Done:
         self.row_views += num_new
 
     def add(self, other: "Done") -> None:
-        """Count what a worker committed for this run."""
+        """Add the counts of a worker of this run."""
         self.shards += other.shards
         self.row_views += other.row_views
         self.passes += other.passes
@@ -91,7 +91,7 @@ def fill(task: ShardTask, claims: Claims, done: Done) -> None:
                 raise stop.stopped(stopped_message(task.todo, done))
 
         committed = -1
-        # Once more after the last: a process that died may have released a shard since.
+        # Try again after the last group: a process that died may have released a shard.
         while committed != done.shards or claims.wait(pause):
             committed = done.shards
             batches = (batch for group in claims.take() for batch in task.batches(group))
@@ -105,7 +105,7 @@ def fill(task: ShardTask, claims: Claims, done: Done) -> None:
 
 
 def stopped_message(todo: Todo, done: Done) -> str:
-    """Describe what a stopped run leaves."""
+    """Describe the state of a stopped run."""
     return (
         f"stopped: {done.shards} of the {len(todo.shards)} shards that were to do are committed in {todo.store}, what "
         "was in progress is dropped. The same command continues"

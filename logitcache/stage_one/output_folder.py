@@ -1,4 +1,4 @@
-"""Folders of files that are written whole or not at all: a folder of this machine, or a URL."""
+"""Output folders, local or at a URL, in which each file is written atomically."""
 
 import fcntl
 import json
@@ -22,7 +22,7 @@ _SHOWN = 5
 
 
 class OutputFolder:
-    """Files below a folder or URL; the file `description` says what they hold, and is written before the others."""
+    """Files below a folder or URL; the file `description` describes their content, and is written first."""
 
     def __init__(self, out: str | Path, description: str) -> None:
         self._out, self._description = str(out), description
@@ -34,7 +34,7 @@ class OutputFolder:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold a lock among the processes of this machine, and make the folder; at a URL there is none."""
+        """Create the folder and lock it against other processes of this machine; a URL has no lock."""
         if self._here is None:
             yield
             return
@@ -47,13 +47,13 @@ class OutputFolder:
             os.close(descriptor)
 
     def description(self) -> dict[str, Any]:
-        """Read the description; empty if there is none."""
+        """Read the description; return an empty one if the file does not exist."""
         return self.read_json(self._description) if self.holds(self._description) else {}
 
     def describe(self, new: Document, grows: Callable[[Document, Document], bool], what: str) -> None:
-        """Write the description, also in place of an older one that `grows` (old, new) to it.
+        """Write the description; replace an older one if `grows(old, new)` is true.
 
-        Raises MismatchError if the folder holds another `what`.
+        Raises MismatchError if the folder has a description of other content; `what` names that content.
         """
         old = self.description()
         if not old or (old != new and grows(old, new)):
@@ -68,11 +68,11 @@ class OutputFolder:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a folder of this machine."""
+        """Whether the folder is local."""
         return self._here is not None
 
     def holds(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether a file exists."""
         return self._files.exists(name)
 
     def read(self, name: str) -> bytes:
@@ -92,7 +92,7 @@ class OutputFolder:
         return found
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file; what a killed writer of it left is removed."""
+        """Write a file atomically, and remove the partial file of a killed writer."""
         if self._here is not None:
             path = self._here / name
             path.parent.mkdir(parents=True, exist_ok=True)

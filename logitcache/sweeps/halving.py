@@ -1,4 +1,4 @@
-"""Successive halving: which cells of a sweep go on after an epoch."""
+"""Successive halving: select the cells of a sweep that continue after an epoch."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ from logitcache.sweeps.outcomes import outcome_of
 def promoted(
     members: Sequence[SweepStudent], epochs: int, keep: float, metrics: Sequence[str], costs: ArchitectureCosts
 ) -> list[SweepStudent]:
-    """Return the students of the best cells after so many epochs; those of cells that failed do not go on."""
+    """Return the students of the best cells after a number of epochs, without cells that failed."""
     scores: dict[str, list[Scores]] = {}
     failed = set()
     for member in members:
@@ -33,5 +33,5 @@ def promoted(
 
 
 def num_survivors(count: int, keep: float) -> int:
-    """Return how many of so many cells go on."""
+    """Return the number of cells that continue: the fraction `keep` of `count`, at least one."""
     return max(1, math.ceil(keep * count))

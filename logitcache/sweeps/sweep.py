@@ -95,10 +95,10 @@ def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> Swee
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("a sweep is one process, and starts its own. Fix: --workers N in place of torchrun")
     costs = ArchitectureCosts(out / "architectures", recipe.latency)
-    with _locked(out), stop_flag() as stop, SweepProgress() as progress, SweepWorkers(cluster, stop) as spread:
+    with _locked(out), stop_flag() as stop, SweepProgress() as progress, SweepWorkers(cluster, stop) as workers:
         (out / RESULT).unlink(missing_ok=True)
         write_atomically(out / "sweep.yaml", dump_recipe(recipe).encode())
-        trainer = Trainer(recipe, out, None if cluster.is_here else spread, stop, progress, costs)
+        trainer = Trainer(recipe, out, None if cluster.is_here else workers, stop, progress, costs)
         try:
             if recipe.search is not None:
                 found = search(recipe, trainer)

@@ -1,4 +1,4 @@
-"""Train students of a sweep rung by rung: those that share batches together, here or on a cluster."""
+"""Train the students of a sweep rung by rung, in groups that share batches, here or on a cluster."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,17 +19,17 @@ from logitcache.sweeps.sweep_recipe import Halving, SweepRecipe
 
 @dataclass(frozen=True)
 class Trainer:
-    """Where and how the students of a sweep train: on the workers of `spread`, or here without them."""
+    """Train the students of a sweep on `workers`, or in this process if that is None."""
 
     recipe: SweepRecipe
     out: Path
-    spread: SweepWorkers | None
+    workers: SweepWorkers | None
     stop: StopFlag
     progress: SweepProgress
     costs: ArchitectureCosts
 
     def train(self, members: Sequence[SweepStudent], halving: Halving | None) -> list[SweepStudent]:
-        """Train students to their end; return those that halving left out. Raises Stopped."""
+        """Train students to their last epoch; return those that halving dropped. Raises Stopped."""
         self.progress.add(members)
         going = list(members)
         if self.recipe.needed_costs:
@@ -41,14 +41,14 @@ class Trainer:
         return [member for member in members if member not in going]
 
     def _train_until(self, members: Sequence[SweepStudent], until: int | None) -> None:
-        """Train students that have not failed for good until so many epochs are done, or to their end."""
+        """Train the pending students up to a number of epochs, or to their last."""
         pending = [member for member in members if _is_pending(member, until)]
         refuse_inexact = self.recipe.inexact_targets == "refuse"
         groups = groups_of(pending, self.recipe.group_size, refuse_inexact, self.progress.refuse)
         if pending:
             logger.info(f"{len(pending)} students to train, on {len(groups)} streams")
-        if self.spread is not None and groups:
-            self.spread.train(groups, self.out, until, self.progress.show)
+        if self.workers is not None and groups:
+            self.workers.train(groups, self.out, until, self.progress.show)
             return
         for group in groups:
             train_group(group, self.out, until, self.stop, self.progress.show)
@@ -57,7 +57,7 @@ class Trainer:
 
 
 def _is_pending(member: SweepStudent, until: int | None) -> bool:
-    """Return whether a run has epochs left to train: one that diverged would diverge again."""
+    """Whether a run has epochs left to train; not after divergence, which would recur."""
     outcome = outcome_of(member)
     if outcome.state == "finished" or (outcome.failure is not None and outcome.failure.is_final):
         return False

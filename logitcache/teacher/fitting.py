@@ -1,4 +1,4 @@
-"""Decide how everything that is asked for is kept: fit encodings to a calibration sample of each teacher."""
+"""Choose the stored form of every target: fit encodings to a calibration sample of each teacher."""
 
 import functools
 import hashlib
@@ -25,7 +25,7 @@ Tables = Mapping[str, NDArray[np.generic]]
 
 
 FitAgain = Callable[[Mapping[str, TeacherEntry], int | None, int], Tables]
-"""Fits what has no form yet to some rows of some views, and returns tables by array name."""
+"""Fits the targets without a form to a number of rows of a number of views; returns tables by array name."""
 
 
 def fit(
@@ -38,10 +38,10 @@ def fit(
     most_rows: int | None = None,
     recorded_rows: int | None = None,
 ) -> tuple[dict[str, TeacherEntry], dict[str, NDArray[np.generic]]]:
-    """Return the entries with forms for all that has none yet, and the tables of these forms by array name.
+    """Fit every target that has no form yet; return the entries with all forms, and their tables by array name.
 
-    Calibration rows are drawn from the first `num_views` views, by default from those of the recipe; `most_rows` makes
-    them fewer, and `recorded_rows` are those of tables that are fitted again.
+    Calibration rows are drawn from the first `num_views` views, by default those of the recipe; `most_rows` limits
+    their number. `recorded_rows` is the number of rows that a damaged table was fitted to.
     """
     spec = recipe.views.model_copy(update={"num_views": num_views or recipe.views.num_views})
     recipe = recipe.model_copy(update={"views": spec})
@@ -74,7 +74,7 @@ def _fitted(entry: TeacherEntry, sample: Calibration) -> tuple[TeacherEntry, dic
 def fit_logits(
     entry: TeacherEntry, sample: CalibrationSample, num_views: int, num_rows: int
 ) -> tuple[StoredLogits, Tables]:
-    """Fit the encoding of an entry's logits to so many rows of the first views; returns its tables by name."""
+    """Fit the encoding of an entry's logits to a number of rows of the first views; returns its tables by name."""
     assert entry.logits is not None
     codec = entry.logits.fitted(sample)
     recorded = _recorded(codec.tables, num_views, num_rows)
@@ -82,7 +82,7 @@ def fit_logits(
 
 
 def _recorded(tables: Tables, num_views: int, num_rows: int) -> dict[str, Any]:
-    """Return what the manifest records of tables, which were fitted to so many rows of so many views."""
+    """Return the manifest's record of tables: their digests, and the numbers of views and rows they were fitted to."""
     digests = {name: hashlib.sha256(table_bytes(table)).hexdigest() for name, table in tables.items()}
     if not digests:
         return {"tables": {}}
@@ -95,7 +95,7 @@ def table_files(layout: Layout, tables: Tables) -> dict[str, bytes]:
 
 
 def refit_damaged_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> dict[str, bytes]:
-    """Fit damaged tables again and return their bytes by key; raise CacheError if these are others."""
+    """Fit damaged tables again and return their bytes by key; raise CacheError if the result differs."""
     stored = {
         name: entry.restricted([target for target in entry.targets if target not in entry.unfitted])
         for name, entry in goal.teachers.items()
@@ -120,7 +120,7 @@ def refit_damaged_tables(store: Store, goal: Manifest, fit_again: FitAgain) -> d
 
 
 def _as_asked(entry: TeacherEntry, target: str) -> tuple[StoredLogits | StoredFeature, TeacherEntry]:
-    """Return how a target is stored, and the entry without its form."""
+    """Return the stored form of a target, and the entry without it."""
     if target == LOGITS and entry.stored_logits is not None:
         return entry.stored_logits, entry.model_copy(update={"stored_logits": None})
     others = {name: stored for name, stored in entry.stored_features.items() if name != target}

@@ -1,4 +1,4 @@
-"""Features: what is taken of a tap, and how it is kept."""
+"""Features: the reduction of a tap, and its stored form."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ DIMS: dict[tuple[str, int], tuple[str, ...]] = {
     ("grad_cam", 1): ("token",),
     ("grad_cam", 2): ("height", "width"),
 }
-"""Names of a feature's axes, by its kind and how many it has."""
+"""Names of the axes of a feature, by its kind and number of axes."""
 
 _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "pooled": pooled,
@@ -45,7 +45,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Feature(Extended):
-    """What a module of the teacher puts out, or takes in, for losses of features.
+    """The output or input of a module of the teacher, for losses on features.
 
     Errors are recorded of `int8` and of `channels`. `float16` rounds each number to 11 bits: its relative error is at
     most 2⁻¹¹ from 6·10⁻⁵ on (below, 3·10⁻⁸ absolute), and numbers that it cannot hold are refused. With `views.targets:
@@ -103,11 +103,11 @@ class Feature(Extended):
 
     @property
     def measured(self) -> bool:
-        """Whether the error of every row is recorded: more than the rounding of a float."""
+        """Whether the error of every row is recorded: for forms that lose more than the rounding of a float."""
         return self.channels is not None or self.dtype == "int8"
 
     def take(self, values: Tensor, gradient: Tensor | None) -> Tensor:
-        """Reduce what a tap holds [B, ...]; `gradient` is that of the class's logit, for grad_cam."""
+        """Reduce a tapped tensor [B, ...] to the feature; `gradient` of the class logit is for grad_cam."""
         values = channels_in_place(values, self.layout)
         gradient = None if gradient is None else channels_in_place(gradient, self.layout)
         if self.size is not None:
@@ -127,7 +127,7 @@ class Feature(Extended):
         return values.to(torch.float32, copy=True)
 
     def fitted(self, vectors: Callable[[], Tensor], shape: tuple[int, ...]) -> "FittedFeature":
-        """Fit to vectors of channels [M, C], which are only computed if there is something to fit."""
+        """Fit the form to channel vectors [M, C], which are computed only if the form needs them."""
         form = FeatureForm(dtype=self.dtype, storage=self.storage, channels=self.channels)
         if self.channels is None:
             return FittedFeature(form, {}, self.kind, shape)
@@ -145,7 +145,7 @@ class Feature(Extended):
 
 
 class FeatureForm(Component):
-    """How a feature is kept: its numbers, or their components in the basis that lies beside them."""
+    """Stored form of a feature: its numbers, or their components in a stored basis."""
 
     table_names: ClassVar[frozenset[str]] = frozenset({"centre", "basis"})
 
@@ -155,20 +155,20 @@ class FeatureForm(Component):
 
     @property
     def is_plain(self) -> bool:
-        """Whether what is kept is the feature's own numbers."""
+        """Whether the feature's own numbers are stored."""
         return self.dtype != "int8" and self.channels is None
 
     def axis(self, shape: tuple[int, ...]) -> int:
-        """Return the axis of channels of a feature of shape [C], [N, D] or [C, H, W]."""
+        """Return the channel axis of a feature of shape [C], [N, D] or [C, H, W]."""
         return 1 if len(shape) == 2 else 0
 
     def kept_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of what is kept of a feature."""
+        """Return the shape of the stored rows of a feature."""
         axis = self.axis(shape)
         return shape if self.channels is None else (*shape[:axis], self.channels, *shape[axis + 1 :])
 
     def arrays(self, kind: FeatureKind, shape: tuple[int, ...]) -> tuple[RowArray, ...]:
-        """List the arrays that a feature takes. Raises RecipeError for a shape that its kind does not have."""
+        """List the arrays of a feature. Raises RecipeError for a shape that its kind cannot have."""
         if (kind, len(shape)) not in DIMS:
             raise RecipeError(f"a feature of kind {kind} has no shape {list(shape)}")
         dims, kept = DIMS[kind, len(shape)], self.kept_shape(shape)
@@ -178,7 +178,7 @@ class FeatureForm(Component):
         return (RowArray("level", kept, "int8", dims), RowArray("scale", scales, "float32", dims[: len(scales)]))
 
     def table_shapes(self, shape: tuple[int, ...]) -> dict[str, TableShape]:
-        """List the tables: those of a basis, if there is one."""
+        """List the tables: centre and basis, if channels are projected."""
         if self.channels is None:
             return {}
         width = shape[self.axis(shape)]
@@ -187,7 +187,7 @@ class FeatureForm(Component):
 
 @dataclass(frozen=True, eq=False)
 class FittedFeature(Fitted):
-    """Both directions between features [B, *shape] and their arrays.
+    """Encode features [B, *shape] to arrays, and decode them.
 
     tables: centre, float32 [C], and basis, float32 [K, C], orthonormal rows, if channels are projected.
     """
@@ -202,12 +202,12 @@ class FittedFeature(Fitted):
         if self.form.dtype != "int8":
             return {"": kept.half() if self.form.dtype == "float16" else kept}
         axes = tuple(range(2 if kept.ndim > 2 else 1, kept.ndim))
-        # Of zeros any scale will do. Subnormal ones have too few digits, and some devices take them for zero.
+        # Any scale fits zeros. Subnormal scales have too few digits, and some devices flush them to zero.
         scale = (kept.abs().amax(dim=axes, keepdim=True) / LEVELS).clamp(min=torch.finfo(torch.float32).tiny)
         return {"level": (kept / scale).round().to(torch.int8), "scale": scale.squeeze(axes)}
 
     def decode(self, rows: Mapping[str, Tensor]) -> FeatureValues:
-        """Return float32 features as they are, others as a form that becomes float32 on the device."""
+        """Return float32 features unchanged, others in a compact form that becomes float32 on the device."""
         if self.form.is_plain and self.form.dtype == "float32":
             return rows[""]
         return CompactFeature(rows, self.shape, self._values)

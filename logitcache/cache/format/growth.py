@@ -1,8 +1,8 @@
-"""Growth: what a cache is to become, while its root still describes what it is.
+"""Growth: the note of the cache that an existing one grows to, while its root still describes the old state.
 
-Further views, teachers and images are written beside the cache; nobody reads them yet. When all of it is committed, the
-arrays' metadata and then, in one atomic step, the root describe the grown cache: readers see the old state or the new.
-If images are appended, the short last shards are staged with more rows, and take the place of the old ones before that.
+New views, teachers and images are written beside the cache; no reader opens them yet. When all are committed, the
+metadata of the arrays and then, in one atomic step, the root are replaced: readers see the old state or the new one.
+If images are appended, longer versions of the short last shards are staged, and replace these before the root changes.
 """
 
 from contextlib import suppress
@@ -25,11 +25,11 @@ from logitcache.views.datasets import Dataset
 from logitcache.views.datasets.base import Fingerprint
 
 GROWING_IDS = "digest/growing.ids"
-"""The ids of the images that a cache is growing to have, in its order."""
+"""The ids of all images of the grown cache, in its order."""
 
 
 class NewImages(Component):
-    """The images that a cache is to have, where they are, and the shards that are staged because they become longer."""
+    """The images of the grown cache, where they lie, and the staged shards, which become longer."""
 
     dataset: Dataset | None
     fingerprint: Fingerprint
@@ -44,14 +44,14 @@ class NewImages(Component):
 
     @classmethod
     def of(cls, recorded: Manifest, wanted: Manifest) -> "NewImages":
-        """Describe the images of `wanted`, of which a cache has the first ones."""
+        """Describe the images of `wanted`; the cache has the first of them."""
         assert wanted.appended is not None
         given = {key: getattr(wanted, key) for key in ("dataset", "fingerprint", "appended", "canaries")}
         return cls(**given, staged=staged_between(recorded, wanted))
 
     @classmethod
     def between(cls, recorded: Manifest, wanted: Manifest) -> "NewImages | None":
-        """Return the images that `wanted` adds to a cache; None if it adds none."""
+        """Describe the images of `wanted`; None if they are those of the cache."""
         return None if wanted.num_images == recorded.num_images else cls.of(recorded, wanted)
 
     def added_to(self, manifest: Manifest) -> Manifest:
@@ -61,9 +61,9 @@ class NewImages(Component):
 
 
 class Growth(Extended):
-    """How many views, which teachers with which targets, and which images a cache is to have.
+    """The number of views, the teachers with their targets, and the images of the grown cache.
 
-    Teachers are in the order of the recipe; `images` is None if there are no new ones.
+    Teachers are in the order of the recipe; `images` is None if none are appended.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"images"})
@@ -74,7 +74,7 @@ class Growth(Extended):
     images: NewImages | None = None
 
     def applied(self, recorded: Manifest) -> Manifest:
-        """Return the manifest of the grown cache: what is recorded of the rest stays."""
+        """Return the manifest of the grown cache; all other entries are the recorded ones."""
         views = recorded.views.model_copy(update={"num_views": self.num_views})
         update: dict[str, Any] = {"views": views, "teachers": self.teachers, "versions": self.versions}
         manifest = recorded.model_copy(update=update)
@@ -82,10 +82,10 @@ class Growth(Extended):
 
 
 def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
-    """Return the manifest that `wanted` makes of a cache; `begun` has what earlier runs began to add.
+    """Return the manifest of a cache that grows to `wanted`; `begun` is the growth that earlier runs began.
 
-    New targets have no form yet. The canaries stay those of the first run: one that adds to a cache proves by them that
-    it renders the same views. As the metadata is written anew, it names the zarr that does.
+    New targets have no form yet. The canaries of the first run stay: a run that adds to the cache proves with them that
+    it renders the same views. The metadata is written again, so `versions` names this zarr.
     """
     if not is_more(wanted, recorded):
         return recorded
@@ -101,10 +101,10 @@ def grown(recorded: Manifest, begun: Manifest, wanted: Manifest) -> Manifest:
 
 
 def read_growth(store: Store, recorded: Manifest) -> Manifest:
-    """Return what a cache is growing to; what is recorded if it is not growing.
+    """Return the manifest that a cache grows to; the recorded one if it does not grow.
 
-    A note that does not extend what is recorded is none: storage may apply a write that was retried once more, after
-    the growth is finished and its note removed.
+    A note that does not extend the recorded manifest is ignored: object storage may apply a retried write again, after
+    the growth has ended and its note was removed.
     """
     growth = read_note(store)
     if growth is None:
@@ -117,7 +117,7 @@ def read_growth(store: Store, recorded: Manifest) -> Manifest:
 
 
 def read_note(store: Store) -> Growth | None:
-    """Read the note of a growth; None if there is none. Raises CacheError if it is damaged."""
+    """Read the note of a growth; None if the cache has none. Raises CacheError if it is damaged."""
     try:
         data = store.read(GROWING)
     except FileNotFoundError:
@@ -133,7 +133,7 @@ def read_note(store: Store) -> Growth | None:
 
 
 def outgrown_to(store: Store, num_images: int, first_ids: str) -> list[Manifest]:
-    """Return what the root describes now, and what the cache is growing to, if that has more than so many images.
+    """Return the manifests of the root and of a growth that have more than `num_images` images.
 
     `first_ids` is the digest of the ids of the images that the cache began with.
     """
@@ -144,5 +144,5 @@ def outgrown_to(store: Store, num_images: int, first_ids: str) -> list[Manifest]
 
 
 def is_outgrown(store: Store, num_images: int, first_ids: str) -> bool:
-    """Whether the files of a cache may hold more images than a manifest describes."""
+    """Whether the files of a cache may hold more images than a manifest with `num_images` describes."""
     return bool(outgrown_to(store, num_images, first_ids))

@@ -1,4 +1,4 @@
-"""How two manifests differ: whether a recipe continues a cache, adds to it, or would be another cache."""
+"""Compare two manifests: whether a recipe continues a cache, adds to it, or makes another one."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,24 +12,24 @@ from logitcache.reductions import ChannelLayout
 Outputs = tuple[int, ...] | None
 
 _AS_READ: Mapping[ChannelLayout, ChannelLayout] = {"channels_last": "channels_first", "channels_first": "tokens"}
-"""How releases without layouts read a tap of maps [H, W, C], and one of tokens [D, N]: without a change."""
+"""How releases without layouts read taps of maps [H, W, C] and of tokens [D, N]: as they are."""
 
 
 def extends(wanted: Manifest, recorded: Manifest) -> bool:
-    """Whether what is wanted is all that is recorded, or more: further views, teachers and features."""
+    """Whether the wanted cache has all that is recorded, and possibly more views, teachers, features or images."""
     return not _differences(recorded, wanted) and not _lacks(recorded, wanted)
 
 
 def is_more(wanted: Manifest, recorded: Manifest) -> bool:
-    """Whether more views, teachers or features are wanted than are recorded."""
+    """Whether the wanted cache has more views, teachers, features or images than are recorded."""
     return bool(_adds(recorded, wanted))
 
 
 def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
-    """Raise MismatchError listing every way in which a recipe is another than one that continues or extends a cache."""
+    """Raise MismatchError with every difference that keeps a recipe from continuing or extending a cache."""
     lines = _differences(recorded, wanted)
     lacks = _lacks(recorded, wanted)
-    # More views, teachers and features are no fault, but a recipe of other teachers differs from one that omits some.
+    # More views, teachers and features are allowed; list them only if others are missing, to show that they differ.
     if lines or lacks:
         raise MismatchError(
             f"{where} was made by another recipe:\n  "
@@ -41,7 +41,7 @@ def require_growth(recorded: Manifest, wanted: Manifest, where: str) -> None:
 
 
 def _fix_of_layouts(recorded: Manifest, wanted: Manifest) -> str:
-    """Word the entries that continue a cache of a release that read every tap as [C, H, W] or [N, D]."""
+    """Return the recipe entries that continue a cache of a release which read every tap as [C, H, W] or [N, D]."""
     entries = []
     for name in recorded.teachers.keys() & wanted.teachers.keys():
         old, new = recorded.teachers[name].features, wanted.teachers[name].features
@@ -54,7 +54,7 @@ def _fix_of_layouts(recorded: Manifest, wanted: Manifest) -> str:
 
 
 def _fix_of_answers(recorded: Manifest, wanted: Manifest) -> str:
-    """Word what to do with other files of a teacher that is known by its answers."""
+    """Return the fix for an imported teacher whose files of answers have changed."""
     names = [
         f"teachers.{name}"
         for name in sorted(recorded.teachers.keys() & wanted.teachers.keys())
@@ -74,7 +74,7 @@ def _is_imported(entry: TeacherEntry) -> bool:
 
 
 def _differences(recorded: Manifest, wanted: Manifest) -> list[str]:
-    """List what no cache can change."""
+    """List differences in what a cache can never change."""
     is_grown = recorded.num_images != wanted.num_images
     lines = ["images: the cache began with others"] if is_grown and recorded.first != wanted.first else []
     for key in type(recorded.views).model_fields:
@@ -107,7 +107,7 @@ def _teacher_differences(name: str, recorded: TeacherEntry, wanted: TeacherEntry
 
 
 def _other_outputs(recorded: Outputs, wanted: Outputs) -> list[tuple[str, Any, Any]]:
-    """Return which outputs of the network differ: that of the first class, or all if only one teacher chooses."""
+    """Return the first class whose network output differs; all outputs if only one manifest selects them."""
     if recorded is None or wanted is None:
         return [("classes", recorded, wanted)]
     pairs = enumerate(zip(recorded, wanted, strict=False))
@@ -115,7 +115,7 @@ def _other_outputs(recorded: Outputs, wanted: Outputs) -> list[tuple[str, Any, A
 
 
 def _lacks(recorded: Manifest, wanted: Manifest) -> list[str]:
-    """List what the cache has and the recipe does not ask for."""
+    """List what the cache has and the recipe does not name."""
     old, new = recorded.views.num_views, wanted.views.num_views
     lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new < old else []
     old, new = recorded.num_images, wanted.num_images
@@ -124,7 +124,7 @@ def _lacks(recorded: Manifest, wanted: Manifest) -> list[str]:
 
 
 def _adds(recorded: Manifest, wanted: Manifest) -> list[str]:
-    """List what the recipe asks for and the cache does not have."""
+    """List what the recipe names and the cache does not have."""
     old, new = recorded.views.num_views, wanted.views.num_views
     lines = [f"views.num_views: the cache has {old}, the recipe {new}"] if new > old else []
     old, new = recorded.num_images, wanted.num_images
@@ -133,7 +133,7 @@ def _adds(recorded: Manifest, wanted: Manifest) -> list[str]:
 
 
 def _only(one: Manifest, other: Manifest) -> Iterator[str]:
-    """Name, as a recipe does, the teachers and the targets that the other manifest does not have."""
+    """Yield the recipe keys of teachers and targets that the other manifest does not have."""
     for name, targets in one.targets.items():
         if name not in other.targets:
             yield f"teachers.{name}"
@@ -148,7 +148,7 @@ def _key(target: str) -> str:
 
 
 def short(value: object) -> str:
-    """Write a setting for a message."""
+    """Format a setting for a message."""
     if isinstance(value, tuple):
         return "[" + ", ".join(short(item) for item in value) + "]"
     if isinstance(value, Component):

@@ -1,4 +1,4 @@
-"""`pair`: join a student's images to those of a cache, and record what proves both."""
+"""`pair`: join a student's images to those of a cache, and record the digests that identify both."""
 
 import json
 import warnings
@@ -32,7 +32,7 @@ _LARGEST_DENOMINATOR = 64
 
 
 class PairOptions(Component):
-    """What the options of `pair` hold: the paired images, the size and colours of their views, the teacher's images."""
+    """Parsed options of `pair`: the paired images, the size and colours of their views, the teacher's images."""
 
     dataset: Dataset
     size: Size | None = None
@@ -57,7 +57,7 @@ def _entry(text: str) -> str:
 
 @dataclass(frozen=True)
 class PairResult:
-    """What was joined; `note` says what a pairing cannot prove."""
+    """Counts of the join; `note` states what a pairing cannot prove."""
 
     pairing: str
     cache: str
@@ -87,9 +87,9 @@ def pair(
 ) -> PairResult:
     """Pair the images of a data set with those of a cache by their ids, or by a CSV file or list of `pairs`.
 
-    Views of the paired images are of `size`; by default that of the teacher's, scaled as the images are if they are all
-    scaled alike. `teacher_dataset` is the place of the teacher's images, if they moved. Raises DataError for ids that
-    have no pair or several images, MismatchError for images that are not those of the cache.
+    Views of the paired images have `size`; by default the size of the teacher's views, times the scale between the
+    images if it is the same for all. `teacher_dataset` locates the teacher's images if they have moved. Raises
+    DataError for ids without a pair or with several images, MismatchError for images other than those of the cache.
     """
     opened = open_cache(cache)
     teacher = opened.open_images(teacher_dataset, trust)
@@ -116,7 +116,7 @@ def _recorded(
     colors: tuple[Color, ...],
     out: Path,
 ) -> PairingRecord:
-    """Take the canaries of the paired images, and write the pairing."""
+    """Record canaries of the paired images, and write the pairing."""
     manifest = cache.manifest
     sizes = np.asarray(Views(teacher, manifest.views).images.sizes(), np.int64)
     matched = np.flatnonzero(join.rows != UNPAIRED)
@@ -160,7 +160,7 @@ def _recorded(
 
 
 def _shown(seen: tuple[int, int], teacher: ImageDataset, paired: ImageDataset, matched: Ints) -> tuple[int, int]:
-    """Return the (height, width) of views of paired images: scaled as the images are, if that is one factor a side."""
+    """Return the (height, width) of paired views: the teacher's, scaled as the images if each side has one factor."""
     sizes, others = (np.asarray(images.sizes(), np.int64)[matched] for images in (teacher, paired))
     factors = [_factor(sizes[:, side], others[:, side]) for side in range(2)]
     found = [round(length * (factor or 1)) for length, factor in zip(seen, factors, strict=True)]
@@ -168,9 +168,9 @@ def _shown(seen: tuple[int, int], teacher: ImageDataset, paired: ImageDataset, m
 
 
 def _factor(lengths: Ints, others: Ints) -> Fraction | None:
-    """Return the factor between lengths [n] and others, each within a pixel; None if there is no one factor.
+    """Return the common ratio of others to lengths [n], each within a pixel; None if no ratio fits all.
 
-    The exact one if there is, else the fraction of the smallest denominator.
+    The exact ratio if there is one, else the fraction with the smallest denominator.
     """
     exact = Fraction(int(others[0]), int(lengths[0]))
     if (lengths * exact.numerator == others * exact.denominator).all():
@@ -184,9 +184,9 @@ def _factor(lengths: Ints, others: Ints) -> Fraction | None:
 
 
 def _other_labels(teacher: ImageDataset, images: ImageDataset, rows: Ints) -> int | None:
-    """Count the pairs of which both images have a label, and not the same; None if these are of other classes.
+    """Count the pairs whose images have different labels; None if the two data sets have other classes.
 
-    Warns if there are any: a label is no proof, but it is the only one that both sides may have.
+    Warns of a count above 0: labels are the only content that both images of a pair may share.
     """
     alike = teacher.num_classes == images.num_classes and (
         None in (teacher.class_names, images.class_names) or teacher.class_names == images.class_names

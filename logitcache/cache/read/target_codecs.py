@@ -1,4 +1,4 @@
-"""From rows of arrays to targets, and back: the encodings of a cache. Their tables are read when first needed."""
+"""Decode rows of arrays to targets, by the encodings of a cache. Their tables are read on first use."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property, partial
@@ -25,16 +25,16 @@ from logitcache.targets import Targets
 class TargetCodecs:
     """The encodings of every target of a cache, by the name of its group.
 
-    `tables`, by array name, are those that are not written yet.
+    `tables`, by array name, are not written to the store yet.
     """
 
     def __init__(self, store: Store, manifest: Manifest, layout: Layout, tables: Tables | None = None) -> None:
         self._store, self._manifest, self._layout, self._unwritten = store, manifest, layout, tables or {}
 
     def targets(self, rows: Rows, shard_of: Callable[[int], Shard]) -> dict[str, Targets]:
-        """Decode rows [B, ...] of all arrays into targets by teacher; what is not float32 stays compact.
+        """Decode rows [B, ...] of all arrays to targets by teacher; targets other than float32 stay compact.
 
-        `shard_of` returns the shard of a row. Raises CacheError that names it for a row that is wrong.
+        `shard_of` returns the shard of a row. Raises CacheError naming the shard of an invalid row.
         """
         return {
             name: Targets(
@@ -46,7 +46,7 @@ class TargetCodecs:
 
     @cached_property
     def _readers(self) -> dict[str, tuple["_Reader | None", dict[str, "_Reader"]]]:
-        """How logits, if any, and features are read, by teacher: a batch of short rows feels every look-up."""
+        """Readers of logits, if any, and of features, by teacher: prepared once, as look-ups slow batches of short rows."""
         readers = {}
         for name in self._manifest.teachers:
             groups = {group.target: group for group in self._layout.of(name)}
@@ -64,14 +64,14 @@ class TargetCodecs:
         assert entry.num_classes is not None
         assert entry.stored_logits is not None
         form = entry.stored_logits.form
-        # A layout in which what is needed is not one array is not possible.
+        # `kept_of` has checked that the needed feature is one array.
         needed = tuple((target, groups[target].rows[0].name) for target in form.needs)
         decode = partial(self.logits[group.name].decode, num_classes=entry.num_classes)
         return _Reader(group, _arrays(group) + needed, decode, None if form.any_bits else form.wrong_row)
 
     @cached_property
     def logits(self) -> dict[str, LogitsCodec]:
-        """Those of logits."""
+        """Codecs of logits, by group."""
         codecs: dict[str, LogitsCodec] = {}
         for group in self._layout.targets:
             stored = self._manifest.teachers[group.teacher].stored_logits
@@ -81,7 +81,7 @@ class TargetCodecs:
 
     @cached_property
     def features(self) -> dict[str, FittedFeature]:
-        """Those of features."""
+        """Codecs of features, by group."""
         codecs = {}
         for group in self._layout.targets:
             if group.target != LOGITS:
@@ -91,7 +91,7 @@ class TargetCodecs:
         return codecs
 
     def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
-        """Return weight [C, D] and bias [C] of the linear layer that a teacher's logits are kept as, or None."""
+        """Return weight [C, D] and bias [C] of a teacher's last layer, if the logits are stored as its input; else None."""
         codec = self.logits.get(f"{teacher}.{LOGITS}")
         if codec is None or "weight" not in codec.tables:
             return None

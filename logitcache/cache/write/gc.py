@@ -1,4 +1,4 @@
-"""Garbage collection: remove what killed writers left, and nothing that is committed or being written."""
+"""Garbage collection: remove the leftovers of killed writers, and nothing that is committed or being written."""
 
 import re
 import shutil
@@ -27,12 +27,12 @@ _TABLE_NAMES = frozenset().union(*(form.table_names for form in (*get_args(get_a
 _TABLE = re.compile(rf"{_NAME}\.{_NAME}\.({'|'.join(sorted(_TABLE_NAMES))})")
 
 Found = Iterator[tuple[str, str]]
-"""Keys of files and folders that nothing needs, with the reason."""
+"""Keys of unneeded files and folders, each with the reason."""
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file or a folder that nothing needs, why, and how many bytes it takes."""
+    """An unneeded file or folder, the reason, and its bytes."""
 
     path: str
     why: str
@@ -40,11 +40,11 @@ class Garbage:
 
 
 def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False) -> list[Garbage]:
-    """Remove what killed writers left in a cache and beside it; returns what it was.
+    """Remove the leftovers of killed writers in a cache and beside it; returns a list of them.
 
-    `growth` gives up a growth that is not finished too: the views and teachers that the root does not describe.
-    `dry_run` only lists. Raises CacheError if a run of this machine writes to it, and if there is no cache
-    and no beginning of one.
+    `growth` also discards an unfinished growth: the views, teachers and images that the root does not describe.
+    `dry_run` only lists. Raises CacheError if a run of this machine writes to the cache, and if neither a cache nor
+    an unfinished one exists.
     """
     store = locate(location)
     with ExitStack() as held:
@@ -69,9 +69,9 @@ def collect(location: str | Path, *, dry_run: bool = False, growth: bool = False
 
 
 class _Contents(NamedTuple):
-    """What a cache holds: files and folders, and the layouts of its root, of what stays, and of all that was begun.
+    """Files and folders of a cache, and three layouts: of its root, of what is kept, and of the growth that was begun.
 
-    `note` is why the note of its growth is not needed; "" if it is.
+    `note` is the reason why the note of the growth is not needed; "" if it is needed.
     """
 
     files: Mapping[str, int]
@@ -113,7 +113,7 @@ def _partial_files(contents: _Contents) -> Found:
 
 
 def _stray_shards(contents: _Contents) -> Found:
-    """Find records of views that there are not, and shards without a record."""
+    """Find records of views or images that the cache does not have, and shards without a record."""
     layout = contents.kept
     for group in layout.groups:
         for commits, *arrays in (group.with_staged(None).folders, group.staged_folders or (group.commits,)):
@@ -131,7 +131,7 @@ def _stray_shards(contents: _Contents) -> Found:
 
 
 def _abandoned_groups(contents: _Contents) -> Found:
-    """Find the arrays of a growth that is given up, the records first: a shard without one is nothing."""
+    """Find the arrays of a discarded growth, commit records first: a shard without a record does not exist."""
     kept = {group.name for group in contents.kept.groups}
     for group in contents.begun.groups:
         parts = (group.commits, *(array.name for array in group.arrays), *(table.name for table in group.tables))
@@ -141,7 +141,7 @@ def _abandoned_groups(contents: _Contents) -> Found:
 
 
 def _staged(contents: _Contents) -> Found:
-    """Find what was staged for a growth in images that is finished, or given up."""
+    """Find shards and ids that were staged for a growth in images, if it is finished or discarded."""
     staged = {name for group in contents.kept.groups for name in group.staged_folders}
     for name in sorted(contents.folders - staged):
         if name.endswith((STAGED, f"{STAGED}{COMMITS}")):
@@ -168,12 +168,12 @@ FINDERS: tuple[Callable[[_Contents], Found], ...] = (
     _abandoned_groups,
     _staged,
     _stray_tables,
-    _stale_note,  # last: until then it names the shards
+    _stale_note,  # last: it names the shards
 )
 
 
 def _numbered(files: Mapping[str, int], folder: str) -> Iterator[tuple[str, int, int]]:
-    """Yield the files of an array with the view and the number in their names."""
+    """Yield the shard files of an array, with the view and the shard number from their names."""
     for key in sorted(files):
         parent, _, name = key.rpartition("/")
         match = SHARD_NAME.fullmatch(name) if parent == folder else None
@@ -182,7 +182,7 @@ def _numbered(files: Mapping[str, int], folder: str) -> Iterator[tuple[str, int,
 
 
 def _below(files: Mapping[str, int], key: str) -> list[str]:
-    """List a file, or the files in a folder; of a file without a look at all others, as there may be a million."""
+    """List a file, or the files below a folder. A single file does not scan the others: a cache may have a million."""
     return [key] if key in files else [file for file in files if file.startswith(f"{key}/")]
 
 

@@ -1,4 +1,4 @@
-"""Grow a cache: note what it is to become, let its root describe that at last, and remove what was staged for it."""
+"""Grow a cache: write the note of the growth, replace the root at its end, remove staged files."""
 
 import json
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from logitcache.store.files import explained, sync_directory
 
 
 def begin_growth(store: Store, goal: Manifest, files: Mapping[str, bytes]) -> None:
-    """Note what a cache is growing to, before the first shard of it, and make room for the shards.
+    """Write the note of a growth before its first shard, and create the folders of the shards.
 
-    The tables and ids of what is new, bytes by key, come first: the note names their digests.
+    `files`, new tables and ids by key, are written first: the note names their digests.
     """
     root = store.path
     for key, values in files.items():
@@ -43,10 +43,10 @@ def begin_growth(store: Store, goal: Manifest, files: Mapping[str, bytes]) -> No
 
 
 def finish_growth(grown: Snapshot, samples: Mapping[str, bytes]) -> None:
-    """Let the root describe the grown cache, all shards of which are committed, with the errors over all rows.
+    """Replace the root by that of the grown cache, whose shards are all committed, with the errors over all rows.
 
-    `samples` are the files of the samples of its images, by key. Staged shards take the place of those that they
-    begin with; a reader that has these makes their bytes of the new ones.
+    `samples` are the files of labels, digests, ids and sizes, by key. Staged shards replace the shorter ones; a reader
+    that opened the cache before derives the shorter bytes from them.
     """
     _place_staged(grown)
     files = {**samples, **metadata_files(grown.manifest)}
@@ -57,7 +57,7 @@ def finish_growth(grown: Snapshot, samples: Mapping[str, bytes]) -> None:
 
 
 def _place_staged(grown: Snapshot) -> None:
-    """Write the staged shards under the keys of the cache, each array before the records of its group."""
+    """Write the staged shards under their final keys, the arrays of a group before its commit records."""
     unstaged = [group.with_staged(None) for group in grown.layout.groups]
     for shard in filter(grown.layout.is_staged, grown.shards if grown.layout.staged else ()):
         for group, final in zip(grown.layout.groups, unstaged, strict=True):
@@ -82,9 +82,9 @@ def _update(store: Store, files: Mapping[str, bytes]) -> None:
 
 
 def forget_growth(store: Store, recorded: Manifest) -> None:
-    """Remove the note of a growth that the root describes already; another run may have begun to add even more.
+    """Remove the note of a finished growth, unless another run has begun to add more.
 
-    What was staged for it goes before the note, which names it.
+    Staged files are removed before the note, which names them.
     """
     if store.exists(GROWING) and read_growth(store, recorded) == recorded:
         growth = read_note(store)
@@ -95,7 +95,7 @@ def forget_growth(store: Store, recorded: Manifest) -> None:
 
 
 def forget_staged(store: Store, layout: Layout) -> None:
-    """Remove the staged shards of a growth, the records first, and the ids that the cache was to have."""
+    """Remove the staged shards of a growth, commit records first, and the ids of the grown cache."""
     shards = [shard for shard in layout.shards() if layout.is_staged(shard)]
     store.remove([group.record_file(shard) for group in layout.groups for shard in shards])
     store.remove([array.file(shard) for array in layout.arrays for shard in shards])

@@ -1,4 +1,4 @@
-"""The demo's picture: accuracy, what the teacher saw, and the cost, as one SVG that asks no server for anything."""
+"""The demo's picture: accuracy, the teacher's views and the cost, as one SVG that loads nothing else."""
 
 import base64
 import io
@@ -32,7 +32,7 @@ text { font: 13px system-ui, sans-serif; fill: #1d2125 }
 
 
 def demo_picture(result: "DemoResult", cache: Cache) -> str:
-    """Draw the demo's results; `cache` is the one that it made."""
+    """Draw the demo's results; `cache` is the demo's cache."""
     lines = [*_accuracies(result), *_seen(cache), *_costs(result, cache)]
     *firsts, last = textwrap.wrap(result.next, 90, break_long_words=False, break_on_hyphens=False)
     lines += [("head", "Your own folder"), *(("mono", f"{line} \\") for line in firsts), ("mono", last)]
@@ -54,7 +54,7 @@ def demo_picture(result: "DemoResult", cache: Cache) -> str:
 
 
 def _bar(text: str, value: str, fraction: float, kind: str) -> tuple[str, str]:
-    """Draw a line of a bar chart, with its name and its number."""
+    """Draw a bar of a chart, with its name and its value."""
     bars = "".join(
         f'<rect class="{name}" x="{_COLUMN}" y="4" width="{part * _BAR:.1f}" height="14"/>'
         for name, part in (("track", 1.0), (kind, fraction))
@@ -74,7 +74,7 @@ def _accuracies(result: "DemoResult") -> Iterator[tuple[str, str]]:
 
 
 def _seen(cache: Cache) -> Iterator[tuple[str, str]]:
-    """Show views as the teacher saw them, each with its most probable class."""
+    """Draw views as the teacher saw them, each with its most probable class."""
     yield "head", "What the teacher saw, and answered; the students see the same pixels"
     views, names = cache.views(), cache.manifest.class_names
     indices: Sequence[int] = np.linspace(0, len(cache) - 1, _NUM_SEEN).astype(int).tolist()

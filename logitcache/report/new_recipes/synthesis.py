@@ -11,9 +11,9 @@ from logitcache.stage_one.synthesize.synthesize_recipe import SynthesizeRecipe
 
 
 def load_synthesis(teacher: str, overrides: Sequence[str] = ()) -> SynthesizeRecipe:
-    """Load a recipe, or make that of a run's folder, run:DIR, timm:NAME or torchvision:NAME, and apply overrides.
+    """Load a recipe, or write one for a run folder, run:DIR, timm:NAME or torchvision:NAME; apply overrides.
 
-    Channels and size of the images are those of the model, unless overrides state them. Raises RecipeError.
+    The images have the model's channels and size by default. Raises RecipeError.
     """
     if teacher.endswith((".yaml", ".yml")):
         return load_own(teacher, SynthesizeRecipe, overrides)

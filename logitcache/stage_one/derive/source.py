@@ -1,4 +1,4 @@
-"""The source of a derived cache: a finished cache, restricted to what the new teachers are made of."""
+"""The source of a derived cache: a finished cache, restricted to the targets that the new teachers need."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,14 +28,14 @@ Tables = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class MemberOrigin:
-    """A teacher of the new cache and what it is made of: `weights` of members, which add up to 1, in their order."""
+    """A teacher of the new cache: the mean of source teachers (members), with `weights` that add up to 1."""
 
     teacher: DerivedTeacher
     weights: Mapping[str, float]
     kept: tuple[str, ...]
 
     def logits(self, answers: Mapping[str, Targets]) -> Tensor:
-        """Return the logits that are encoded, float32 [B, C], of the answers of all members."""
+        """Average the logits of all members, float32 [B, C]."""
         members = [at_least_float32(dense_logits(answers[name])) for name in self.weights]
         if self.teacher.average != "probabilities":
             return sum((w * z for w, z in zip(self.weights.values(), members, strict=True)), torch.zeros(()))
@@ -47,7 +47,7 @@ class MemberOrigin:
 
 @dataclass(frozen=True)
 class CachedSample:
-    """What an encoding is fitted to: the answers in a cache to the views that stage one would draw."""
+    """Calibration rows for an encoding: cached answers to the views that stage one would draw."""
 
     reader: ShardReader
     name: str
@@ -55,7 +55,7 @@ class CachedSample:
 
     @property
     def classifier(self) -> Classifier:
-        """Raise RecipeError: there is none."""
+        """Raise RecipeError: a cache has no network."""
         raise RecipeError(
             f"teachers.{self.name}.logits: kind: head takes the weights of the teacher's last layer, which are not in "
             "a cache. Fix: if the source keeps a head, `keep: [logits]`; else another kind"
@@ -68,28 +68,28 @@ class CachedSample:
 
     @property
     def images(self) -> Tensor:
-        """The image that each row is a view of, int64 [N]."""
+        """Image index of each row, int64 [N]."""
         return torch.tensor([index for shard in self._rows for index in self._rows[shard]])
 
     @property
     def examples(self) -> Targets:
-        """Raise RecipeError, as `classifier` does: only a head asks for them."""
+        """Raise RecipeError, as `classifier` does: only the encoding `head` needs them."""
         raise RecipeError(f"teachers.{self.name}: a cache keeps no network to try")
 
     @property
     def num_rows(self) -> int:
-        """Rows of the whole cache."""
+        """Number of rows of the whole cache."""
         return self.reader.snapshot.manifest.num_images * self.reader.snapshot.manifest.views.num_views
 
     @property
     def wanted_rows(self) -> int:
-        """How many rows are drawn, unless there are fewer."""
+        """Number of rows to draw, if the cache has as many."""
         member = next(iter(self.origin.weights))
         return num_calibration_rows(self.reader.snapshot.manifest.teachers[member].num_classes or 0)
 
     @cached_property
     def _rows(self) -> dict[Shard, list[int]]:
-        """The indices of the rows, by shard."""
+        """Row indices by shard."""
         manifest, layout = self.reader.snapshot.manifest, self.reader.layout
         spec, found = manifest.views, dict[Shard, list[int]]()
         for view, index in calibration_keys(spec.seed, manifest.num_images, spec.num_views, self.wanted_rows):
@@ -104,14 +104,14 @@ class CachedSample:
 
 @dataclass(frozen=True)
 class SourceCache:
-    """A finished cache, restricted to what is needed of it, and what is made of it by teacher."""
+    """A finished cache, restricted to the targets that are needed, and the members of each new teacher."""
 
     snapshot: Snapshot
     origins: Mapping[str, MemberOrigin]
 
     @classmethod
     def of(cls, recipe: DeriveRecipe, cache: Snapshot) -> "SourceCache":
-        """Restrict a cache to what a recipe needs. Raises RecipeError or MismatchError if it lacks that."""
+        """Restrict a cache to the targets of a recipe. Raises RecipeError or MismatchError if one is missing."""
         where, manifest = str(cache.store), cache.manifest
         views = recipe.num_views or manifest.views.num_views
         origins: dict[str, MemberOrigin] = {}
@@ -131,17 +131,17 @@ class SourceCache:
 
     @property
     def reader(self) -> ShardReader:
-        """Reads all of it."""
+        """A reader of all its targets and views."""
         return ShardReader(self.snapshot, views=True)
 
     def sample(self, name: str, num_views: int) -> CachedSample:
-        """Return what a teacher's encoding is fitted to: rows of the first views, of its members' logits alone."""
+        """Return calibration rows for a teacher's encoding: the logits of its members in the first views."""
         members = {member: [LOGITS] for member in self.origins[name].weights}
         reader = ShardReader(self.snapshot.of(self.snapshot.manifest.restricted(num_views, members)))
         return CachedSample(reader, name, self.origins[name])
 
     def tables(self, name: str, target: str) -> Tables:
-        """Return the tables of a target that is copied, by the names of their arrays in the new cache."""
+        """Return the tables of a copied target, by array name in the new cache."""
         (member, *_) = self.origins[name].weights
         groups = [group for group in self.snapshot.layout.of(member) if group.target == target]
         found = {key: table for group in groups for key, table in read_tables(self.snapshot.store, group).items()}
@@ -154,7 +154,7 @@ def _require_views(views: int, where: str, manifest: Manifest) -> None:
 
 
 def _origin(name: str, teacher: DerivedTeacher, where: str, manifest: Manifest) -> MemberOrigin:
-    """Raise unless the members are there, can be made one, and have what is asked for."""
+    """Check that the members exist, can be averaged, and have the targets that the recipe names."""
     members = teacher.members or {name: 1.0}
     if unknown := sorted(members.keys() - manifest.teachers.keys()):
         raise RecipeError(
@@ -192,7 +192,7 @@ def _require_dense(name: str, where: str, entries: Mapping[str, TeacherEntry]) -
 
 
 def _kept(name: str, teacher: DerivedTeacher, entry: TeacherEntry, where: str) -> tuple[str, ...]:
-    """Return the targets that are copied, with those that they are decoded with."""
+    """Return the targets to copy, with the features that decoding them needs."""
     asked = entry.targets if teacher.keep == "all" else teacher.keep
     if unknown := sorted(set(asked) - set(entry.targets)):
         raise RecipeError(f"teachers.{name}.keep: {where} has no {unknown}, but {list(entry.targets)}. Fix: name these")

@@ -1,4 +1,4 @@
-"""Digests of shards in storage, read in parts and remembered by the tags that the storage gives them."""
+"""Digests of shards in object storage: read in parts, and remembered by the ETags of the objects."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from logitcache.store.shards import StoredShard
 def object_digests(
     remote: Remote, shards: Sequence[StoredShard], listed: Mapping[str, Entry], *, fresh: bool
 ) -> list[bytes | None]:
-    """Return the digests of shards in storage that are remembered, None for others; `fresh` reads every byte."""
+    """Return the remembered digests of shards in storage, None for others; `fresh` reads every byte instead."""
     memory = memory_file(remote.url, "objects")
     index = StampIndex(read_memory(memory) or b"")
     stamps = [stamp_of_tag(*listed[shard.key]) if shard.key in listed else NO_STAMP for shard in shards]
@@ -34,7 +34,7 @@ def object_digests(
 
 
 def _digest(remote: Remote, shard: StoredShard) -> bytes:
-    """Hash the bytes of an object, part by part; one that is missing, or shorter than its record, has no bytes."""
+    """Hash an object part by part; an object that is missing, or shorter than its record, counts as empty."""
     try:
         return shard.sound_digest(io.BufferedReader(_Object(remote, shard), PART))
     except FileNotFoundError:

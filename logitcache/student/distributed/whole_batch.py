@@ -1,4 +1,4 @@
-"""All rows of a batch on every rank, for losses that compare rows with one another."""
+"""Gather the rows of a batch from all ranks, for losses that compare rows with one another."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -15,7 +15,7 @@ EveryRow = Callable[[Tensor], Tensor]
 
 
 class _EveryRow(torch.autograd.Function):
-    """EveryRow of all ranks, in their order; the gradient of a row is the sum of what all ranks have for it."""
+    """All-gather rows in the order of the ranks; the gradient of a row is the sum over all ranks."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, ranks: Ranks, counts: list[int]) -> Tensor:
@@ -29,7 +29,7 @@ class _EveryRow(torch.autograd.Function):
 
 
 class WholeBatch:
-    """Gives losses that are no mean over rows what they look at, of the rows of all ranks."""
+    """Gather the inputs of losses that are not a mean over rows: the rows of all ranks."""
 
     def __init__(self, losses: Sequence[Loss], ranks: Ranks) -> None:
         self._ranks = ranks
@@ -37,7 +37,7 @@ class WholeBatch:
         self._taps = sorted({tap for loss in self._asking for tap in loss.taps})
 
     def __call__(self, outputs: Targets, batch: Batch) -> tuple[Targets, Batch]:
-        """Return outputs and batch with all rows, at least in float32; without images, which no such loss looks at."""
+        """Return outputs and batch with all rows, at least float32; without images, which these losses do not use."""
         if not self._asking:
             return outputs, batch
         counts = self._ranks.gathered(len(batch))
@@ -53,7 +53,7 @@ class WholeBatch:
         return student, Batch(images, labels, keys, teachers, mapped(batch.mixed, every_row))
 
     def _taught(self, name: str, targets: Targets, every_row: EveryRow) -> Targets:
-        """Return what the losses ask of one teacher: other logits may have no dense form."""
+        """Gather the targets of one teacher that the losses use: other logits may have no dense form."""
         asking = [loss for loss in self._asking if loss.teacher in (None, name)]
         features = sorted({feature for loss in asking for feature in loss.features})
         dense = any("raw logits" in loss.needs for loss in asking)

@@ -1,4 +1,4 @@
-"""The result of a run: its figures, and the weights of the last epoch or of the one that measured best."""
+"""The result of a run: its metrics, and the weights of its last or best epoch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ from logitcache.student.runs.trained import Evaluation, save_evaluation
 from logitcache.student.training_recipes import TrainingRecipe
 
 _UNLIKE = 1.5
-"""Ratio of two sizes beyond which a network that learnt from one seldom knows the other."""
+"""Ratio of image sizes above which a network rarely generalises from one to the other."""
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a finished run measured; accuracies are fractions of the validation images, None if it had none.
+    """Metrics of a finished run; accuracies are fractions of the validation images, None without validation.
 
-    Of images of any number of classes there are mean average precision and F1 in place of top-1 and top-5.
+    Multi-label images have mean average precision and F1 in place of top-1 and top-5.
     """
 
     out: str
@@ -56,9 +56,11 @@ def require_measurable(
     learned: Sequence[int],
     preprocessing: Preprocessing,
 ) -> None:
-    """Raise RecipeError if the best epoch is to be kept and no image to measure on has a label, or if these have
-    another size than the images [C, H, W] that are `learned` from, and the recipe does not say so; warn if it says
-    one that is very different.
+    """Check that validation can select the best epoch, and that its images fit the training images.
+
+    Raises RecipeError if `best` is to be kept and no validation image has a label, or if validation images have
+    another size than the training images `learned` [C, H, W] and the recipe does not state it. Warns of a stated size
+    that differs much.
     """
     images = recipe.validation
     if images is not None and sample is not None and images.dataset is not None and images.cache is None:
@@ -82,15 +84,15 @@ def require_measurable(
 
 
 def keep_if_best(learner: Learner, run: RunDirectory, row: dict[str, Any]) -> None:
-    """Write the weights apart if no epoch before measured as well."""
+    """Write the weights to a file of their own if this epoch is the best so far."""
     if best_epoch([*run.rows, row]) == row["epoch"]:
         learner.ranks.by_first(lambda: save_weights(run.best, learner.measured.module))
 
 
 def extend(recipe: TrainingRecipe, run: RunDirectory, before: int, step: int, steps: int) -> None:
-    """Let a run of `before` epochs go on to those of the recipe; print what that does to its schedules.
+    """Extend a finished run of `before` epochs to the epochs of the recipe; log the effect on its schedules.
 
-    `step`: the next one; `steps`: those of an epoch.
+    `step` is the next step, `steps` the number of steps of an epoch.
     """
     if recipe.keep == "best":
         run.ranks.by_first(lambda: _restore_best(run))
@@ -103,7 +105,7 @@ def extend(recipe: TrainingRecipe, run: RunDirectory, before: int, step: int, st
 
 
 def _restore_best(run: RunDirectory) -> None:
-    """Put back the weights that a finished run kept, which the added epochs are compared with."""
+    """Restore the kept weights of a finished run, so that the added epochs are compared with them."""
     kept = run.path / "weights.safetensors"
     if kept.exists() and not run.best.exists():
         with run.reading(kept):
@@ -115,7 +117,7 @@ def _quality(row: dict[str, Any]) -> float | None:
 
 
 def best_epoch(rows: list[dict[str, Any]]) -> int:
-    """Return the first epoch of those that measured best."""
+    """Return the best epoch, the first of several."""
     measured = [row for row in rows if _quality(row) is not None]
     return int(max(measured, key=lambda row: (_quality(row), -row["epoch"]))["epoch"])
 
@@ -123,7 +125,7 @@ def best_epoch(rows: list[dict[str, Any]]) -> int:
 def save_kept(
     recipe: TrainingRecipe, run: RunDirectory, learner: Learner, stored: StoredModel, evaluation: Evaluation
 ) -> None:
-    """Write the weights that the recipe keeps, and what it takes to use them."""
+    """Write the weights that the recipe keeps, and the files that are needed to use them."""
     classifier = learner.measured
     save_evaluation(run.path, evaluation)
     if recipe.keep == "best":

@@ -1,4 +1,4 @@
-"""A student in training and its run directory: it takes a step on a batch, and ends an epoch."""
+"""A student in training and its run directory: steps on batches, and ends of epochs."""
 
 import time
 from dataclasses import asdict
@@ -32,7 +32,7 @@ BEST = ("top1", "mean_ap")
 class TrainingRun:
     """A student on a stream of batches.
 
-    It draws from random states of its own: beside others on one stream it trains, bit for bit, as it does alone.
+    It has random states of its own: on a shared stream it trains bit for bit as it does alone.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class TrainingRun:
         evaluation: Evaluation,
         stored: StoredModel,
     ) -> None:
-        """Wrap a learner; `evaluation` is the preprocessing of evaluation, its epoch not yet known.
+        """Wrap a learner; `evaluation` is the preprocessing of evaluation, without its epoch.
 
-        `stored` describes the model that the run ends with: nothing that training starts from is needed at its end.
+        `stored` describes the trained model: weights that training starts from are not needed to load it.
         """
         self.recipe, self.learner, self.directory, self.validator = recipe, learner, directory, validator
         self._randomness, self._stream, self._evaluation = randomness, stream, evaluation
@@ -61,7 +61,7 @@ class TrainingRun:
         return self.learner.epoch >= self.recipe.epochs
 
     def take_up(self, before: int | None) -> None:
-        """Continue from the checkpoint, if there is one; `before`: the epochs that an extended run had."""
+        """Continue from the checkpoint, if the run has one; `before` is the number of epochs of an extended run."""
         run, learner = self.directory, self.learner
         if run.begun:
             own = learner.state()
@@ -86,7 +86,7 @@ class TrainingRun:
             extend(self.recipe, run, before, learner.step, self._num_batches)
 
     def step(self, batch: Batch) -> None:
-        """Train on a batch; keep the state if it is time to."""
+        """Train on a batch; write a checkpoint if one is due."""
         started = time.perf_counter()
         recipe, learner = self.recipe, self.learner
         with self._randomness:
@@ -117,24 +117,24 @@ class TrainingRun:
         learner.seconds += time.perf_counter() - started
 
     def _rows(self, batch: Batch) -> Tensor:
-        """Count the rows that each loss is a mean over, [L]: micro-batches then sum to what the whole batch gives."""
+        """Count the rows of each loss's mean, [L], so that micro-batches add up to the whole batch."""
         return torch.stack([loss.rows(batch) for loss in self.recipe.losses])
 
     def save(self) -> None:
-        """Keep the state; raises DivergenceError for one that is of no use."""
+        """Write a checkpoint; raises DivergenceError if the state is not finite."""
         self._require_finite()
         with self._randomness:
             self.directory.save_checkpoint(self.learner.state())
 
     def stopped(self, stop: StopFlag) -> Exception:
-        """Return the error that ends a command which was asked to stop."""
+        """Return the error with which a stopped command ends."""
         return stop.stopped(
             f"stopped in epoch {self.learner.epoch + 1} after step {self.learner.step}; the state is in "
             f"{self.directory.checkpoint}. The same command with --resume continues"
         )
 
     def _require_finite(self) -> None:
-        """Raise if training has diverged, or the targets are to blame: a checkpoint of that would be of no use."""
+        """Raise if training has diverged or a target is not finite: such a checkpoint would be useless."""
         learner = self.learner
         if not learner.finite():
             if self._stream.cache is not None:
@@ -147,27 +147,27 @@ class TrainingRun:
 
     @property
     def is_measured(self) -> bool:
-        """Whether this epoch asks for a measurement at its end."""
+        """Whether the model is measured at the end of this epoch."""
         if self.validator is None or self.recipe.validation is None:
             return False
         epochs = self.learner.epoch + 1
         return epochs == self.recipe.epochs or epochs % self.recipe.validation.every == 0
 
     def begin_measuring(self) -> None:
-        """Prepare to be measured; the state is kept first, so that a stop loses nothing."""
+        """Prepare a measurement; write a checkpoint first, so that a stop loses nothing."""
         assert self.validator is not None
         self.save()
         self.learner.share_statistics()
         self._counted = Counted(self.validator, self.learner.measured, self.learner.device, self.recipe.precision)
 
     def measure(self, batch: Batch) -> None:
-        """Count what the model answers to a batch of validation images."""
+        """Count the answers of the model to a batch of validation images."""
         assert self._counted is not None, "begin_measuring comes first"
         with self._randomness:
             self._counted.add(batch)
 
     def end_epoch(self) -> dict[str, Any]:
-        """Record the epoch with what was measured, go to the next, and return the metrics."""
+        """Record the epoch and its metrics, advance to the next epoch, and return the metrics."""
         self._require_finite()
         recipe, learner, measured = self.recipe, self.learner, self._measured()
         means = learner.means()

@@ -1,6 +1,6 @@
-"""Class folders: how the images below a root are ordered and labelled, wherever the root is.
+"""Class folders: order and labels of the images below a root, local or remote.
 
-Order and classes are those of torchvision's ImageFolder, but hidden files and folders are left out.
+Order and classes are those of torchvision's ImageFolder, without hidden files and folders.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ Split = Literal["train", "validation"]
 
 
 class Listing(NamedTuple):
-    """Images in order, by their paths below a root; their labels [n] and what the classes are called."""
+    """Images in order: paths below a root, labels [n], and the names of the classes."""
 
     ids: PackedIds
     labels: NDArray[np.int64]
@@ -30,7 +30,7 @@ class Listing(NamedTuple):
 
 
 def unlabelled(root: str, files: PackedIds) -> Listing:
-    """List images without labels; raises DataError if there are none."""
+    """List images without labels; raises DataError for an empty root."""
     if not files:
         raise DataError(_why_no_images(root))
     return Listing(files, np.full(len(files), UNLABELLED, np.int64), None)
@@ -39,9 +39,9 @@ def unlabelled(root: str, files: PackedIds) -> Listing:
 def by_class(
     root: str, loose: list[str], classes: list[str], images: Sequence[PackedIds], labelled: bool | None
 ) -> Listing:
-    """List the images of each class; `loose` are those of none, whose folder may not be `labelled: true`.
+    """List the images of each class; `loose` images lie in no class folder, which `labelled: true` does not allow.
 
-    Raises DataError for what is ambiguous or empty.
+    Raises DataError for an ambiguous layout, and for an empty class or root.
     """
     if loose and not any(images) and labelled:
         raise DataError(
@@ -68,7 +68,7 @@ def by_class(
 def of_split(root: str, listing: Listing, split: Split | None, holdout: int) -> Listing:
     """Keep the images of a split: `validation` is every `holdout`-th image in order, `train` the others.
 
-    The classes stay. Raises DataError if no image is left.
+    All classes keep their numbers. Raises DataError if the split has no image.
     """
     if split is None:
         return listing
