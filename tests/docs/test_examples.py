@@ -1,8 +1,10 @@
 """Every example of README and docs is run, in a small world; `NOT_RUN` lists what is not, and why."""
 
+import os
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from logitcache.stage_one.derive.derive import derive
 from logitcache.stage_one.derive.derive_recipe import DeriveRecipe
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.training import train
-from tests.cache.made import verified
+from tests.cache.made import contents, verified
 from tests.docs.world import COLOURED, HALF, PHOTOS, here, make_world, shrunk
 from tests.models.hub import keep_timm_weights
 from tests.student.small import TEST_IMAGES, student
@@ -132,23 +134,27 @@ def test_python_runs(name: str, code: str, place: Path, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the recipes, images and caches that the pages name."""
     folder = tmp_path_factory.mktemp("world")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         make_world(folder)
-    return folder
+        for name in ("test_resnet.r160_in1k", "test_efficientnet.r160_in1k"):
+            keep_timm_weights(folder / "hub", name, patch)
+    before = contents(folder)
+    yield folder
+    assert contents(folder) == before, "a command wrote to a file, and did not replace it"
 
 
 @pytest.fixture
 def world(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: a copy of the template."""
+    """The working directory: the template, by links to its files, which commands replace and do not write to."""
     folder = tmp_path / "world"
-    shutil.copytree(template, folder)
+    shutil.copytree(template, folder, copy_function=os.link)
     monkeypatch.chdir(folder)
-    for name in ("test_resnet.r160_in1k", "test_efficientnet.r160_in1k"):
-        keep_timm_weights(folder / "hub", name, monkeypatch)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name, value in {"NUM_VIEWS": 2, "STEPS": 1, "MOST_WORKERS": 0}.items():
         monkeypatch.setattr(f"logitcache.report.new_recipes.texts.{name}", value)
     return folder
