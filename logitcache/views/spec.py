@@ -111,11 +111,8 @@ class ViewSpec(Extended):
 
         Also returns the sizes of the views [B, 2]. DataError names an image that is too small.
         """
-        plans = []
-        for step in self.steps(keys, sizes):
-            plans.append(step.params)
-            sizes = step.after
-        return plans, sizes
+        steps = list(self.steps(keys, sizes))
+        return [step.params for step in steps], steps[-1].after if steps else sizes
 
     def steps(self, keys: Sequence[ViewKey], sizes: Ints) -> Iterator[Step]:
         """Draw the parameters of one augmentation after the other, with the sizes that images have around it."""

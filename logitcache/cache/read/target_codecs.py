@@ -46,7 +46,7 @@ class TargetCodecs:
 
     @cached_property
     def _readers(self) -> dict[str, tuple["_Reader | None", dict[str, "_Reader"]]]:
-        """Readers of logits, if any, and of features, by teacher: prepared once, as look-ups slow batches of short rows."""
+        """Readers of logits, if any, and of features, by teacher; look-ups per batch would slow short rows."""
         readers = {}
         for name in self._manifest.teachers:
             groups = {group.target: group for group in self._layout.of(name)}
@@ -91,7 +91,7 @@ class TargetCodecs:
         return codecs
 
     def head(self, teacher: str) -> tuple[Tensor, Tensor] | None:
-        """Return weight [C, D] and bias [C] of a teacher's last layer, if the logits are stored as its input; else None."""
+        """Return weight [C, D] and bias [C] of a teacher's last layer, if the logits are stored as its input."""
         codec = self.logits.get(f"{teacher}.{LOGITS}")
         if codec is None or "weight" not in codec.tables:
             return None
