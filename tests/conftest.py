@@ -33,10 +33,10 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-# `configure` itself: tests put others in its place.
+# `configure` itself: tests put others in its place. Functions import torch: the process that starts workers runs no
+# test, and they would wait for the seconds that this takes.
 from logitcache.runtime.console import _output, configure, logger  # noqa: E402
 from tests.warm import start_server  # noqa: E402
 
@@ -68,6 +68,8 @@ def _starts_processes(item: pytest.Item) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that start processes, which take longest; skip tests of a device that is not there."""
+    import torch
+
     items.sort(key=_starts_processes, reverse=True)
     if torch.cuda.is_available():
         return
@@ -101,6 +103,8 @@ def _checkout_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Compute with one thread: arrays are small, and float32 sums depend on how many there are."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -120,6 +124,8 @@ def warm_workers() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Seed torch's generator; tests that must not depend on it reseed it themselves."""
+    import torch
+
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats three stacks where there is no GPU
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(0)

@@ -30,7 +30,7 @@ from tests.student.small import DROPOUT, recipe, student, teacher, weights
 
 NUM_IMAGES = 33
 HERE = "tests.student.test_trial"
-RESNET = {"kind": "torchvision", "name": "resnet18", "weights": None}
+SHUFFLENET = {"kind": "torchvision", "name": "shufflenet_v2_x0_5", "weights": None}
 GOOGLENET = {"kind": "torchvision", "name": "googlenet", "weights": None, "options": {"init_weights": False}}
 
 
@@ -124,12 +124,12 @@ def _fixes(error: str) -> list[dict[str, Any]]:
 
 
 def test_a_last_batch_of_one_is_refused_where_the_model_normalises_by_batch(coloured: Path, tmp_path: Path) -> None:
-    error = _refused(tmp_path, coloured, model=RESNET)
+    error = _refused(tmp_path, coloured, model=SHUFFLENET)
     assert "33 images in batches of 32 leave a batch of 1" in error
     assert "more than 1 value per channel" in error
     assert _fixes(error) == [{"drop_last": True}, {"batch_size": 33}]
     for number, fix in enumerate(_fixes(error)):
-        fixed = _student(tmp_path / f"run{number}", coloured, **{"model": RESNET} | fix)
+        fixed = _student(tmp_path / f"run{number}", coloured, **{"model": SHUFFLENET} | fix)
         assert _checked(tmp_path, fixed) is None
         assert train(fixed).steps == 1
 
@@ -223,7 +223,7 @@ def test_the_smallest_batch_is_that_of_the_loop(drop_last: bool, views_per_image
         seen = [len(micro) for keys in batches for micro in _batch(len(keys)).parts(micro_batches)]
         entry = recipe(
             TeacherRecipe,
-            **{"out": "run", "model": RESNET, "dataset": {"kind": "bundled"}, "epochs": 2},
+            **{"out": "run", "model": SHUFFLENET, "dataset": {"kind": "bundled"}, "epochs": 2},
             **options,
             micro_batches=micro_batches,
         )
