@@ -1,4 +1,4 @@
-"""Compare a cache's stored bytes with its commit records, and decode what these bytes do not show."""
+"""Verify a cache: compare stored bytes with commit records, and decode rows to find invalid ones."""
 
 import itertools
 from collections.abc import Collection, Sequence
@@ -26,7 +26,7 @@ ROWS = 4096
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and everything that is wrong."""
+    """Counts of a verification, and every problem that it found."""
 
     shards: int
     bytes: int
@@ -34,7 +34,7 @@ class Verification:
 
 
 class Damage(NamedTuple):
-    """What is wrong with a group's part of a shard."""
+    """A damaged part of a shard: its group and the problem."""
 
     shard: Shard
     group: ArrayGroup
@@ -42,9 +42,9 @@ class Damage(NamedTuple):
 
 
 def damaged(snapshot: Snapshot, *, fresh: bool = False) -> list[Damage]:
-    """Compare the stored bytes of committed shards with their records; several files are read at a time.
+    """Compare the stored bytes of committed shards with their records, several files at a time.
 
-    Sizes at a URL are compared, and digests if they are remembered; `fresh` reads every byte.
+    At a URL, sizes and remembered digests are compared; `fresh` reads every byte.
     """
     found: list[Damage] = []
     readable: list[tuple[StoredShard, ArrayGroup]] = []
@@ -60,9 +60,9 @@ def damaged(snapshot: Snapshot, *, fresh: bool = False) -> list[Damage]:
 
 
 def require_intact(snapshot: Snapshot, groups: Sequence[ArrayGroup], shards: Sequence[Shard]) -> None:
-    """Raise CacheError naming the damaged ones of shards that are committed in some groups.
+    """Raise CacheError naming damaged shards among those that are committed in some groups.
 
-    Shards at a URL are downloaded by that.
+    Downloads shards of a cache at a URL.
     """
     store = snapshot.store
     if not store.is_local:
@@ -72,7 +72,7 @@ def require_intact(snapshot: Snapshot, groups: Sequence[ArrayGroup], shards: Seq
     found = zip(parts, store.wrong(parts, fresh=False), strict=True)
     wrong = [(part, text) for part, text in found if text is not None]
     if wrong and is_outgrown(store, *snapshot.manifest.extent):
-        # The errors of a short last shard are others once images are appended to it; no reader needs them.
+        # The errors of a short last shard change once images are appended to it; no reader needs them.
         errors, full = {group.errors.name for group in groups if group.errors}, snapshot.layout.shard_rows
         wrong = [one for one in wrong if one[0].array not in errors or one[0].shard.stop - one[0].shard.start == full]
     _require_none(snapshot, [text for _, text in wrong])
@@ -92,7 +92,7 @@ def row_shards(snapshot: Snapshot, groups: Sequence[ArrayGroup], shards: Sequenc
 
 
 def require_committed(snapshot: Snapshot) -> None:
-    """Raise CacheError unless every shard is committed, by a record that can be read."""
+    """Raise CacheError unless every shard has a valid commit record."""
     damaged = [snapshot.damaged_records(group) for group in snapshot.layout.groups]
     _require_none(snapshot, [f"{shard}: {text}" for texts in damaged for shard, text in sorted(texts.items())])
     if not snapshot.complete:
@@ -104,9 +104,9 @@ def require_committed(snapshot: Snapshot) -> None:
 
 
 def open_committed(path: str | Path) -> Snapshot:
-    """Open a cache that is finished; raise CacheError if it is damaged or incomplete.
+    """Open a finished cache; raise CacheError if it is damaged or incomplete.
 
-    One that grows while it is opened is opened again.
+    A cache that grows meanwhile is opened again.
     """
     while True:
         store = locate(path)
@@ -123,7 +123,7 @@ def open_committed(path: str | Path) -> Snapshot:
 
 
 def verify_cache(snapshot: Snapshot) -> Verification:
-    """Read every stored byte again and list everything that is wrong."""
+    """Read every stored byte again and list every problem."""
     store, layout = snapshot.store, snapshot.layout
     problems = [problem.text for problem in skeleton_problems(store, snapshot.manifest)]
     present = set(snapshot.shards).union(*(snapshot.damaged_records(group) for group in layout.groups))
@@ -135,7 +135,7 @@ def verify_cache(snapshot: Snapshot) -> Verification:
 
 
 def _not_decoded(snapshot: Snapshot, damaged: Collection[tuple[str, Shard]]) -> list[str]:
-    """Decode packed shards, and rows that may be wrong; return what is wrong with those that match their records."""
+    """Decode packed shards, and encodings with invalid rows; return the problems of shards that match their records."""
     problems, committed = [], snapshot.committed()
     for group in snapshot.layout.groups:
         codecs = _codecs_of_checked(snapshot, group)
@@ -152,13 +152,13 @@ def _not_decoded(snapshot: Snapshot, damaged: Collection[tuple[str, Shard]]) -> 
 
 
 def _require_answers(codecs: TargetCodecs, rows: Rows, shard: Shard) -> None:
-    """Decode rows, some at a time; raise CacheError for one that is wrong."""
+    """Decode rows in blocks; raise CacheError for an invalid row."""
     for start in range(0, shard.stop - shard.start, ROWS):
         codecs.targets({name: values[start : start + ROWS] for name, values in rows.items()}, lambda row: shard)
 
 
 def _codecs_of_checked(snapshot: Snapshot, group: ArrayGroup) -> TargetCodecs | None:
-    """Return what decodes the logits of a group alone if its encoding looks at every row; else None."""
+    """Return the codecs of a group's logits if its encoding has invalid rows; else None."""
     stored = snapshot.manifest.teachers[group.teacher].stored_logits if group.target == LOGITS else None
     if stored is None or stored.form.any_bits:
         return None

@@ -1,4 +1,4 @@
-"""What stage one is to do to a cache: found by comparing it with the recipe, before anything is written."""
+"""The work of stage one: compare a cache with the recipe, before anything is written."""
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -53,28 +53,28 @@ from logitcache.views.keys import ViewKey
 
 
 class Skeleton(NamedTuple):
-    """All of a cache but its shards: what its root is to record before it grows, and bytes of damaged tables by key."""
+    """A cache without its shards: the manifest before it grows, samples, and bytes of damaged tables by key."""
 
     manifest: Manifest
     samples: Samples
     repairs: Mapping[str, bytes]
 
     def grown_files(self, goal: Manifest) -> dict[str, bytes]:
-        """Return the files of the samples of the images of `goal`, by key, if it has more."""
+        """Return the files of samples of the images of `goal`, by key; empty if no images are appended."""
         return self.samples.of(goal).files() if goal.num_images != self.manifest.num_images else {}
 
     def growing_ids(self, goal: Manifest) -> dict[str, bytes]:
-        """Return the file of the ids of the images of `goal`, by key, if it has more."""
+        """Return the file of the ids of the images of `goal`, by key; empty if no images are appended."""
         return {GROWING_IDS: self.samples.ids} if goal.num_images != self.manifest.num_images else {}
 
 
 @dataclass(frozen=True)
 class Todo:
-    """The cache as it is to be, and the shards that each group of arrays lacks, by its name.
+    """The goal, as a snapshot of the finished cache, and the missing shards of each group of arrays, by its name.
 
-    damaged: keys of commit records that are to be removed. num_recorded: views whose pixels are recorded already.
-    tables: those fitted to what is new, not written yet, by array name. recorded: the manifest of an existing cache.
-    skeleton: None on a worker, which computes shards alone.
+    damaged: keys of commit records to remove. num_recorded: number of views with recorded pixels. tables: new tables
+    by array name, not written yet. recorded: the manifest of an existing cache. skeleton: None on a worker, which only
+    computes shards.
     """
 
     snapshot: Snapshot
@@ -94,7 +94,7 @@ class Todo:
         num_recorded: int = 0,
         tables: Tables | None = None,
     ) -> "Todo":
-        """Find the shards that are not committed, or whose bytes are no longer the committed ones."""
+        """Find the shards that are not committed, or whose bytes differ from their records."""
         missing = {name: set(snapshot.layout.shards()) - there for name, there in snapshot.committed().items()}
         records = []
         for shard, group, text in damaged(snapshot):
@@ -110,28 +110,28 @@ class Todo:
 
     @property
     def goal(self) -> Manifest:
-        """The manifest of the cache as it is to be."""
+        """The manifest of the finished cache."""
         return self.snapshot.manifest
 
     @property
     def layout(self) -> Layout:
-        """Its arrays and shards."""
+        """Arrays and shards of the finished cache."""
         return self.snapshot.layout
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """The shards that are to be computed, in order."""
+        """The shards to compute, in order."""
         lacking: set[Shard] = set().union(*self.missing.values())
         return [shard for shard in self.layout.shards() if shard in lacking]
 
     @cached_property
     def codecs(self) -> TargetCodecs:
-        """The encodings of its targets."""
+        """The encodings of its targets, also of tables that are not written yet."""
         return TargetCodecs(self.store, self.goal, self.layout, self.tables)
 
     @cached_property
     def checksums(self) -> RecordedRows | None:
-        """Checksums of the views; None if the cache keeps none. Only those of the recorded views are there."""
+        """Checksums of the recorded views; None if the cache keeps none."""
         arrays = {array.suffix: array for array in self.layout.views_arrays}
         return RecordedRows(self.snapshot.array(arrays[CHECKSUMS])) if CHECKSUMS in arrays else None
 
@@ -144,7 +144,7 @@ class Todo:
 def find_todo(inputs: Inputs, most_rows: int | None = None) -> Todo:
     """Describe the recipe's new cache, or compare the existing one with the recipe; writes nothing.
 
-    Encodings of what is new are fitted, to at most `most_rows` calibration rows. Raises MismatchError if the recipe
+    Encodings of new targets are fitted to at most `most_rows` calibration rows. Raises MismatchError if the recipe
     makes another cache.
     """
     if not (inputs.store.path / ROOT).exists():
@@ -159,7 +159,7 @@ def find_todo(inputs: Inputs, most_rows: int | None = None) -> Todo:
 
 
 class _Tried(NamedTuple):
-    """The canaries, and what the teachers answer to them; no form of an entry is decided yet."""
+    """The canaries and the teachers' answers to them; entries have no stored forms yet."""
 
     records: tuple[canaries.Canary, ...]
     samples: Samples
@@ -168,7 +168,7 @@ class _Tried(NamedTuple):
 
 
 def _try_canaries(inputs: Inputs, keys: list[ViewKey], recorded: Mapping[str, TeacherEntry]) -> _Tried:
-    """Let the teachers answer the canaries, by the variants of their networks that are recorded or chosen now."""
+    """Run the teachers on the canaries, by the recorded variants of their networks; choose missing variants."""
     recipe, dataset = inputs.recipe, inputs.views.dataset
     records, pixels = canaries.take(inputs.views, keys)
     samples = Samples(dataset.labels, dataset.digests(), pixels.numpy())
@@ -221,7 +221,7 @@ def _existing(inputs: Inputs, recorded: Snapshot, most_rows: int | None) -> Todo
 
 
 def _goal(cache: Snapshot, wanted: Manifest) -> Manifest:
-    """Return the manifest of what a recipe makes of a cache; raise MismatchError if it makes another one."""
+    """Return the manifest of a cache after the recipe has run; raise MismatchError if it makes another cache."""
     store, recorded = cache.store, cache.manifest
     begun = read_growth(store, recorded)
     if extends(wanted, begun):
@@ -244,7 +244,7 @@ def _manifest(
     return Manifest(
         dataset=recipe.dataset,
         fingerprint=fingerprint(dataset),
-        # Canaries may be of views that a recipe for less does not ask for.
+        # Canaries may lie in views beyond those of this recipe.
         views=recipe.views.model_copy(
             update={"num_views": max(recipe.views.num_views, *(record.view + 1 for record in tried.records))}
         ),
@@ -261,7 +261,7 @@ def _manifest(
 
 
 def entries_of(inputs: Inputs, examples: Mapping[str, Targets]) -> dict[str, TeacherEntry]:
-    """Describe the teachers and what is kept of their answers; no form is decided yet."""
+    """Return the entries of the teachers, without stored forms."""
     return {
         teacher.name: _entry(
             inputs.recipe.teachers[teacher.name], teacher, inputs.views.dataset, examples[teacher.name]

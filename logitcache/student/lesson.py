@@ -39,9 +39,9 @@ LiveTargets = Callable[[Tensor, Tensor], Mapping[str, Targets]]
 
 
 def as_given(recipe: R, dataset: object | None, model: nn.Module | None) -> R:
-    """Leave out of a recipe what objects took the place of: it did not make the run.
+    """Remove the entries of a recipe that the caller's objects replace: they did not make the run.
 
-    Raises RecipeError if there is neither an entry nor an object.
+    Raises RecipeError if both the entry and the object are missing.
     """
     recipe.require_entries([key for key, value in {"dataset": dataset, "model": model}.items() if value is not None])
     images = {} if dataset is None else {"dataset": dataset if isinstance(dataset, Component) else None}
@@ -50,10 +50,10 @@ def as_given(recipe: R, dataset: object | None, model: nn.Module | None) -> R:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a model is to fit: classes, images uint8 [C, H, W], teachers, and how many images there are to learn from.
+    """Everything that a model must fit: classes, images uint8 [C, H, W], teachers, and the number of training images.
 
-    class_counts: labelled images of each class, int64 [C]; labels: those of the first images; mixes: whether images are
-    mixed with partners.
+    class_counts: labelled images of each class, int64 [C]; labels: labels of the first images; mixes: whether images
+    are mixed with partners.
     """
 
     num_classes: int
@@ -66,19 +66,19 @@ class Lesson:
 
 
 def begun_with(cache: Cache, identity: Mapping[str, Any]) -> Cache:
-    """Return the images of a cache that a run began with, by its identity; all for a new run, which has none."""
+    """Restrict a cache to the images that a run began with, by its identity; a new run takes all."""
     if not identity or cache.manifest.appended is None:
         return cache
     return cache.first(identity.get("num_images", cache.manifest.first.num_images))
 
 
 def num_grown(cache: Cache) -> dict[str, int]:
-    """Return the number of images, as the identity of a run records it if some were appended."""
+    """Return the number of images as an entry of a run's identity; empty if none were appended."""
     return {"num_images": len(cache)} if len(cache) > cache.manifest.first.num_images else {}
 
 
 def pairing_of(recipe: StudentRecipe, cache: Cache) -> Pairing | None:
-    """Read the pairing of a recipe; None if its student learns from the images that the teacher saw."""
+    """Read the pairing of a recipe; None if the student learns from the teacher's images."""
     return None if recipe.pairing is None else cache.pairing(recipe.pairing, shuffled=recipe.shuffled)
 
 
@@ -89,9 +89,9 @@ def views_of(
     replay: Replay = "planned",
     pairing: Pairing | None = None,
 ) -> Views:
-    """Bind a cache's views to its images, or to paired ones, as exactly as a recipe asks.
+    """Bind a cache's views to its images, or to paired ones, and verify them at the level of the recipe.
 
-    Of the images those that the recipe leaves out are absent.
+    Images that the recipe excludes are absent.
     """
     if isinstance(recipe, StudentRecipe) and recipe.without:
         dataset = cache.open_images(dataset, recipe.trust, recipe.without)
@@ -109,9 +109,9 @@ def views_of(
 def lesson_of(
     recipe: StudentRecipe, cache: Cache, pairing: Pairing | None = None, absent: Ints | None = None
 ) -> Lesson:
-    """Return what a cache asks of a student; raises if it, the losses and the ensembles do not belong together.
+    """Return the lesson of a cache; raises if the cache, the losses and the ensembles do not fit together.
 
-    `absent` are the images that are left out.
+    `absent` are the excluded images.
     """
     held, learned = held_teachers(cache), learned_images(recipe, cache, pairing, absent)
     every = cache.labels if pairing is None else cache.labels[pairing.sources]
@@ -134,16 +134,16 @@ def lesson_of(
 
 
 def share_held_out(recipe: TrainingRecipe) -> float | None:
-    """Return the share of the images that a model does not learn from, but is measured on."""
+    """Return the fraction of the images that is held out for validation."""
     return None if recipe.validation is None else recipe.validation.split
 
 
 def learned_images(
     recipe: StudentRecipe, cache: Cache, pairing: Pairing | None, absent: Ints | None = None
 ) -> Ints | None:
-    """Return the indices of the images that a student learns from; None if it learns from all.
+    """Return the indices of the training images; None for all.
 
-    Raises RecipeError if none are held out, or all, or if a loss remembers those that are.
+    Raises RecipeError if the split holds out none or all, or if a loss stores rows of held-out images.
     """
     share, matched = share_held_out(recipe), None if pairing is None else pairing.matched
     if absent is not None:
@@ -181,7 +181,7 @@ def _classes_of(recipe: StudentRecipe, cache: Cache, held: Mapping[str, HeldTeac
 
 
 def require_live(recipe: StudentRecipe, cache: Cache) -> None:
-    """Raise RecipeError for live teachers that the cache does not have."""
+    """Raise RecipeError for live teachers that are not in the cache."""
     known = sorted(cache.manifest.teachers)
     if unknown := sorted(recipe.teachers.keys() - cache.manifest.teachers.keys()):
         raise RecipeError(f"teachers: {unknown} are none of {cache.location}, which has {known}. Fix: name these")
@@ -195,7 +195,7 @@ def _require_views(recipe: StudentRecipe, cache: Cache) -> None:
 
 
 def lesson_of_images(recipe: TeacherRecipe, views: Views) -> Lesson:
-    """Return what labelled images ask of a model; raises RecipeError if they and the losses do not belong together."""
+    """Return the lesson of labelled images; raises RecipeError if the images and the losses do not fit together."""
     dataset = views.dataset
     if share_held_out(recipe) is not None:
         raise RecipeError("validation.split holds out images of a cache, and there is none. Fix: validation.dataset")
@@ -214,7 +214,7 @@ def lesson_of_images(recipe: TeacherRecipe, views: Views) -> Lesson:
 def _num_classes(losses: Sequence[Loss], classes: Mapping[str, int], labelled: int | None) -> int:
     """Return the number of classes of the teachers whose logits the losses compare with the student's.
 
-    Where there are none it is that of the labels, if a loss takes them, or else of the first teacher.
+    Without such losses, the number of classes of the labels if a loss uses them, else of the first teacher.
     """
     first = next(iter(classes), None)
     asked = [loss.teacher or first for loss in losses if shares_classes(loss)]

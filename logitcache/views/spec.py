@@ -102,7 +102,7 @@ class ViewSpec(Extended):
         return factors(self.augmentations, sizes)
 
     def partners(self, num_images: int, num_first: int) -> Partners | None:
-        """Return who is mixed with whom among the images of a cache that began with `num_first`; None if nobody is."""
+        """Return the pairs of images of a cache that began with `num_first`; None without mixing."""
         window = self.pairing_window or num_images
         return Partners(self.seed, num_images, window, num_first) if self.mixing else None
 
@@ -244,7 +244,7 @@ class Views:
 
     @property
     def pairs(self) -> Partners | None:
-        """Who is mixed with whom among the images; None if nobody is."""
+        """The pairs of images that are mixed; None without mixing."""
         return self.spec.partners(len(self.dataset.ids), num_first(self.dataset))
 
     def partners(self, keys: Sequence[ViewKey]) -> list[ViewKey]:

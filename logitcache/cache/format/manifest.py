@@ -1,4 +1,4 @@
-"""The manifest: all that replaying pixels and decoding targets needs."""
+"""The manifest: everything that replaying pixels and decoding targets needs."""
 
 import hashlib
 import json
@@ -26,14 +26,14 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Column = Annotated[str, Field(max_length=200)]
 MAX_PARAMETERS = 4096
 LOGITS = "logits"
-"""Names a teacher's logits among its targets, beside the names of its features."""
+"""Name of the logits among a teacher's targets, beside the names of its features."""
 
 VIEWS = "views"
-"""Stands in array names, in a teacher's place, for what is recorded of the views themselves."""
+"""Prefix, in place of a teacher's name, of the arrays with checksums and parameters of the views."""
 
 
 def _other_than(taken: str, names: str) -> AfterValidator:
-    """Refuse a name that is taken, for what `names` describes."""
+    """Reject a reserved name; `names` describes its meaning."""
 
     def require_other(name: str) -> str:
         if name == taken:
@@ -54,10 +54,10 @@ MAX_TEMPERATURES = 16
 
 
 class StoredLogits(Extended):
-    """How logits are kept: the form that their encoding took, and the SHA-256 of each table beside the rows.
+    """Stored form of logits: the fitted encoding, and the SHA-256 of each of its tables.
 
     `calibration_views` is the number of views that the calibration rows of the tables were drawn from, and
-    `calibration_rows` that of the rows asked for; releases that did not record it asked for `num_calibration_rows`.
+    `calibration_rows` the number of rows requested; releases that did not record it took `num_calibration_rows`.
     `error_temperatures` are those at which the errors of rows are recorded; the first release, which did not record
     them, took one.
     """
@@ -72,13 +72,13 @@ class StoredLogits(Extended):
 
     @classmethod
     def measured(cls, form: Form, asked: Encoding, **tables: Any) -> Self:
-        """Return what a new target records: its errors at `ERROR_TEMPERATURES`, and at that of a budget."""
+        """Return the record of a new target, with errors at `ERROR_TEMPERATURES` and at the temperature of a budget."""
         temperatures = () if form.exact else tuple(sorted({*ERROR_TEMPERATURES, asked.temperature_of_errors}))
         return cls(form=form, error_temperatures=temperatures, **tables)
 
 
 class StoredFeature(Extended):
-    """How a feature is kept, and its shape without the batch."""
+    """Stored form of a feature, and its shape without the batch."""
 
     added: ClassVar[frozenset[str]] = frozenset({"calibration_rows"})
 
@@ -90,20 +90,20 @@ class StoredFeature(Extended):
 
 
 Output = Annotated[int, Field(ge=0, lt=2**31)]
-"""The number of one of a network's outputs."""
+"""Index of an output of a network."""
 
 
 class TeacherEntry(Extended):
-    """Who answered, what was asked for of the answers, and how that is kept.
+    """A teacher, its targets as the recipe names them, and their stored forms.
 
-    `classes` are the network's outputs that are the logits, in their order; None if all are. What is stored is decided
-    once, by calibration, when the teacher joins the cache, and so is the variant of its network that answers, None if
-    it is plain; `errors`, over all rows, are known when it is whole.
+    `classes` are the outputs of the network that are the logits, in order; None if all are. Stored forms are chosen
+    once, by calibration, when the teacher joins the cache, and so is `speed`, the variant of its network (None if
+    plain); `errors`, over all rows, are recorded when the cache is complete.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"classes", "speed"})
 
-    # Stored as it is: pydantic's own way over a JsonValue takes 40 times as long.
+    # Serialized unchanged: pydantic's own serializer of a JsonValue takes 40 times as long.
     model: Annotated[JsonValue, PlainSerializer(lambda value: value, return_type=Any)]
     weights: Digest
     preprocessing: Preprocessing
@@ -129,7 +129,7 @@ class TeacherEntry(Extended):
         return (self.logits.temperature_of_errors,) if self.logits.measured else None
 
     def errors_of(self, target: str) -> tuple[RowErrors, ...]:
-        """Return the errors over all rows of a target, by temperature; none before they are known."""
+        """Return the errors over all rows of a target, by temperature; empty before they are recorded."""
         errors = self.errors.get(target, ())
         return errors if isinstance(errors, tuple) else (errors,)
 
@@ -141,17 +141,17 @@ class TeacherEntry(Extended):
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """Name what is kept: `logits`, and the features."""
+        """Names of the targets: `logits`, and the features."""
         return (*([] if self.logits is None else [LOGITS]), *self.features)
 
     @property
     def unfitted(self) -> tuple[str, ...]:
-        """List the targets whose encoding is not decided yet."""
+        """Targets without a stored form yet."""
         stored = {*([] if self.stored_logits is None else [LOGITS]), *self.stored_features}
         return tuple(name for name in self.targets if name not in stored)
 
     def restricted(self, targets: Collection[str]) -> Self:
-        """Return the entry of a teacher of which less is kept; a head brings the feature that it needs."""
+        """Return the entry with some of its targets; `head` also keeps the feature that it needs."""
         form = None if self.stored_logits is None else self.stored_logits.form
         needed = {*targets, *([] if form is None or LOGITS not in targets else form.needs)}
         update: dict[str, Any] = {
@@ -163,7 +163,7 @@ class TeacherEntry(Extended):
         return self.model_copy(update=update)
 
     def with_stored(self, known: "TeacherEntry") -> Self:
-        """Take over how a known entry keeps what both keep."""
+        """Return the entry with the stored forms of a known one, for the targets of both."""
         update = {
             "stored_logits": known.stored_logits if self.logits is not None else None,
             "stored_features": {name: known.stored_features[name] for name in self.features if name in known.features},
@@ -216,21 +216,21 @@ class Manifest(Extended):
 
     @property
     def num_images(self) -> int:
-        """Images in the data set."""
+        """Number of images."""
         return self.fingerprint.num_images
 
     @property
     def extent(self) -> tuple[int, str]:
-        """The number of images, and the digest of the ids of the first: a cache that outgrew it has these too."""
+        """The number of images, and the digest of the first images' ids, which identify the cache after it grows."""
         return self.num_images, self.first.ids
 
     @property
     def first(self) -> Fingerprint:
-        """The images that the cache began with."""
+        """Fingerprint of the images that the cache began with."""
         return self.fingerprint if self.appended is None else self.appended.first
 
     def partners(self, views: ViewSpec) -> Partners | None:
-        """Return who is mixed with whom in some views of the images; None if nobody is."""
+        """Return the pairs of images that some views mix; None if they mix none."""
         return views.partners(self.num_images, self.first.num_images)
 
     def digest(self) -> str:
@@ -239,23 +239,23 @@ class Manifest(Extended):
 
     @property
     def targets(self) -> dict[str, tuple[str, ...]]:
-        """Name what is kept of each teacher."""
+        """Names of the targets of each teacher."""
         return {name: entry.targets for name, entry in self.teachers.items()}
 
     def restricted(self, num_views: int, targets: Mapping[str, Collection[str]]) -> Self:
-        """Return what a cache of the first views, and of some targets of some teachers, has in common with this one.
+        """Return the manifest of the first views, and of some targets of some teachers.
 
-        Canaries stay those of all views.
+        Canaries of all views are kept.
         """
         chosen = {name: self.teachers[name].restricted(kept) for name, kept in targets.items()}
         views = self.views.model_copy(update={"num_views": num_views})
         return self.model_copy(update={"views": views, "teachers": chosen})
 
     def content_digest(self) -> str:
-        """Return the sha256 of what decides every target and pixel, as hex: the same after a cache has grown.
+        """Return the sha256 of all entries that determine targets and pixels, as hex: the same after a cache has grown.
 
-        Of a manifest that is restricted to what a student began with. Neither where images lie nor which versions and
-        canaries prove them counts; the names of classes count by their digest.
+        Call it on a manifest that is restricted to the views and targets of a student. The location of the images,
+        versions and canaries do not count; the names of classes count by their digest.
         """
         without: Any = dict.fromkeys(("dataset", "canaries", "versions", "class_names"), True)
         without["teachers"] = {"__all__": {"errors": True}}
@@ -273,7 +273,7 @@ def _digest(stored: object) -> str:
 
 
 def parse_manifest(attributes: object, where: str) -> Manifest:
-    """Read the stored form; raise CacheError when it is of another format or was changed."""
+    """Parse the stored form; raise CacheError if it has another format version or was changed."""
     entry = attributes.get("logitcache") if isinstance(attributes, dict) else None
     if not isinstance(entry, dict):
         raise CacheError(

@@ -1,7 +1,7 @@
 """Samples: labels and digests of the images of a cache, the pixels of its canaries, and ids and sizes once it grew.
 
-Each is one array of one uncompressed chunk, whose file is its values. Images that are appended come last in each: the
-files of a cache that grows begin with those that it had.
+Each is one array of one uncompressed chunk, whose file holds its plain values. Appended images come last, so the files
+of a grown cache begin with the values of the old one.
 """
 
 import hashlib
@@ -20,16 +20,16 @@ from logitcache.views.canaries import array_digest
 from logitcache.views.datasets.base import UNLABELLED, Fingerprint, Labels, label_dtype
 
 DIGESTS, CANARIES, IDS, SIZES = "digest/c/0", "canary/c/0/0/0/0", "id/c/0", "size/c/0/0"
-"""Keys of what is kept of the images; that of the labels depends on their axes."""
+"""Keys of the files of samples; the key of the labels depends on their number of axes."""
 
 MAX_NAME_BYTES = 1 << 20
-"""Of the names of all classes."""
+"""Most bytes of the names of all classes."""
 
 
 class Samples(NamedTuple):
     """Labels [N] or [N, C], digests [N], and the pixels of the canaries [K, C, H, W].
 
-    Of images of which some were appended also their ids, as `packed_ids` returns them, and sizes [N, 2].
+    If images were appended, also the ids of all, as `packed_ids` returns them, and sizes [N, 2].
     """
 
     labels: Labels
@@ -48,7 +48,7 @@ class Samples(NamedTuple):
         return files if self.sizes is None else files | {IDS: self.ids, SIZES: self.sizes.astype("<i8").tobytes()}
 
     def of(self, manifest: Manifest) -> "Samples":
-        """Return those of the first images, which a manifest describes."""
+        """Return the samples of the first images, those of a manifest."""
         count, appended = manifest.num_images, manifest.appended
         first = Samples(self.labels[:count], self.digests[:count], self.canaries[: len(manifest.canaries)])
         if appended is None or self.sizes is None:
@@ -57,21 +57,21 @@ class Samples(NamedTuple):
 
 
 def packed_ids(ids: Iterable[str]) -> bytes:
-    """Return ids as they are stored, and digested for the fingerprint: one a line."""
+    """Join ids by line breaks, as they are stored and digested for the fingerprint."""
     return "\n".join(ids).encode(errors="surrogateescape")
 
 
 def recordable(names: Sequence[str] | None) -> tuple[str, ...] | None:
-    """Return names of classes, or None if there are none, or if JSON cannot hold them or a manifest should not."""
+    """Return the names of classes; None if they are missing, not UTF-8, or too long for a manifest."""
     try:
         size = sum(len(name.encode()) for name in names or ())
-    except UnicodeEncodeError:  # of a folder whose name is not UTF-8
+    except UnicodeEncodeError:  # the name of a folder is not UTF-8
         return None
     return tuple(names) if names and size <= MAX_NAME_BYTES else None
 
 
 class LabelFile(NamedTuple):
-    """The key of the labels, with their shape, [N] or [N, C], and type."""
+    """Key, shape ([N] or [N, C]) and dtype of the labels."""
 
     key: str
     shape: tuple[int, ...]
@@ -79,12 +79,12 @@ class LabelFile(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """The size of the file."""
+        """Bytes of the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def label_file(recorded: Fingerprint) -> LabelFile:
-    """Return the file of the labels of the images of a fingerprint."""
+    """Return the file of the labels for a fingerprint."""
     classes = (recorded.num_classes or 0,) if recorded.multi_label else ()
     shape = (recorded.num_images, *classes)
     return LabelFile(_label_key(len(shape)), shape, label_dtype(len(shape)))
@@ -105,7 +105,7 @@ def sample_sizes(manifest: Manifest) -> dict[str, int]:
 
 
 def labels_of(data: bytes, recorded: Fingerprint) -> Labels:
-    """Return the labels in the bytes of their file; raise ValueError for one that the images cannot have."""
+    """Parse the file of labels; raise ValueError for a label out of range."""
     file = label_file(recorded)
     labels: Labels = np.frombuffer(data, file.dtype).reshape(file.shape)
     stop = 2 if recorded.multi_label else recorded.num_classes or 0
@@ -117,7 +117,7 @@ def labels_of(data: bytes, recorded: Fingerprint) -> Labels:
 
 
 def read_labels(store: Store, manifest: Manifest, digest: str | None = None) -> Labels:
-    """Read the labels, int64 [N] or int8 [N, C], -1 if there is none; compare them with a digest, if given."""
+    """Read the labels, int64 [N] or int8 [N, C], -1 for unlabelled; compare them with a digest, if given."""
     file = label_file(manifest.fingerprint)
     data = _read_first(store, manifest, file.key, digest)
     try:
@@ -132,7 +132,7 @@ def read_digests(store: Store, manifest: Manifest, digest: str | None = None) ->
 
 
 def read_ids(store: Store, manifest: Manifest, digest: str | None = None) -> list[str]:
-    """Read the ids of the images of a cache to which some were appended; compare them with a digest, if given."""
+    """Read the ids of a cache with appended images; compare them with a digest, if given."""
     ids = _read_first(store, manifest, IDS, digest).decode(errors="surrogateescape").split("\n")
     if len(ids) != manifest.num_images or len(set(ids)) != len(ids):
         raise CacheError(f"{store}/{IDS} does not hold {manifest.num_images} different ids")
@@ -140,12 +140,12 @@ def read_ids(store: Store, manifest: Manifest, digest: str | None = None) -> lis
 
 
 def read_sizes(store: Store, manifest: Manifest, digest: str | None = None) -> NDArray[np.int64]:
-    """Read the sizes [N, 2] of the images of a cache to which some were appended."""
+    """Read the sizes [N, 2] of the images of a cache with appended images."""
     return np.frombuffer(_read_first(store, manifest, SIZES, digest), "<i8").astype(np.int64).reshape(-1, 2)
 
 
 def fingerprint_of_first(store: Store, manifest: Manifest, count: int) -> Fingerprint:
-    """Return the fingerprint of the first `count` images of a cache to which some were appended."""
+    """Return the fingerprint of the first `count` images of a cache with appended images."""
     recorded = manifest.fingerprint
     labels = read_labels(store, manifest, recorded.labels)
     files = {
@@ -159,7 +159,7 @@ def fingerprint_of_first(store: Store, manifest: Manifest, count: int) -> Finger
 
 
 def require_first(store: Store, manifest: Manifest) -> None:
-    """Raise CacheError unless the images of a cache begin with those that the manifest says it began with."""
+    """Raise CacheError unless the first images are those that the manifest records as first."""
     first = manifest.first
     if fingerprint_of_first(store, manifest, first.num_images) != first:
         raise CacheError(
@@ -184,7 +184,7 @@ def require_canaries(store: Store, manifest: Manifest) -> None:
 
 
 def _read_first(store: Store, manifest: Manifest, key: str, digest: str | None = None) -> bytes:
-    """Read a file of samples; of one that holds more images by now than the manifest describes its first part."""
+    """Read a file of samples; only its first part if the cache has grown since the manifest was read."""
     size = sample_sizes(manifest)[key]
     try:
         return read_sized(store, key, size, digest)
@@ -195,9 +195,9 @@ def _read_first(store: Store, manifest: Manifest, key: str, digest: str | None =
 
 
 def read_sized(store: Store, key: str, size: int, digest: str | None = None, *, is_first: bool = False) -> bytes:
-    """Read a file of a known size and SHA-256, if given: whatever a manifest claims, no more is allocated.
+    """Read a file of a known size, and compare it with a SHA-256, if given; allocates no more than `size`.
 
-    `is_first` takes the first bytes of a longer one.
+    `is_first` reads the first bytes of a longer file.
     """
     try:
         data = store.read_first(key, size) if is_first else store.read(key, size)
