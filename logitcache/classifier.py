@@ -58,8 +58,8 @@ class Variant(Extended):
     fold: bool = Field(default=False, description="Whether each BatchNorm is folded into the convolution before it.")
     compile: bool = Field(
         default=False,
-        description="Whether `torch.compile` compiles the network: seconds to minutes at every start and for every "
-        "size of a batch, which only pay on a large set; `auto` does not try it.",
+        description="Whether `torch.compile` compiles the network, with its weights as constants: seconds to minutes "
+        "at every start and for every size of a batch, which only pay on a large set; `auto` does not try it.",
     )
 
     @property

@@ -3,7 +3,7 @@
 import copy
 import sys
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,25 @@ def variant_of(network: nn.Module, variant: Variant, inputs: Tensor) -> nn.Modul
         made.to(memory_format=torch.channels_last)
         made.register_forward_pre_hook(_channels_last)
     return made
+
+
+class Compiled(nn.Module):
+    """The compiled forward pass of a network whose weights never change: they are laid out for its kernels once.
+
+    To be called without gradients.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        # Kernels must depend on a batch's size alone, not on the sizes before it: a resumed run starts anywhere.
+        self._compiled = torch.compile(network, dynamic=False)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Answer as the network does."""
+        import torch._inductor.config as inductor  # takes long, and others need not wait for it
+
+        with inductor.patch(freezing=True):  # an option of torch.compile would come too late
+            return self._compiled(*inputs)
 
 
 def has_convolutions(network: nn.Module) -> bool:

@@ -26,7 +26,7 @@ from logitcache.models import (
 )
 from logitcache.models.taps.layouts import TapLayout, layouts_of
 from logitcache.models.taps.taps import Tapped
-from logitcache.models.variants import variant_of
+from logitcache.models.variants import Compiled, variant_of
 from logitcache.runtime.device import Precision, autocast, own_randomness
 from logitcache.targets import Targets
 from logitcache.teacher.tap_gradients import tap_gradients
@@ -127,8 +127,7 @@ class Teacher(nn.Module):
         """Answer by the classifier that `variant_of` made for a variant of the network, from now on."""
         self._running, self.variant, who = classifier, variant, f"teacher {self.name!r}"
         self._tapped = Tapped(classifier.module, classifier.module, self._plain_taps, who)
-        # Kernels must depend on a batch's size alone, not on the sizes before it: a resumed run starts anywhere.
-        self._forward = torch.compile(self._tapped, dynamic=False) if variant.compile else self._tapped
+        self._forward = Compiled(self._tapped) if variant.compile else self._tapped
 
     def variant_of(self, variant: Variant, image_shape: tuple[int, int, int]) -> Classifier:
         """Return a classifier of images [C, H, W] around a variant of the network; `classifier` if it is plain.
