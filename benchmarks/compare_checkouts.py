@@ -41,6 +41,9 @@ TIMED = {
 }
 """The files of a run whose values are compared; of every other file, each byte."""
 
+TIMED_FOLDERS = {"groups", "architectures"}
+"""The folders of a sweep whose files are compared by values, as they record times."""
+
 RUNNER = """
 import json, os, signal, sys, time, traceback
 import dask.array, numpy, pydantic, torch, torchvision, typer, yaml, zarr
@@ -111,7 +114,7 @@ def compare_files(old: Path, new: Path) -> str | None:
     if (read := READERS.get(old.suffix)) is not None:
         with contextlib.suppress(ValueError):  # unreadable: compared as bytes
             difference = compare_values(read(a), read(b))
-            if difference or old.name in TIMED:
+            if difference or old.name in TIMED or old.parent.name in TIMED_FOLDERS:
                 return difference
     if len(a) != len(b):
         return f"{len(a)} bytes, then {len(b)}"
