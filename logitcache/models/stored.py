@@ -98,7 +98,7 @@ def _read(path: Path) -> tuple[StoredModel, str]:
         if (path.parent / "recipe.yaml").is_file():
             raise RecipeError(
                 f"{path.parent} is a run that has not finished: it has no {path.name}.\n"
-                "  Fix: wait for the command that began it, or if it has stopped, run it with --resume."
+                "  Fix: wait for the command that began it; if it has stopped, run the same command with --resume."
             ) from error
         raise RecipeError(
             f"{path.parent} is not a run: it has no {path.name}.\n"

@@ -137,7 +137,8 @@ def _marks(
     marks = [Mark(0, began, time.process_time(), 0.0, 0.0)]
     # The processes that render go on, as they do in a long run.
     filled = itertools.islice(task.fill(itertools.chain(steps, itertools.cycle(steps))), len(steps))
-    for batch in track(filled, "probe", len(steps), "batches"):
+    limit = f", {seconds:g} s at most" if seconds is not None else ""
+    for batch in track(filled, f"probe{limit}", len(steps), "batches"):
         rows += len(batch.images) * len(batch.group.missing)
         synchronize(device)
         now = time.perf_counter()

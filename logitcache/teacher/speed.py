@@ -103,7 +103,10 @@ class _Trial:
     def take_fastest(self) -> None:
         """Time every variant beside the plain network, and answer by the fastest that agrees with it."""
         name, best, gain, note = self._teacher.name, PLAIN, LEAST_GAIN, "no variant of its network is faster here"
-        for variant in _VARIANTS if has_convolutions(self._teacher.classifier.module) else ():
+        variants = _VARIANTS if has_convolutions(self._teacher.classifier.module) else ()
+        if variants:
+            logger.info(f"teacher {name!r}: {len(variants)} variants of its network are timed on the canaries")
+        for variant in variants:
             made = None
             with suppress(Exception):  # the network's own code may raise anything, as it does of what it cannot take
                 made = self._made(variant)

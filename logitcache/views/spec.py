@@ -141,6 +141,11 @@ class ViewSpec(Extended):
         ]
         return (*drawn, *(f"mixing.{column}" for column in COLUMNS if self.mixing))
 
+    @property
+    def is_random(self) -> bool:
+        """Whether views of an image differ."""
+        return bool(self.mixing) or any(augmentation.is_random for augmentation in self.augmentations)
+
     def rows(self, keys: Sequence[ViewKey], sizes: Ints, partners: Partners | None) -> Ints:
         """Draw all integers of views of images of `sizes` [B, 2], named by `columns`: [B, P]."""
         plans, rendered = self.plan(keys, sizes)

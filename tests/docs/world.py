@@ -33,6 +33,7 @@ BUNDLED = {"kind": "bundled", "num_images": 40}
 HERE = {
     "s3://bucket": "bucket",
     "/data/photos": "photos",
+    "photos/IMG_0001.jpg": "photos/n01629819/1.jpg",
     "pipelines/photos/teacher.yaml": "teacher.yaml",
     "/data/edges": "edges",
     "torchvision:resnet50": "timm:test_resnet.r160_in1k",

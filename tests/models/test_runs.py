@@ -79,7 +79,7 @@ def test_what_is_no_finished_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun/recipe.yaml").write_text("{}")
     with pytest.raises(
-        RecipeError, match=r"has not finished(?s:.*)Fix: wait .*if it has stopped, run it with --resume"
+        RecipeError, match=r"has not finished(?s:.*)Fix: wait .*if it has stopped, run the same command with --resume"
     ):
         load_model(tmp_path / "begun")
     saved_run(tmp_path / "run", SmallCNN(), 3, 1)

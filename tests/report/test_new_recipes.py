@@ -136,7 +136,6 @@ def test_folders_of_the_teachers_classes_are_labels(here: Path, monkeypatch: pyt
         "teacher": {
             "model": {"kind": "run", "path": "runs/teacher"},
             "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3},
-            "speed": "auto",
             "logits": {"kind": "dense"},
         }
     }
@@ -200,13 +199,24 @@ def test_images_beside_class_folders_are_read_without_labels(here: Path) -> None
     assert "images of no class" in Path(made.files[0]).read_text()
 
 
+def test_variants_of_the_teacher_are_timed_where_many_rows_pay_for_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw(here / "photos", ("a",), 12)
+    monkeypatch.setattr(texts, "LEAST_TIMED", 8 * 10)
+    stage_one, validation, *_ = entries(new_recipes("photos", BIG, "torchvision:mobilenet_v3_small"))
+    (teacher,), (measured,) = stage_one["teachers"].values(), validation["teachers"].values()
+    assert teacher["speed"] == "auto"
+    assert "speed" not in measured
+
+
 def test_sizes_and_normalisation_are_those_of_the_weights(here: Path) -> None:
     draw(here / "photos", ("a",), 12)
     made = new_recipes("photos", BIG, "torchvision:mobilenet_v3_small")
     stage_one, validation, student, *_ = entries(made)
     (teacher,) = stage_one["teachers"].values()
     assert teacher["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": 384}
-    assert teacher["speed"] == "auto"
+    assert "speed" not in teacher
     assert stage_one["views"]["augmentations"][0]["size"] == 384
     assert validation["views"]["augmentations"] == [
         {"kind": "resize", "size": 384},

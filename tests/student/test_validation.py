@@ -20,6 +20,7 @@ from tests.student.small import (
     TEST_IMAGES,
     THREE,
     PartlyLabelled,
+    fill,
     metrics,
     student,
     teacher,
@@ -74,7 +75,9 @@ def test_accuracy_on_randomly_augmented_images_is_called_so(
     cache: Path, untouched: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     console.configure()
-    for number, measured in enumerate((cache, untouched)):
+    views = {"augmentations": [{"kind": "resize", "size": 30}, {"kind": "center_crop", "size": 28}]}
+    resized = fill(tmp_path / "resized", views=views, images=TEST_IMAGES)
+    for number, measured in enumerate((cache, untouched, resized)):
         train(student(tmp_path / str(number), cache, validation={"cache": str(measured)}))
         said = f"{measured} holds randomly augmented images" in capfd.readouterr().err
         assert said == (measured == cache)

@@ -21,7 +21,7 @@ from logitcache.views.augmentations import (
     TrivialAugmentWide,
 )
 from logitcache.views.augmentations.policies import NAMES
-from logitcache.views.keys import Draws
+from logitcache.views.keys import Draws, ViewKey
 from logitcache.views.spec import ViewSpec
 from tests.views.examples import EXAMPLES
 from tests.views.images import textured
@@ -66,6 +66,13 @@ def test_the_plan_of_a_batch_is_that_of_each_image_alone_in_any_order(augmentati
         assert np.array_equal(size, planned[row : row + 1])
     permuted, _ = augmentation.plan(Draws.of(seed, [keys[row] for row in order]), 1, given_sizes[list(order)])
     assert np.array_equal(permuted, together[list(order)])
+
+
+@every_example
+def test_what_is_random_differs_from_view_to_view_and_nothing_else(augmentation):
+    keys = [ViewKey(view, 0) for view in range(64)]
+    params, _ = augmentation.plan(Draws.of(3, keys), 0, np.array([(40, 50)] * len(keys)))
+    assert augmentation.is_random == (len(np.unique(params, axis=0)) > 1)
 
 
 @every_example

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from logitcache.config.shipped_recipes import write_recipes
 from logitcache.report.new_recipes import texts
-from logitcache.report.new_recipes.sources import inspect_folder, read_source, read_student
+from logitcache.report.new_recipes.sources import inspect_folder, read_source, read_student, require_folder
 from logitcache.runtime.console import logger
 
 
@@ -30,6 +30,7 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
     them. Raises RecipeError for unknown models and for files that exist, DataError for a folder
     without images.
     """
+    require_folder(images)
     taught = read_source("--teacher", teacher)
     learner = read_student(student, taught)
     folder = inspect_folder(images, taught)

@@ -1,13 +1,14 @@
 """What the command line names: models with the facts of their weights, and a folder of images."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from logitcache.config.yaml_text import dump_inline
-from logitcache.errors import DataError, RecipeError
+from logitcache.errors import DataError, RecipeError, did_you_mean
 from logitcache.models import Timm, Torchvision, read_stored
 from logitcache.models.base import PretrainedFacts
 from logitcache.store.remote.client import is_remote
@@ -103,10 +104,21 @@ def _evaluated_size(run: Path, recorded: Evaluation | None, num_channels: int) -
     )
 
 
+def require_folder(images: str) -> None:
+    """Raise DataError unless images lie at a URL or in a folder that exists."""
+    path = Path(images)
+    if not is_remote(images) and not path.is_dir():
+        beside: list[str] = []
+        with suppress(OSError):
+            beside = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+        raise DataError(
+            f"--images {images!r}: {path.absolute()} does not exist, or is no folder.{did_you_mean(path.name, beside)} "
+            "Fix: the folder of your images"
+        )
+
+
 def inspect_folder(images: str, teacher: Source) -> Folder:
     """Find out whether a folder is divided into splits and whether its folders are the teacher's classes."""
-    if not is_remote(images) and not Path(images).is_dir():
-        raise DataError(f"--images {images!r} does not exist, or is no folder. Fix: the folder of your images")
     roots, because = _roots(images), "the folders of the images"
     ours: tuple[Mapping[str, object], Mapping[str, object]] = ({}, {})
     if len(roots) == 1:
@@ -145,4 +157,5 @@ def _class_names(root: str) -> tuple[tuple[str, ...] | None, str]:
     try:
         return ImageFolder(root=root, labelled=True).open().class_names, ""
     except DataError as error:
-        return None, " ".join(str(error).partition("\n")[0].split())
+        first = " ".join(str(error).partition("\n")[0].split())
+        return None, first.partition(", and the data set is labelled")[0]  # which it is here alone

@@ -18,6 +18,8 @@ MOST_BYTES = 1 << 30
 """The largest cache of all logits that is kept whole."""
 TOP_K = 100
 MOST_WORKERS = 8
+LEAST_TIMED = 4000
+"""Rows of a cache from which on a faster variant of the teacher gains more than it takes to find: some 300 passes."""
 
 
 def precompute_text(folder: Folder, teacher: Source, name: str, out: Path, again: str) -> str:
@@ -49,7 +51,7 @@ views:
     - {{kind: random_resized_crop, size: {_square(teacher.size)}, scale: [0.25, 1.0]}}
     # Remove it if left and right differ in meaning, as in text.
     - {{kind: horizontal_flip}}
-{_teacher(teacher)}
+{_teacher(teacher)}{_speed(NUM_VIEWS * count)}
     # {why[0].upper()}{why[1:]}.
     logits: {dump_inline(encoding)}
 batch_size: {BATCH_SIZE}  # images per forward pass; lower it if memory runs out
@@ -117,7 +119,13 @@ teachers:
   {dump_inline(key)}:
     model: {dump_inline(teacher.entry)}
     # As in training: recorded with the weights.
-    preprocessing: {teacher.preprocessing}
+    preprocessing: {teacher.preprocessing}"""
+
+
+def _speed(num_rows: int) -> str:
+    if num_rows < LEAST_TIMED:
+        return ""
+    return """
     # The fastest variant of the network whose answers agree with it, chosen before the first shard and recorded.
     speed: auto"""
 

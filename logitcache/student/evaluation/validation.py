@@ -220,7 +220,7 @@ def _open(recipe: TrainingRecipe, num_classes: int, learned: Views | None, begun
                 f"validation: {location} holds mixed images, which have no one label. "
                 "Fix: a cache of the images as they are"
             )
-        if views.spec.columns():
+        if views.spec.is_random:
             lower = "what is measured on them is lower than on the images as they are"
             logger.info(f"{location} holds randomly augmented images: {lower}")
     require_labels(recipe.losses, views.dataset.labels, "validation: ")

@@ -86,6 +86,11 @@ class AugmentationBase(Component, ABC):
         """Name the parameters of an image, [P]."""
         return ()
 
+    @property
+    def is_random(self) -> bool:
+        """Whether its parameters differ from view to view."""
+        return bool(self.columns)
+
     def idle(self, epochs: float) -> str | None:
         """Return why the augmentation is never applied."""
         return NEVER_APPLIED if dict(self).get("p") == 0 else None

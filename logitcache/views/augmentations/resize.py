@@ -83,6 +83,11 @@ class Resize(ResizingBase):
         "between CPUs; `exact` uses integer weights and gives the same bytes on every machine.",
     )
 
+    @property
+    def is_random(self) -> bool:
+        """Whether its parameters differ from view to view: they follow from the size of the image."""
+        return False
+
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Compute the new height and width."""
         scaled = self.results(sizes)
