@@ -107,7 +107,7 @@ def recorded_ids(store: Store, manifest: Manifest, dataset: ImageDataset) -> lis
 def first_ids(store: Store, manifest: Manifest, dataset: ImageDataset) -> list[str] | None:
     """Return the ids of the images of a cache that never grew, found by their content; None if they are not all there.
 
-    Copies of one image are told apart by the digest of all ids.
+    If the data set has more copies of an image than the cache, the digest of all ids decides which are meant.
     """
     old, new = read_digests(store, manifest), dataset.digests()
     wanted, there = Counter(old.tolist()), Counter(new.tolist())

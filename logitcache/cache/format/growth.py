@@ -43,16 +43,13 @@ class NewImages(Component):
         return self
 
     @classmethod
-    def of(cls, recorded: Manifest, wanted: Manifest) -> "NewImages":
-        """Describe the images of `wanted`; the cache has the first of them."""
+    def between(cls, recorded: Manifest, wanted: Manifest) -> "NewImages | None":
+        """Describe the images of `wanted`, of which the cache has the first; None if it has them all."""
+        if wanted.num_images == recorded.num_images:
+            return None
         assert wanted.appended is not None
         given = {key: getattr(wanted, key) for key in ("dataset", "fingerprint", "appended", "canaries")}
         return cls(**given, staged=staged_between(recorded, wanted))
-
-    @classmethod
-    def between(cls, recorded: Manifest, wanted: Manifest) -> "NewImages | None":
-        """Describe the images of `wanted`; None if they are those of the cache."""
-        return None if wanted.num_images == recorded.num_images else cls.of(recorded, wanted)
 
     def added_to(self, manifest: Manifest) -> Manifest:
         """Return a manifest with these images."""
