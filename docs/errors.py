@@ -23,6 +23,8 @@ CLASSES = {
     for name, found in vars(errors).items()
     if isinstance(found, type) and issubclass(found, errors.LogitCacheError)
 }
+_RAISING = {"needs_extra": "MissingExtraError"}
+"""Functions that take what an error takes, and raise it, by the name of the error."""
 _VALIDATORS = ("AfterValidator", "BeforeValidator")
 _IMPOSSIBLE = ("idle", "_impossible", "_without_effect")
 """Methods of recipes that return or yield what is wrong with the recipe."""
@@ -177,8 +179,10 @@ def _made(module: _Module) -> Iterator[tuple[str, ast.expr, str]]:
         scope = module.function_of(node)
         function = getattr(scope, "name", "")
         match node:
-            case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments) if name in CLASSES:
-                yield from ((name, node, text) for text in _message(name, arguments, scope))
+            case ast.Call(func=ast.Name(id=name), args=[_, *_] as arguments) if (
+                kind := _RAISING.get(name, name)
+            ) in CLASSES and function not in _RAISING:
+                yield from ((kind, node, text) for text in _message(kind, arguments, scope))
             case ast.Call(func=ast.Attribute(attr="stopped"), args=[_, *_] as arguments):
                 yield from (("Stopped", node, text) for text in _message("Stopped", arguments, scope))
             case ast.Call(func=ast.Name(id="ValueError"), args=[argument]) if function in validators:

@@ -18,7 +18,8 @@ ValueError
 
 import difflib
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class LogitCacheError(ValueError):
@@ -76,6 +77,15 @@ class MissingExtraError(LogitCacheError, ImportError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f"{what} needs an optional dependency: pip install 'logitcache[{extra}]'")
+
+
+@contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Raise MissingExtraError if an import in the block fails: `what` needs the packages of an extra."""
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtraError(what, extra) from error
 
 
 class CacheError(LogitCacheError):

@@ -174,7 +174,7 @@ def test_extras_that_messages_name_exist() -> None:
     named = {
         extra
         for path in (ROOT / "logitcache").rglob("*.py")
-        for extra in re.findall(r"MissingExtraError\([^)]*?, \"(\w+)\"\)", path.read_text())
+        for extra in re.findall(r"(?:MissingExtraError|needs_extra)\([^)]*?, \"(\w+)\"\)", path.read_text())
     }
     assert named
     assert named <= set(PROJECT["optional-dependencies"])

@@ -9,7 +9,7 @@ from torch import nn
 
 from logitcache.classifier import Preprocessing
 from logitcache.config.recipe import Component
-from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
+from logitcache.errors import LogitCacheError, RecipeError, needs_extra
 from logitcache.models.base import BuiltModel, PretrainedFacts, risky_options
 from logitcache.models.torchvision import another_count, require_known
 
@@ -84,11 +84,9 @@ class Timm(Component):
 
     def _library(self) -> ModuleType:
         """Import timm. Raises MissingExtraError without it, RecipeError for a name that it does not have."""
-        try:
+        with needs_extra("a model of kind timm", "timm"):
             import timm
             import timm.data
-        except ImportError as error:
-            raise MissingExtraError("a model of kind timm", "timm") from error
         if not self.name.startswith(_OUTSIDE):
             require_known(self.name, {*timm.list_models(), *timm.list_pretrained()}, "timm", "model")
         module: ModuleType = timm

@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from logitcache.errors import MissingExtraError, RecipeError
+from logitcache.errors import RecipeError, needs_extra
 from logitcache.shipping.graph import as_input
 from logitcache.shipping.metadata import KEY, Metadata
 from logitcache.store.safe_files import open_regular
@@ -135,19 +135,15 @@ def unreadable(path: object, reason: str) -> RecipeError:
 
 
 def _onnxruntime() -> Any:
-    try:
+    with needs_extra("an ONNX file", "export"):
         import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("an ONNX file", "export") from error
     return onnxruntime
 
 
 def _parsed(path: Path, data: bytes) -> Any:
-    try:
+    with needs_extra("an ONNX file", "export"):
         from google.protobuf.message import DecodeError
         from onnx import ModelProto
-    except ImportError as error:
-        raise MissingExtraError("an ONNX file", "export") from error
     try:
         return ModelProto.FromString(data)
     except DecodeError as error:

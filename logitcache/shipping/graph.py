@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from logitcache.errors import MissingExtraError, RecipeError
+from logitcache.errors import RecipeError, needs_extra
 from logitcache.models import Classifier
 from logitcache.shipping.metadata import KEY, Metadata, PixelType
 
@@ -60,11 +60,9 @@ def record(module: nn.Module, images: Tensor) -> ExportedProgram:
 
 def to_onnx(program: ExportedProgram, metadata: Metadata) -> bytes:
     """Convert a program to an ONNX file with metadata. Raises RecipeError naming the operator that ONNX lacks."""
-    try:
+    with needs_extra("export to ONNX", "export"):
         import onnxscript  # noqa: F401  # torch.onnx needs it
         from onnx import ModelProto
-    except ImportError as error:
-        raise MissingExtraError("export to ONNX", "export") from error
     try:
         found = torch.onnx.export(
             program, (), dynamo=True, input_names=[INPUT], output_names=[OUTPUT], verbose=False, optimize=True

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from logitcache.errors import LogitCacheError, MissingExtraError, RecipeError
+from logitcache.errors import LogitCacheError, RecipeError, needs_extra
 from logitcache.store.hub import hub_name, local_folder
 from logitcache.store.safe_files import read_bounded
 
@@ -26,10 +26,8 @@ _DROPPED = frozenset(
 
 def library() -> Any:
     """Import transformers. Raises MissingExtraError."""
-    try:
+    with needs_extra("a model of kind transformers", "hf"):
         import transformers
-    except ImportError as error:
-        raise MissingExtraError("a model of kind transformers", "hf") from error
     return transformers
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcache.errors import DataError, MissingExtraError, RecipeError
+from logitcache.errors import DataError, MissingExtraError, RecipeError, needs_extra
 from logitcache.store.remote.client import is_remote
 from logitcache.store.safe_files import open_regular
 
@@ -85,10 +85,8 @@ def _npz(file: Path) -> dict[str, NDArray[Any]]:
 
 
 def _parquet(file: Path) -> dict[str, NDArray[Any]]:
-    try:
+    with needs_extra("answers in parquet", "hf"):
         from pyarrow import parquet
-    except ImportError as error:
-        raise MissingExtraError("answers in parquet", "hf") from error
     with open_regular(file) as stream:
         table = parquet.read_table(stream)
     return {name: _stacked(name, table.column(name).to_pylist()) for name in table.column_names}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from logitcache.config.recipe import Count
-from logitcache.errors import MissingExtraError, RecipeError
+from logitcache.errors import RecipeError, needs_extra
 from logitcache.models.base import BuiltModel, Side
 from logitcache.models.operations import flops_of
 from logitcache.models.pruning.pruned_network import PrunedNetwork
@@ -154,10 +154,8 @@ class Pruned(OfRun):
 
         Raises RecipeError if torch-pruning cannot prune the module, MissingExtraError if it is not installed.
         """
-        try:
+        with needs_extra("removing channels", "prune"):
             import torch_pruning
-        except ImportError as error:
-            raise MissingExtraError("removing channels", "prune") from error
         module = copy.deepcopy(module).eval()
         left_out = [part for path, part in module.named_modules() if isinstance(part, LAYERS) and path not in layers]
         try:

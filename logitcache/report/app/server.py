@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from logitcache.errors import MissingExtraError, RecipeError
+from logitcache.errors import RecipeError, needs_extra
 from logitcache.report.app.side_by_side import Shown, SideBySide
 from logitcache.report.figures.picture import as_image
 from logitcache.runtime.stopping import stop_flag
@@ -44,11 +44,9 @@ class Page:
         with ExitStack() as opened:
             uploads = opened.enter_context(tempfile.TemporaryDirectory(prefix="logitcache-app-"))
             opened.enter_context(_environment(uploads))
-            try:
+            with needs_extra("a page of models", "app"):
                 from fastapi import FastAPI
                 from gradio import mount_gradio_app
-            except ImportError as error:
-                raise MissingExtraError("a page of models", "app") from error
             self._listening = opened.enter_context(_listen(host, port))
             self._app = mount_gradio_app(
                 FastAPI(openapi_url=None),

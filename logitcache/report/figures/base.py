@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from logitcache.errors import MissingExtraError
+from logitcache.errors import needs_extra
 from logitcache.runtime import tables
 
 FigureRows = Sequence[Mapping[str, Any]]
@@ -85,11 +85,9 @@ def draw(
     size: tuple[int, int] = (WIDTH, HEIGHT),
 ) -> Figure:
     """Plot on axes of a size in pixels; the same rows give the same bytes. Raises MissingExtraError."""
-    try:
+    with needs_extra("a figure", "report"):
         import matplotlib.style
         from matplotlib.figure import Figure as Canvas
-    except ImportError as error:
-        raise MissingExtraError("a figure", "report") from error
     salt = hashlib.sha256(f"{title}{size}{list(rows)}".encode()).hexdigest()
     buffer = io.StringIO()
     with warnings.catch_warnings(), matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": salt}]):

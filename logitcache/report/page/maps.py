@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from logitcache.errors import MissingExtraError
+from logitcache.errors import needs_extra
 from logitcache.report import figures
 from logitcache.report.page.measured import Matrix
 from logitcache.student.evaluation.alignment import LinearCKA
@@ -62,13 +62,11 @@ def maps(named: Mapping[str, Matrix], classes: Sequence[str]) -> Iterator[figure
     The caption has CKA and shared neighbours in the full space, and the share of neighbours that the map keeps. Raises
     MissingExtraError without scikit-learn.
     """
-    try:
+    with needs_extra("PCA and t-SNE", "report"):
         from scipy.linalg import orthogonal_procrustes
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
         from threadpoolctl import threadpool_limits
-    except ImportError as error:
-        raise MissingExtraError("PCA and t-SNE", "report") from error
     some = dict(list(named.items())[:_MOST_MAPS])
     first = next(iter(some))
     perplexity = min(_PERPLEXITY, (len(classes) - 1) / 3)

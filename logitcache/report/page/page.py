@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from logitcache.errors import MissingExtraError
+from logitcache.errors import needs_extra
 from logitcache.report.figures.base import Figure, FigureRows, as_csv
 from logitcache.store.files import write_atomically
 
@@ -52,10 +52,8 @@ class Section:
 
 def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -> int:
     """Write a page, whole or not at all; return its bytes. Raises MissingExtraError without Jinja2."""
-    try:
+    with needs_extra("a page", "report"):
         from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError as error:
-        raise MissingExtraError("a page", "report") from error
     environment = Environment(
         loader=PackageLoader("logitcache.report.page", ""),
         autoescape=True,

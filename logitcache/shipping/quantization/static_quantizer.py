@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logitcache.errors import MissingExtraError, RecipeError, did_you_mean
+from logitcache.errors import RecipeError, did_you_mean, needs_extra
 from logitcache.runtime.console import track
 from logitcache.shipping.exported import open_session
 from logitcache.shipping.graph import INPUT, as_input, with_metadata
@@ -171,10 +171,8 @@ class _Library:
 
 @contextmanager
 def _library() -> Iterator[_Library]:
-    try:
+    with needs_extra("quantisation", "export"):
         yield _Library()
-    except ImportError as error:
-        raise MissingExtraError("quantisation", "export") from error
 
 
 @contextmanager

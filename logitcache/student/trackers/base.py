@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 
 from logitcache.config.recipe import Component
-from logitcache.errors import MissingExtraError
+from logitcache.errors import needs_extra
 from logitcache.store.files import write_atomically
 from logitcache.student.runs.run_directory import RunDirectory
 
@@ -67,10 +67,8 @@ class TrackerBase(Component, ABC):
 
     def opened(self, run: TrackedRun) -> Sink:
         """Open the tracker. Raises MissingExtraError."""
-        try:
+        with needs_extra(f"a tracker of kind {self.extra}", self.extra):
             return self.open(run)
-        except ImportError as error:
-            raise MissingExtraError(f"a tracker of kind {self.extra}", self.extra) from error
 
 
 def write_rows(sink: Sink, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from logitcache.errors import CacheError, MismatchError, MissingExtraError
+from logitcache.errors import CacheError, MismatchError, needs_extra
 from logitcache.sweeps.objectives import less_is_better
 from logitcache.sweeps.search.search_recipe import Optuna
 from logitcache.sweeps.search.space import Integer, LogUniform
@@ -22,10 +22,8 @@ _FREE = {"trials", "finalists"}
 
 def import_optuna() -> Any:
     """Import Optuna. Raises MissingExtraError without it."""
-    try:
+    with needs_extra("a search of kind optuna", "tune"):
         import optuna
-    except ImportError as error:
-        raise MissingExtraError("a search of kind optuna", "tune") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

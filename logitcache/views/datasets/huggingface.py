@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 
 from logitcache.config.recipe import Count
-from logitcache.errors import DataError, MissingExtraError, RecipeError, did_you_mean
+from logitcache.errors import DataError, RecipeError, did_you_mean, needs_extra
 from logitcache.runtime.console import track
 from logitcache.store import digest_index
 from logitcache.store.hub import hub_name, local_folder
@@ -108,10 +108,8 @@ class HuggingFace(DatasetBase):
 
     def _rows(self) -> Any:
         """Open the split with `datasets`."""
-        try:
+        with needs_extra("a data set of kind huggingface", "hf"):
             import datasets
-        except ImportError as error:
-            raise MissingExtraError("a data set of kind huggingface", "hf") from error
         hub = hub_name(self.path, _AREA)
         folder = local_folder(self.path, self.revision, _AREA) if hub is None else None
         was_shown = datasets.is_progress_bar_enabled()
