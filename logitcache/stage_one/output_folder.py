@@ -1,8 +1,6 @@
 """Output folders, local or at a URL, in which each file is written atomically."""
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 
 from logitcache.config.yaml_text import flattened
 from logitcache.errors import CacheError, LogitCacheError, MismatchError
+from logitcache.store.file_locks import locked
 from logitcache.store.files import LEFTOVER
 from logitcache.store.local import LocalStore
 from logitcache.store.remote.client import Remote, is_remote
@@ -39,12 +38,8 @@ class OutputFolder:
             yield
             return
         self._here.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._here, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(self._here):
             yield
-        finally:
-            os.close(descriptor)
 
     def description(self) -> dict[str, Any]:
         """Read the description; return an empty one if the file does not exist."""

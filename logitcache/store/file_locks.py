@@ -16,6 +16,17 @@ PART = ".part"
 _POLL_SECONDS = 0.1
 
 
+@contextmanager
+def locked(path: Path, flags: int = os.O_RDONLY, *, wait: bool = True) -> Iterator[int]:
+    """Open a file or a folder and hold its lock; without `wait` raise BlockingIOError if another process has it."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 class PartialFile:
     """A file that is written beside its place, under a lock, and renamed when it is whole."""
 
@@ -36,9 +47,7 @@ def locked_partial(file: Path) -> Iterator[PartialFile]:
     """Open the part of a file once no other process has it; after a wait look first whether the file is there."""
     part = _part_of(file)
     while True:
-        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW) as descriptor:
             # Another process may have renamed or removed it before it was locked here: then open it again.
             if is_at(descriptor, part):
                 try:
@@ -47,20 +56,12 @@ def locked_partial(file: Path) -> Iterator[PartialFile]:
                     with suppress(OSError):
                         _remove_if_at(descriptor, part)  # not finished
                 return
-        finally:
-            os.close(descriptor)
 
 
 def remove_abandoned(part: Path) -> None:
     """Remove a part that no living process is writing."""
-    descriptor = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with suppress(BlockingIOError), locked(part, os.O_RDONLY | os.O_NOFOLLOW, wait=False) as descriptor:
         _remove_if_at(descriptor, part)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _part_of(file: Path) -> Path:

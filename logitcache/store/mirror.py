@@ -1,7 +1,6 @@
 """`Mirror`: files at a URL, and a folder of this machine that mirrors them. The storage is written first."""
 
 import contextlib
-import fcntl
 import hashlib
 import io
 import os
@@ -18,7 +17,7 @@ from logitcache.runtime.console import track
 from logitcache.store.base import Store
 from logitcache.store.bounded_folder import BoundedFolder
 from logitcache.store.download import Prefetcher, download
-from logitcache.store.file_locks import locked_partial
+from logitcache.store.file_locks import locked, locked_partial
 from logitcache.store.local import LocalStore
 from logitcache.store.mirrors_folder import SIZE, USED, mirrors_folder, writable
 from logitcache.store.remote.client import REQUESTS, Entry, Remote
@@ -67,14 +66,11 @@ class Mirror(Store):
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Hold the lock of the mirror, which ends with the process."""
-        with writable(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path.parent / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as held:
+            with writable(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self.path.parent / LOCK, os.O_RDWR | os.O_CREAT))
             yield
-        finally:
-            os.close(lock)
 
     @contextlib.contextmanager
     def creating(self, files: Mapping[str, bytes], root: str) -> Iterator[None]:

@@ -1,7 +1,6 @@
 """Train many students from one cache, those that can on one stream."""
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,7 @@ from logitcache.errors import CacheError, LogitCacheError, RecipeError, Stopped,
 from logitcache.runtime.console import logger
 from logitcache.runtime.stopping import stop_flag
 from logitcache.stage_one.cluster.cluster import HERE, Cluster
+from logitcache.store.file_locks import locked
 from logitcache.store.files import write_atomically
 from logitcache.store.safe_files import read_bounded
 from logitcache.student.compatibility import target_error
@@ -168,14 +168,11 @@ def _target_errors(members: Sequence[SweepStudent]) -> dict[str, float]:
 def _locked(out: Path) -> Iterator[None]:
     """Keep every other sweep out of a folder; the lock ends with the process."""
     out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        with locked(out, wait=False):
+            yield
     except BlockingIOError as error:
         raise RecipeError(f"another sweep writes to {out}. Fix: wait, or name another folder") from error
-    finally:
-        os.close(descriptor)
 
 
 def _worded(error: Stopped, out: Path) -> LogitCacheError:

@@ -2,16 +2,14 @@
 
 import csv
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
-import os
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -25,6 +23,7 @@ from logitcache.config.yaml_text import flattened
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.models.weights import load_plain
 from logitcache.runtime.versions import versions
+from logitcache.store.file_locks import locked
 from logitcache.store.files import remove_leftovers, write_atomically
 from logitcache.store.safe_files import read_bounded, require_bounded
 from logitcache.student.distributed.ranks import ALONE, Ranks
@@ -73,7 +72,7 @@ class RunDirectory:
         self._metrics = self.path / "metrics.jsonl"
         self._rows: list[dict[str, Any]] = []
         self.followers: list[Callable[[list[dict[str, Any]]], None]] = []  # get all rows after each epoch
-        self._lock: int | None = None
+        self._lock = ExitStack()
 
     @property
     def _begun(self) -> bool:
@@ -94,20 +93,15 @@ class RunDirectory:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep every other training out of the directory while the block runs; the lock ends with the process."""
-        try:
+        with self._lock:
             self._take()
             yield
-        finally:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
 
     @_by_first
     def _take(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock.enter_context(locked(self.path, wait=False))
         except BlockingIOError as error:
             raise RecipeError(f"another training writes to {self.path}. Fix: wait, or another `out:`") from error
 
