@@ -269,3 +269,9 @@ def _labels(member: Any) -> tuple[str, ...]:
         return ("tagged-union", "union")
     origin = get_origin(member) or member
     return (str(getattr(origin, "__name__", origin)), *_kinds(member))
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Return the first mistake in a file that no user writes: its key, and what is wrong there."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"

@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from logitcache.config.mistakes import first_mistake
 from logitcache.errors import RecipeError, needs_extra
 from logitcache.shipping.graph import as_input
 from logitcache.shipping.metadata import KEY, Metadata
@@ -157,9 +158,7 @@ def _metadata(path: Path, model: Any) -> Metadata:
     try:
         metadata = Metadata.model_validate_json(found[0])
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "all of it"
-        raise unreadable(path, f"its metadata are wrong: {key}: {first['msg']}") from error
+        raise unreadable(path, f"its metadata are wrong: {first_mistake(error)}") from error
     if unstated := factories_of(metadata.evaluation.augmentations):
         raise unreadable(path, f"it names the factory '{unstated[0]}', and what a file names is never called")
     return metadata

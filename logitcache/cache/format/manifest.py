@@ -12,6 +12,7 @@ from logitcache.cache.encodings.features import Feature, FeatureForm
 from logitcache.cache.format.appended import MOST_CANARIES, Appended
 from logitcache.cache.format.row_errors import RowErrors
 from logitcache.classifier import Preprocessing, Variant
+from logitcache.config.mistakes import first_mistake
 from logitcache.config.recipe import Count, Extended, Name, Positive
 from logitcache.errors import CacheError
 from logitcache.runtime.device import Precision
@@ -293,8 +294,6 @@ def parse_manifest(attributes: object, where: str) -> Manifest:
             )
         return Manifest.model_validate_json(json.dumps(entry["manifest"]))
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "all of it"
-        raise CacheError(f"{where}: the manifest is not valid: {place}: {first['msg']}") from error
+        raise CacheError(f"{where}: the manifest is not valid: {first_mistake(error)}") from error
     except RecursionError as error:
         raise CacheError(f"{where}: the manifest is not valid: it is nested too deeply") from error

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from logitcache.cache.format.manifest import Manifest
 from logitcache.cache.format.samples import read_sized
+from logitcache.config.mistakes import first_mistake
 from logitcache.config.recipe import Component
 from logitcache.errors import CacheError, MismatchError, RecipeError
 from logitcache.store.local import LocalStore
@@ -194,8 +195,7 @@ def _read_record(store: LocalStore) -> PairingRecord:
     try:
         record = PairingRecord.model_validate_json(json.dumps(found.get("pairing")))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise _damaged(store, f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}") from error
+        raise _damaged(store, first_mistake(error)) from error
     if found.get("sha256") != record.digest():
         raise _damaged(store, "its sha256 differs")
     return record

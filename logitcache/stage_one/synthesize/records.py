@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from logitcache.config.mistakes import first_mistake
 from logitcache.config.recipe import Component, Count, Fraction
 from logitcache.errors import CacheError
 from logitcache.runtime.versions import versions
@@ -51,9 +52,7 @@ def _checked(kind: TypeAdapter[T], value: object, what: str) -> T:
     try:
         return kind.validate_python(value)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise CacheError(f"{what} is damaged: {place}: {first['msg']}. Fix: remove the file, and run again") from error
+        raise CacheError(f"{what} is damaged: {first_mistake(error)}. Fix: remove the file, and run again") from error
 
 
 def write_batch(folder: OutputFolder, name: str, files: Mapping[str, bytes], made: SynthesizedBatch) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
+from logitcache.config.mistakes import first_mistake
 from logitcache.config.recipe import Component, Count
 from logitcache.errors import DataError, RecipeError
 from logitcache.models import Classifier, load_into, load_model, resolve_preprocessing
@@ -148,10 +149,7 @@ def read_evaluation(run: Path) -> Evaluation | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = f"{'.'.join(map(str, first['loc'])) or 'all of it'}: {first['msg']}"
+        reason = first_mistake(error) if isinstance(error, ValidationError) else error
         raise RecipeError(f"{path} cannot be read: {reason}.\n  Fix: train again, or copy the run again.") from error
 
 
