@@ -1,6 +1,7 @@
 """Build the model to train and its adapters, and check that they fit what it learns from."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -100,11 +101,8 @@ def _shapes_at(
     """Run the model on black images, in its evaluation mode so that nothing of it moves; shapes without the batch."""
     if not taps:
         return {}
-    tapped = Tapped(classifier.eval(), classifier.module, taps, who="the model", layouts=layouts)
-    try:
+    with closing(Tapped(classifier.eval(), classifier.module, taps, who="the model", layouts=layouts)) as tapped:
         _, found = tapped(black(lesson))
-    finally:
-        tapped.remove()
     return {tap: tuple(features.shape[1:]) for tap, features in found.items()}
 
 

@@ -196,7 +196,7 @@ def _attempt(
         return error
     finally:
         if isinstance(tapped, Tapped):
-            tapped.remove()
+            tapped.close()
     return None
 
 

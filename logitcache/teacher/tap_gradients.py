@@ -34,9 +34,7 @@ def tap_gradients(
     RecipeError for a tap that the logits do not depend on.
     """
     network = classifier.module
-    tapped = Tapped(network, network, taps, who)
-    with contextlib.ExitStack() as hooks, torch.enable_grad():
-        hooks.callback(tapped.remove)
+    with contextlib.closing(Tapped(network, network, taps, who)) as tapped, torch.enable_grad():
         # Networks may change their input in place, which no leaf allows.
         inputs = classifier.normalize(pixels).requires_grad_().clone()
         output, values = tapped(inputs)

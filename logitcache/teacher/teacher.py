@@ -201,7 +201,7 @@ class Teacher(nn.Module):
 
     def remove_taps(self) -> None:
         """Take the hooks off the network, which is the caller's."""
-        self._tapped.remove()
+        self._tapped.close()
 
 
 def features_of(name: str, source: TeacherSource, network: nn.Module) -> dict[str, Feature]:

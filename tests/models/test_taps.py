@@ -46,7 +46,7 @@ def test_a_pass_that_nobody_asked_for_is_not_caught_and_hooks_come_off() -> None
     tapped = Tapped(net, net, ["0.first", "1:input"], "the model")
     net(torch.randn(2, 4))
     assert len(tapped(torch.randn(3, 4))[1]["0.first"]) == 3
-    tapped.remove()
+    tapped.close()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
     with pytest.raises(RecipeError, match="did not fire"):
         tapped(torch.randn(3, 4))

@@ -1,6 +1,7 @@
 """Find the axis of the channels in a tapped tensor: the others change with the size of the image."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
@@ -47,15 +48,11 @@ def known_layouts(network: nn.Module, inputs: Tensor, asked: Sequence[TapLayout]
     as large; for a network of one size by `feature_info`, as of timm, or by which two axes of a square image's maps are
     equal. `who` names the network in errors. Raises RecipeError for a layout that a tap cannot have.
     """
-    tapped = Tapped(network, network, [one.tap for one in asked], who)
     larger: dict[str, Shape] = {}
-    try:
-        with torch.no_grad():
-            own = {tap: tuple(value.shape[1:]) for tap, value in tapped(inputs)[1].items()}
-            if any(layout == "auto" and len(own[tap]) > 1 for tap, layout in asked):
-                larger = tapped.shapes_until_error(functional.interpolate(inputs, scale_factor=2.0))
-    finally:
-        tapped.remove()
+    with closing(Tapped(network, network, [one.tap for one in asked], who)) as tapped, torch.no_grad():
+        own = {tap: tuple(value.shape[1:]) for tap, value in tapped(inputs)[1].items()}
+        if any(layout == "auto" and len(own[tap]) > 1 for tap, layout in asked):
+            larger = tapped.shapes_until_error(functional.interpolate(inputs, scale_factor=2.0))
     known, is_square = _known_channels(network), inputs.shape[2] == inputs.shape[3]
     found: list[KnownLayout] = []
     for tap, layout in asked:

@@ -57,7 +57,7 @@ class Tapped(nn.Module):
         firsts = {tap: found[0][0] for tap, found in caught.items() if found}
         return {tap: tuple(value.shape[1:]) for tap, value in firsts.items() if isinstance(value, Tensor)}
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Take the hooks off the network."""
         for hook in self._hooks:
             hook.remove()

@@ -15,7 +15,7 @@ from logitcache.report.inspect import inspect_cache, labels_as_seen
 from logitcache.report.page.maps import compared, maps
 from logitcache.report.page.page import Section, Table
 from logitcache.report.summary import summarize
-from logitcache.student.evaluation.alignment import KINDS
+from logitcache.student.evaluation.alignment import only_comparable
 from logitcache.student.evaluation.validation import only_logits
 from logitcache.views.datasets.base import is_multi_label
 from logitcache.views.keys import ViewKey
@@ -130,13 +130,9 @@ def _representations(cache: Cache, logits: Cache, points: int) -> Section:
     """Return similarity and maps of what the teachers answered to view 0 of a seeded choice of images."""
     some = np.sort(np.random.default_rng(0).choice(len(cache), min(points, len(cache)), replace=False))
     keys = [ViewKey(0, int(index)) for index in some]
-    wanted = {
-        name: [feature for feature, shape in cache.features(name).items() if shape.kind in KINDS]
-        for name in cache.manifest.teachers
-    }
+    kept = only_comparable(cache)
     named = {name: targets.log_probs().numpy() for name, targets in logits.answers(keys).items()}
-    kept = cache.only({name: features for name, features in wanted.items() if features})
-    for name, targets in kept.answers(keys).items() if any(wanted.values()) else ():
+    for name, targets in () if kept is None else kept.answers(keys).items():
         named |= {f"{name}.{feature}": _flat(values.float().numpy()) for feature, values in targets.features.items()}
     labels = labels_as_seen(cache, keys)
     names = cache.manifest.class_names

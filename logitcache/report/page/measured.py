@@ -13,12 +13,9 @@ from numpy.typing import NDArray
 
 from logitcache.cache.cache import open_uncompared
 from logitcache.errors import LogitCacheError
-from logitcache.logits import at_least_float32, log_probs
-from logitcache.models.taps.taps import Tapped
-from logitcache.reductions import pooled
+from logitcache.logits import log_probs
 from logitcache.runtime.device import autocast
-from logitcache.student.build_model import decide_layouts
-from logitcache.student.evaluation.alignment import KINDS
+from logitcache.student.evaluation.alignment import comparable_features, pooled_features, tapped_batches
 from logitcache.student.evaluation.cost import Contender, LatencyPlan, latencies
 from logitcache.student.evaluation.open_run import OpenedRun, open_run, require_known_images, require_known_source
 from logitcache.student.evaluation.single_label import Tally
@@ -26,7 +23,6 @@ from logitcache.student.evaluation.validation import Validator, only_logits
 from logitcache.student.lesson import pairing_of, views_of
 from logitcache.student.training_recipes import StudentRecipe
 from logitcache.views.datasets.arranged import present
-from logitcache.views.keys import ViewKey
 
 Matrix = NDArray[np.float32]
 
@@ -137,37 +133,21 @@ def _beside(run: Path, opened: OpenedRun, points: int, overrides: Sequence[str])
 def _answered(opened: OpenedRun, validator: Validator, some: list[int]) -> Beside:
     recipe, device = opened.recipe, opened.device
     assert validator.cache is not None
-    cache = open_uncompared(validator.cache.location)
-    kept = {
-        f"{teacher}.{name}": (teacher, name)
-        for teacher in cache.manifest.teachers
-        for name, shape in cache.features(teacher).items()
-        if shape.kind in KINDS
-    }
-    taps = tuple(dict.fromkeys([*recipe.measured_taps, *recipe.taps]))
-    layouts = decide_layouts(recipe, opened.classifier, validator.sample()[:1].to(device), taps)
-    tapped = Tapped(opened.classifier, opened.classifier.module, taps, "the student", layouts)
+    kept, taps = comparable_features(validator), tuple(dict.fromkeys([*recipe.measured_taps, *recipe.taps]))
     parts: list[dict[str, Any]] = []
-    try:
-        for batch in validator.batches(device, "answer beside the teacher", some=some):
-            with autocast(device, recipe.precision):
-                logits, caught = tapped(batch.images)
-            answers = cache.rows([ViewKey(*key) for key in batch.keys.tolist()]) if kept else {}
-            parts.append(
-                {
-                    "labels": batch.labels,
-                    "student": log_probs(logits.float()),
-                    "teachers": {name: targets.log_probs() for name, targets in batch.teachers.items()},
-                    "taps": {tap: pooled(values) for tap, values in caught.items()},
-                    "features": {
-                        key: pooled(at_least_float32(answers[teacher].features[name]))
-                        for key, (teacher, name) in kept.items()
-                    },
-                }
-            )
-    finally:
-        tapped.remove()
-    return Beside(source=cache.location, **_joined(parts))
+    what = "answer beside the teacher"
+    for batch, logits, caught in tapped_batches(recipe, opened.classifier, validator, device, taps, what, some):
+        features = {} if kept is None else pooled_features(kept, batch)
+        parts.append(
+            {
+                "labels": batch.labels,
+                "student": log_probs(logits.float()),
+                "teachers": {name: targets.log_probs() for name, targets in batch.teachers.items()},
+                "taps": caught,
+                "features": {f"{teacher}.{name}": values for (teacher, name), values in features.items()},
+            }
+        )
+    return Beside(source=validator.cache.location, **_joined(parts))
 
 
 def _joined(parts: list[dict[str, Any]]) -> dict[str, Any]:

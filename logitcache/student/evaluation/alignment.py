@@ -1,7 +1,8 @@
 """How alike student and teacher represent the images: linear CKA of the student's taps and the teachers' features."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from logitcache.runtime.device import autocast
 from logitcache.student.build_model import decide_layouts
 from logitcache.student.evaluation.validation import Validator
 from logitcache.student.training_recipes import TrainingRecipe
+from logitcache.targets import Batch
 from logitcache.views.keys import ViewKey
 
 KINDS = ("pooled", "maps")
@@ -79,19 +81,42 @@ def compare_taps(
         return ()
     features = [(teacher, feature) for teacher in kept.manifest.teachers for feature in kept.features(teacher)]
     found = {(tap, *names): LinearCKA() for tap in taps for names in features}
-    layouts = decide_layouts(recipe, classifier, validator.sample()[:1].to(device), taps)
-    tapped = Tapped(classifier.eval(), classifier.module, taps, "the student", layouts)
-    try:
-        with torch.no_grad():
-            for batch in validator.batches(device, "compare features"):
-                with autocast(device, recipe.precision):
-                    _, caught = tapped(batch.images)
-                teachers = kept.rows(list(starmap(ViewKey, batch.keys.tolist())))
-                for (tap, teacher, feature), similarity in found.items():
-                    similarity.add(pooled(caught[tap]), pooled(at_least_float32(teachers[teacher].features[feature])))
-    finally:
-        tapped.remove()
+    for batch, _, caught in tapped_batches(recipe, classifier, validator, device, taps, "compare features"):
+        theirs = pooled_features(kept, batch)
+        for (tap, teacher, feature), similarity in found.items():
+            similarity.add(caught[tap], theirs[teacher, feature])
     return tuple(TapSimilarity(*names, similarity.value()) for names, similarity in found.items())
+
+
+@torch.no_grad()
+def tapped_batches(
+    recipe: TrainingRecipe,
+    classifier: Classifier,
+    validator: Validator,
+    device: torch.device,
+    taps: Sequence[str],
+    what: str,
+    some: Sequence[int] | None = None,
+) -> Iterator[tuple[Batch, Tensor, dict[str, Tensor]]]:
+    """Yield the batches of a validator, the student's logits, and what it has at its taps, as means over places.
+
+    `some` are the images to take, by position. Raises RecipeError for a tap that is not there, and as `layouts_of`.
+    """
+    layouts = decide_layouts(recipe, classifier, validator.sample()[:1].to(device), taps)
+    with closing(Tapped(classifier.eval(), classifier.module, taps, "the student", layouts)) as tapped:
+        for batch in validator.batches(device, what, some=some):
+            with autocast(device, recipe.precision):
+                logits, caught = tapped(batch.images)
+            yield batch, logits, {tap: pooled(values) for tap, values in caught.items()}
+
+
+def pooled_features(cache: Cache, batch: Batch) -> dict[tuple[str, str], Tensor]:
+    """Return what a cache stores of the images of a batch, as means over places, by teacher and feature."""
+    return {
+        (teacher, feature): pooled(at_least_float32(values))
+        for teacher, targets in cache.rows([ViewKey(*key) for key in batch.keys.tolist()]).items()
+        for feature, values in targets.features.items()
+    }
 
 
 def require_features(validator: Validator) -> None:
@@ -105,9 +130,11 @@ def require_features(validator: Validator) -> None:
 
 def comparable_features(validator: Validator) -> Cache | None:
     """Return the images' cache with nothing but such features as can be compared; None if there are none."""
-    if validator.cache is None:
-        return None
-    cache = open_cache(validator.cache.location)
+    return None if validator.cache is None else only_comparable(open_cache(validator.cache.location))
+
+
+def only_comparable(cache: Cache) -> Cache | None:
+    """Return a cache with nothing but the features that are vectors, or become such; None if there are none."""
     comparable = {
         teacher: [name for name, shape in cache.features(teacher).items() if shape.kind in KINDS]
         for teacher in cache.manifest.teachers
