@@ -16,14 +16,14 @@ from logitcache.runtime.console import track
 from logitcache.store import digest_index
 from logitcache.store.hub import hub_name, local_folder
 from logitcache.store.safe_files import open_regular
-from logitcache.views.datasets.base import DatasetBase, Labels, digest_of
+from logitcache.views.datasets.base import DatasetBase, digest_of
 from logitcache.views.datasets.custom import as_ids
 from logitcache.views.datasets.image_folder import LARGEST
 from logitcache.views.datasets.images.image_files import HEADERS, Decoder, ImageFiles, Orientation, head_of
-from logitcache.views.datasets.images.labels import LabelTable, as_label, num_classes_of
+from logitcache.views.datasets.images.labels import LabelTable, as_label
 from logitcache.views.datasets.images.pixels import Mode
 from logitcache.views.datasets.map_style import num_items
-from logitcache.views.datasets.scan_memory import Scan, ScanMemory
+from logitcache.views.datasets.scan_memory import Scan, ScanMemory, ScannedImages
 
 _AREA = "datasets/"
 _SAVED = ("state.json", "dataset_dict.json")
@@ -159,41 +159,22 @@ def _memory(entry: HuggingFace, files: tuple[str, ...], opened_ns: int) -> ScanM
     return ScanMemory(Path(files[0]).parent, identity, opened_ns, files)
 
 
-class HuggingFaceImages(ImageFiles):
+class HuggingFaceImages(ScannedImages, ImageFiles):
     """The images of rows, in their order."""
 
     def __init__(self, entry: HuggingFace, rows: Any, memory: ScanMemory | None) -> None:
-        super().__init__(entry.mode, entry.orientation)
-        self._name, self._memory = f"'{entry.path}'", memory
-        self._elsewhere = False
-        """Whether an image that was read lies in a file of its own, which the memory does not know."""
-        count = num_items(rows, self._name)
-        names = None if entry.id is None else [str(value) for value in rows.with_format(None)[entry.id]]
-        self.ids = as_ids(names, count, self._name, f"{entry.split}/" if entry.split else "")
-        self._column, self._images = entry.image, _encoded(rows, entry.image, self._name)
+        name = f"'{entry.path}'"
+        count = num_items(rows, name)
+        given = None if entry.id is None else [str(value) for value in rows.with_format(None)[entry.id]]
+        ids = as_ids(given, count, name, f"{entry.split}/" if entry.split else "")
+        self._column, self._images = entry.image, _encoded(rows, entry.image, name)
         self._labels_of: Callable[[int], object] | None = None
         feature = None
         if entry.label is not None:
             labels, feature = rows.with_format(None).select_columns([entry.label]), rows.features[entry.label]
             self._labels_of = functools.partial(_label_at, labels, entry.label)
-        self._class_names = _class_names(feature)
-        self._num_classes = entry.num_classes or (len(self._class_names) if self._class_names else None)
-
-    @property
-    def labels(self) -> Labels:
-        """Class indices [n], -1 if there is no label; or multi-hot rows [n, C]."""
-        return self._scan.labels
-
-    @property
-    def num_classes(self) -> int | None:
-        """The number that the column or the entry states, else one more than the largest label."""
-        return num_classes_of(self.labels, self._num_classes, self.ids, self._name)
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes, if the column has them and an image a label."""
-        names = self._class_names
-        return names if names and self.num_classes == len(names) else None
+        ScannedImages.__init__(self, ids, name, _class_names(feature), entry.num_classes, memory)
+        ImageFiles.__init__(self, entry.mode, entry.orientation)
 
     def contents(self, indices: Sequence[int]) -> Iterator[bytes]:
         """Read the encoded bytes of rows; raises DataError naming an image that cannot be read."""
@@ -202,22 +183,14 @@ class HuggingFaceImages(ImageFiles):
     @property
     def is_scanned(self) -> bool:
         """Whether every row has been read."""
-        return "_scan" in vars(self)
+        return "scan" in vars(self)
 
     def heads(self) -> NDArray[np.int64]:
         """Return the heads of all images [n, 3]."""
-        return self._scan.sizes
+        return self.scan.sizes
 
-    def digests(self) -> NDArray[np.uint64]:
-        """Return the digests of the encoded bytes of all images [n]."""
-        return self._scan.digests
-
-    @functools.cached_property
-    def _scan(self) -> Scan:
-        """Labels, heads and digests; every row is read once, unless a scan is remembered."""
+    def _read_all(self) -> Scan:
         count = len(self.ids)
-        if self._memory and (remembered := self._memory.recall(count)) is not None:
-            return remembered
         labels, heads, digests = LabelTable(count), np.empty((count, 3), np.int64), np.empty(count, np.uint64)
         for index in track(range(count), f"reading {self._name}", count):
             content = self._content(index)
@@ -225,10 +198,7 @@ class HuggingFaceImages(ImageFiles):
             heads[index] = head_of(io.BytesIO(content), self.shown(index))
             if self._labels_of is not None:
                 self._put(labels, index, self._labels_of(index))
-        scan = Scan(labels.values, heads, digests)
-        if self._memory and not self._elsewhere:
-            self._memory.remember(scan)
-        return scan
+        return Scan(labels.values, heads, digests)
 
     def _put(self, labels: LabelTable, index: int, label: object) -> None:
         try:
@@ -242,7 +212,8 @@ class HuggingFaceImages(ImageFiles):
     def _content(self, index: int) -> bytes:
         """Return the encoded bytes of an image. Raises DataError."""
         value = self._images[index][self._column]
-        self._elsewhere |= isinstance(value, Mapping) and value.get("bytes") is None
+        if isinstance(value, Mapping) and value.get("bytes") is None:
+            self._memory = None  # it does not know the file in which this image lies
         try:
             content = _bytes_of(value)
         except (OSError, ValueError) as cause:

@@ -1,6 +1,5 @@
 """Map style: any object with `__len__` and `__getitem__`, as torch's own data sets are."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -11,9 +10,9 @@ from torch import Tensor
 from logitcache.errors import DataError, LogitCacheError
 from logitcache.runtime.console import track
 from logitcache.views.datasets.base import Labels, pixel_digest
-from logitcache.views.datasets.images.labels import LabelTable, as_label, num_classes_of
+from logitcache.views.datasets.images.labels import LabelTable, as_label
 from logitcache.views.datasets.images.random_state import elsewhere, position, torch_untouched, untouched
-from logitcache.views.datasets.scan_memory import Scan, ScanMemory
+from logitcache.views.datasets.scan_memory import Scan, ScanMemory, ScannedImages
 
 
 class MapStyle(Protocol):
@@ -23,7 +22,7 @@ class MapStyle(Protocol):
     def __getitem__(self, index: int, /) -> object: ...
 
 
-class MapImages:
+class MapImages(ScannedImages):
     """A map-style object as a data set; labels, sizes and digests are found in one pass, when asked for.
 
     `decode` turns the image of an item into uint8 [C, H, W] and raises ValueError if it cannot.
@@ -39,28 +38,10 @@ class MapImages:
         num_classes: int | None = None,
         memory: ScanMemory | None = None,
     ) -> None:
-        self.ids = ids
-        self._source, self._name, self._decode, self._memory = source, name, decode, memory
-        self._class_names, self._num_classes = class_names, num_classes
+        super().__init__(ids, name, class_names, num_classes, memory)
+        self._source, self._decode = source, decode
         self._draws = False
         self._draws = self._check_repeatable()
-
-    @property
-    def labels(self) -> Labels:
-        """Class indices [n], -1 if there is no label; or multi-hot rows [n, C]."""
-        return self.scan.labels
-
-    @property
-    def num_classes(self) -> int | None:
-        """The object's own number, else one more than the largest label; of multi-hot labels their length."""
-        stated = self._num_classes or (len(self._class_names) if self._class_names else None)
-        return num_classes_of(self.labels, stated, self.ids, self._name)
-
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        """Names of the classes; None if there are none or no image has a label."""
-        names = self._class_names
-        return names if names and self.num_classes == len(names) else None
 
     def read(self, index: int) -> Tensor:
         """Return uint8 [C, H, W]; raises DataError naming an image that cannot be read."""
@@ -70,15 +51,7 @@ class MapImages:
         """Return the heights and widths of all images [n, 2]."""
         return self.scan.sizes
 
-    def digests(self) -> NDArray[np.uint64]:
-        """Return the digests of all images [n]."""
-        return self.scan.digests
-
-    @functools.cached_property
-    def scan(self) -> Scan:
-        """Labels, sizes and digests; every image is read once, unless a scan is remembered."""
-        if self._memory and (remembered := self._memory.recall(len(self.ids))) is not None:
-            return remembered
+    def _read_all(self) -> Scan:
         num_images = len(self.ids)
         labels = LabelTable(num_images)
         sizes = np.empty((num_images, 2), np.int64)
@@ -95,10 +68,7 @@ class MapImages:
         places = track(range(num_images), f"reading {self._name}", num_images)
         with untouched():
             digests = np.fromiter(map(digest, places), np.uint64)
-        found = Scan(labels.values, sizes, digests)
-        if self._memory:
-            self._memory.remember(found)
-        return found
+        return Scan(labels.values, sizes, digests)
 
     def _item(self, index: int) -> tuple[Tensor, Labels]:
         image, label = self._image(index)

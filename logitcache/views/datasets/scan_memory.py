@@ -1,9 +1,11 @@
 """Scan memory: arrays that a pass over all images found, remembered until the files change."""
 
+import functools
 import hashlib
 import io
 import os
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from logitcache.store import digest_index
 from logitcache.store.files import memory_file, read_memory, write_memory
 from logitcache.views.datasets.base import Labels
+from logitcache.views.datasets.images.labels import num_classes_of
 
 _STATE_BYTES = 32
 _MOST_FILES = 3_000_000  # a root such as "/" is not walked to its end
@@ -93,3 +96,57 @@ class ScanMemory:
         for parent, folders, names in os.walk(self.root, followlinks=True):
             folders.sort()
             yield from (os.path.join(parent, name) for name in sorted(names))
+
+
+class ScannedImages(ABC):
+    """Images whose labels and digests one pass over all of them finds, when asked for; `name` is for messages.
+
+    The number of classes is the one stated, by `num_classes` or the names, else one more than the largest label; of
+    multi-hot labels their length.
+    """
+
+    def __init__(
+        self,
+        ids: Sequence[str],
+        name: str,
+        class_names: tuple[str, ...] | None,
+        num_classes: int | None,
+        memory: ScanMemory | None,
+    ) -> None:
+        self.ids = ids
+        self._name, self._class_names, self._memory = name, class_names, memory
+        self._stated = num_classes or (len(class_names) if class_names else None)
+
+    @abstractmethod
+    def _read_all(self) -> Scan:
+        """Read every image once; raises DataError naming one that cannot be used."""
+
+    @functools.cached_property
+    def scan(self) -> Scan:
+        """Labels, sizes or heads, and digests; every image is read once, unless a scan is remembered."""
+        if self._memory and (remembered := self._memory.recall(len(self.ids))) is not None:
+            return remembered
+        found = self._read_all()
+        if self._memory:
+            self._memory.remember(found)
+        return found
+
+    @property
+    def labels(self) -> Labels:
+        """Class indices [n], -1 if there is no label; or multi-hot rows [n, C]."""
+        return self.scan.labels
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes; None if no image has a label."""
+        return num_classes_of(self.labels, self._stated, self.ids, self._name)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes; None if there are none or no image has a label."""
+        names = self._class_names
+        return names if names and self.num_classes == len(names) else None
+
+    def digests(self) -> NDArray[np.uint64]:
+        """Return the digests of all images [n]."""
+        return self.scan.digests
