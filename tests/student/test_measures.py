@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.logits import NO_LOGITS
-from logitcache.student.evaluation.single_label import ClassAccuracy, Tally, group_accuracies
+from logitcache.student.evaluation.single_label import GroupAccuracy, Tally, means_of_groups
 from logitcache.targets import Targets
 
 
@@ -107,12 +107,8 @@ def test_a_teacher_of_features_alone_is_not_compared_with() -> None:
 
 
 def test_groups_are_means_over_the_classes_of_so_many_training_images() -> None:
-    counts, top1 = [101, 500, 100, 20, 19, 0, 300], [0.9, 0.7, 0.6, 0.4, 0.2, 0.0, None]
-    classes = tuple(
-        ClassAccuracy(label, None, 10, accuracy, count)
-        for label, (count, accuracy) in enumerate(zip(counts, top1, strict=True))
-    )
-    found = group_accuracies(classes, 100, 20)
+    counts, top1 = np.array([101, 500, 100, 20, 19, 0, 300]), [0.9, 0.7, 0.6, 0.4, 0.2, 0.0, None]
+    found = means_of_groups(top1, counts, 100, 20, GroupAccuracy)
     assert found is not None
     assert [(item.group, item.training_images, item.classes) for item in found] == [
         ("head", "> 100", 2),
@@ -120,10 +116,10 @@ def test_groups_are_means_over_the_classes_of_so_many_training_images() -> None:
         ("tail", "< 20", 2),
     ]
     assert [item.top1 for item in found] == pytest.approx([0.8, 0.5, 0.1])
-    empty = group_accuracies(classes, 1000, 1001)
+    empty = means_of_groups(top1, counts, 1000, 1001, GroupAccuracy)
     assert empty is not None
     assert [(item.classes, item.top1) for item in empty[:2]] == [(0, None), (0, None)]
 
 
 def test_groups_are_unknown_where_the_training_images_are() -> None:
-    assert group_accuracies((ClassAccuracy(0, None, 1, 1.0, None),), 100, 20) is None
+    assert means_of_groups([1.0], None, 100, 20, GroupAccuracy) is None

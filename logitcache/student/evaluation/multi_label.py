@@ -137,8 +137,8 @@ class MultiLabelTally:
 
     def groups(self, training: NDArray[np.int64] | None, head: int, tail: int) -> tuple[GroupPrecision, ...] | None:
         """Return the figures of classes by their `training` images [C]; None if these are not known."""
-        classes = self.per_class(None, training)
-        return means_of_groups(classes, head, tail, lambda item: item.average_precision, GroupPrecision)
+        precisions = [item.average_precision for item in self.per_class()]
+        return means_of_groups(precisions, training, head, tail, GroupPrecision)
 
     @functools.cached_property
     def logits(self) -> Numbers:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from itertools import compress
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from logitcache.targets import Targets
 NUM_BINS = 15
 
 Counts = NDArray[np.float64]
+G = TypeVar("G")
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Tally:
 
     def groups(self, training: NDArray[np.int64] | None, head: int, tail: int) -> tuple[GroupAccuracy, ...] | None:
         """Return the accuracy of classes by their `training` images [C]; None if these are not known."""
-        return group_accuracies(self.per_class(None, training), head, tail)
+        return means_of_groups([item.top1 for item in self.per_class()], training, head, tail, GroupAccuracy)
 
 
 def _of_rows(logits: Tensor, labels: Tensor, teachers: Mapping[str, Targets]) -> Tensor:
@@ -151,48 +153,28 @@ def _summed(places: NDArray[np.int64], columns: list[Counts], count: int) -> Cou
     return np.stack([np.bincount(places, column, minlength=count) for column in columns], axis=1)
 
 
-class Counted(Protocol):
-    """The figures of a class, and its number of training images, if known."""
-
-    @property
-    def training_images(self) -> int | None: ...
-
-
-C = TypeVar("C", bound=Counted)
-G = TypeVar("G")
-
-
-def by_training_images(classes: Sequence[C], head: int, tail: int) -> list[tuple[str, str, list[C]]]:
-    """Group classes of more than `head` training images, of fewer than `tail`, and those between: name, which, members.
-
-    As in Liu et al., "Large-scale long-tailed recognition in an open world" (CVPR 2019), which calls them many-shot (>
-    100), few-shot (< 20) and medium-shot. No groups if the training images are not known.
-    """
-    counted = [(item, item.training_images) for item in classes if item.training_images is not None]
-    if len(counted) < len(classes):
-        return []
-    return [
-        ("head", f"> {head}", [item for item, count in counted if count > head]),
-        ("medium", f"{tail} to {head}", [item for item, count in counted if tail <= count <= head]),
-        ("tail", f"< {tail}", [item for item, count in counted if count < tail]),
-    ]
-
-
-def group_accuracies(classes: Sequence[ClassAccuracy], head: int, tail: int) -> tuple[GroupAccuracy, ...] | None:
-    """Return the accuracy of classes by their training images; None if these are not known."""
-    return means_of_groups(classes, head, tail, lambda item: item.top1, GroupAccuracy)
-
-
 def means_of_groups(
-    classes: Sequence[C],
+    figures: Sequence[float | None],
+    training: NDArray[np.int64] | None,
     head: int,
     tail: int,
-    figure: Callable[[C], float | None],
     group: Callable[[str, str, int, float | None], G],
 ) -> tuple[G, ...] | None:
-    """Return the mean of a figure over the classes that have one, by their training images; None if not known."""
+    """Return the mean of the figures [C] of classes by their `training` images [C]; None if these are not known.
+
+    Groups are the classes of more than `head` images, of fewer than `tail`, and those between, as in Liu et al.,
+    "Large-scale long-tailed recognition in an open world" (CVPR 2019), which calls them many-shot (> 100), few-shot
+    (< 20) and medium-shot. A class without a figure does not count.
+    """
+    if training is None:
+        return None
+    members = {
+        ("head", f"> {head}"): training > head,
+        ("medium", f"{tail} to {head}"): (tail <= training) & (training <= head),
+        ("tail", f"< {tail}"): training < tail,
+    }
     groups = []
-    for name, training_images, members in by_training_images(classes, head, tail):
-        found = [value for item in members if (value := figure(item)) is not None]
+    for (name, training_images), chosen in members.items():
+        found = [value for value in compress(figures, chosen) if value is not None]
         groups.append(group(name, training_images, len(found), float(np.mean(found)) if found else None))
-    return tuple(groups) or None
+    return tuple(groups)
