@@ -1,9 +1,9 @@
 """Ranges of a search's space: the numbers that a key of the student's recipe may take."""
 
 import math
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue
 
 from logitcache.config.recipe import Component, Count, Float, Positive
 
@@ -19,11 +19,6 @@ class Uniform(Component):
         """Return the number below which a share of the range lies."""
         return min(self.low + share * (self.high - self.low), self.high)
 
-    @model_validator(mode="after")
-    def _ascends(self) -> Self:
-        _require_ascending(self.low, self.high)
-        return self
-
 
 class LogUniform(Component):
     """Numbers from `low` to `high`, each order of magnitude as likely."""
@@ -35,11 +30,6 @@ class LogUniform(Component):
     def at(self, share: float) -> float:
         """Return the number below which a share of the range lies."""
         return min(self.low * math.exp(share * math.log(self.high / self.low)), self.high)
-
-    @model_validator(mode="after")
-    def _ascends(self) -> Self:
-        _require_ascending(self.low, self.high)
-        return self
 
 
 class Integer(Component):
@@ -55,18 +45,14 @@ class Integer(Component):
         count = (self.high - self.low) // self.step + 1
         return self.low + self.step * min(int(share * count), count - 1)
 
-    @model_validator(mode="after")
-    def _ascends(self) -> Self:
-        _require_ascending(self.low, self.high)
-        return self
+
+def _ascending(found: Uniform | LogUniform | Integer) -> Uniform | LogUniform | Integer:
+    if found.low >= found.high:
+        raise ValueError(f"low {found.low} is not less than high {found.high}")
+    return found
 
 
-Range = Annotated[Uniform | LogUniform | Integer, Field(discriminator="kind")]
+Range = Annotated[Uniform | LogUniform | Integer, Field(discriminator="kind"), AfterValidator(_ascending)]
 RANGES = tuple(str(one.model_fields["kind"].default) for one in (Uniform, LogUniform, Integer))
 Choices = Annotated[list[JsonValue], Field(min_length=1)] | Annotated[dict[str, JsonValue], Field(min_length=1)]
 Space = Annotated[dict[str, Range | Choices], Field(min_length=1)]
-
-
-def _require_ascending(low: float, high: float) -> None:
-    if low >= high:
-        raise ValueError(f"low {low} is not less than high {high}")
