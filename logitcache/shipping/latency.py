@@ -1,11 +1,10 @@
 """Time an exported file in turns with what it was made from."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor, get_num_threads
+from torch import Tensor
 
 from logitcache.runtime.console import logger
 from logitcache.student.evaluation.cost import LatencyPlan, time_in_turns
@@ -31,11 +30,10 @@ def file_latencies(
     reference: Callable[[int], Predict], file: Callable[[int], Predict], image: Tensor, plan: LatencyPlan
 ) -> Iterator[FileLatency]:
     """Time what two functions return for a number of threads, on batches of an image [C, h, w]."""
-    for threads, count in itertools.product(plan.threads or (get_num_threads(),), plan.batch_sizes):
-        pixels = image.expand(count, *image.shape).contiguous()
+    for threads, pixels in plan.batches(image):
         calls = [partial(make(threads), pixels) for make in (reference, file)]
         own, taken = time_in_turns(calls, threads, plan.warm_up, plan.repeats)
-        yield FileLatency(count, threads, own, taken, own / taken)
+        yield FileLatency(len(pixels), threads, own, taken, own / taken)
 
 
 def warn_if_slow(file: str, float_layers: int, latencies: Sequence[FileLatency]) -> None:

@@ -4,7 +4,6 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -266,8 +265,7 @@ def _latencies(
     """Time all models in turns; return the rows by name."""
     at_hand = {_TEACHER + name: teacher for name, teacher in teachers.items() if teacher is not None}
     rows: dict[str, list[ModelLatency]] = {}
-    for threads, count in product(plan.threads or (torch.get_num_threads(),), plan.batch_sizes):
-        pixels = image.expand(count, *image.shape).contiguous()
+    for threads, pixels in plan.batches(image):
         timed = {model.row.model: Contender(model.with_threads(threads), model.precision) for model in models} | at_hand
         measured = median_seconds([(one, pixels) for one in timed.values()], threads, plan.warm_up, plan.repeats)
         seconds = dict(zip(timed, measured, strict=True))
@@ -275,5 +273,5 @@ def _latencies(
         of_teachers = sum(seconds[name] for name in at_hand) if is_known else None
         for name, taken in seconds.items():
             faster = None if of_teachers is None else of_teachers / taken
-            rows.setdefault(name, []).append(ModelLatency(count, threads, taken, faster))
+            rows.setdefault(name, []).append(ModelLatency(len(pixels), threads, taken, faster))
     return rows

@@ -62,6 +62,11 @@ class LatencyPlan(Component):
     warm_up: Count = 5
     repeats: Count = 30
 
+    def batches(self, image: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield numbers of threads, each with batches [B, C, H, W] of an image [C, H, W]."""
+        for threads, count in itertools.product(self.threads or (torch.get_num_threads(),), self.batch_sizes):
+            yield threads, image.expand(count, *image.shape).contiguous()
+
 
 @dataclass(frozen=True)
 class Latency:
@@ -135,8 +140,8 @@ def latencies(
     """
     rows, device = [], str(image.device)
     contenders = [(name, teacher) for name, teacher in teachers.items() if teacher is not None]
-    for threads, count in itertools.product(plan.threads or (torch.get_num_threads(),), plan.batch_sizes):
-        pixels = image.expand(count, *image.shape).contiguous()
+    for threads, pixels in plan.batches(image):
+        count = len(pixels)
         timed = [(student, pixels), *((teacher, pixels) for _, teacher in contenders)]
         own, *others = median_seconds(timed, threads, plan.warm_up, plan.repeats)
         rows.append(Latency(STUDENT, count, threads, device, student.precision, own, count / own, None))
