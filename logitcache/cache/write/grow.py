@@ -22,18 +22,11 @@ def begin_growth(store: Store, goal: Manifest, files: Mapping[str, bytes]) -> No
 
     `files`, new tables and ids by key, are written first: the note names their digests.
     """
-    root = store.path
-    for key, values in files.items():
-        with explained(root / key):
-            (root / key).parent.mkdir(parents=True, exist_ok=True)
-        if not store.holds(key, values):
-            store.write(key, values)
-    recorded = read_manifest(store)
+    _update(store, files)
+    root, recorded = store.path, read_manifest(store)
     images = NewImages.between(recorded, goal)
     growth = Growth(num_views=goal.views.num_views, teachers=goal.teachers, versions=goal.versions, images=images)
-    data = json.dumps(growth.model_dump(mode="json")).encode()
-    if not store.holds(GROWING, data):
-        store.write(GROWING, data)
+    _update(store, {GROWING: json.dumps(growth.model_dump(mode="json")).encode()})
     for group in layout_of(goal, staged_between(recorded, goal)).groups:
         for name in group.folders:
             with explained(root / name):
@@ -70,6 +63,7 @@ def _place_staged(grown: Snapshot) -> None:
 
 
 def _update(store: Store, files: Mapping[str, bytes]) -> None:
+    """Write files that the store does not hold as they are; those that writers lock are changed in place."""
     for key, data in files.items():
         if store.holds(key, data):
             continue
