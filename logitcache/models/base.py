@@ -1,13 +1,13 @@
 """What the kinds of models share: what a builder returns, and which preprocessing a model takes."""
 
 from collections.abc import Collection, Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import Field, JsonValue
 from torch import nn
 
 from logitcache.classifier import Preprocessing
-from logitcache.config.recipe import Count
+from logitcache.config.recipe import Component, Count
 from logitcache.errors import RecipeError
 
 Side = Annotated[Count, Field(le=2048)]
@@ -20,6 +20,14 @@ class PretrainedFacts(NamedTuple):
     num_classes: int
     preprocessing: Preprocessing
     resize: int
+
+
+class OwnArchitecture(Component):
+    """An entry of a model that names no weights: it is its own architecture."""
+
+    def architecture(self) -> Self:
+        """Return itself."""
+        return self
 
 
 class BuiltModel(NamedTuple):

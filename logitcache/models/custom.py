@@ -6,12 +6,11 @@ from pydantic import Field, JsonValue
 from torch import nn
 
 from logitcache.config.factories import call_factory
-from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError
-from logitcache.models.base import BuiltModel
+from logitcache.models.base import BuiltModel, OwnArchitecture
 
 
-class Custom(Component):
+class Custom(OwnArchitecture):
     """The nn.Module that a function of your own returns: float [B, C, H, W] to logits [B, K].
 
     Logits are a tensor, the entry `logits` of a dictionary or object (Hugging Face), or the only entry of a dictionary
@@ -40,7 +39,3 @@ class Custom(Component):
     def risks(self) -> tuple[str, ...]:
         """Name the function: code, which no grant lets a manifest name."""
         return (f"the function '{self.factory}'",)
-
-    def architecture(self) -> "Custom":
-        """Return itself."""
-        return self

@@ -5,9 +5,9 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from logitcache.config.recipe import Component, Count
+from logitcache.config.recipe import Count
 from logitcache.errors import RecipeError
-from logitcache.models.base import BuiltModel
+from logitcache.models.base import BuiltModel, OwnArchitecture
 
 MOST_WIDTH, MOST_DEPTH = 1024, 64
 """The largest that a file may name; a user may name more."""
@@ -57,7 +57,7 @@ def small_cnn(width: int, depth: int, num_classes: int, in_channels: int) -> nn.
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
 
 
-class SmallCNN(Component):
+class SmallCNN(OwnArchitecture):
     """A small residual network for images from 8 × 8 up, with blocks at two sizes.
 
     With one block, grey images and ten classes: width 8 has 7 thousand parameters, width 32 has 112 thousand.
@@ -83,7 +83,3 @@ class SmallCNN(Component):
         """Name a size that would not fit in memory."""
         large = self.width > MOST_WIDTH or self.depth > MOST_DEPTH
         return (f"a network of width {self.width} and depth {self.depth}",) if large else ()
-
-    def architecture(self) -> "SmallCNN":
-        """Return itself."""
-        return self

@@ -12,7 +12,7 @@ from torch import nn
 from logitcache.classifier import channels_fix
 from logitcache.config.recipe import Component
 from logitcache.errors import RecipeError
-from logitcache.models.base import BuiltModel
+from logitcache.models.base import BuiltModel, OwnArchitecture
 from logitcache.models.bounded import TooLarge
 from logitcache.models.hugging_face.folder import (
     folder_of,
@@ -133,7 +133,7 @@ class Transformers(Component):
         return _loaded(library().AutoModelForImageClassification, folder, config, self.path, new_head)
 
 
-class TransformersNetwork(Component):
+class TransformersNetwork(OwnArchitecture):
     """The stored form of an image classifier of transformers: its `config.json`, without weights."""
 
     kind: Literal["transformers_network"] = "transformers_network"
@@ -157,10 +157,6 @@ class TransformersNetwork(Component):
     def risks(self) -> tuple[str, ...]:
         """Name the network: its settings decide how large it is, and transformers reads them."""
         return (f"the network {str(self.config.get('model_type'))!r:.80} of transformers",)
-
-    def architecture(self) -> Self:
-        """Return itself."""
-        return self
 
 
 def configured(settings: dict[str, JsonValue], who: str) -> Any:

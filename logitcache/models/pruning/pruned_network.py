@@ -7,8 +7,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from logitcache.config.recipe import Component, Count
-from logitcache.models.base import BuiltModel, Side
+from logitcache.config.recipe import Count
+from logitcache.models.base import BuiltModel, OwnArchitecture, Side
 from logitcache.models.custom import Custom
 from logitcache.models.hugging_face.transformers import TransformersNetwork
 from logitcache.models.small_cnn import SmallCNN
@@ -26,7 +26,7 @@ _SIZES: tuple[LayerSize, ...] = LayerSize.__args__  # type: ignore[attr-defined]
 Shape = Annotated[tuple[Count, ...], Field(max_length=8)]
 
 
-class PrunedNetwork(Component):
+class PrunedNetwork(OwnArchitecture):
     """A network with fewer channels than the architecture that it was pruned from.
 
     Each smaller parameter begins with the first values of the architecture's own along each axis.
@@ -96,10 +96,6 @@ class PrunedNetwork(Component):
     def risks(self) -> tuple[str, ...]:
         """Name the risks of the architecture before."""
         return self.model.risks()
-
-    def architecture(self) -> Self:
-        """Return itself."""
-        return self
 
 
 def _changed(before: nn.Module, after: nn.Module) -> dict[LayerSize, int | tuple[int, ...]]:
