@@ -25,6 +25,13 @@ class EnsembleBase(Component, ABC):
 
     needs_labels: ClassVar[bool] = False
 
+    kind: str
+    teachers: Members | None = Field(
+        default=None,
+        description="Members, teachers of the cache; by default all that have logits.",
+        examples=[["a", "b"]],
+    )
+
     @abstractmethod
     def weigh(self, log_p: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the weights [B, M] of members, from each one's log-probabilities [B, C] at T = 1."""
@@ -34,11 +41,6 @@ class Mean(EnsembleBase):
     """The mean of the members' probabilities."""
 
     kind: Literal["mean"] = "mean"
-    teachers: Members | None = Field(
-        default=None,
-        description="Members, teachers of the cache; by default all that have logits.",
-        examples=[["a", "b"]],
-    )
     weights: tuple[Positive, ...] | None = Field(
         default=None,
         description="Weight of each of `teachers`, which then are listed; scaled to a sum of 1. By default all "
@@ -69,11 +71,6 @@ class ByConfidence(EnsembleBase):
     needs_labels: ClassVar[bool] = True
 
     kind: Literal["by_confidence"] = "by_confidence"
-    teachers: Members | None = Field(
-        default=None,
-        description="Members, teachers of the cache; by default all that have logits.",
-        examples=[["a", "b"]],
-    )
 
     def weigh(self, log_p: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the weights of each row."""
@@ -89,11 +86,6 @@ class ByEntropy(EnsembleBase):
     """
 
     kind: Literal["by_entropy"] = "by_entropy"
-    teachers: Members | None = Field(
-        default=None,
-        description="Members, teachers of the cache; by default all that have logits.",
-        examples=[["a", "b"]],
-    )
 
     def weigh(self, log_p: Sequence[Tensor], batch: Batch) -> Tensor:
         """Return the weights of each row."""
