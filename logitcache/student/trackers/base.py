@@ -3,7 +3,7 @@
 import json
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,6 +54,27 @@ class Sink(ABC):
     @abstractmethod
     def close(self) -> None:
         """Flush pending metrics and close."""
+
+
+class StepSink(Sink):
+    """A tracker that logs a whole step at once; the last one is noted in the run's folder, by kind of tracker."""
+
+    def __init__(
+        self, run: TrackedRun, kind: str, log: Callable[[dict[str, float], int], object], finish: Callable[[], object]
+    ) -> None:
+        self._run, self._kind, self._log, self._finish = run, kind, log, finish
+        self._last = run.note().get(kind, -1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Log the metrics of a step after the last one; earlier ones were logged by another session."""
+        if step > self._last:
+            self._log(dict(values), step)
+            self._last = step
+            self._run.note_step(self._kind, step)
+
+    def close(self) -> None:
+        """Wait until all is written."""
+        self._finish()
 
 
 class TrackerBase(Component, ABC):

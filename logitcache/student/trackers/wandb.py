@@ -1,11 +1,10 @@
 """Weights & Biases: a run of a project, online or in files that `wandb sync` uploads."""
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from logitcache.student.trackers.base import Sink, TrackedRun, TrackerBase
+from logitcache.student.trackers.base import Sink, StepSink, TrackedRun, TrackerBase
 
 
 class WandB(TrackerBase):
@@ -21,33 +20,17 @@ class WandB(TrackerBase):
 
     def open(self, run: TrackedRun) -> Sink:
         """Begin the run, or go on with it: its id is kept in its folder."""
-        return _Run(self, run)
-
-
-class _Run(Sink):
-    def __init__(self, entry: WandB, run: TrackedRun) -> None:
         import wandb
 
         note = run.note()
-        self._run, self._last = run, note.get("wandb", -1)
-        self._opened: Any = wandb.init(
-            project=entry.project,
+        opened = wandb.init(
+            project=self.project,
             id=note["id"],
             name=run.name,
             dir=str(run.path),
             config=dict(run.recipe),
             resume="allow",
-            mode=entry.mode,
+            mode=self.mode,
             settings=wandb.Settings(silent=True),
         )
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Log the metrics of a step after the last one; earlier ones were logged by another session."""
-        if step > self._last:
-            self._opened.log(dict(values), step=step, commit=True)
-            self._last = step
-            self._run.note_step("wandb", step)
-
-    def close(self) -> None:
-        """Wait until all is written."""
-        self._opened.finish()
+        return StepSink(run, "wandb", lambda values, step: opened.log(values, step=step, commit=True), opened.finish)
