@@ -38,6 +38,7 @@ TIMED = {
     "checkpoint.pt",
     "recipe.yaml",
     "sweep.yaml",
+    "sweep.json",
 }
 """The files of a run whose values are compared; of every other file, each byte."""
 
