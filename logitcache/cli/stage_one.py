@@ -1,5 +1,6 @@
 """Stage one: the commands that make a cache, and `plan`, which estimates their cost."""
 
+import logging
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from typer import Argument, BadParameter, Option
 
 from logitcache.cli.common import CommandResult, Overrides, Part, Recipe, Scheduler, Trust, Wait, Workers, as_options
+from logitcache.cli.help import DOCS
 from logitcache.runtime.console import logger
 
 if TYPE_CHECKING:
@@ -42,16 +44,20 @@ def plan(
 ) -> CommandResult:
     """Predict what precompute takes, before it begins.
 
-    Bytes, files, time, memory, and whether the disk has room. Writes nothing.
+    Bytes, files, time, memory, and whether the disk has room; with -v every figure. Writes nothing.
     """
     from logitcache.planning import plan as planning
+    from logitcache.planning.plan_text import plan_text
     from logitcache.report.load_own import load_own
     from logitcache.teacher.precompute_recipe import PrecomputeRecipe
 
     wanted = load_own(recipe, PrecomputeRecipe, overrides)
     document = planning.plan(wanted, batches=batches, taps=taps, workers=workers, probing=not no_probe)
     follows = ("precompute", str(recipe), *as_options(overrides))
-    return CommandResult(document, planning.plan_text(document), follows=follows)
+    text = plan_text(document, every_figure=logger.isEnabledFor(logging.DEBUG))
+    return CommandResult(
+        document, f"{text}\nEvery figure: -v. Meanings: {DOCS}/how-to/plan-the-cost.md\n", follows=follows
+    )
 
 
 def precompute(

@@ -26,6 +26,9 @@ from logitcache.views.view_sizes import require_one_size
 CALIBRATION_SECONDS, FEWEST_ROWS = 20.0, 256
 """A dry run takes as many calibration rows as are answered in this time, and at least these."""
 
+PACED = 4
+"""Views that are answered twice before all else, once cold, to measure the pace of calibration."""
+
 
 @dataclass(frozen=True)
 class DryRun:
@@ -75,9 +78,9 @@ def _prepare(inputs: Inputs, opening: float, began: float) -> DryRun:
         require_sound_skeleton(store, read_manifest(store))
     with timed_answers(teachers) as answers:
         todo = find_todo(inputs, max(FEWEST_ROWS, int(CALIBRATION_SECONDS / pace)))
-    # Stage one answers canaries once less cold and once less warm.
+    # Stage one is cold once, too, but at the first of its canaries: it lacks two warm passes over these few.
     preparing = np.full(3, time.perf_counter() - began - 2 * warm)
-    num_canaries, num_rows = PASSES * len(todo.goal.canaries), todo.goal.num_images * todo.goal.views.num_views
+    num_canaries, num_rows = len(todo.goal.canaries), todo.goal.num_images * todo.goal.views.num_views
     used = wanted = passes = 0
     for teacher in teachers:
         batches = [(rows - num_canaries, at) for rows, at in answers.batches[teacher.name] if rows > num_canaries]
@@ -87,14 +90,14 @@ def _prepare(inputs: Inputs, opening: float, began: float) -> DryRun:
             preparing += correction(batches, asked, num_workers, pace)
             passes += asked * teacher.passes_by_row
         missing: set[Shard] = set().union(*(todo.missing[group.name] for group in todo.layout.of(teacher.name)))
-        passes += teacher.passes_by_row * (num_canaries + todo.layout.num_new(missing))
+        passes += teacher.passes_by_row * (PASSES * num_canaries + todo.layout.num_new(missing))
     return DryRun(inputs, todo, used, wanted, opening, np.maximum(preparing, 0.0), passes)
 
 
 def _seconds_by_row(inputs: Inputs) -> tuple[float, float]:
-    """Render and answer the canaries in this process; return the seconds by row, and in all."""
+    """Render and answer a few canaries in this process; return the seconds by row, and in all."""
     recipe, views = inputs.recipe, inputs.views
-    keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)
+    keys = canaries.choose(recipe.views.seed, len(views.dataset.ids), recipe.views.num_views)[:PACED]
     began = time.perf_counter()
     pixels = views.answered().__getitems__(keys)
     with timed_answers(inputs.teachers):  # waits for the device

@@ -29,8 +29,7 @@ from logitcache.planning.dry_run import DryRun, dry_run
 from logitcache.planning.probe import Probe, probe
 from logitcache.planning.timing import Quartiles
 from logitcache.planning.upper_bounds import most_bytes, upper_bounds
-from logitcache.runtime.console import duration
-from logitcache.runtime.tables import as_text, format_bytes
+from logitcache.runtime.tables import format_bytes
 from logitcache.stage_one.claims import Claims
 from logitcache.stage_one.materialize.materialize import bytes_of
 from logitcache.stage_one.materialize.view_files import PIXEL_FORMS
@@ -70,26 +69,6 @@ def plan(
     for warning in document["warnings"]:
         warnings.warn(warning, stacklevel=2)
     return document
-
-
-def plan_text(document: Mapping[str, Any]) -> str:
-    """Format a plan as tables, then its notes, and last what it comes to."""
-    figures = {key: value for key, value in document.items() if key not in ("warnings", "notes")}
-    return as_text(figures) + "".join(f"\n{note}." for note in document["notes"]) + f"\n\n{_summary(document)}\n"
-
-
-def _summary(document: Mapping[str, Any]) -> str:
-    """Say in one line what a plan comes to."""
-    images, views = document["images"], document["views"]
-    size = f"{format_bytes(document['bytes'])} in {document['files']} files"
-    line = f"In short: {images} images × {views} view{'s' * (views > 1)} take {size}"
-    if document["new_bytes"] != document["bytes"]:
-        line += f", of which {format_bytes(document['new_bytes'])} are new"
-    if seconds := document.get("seconds"):
-        line += f", {duration(seconds[1])} on {document['device']}"
-    if memory := document.get("memory"):
-        line += f" and {format_bytes(memory['total_bytes'])} of memory beside the teachers"
-    return line + "."
 
 
 def _taps(run: DryRun) -> list[dict[str, Any]]:
@@ -281,6 +260,6 @@ def _notes(document: Mapping[str, Any], workers: int) -> list[str]:
         "little different": used < wanted,
         f"{workers} workers are not measured: each is taken to be as fast as one, with its share of cores": workers > 1,
         "the free space at a URL is not known": document["free_bytes"] is None,
-        "flushing files to the disk is not measured: it is hidden if the disk keeps up": probed["batches"] > 0,
+        "writing to the disk is not timed: it costs nothing if the disk keeps up": probed["batches"] > 0,
     }
     return [note for note, applies in notes.items() if applies]

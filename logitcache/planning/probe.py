@@ -23,6 +23,9 @@ from logitcache.store.shards import Shard
 BATCHES, SECONDS, FEWEST = 32, 20.0, 3
 """Batches of a probe by default: it ends after SECONDS, but not before it has the FEWEST."""
 
+SHARE, LEAST_SECONDS = 1 / 20, 2.0
+"""Of little work a probe takes this share of the time that it predicts, or the least."""
+
 RUN_ROWS = 2048
 """Rows that lie beside each other in a shard are probed together: compression looks for what they have in common."""
 
@@ -66,7 +69,8 @@ def probe(run: DryRun, batches: int | None = None) -> Probe:
     task = PrecomputeTask(run.inputs, run.todo, notes_unreadable=False)
     with contextlib.closing(task), timed_answers(run.inputs.teachers) as answers:
         steps = _steps(run, task, batches or _affordable(run))
-        marks = _marks(task, steps, answers, device, None if batches else SECONDS)
+        todo = run.todo.layout.num_new(run.todo.shards)
+        marks = _marks(task, steps, answers, device, None if batches else todo)
     rendering, render_cores = _render_alone(run, steps[0])
     measured = Measured.of(marks, recipe.num_workers)
     stored = stored_of(run.todo.layout, _pieces(steps[: len(marks) - 1]))
@@ -130,22 +134,27 @@ def _group(todo: Todo, shards: list[Shard]) -> ShardGroup:
 
 
 def _marks(
-    task: PrecomputeTask, steps: list[RowBatch], answers: AnswerTimes, device: torch.device, seconds: float | None
+    task: PrecomputeTask, steps: list[RowBatch], answers: AnswerTimes, device: torch.device, todo: int | None
 ) -> list[Mark]:
-    """Fill batches as stage one does, and note the time after each."""
-    rows, began = 0, time.perf_counter()
+    """Fill batches as stage one does, and note the time after each; all of them unless there are `todo` row-views."""
+    began = time.perf_counter()
     marks = [Mark(0, began, time.process_time(), 0.0, 0.0)]
     # The processes that render go on, as they do in a long run.
     filled = itertools.islice(task.fill(itertools.chain(steps, itertools.cycle(steps))), len(steps))
-    limit = f", {seconds:g} s at most" if seconds is not None else ""
+    limit = f", {SECONDS:g} s at most" if todo is not None else ""
     for batch in track(filled, f"probe{limit}", len(steps), "batches"):
-        rows += len(batch.images) * len(batch.group.missing)
+        rows = marks[-1].rows + len(batch.images) * len(batch.group.missing)
         synchronize(device)
         now = time.perf_counter()
         marks.append(Mark(rows, now, time.process_time(), task.waited, answers.seconds))
-        if seconds is not None and len(marks) > FEWEST and now - began > seconds:
+        if todo is not None and len(marks) > FEWEST and now - began > _most_seconds((now - began) / rows * todo):
             break
     return marks
+
+
+def _most_seconds(predicted: float) -> float:
+    """Return how long a probe of work goes on that takes the predicted seconds."""
+    return min(SECONDS, max(LEAST_SECONDS, SHARE * predicted))
 
 
 def _pieces(steps: list[RowBatch]) -> dict[Shard, Piece]:

@@ -30,7 +30,10 @@ def by_row(marks: Sequence[Sequence[float]], num_workers: int) -> list[Quartiles
 
 
 class AnswerTimes:
-    """The seconds in which all teachers answered; by teacher, the rows and the time after each batch."""
+    """The seconds in which all teachers answered; by teacher, the rows and the time after each batch that has keys.
+
+    Trials of a teacher have none.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -51,7 +54,8 @@ def timed_answers(teachers: Sequence[Teacher]) -> Iterator[AnswerTimes]:
         synchronize(inputs[0].device)
         now, batches = time.perf_counter(), times.batches[teacher.name]
         times.seconds += now - began
-        batches.append(((batches[-1][0] if batches else 0) + len(inputs[0]), now))
+        if any(map(len, inputs[2:])):
+            batches.append(((batches[-1][0] if batches else 0) + len(inputs[0]), now))
 
     with contextlib.ExitStack() as hooks:
         for teacher in teachers:

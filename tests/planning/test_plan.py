@@ -230,6 +230,13 @@ def test_several_workers_are_an_estimate_that_says_so(tmp_path: Path) -> None:
     assert any("2 workers are not measured" in note for note in document["notes"])
 
 
+def test_trials_of_a_variant_are_no_calibration(tmp_path: Path) -> None:
+    asked = teacher(DENSE16) | {"speed": {"channels_last": True, "fold": True}}
+    plain, faster = (told(tmp_path / "c", teachers={"t": entry}) for entry in (teacher(DENSE16), asked))
+    assert faster["probe"]["calibration_row_views_wanted"] == 0
+    assert faster["teacher_passes"] == plain["teacher_passes"]
+
+
 def test_calibration_on_fewer_rows_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "CALIBRATION_SECONDS", 0.0)
     monkeypatch.setattr(dry_run, "FEWEST_ROWS", 100)
@@ -396,9 +403,14 @@ def test_the_command_tells_it_as_text_and_as_json(tmp_path: Path, capsys: pytest
     assert document["taps"]
     assert main(["plan", str(file), "-q"]) == 0
     text = capsys.readouterr().out
-    assert "teacher.logits" in text
+    assert text.startswith("work      60 images × 1 view on ")
+    assert re.search(r"^cache     .*/c: .* in \d+ files; .* are free$", text, re.MULTILINE)
     assert "students on, if each trains 1 epoch or more." in text
-    assert text.splitlines()[-1].startswith("In short: 60 images × 1 view take ")
+    assert len(text.splitlines()) < 15
+    assert main(["plan", str(file), "-v"]) == 0
+    every = capsys.readouterr().out
+    assert every.startswith("work ")
+    assert "teacher.logits" in every
     assert not (tmp_path / "c").exists()
 
 
@@ -474,7 +486,7 @@ def test_the_command_answers_without_a_probe_and_refuses_batches_of_none(
     file.write_text(
         yaml.safe_dump({"cache": str(tmp_path / "c"), "dataset": images, "teachers": entry, "device": "cpu"})
     )
-    assert main(["plan", str(file), "--no-probe"]) == 0
+    assert main(["plan", str(file), "--no-probe", "-v"]) == 0
     text = capsys.readouterr().out
     assert "at most" in text
     assert re.search(r"t\.logits +hot +4 .*exact", text)

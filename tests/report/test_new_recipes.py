@@ -136,6 +136,7 @@ def test_folders_of_the_teachers_classes_are_labels(here: Path, monkeypatch: pyt
         "teacher": {
             "model": {"kind": "run", "path": "runs/teacher"},
             "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3},
+            "speed": {"channels_last": True, "fold": True},
             "logits": {"kind": "dense"},
         }
     }
@@ -210,13 +211,37 @@ def test_variants_of_the_teacher_are_timed_where_many_rows_pay_for_it(
     assert "speed" not in measured
 
 
+@pytest.mark.parametrize(
+    ("device", "batch_size", "speed"), [("cpu", 16, {"channels_last": True, "fold": True}), ("cuda", 64, None)]
+)
+def test_batches_and_the_variant_of_a_small_cache_are_those_of_the_device(
+    here: Path, monkeypatch: pytest.MonkeyPatch, device: str, batch_size: int, speed: dict[str, bool] | None
+) -> None:
+    draw(here / "photos", ("a",), 12)
+    monkeypatch.setattr(texts, "resolve_device", lambda name: torch.device(device))
+    made = new_recipes("photos", "torchvision:resnet50", "torchvision:mobilenet_v3_small")
+    stage_one, validation, student = entries(made)
+    assert (stage_one["batch_size"], validation["batch_size"], student["batch_size"]) == (batch_size, batch_size, 64)
+    assert stage_one["teachers"]["resnet50"].get("speed") == speed
+    run("recipe", "check", *made.files)
+
+
+@pytest.mark.parametrize(("side", "decode"), [(1791, None), (1792, "scaled")])
+def test_large_photographs_are_decoded_at_a_part_of_their_size(here: Path, side: int, decode: str | None) -> None:
+    draw(here / "photos", ("a",), 12)
+    Image.new("RGB", (8, side)).save(here / "photos/a/05.png")
+    made = new_recipes("photos", "torchvision:resnet50", "torchvision:mobilenet_v3_small")
+    stage_one, validation, _ = entries(made)
+    assert stage_one["views"].get("decode") == validation["views"].get("decode") == decode
+    run("recipe", "check", *made.files)
+
+
 def test_sizes_and_normalisation_are_those_of_the_weights(here: Path) -> None:
     draw(here / "photos", ("a",), 12)
     made = new_recipes("photos", BIG, "torchvision:mobilenet_v3_small")
     stage_one, validation, student, *_ = entries(made)
     (teacher,) = stage_one["teachers"].values()
     assert teacher["preprocessing"] == {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": 384}
-    assert "speed" not in teacher
     assert stage_one["views"]["augmentations"][0]["size"] == 384
     assert validation["views"]["augmentations"] == [
         {"kind": "resize", "size": 384},

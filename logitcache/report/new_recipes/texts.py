@@ -8,6 +8,7 @@ from pathlib import Path
 
 from logitcache.config.yaml_text import dump_inline
 from logitcache.report.new_recipes.sources import Folder, Source
+from logitcache.runtime.device import resolve_device
 from logitcache.runtime.tables import format_bytes
 
 NUM_VIEWS = 8
@@ -20,6 +21,8 @@ TOP_K = 100
 MOST_WORKERS = 8
 LEAST_TIMED = 4000
 """Rows of a cache from which on a faster variant of the teacher gains more than it takes to find: some 300 passes."""
+LARGE = 8
+"""Photographs whose side is so many times that of a view are decoded at a part of their size."""
 
 
 def precompute_text(folder: Folder, teacher: Source, name: str, out: Path, again: str) -> str:
@@ -43,7 +46,7 @@ def precompute_text(folder: Folder, teacher: Source, name: str, out: Path, again
 cache: {dump_inline(f"caches/{name}.zarr")}
 dataset:
 {_dataset(folder.train, labels, folder.split_because)}
-views:
+views:{_decode(folder, teacher)}
   # Augmented copies of every image. More views need more teacher passes and give the student more variety.
   num_views: {NUM_VIEWS}
   augmentations:
@@ -54,7 +57,7 @@ views:
 {_teacher(teacher)}{_speed(NUM_VIEWS * count)}
     # {why[0].upper()}{why[1:]}.
     logits: {dump_inline(encoding)}
-batch_size: {BATCH_SIZE}  # images per forward pass; lower it if memory runs out
+batch_size: {_forward_pass()}
 num_workers: {_workers()}  # processes that decode and augment: one per CPU core, 8 at most
 """
 
@@ -68,13 +71,13 @@ def precompute_validation_text(folder: Folder, teacher: Source, name: str, out: 
 cache: {dump_inline(f"caches/{name}-validation.zarr")}
 dataset:
 {_dataset(folder.validation, "as in precompute.yaml", "the images that precompute.yaml leaves out")}
-views:
+views:{_decode(folder, teacher)}
   # One view without chance: the centre of the image, as {teacher.name} is evaluated.
   augmentations:
     - {{kind: resize, size: {teacher.facts.resize}}}
     - {{kind: center_crop, size: {_square(teacher.size)}}}
 {_teacher(teacher)}
-batch_size: {BATCH_SIZE}
+batch_size: {_forward_pass()}
 num_workers: {_workers()}
 """
 
@@ -123,11 +126,33 @@ teachers:
 
 
 def _speed(num_rows: int) -> str:
-    if num_rows < LEAST_TIMED:
-        return ""
-    return """
+    if num_rows >= LEAST_TIMED:
+        return """
     # The fastest variant of the network whose answers agree with it, chosen before the first shard and recorded.
     speed: auto"""
+    if not _on_cpu():
+        return ""
+    return """
+    # Half the time on a CPU. Refused before the first shard unless the answers agree with the network as it is built.
+    speed: {channels_last: true, fold: true}"""
+
+
+def _forward_pass() -> str:
+    if _on_cpu():
+        return "16  # images of a forward pass of the teacher: large batches are slower on a CPU"
+    return f"{BATCH_SIZE}  # images of a forward pass of the teacher; lower it if memory runs out"
+
+
+def _on_cpu() -> bool:
+    return resolve_device("auto").type == "cpu"
+
+
+def _decode(folder: Folder, teacher: Source) -> str:
+    if folder.longest_side < LARGE * max(teacher.size):
+        return ""
+    return """
+  # Decode large JPEG files at 1/2, 1/4 or 1/8 of their sides, while views have no more pixels: much faster.
+  decode: scaled"""
 
 
 def student_text(folder: Folder, teacher: Source, student: Source, name: str, out: Path) -> str:
