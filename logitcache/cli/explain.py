@@ -11,12 +11,20 @@ from logitcache.cli.common import CommandResult
 from logitcache.config.recipe_keys import COMMANDS, Key, explain, read_schema, value_text
 
 _INDENT = " " * 11
+_SCHEMA = ("recipe", "schema", "KIND")
 
 
 def recipe_schema(
-    kind: Annotated[str, Argument(metavar="KIND", help=f"The command of the recipes: {', '.join(COMMANDS)}.")],
+    kind: Annotated[
+        str,
+        Argument(
+            metavar="KIND", help=f"The command of the recipes: {', '.join(COMMANDS)}; without one they are listed."
+        ),
+    ] = "",
 ) -> CommandResult:
     """Print the JSON Schema of recipes, by which editors complete and check them."""
+    if not kind:
+        return CommandResult({"kinds": COMMANDS}, "".join(f"{one}\n" for one in COMMANDS), follows=_SCHEMA)
     schema = read_schema(kind)
     return CommandResult(schema, json.dumps(schema, indent=1, ensure_ascii=False) + "\n")
 

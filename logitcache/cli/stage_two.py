@@ -53,7 +53,7 @@ def train_student(
     """Train a student from a cache, with no teacher in the loop."""
     if teachers_from is not None and not online:
         raise BadParameter("has no effect: no teachers are in the loop without --online", param_hint="--teachers-from")
-    from logitcache.report.load_own import load_own
+    from logitcache.report.load_own import load_own, require_made
     from logitcache.student.distributed.ranks import joined
     from logitcache.student.training import train
     from logitcache.student.training_recipes import StudentRecipe
@@ -66,6 +66,7 @@ def train_student(
     ]
     with joined() as ranks:
         student = load_own(recipe, StudentRecipe, changes)
+        require_made(recipe, student)
         live = None
         if online:
             from logitcache.teacher.online import live_targets
@@ -141,6 +142,7 @@ def sweep(
     drawn at random, or chosen by Optuna. The same command continues what was stopped or killed; of a finished sweep it
     prints the comparison.
     """
+    from logitcache.report.load_own import require_made
     from logitcache.report.recipe_check import load_sweep
     from logitcache.runtime.tables import as_text
     from logitcache.stage_one.cluster.cluster import Cluster
@@ -150,6 +152,7 @@ def sweep(
 
     searching = parse_search(search, space, trials)
     found = load_sweep(recipe, overrides, trust=trust, grid=grid, search=searching, seeds=seeds, baseline=baseline)
+    require_made(recipe, found.student)
     result = sweeping.sweep(found, out, Cluster(scheduler, workers))
     document = asdict(result)
     if table is not None:

@@ -101,6 +101,11 @@ def test_every_key_and_kind_is_found_by_its_full_name_and_linked_to_a_heading(co
     assert len(seen) > 20
 
 
+def test_without_a_kind_the_kinds_of_schemas_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "schema")
+    assert (code, out.split()) == (0, list(RECIPES))
+
+
 @pytest.mark.parametrize("command", RECIPES)
 def test_the_schema_of_each_command_is_printed(capsys: pytest.CaptureFixture[str], command: str) -> None:
     code, out, _ = run(capsys, "schema", command)

@@ -60,8 +60,10 @@ def test_photographs_become_a_student_that_begins_with_pretrained_weights(
     capsys.readouterr()
     run("plan", precompute, "--no-probe", "--json", "--set", "num_workers=0")
     planned = json.loads(capsys.readouterr().out)
-    run("precompute", precompute, "--set", "num_workers=0")
-    run("precompute", validation, "--set", "num_workers=0")
+    for made in (precompute, validation):
+        assert main(["train-student", student]) == 3
+        assert f"does not exist. Fix: logitcache precompute {made}\n" in capsys.readouterr().err
+        run("precompute", made, "--set", "num_workers=0")
     cache = lc.open_cache("caches/my_photos.zarr")
     assert (len(cache), cache.num_views) == (18, 8)
     assert planned["images"] == 18
