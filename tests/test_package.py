@@ -13,7 +13,8 @@ import pytest
 import logitcache
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+BUILD = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = BUILD["project"]
 
 
 def test_public_names_are_sorted_and_there() -> None:
@@ -52,6 +53,17 @@ def test_the_import_of_training_and_precompute_imports_no_torchvision() -> None:
     code = "import sys, logitcache.stage_one.precompute, logitcache.student.training; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torchvision" not in done.stdout.split()
+
+
+def test_links_of_the_readme_lead_to_the_repository_in_the_wheel_and_name_what_is_there() -> None:
+    text = (ROOT / "README.md").read_text()
+    for change in BUILD["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    homes = r"https://(raw\.githubusercontent\.com/logitcache/logitcache|github\.com/logitcache/logitcache/blob)/main/"
+    assert len(links) > 40
+    assert [link for link in links if not (ROOT / re.sub(homes, "", link).partition("#")[0]).exists()] == []
+    assert [link for link in links if not re.match(homes, link)] == []
 
 
 def test_the_installed_version_is_the_packages() -> None:
