@@ -2,18 +2,17 @@
 
 import io
 import os
-import stat
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from logitcache.errors import CacheError
 from logitcache.store.base import Store
 from logitcache.store.digest_index import SHA256, remembered
 from logitcache.store.files import explained, write_atomically
-from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, open_below, read_below, regular_size
+from logitcache.store.safe_files import MAX_METADATA_BYTES, inside, open_below, read_below, regular_size, regular_status
 from logitcache.store.shards import StoredShard
 
 
@@ -123,30 +122,21 @@ class LocalStore(Store):
 
     def open(self, shard: StoredShard) -> int:
         """Open the file of a shard; its bytes are hashed unless this very file is known to match."""
-        descriptor = open_below(self.path, shard.key)
-        try:
-            status = os.fstat(descriptor)
+        with open(open_below(self.path, shard.key), "rb") as file:
+            status = os.fstat(file.fileno())
             text = shard.wrong_size(status.st_size, self._name)
             if text is None and self._known.get(shard.key) != _mark(shard, status):
-                with open(descriptor, "rb", closefd=False) as file:
-                    text = shard.wrong_digest(shard.sound_digest(file), self._name)
-                os.lseek(descriptor, 0, os.SEEK_SET)
-                if text is None and _mark(shard, os.fstat(descriptor)) == _mark(shard, status):
+                text = shard.wrong_digest(shard.sound_digest(file), self._name)
+                if text is None and _mark(shard, os.fstat(file.fileno())) == _mark(shard, status):
                     self._known[shard.key] = _mark(shard, status)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        if text is None:
-            return descriptor
-        os.close(descriptor)
+            if text is None:
+                return _rewound(file)
         if (data := self._restored(shard)) is None:
             raise CacheError(text)
-        with tempfile.TemporaryFile() as file:  # without a name
-            file.write(data)
-            file.flush()
-            descriptor = os.dup(file.fileno())
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        return descriptor
+        with tempfile.TemporaryFile() as restored:  # without a name
+            restored.write(data)
+            restored.flush()
+            return _rewound(restored)
 
     def read_shard(self, shard: StoredShard, *, keep: bool = True) -> bytes:
         """Read a shard."""
@@ -172,7 +162,7 @@ class LocalStore(Store):
     def _statuses(self, shards: Sequence[StoredShard]) -> list[os.stat_result | None]:
         """Return the status of each file; None if it is not a regular file, or lies behind a link."""
         reached = {name: self._is_inside(f"{name}/c") for name in {shard.array for shard in shards}}
-        return [_regular_status(self.path / shard.key) if reached[shard.array] else None for shard in shards]
+        return [regular_status(self.path / shard.key) if reached[shard.array] else None for shard in shards]
 
     def _is_inside(self, key: str) -> bool:
         with suppress(CacheError):
@@ -188,9 +178,8 @@ def _mark(shard: StoredShard, status: os.stat_result | None) -> int | None:
     return hash((shard.record, stamp))
 
 
-def _regular_status(path: Path) -> os.stat_result | None:
-    try:
-        status = path.lstat()
-    except OSError:
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
+def _rewound(file: IO[bytes]) -> int:
+    """Return a descriptor of a file, at its start, that stays open."""
+    descriptor = os.dup(file.fileno())
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor

@@ -66,13 +66,19 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return data
 
 
-def regular_size(path: Path) -> int | None:
-    """Return the size of a regular file; None for anything else, links included."""
+def regular_status(path: Path) -> os.stat_result | None:
+    """Return the status of a regular file; None for anything else, links included."""
     try:
         status = path.lstat()
     except OSError:
         return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+    return status if stat.S_ISREG(status.st_mode) else None
+
+
+def regular_size(path: Path) -> int | None:
+    """Return the size of a regular file; None for anything else, links included."""
+    status = regular_status(path)
+    return None if status is None else status.st_size
 
 
 def _opened(path: str | Path, more: int) -> BinaryIO:
