@@ -3,6 +3,7 @@
 All are flocks: they end with the process.
 """
 
+import errno
 import fcntl
 import os
 import threading
@@ -14,6 +15,7 @@ PART = ".part"
 """Suffix of the name of a file while it is written."""
 
 _POLL_SECONDS = 0.1
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 
 
 @contextmanager
@@ -89,7 +91,7 @@ def turn(kept_at: Path | None, given_up: threading.Event) -> Iterator[None]:
     """
     lock = _open_turn(kept_at)
     try:
-        while lock is not None and not _has_taken(lock) and not given_up.wait(_POLL_SECONDS):
+        while lock is not None and try_lock(lock) is False and not given_up.wait(_POLL_SECONDS):
             pass
         yield
     finally:
@@ -106,12 +108,14 @@ def _open_turn(kept_at: Path | None) -> int | None:
     return None
 
 
-def _has_taken(lock: int) -> bool:
-    """Take a lock if it is free; True, too, if the file system has none."""
+def try_lock(lock: int, kind: int = fcntl.LOCK_EX) -> bool | None:
+    """Lock without waiting; None if the file system has no locks."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return None
     return True

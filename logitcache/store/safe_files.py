@@ -139,11 +139,8 @@ def open_below(root: Path, key: str) -> int:
 
 def read_below(root: Path, key: str, most: int) -> bytes:
     """Read a regular file of at most `most` bytes below a folder; raises as `open_below` does."""
-    descriptor = open_below(root, key)
-    try:
-        return _read(descriptor, root / key, most)
-    finally:
-        os.close(descriptor)
+    with open(open_below(root, key), "rb") as file:
+        return _read(file.fileno(), root / key, most)
 
 
 def read_folder(

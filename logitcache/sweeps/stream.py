@@ -1,7 +1,6 @@
 """Train a group of students on one stream, and record how each of them ends and what sharing saved."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,11 +93,8 @@ def _add_sharing(out: Path, name: str, sharing: Sharing) -> None:
     """Append to the group's own file what its students shared."""
     (out / "groups").mkdir(parents=True, exist_ok=True)
     line = (json.dumps(asdict(sharing)) + "\n").encode()
-    descriptor = os.open(out / "groups" / f"{name}.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, line)
-    finally:
-        os.close(descriptor)
+    with open(out / "groups" / f"{name}.jsonl", "ab", buffering=0) as file:  # in one write
+        file.write(line)
 
 
 def read_sharing(out: Path) -> Sharing:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import mmap
-import os
 import pickle
 import tempfile
 import weakref
@@ -85,10 +84,7 @@ def _starts(sizes: Sequence[int]) -> list[int]:
 
 
 def _received(pickled: bytes, file: Any, sizes: Sequence[int]) -> object:
-    handle = file.detach()
-    try:
-        mapped = memoryview(mmap.mmap(handle, 0, access=mmap.ACCESS_COPY))
-    finally:
-        os.close(handle)
+    with open(file.detach(), "rb") as opened:
+        mapped = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY))
     places = zip(_starts(sizes), sizes, strict=True)
     return pickle.loads(pickled, buffers=[mapped[start : start + size] for start, size in places])

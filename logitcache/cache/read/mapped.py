@@ -144,14 +144,11 @@ class MappedRows(RowSource):
         if size < expected:  # a longer one is of a cache that grew since
             where = f"{self._stored.store}/{self._array.file(shard)}"
             raise CacheError(f"{where} has {size} bytes, its layout needs {expected}. {self._stored.fix}")
-        descriptor = self._stored.open(shard)
-        try:
-            address, needed = self._range(shard)
-            _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
-            # Read-ahead around a random row would read many times the row.
-            _libc.madvise(address, needed, mmap.MADV_RANDOM)
-        finally:
-            os.close(descriptor)
+        address, needed = self._range(shard)
+        with open(self._stored.open(shard), "rb") as file:
+            _map(address, needed, mmap.PROT_READ, mmap.MAP_SHARED | _MAP_FIXED, file.fileno())
+        # Read-ahead around a random row would read many times the row.
+        _libc.madvise(address, needed, mmap.MADV_RANDOM)
 
     def _range(self, shard: Shard) -> tuple[int, int]:
         """Return the address of a shard and the bytes of its pages."""

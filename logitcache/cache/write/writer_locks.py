@@ -17,14 +17,13 @@ from logitcache.cache.format.root import ROOT
 from logitcache.errors import CacheError
 from logitcache.runtime.console import logger
 from logitcache.store.base import Store
-from logitcache.store.file_locks import is_at
+from logitcache.store.file_locks import is_at, try_lock
 from logitcache.store.files import LEFTOVER, explained
 from logitcache.store.shards import Shard
 
 PREPARING, WRITING = f"digest/{ROOT}", f"label/{ROOT}"
 """The files whose locks are for one process that prepares or finishes a cache, and for all that write to it."""
 
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF}
 _held: set[int] = set()
 
 
@@ -53,7 +52,7 @@ def try_creating(store: Store) -> Iterator[Path | None]:
         lock = None
         with explained(target), suppress(FileNotFoundError, NotADirectoryError):
             lock = held.enter_context(_opened(target / PREPARING))
-        is_free = lock is not None and _try(lock, fcntl.LOCK_EX) and is_at(lock, target / PREPARING)
+        is_free = lock is not None and try_lock(lock, fcntl.LOCK_EX) and is_at(lock, target / PREPARING)
         yield target if is_free else None
 
 
@@ -70,7 +69,7 @@ def writing(store: Store) -> Iterator[None]:
 def alone(store: Store) -> bool:
     """Whether no process writes to a cache, this one included, which stays so until `preparing` ends."""
     with suppress(OSError), _opened(store.path / WRITING) as lock:
-        return _try(lock, fcntl.LOCK_EX) is True
+        return try_lock(lock, fcntl.LOCK_EX) is True
     return False
 
 
@@ -86,7 +85,7 @@ class Claim:
         while True:
             with ExitStack() as held, explained(self._file):
                 lock = held.enter_context(_opened(self._file, create=True))
-                if _try(lock, fcntl.LOCK_EX) is False:
+                if try_lock(lock, fcntl.LOCK_EX) is False:
                     return False
                 # Another may have released it, and with it removed the file, before it was locked here.
                 if is_at(lock, self._file):
@@ -97,7 +96,7 @@ class Claim:
     def is_held(self) -> bool:
         """Whether a running process has claimed the shard."""
         with explained(self._file), suppress(FileNotFoundError), _opened(self._file) as lock:
-            return _try(lock, fcntl.LOCK_EX) is False
+            return try_lock(lock, fcntl.LOCK_EX) is False
         return False
 
     def release(self) -> None:
@@ -180,7 +179,7 @@ def _opened(file: Path, *, create: bool = False) -> Iterator[int]:
 
 def _wait(lock: int, kind: int, store: Store) -> None:
     """Wait for a lock; report that it is waited for, or that this file system has none."""
-    got = _try(lock, kind)
+    got = try_lock(lock, kind)
     if got is False:
         logger.info(f"waiting for another run, which prepares or finishes {store}")
         fcntl.flock(lock, kind)
@@ -189,19 +188,6 @@ def _wait(lock: int, kind: int, store: Store) -> None:
             f"{store.path} lies on a file system without file locks: let no two processes write it at once, "
             "unless it is there and each has a --part of its own"
         )
-
-
-def _try(lock: int, kind: int) -> bool | None:
-    """Lock without waiting; None if there are no locks."""
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        return None
-    return True
 
 
 def _forget_locks() -> None:
