@@ -71,6 +71,18 @@ def write(text: str, *, err: bool = False) -> None:
 
 
 @contextmanager
+def errors_alone(name: str | None = None) -> Iterator[None]:
+    """Silence what a logger of others, by default the root, logs below errors in the block."""
+    other = logging.getLogger(name)
+    before = other.level
+    other.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        other.setLevel(before)
+
+
+@contextmanager
 def warnings_as_lines() -> Iterator[None]:
     """Show warnings without the line of our code that raised them."""
     before = warnings.formatwarning

@@ -5,7 +5,6 @@ normalisation that follows a convolution is folded into it; any other keeps its 
 """
 
 import copy
-import logging
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Self
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from logitcache.errors import MissingExtraError, RecipeError, did_you_mean
+from logitcache.errors import RecipeError, did_you_mean, needs_extra
+from logitcache.runtime.console import errors_alone
 
 _ATEN: Any = torch.ops.aten
 _WEIGHTED = (_ATEN.conv2d.default, _ATEN.linear.default)
@@ -160,15 +160,8 @@ def _without_quantizers(network: FakeQuantized, replaced: Callable[[torch.fx.Gra
 
 def _library() -> Any:
     """Import torchao without what torch logs of its enumerations."""
-    log = logging.getLogger("torch.utils._pytree")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
+    with errors_alone("torch.utils._pytree"), needs_extra("training for int8", "quant"):
         from torchao.quantization.pt2e import quantize_pt2e
-    except ImportError as error:
-        raise MissingExtraError("training for int8", "quant") from error
-    finally:
-        log.setLevel(level)
     return quantize_pt2e
 
 

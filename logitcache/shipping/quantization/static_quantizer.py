@@ -1,6 +1,5 @@
 """Quantise an exported float graph after training, by onnxruntime: layers, calibration, sensitivity, operators."""
 
-import logging
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from logitcache.errors import RecipeError, did_you_mean, needs_extra
-from logitcache.runtime.console import track
+from logitcache.runtime.console import errors_alone, track
 from logitcache.shipping.exported import open_session
 from logitcache.shipping.graph import INPUT, as_input, with_metadata
 from logitcache.shipping.latency import Predict
@@ -65,7 +64,7 @@ class StaticQuantizer:
                 "the model cannot be quantised: its graph has no convolution and no linear layer with weights of its "
                 f"own ({', '.join(sorted(_kinds(data)))}). Fix: `export` it in float"
             )
-        with tempfile.TemporaryDirectory() as folder, _library() as library, _quiet():
+        with tempfile.TemporaryDirectory() as folder, _library() as library, errors_alone():
             source, prepared = Path(folder, "float.onnx"), Path(folder, "prepared.onnx")
             source.write_bytes(data)
             try:
@@ -84,7 +83,7 @@ class StaticQuantizer:
         nodes = {"nodes_to_exclude": [self.layers[name] for name in keep_float]}
         if only is not None:
             nodes = {"nodes_to_quantize": [self.layers[only]]}
-        with tempfile.TemporaryDirectory() as folder, _library() as library, _quiet():
+        with tempfile.TemporaryDirectory() as folder, _library() as library, errors_alone():
             source, target = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
             source.write_bytes(self._prepared)
             library.quantize_static(
@@ -173,15 +172,3 @@ class _Library:
 def _library() -> Iterator[_Library]:
     with needs_extra("quantisation", "export"):
         yield _Library()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what onnxruntime logs of layers that it leaves in float, which the counts report."""
-    root = logging.getLogger()
-    before = root.level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(before)
