@@ -66,9 +66,9 @@ class TeacherCounts:
         return labelled, top1, top5
 
     def accuracy(self, k: Literal[1, 5]) -> float | None:
-        """Top-k accuracy on the labelled rows; None without any."""
+        """Top-k accuracy on the labelled rows; None without any, and if there are no more than k classes."""
         labelled, top1, top5 = self.totals
-        return (top1 if k == 1 else top5) / labelled if labelled else None
+        return (top1 if k == 1 else top5) / labelled if labelled and (k == 1 or len(self.by_class) > k) else None
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def test_figures_are_those_of_a_plain_loop(rows: int, classes: int) -> None:
     t = (both[0] + both[1]) / 2
     known = [row for row in range(rows) if labels[row] >= 0]
     assert found.top1 == pytest.approx(np.mean([p[row].argmax() == labels[row] for row in known]))
-    assert found.top5 == pytest.approx(np.mean([int(labels[row]) in p[row].argsort()[::-1][:5] for row in known]))
+    top5 = np.mean([int(labels[row]) in p[row].argsort()[::-1][:5] for row in known])
+    assert found.top5 == (pytest.approx(top5) if p.shape[1] > 5 else None)
     assert found.agreement == pytest.approx(np.mean(p.argmax(axis=1) == t.argmax(axis=1)))
     assert found.kl == pytest.approx(np.mean(np.sum(t * (np.log(t) - np.log(p)), axis=1)), rel=1e-5)
     assert found.teacher_top1 == pytest.approx(np.mean([t[row].argmax() == labels[row] for row in known]))

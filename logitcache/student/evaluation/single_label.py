@@ -25,8 +25,8 @@ class Measures:
 
     `ece` is the expected calibration error of the labelled images: over 15 bins of equal width of the confidence, the
     mean of |accuracy - mean confidence|, weighted by their images (Guo et al., "On calibration of modern neural
-    networks", ICML 2017). None if there are no labels or no teacher. Several teachers count as the mean of their
-    probabilities.
+    networks", ICML 2017). None if there are no labels or no teacher; top-5 also of five classes or fewer. Several
+    teachers count as the mean of their probabilities.
     """
 
     top1: float | None
@@ -104,7 +104,7 @@ class Tally:
         labelled, top1, top5, taught, agreement, kl, teacher_top1 = self.rows.tolist()
         return Measures(
             top1=top1 / labelled if labelled else None,
-            top5=top5 / labelled if labelled else None,
+            top5=top5 / labelled if labelled and len(self.classes) > 5 else None,
             agreement=agreement / taught if taught else None,
             kl=kl / taught if taught else None,
             teacher_top1=teacher_top1 / labelled if labelled and taught else None,
