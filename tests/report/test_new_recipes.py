@@ -96,6 +96,15 @@ def test_a_teacher_is_trained_on_classes_that_it_does_not_predict(
     assert "--teacher run:runs/first-teacher --student" in capsys.readouterr().err
     (line,) = [line for line in recipe.read_text().splitlines() if "logitcache recipe new" in line]
     run(*shlex.split(line.removeprefix("#   logitcache ")))
+    assert "began with random weights" not in capsys.readouterr().err
+    recorded = here / "runs/first-teacher/recipe.yaml"
+    changed = yaml.safe_load(recorded.read_text())
+    changed["model"] |= {"pretrained": False, "new_head": False}
+    recorded.write_text(yaml.safe_dump(changed))
+    run(
+        "recipe", "new", "--images", "photos", "--teacher", "run:runs/first-teacher", "--student", BIG, "--out", "third"
+    )
+    assert "first-teacher began with random weights; vit_base_patch16_384" in capsys.readouterr().err
     second = yaml.safe_load(Path(f"{here}/first-classes/precompute.yaml").read_text())
     assert second["dataset"]["labelled"] is True
     assert not Path(f"{here}/first-classes/teacher.yaml").exists()

@@ -52,6 +52,11 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
             f"{max(taught.size)}, as the weights of {taught.name} want. Random weights (model.weights: null, or "
             f"pretrained: false) learn faster at {folder.longest_side}: change size and input_size everywhere"
         )
+    if taught.began_random and learner.is_trained:
+        logger.info(
+            f"{taught.name} began with random weights; {learner.name} begins with pretrained ones, which are "
+            f"downloaded. For random ones change model in {out / 'student.yaml'}"
+        )
     write_recipes(written)
     files = [str(file) for file in written]
     return NewRecipes(files, folder.num_images, folder.class_names is not None, taught.facts.num_classes, taught.size)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from logitcache.config.recipe import read_recipe
 from logitcache.config.yaml_text import dump_inline
 from logitcache.errors import DataError, RecipeError, did_you_mean
 from logitcache.models import Timm, Torchvision, read_stored
@@ -31,6 +32,7 @@ class Source:
     size: tuple[int, int]
     class_names: tuple[str, ...] | None = None
     is_trained: bool = True
+    began_random: bool = False
 
     @property
     def preprocessing(self) -> str:
@@ -78,12 +80,19 @@ def read_source(option: str, text: str) -> Source:
             size = stored.preprocessing.size or _evaluated_size(run, recorded, stored.in_channels)
             facts = PretrainedFacts(stored.num_classes, stored.preprocessing, max(size))
             names = None if recorded is None else recorded.class_names
-            return Source({"kind": "run", "path": name}, run.name, facts, size, names)
+            return Source({"kind": "run", "path": name}, run.name, facts, size, names, began_random=_began_random(run))
     more = "" if option != "--student" else ", or small_cnn"
     raise RecipeError(
         f"{option} {text!r} names no model. Fix: timm:NAME, torchvision:NAME or run:DIR, as in timm:resnet50.a1_in1k"
         + more
     )
+
+
+def _began_random(run: Path) -> bool:
+    """Return whether a run trained a network that has pretrained weights from random ones."""
+    file = run / "recipe.yaml"
+    model = (read_recipe(file).get("model") or {}) if file.is_file() else {}
+    return model.get("weights", "") is None or model.get("pretrained") is False
 
 
 def _pretrained_size(facts: PretrainedFacts) -> tuple[int, int]:
