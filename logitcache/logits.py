@@ -3,9 +3,9 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from typing import ClassVar, Protocol, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,13 +35,20 @@ def mapped(value: T, change: Callable[[Tensor], Tensor]) -> T:
     if isinstance(value, Tensor):
         changed = change(value)
     elif isinstance(value, BatchValue):
-        names = [field.name for field in fields(cast(Any, value)) if field.init]
-        changed = replace(cast(Any, value), **{name: mapped(getattr(value, name), change) for name in names})
+        kind: type = type(value)
+        # Not `replace`, whose checks take longer than to cut a small batch.
+        changed = kind(*[mapped(getattr(value, name), change) for name in _field_names(kind)])
     elif isinstance(value, Mapping):
         changed = {name: mapped(item, change) for name, item in value.items()}
     elif isinstance(value, tuple):
-        changed = tuple(mapped(item, change) for item in value)
+        changed = tuple([mapped(item, change) for item in value])
     return cast(T, changed)
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...]:
+    """Return the names of the fields that the constructor of a dataclass takes, in order."""
+    return tuple(field.name for field in fields(kind) if field.init)
 
 
 class EncodedLogits(Protocol):

@@ -1,6 +1,7 @@
 """Targets: the teachers' answers for a batch, read from a cache or computed by live teachers."""
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -130,6 +131,15 @@ class Batch(BatchValue):
             size = -(-len(self) // count)
             self._parts[count] = tuple(self[slice(start, start + size)] for start in range(0, len(self), size))
         return self._parts[count]
+
+    def split(self, lengths: Sequence[int]) -> Iterator["Batch"]:
+        """Cut into parts of so many rows."""
+        if len(lengths) == 1:
+            yield self
+            return
+        stops = itertools.accumulate(lengths)
+        for length, stop in zip(lengths, stops, strict=True):
+            yield self[slice(stop - length, stop)]
 
     @property
     def targets(self) -> Targets:

@@ -2,13 +2,14 @@
 
 import itertools
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import distributed
+from torch import Tensor, distributed
 from torch.utils.data import Sampler
 
 from logitcache.errors import RecipeError
@@ -106,7 +107,7 @@ class EpochLoader:
             raise RecipeError(MIXED_IMAGES_HELD_OUT)
         self._chosen, self._labels = images, views.dataset.labels if images is None else views.dataset.labels[images]
         self._num_images = len(self._labels)
-        self.current_epoch, self._was_read = 0, False
+        self.current_epoch, self._was_read, self._row_bytes = 0, False, 0
         self._images = open_loader(views, num_workers, start_method, device, checksums_of is not None)
         if len(self) == 0:
             raise RecipeError(
@@ -249,14 +250,33 @@ class EpochLoader:
         return self._batches(map(self._checked, batches))
 
     def _batches(self, batches: Iterable[Sequence[ViewKey]]) -> Iterator[Batch]:
-        wanted, ahead = itertools.tee(batches)
+        lengths: deque[list[int]] = deque()
+        wanted, ahead = itertools.tee(self._blocks(batches, lengths))
         for images, keys in zip(self._images.render(ahead), wanted, strict=True):
-            if self._checksums_of is not None:
-                require_rows(images, keys, self._checksums_of(keys), self.views.dataset.ids)
-            labels, mixture, mixed = self.views.dataset.labels, self.views.mixture(keys, images.shape[2:]), None
-            if mixture is not None:
-                partners = torch.from_numpy(labels[mixture.partners])
-                mixed = MixedLabels(partners, torch.from_numpy(mixture.share).float())
-            table = table_of(keys)
-            named = torch.from_numpy(table)
-            yield Batch(images, torch.from_numpy(labels[table[:, 1]]), named, self._targets_of(keys), mixed)
+            block = self._block_of(images, keys)
+            self._row_bytes = -(-(images.nbytes + block.target_bytes) // len(keys))
+            yield from block.split(lengths.popleft())
+
+    def _blocks(self, batches: Iterable[Sequence[ViewKey]], lengths: deque[list[int]]) -> Iterator[Sequence[ViewKey]]:
+        """Join the keys of batches that are made together, and append the lengths of each.
+
+        The first is made alone: it shows what a row takes.
+        """
+        remaining = iter(batches)
+        for first in remaining:
+            room = self._images.together // (self._row_bytes * len(first)) if self._row_bytes else 0
+            several = [first, *itertools.islice(remaining, max(0, room - 1))]
+            lengths.append([len(batch) for batch in several])
+            yield Keys(np.concatenate([table_of(batch) for batch in several])) if len(several) > 1 else first
+
+    def _block_of(self, images: Tensor, keys: Sequence[ViewKey]) -> Batch:
+        """Add labels and targets to rendered views."""
+        if self._checksums_of is not None:
+            require_rows(images, keys, self._checksums_of(keys), self.views.dataset.ids)
+        labels, mixture, mixed = self.views.dataset.labels, self.views.mixture(keys, images.shape[2:]), None
+        if mixture is not None:
+            partners = torch.from_numpy(labels[mixture.partners])
+            mixed = MixedLabels(partners, torch.from_numpy(mixture.share).float())
+        table = table_of(keys)
+        named = torch.from_numpy(table)
+        return Batch(images, torch.from_numpy(labels[table[:, 1]]), named, self._targets_of(keys), mixed)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -135,6 +135,9 @@ def _end_workers(end: Connection | None, owner: int) -> None:
 
 class ViewLoader:
     """Render batches of keys with `num_workers` processes (0: in this one), `prefetch` batches ahead in each."""
+
+    together: ClassVar[int] = 0
+    """Bytes of batches that are worth making together: none, as workers render batch by batch."""
 
     def __init__(
         self, views: Views, num_workers: int = 0, start_method: StartMethod = "forkserver", prefetch: int = 2

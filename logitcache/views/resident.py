@@ -3,10 +3,9 @@
 A view is the same function of its key as everywhere: the same bytes, without processes and without copies of pixels.
 """
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from logitcache.errors import DataError
 from logitcache.runtime.device import to_device
 from logitcache.views.datasets.base import read_images
 from logitcache.views.decoded_once import decoded_once
-from logitcache.views.keys import Draws, Keys, ViewKey, columns_of, table_of
+from logitcache.views.keys import Draws, ViewKey, columns_of
 from logitcache.views.loader import StartMethod, ViewLoader
 from logitcache.views.spec import Views
 
@@ -27,9 +26,6 @@ SHARE = 16
 
 WORKERS = 2
 """Processes of `auto`, unless images may stay on the device."""
-
-_TOGETHER = 1 << 20
-"""Bytes of views that are rendered together, a batch at least: they stay in a core's cache."""
 
 
 def open_loader(
@@ -74,6 +70,9 @@ def _memory(device: torch.device) -> int:
 class ResidentViews(Views):
     """Views that are rendered on a device, where images stay once they have been decoded."""
 
+    together: ClassVar[int] = 1 << 20
+    """Bytes of batches that are worth making together: many share the price of a call, and stay in a core's cache."""
+
     def __init__(self, views: Views, device: torch.device) -> None:
         """Take views of images of one size, whose augmentations take it `in_batches`."""
         super().__init__(views.dataset, views.spec, views.recorded)
@@ -83,12 +82,8 @@ class ResidentViews(Views):
         self._is_held = np.zeros(len(self._pixels), dtype=bool)
 
     def render(self, batches: Iterable[Sequence[ViewKey]]) -> Iterator[Tensor]:
-        """Yield one uint8 [B, C, H, W] per batch of keys; several batches are rendered together."""
-        remaining, size = iter(batches), self._pixels[0].numel()
-        for first in remaining:
-            several = [first, *itertools.islice(remaining, _TOGETHER // (size * len(first)))]
-            keys = Keys(np.concatenate([table_of(batch) for batch in several]))
-            yield from torch.split(self.__getitems__(keys), [len(batch) for batch in several])
+        """Yield one uint8 [B, C, H, W] per batch of keys."""
+        return map(self.__getitems__, batches)
 
     def close(self) -> None:
         """Forget the images; nothing can be rendered afterwards."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitcache.errors import DataError
+from logitcache.targets import Targets
 from logitcache.views import resident
 from logitcache.views.augmentations import (
     Augmentation,
@@ -111,15 +112,36 @@ def test_resident_views_are_those_of_their_keys_in_any_batches(device: str, mixi
         assert torch.equal(found.cpu(), torch.stack([views[key] for key in keys]))
 
 
-def test_batches_are_rendered_together_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resident, "_TOGETHER", 5 * 4 * 3 * 16 * 16)  # five batches of four
+def test_batches_are_made_together_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     views, counts = views_of(), list[int]()
-    there, batches = ResidentViews(views, CPU), [[ViewKey(n % 3, n), ViewKey(0, n)] * 2 for n in range(14)]
-    inner = there._augmented
-    monkeypatch.setattr(there, "_augmented", lambda keys: counts.append(len(keys)) or inner(keys))
-    found = list(there.render(batches))
-    assert counts == [24, 24, 8]
-    assert all(torch.equal(one, views.__getitems__(keys)) for one, keys in zip(found, batches, strict=True))
+    one_row = 3 * 16 * 16 + 4 * 10
+    monkeypatch.setattr(ResidentViews, "together", 5 * 4 * one_row + one_row)  # five batches of four
+
+    def targets_of(keys: Sequence[ViewKey]) -> dict[str, Targets]:
+        counts.append(len(keys))
+        return {"teacher": Targets(torch.tensor([[float(10 * key.view + key.index)] * 10 for key in keys]))}
+
+    batches = [[ViewKey(n % 3, n), ViewKey(0, n)] * 2 for n in range(14)]
+    options: dict[str, Any] = {"targets_of": targets_of, "batch_size": 4}
+    found = list(EpochLoader(views, num_workers="auto", **options).batches(batches))
+    assert counts == [4, 20, 20, 12]  # the first shows what a row takes
+    for one, other in zip(found, EpochLoader(views, num_workers=0, **options).batches(batches), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.targets.logits, other.targets.logits)
+    assert counts[4:] == [4] * 14
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 6])
+def test_an_epoch_that_is_resumed_within_a_block_has_the_same_batches(start: int) -> None:
+    loader = EpochLoader(views_of(), batch_size=4, num_workers="auto", seed=3)
+    whole = list(loader.epoch(1))[start:]
+    resumed = list(EpochLoader(views_of(), batch_size=4, num_workers="auto", seed=3).epoch(1, start))
+    assert len(whole) == 6 - start
+    for one, other in zip(whole, resumed, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.keys, other.keys)
 
 
 def test_recorded_parameters_are_replayed() -> None:
