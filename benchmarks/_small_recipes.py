@@ -210,6 +210,7 @@ def _of_photographs() -> list[Job]:
     folder, shards = "dataset.root=INPUTS/photos", "dataset.shards=INPUTS/photos-{0..1}.tar"
     small = ("batch_size=4",)
     images = "dataset={kind: image_folder, root: INPUTS/photos}"
+    unlabelled = images.replace("}", ", labelled: false}")
     teacher = ("cifar/teacher.yaml",)
     return [
         _train("cifar", "teacher", images, "model.width=8", "batch_size=4"),
@@ -219,7 +220,7 @@ def _of_photographs() -> list[Job]:
         _student("funmatch", *small),
         _precompute("image_folder", folder, cropped, *photos, *untrained),
         _student("image_folder", *small),
-        _precompute("hugging_face", images, cropped, *photos, *_stand_in("vit")),
+        _precompute("hugging_face", unlabelled, cropped, *photos, *_stand_in("vit")),
         _student("hugging_face", *small),
         _precompute("zero_shot", folder, cropped, *photos, *_stand_in("clip")),
         _student("zero_shot", *small),
@@ -237,7 +238,7 @@ def _of_photographs() -> list[Job]:
             *untrained,
             later=((folder,),),
         ),
-        _student("growing_folder", "dataset={kind: image_folder, root: INPUTS/photos, labelled: false}", *small),
+        _student("growing_folder", unlabelled, *small),
         _precompute("webdataset", shards, "dataset.labelled=false", cropped, *photos, *untrained),
         _student("webdataset", shards, "dataset.labelled=false", *small),
     ]
