@@ -406,14 +406,16 @@ def test_the_callers_signal_handlers_are_put_back(signum: int, cache: Path, tmp_
     assert signal.getsignal(signum) is before
 
 
-def test_the_versions_of_a_run_are_kept_over_a_resume(begun: Path, cache: Path) -> None:
+@pytest.mark.parametrize(("name", "before"), [("torch", "2.0.0"), ("threads", "99")])
+def test_what_a_session_ran_with_is_kept_over_a_resume(name: str, before: str, begun: Path, cache: Path) -> None:
     file = begun / "environment.json"
     environment = json.loads(file.read_text())
-    environment["versions"][0]["torch"] = "2.0.0"
+    now = environment["versions"][0] | {}
+    environment["versions"][0][name] = before
     file.write_text(json.dumps(environment))
     train(student(begun, cache), resume=True)
-    versions = [session["torch"] for session in json.loads(file.read_text())["versions"]]
-    assert versions == ["2.0.0", version("torch")]
+    assert json.loads(file.read_text())["versions"] == [now | {name: before}, now]
+    assert now[name] == {"torch": version("torch"), "threads": str(torch.get_num_threads())}[name]
 
 
 def test_the_state_of_the_learner_is_plain(begun: Path) -> None:

@@ -40,7 +40,7 @@ C = TypeVar("C", bound=Component)
 
 
 class Environment(Component):
-    """The versions of each session of a run, and the identity of what it learns from."""
+    """The versions and the threads of each session of a run, and the identity of what it learns from."""
 
     versions: list[dict[str, str]]
     learns_from: dict[str, JsonValue]
@@ -148,7 +148,8 @@ class RunDirectory:
     def open(self, recipe: Component, identity: dict[str, Any]) -> None:
         """Write the recipe and the environment; a continuation adds its versions if they changed."""
         sessions = self.environment().versions
-        sessions += [versions()] * (versions() not in sessions[-1:])
+        session = versions() | {"threads": str(torch.get_num_threads())}  # sums are rounded by their number
+        sessions += [session] * (session not in sessions[-1:])
         remove_leftovers(self.path)
         text = dump_recipe(recipe).encode()
         write_atomically(self._recipe, text)
