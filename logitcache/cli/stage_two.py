@@ -212,7 +212,10 @@ def evaluate(
         text = as_text(shown) if table is None else format_models(result, table)
     else:
         result = evaluate_beside_teachers(models[0], changes, plan, teachers_from)
-        text = as_text(asdict(result) | ({} if result.epoch is not None else {"epoch": "not recorded"}))
+        rows = asdict(result) | ({} if result.epoch is not None else {"epoch": "not recorded"})
+        if not any(one.images for one in result.per_class):
+            del rows["per_class"]
+        text = as_text(rows)
     failed = tuple(
         f"teacher {name!r} is neither counted nor timed: {result.teachers_left_out[name]}"
         for name in result.teachers_failed

@@ -11,7 +11,7 @@ from logitcache.classifier import Preprocessing
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, RecipeError, needs_extra
 from logitcache.models.base import BuiltModel, PretrainedFacts, risky_options
-from logitcache.models.torchvision import another_count, require_known
+from logitcache.models.torchvision import Torchvision, another_count, require_known
 
 # timm looks these up itself, outside its list of names.
 _OUTSIDE = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -72,6 +72,17 @@ class Timm(Component):
         size = height if height == width else (height, width)
         preprocessing = Preprocessing(mean=tuple(config.mean), std=tuple(config.std), input_size=size)
         return PretrainedFacts(config.num_classes, preprocessing, round(min(height, width) / config.crop_pct))
+
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of ImageNet's classes for listed weights of as many classes, as torchvision writes them.
+
+        None for others. timm's own names are whole lists of synonyms, and not unique.
+        """
+        if not self.pretrained or not _LISTED.fullmatch(self.name):
+            return None
+        names = Torchvision(name="resnet50", weights="DEFAULT").class_names() or ()
+        config = self._library().get_pretrained_cfg(self.name)
+        return names if config is not None and config.num_classes == len(names) else None
 
     def risks(self) -> tuple[str, ...]:
         """Name a model outside timm's own list, and options that are no known rates or switches."""

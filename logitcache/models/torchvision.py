@@ -67,6 +67,13 @@ class Torchvision(Component):
         )
         return PretrainedFacts(len(weights.meta["categories"]), preprocessing, transforms.resize_size[0])
 
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the names of the weights' classes; None if these are random. Raises RecipeError for unknown ones."""
+        if self.weights is None:
+            return None
+        _require_classifier(self.name)
+        return tuple(_find_weights(self.name, self.weights).meta["categories"])
+
     def risks(self) -> tuple[str, ...]:
         """Name options that are no known rates or switches."""
         return risky_options(self.options, _PLAIN_OPTIONS)

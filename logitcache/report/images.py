@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache, open_cache
+from logitcache.cache.predicted_classes import predicted_classes
 from logitcache.cache.replay import require_releases, require_trusted
 from logitcache.config.recipe import Component, load_recipe
 from logitcache.errors import RecipeError
@@ -55,10 +56,15 @@ def views_as_seen(cache: Cache, overrides: Sequence[str] = (), trust: Collection
 
 
 def class_names(cache: Cache) -> tuple[str, ...]:
-    """Return the names of the teachers' classes, if they are those of the images and recorded; else their numbers."""
+    """Return the names of the teachers' classes: of the images if recorded and as many, else of the models if known.
+
+    Without either they are their numbers.
+    """
     counts = {entry.num_classes for entry in cache.manifest.teachers.values() if entry.num_classes}
     names, count = cache.manifest.class_names, max(counts, default=0)
-    return names if names is not None and len(names) == count else tuple(map(str, range(count)))
+    if names is not None and len(names) == count:
+        return names
+    return predicted_classes(cache.manifest.teachers.values(), count) or tuple(map(str, range(count)))
 
 
 def label_names(cache: Cache, key: ViewKey) -> tuple[str, ...]:

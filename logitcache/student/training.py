@@ -201,7 +201,7 @@ def _prepare(start: _Start, opened: _Opened, model: nn.Module | None, locks: Exi
         height, width = (lesson.image_shape if sample is None else sample.shape)[-2:]
         evaluation = Evaluation(
             augmentations=evaluated_as(() if validator is None else validator.augmentations, (height, width)),
-            class_names=stream.class_names(lesson.num_classes),
+            class_names=stream.class_names(lesson.num_classes) or data.predicted_classes(recipe, lesson.num_classes),
             epoch=recipe.epochs,
             orientation=orientation_of((stream.loader.views if validator is None else validator.views).dataset),
         )

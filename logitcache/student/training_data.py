@@ -10,6 +10,7 @@ import torch
 
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.cache.pairs.record import Pairing, numbers_digest
+from logitcache.cache.predicted_classes import predicted_classes
 from logitcache.errors import RecipeError, TargetErrorWarning
 from logitcache.runtime.console import logger
 from logitcache.runtime.device import resolve_device
@@ -77,6 +78,9 @@ class TrainingData(Protocol):
 
     def identity(self, recipe: Any) -> dict[str, Any]:
         """Return what identifies the data that a recipe learns from."""
+
+    def predicted_classes(self, recipe: Any, num_classes: int) -> tuple[str, ...] | None:
+        """Return the names of the classes that the teachers of a recipe predict, if these are known and as many."""
 
     def stream(self, recipes: Sequence[Any], ranks: Ranks = ALONE) -> Stream:
         """Return the batches of recipes that share them; of several `ranks` each reads its part of every batch."""
@@ -146,6 +150,10 @@ class CachedData:
             **({} if self.absent is None else {"without": numbers_digest(self.absent)}),
         }
 
+    def predicted_classes(self, recipe: StudentRecipe, num_classes: int) -> tuple[str, ...] | None:
+        """Return the names of the classes that the teachers of a student predict, if these are known and as many."""
+        return predicted_classes(self.read_by([recipe]).manifest.teachers.values(), num_classes)
+
     def stream(self, recipes: Sequence[StudentRecipe], ranks: Ranks = ALONE) -> Stream:
         """Bind the cache to its images; raise unless they are those that the teacher saw."""
         first, cache = recipes[0], self.read_by(recipes)
@@ -204,6 +212,10 @@ class LabelledData:
         version = self.views.spec.plan_version
         images = fingerprint(self.views.dataset).model_dump(mode="json")
         return {"dataset": images} | ({"plan_version": version} if version > 1 else {})
+
+    def predicted_classes(self, recipe: TeacherRecipe, num_classes: int) -> tuple[str, ...] | None:
+        """Return None: no teacher answers."""
+        return None
 
     def stream(self, recipes: Sequence[TeacherRecipe], ranks: Ranks = ALONE) -> Stream:
         """Return the batches."""

@@ -45,6 +45,28 @@ def test_pretrained_weights_for_other_classes_are_refused_before_any_download() 
         Timm(name=TINY_TIMM).build(37, 3)
 
 
+def test_weights_name_their_classes_without_a_download() -> None:
+    names = Torchvision(name="mobilenet_v3_small", weights="DEFAULT").class_names()
+    assert names is not None
+    assert (len(set(names)), names[0], names[713]) == (1000, "tench", "photocopier")
+    assert Timm(name=TINY_TIMM).class_names() == names
+    assert Timm(name="vit_base_patch16_224.augreg_in21k").class_names() is None
+    with pytest.raises(RecipeError, match="no weights 'V3'"):
+        Torchvision(name="resnet50", weights="V3").class_names()
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Torchvision(name="resnet50", weights=None),
+        Timm(name=TINY_TIMM, pretrained=False),
+        Timm(name="hf-hub:timm/resnet50.a1_in1k"),
+    ],
+)
+def test_random_and_unlisted_weights_name_no_classes(model: Torchvision | Timm) -> None:
+    assert model.class_names() is None
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:huggingface_hub")
 def test_weights_that_cannot_be_downloaded_say_what_to_do() -> None:
     with pytest.raises(LogitCacheError, match=r"resnet18 could not be had(.|\n)*/checkpoints"):

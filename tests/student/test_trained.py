@@ -13,13 +13,17 @@ import torch
 from PIL import Image
 
 import logitcache as lc
+from logitcache.cache.cache import open_cache
 from logitcache.cli.app import main
 from logitcache.errors import DataError, RecipeError
+from logitcache.models import Torchvision
+from logitcache.report.images import class_names
+from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.fixes import called, fix_of
-from tests.student.small import LINEAR, TEST_IMAGES, UNLABELLED, linear, metrics, student, teacher
+from tests.student.small import LINEAR, TEST_IMAGES, UNLABELLED, linear, metrics, recipe, student, teacher
 
 SMALLER = [{"kind": "resize", "size": 24}, {"kind": "center_crop", "size": 20}]
 
@@ -191,3 +195,34 @@ def test_the_command_says_what_a_run_did_not_record(
     (old / "evaluation.json").unlink()
     assert main(["evaluate", str(old)]) == 0
     assert re.search(r"epoch\s+not recorded", capsys.readouterr().out)
+
+
+def test_a_student_of_unlabelled_images_has_the_names_of_its_teachers_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Torchvision(name="squeezenet1_1", weights="DEFAULT")
+    state = model.architecture().build(1000, 3).module.state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: state)
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    images = {"kind": "image_folder", "root": str(tmp_path / "photos"), "labelled": False}
+    entries = {
+        "cache": str(tmp_path / "cache"),
+        "dataset": images,
+        "teachers": {"net": {"model": model.model_dump(mode="json")}},
+        "num_workers": 0,
+        "device": "cpu",
+    }
+    precompute(recipe(PrecomputeRecipe, **entries))
+    train(student(tmp_path / "run", tmp_path / "cache", epochs=1, batch_size=8, validation={"dataset": images}))
+    assert lc.load_student(tmp_path / "run").class_names == model.class_names()
+    assert class_names(open_cache(tmp_path / "cache")) == model.class_names()
+    assert main(["predict", str(tmp_path / "run"), str(tmp_path / "photos" / "0.png"), "--top", "1"]) == 0
+    text = capsys.readouterr().out
+    assert any(f" {name} " in text for name in model.class_names() or ()), text
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert "per_class" not in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["per_class"]) == 1000

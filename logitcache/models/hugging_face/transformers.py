@@ -105,6 +105,10 @@ class Transformers(Component):
             module = self._network(folder, settings, num_classes)
             return BuiltModel(module, preprocessing_of(folder, in_channels))
 
+    def class_names(self) -> tuple[str, ...] | None:
+        """Return the labels of a zero-shot classifier; None for other tasks, whose labels lie in the folder."""
+        return self.labels or None
+
     def risks(self) -> tuple[str, ...]:
         """Name the folder or the repository."""
         return (f"the model '{self.path}'",)
