@@ -107,8 +107,9 @@ class Learner:
 
     def add(self, terms: Tensor, rows: Tensor) -> None:
         """Add loss terms [L], each a mean over its number of rows [L], to the sums of the epoch."""
-        counted = rows.to(self.sums)
-        self.sums += torch.stack([terms.detach().to(self.sums) * counted, counted])
+        totals, counts = self.sums
+        totals += terms.detach().to(totals) * rows
+        counts += rows
 
     def end_step(self) -> None:
         """Count the step, once the weights have moved."""

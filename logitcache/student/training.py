@@ -242,9 +242,8 @@ class _Group:
         due = [run for run in self.at(epoch) if run.is_measured and run.validator is validator]
         self.each(lambda run: run.measure(batch), due)
 
-    def share_wait(self, epoch: int, seconds: float) -> None:
-        """Add the time in which the students of an epoch waited to theirs, in equal parts."""
-        waiting = self.at(epoch)
+    def share_wait(self, waiting: Sequence[TrainingRun], seconds: float) -> None:
+        """Add the time in which students waited to theirs, in equal parts."""
         for run in waiting:
             run.learner.seconds += seconds / len(waiting)
 
@@ -276,11 +275,12 @@ def _train_epoch(group: _Group, opened: _Opened, epoch: int, stop: StopFlag) -> 
     del run, runs  # one that fails must not stay in memory
     since = time.perf_counter()
     for number, batch in enumerate(batches, start):
-        group.share_wait(epoch, waited := time.perf_counter() - since)
-        taking = [run for run in group.at(epoch) if run.learner.batch <= number]
+        waiting, waited = group.at(epoch), time.perf_counter() - since
+        group.share_wait(waiting, waited)
+        taking = [run for run in waiting if run.learner.batch <= number]
         group.watcher.shared(batch, len(taking), waited)
         group.step(batch, taking)
-        del taking
+        del waiting, taking
         since = time.perf_counter()
         if agreed := opened.ranks.agreed(stop):
             group.each(TrainingRun.save, group.at(epoch))
@@ -289,7 +289,7 @@ def _train_epoch(group: _Group, opened: _Opened, epoch: int, stop: StopFlag) -> 
         if not group.at(epoch):
             return
     synchronize(device)
-    group.share_wait(epoch, time.perf_counter() - since)
+    group.share_wait(group.at(epoch), time.perf_counter() - since)
 
 
 def _measure(group: _Group, opened: _Opened, epoch: int, stop: StopFlag) -> None:
