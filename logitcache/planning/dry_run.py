@@ -1,6 +1,7 @@
 """Prepare stage one as `precompute` does, without writing: the missing shards, and the seconds before the first one."""
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,14 +13,17 @@ from torch import nn
 from logitcache.cache.format.root import read_manifest
 from logitcache.cache.snapshot import require_sound_skeleton
 from logitcache.cache.write.writer_locks import target_of
+from logitcache.classifier import PLAIN
 from logitcache.planning.timing import Quartiles, by_row, timed_answers
 from logitcache.runtime.device import to_device
 from logitcache.stage_one.inputs import Inputs, open_views, with_teachers
 from logitcache.stage_one.todo import Todo, find_todo
 from logitcache.store.shards import Shard
+from logitcache.teacher import speed
 from logitcache.teacher.answers import PASSES, answers_of
 from logitcache.teacher.calibration import rows_to_answer
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+from logitcache.teacher.teacher import Teacher
 from logitcache.views import canaries
 from logitcache.views.view_sizes import require_one_size
 
@@ -27,7 +31,7 @@ CALIBRATION_SECONDS, FEWEST_ROWS = 20.0, 256
 """A dry run takes as many calibration rows as are answered in this time, and at least these."""
 
 PACED = 4
-"""Views that are answered twice before all else, once cold, to measure the pace of calibration."""
+"""Canaries that are answered: twice before all else, once cold, to measure the pace; then as stage one answers all."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class DryRun:
 
     calibration_rows: answered to fit encodings, of the `calibration_wanted` that stage one takes. opening: seconds to
     open the images, their digests being remembered. preparing: seconds from there to the first shard, estimated if
-    calibration was cut short. teacher_passes: images that the teachers' networks will take, calibration included.
+    calibration was cut short; without the `canaries_left_out`, answers of all teachers at about `pace` seconds that
+    stage one takes besides. teacher_passes: images that the teachers' networks will take, calibration included.
     """
 
     inputs: Inputs
@@ -46,6 +51,8 @@ class DryRun:
     opening: float = 0.0
     preparing: Quartiles = field(default_factory=lambda: np.zeros(3))
     teacher_passes: int = 0
+    canaries_left_out: float = 0.0
+    pace: float = 0.0
 
 
 @contextlib.contextmanager
@@ -77,13 +84,15 @@ def _prepare(inputs: Inputs, opening: float, began: float) -> DryRun:
     else:
         require_sound_skeleton(store, read_manifest(store))
     with timed_answers(teachers) as answers:
-        todo = find_todo(inputs, max(FEWEST_ROWS, int(CALIBRATION_SECONDS / pace)))
+        todo = find_todo(inputs, max(FEWEST_ROWS, int(CALIBRATION_SECONDS / pace)), PACED)
     # Stage one is cold once, too, but at the first of its canaries: it lacks two warm passes over these few.
     preparing = np.full(3, time.perf_counter() - began - 2 * warm)
     num_canaries, num_rows = len(todo.goal.canaries), todo.goal.num_images * todo.goal.views.num_views
+    num_answered = min(PACED, num_canaries)
+    left_out = (num_canaries - num_answered) * statistics.mean(_canary_passes(inputs, todo, one) for one in teachers)
     used = wanted = passes = 0
     for teacher in teachers:
-        batches = [(rows - num_canaries, at) for rows, at in answers.batches[teacher.name] if rows > num_canaries]
+        batches = [(rows - num_answered, at) for rows, at in answers.batches[teacher.name] if rows > num_answered]
         if batches:
             asked = min(rows_to_answer(todo.goal.teachers[teacher.name].num_classes or 0, num_rows), num_rows)
             used, wanted = used + batches[-1][0], wanted + asked
@@ -91,7 +100,16 @@ def _prepare(inputs: Inputs, opening: float, began: float) -> DryRun:
             passes += asked * teacher.passes_by_row
         missing: set[Shard] = set().union(*(todo.missing[group.name] for group in todo.layout.of(teacher.name)))
         passes += teacher.passes_by_row * (PASSES * num_canaries + todo.layout.num_new(missing))
-    return DryRun(inputs, todo, used, wanted, opening, np.maximum(preparing, 0.0), passes)
+    return DryRun(inputs, todo, used, wanted, opening, np.maximum(preparing, 0.0), passes, left_out, pace)
+
+
+def _canary_passes(inputs: Inputs, todo: Todo, teacher: Teacher) -> int:
+    """Return how often stage one has a teacher answer the canaries that a dry run leaves out."""
+    if teacher.answers_by_key:
+        return 1
+    is_recorded = todo.recorded is not None and teacher.name in todo.recorded.teachers
+    chosen_by_time = inputs.recipe.teachers[teacher.name].speed == "auto" and not is_recorded  # of all canaries
+    return PASSES + (0 if teacher.variant == PLAIN or chosen_by_time else speed.PASSES)
 
 
 def _seconds_by_row(inputs: Inputs) -> tuple[float, float]:

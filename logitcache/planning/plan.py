@@ -161,8 +161,9 @@ def _stored_bytes(run: DryRun, group: ArrayGroup, array: ArrayLayout) -> float:
 
 def _times(run: DryRun, found: Probe | None, workers: int) -> dict[str, Any]:
     """Return the seconds, as ranges between quartiles, and the number of students from which on they pay."""
-    before = run.opening + run.preparing
-    time: dict[str, Any] = {"opening_seconds": run.opening, "preparing_seconds": _range(run.preparing)}
+    preparing = run.preparing + run.canaries_left_out * (run.pace if found is None else found.answer)
+    before = run.opening + preparing
+    time: dict[str, Any] = {"opening_seconds": run.opening, "preparing_seconds": _range(preparing)}
     if found is None:
         return {"seconds": _range(before), "time": time, "device_hours": None, "break_even_students": None}
     layout, shards = run.todo.layout, run.todo.shards

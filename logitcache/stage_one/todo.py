@@ -141,21 +141,21 @@ class Todo:
         return views is not None and self.snapshot.records[views.name].of(views.arrays[0].number_of(shard)) is not None
 
 
-def find_todo(inputs: Inputs, most_rows: int | None = None) -> Todo:
+def find_todo(inputs: Inputs, most_rows: int | None = None, most_canaries: int | None = None) -> Todo:
     """Describe the recipe's new cache, or compare the existing one with the recipe; writes nothing.
 
-    Encodings of new targets are fitted to at most `most_rows` calibration rows. Raises MismatchError if the recipe
-    makes another cache.
+    Encodings of new targets are fitted to at most `most_rows` calibration rows, and teachers answer at most
+    `most_canaries`. Raises MismatchError if the recipe makes another cache.
     """
     if not (inputs.store.path / ROOT).exists():
-        return _new(inputs, most_rows)
+        return _new(inputs, most_rows, most_canaries)
     recorded = Snapshot.read(inputs.store)
     require_not_derived(recorded.manifest, str(inputs.store))
     if recorded.manifest.num_images != len(inputs.views.dataset.ids) and not isinstance(
         inputs.views.dataset, ArrangedImages
     ):
         require_same_images(inputs.store, recorded.manifest, inputs.views.dataset)
-    return _existing(inputs, recorded, most_rows)
+    return _existing(inputs, recorded, most_rows, most_canaries)
 
 
 class _Tried(NamedTuple):
@@ -167,20 +167,23 @@ class _Tried(NamedTuple):
     entries: dict[str, TeacherEntry]
 
 
-def _try_canaries(inputs: Inputs, keys: list[ViewKey], recorded: Mapping[str, TeacherEntry]) -> _Tried:
+def _try_canaries(
+    inputs: Inputs, keys: list[ViewKey], recorded: Mapping[str, TeacherEntry], most: int | None
+) -> _Tried:
     """Run the teachers on the canaries, by the recorded variants of their networks; choose missing variants."""
     recipe, dataset = inputs.recipe, inputs.views.dataset
     records, pixels = canaries.take(inputs.views, keys)
     samples = Samples(dataset.labels, dataset.digests(), pixels.numpy())
     labels = torch.from_numpy(samples.labels[[key.index for key in keys]])
-    settle_variants(inputs.teachers, recipe.teachers, recorded, pixels, labels, recipe.batch_size)
-    examples = examples_of(inputs.teachers, pixels, labels, keys)
+    settle_variants(inputs.teachers, recipe.teachers, recorded, pixels, labels, recipe.batch_size, most)
+    examples = examples_of(inputs.teachers, pixels[:most], labels[:most], keys[:most])
     return _Tried(records, samples, examples, entries_of(inputs, examples))
 
 
-def _new(inputs: Inputs, most_rows: int | None) -> Todo:
+def _new(inputs: Inputs, most_rows: int | None, most_canaries: int | None) -> Todo:
     recipe, count = inputs.recipe, len(inputs.views.dataset.ids)
-    tried = _try_canaries(inputs, canaries.choose(recipe.views.seed, count, recipe.views.num_views), {})
+    keys = canaries.choose(recipe.views.seed, count, recipe.views.num_views)
+    tried = _try_canaries(inputs, keys, {}, most_canaries)
     entries, tables = fit(recipe, inputs.views, inputs.teachers, tried.entries, tried.examples, most_rows=most_rows)
     rows = choose_shard_rows(list(entries.values()), count, recipe.shard_rows)
     manifest = _manifest(inputs, fit_to_pages(entries, rows), tried, rows)
@@ -188,10 +191,11 @@ def _new(inputs: Inputs, most_rows: int | None) -> Todo:
     return Todo.compare(snapshot, None, Skeleton(manifest, tried.samples, {}), tables=tables)
 
 
-def _existing(inputs: Inputs, recorded: Snapshot, most_rows: int | None) -> Todo:
+def _existing(inputs: Inputs, recorded: Snapshot, most_rows: int | None, most_canaries: int | None) -> Todo:
     recipe, store, views, root = inputs.recipe, inputs.store, inputs.views, recorded.manifest
     growing = recorded.growing()
-    tried = _try_canaries(inputs, canary_keys(root, len(views.dataset.ids)), growing.manifest.teachers)
+    keys = canary_keys(root, len(views.dataset.ids))
+    tried = _try_canaries(inputs, keys, growing.manifest.teachers, most_canaries)
     note_other_machine(growing.manifest, inputs.device)
     samples = with_ids(tried.samples, views.dataset, root)
     shard_rows, appended = recipe.shard_rows or root.shard_rows, appended_of(root, samples)

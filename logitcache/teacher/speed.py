@@ -29,6 +29,9 @@ ROUNDS, SECONDS = 3, 2.0
 LEAST_GAIN = 1.05
 """A variant that gains less is not worth answers that are rounded in another way."""
 
+PASSES = 2
+"""How often a variant that is not chosen by its time has the canaries answered: by the plain network, and by it."""
+
 FIX_OF_RECORDED = "continue on a machine like the one that made the cache, or precompute into another `cache:`"
 
 _VARIANTS = (Variant(channels_last=True), Variant(fold=True), Variant(channels_last=True, fold=True))
@@ -41,10 +44,12 @@ def settle_variants(
     pixels: Tensor,
     labels: Tensor,
     batch_size: int,
+    most: int | None = None,
 ) -> None:
     """Let each teacher answer by the variant that its source asks for; of `auto` the recorded one, else the fastest.
 
-    pixels: uint8 [K, C, H, W], the canaries, with their labels. Raises RecipeError for a variant that the network
+    pixels: uint8 [K, C, H, W], the canaries, with their labels; a variant that is not chosen by its time answers at
+    most the first `most`. Raises RecipeError for a variant that the network
     cannot take, or whose answers to them differ from the plain ones by more than the bound of `answers`.
     """
     for teacher in teachers:
@@ -55,7 +60,9 @@ def settle_variants(
             continue
         if teacher.answers_by_key:
             raise RecipeError(f"teachers.{teacher.name}.speed: its answers lie in files. Fix: leave speed out")
-        trial = _Trial(teacher, to_device(pixels, teacher.device), to_device(labels, teacher.device), batch_size)
+        tried = slice(None if asked == "auto" else most)
+        images, named = to_device(pixels[tried], teacher.device), to_device(labels[tried], teacher.device)
+        trial = _Trial(teacher, images, named, batch_size)
         if asked == "auto":
             trial.take_fastest()
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from logitcache.cache.cache import open_cache
 from logitcache.cli import main
@@ -23,6 +23,7 @@ from logitcache.runtime import console
 from logitcache.stage_one.precompute import precompute
 from logitcache.teacher import calibration
 from logitcache.teacher.precompute_recipe import PrecomputeRecipe
+from logitcache.views.canaries import NUM_CANARIES
 from logitcache.views.datasets.map_style import MapImages
 from tests.cache.made import (
     COUNT,
@@ -235,6 +236,31 @@ def test_trials_of_a_variant_are_no_calibration(tmp_path: Path) -> None:
     plain, faster = (told(tmp_path / "c", teachers={"t": entry}) for entry in (teacher(DENSE16), asked))
     assert faster["probe"]["calibration_row_views_wanted"] == 0
     assert faster["teacher_passes"] == plain["teacher_passes"]
+
+
+class Counted(Linear):
+    """A teacher that counts the images that it and its variants take."""
+
+    images = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        Counted.images += len(images)
+        return super().forward(images)
+
+
+@pytest.mark.parametrize(("speed", "passes"), [(None, 2), ({"channels_last": True}, 4)])
+def test_few_canaries_are_answered_and_the_time_of_all_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speed: object, passes: int
+) -> None:
+    wanted = recipe(tmp_path / "c", teachers={"t": teacher(DENSE16) | {"speed": speed}})
+    monkeypatch.setattr(Counted, "images", 0)
+    with dry_run.dry_run(wanted, teachers={"t": Counted()}, dataset=Pixels(200)) as run:
+        assert Counted.images == (2 + passes) * dry_run.PACED
+        assert len(run.todo.goal.canaries) == NUM_CANARIES
+        assert run.canaries_left_out == passes * (NUM_CANARIES - dry_run.PACED)
+    monkeypatch.setattr(Counted, "images", 0)
+    precompute(wanted, teachers={"t": Counted()}, dataset=Pixels(200))
+    assert Counted.images == passes * NUM_CANARIES + 400
 
 
 def test_calibration_on_fewer_rows_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
