@@ -128,7 +128,8 @@ def choose(arguments: argparse.Namespace, depth: int) -> dict[str, float]:
     tops = {row.cell: row.measures["top1"].mean for row in found.rows if "top1" in row.measures}
     chosen = {}
     for name, (_, weights) in FEATURES.items():
-        chosen[name] = max(weights, key=lambda weight: tops[f"{name}-{weight:g}"])
+        trained = [weight for weight in weights if f"{name}-{weight:g}" in tops]  # a high weight may diverge
+        chosen[name] = max(trained, key=lambda weight: tops[f"{name}-{weight:g}"])
         logger.info(f"ResNet-{depth}, {name}: weight {chosen[name]:g}")
     return chosen
 
