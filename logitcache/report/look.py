@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.errors import RecipeError, did_you_mean
+from logitcache.report.answers import class_names, label_names, probabilities
 from logitcache.report.figures.picture import as_image, picture
-from logitcache.report.images import class_names, label_names, probabilities, views_as_seen
+from logitcache.report.images import views_as_seen
 from logitcache.report.page.page import Section, Table, write_page
 from logitcache.student.evaluation.validation import only_logits
 from logitcache.views.datasets.base import ImageDataset

@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.cache.read.shard_reader import ShardReader
 from logitcache.errors import DataError, RecipeError
+from logitcache.report.answers import class_names
 from logitcache.report.figures.base import as_csv
 from logitcache.report.figures.picture import picture
-from logitcache.report.images import class_names, views_as_seen
+from logitcache.report.images import views_as_seen
 from logitcache.report.page.page import Section, write_page
 from logitcache.runtime.console import logger, track
 from logitcache.store.files import write_atomically

@@ -21,6 +21,7 @@ class Result:
 class Measured(Result):
     epoch: int = 1
     teachers_failed: tuple[str, ...] = ()
+    per_class: tuple[()] = ()
 
 
 @pytest.fixture

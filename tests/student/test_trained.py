@@ -17,7 +17,7 @@ from logitcache.cache.cache import open_cache
 from logitcache.cli.app import main
 from logitcache.errors import DataError, RecipeError
 from logitcache.models import Torchvision
-from logitcache.report.images import class_names
+from logitcache.report.answers import class_names
 from logitcache.stage_one.precompute import PrecomputeRecipe, precompute
 from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from logitcache.cache.cache import open_uncompared
 from logitcache.errors import DataError, RecipeError
+from logitcache.report.answers import class_names, label_names, probabilities
 from logitcache.report.figures.picture import as_image
-from logitcache.report.images import class_names, label_names, probabilities, views_as_seen
+from logitcache.report.images import views_as_seen
 from logitcache.report.look import index_of, scores, unknown_image
 from logitcache.student.evaluation.predict import ImageSource
 from logitcache.student.evaluation.validation import only_logits

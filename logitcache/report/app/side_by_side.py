@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 
 from logitcache.errors import DataError, LogitCacheError, RecipeError
+from logitcache.report.answers import probabilities
 from logitcache.report.app.known_images import KnownImages
 from logitcache.report.figures.base import Figure
 from logitcache.report.figures.picture import picture
-from logitcache.report.images import probabilities
 from logitcache.report.look import MOST_VIEWS
 from logitcache.shipping.predict import open_predictor
 from logitcache.store.safe_files import read_bounded

@@ -10,7 +10,8 @@ import numpy as np
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.errors import LogitCacheError
 from logitcache.report import figures
-from logitcache.report.images import class_names, label_names, probabilities, views_as_seen
+from logitcache.report.answers import class_names, label_names, probabilities
+from logitcache.report.images import views_as_seen
 from logitcache.report.inspect import inspect_cache, labels_as_seen
 from logitcache.report.page.maps import compared, maps
 from logitcache.report.page.page import Section, Table
