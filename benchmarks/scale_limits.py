@@ -78,7 +78,7 @@ def begin_epoch(images: int, mixes: bool, block: int | None = None) -> None:
     next(EpochLoader(Views(dataset, spec), shuffle_block=block).keys(0))
 
 
-def order_rows(images: int) -> Iterator[Row]:
+def order_rows(images: int, room: float) -> Iterator[Row]:
     """Draw the order of an epoch."""
     cases: list[tuple[str, Callable[..., None], tuple[Any, ...], float]] = [
         ("a permutation", permute, (images,), ORDER_BYTES),
@@ -88,7 +88,7 @@ def order_rows(images: int) -> Iterator[Row]:
     for name, step, arguments, wanted in cases:
         found = took(step, *arguments)
         note = f"{found}: {1e9 * found.seconds / images:.0f} ns an image"
-        yield Row(f"{name} of {images:,} images", found.memory / images, ROOM * wanted, "B", True, note)
+        yield Row(f"{name} of {images:,} images", found.memory / images, room * wanted, "B", True, note)
 
 
 def blocked_row() -> Row:
@@ -220,10 +220,10 @@ def _nothing(job: bytes, number: int) -> int:
 def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
     """Measure everything."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "remembered")
-    for images in QUICK_ORDERS if quick else FULL_ORDERS:
-        yield from order_rows(images)
-    yield blocked_row()
     room = ROOM_OF_FEW if quick else ROOM
+    for images in QUICK_ORDERS if quick else FULL_ORDERS:
+        yield from order_rows(images, room)
+    yield blocked_row()
     yield from dataset_rows(folder, QUICK_FILES if quick else FULL_FILES, room)
     yield inspect_row(folder / "c.zarr")
     if find_spec("distributed") and not quick:  # few tasks tell nothing
