@@ -102,7 +102,7 @@ def cache_card(found: Mapping[str, Any], licence: str | None, teacher_licences: 
         "Errors of logits are mean KL divergences (nats) from the teacher's own at a temperature T, those of features",
         "relative squared errors.",
         "",
-        *_use(name, next(iter(teachers)), found["image_shape"][0], images),
+        *_use(name, teachers, found["image_shape"][0], images),
         "## Verify it",
         "",
         "```bash",
@@ -200,7 +200,9 @@ def _located(dataset: Mapping[str, Any] | None) -> str | None:
     return json.dumps(kept | {place: _IMAGES if place != "shards" else moved[0] if len(moved) == 1 else moved})
 
 
-def _use(name: str, teacher: str, channels: int, images: str | None) -> list[str]:
+def _use(name: str, teachers: Mapping[str, Any], channels: int, images: str | None) -> list[str]:
+    teacher, entry = next(iter(teachers.items()))
+    loss = "multi_label_kl" if "mean_ap" in entry else "kl_divergence"
     model = "{kind: torchvision, name: mobilenet_v3_small, weights: null}" if channels == 3 else "{kind: small_cnn}"
     return [
         "## Use it",
@@ -210,7 +212,7 @@ def _use(name: str, teacher: str, channels: int, images: str | None) -> list[str
         "out: runs/student",
         *([f"dataset: {images}  # the images that were answered, wherever they are now"] if images else []),
         f"model: {model}",
-        f"losses: [{{kind: kl_divergence, teacher: {teacher}}}]",
+        f"losses: [{{kind: {loss}, teacher: {teacher}}}]",
         "epochs: 30",
         "```",
         "",

@@ -14,7 +14,8 @@ from logitcache.cli.app import main
 from logitcache.report.card import cache_card
 from logitcache.report.inspect import inspect_cache
 from logitcache.student.training import train
-from tests.cache.made import forge
+from tests.cache.made import DENSE32, forge
+from tests.report.test_multi_label import fill as fill_marked
 from tests.student.small import TEST_IMAGES, fill, student
 
 
@@ -54,6 +55,17 @@ def test_the_recipe_of_a_card_is_one(cache: Path, tmp_path: Path, monkeypatch: p
     (tmp_path / "r.yaml").write_text(recipe)
     monkeypatch.chdir(cache.parent)
     assert main(["recipe", "check", str(tmp_path / "r.yaml")]) == 0
+
+
+def test_a_card_of_images_of_any_number_of_classes_trains_by_a_loss_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marked = fill_marked(tmp_path / "marked.zarr", {"a": DENSE32})
+    recipe = card(marked, tmp_path / "card.md").split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "r.yaml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    assert "multi_label_kl" in recipe
+    assert main(["recipe", "check", str(tmp_path / "r.yaml"), "--set", "model={kind: small_cnn}"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,8 @@ def test_of_many_classes_the_worst_are_drawn_and_all_are_kept() -> None:
     assert "class 29" in text
     assert "class 30" not in text
     assert len(figure.rows) == 40
+
+
+def test_a_model_without_the_worst_classes_of_the_first_has_no_dot() -> None:
+    text = lc.figures.per_class([{"name": "cat", "a": 0.5}, {"name": "dog", "a": 0.7}], ["a", "b"]).svg
+    assert ">b<" in text

@@ -12,6 +12,7 @@ from logitcache.report import inspect as inspecting
 from logitcache.report import multi_label_summary
 from logitcache.report.inspect import inspect_cache
 from logitcache.report.multi_label_summary import ENSEMBLE, MultiLabelTeacher
+from logitcache.report.page.report import write_report
 from logitcache.report.summary import summarize
 from logitcache.stage_one.precompute import precompute
 from logitcache.views.keys import ViewKey
@@ -92,6 +93,16 @@ def test_what_a_few_classes_say_is_not_told(tmp_path: Path) -> None:
     result = summarize(path)
     assert all(isinstance(one, MultiLabelTeacher) for one in result.teachers)
     assert [(item.teacher, item.mean_ap) for item in result.teachers] == [("a", None)]
+    pytest.importorskip("matplotlib", reason="reports need the extra report")
+    write_report([path], tmp_path / "r.html")
+    assert "The images cannot be shown" in (tmp_path / "r.html").read_text()
+
+
+def test_a_page_has_the_classes_of_the_teachers_whose_logits_are_all_kept(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="reports need the extra report")
+    path = fill(tmp_path / "c", {"a": TOP2, "b": DENSE32}, shard_rows=None)
+    write_report([path], tmp_path / "r.html")
+    assert "accuracy by class" in (tmp_path / "r.html").read_text()
 
 
 def test_a_mixed_image_has_the_labels_of_its_larger_part(tmp_path: Path) -> None:

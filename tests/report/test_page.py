@@ -26,6 +26,7 @@ from logitcache.sweeps.comparison.table_formats import format_table, shown_rows
 from logitcache.sweeps.sweep import SweepResult, read_sweep, sweep
 from logitcache.sweeps.sweep_recipe import SweepRecipe
 from tests.student.small import TEST_IMAGES, TINY, fill, network, student
+from tests.student.test_one_class import OneClass, OneLogit
 
 pytest.importorskip("matplotlib", reason="reports need the extra report")
 
@@ -251,6 +252,25 @@ def test_names_of_runs_and_classes_are_text(world: Path, tmp_path: Path) -> None
     text = (tmp_path / "r.html").read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text
+
+
+def test_names_that_are_no_utf8_are_shown_and_in_the_tables(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "r\udcff"
+    copied(world / "run", folder / "b\udcfe", 3, temperature=2.0, batch_size=32, seed=0)
+    write_report([folder, world / "run"], tmp_path / "r.html", measure=0)
+    assert b"b\xfe" in (tmp_path / "r.html").read_bytes()
+    assert b"b%FE" in (tmp_path / "r.html").read_bytes()
+
+
+@pytest.mark.parametrize("count", [1, 40])
+def test_one_image_and_one_class_have_no_map(tmp_path: Path, count: int) -> None:
+    teachers = {"a": OneLogit(), "b": OneLogit()}
+    fill(tmp_path / "c.zarr", teachers, images=OneClass(count=count), views={})
+    write_report([tmp_path / "c.zarr"], tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "Representations of the teachers" in text
+    assert "PCA: " not in text
+    assert ("shared neighbours" in text) == (count > 1)
 
 
 def test_an_unfinished_run_is_shown_as_one_and_not_measured(world: Path, tmp_path: Path) -> None:

@@ -40,11 +40,11 @@ class OneClass:
 
     num_classes: int | None = 1
 
-    def __init__(self, label: int = 0) -> None:
-        self._label = label
+    def __init__(self, label: int = 0, count: int = 40) -> None:
+        self._label, self._count = label, count
 
     def __len__(self) -> int:
-        return 40
+        return self._count
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return torch.full((1, 28, 28), index * 5, dtype=torch.uint8), self._label

@@ -130,7 +130,7 @@ def opened(title: str, width: int, height: int) -> str:
 
 
 def shortened(text: object, length: int = 22) -> str:
-    """Shorten a name in the middle: both its ends distinguish names."""
-    name = str(text)
+    """Shorten a name in the middle: both its ends distinguish names. Bytes of it that are no UTF-8 become `?`."""
+    name = str(text).encode(errors="replace").decode()  # matplotlib refuses surrogates
     half = (length - 1) // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from logitcache.report.figures.base import COLORS, MOST_SERIES, WIDTH, Figure, FigureRows, draw, shortened
 
 MOST_CLASSES = 30
@@ -28,7 +30,13 @@ def per_class(
                 (row[model], place) for row, place in zip(shown, places, strict=True) if row.get(model) is not None
             ]
             marker = "D" if number == len(drawn) - 1 and len(drawn) > 1 else "o"
-            axes.scatter(*zip(*points, strict=True), s=20, color=COLORS[number], marker=marker, label=shortened(model))
+            axes.scatter(
+                *np.array(points, np.float64).reshape(-1, 2).T,
+                s=20,
+                color=COLORS[number],
+                marker=marker,
+                label=shortened(model),
+            )
         axes.set_yticks(places, [shortened(row[name], 18) for row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlabel("accuracy")

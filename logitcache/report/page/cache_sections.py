@@ -64,9 +64,9 @@ def _teachers(path: str) -> Section:
     ]
     if found.views > 1 and by_view:
         drawn.append(figures.curves(by_view, "accuracy", "view", "teacher", title="accuracy by view"))
-    if found.per_class:
-        rows = [{**row, "name": str(row.get("name", row["label"]))} for row in found.per_class]
-        drawn.append(figures.per_class(rows, names))
+    rows = [{**row, "name": str(row.get("name", row["label"]))} for row in found.per_class]
+    if measured := [name for name in names if any(row.get(name) is not None for row in rows)]:
+        drawn.append(figures.per_class(rows, measured))
     return Section("Teachers", f"{found.images} images, {found.views} views.", drawn, tables)
 
 
@@ -108,14 +108,14 @@ def _encoding_errors(described: dict[str, Any]) -> Iterator[figures.Figure]:
 def _views(cache: Cache, overrides: Sequence[str], trust: Collection[str]) -> Section:
     """Return pictures of a few images as the teacher saw them, with its most probable classes."""
     title = "Views as the teacher saw them"
-    try:
-        views = views_as_seen(cache, overrides, trust)
-    except LogitCacheError as error:
-        return Section(title, f"The images cannot be shown: {error}")
     some = np.random.default_rng(0).choice(len(cache), min(_NUM_PICTURES, len(cache)), replace=False)
     keys = [ViewKey(number % cache.num_views, int(index)) for number, index in enumerate(np.sort(some))]
     names = class_names(cache)
-    answers = {name: probabilities(cache, targets) for name, targets in cache.answers(keys).items()}
+    try:
+        views = views_as_seen(cache, overrides, trust)
+        answers = {name: probabilities(cache, targets) for name, targets in cache.answers(keys).items()}
+    except LogitCacheError as error:
+        return Section(title, f"The images cannot be shown: {error}")
     drawn = []
     for row, (key, pixels) in enumerate(zip(keys, views.__getitems__(keys), strict=True)):
         tops = [(name, [int(c) for c in np.argsort(-p[row])[:3]], p[row]) for name, p in answers.items()]

@@ -41,7 +41,7 @@ def _nearest(values: Matrix, k: int) -> list[list[int]]:
 
 def compared(named: Mapping[str, Matrix]) -> list[figures.Figure]:
     """Draw CKA and shared neighbours of each two representations, of the first 24."""
-    if len(named) < 2:
+    if len(named) < 2 or len(next(iter(named.values()))) < 2:  # an image alone has no neighbours
         return []
     some = dict(list(named.items())[:_MOST_COMPARED])
     measures: dict[str, Any] = {"CKA": cka, "shared neighbours": shared_neighbours}
@@ -59,16 +59,16 @@ def compared(named: Mapping[str, Matrix]) -> list[figures.Figure]:
 def maps(named: Mapping[str, Matrix], classes: Sequence[str]) -> Iterator[figures.Figure]:
     """Yield PCA, then t-SNE of the first nine representations, each turned onto the first one's map.
 
-    The caption has CKA and shared neighbours in the full space, and the share of neighbours that the map keeps. Raises
-    MissingExtraError without scikit-learn.
+    A single image, and a representation of one number, have no map. The caption has CKA and shared neighbours in the
+    full space, and the share of neighbours that the map keeps. Raises MissingExtraError without scikit-learn.
     """
     with needs_extra("PCA and t-SNE", "report"):
         from scipy.linalg import orthogonal_procrustes
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
         from threadpoolctl import threadpool_limits
-    some = dict(list(named.items())[:_MOST_MAPS])
-    first = next(iter(some))
+    some = dict([(name, values) for name, values in named.items() if min(values.shape) > 1][:_MOST_MAPS])
+    first = next(iter(some), "")
     perplexity = min(_PERPLEXITY, (len(classes) - 1) / 3)
     makers: dict[str, Any] = {
         "PCA": lambda x: PCA(2, svd_solver="full").fit_transform(x),

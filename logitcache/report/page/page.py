@@ -63,7 +63,7 @@ def write_page(path: Path, title: str, lead: str, sections: Sequence[Section]) -
     )
     environment.filters |= {
         "shown": shown,
-        "as_link": lambda text: f"data:text/csv;charset=utf-8,{quote(text, safe=' ,.:/')}",
+        "as_link": lambda text: f"data:text/csv;charset=utf-8,{quote(text, safe=' ,.:/', errors='surrogateescape')}",
     }
     page = environment.get_template("page.html.jinja").render(title=title, lead=lead, sections=sections)
     content = page.encode(errors="surrogateescape")
