@@ -180,6 +180,8 @@ REFUSED: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
     "pairs of one": (lambda a: a.update(log_probabilities=a.pop("logits")), "classes and log_probabilities belong"),
     "no logits": (lambda a: a.update(probabilities=a.pop("logits")), "answers probabilities, and no logits"),
     "inf": (lambda a: a["logits"].__setitem__(slice(None), np.inf), "inf or nan"),
+    "a dotted name": (lambda a: a.update({"layer4.pool": a["logits"]}), "column 'layer4.pool', which cannot be tapped"),
+    "a name of torch's": (lambda a: a.update(forward=a["logits"]), "column 'forward', which cannot be tapped"),
 }
 
 
@@ -266,6 +268,14 @@ def test_what_files_cannot_answer_is_refused_with_the_fix(answers: dict[str, np.
         precompute(recipe(tmp_path / "c.zarr", **KEPT, teachers={"t": entry(model=url)}))
     with pytest.raises(RecipeError, match="whose"):
         recipe(tmp_path / "c.zarr", teachers={"t": entry(model=url | {"whose": ""})})
+
+
+def test_files_of_other_numbers_of_classes_are_refused(answers: dict[str, np.ndarray], tmp_path: Path) -> None:
+    write_npz(tmp_path / "0.npz", {name: column[:90] for name, column in answers.items()})
+    one = {name: column[90:] for name, column in answers.items()}
+    write_npz(tmp_path / "1.npz", one | {"logits": one["logits"][:, :1]})
+    with pytest.raises(RecipeError, match=r"1\.npz' answers logits \[1\], and '.*0\.npz' logits \[16\]"):
+        ImportedAnswers(path=str(tmp_path), whose="x").build(None, 3)
 
 
 def test_broken_files_are_refused_by_name(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NoReturn
 
 import numpy as np
@@ -70,6 +70,15 @@ class _Column(nn.Module):
         return values
 
 
+def _shapes(answers: Answers) -> dict[str, tuple[int, ...]]:
+    """Return the shape of a row by the name of its column."""
+    return {name: tuple(column.shape[1:]) for name, column in answers.values.items()}
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in sorted(shapes.items()))
+
+
 class AnswersByKey(nn.Module):
     """Pixels uint8 [B, C, H, W] and their keys to logits [B, K]; other columns pass through a module of their name.
 
@@ -83,8 +92,8 @@ class AnswersByKey(nn.Module):
         # The order of files and how rows are divided among them are theirs.
         self.register_buffer("content", torch.from_numpy(digests.copy()))
         self._read = functools.lru_cache(_FILES_HELD)(lambda number: read_answers(self._files[number], num_classes))
-        self.shapes = {name: tuple(column.shape[1:]) for name, column in self._read(0).values.items()}
-        codes, places, names = [], [], self.shapes.keys()
+        self.shapes = _shapes(self._read(0))
+        codes, places = [], []
         for number, file in enumerate(self._files):
             answers: Answers = self._read(number)
             if is_proven and answers.crc32 is None:
@@ -92,10 +101,10 @@ class AnswersByKey(nn.Module):
                     f"'{file}' has no column crc32 that proves which pixels were answered.\n"
                     "  Fix: write it (materialize gives it with each view), or pixels: trusted"
                 )
-            if answers.values.keys() != names:
+            if (shapes := _shapes(answers)) != self.shapes:
                 raise RecipeError(
-                    f"'{file}' answers {', '.join(sorted(answers.values))}, and '{self._files[0]}' "
-                    f"{', '.join(sorted(names))}.\n  Fix: the same columns in every file"
+                    f"'{file}' answers {_listed(shapes)}, and '{self._files[0]}' {_listed(self.shapes)}.\n"
+                    "  Fix: the same columns of the same shapes in every file"
                 )
             codes.append(answers.codes)
             places.append(np.stack([np.full(len(answers.codes), number), np.arange(len(answers.codes))], axis=1))
@@ -104,9 +113,14 @@ class AnswersByKey(nn.Module):
         twice = self._codes[1:][self._codes[1:] == self._codes[:-1]]
         if len(twice):
             raise RecipeError(f"'{path}' answers {key_text(int(twice[0]))} twice. Fix: leave one of the answers out")
-        for name in names:
-            if name != LOGITS:
+        for name in self.shapes.keys() - {LOGITS}:
+            try:
                 self.add_module(name, _Column())
+            except KeyError as error:  # a dot, or a name that a module of torch has already
+                raise RecipeError(
+                    f"'{path}' has a column {name!r}, which cannot be tapped by this name.\n  Fix: another name, of "
+                    "letters, digits and _"
+                ) from error
 
     def require_kept(self, who: str, logits: bool, gradients: bool) -> None:
         """Raise RecipeError if logits are to be kept and the files have none, or what takes gradients of a network."""
