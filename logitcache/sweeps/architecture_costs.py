@@ -25,8 +25,8 @@ from logitcache.sweeps.sweep_recipe import Timing
 
 _TOGETHER = 16
 """Models that are timed in turns, and in memory meanwhile."""
-_DECIDING = {"model", "preprocessing", "precision", "channels_last", "device", "cache"}
-"""The entries of a recipe that decide what its model costs; the cache decides the size of its images."""
+_DECIDING = {"model", "preprocessing", "precision", "channels_last", "device", "cache", "pairing"}
+"""The entries of a recipe that decide what its model costs; cache and pairing decide the size of its images."""
 _MAX_BYTES = 1 << 20
 
 

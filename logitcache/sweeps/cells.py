@@ -162,5 +162,7 @@ def parse_grid(texts: Sequence[str], option: str = "--grid") -> dict[str, Any]:
         parsed.override(f"values=[{values}]", lambda keys: None)
         if not equals or not key.strip() or parsed.mistakes or not parsed.data.get("values"):
             raise RecipeError(f"{option} {text}: write KEY=V1,V2, such as losses.0.temperature=1,2,4")
+        if key.strip() in grid:
+            raise RecipeError(f"{option} {text}: {key.strip()} is given twice. Fix: all of its values in one {option}")
         grid[key.strip()] = parsed.data["values"]
     return grid

@@ -34,4 +34,4 @@ def promoted(
 
 def num_survivors(count: int, keep: float) -> int:
     """Return the number of cells that continue: the fraction `keep` of `count`, at least one."""
-    return max(1, math.ceil(keep * count))
+    return max(1, math.ceil(round(keep * count, 9)))  # 0.07 of 100 are 7, and 0.07 * 100 is a little more

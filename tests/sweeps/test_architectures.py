@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 
+from logitcache.cache.pairs.pair import pair
 from logitcache.errors import CacheError
+from logitcache.sweeps.architecture_costs import ArchitectureCosts
+from logitcache.sweeps.cells import members_of
 from logitcache.sweeps.search.search import require_sound
-from tests.student.small import LINEAR, metrics
+from logitcache.views.datasets import Bundled
+from tests.student.small import IMAGES, LINEAR, NUM_IMAGES, metrics
 from tests.sweeps.small import CODE, KINDS, STUDENT, run_of, searched, swept
 
 COSTLY = {
@@ -44,6 +48,17 @@ def test_an_architecture_is_measured_once_and_a_resumed_search_compares_by_the_s
     record.write_text("{}")
     with pytest.raises(CacheError, match=r"is damaged: .*Fix: remove it; the model is then measured again"):
         searched(cache, tmp_path, student=CNN, trials=8, batch=1, **COSTLY)
+
+
+def test_students_of_images_of_another_size_are_measured_apart(cache: Path, tmp_path: Path) -> None:
+    cells = {"whole": {}, "half": {"pairing": str(tmp_path / "half"), "dataset": IMAGES}}
+    pair(cache, tmp_path / "half", Bundled(num_images=NUM_IMAGES), size=(14, 14))
+    recipe = swept(cache, student=CNN, cells=cells)
+    costs = ArchitectureCosts(tmp_path / "costs", recipe.latency)
+    members = members_of(recipe, tmp_path)
+    assert costs.measured(members, pytest.fail) == members
+    whole, half = (costs.of(member.recipe).flops for member in members)
+    assert half < whole
 
 
 def test_a_model_that_cannot_be_measured_fails_as_its_student_would(cache: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from logitcache.config.recipe import load_recipe
 from logitcache.errors import RecipeError
 from logitcache.report.recipe_check import check_recipes, load_sweep
 from logitcache.sweeps.cells import cells_of, members_of, parse_grid
+from logitcache.sweeps.halving import num_survivors
 from logitcache.sweeps.objectives import best, surpasses
 from logitcache.sweeps.sweep import sweep
 from logitcache.sweeps.sweep_recipe import SweepRecipe
@@ -195,6 +196,15 @@ def test_grids_of_the_command_line_are_yaml() -> None:
     for text in ("a.b", "a.b=", "=1", "a=[1"):
         with pytest.raises(RecipeError, match=r"--grid .*write KEY=V1,V2"):
             parse_grid([text])
+    with pytest.raises(RecipeError, match=r"--grid a=3: a is given twice. Fix: all of its values in one --grid"):
+        parse_grid(["a=1,2", "a=3"])
+
+
+@pytest.mark.parametrize(
+    ("count", "keep", "expected"), [(100, 0.07, 7), (20, 0.55, 11), (9, 1 / 3, 3), (10, 1 / 3, 4), (2, 0.01, 1)]
+)
+def test_the_share_of_cells_that_goes_on_is_rounded_up(count: int, keep: float, expected: int) -> None:
+    assert num_survivors(count, keep) == expected
 
 
 def test_recipe_check_finds_the_mistakes_of_cells(cache: Path, tmp_path: Path) -> None:
