@@ -22,7 +22,7 @@ from logitcache.stage_one.precompute import PrecomputeRecipe
 from logitcache.stage_one.synthesize.networks import require_teacher
 from logitcache.stage_one.synthesize.synthesize_recipe import SynthesizeRecipe
 from logitcache.student.compatibility import inexact_targets
-from logitcache.student.evaluation.validation import mapped_labels
+from logitcache.student.evaluation.class_names import mapped_labels
 from logitcache.student.lesson import Lesson, lesson_of, lesson_of_images, pairing_of, require_live
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe, TrainingRecipe
 from logitcache.student.trial import require_fit, require_taps

@@ -113,9 +113,7 @@ def lesson_of(
 
     `absent` are the excluded images.
     """
-    held, learned = held_teachers(cache), learned_images(recipe, cache, pairing, absent)
-    every = cache.labels if pairing is None else cache.labels[pairing.sources]
-    labels = every if learned is None else every[learned]
+    held, labels = held_teachers(cache), learned_labels(recipe, cache, pairing, absent)
     raise_all(
         caught(
             lambda: _classes_of(recipe, cache, held),
@@ -171,6 +169,13 @@ def learned_images(
             "Fix: another share"
         )
     return learned
+
+
+def learned_labels(recipe: StudentRecipe, cache: Cache, pairing: Pairing | None, absent: Ints | None = None) -> Labels:
+    """Return the labels of the training images. Raises as `learned_images`."""
+    every = cache.labels if pairing is None else cache.labels[pairing.sources]
+    learned = learned_images(recipe, cache, pairing, absent)
+    return every if learned is None else every[learned]
 
 
 def _classes_of(recipe: StudentRecipe, cache: Cache, held: Mapping[str, HeldTeacher]) -> dict[str, int]:

@@ -103,6 +103,17 @@ def test_shares_that_cannot_be_are_refused(
         train(student(tmp_path / "run", cache, **changes))
 
 
+def test_evaluate_counts_the_images_that_a_run_learnt_from(cache: Path, tmp_path: Path) -> None:
+    train(student(tmp_path / "run", cache, epochs=1, validation={"split": 0.3}))
+    learnt = open_cache(cache).labels[~held_out(200, 0.3)]
+    expected = np.bincount(learnt, minlength=10).tolist()
+    for overrides in ([], ["validation={dataset: {kind: bundled, split: test, num_images: 50}}"]):
+        found = evaluate(tmp_path / "run", overrides)
+        assert [one.training_images for one in found.per_class] == expected
+    with pytest.raises(RecipeError, match=r"split 1e-09 holds out no image\. Fix"):
+        evaluate(tmp_path / "run", ["validation.split=1e-9"])
+
+
 def test_a_teacher_has_no_cache_to_hold_images_out_of(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"there is none\. Fix: validation\.dataset"):
         train(teacher(tmp_path / "run", validation=SPLIT))

@@ -1,16 +1,19 @@
 """Measuring while training, against counts by hand."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from logitcache.cache.cache import open_cache
 from logitcache.errors import MismatchError, RecipeError
 from logitcache.models import load_model
 from logitcache.runtime import console
+from logitcache.student.evaluation.evaluate import evaluate
 from logitcache.student.training import train
 from logitcache.views.datasets import Bundled, open_dataset
 from tests.student.small import (
@@ -26,6 +29,32 @@ from tests.student.small import (
     teacher,
     top1,
 )
+
+
+class Turned:
+    """The test images, their classes from the last to the first."""
+
+    def __init__(self) -> None:
+        self.images = open_dataset(Bundled.model_validate(TEST_IMAGES))
+        self.classes = self.images.class_names[::-1]  # type: ignore[index]
+
+    def __len__(self) -> int:
+        return len(self.images.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images.read(index), 9 - int(self.images.labels[index])
+
+
+def test_classes_in_another_order_are_refused_with_the_map_that_brings_them_back(cache: Path, tmp_path: Path) -> None:
+    images = {"dataset": {"kind": "custom", "factory": "tests.student.test_validation:Turned"}}
+    with pytest.raises(MismatchError, match="in another order: class 0 is 'Ankle boot', the model's is 'T-shirt/top'"):
+        train(student(tmp_path / "turned", cache, validation=images))
+    result = train(student(tmp_path / "run", cache, epochs=1, validation={"dataset": TEST_IMAGES}))
+    with pytest.raises(MismatchError, match="in another order") as refused:
+        evaluate(tmp_path / "run", [f"validation={json.dumps(images)}"])
+    class_map = json.loads(str(refused.value).partition("Fix: validation.class_map: ")[2])
+    found = evaluate(tmp_path / "run", [f"validation={json.dumps(images | {'class_map': class_map})}"])
+    assert found.measures.quality == result.top1
 
 
 def test_the_kept_model_was_measured_without_dropout(cache: Path, tmp_path: Path) -> None:

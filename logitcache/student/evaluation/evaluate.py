@@ -10,15 +10,17 @@ from numpy.typing import NDArray
 from logitcache.cache.cache import Cache
 from logitcache.cache.snapshot import open_snapshot
 from logitcache.config.recipe import is_stated
-from logitcache.errors import CacheError, DataError, RemoteError
+from logitcache.errors import CacheError, DataError, MismatchError, RemoteError
 from logitcache.models import read_stored
 from logitcache.runtime.console import logger
 from logitcache.student.evaluation.alignment import TapSimilarity, compare_taps
 from logitcache.student.evaluation.cost import Contender, Cost, Latency, LatencyPlan, costs, failing, latencies
 from logitcache.student.evaluation.multi_label import ClassPrecision, GroupPrecision
-from logitcache.student.evaluation.open_run import open_run, require_known_source
+from logitcache.student.evaluation.open_run import open_run, require_known_source, unopened_recipe
 from logitcache.student.evaluation.single_label import ClassAccuracy, GroupAccuracy
 from logitcache.student.evaluation.validation import AnyMeasures
+from logitcache.student.lesson import begun_with, learned_labels, pairing_of
+from logitcache.student.runs.run_directory import RunDirectory
 from logitcache.student.runs.trained import read_evaluation
 from logitcache.student.training_recipes import StudentRecipe, TeacherRecipe
 from logitcache.views.datasets import open_dataset
@@ -104,9 +106,15 @@ def _learnt_from(
     try:
         if isinstance(recipe, StudentRecipe):
             require_known_source(run, recipe, overrides)
-            cache = Cache(open_snapshot(recipe.cache))  # no answer of it is read
-            teachers, labels = tuple(cache.manifest.teachers), cache.labels
-            labelled = cache.manifest.fingerprint.num_classes
+            # No answer of it is read.
+            cache = begun_with(Cache(open_snapshot(recipe.cache)), RunDirectory(str(run)).learns_from())
+            teachers, labelled = tuple(cache.manifest.teachers), cache.manifest.fingerprint.num_classes
+            if recipe.without:
+                logger.info("training images are not counted: the run left some out (without)")
+                return teachers, None
+            # Images that the user names to measure on replace a split by which the run held images out.
+            trained = recipe.model_copy(update={"validation": unopened_recipe(run).validation})
+            labels = learned_labels(trained, cache, pairing_of(recipe, cache))
         elif isinstance(recipe.dataset, CustomImages) and not is_stated("dataset.factory", overrides):
             logger.info(
                 f"training images are not counted: --set dataset.factory={recipe.dataset.factory} lets them be opened"
@@ -119,7 +127,7 @@ def _learnt_from(
             require_known_source(run, recipe, overrides)
             images = open_dataset(recipe.dataset)
             teachers, labels, labelled = (), images.labels, images.num_classes
-    except (CacheError, DataError, RemoteError) as error:
+    except (CacheError, DataError, MismatchError, RemoteError) as error:
         logger.info(f"training images are not counted, and teachers not weighed: {error}")
         return (), None
     return teachers, count_classes(labels, num_classes) if labelled == num_classes else None

@@ -98,6 +98,8 @@ def open_recorded_validator(
         )
     if recipe.measured_taps:
         require_features(validator)
+    if recorded is not None:
+        validator.require_order(recorded.class_names)
     return validator
 
 

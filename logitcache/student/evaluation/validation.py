@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from logitcache.cache.cache import Cache, open_uncompared
 from logitcache.cache.format.manifest import LOGITS
 from logitcache.cache.pairs.record import Pairing
-from logitcache.errors import MismatchError, RecipeError, caught, raise_all
+from logitcache.errors import MismatchError, RecipeError
 from logitcache.runtime.console import logger, track
 from logitcache.runtime.device import Precision, autocast
 from logitcache.runtime.stopping import StopFlag
 from logitcache.student.compatibility import require_labels
 from logitcache.student.distributed.ranks import ALONE, Ranks
+from logitcache.student.evaluation.class_names import mapped_labels, require_same_order
 from logitcache.student.evaluation.multi_label import THRESHOLD, MultiLabelMeasures, MultiLabelTally
 from logitcache.student.evaluation.single_label import Measures, Tally
 from logitcache.student.evaluation.validation_recipe import Validation
@@ -28,8 +29,7 @@ from logitcache.student.losses import Loss
 from logitcache.student.training_recipes import StudentRecipe, TrainingRecipe
 from logitcache.targets import Batch
 from logitcache.views.datasets import open_dataset
-from logitcache.views.datasets.base import UNLABELLED, ImageDataset, fingerprint, is_multi_label
-from logitcache.views.datasets.images.labels import class_index, listed_classes
+from logitcache.views.datasets.base import fingerprint, is_multi_label
 from logitcache.views.epochs import EpochLoader, TargetsOf, no_targets
 from logitcache.views.keys import Ints, ViewKey
 from logitcache.views.order import held_out, share_of
@@ -154,6 +154,11 @@ class Validator:
         """Raise RecipeError if losses ask for labels of another kind than those of the images."""
         require_labels(losses, self.views.dataset.labels, "validation: ")
 
+    def require_order(self, names: Sequence[str] | None) -> None:
+        """Raise MismatchError if the images are of a model's classes, of these names, in another order."""
+        if self._labels is None:
+            require_same_order(names, self.views.dataset)
+
 
 class Counted:
     """What one model answers to a validator's images, added up batch by batch."""
@@ -197,6 +202,8 @@ def open_validator(
     if key not in opened:
         opened[key] = _open(recipe, num_classes, learned, begun or {})
     opened[key].require_labels(recipe.losses)
+    if learned is not None:
+        opened[key].require_order(learned.dataset.class_names)
     return opened[key]
 
 
@@ -239,6 +246,8 @@ def _open(recipe: TrainingRecipe, num_classes: int, learned: Views | None, begun
     if validation.split is not None:
         held = np.flatnonzero(held_out(len(views.dataset.ids), validation.split))
         images = held if images is None else np.intersect1d(held, images)
+        if not len(images):
+            raise RecipeError(f"validation.split {validation.split:g} holds out no image. Fix: a larger share")
     size, workers = validation.batch_size, recipe.num_workers
     return Validator(views, cache, size, workers, labels, validation.threshold, images, pairing)
 
@@ -259,41 +268,3 @@ def _pairing(recipe: TrainingRecipe, validation: Validation, cache: Cache) -> Pa
 def only_logits(cache: Cache) -> Cache:
     """Leave out all but the teachers' logits: nothing else is read then."""
     return cache.only({name: [LOGITS] for name, entry in cache.manifest.teachers.items() if entry.logits is not None})
-
-
-def mapped_labels(dataset: ImageDataset, class_map: Mapping[str, int], num_classes: int) -> NDArray[np.int64]:
-    """Return the labels of a data set in the model's classes, [N]; -1 for images of classes that are not mapped.
-
-    A key is the name of one of the data set's classes or, if none has that name, its index. Raises RecipeError for
-    classes that are not there, on either side.
-    """
-    if is_multi_label(dataset.labels):
-        raise RecipeError(
-            "validation.class_map: the images are of any number of classes each, which are not mapped. "
-            "Fix: leave it out, and validate on the model's classes"
-        )
-    wrong = {key: label for key, label in class_map.items() if not 0 <= label < num_classes}
-    if wrong:
-        raise RecipeError(
-            f"validation.class_map: {wrong} are no classes of the model, which has {num_classes}. "
-            f"Fix: 0 to {num_classes - 1}"
-        )
-    names, count = dataset.class_names or (), dataset.num_classes or 0
-    # One more for images without a label, whose index -1 finds it.
-    table = np.full(count + 1, UNLABELLED, np.int64)
-    raise_all(caught(*(functools.partial(_index, key, names, count) for key in class_map)))
-    for key, label in class_map.items():
-        table[_index(key, names, count)] = label
-    labels: NDArray[np.int64] = table[dataset.labels]
-    if (labels == UNLABELLED).all():
-        raise RecipeError("validation.class_map: no image is of a class that is mapped. Fix: map others")
-    return labels
-
-
-def _index(key: str, names: tuple[str, ...], count: int) -> int:
-    try:
-        return class_index(key, names, count)
-    except ValueError as error:
-        raise RecipeError(
-            f"validation.class_map: {error} Fix: a name or an index of their {listed_classes(names, count)}"
-        ) from None
