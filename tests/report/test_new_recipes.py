@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from safetensors.torch import load_file
 
 import logitcache as lc
 from logitcache.cli.app import main
+from logitcache.models import Torchvision
 from logitcache.report.new_recipes import texts
 from logitcache.report.new_recipes.new_recipes import NewRecipes, new_recipes
+from logitcache.report.new_recipes.sources import Source, inspect_folder, read_source
 from tests.models.hub import keep_timm_weights, keep_torchvision_weights
 from tests.models.nets import TINY_TIMM, saved_run
 
@@ -120,6 +123,32 @@ def test_a_student_of_few_layers_begins_at_the_teachers_size(here: Path, caplog:
     assert student["preprocessing"]["input_size"] == 224
     assert "the images have up to 58 pixels a side, and the recipes bring them to 224" in caplog.text
     run("recipe", "check", *made.files)
+
+
+def test_folders_numbered_as_in_wordnet_are_imagenets_classes(here: Path) -> None:
+    names = Torchvision(name="resnet18", weights="DEFAULT").class_names()
+    facts = Torchvision(name="resnet18", weights="DEFAULT").pretrained_facts()
+    folders = tuple(f"n{number:08}" for number in range(1000))
+    draw(here / "photos", folders, 1000, size=1)
+    taught = Source({"kind": "run", "path": "runs/student"}, "student", facts, (224, 224), names)
+    found = inspect_folder("photos", taught)
+    assert (found.class_names, found.has_other_classes) == (folders, False)
+    assert names is not None
+    found = inspect_folder("photos", replace(taught, class_names=names[::-1]))
+    assert (found.class_names, found.has_other_classes) == (None, True)
+
+
+def test_all_logits_are_kept_where_the_most_probable_ones_would_take_more(here: Path) -> None:
+    draw(here / "photos", ("cat", "dog"), 20)
+    source = read_source("--teacher", "torchvision:squeezenet1_1")
+    folder = replace(inspect_folder("photos", source), num_images=10**8)
+    kinds = {}
+    for classes in (2, 206, 207, 1000):
+        taught = replace(source, facts=source.facts._replace(num_classes=classes))
+        text = texts.precompute_text(folder, taught, "photos", Path("my recipes"), "")
+        assert "logitcache precompute 'my recipes/precompute.yaml'" in text
+        kinds[classes] = yaml.safe_load(text)["teachers"]["squeezenet1_1"]["logits"]["kind"]
+    assert kinds == {2: "dense", 206: "dense", 207: "top_k", 1000: "top_k"}
 
 
 def test_folders_of_the_teachers_classes_are_labels(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

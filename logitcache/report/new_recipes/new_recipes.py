@@ -45,7 +45,8 @@ def new_recipes(images: str, teacher: str, student: str, out: Path | None = None
     written[out / "student.yaml"] = texts.student_text(folder, taught, learner, name, out)
     if folder.has_other_classes:
         written[out / "teacher.yaml"] = texts.teacher_text(folder, taught, name, out, images, student)
-        logger.info(f"to train {taught.name} on these classes first: logitcache train-teacher {out / 'teacher.yaml'}")
+        command = shlex.join(["logitcache", "train-teacher", str(out / "teacher.yaml")])
+        logger.info(f"to train {taught.name} on these classes first: {command}")
     if 2 * folder.longest_side <= max(taught.size):
         logger.info(
             f"the images have up to {folder.longest_side} pixels a side, and the recipes bring them to "

@@ -1,5 +1,6 @@
 """What the command line names: models with the facts of their weights, and a folder of images."""
 
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -136,7 +137,7 @@ def inspect_folder(images: str, teacher: Source) -> Folder:
     names, why = _class_names(roots[0])
     if names is not None and len(names) != teacher.facts.num_classes:
         why = f"the folders are {len(names)} classes, {teacher.name} predicts {teacher.facts.num_classes}"
-    elif names is not None and teacher.class_names not in (None, names):
+    elif names is not None and teacher.class_names not in (None, names) and not _are_imagenets(names, teacher):
         why = f"the folders are other classes than those that {teacher.name} predicts"
     labelled = names is not None and not why
     train, validation = (
@@ -149,6 +150,12 @@ def inspect_folder(images: str, teacher: Source) -> Folder:
     ImageFolder.model_validate(validation).open()
     has_others = names is not None and len(names) > 1 and not labelled
     return Folder(train, validation, count, names if labelled else None, has_others, why, because, side)
+
+
+def _are_imagenets(folders: tuple[str, ...], teacher: Source) -> bool:
+    """Return whether folders have the numbers of WordNet, and a teacher the names of ImageNet's classes: one order."""
+    numbered = all(re.fullmatch(r"n\d{8}", name) for name in folders)
+    return numbered and teacher.class_names == Torchvision(name="resnet50", weights="DEFAULT").class_names()
 
 
 def _roots(images: str) -> list[str]:

@@ -28,20 +28,19 @@ LARGE = 8
 def precompute_text(folder: Folder, teacher: Source, name: str, out: Path, again: str) -> str:
     """Return the recipe of the cache; `again` is the command that makes it."""
     classes, count = teacher.facts.num_classes, folder.num_images
-    dense = 2 * classes * NUM_VIEWS * count
-    if dense <= MOST_BYTES:
+    dense, kept = 2 * classes * NUM_VIEWS * count, (4 * TOP_K + 12) * NUM_VIEWS * count
+    if dense <= max(MOST_BYTES, kept):
         encoding: dict[str, object] = {"kind": "dense"}
         why = f"every logit in float16: {format_bytes(dense)} for {count:,} images"
     else:
-        encoding = {"kind": "top_k", "k": min(TOP_K, classes)}
-        kept = format_bytes((4 * TOP_K + 12) * NUM_VIEWS * count)
-        why = f"the {TOP_K} most probable classes: {kept}; all are {format_bytes(dense)}"
+        encoding = {"kind": "top_k", "k": TOP_K}
+        why = f"the {TOP_K} most probable classes: {format_bytes(kept)}; all are {format_bytes(dense)}"
     labels = "the folders are the teacher's classes" if folder.class_names else f"not read: {folder.unlabelled_because}"
     return f"""\
 # yaml-language-server: $schema=schemas/precompute.json
 # Run {teacher.name} once over {NUM_VIEWS} views of each of {count:,} images.
-#   logitcache precompute {out / "precompute.yaml"}
-# First: logitcache plan {out / "precompute.yaml"}, for bytes, time, memory and break-even.
+#   logitcache precompute {_quoted(out / "precompute.yaml")}
+# First: logitcache plan {_quoted(out / "precompute.yaml")}, for bytes, time, memory and break-even.
 # Made by: logitcache {again}
 cache: {dump_inline(f"caches/{name}.zarr")}
 dataset:
@@ -67,7 +66,7 @@ def precompute_validation_text(folder: Folder, teacher: Source, name: str, out: 
     return f"""\
 # yaml-language-server: $schema=schemas/precompute.json
 # Run {teacher.name} on the validation images, to measure how often the student agrees with it.
-#   logitcache precompute {out / "precompute_validation.yaml"}
+#   logitcache precompute {_quoted(out / "precompute_validation.yaml")}
 cache: {dump_inline(f"caches/{name}-validation.zarr")}
 dataset:
 {_dataset(folder.validation, "as in precompute.yaml", "the images that precompute.yaml leaves out")}
@@ -90,7 +89,7 @@ def teacher_text(folder: Folder, teacher: Source, name: str, out: Path, images: 
     return f"""\
 # yaml-language-server: $schema=schemas/train-teacher.json
 # Train {teacher.name} on the classes of the folder, which it does not predict.
-#   logitcache train-teacher {out / "teacher.yaml"}
+#   logitcache train-teacher {_quoted(out / "teacher.yaml")}
 # Then its run is the teacher of new recipes, which read the labels:
 #   logitcache {shlex.join([*then, "--out", f"{out}-classes"])}
 out: {dump_inline(run)}
@@ -190,7 +189,7 @@ validation:
     return f"""\
 # yaml-language-server: $schema=schemas/train-student.json
 # Train {student.name} to answer as {teacher.name} does, from the cache alone.
-#   logitcache train-student {out / "student.yaml"}
+#   logitcache train-student {_quoted(out / "student.yaml")}
 # Afterwards: logitcache evaluate {shlex.quote(f"runs/{name}")}
 out: {dump_inline(f"runs/{name}")}
 cache: {dump_inline(f"caches/{name}.zarr")}
@@ -219,6 +218,10 @@ def _dataset(entry: Mapping[str, object], labels: str, split: str) -> str:
         for key, value in entry.items()
     )
     return "\n".join(lines)
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
 
 
 def _workers() -> int:
