@@ -80,7 +80,7 @@ def export(
     `evaluate`. Raises RecipeError for a model that cannot be exported, MismatchError for a file that answers otherwise.
     """
     run = Path(run)
-    file = new_file(run / f"model.{format}" if out is None else out, overwrite)
+    file = new_file(run / f"model.{format}" if out is None else out, overwrite, f".{format}")
     opened = open_run(run, [*overrides, *AS_RECORDED])
     network, image = opened.classifier.module, opened.validator.sample()[0]
     metadata = describe(run, opened, pixels, "int8" if isinstance(network, FakeQuantized) else "float32")

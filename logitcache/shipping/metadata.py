@@ -78,11 +78,16 @@ def record_of(file: Path) -> Path:
     return file.with_name(f"{file.name}.json")
 
 
-def new_file(path: str | Path, overwrite: bool) -> Path:
-    """Return the path of a file to write, in a folder that exists. Raises RecipeError if the file is there."""
+def new_file(path: str | Path, overwrite: bool, suffix: str = ".onnx") -> Path:
+    """Return the path of a file to write, in a folder that exists. Raises RecipeError if the file is there.
+
+    Commands tell files from runs by the suffix.
+    """
     file = Path(path).expanduser()
     if file.is_dir():
         raise RecipeError(f"'{file}' is a folder. Fix: name a file in it, {file / 'model.onnx'}")
+    if file.suffix != suffix:
+        raise RecipeError(f"'{file}' does not end in {suffix}, by which it is known. Fix: {file}{suffix}")
     if file.exists() and not overwrite:
         raise RecipeError(f"'{file}' exists and is not overwritten. Fix: --overwrite, or another path")
     with explained(f"'{file.parent}'"):

@@ -1,5 +1,6 @@
 """Commands for other runtimes: those that are marked as run are run, and the page shows what is printed."""
 
+import ast
 import json
 import shlex
 import shutil
@@ -29,6 +30,17 @@ def test_the_page_shows_the_commands(name: str, file: Path) -> None:
     text = " ".join(PAGE.read_text().replace("\\\n", " ").split())
     for one in commands_elsewhere(Path(name), shown, symmetric=True):
         assert f"{one.runtime} ({one.tried}): {one.command}" in text
+
+
+def test_names_with_spaces_and_quotes_are_one_word_of_a_shell_and_one_text_of_python(file: Path) -> None:
+    metadata = open_exported(file).metadata
+    for one in commands_elsewhere(Path("it's mine/a b.onnx"), metadata):
+        assert any("it's mine/a b" in word for word in shlex.split(one.command))
+    for one in commands_elsewhere(Path("it's mine/a b.pt2"), metadata):
+        program, option, code = shlex.split(one.command)
+        assert (program, option) == ("python", "-c")
+        texts = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert texts[0] == "it's mine/a b.pt2" or texts[-1] == "it's mine/a b.pt2"
 
 
 def test_openvino_computes_what_onnxruntime_does(file: Path) -> None:

@@ -113,6 +113,9 @@ def test_nothing_is_overwritten_unasked(run: Path, file: Path, capsys: pytest.Ca
     assert main(["export", str(run), str(file)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert file.read_bytes() == before
+    for option, suffix in (("onnx", ".onnx"), ("pt2", ".pt2")):
+        assert main(["export", str(run), str(file.parent / "model.bin"), "--format", option]) == 2
+        assert f"Fix: {file.parent}/model.bin{suffix}" in capsys.readouterr().err
     assert main(["export", str(run), str(file.parent)]) == 2
 
 

@@ -68,7 +68,7 @@ def label_embeddings(model: Any, folder: Path, labels: Sequence[str], templates:
     length = model.config.text_config.max_position_embeddings
     # SigLIP was trained on text of full length, CLIP masks what is padded.
     padding = "max_length" if model.config.model_type == "siglip" else True
-    prompts = [template.format(label) for label in labels for template in templates]
+    prompts = [template.replace("{}", label) for label in labels for template in templates]
     model.double()
     found = []
     for start in track(range(0, len(prompts), _BATCH), "reading labels", -(-len(prompts) // _BATCH), unit="batches"):
