@@ -1,6 +1,5 @@
 """Predict stage one before it begins: bytes, files, time and memory, from a probe of a few batches."""
 
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -29,6 +28,7 @@ from logitcache.planning.dry_run import DryRun, dry_run
 from logitcache.planning.probe import Probe, probe
 from logitcache.planning.timing import Quartiles
 from logitcache.planning.upper_bounds import most_bytes, upper_bounds
+from logitcache.runtime.device import num_cores
 from logitcache.runtime.tables import format_bytes
 from logitcache.stage_one.claims import Claims
 from logitcache.stage_one.materialize.materialize import bytes_of
@@ -191,7 +191,7 @@ def _range(seconds: Quartiles) -> list[float]:
 
 
 def _fill_seconds(found: Probe, rows: int, shards: int, workers: int) -> Quartiles:
-    cores = max(1, len(os.sched_getaffinity(0)) // workers)
+    cores = max(1, num_cores() // workers)
     write = found.write + found.write_shard * shards / rows
     return np.array([fill_seconds(rows, shards, loop, write, found.cores, cores, workers) for loop in found.loop])
 

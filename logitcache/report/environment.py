@@ -1,6 +1,5 @@
 """Describe the environment of a result: versions and devices, nothing that names a person or a machine."""
 
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -24,6 +23,7 @@ def environment() -> dict[str, Any]:
     import torch
 
     import logitcache
+    from logitcache.runtime.device import num_cores
 
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
@@ -33,8 +33,7 @@ def environment() -> dict[str, Any]:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
-            # macOS and Windows do not know which cores a process may use.
-            "cores": len(os.sched_getaffinity(0)) if "sched_getaffinity" in dir(os) else os.cpu_count(),
+            "cores": num_cores(),
             "threads": torch.get_num_threads(),
         },
         "cuda": torch.version.cuda,

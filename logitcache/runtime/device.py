@@ -1,6 +1,7 @@
 """Devices: choose one, feed it, time it, and seed its generators."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Literal
@@ -19,6 +20,11 @@ ChannelsLast = Annotated[
         "a CPU, and on CUDA under autocast, if the model has 2-D convolutions and answers the same up to rounding.",
     ),
 ]
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use; of all where the system does not know, as on macOS."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,5 +1,8 @@
 """Devices: which are there, and how they are fed."""
 
+import os
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +10,7 @@ from logitcache.errors import RecipeError
 from logitcache.runtime.device import (
     autocast,
     grad_scaler,
+    num_cores,
     own_randomness,
     pin,
     random_states,
@@ -126,3 +130,11 @@ def test_autocast_in_float16_on_cuda() -> None:
         product = torch.ones(8, 8, device=device) @ torch.ones(8, 8, device=device)
     assert product.dtype == torch.float16
     assert grad_scaler(device, "float16").is_enabled()
+
+
+def test_cores_are_counted_where_the_system_does_not_know_those_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert num_cores() == len(os.sched_getaffinity(0))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert num_cores() == 8

@@ -17,6 +17,7 @@ import torch
 
 from logitcache.errors import KilledWorkerError, LogitCacheError, RecipeError, rebuilt
 from logitcache.runtime.console import logger
+from logitcache.runtime.device import num_cores
 from logitcache.runtime.stopping import ignore_signals
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ def local_cluster(workers: int, device: torch.device, pause: Pause) -> Iterator[
 
         pause_and_start(0.0)
         logger.info(f"{workers} workers; dashboard at {cluster.dashboard_link}")
-        yield Workers(cluster.scheduler_address, max(1, len(os.sched_getaffinity(0)) // workers), pause_and_start)
+        yield Workers(cluster.scheduler_address, max(1, num_cores() // workers), pause_and_start)
 
 
 async def _start_missing(cluster: "SpecCluster") -> tuple[bool, bool]:
