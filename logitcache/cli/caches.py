@@ -14,11 +14,11 @@ CachePath = Annotated[str, Argument(metavar="CACHE", help="A folder or a URL (s3
 
 def summary(
     cache: CachePath,
-    views: Annotated[int | None, Option("--views", min=1, metavar="N", help="Read the first N views only.")] = None,
+    views: Annotated[int | None, Option("--views", min=1, metavar="N", help="Read only the first N views.")] = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
 ) -> CommandResult:
-    """Show how good the teachers are. Alone and together, by view and by class, from the cache alone."""
+    """Show the accuracy of the teachers and their ensemble, by view and by class, from the cache alone."""
     from logitcache.report.summary import summarize
     from logitcache.stage_one.cluster.cluster import Cluster
 
@@ -32,19 +32,17 @@ def inspect(
     trust: Trust,
     view: Annotated[
         str | None,
-        Option("--view", metavar="VIEW/IMAGE", help="Look at a view of an image, by its index or id: 0/17."),
+        Option("--view", metavar="VIEW/IMAGE", help="Show a view of an image, given by its index or id, as in 0/17."),
     ] = None,
     out: Annotated[
         Path | None,
-        Option(
-            "--out", metavar="FILE", help="The picture (.png) or page (.html) of the view.", show_default="view-….html"
-        ),
+        Option("--out", metavar="FILE", help="Picture (.png) or page (.html) to write.", show_default="view-….html"),
     ] = None,
 ) -> CommandResult:
-    """Describe a cache: what made it, how complete and how large it is.
+    """Describe a cache: its origin, completeness, size and encoding errors.
 
-    With --view, write what the teacher saw of an image and its most probable classes over all views; --set
-    dataset.root=DIR gives the folder of the images.
+    With --view, write a picture of what the teacher saw, or a page with all views of the image and the teacher's most
+    probable classes; --set dataset.root=DIR gives the folder of the images.
     """
     if view is None:
         from logitcache.report.inspect import inspect_cache
@@ -67,20 +65,20 @@ def suspects(
         Option(
             "--teacher",
             metavar="NAME",
-            help="Ask this teacher; repeatable.",
+            help="Use this teacher; repeatable.",
             show_default="all with logits",
             autocompletion=teachers,
         ),
     ] = [],  # noqa: B006  # Typer's way
     top: Annotated[int, Option("--top", min=1, metavar="N", help="Show the first N.")] = 20,
-    csv: Annotated[Path | None, Option("--csv", metavar="FILE", help="Write all of them as CSV.")] = None,
+    csv: Annotated[Path | None, Option("--csv", metavar="FILE", help="Write all listed labels as CSV.")] = None,
     sheet: Annotated[
-        Path | None, Option("--sheet", metavar="FILE", help="Write a page with the images of the first 200.")
+        Path | None, Option("--sheet", metavar="FILE", help="Write an HTML page with the images of the first 200.")
     ] = None,
 ) -> CommandResult:
-    """Rank the labels that confident teachers contradict over many views, the most doubtful first.
+    """Rank labels that confident teachers contradict over many views, the most doubtful first.
 
-    It shows where to look and proves nothing: a teacher may have learnt a wrong label, or be wrong itself.
+    The ranking shows where to look and proves nothing: a teacher may have learnt a wrong label, or be wrong itself.
     """
     from logitcache.report.suspects import find_suspects
 
@@ -94,14 +92,17 @@ def verify(
     trust: Trust,
     repair: Annotated[
         Path | None,
-        Option("--repair", metavar="RECIPE", help="Write damaged shards again, by the recipe that made the cache."),
+        Option("--repair", metavar="RECIPE", help="Rewrite damaged shards with the recipe that made the cache."),
     ] = None,
     pairing: Annotated[
         Path | None,
-        Option("--pairing", metavar="DIR", help="Compare the paired images in place of those that the teacher saw."),
+        Option("--pairing", metavar="DIR", help="Compare the paired images instead of those that the teacher saw."),
     ] = None,
 ) -> CommandResult:
-    """Read a whole cache again. --set dataset.root=DIR gives the folder of its images, or of the paired ones."""
+    """Read a cache completely and compare every byte, and its canaries if the images are there.
+
+    --set dataset.root=DIR gives the folder of its images, or of the paired ones.
+    """
     if repair is not None and pairing is not None:
         raise BadParameter(
             "has no effect with --repair: a pairing is made by `logitcache pair`", param_hint="--pairing"
@@ -129,13 +130,15 @@ PairedSize = Annotated[
 ]
 Colors = Annotated[
     list[str],
-    Option("--color", metavar="ENTRY", help="A change of colour of their own, '{kind: color_jitter, …}'; repeatable."),
+    Option(
+        "--color", metavar="ENTRY", help="Colour augmentation for the student, '{kind: color_jitter, …}'; repeatable."
+    ),
 ]
 
 
 def pair(
     cache: CachePath,
-    out: Annotated[Path, Argument(metavar="OUT", help="Folder of the pairing, which `pairing:` of a student names.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder of the pairing, for the key `pairing` of a student.")],
     trust: Trust,
     dataset: Annotated[
         str,
@@ -143,27 +146,27 @@ def pair(
     ],
     pairs: Annotated[
         Path | None,
-        Option("--map", metavar="FILE", help="CSV with the columns teacher,student: a pair of ids a line."),
+        Option("--map", metavar="FILE", help="CSV with the columns teacher,student: one pair of ids per line."),
     ] = None,
     by: Annotated[
-        Literal["id", "stem"], Option("--by", help="What pairs share: the id, or the id without the file's ending.")
+        Literal["id", "stem"], Option("--by", help="What pairs share: the id, or the id without the file extension.")
     ] = "id",
     size: PairedSize = None,
     color: Colors = [],  # noqa: B006  # Typer's way
     allow_unmatched: Annotated[
-        bool, Option("--allow-unmatched", help="Leave out images that have no pair, on either side.")
+        bool, Option("--allow-unmatched", help="Leave out images without a pair, on either side.")
     ] = False,
     allow_doubled: Annotated[
-        bool, Option("--allow-doubled", help="Take the first of several images of one id.")
+        bool, Option("--allow-doubled", help="Take the first of several images with one id.")
     ] = False,
     teacher_dataset: Annotated[
         str | None,
         Option("--teacher-dataset", metavar="DIR|ENTRY", help="The teacher's images, if they moved since stage one."),
     ] = None,
 ) -> CommandResult:
-    """Pair other images of the same things with those of a cache, by their ids, for students that see these.
+    """Pair the images of a cache, by id, with other images of the same scenes for students to see.
 
-    Crops, flips, mixing and erasing are shared, each scaled to its image; colours are not.
+    Crops, flips, mixing and erasing are shared, scaled to each image; colour augmentations are not.
     """
     from logitcache.cache.pairs import pair as verbs
 
@@ -186,12 +189,15 @@ def pair(
 
 def gc(
     cache: CachePath,
-    dry_run: Annotated[bool, Option("--dry-run", help="Remove nothing, only list it.")] = False,
+    dry_run: Annotated[bool, Option("--dry-run", help="Remove nothing, only list the files.")] = False,
     growth: Annotated[
-        bool, Option("--growth", help="Give up unfinished views and teachers that were being added, too.")
+        bool, Option("--growth", help="Abandon an unfinished growth (views, teachers, features, images), too.")
     ] = False,
 ) -> CommandResult:
-    """Remove files that killed writers left. Nothing that is committed, and not while a run writes to the cache."""
+    """Remove files that killed writers left.
+
+    Never removes committed files, and does nothing while a run writes to the cache.
+    """
     from logitcache.cache.write.gc import collect
 
     found = collect(cache, dry_run=dry_run, growth=growth)

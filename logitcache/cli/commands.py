@@ -57,7 +57,7 @@ def demo(
     ),
     quick: Annotated[bool, Option("--quick", help="A few seconds; the numbers mean little.")] = False,
 ) -> CommandResult:
-    """Run both stages on bundled images, in about a minute. Writes demo.json, and demo.svg with the story."""
+    """Run both stages on bundled images, in about a minute; write demo.json and the chart demo.svg."""
     from logitcache.report.demo.demo import run_demo
 
     return CommandResult(asdict(run_demo(out, quick=quick)), follows=NEW_RECIPES)
@@ -82,7 +82,12 @@ _COMMANDS = {
     ),
     "synthesize": Command(
         stage_one.synthesize,
-        *(_ONE, "synthesize runs/teacher made", "how-to/distil-without-images.md", "logitcache precompute RECIPE"),
+        *(
+            _ONE,
+            "synthesize runs/teacher synthesized",
+            "how-to/distil-without-images.md",
+            "logitcache precompute RECIPE",
+        ),
     ),
     "materialize": Command(
         stage_one.materialize,

@@ -41,7 +41,7 @@ class CommandResult:
     serve: Callable[[], int] | None = None
 
 
-Recipe = Annotated[Path, Argument(metavar="RECIPE", help="A YAML file.")]
+Recipe = Annotated[Path, Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 
 
 def set_option(help: str, autocompletion: Callable[..., Any] | None = None) -> Any:
@@ -56,7 +56,7 @@ def set_option(help: str, autocompletion: Callable[..., Any] | None = None) -> A
     )
 
 
-Overrides = Annotated[list[str], set_option("Change one key, as in optimizer.lr=0.1; repeatable.", settings)]
+Overrides = Annotated[list[str], set_option("Change one recipe key, as in optimizer.lr=0.1; repeatable.", settings)]
 
 Trust = Annotated[
     list[str],
@@ -65,48 +65,47 @@ Trust = Annotated[
         default_factory=list,
         show_default=False,
         metavar="DIGEST",
-        help="Trust a cache whose images or teachers are at URLs or paths that only it names; repeatable.",
+        help="Trust a cache, or a run, that names URLs or paths beyond the allow-list; repeatable.",
     ),
 ]
 
 Resume = Annotated[bool, Option("--resume", help="Continue from the last checkpoint.")]
 Part = Annotated[
     str | None,
-    Option("--part", metavar="I/N", help="Take each N-th shard only; 1/N to N/N make the whole, in any order."),
+    Option("--part", metavar="I/N", help="Compute only every N-th shard; parts 1/N to N/N make all, in any order."),
 ]
 Wait = Annotated[
     bool,
     Option(
         "--wait",
-        help="Wait until the cache is whole: for shards that other processes hold, and compute those of processes "
-        "that die.",
+        help="Wait until the cache is complete, and compute the shards of processes that die.",
     ),
 ]
 Scheduler = Annotated[
     str | None,
-    Option("--scheduler", metavar="ADDRESS", help="Let the workers of this Dask scheduler do it: tcp://host:8786."),
+    Option("--scheduler", metavar="ADDRESS", help="Use the workers of a Dask scheduler, as in tcp://host:8786."),
 ]
 Workers = Annotated[
     int | None,
     Option(
-        "--workers", min=1, metavar="N", help="Let N processes of this machine do it, with a GPU each if it takes any."
+        "--workers", min=1, metavar="N", help="Use N processes on this machine, with one GPU each if there are GPUs."
     ),
 ]
 
 BatchSizes = Annotated[
     list[int],
-    Option("--batch-size", min=1, metavar="N", show_default="1, 32", help="Images at a time; repeatable."),
+    Option("--batch-size", min=1, metavar="N", show_default="1, 32", help="Batch size to time; repeatable."),
 ]
 Threads = Annotated[
     list[int],
-    Option("--threads", min=1, metavar="N", show_default="all", help="CPU threads; repeatable."),
+    Option("--threads", min=1, metavar="N", show_default="all", help="CPU threads to time with; repeatable."),
 ]
 Repeats = Annotated[
     int | None,
-    Option("--repeats", min=1, metavar="N", show_default="30", help="Batches to take the median of."),
+    Option("--repeats", min=1, metavar="N", show_default="30", help="Timed batches, of which the median is taken."),
 ]
 WarmUp = Annotated[
-    int | None, Option("--warm-up", min=1, metavar="N", show_default="5", help="Batches that do not count.")
+    int | None, Option("--warm-up", min=1, metavar="N", show_default="5", help="Untimed batches before them.")
 ]
 
 _Quiet = Annotated[bool, Option("-q", "--quiet", help="Show no progress.")]

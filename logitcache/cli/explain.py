@@ -22,7 +22,7 @@ def recipe_schema(
         ),
     ] = "",
 ) -> CommandResult:
-    """Print the JSON Schema of recipes, by which editors complete and check them."""
+    """Print the JSON Schema of recipes, which editors use to complete and check them."""
     if not kind:
         return CommandResult({"kinds": COMMANDS}, "".join(f"{one}\n" for one in COMMANDS), follows=_SCHEMA)
     schema = read_schema(kind)
@@ -31,10 +31,13 @@ def recipe_schema(
 
 def recipe_explain(
     key: Annotated[
-        str, Argument(metavar="KEY", help="A key, losses.kl_divergence.temperature, or a part of it; all without one.")
+        str,
+        Argument(
+            metavar="KEY", help="A key, as in losses.kl_divergence.temperature, or a part of it; without one, all keys."
+        ),
     ] = "",
 ) -> CommandResult:
-    """Explain a key of recipes: what it does, its type, default and an example."""
+    """Explain a recipe key: what it does, its type, default and an example."""
     found = explain(key)
     return CommandResult({"keys": [_document(one) for one in found]}, "\n".join(map(_text, found)))
 

@@ -15,7 +15,7 @@ def recipe_check(
     recipes: Annotated[list[Path], Argument(metavar="RECIPE", help="YAML files of any kind.")],
     overrides: Overrides,
 ) -> CommandResult:
-    """Check whether recipes are valid. Names every mistake in them; reads no images."""
+    """Check recipes: report every mistake in them at once, with line, key and suggestion."""
     from logitcache.errors import RecipeError
     from logitcache.report.recipe_check import check_recipes
 
@@ -33,7 +33,7 @@ Name = Annotated[
     str,
     Argument(
         metavar="NAME",
-        help="A recipe, fashion_mnist/student, or a folder, fashion_mnist.",
+        help="A recipe, as in fashion_mnist/student, or a folder, as in fashion_mnist.",
         autocompletion=completion.recipe_names,
     ),
 ]
@@ -49,18 +49,18 @@ def recipe_ls() -> CommandResult:
 
 
 def recipe_show(name: Name) -> CommandResult:
-    """Print a recipe that ships with logitcache, or all of a folder."""
+    """Print a recipe that ships with logitcache, or all recipes of a folder."""
     texts = {recipe.name: recipe.file.read_text() for recipe in find_recipes(name)}
     return CommandResult({"recipes": texts}, "\n".join(texts.values()), follows=("recipe", "cp", name))
 
 
 def recipe_cp(
     name: Name,
-    folder: Annotated[Path, Argument(metavar="DIR", help="Where to copy to; recipes keep their folder's name.")] = Path(
-        "pipelines"
-    ),
+    folder: Annotated[
+        Path, Argument(metavar="DIR", help="Folder to copy to; recipes keep the name of their own folder.")
+    ] = Path("pipelines"),
 ) -> CommandResult:
-    """Copy a recipe that ships with logitcache, or all of a folder; nothing is overwritten."""
+    """Copy a recipe that ships with logitcache, or all recipes of a folder; overwrite nothing."""
     files = [str(file) for file in copy_recipes(name, folder)]
     text = "".join(f"{file}\n" for file in files)
     return CommandResult(
@@ -72,13 +72,13 @@ def recipe_new(
     images: Annotated[str, Option("--images", metavar="DIR", help="A folder of images, in class folders or not.")],
     teacher: Annotated[str, Option("--teacher", metavar="MODEL", help="timm:NAME, torchvision:NAME or run:DIR.")],
     student: Annotated[
-        str, Option("--student", metavar="MODEL", help="The same, of the model to train, or small_cnn.")
+        str, Option("--student", metavar="MODEL", help="Model to train, given in the same way, or small_cnn.")
     ],
     out: Annotated[
         Path | None, Option("--out", metavar="DIR", show_default="pipelines/IMAGES", help="Folder of the recipes.")
     ] = None,
 ) -> CommandResult:
-    """Write commented recipes of both stages for a folder of your own; nothing is overwritten."""
+    """Write commented recipes of both stages for your own images; overwrite nothing."""
     from logitcache.report.new_recipes.new_recipes import new_recipes
 
     made = new_recipes(images, teacher, student, out)

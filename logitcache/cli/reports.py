@@ -11,7 +11,7 @@ from logitcache.cli.common import CommandResult, Overrides, Trust, set_option
 
 def log(
     runs: Annotated[list[Path], Argument(metavar="RUN...", help="Runs, and folders of runs.")],
-    overrides: Annotated[list[str], set_option("A key of the tracker, as in project=mine; repeatable.")],
+    overrides: Annotated[list[str], set_option("Set a key of the tracker, as in project=mine; repeatable.")],
     to: Annotated[
         Literal["tensorboard", "wandb", "trackio", "mlflow"],
         Option("--to", help="Tracker to write to."),
@@ -19,7 +19,7 @@ def log(
 ) -> CommandResult:
     """Write the metrics of runs to TensorBoard, Weights & Biases, Trackio or MLflow.
 
-    From metrics.jsonl, at the optimiser step of each epoch. The same command again adds what is new, doubling nothing.
+    Reads metrics.jsonl; steps are the optimiser steps at the end of each epoch. Run again, it adds only what is new.
     """
     from logitcache.report.export_runs import export_runs
 
@@ -27,7 +27,7 @@ def log(
 
 
 def card(
-    path: Annotated[str, Argument(metavar="CACHE|RUN", help="A cache, a folder or a URL, or a finished run.")],
+    path: Annotated[str, Argument(metavar="CACHE|RUN", help="A cache (folder or URL) or a finished run.")],
     teacher_licences: Annotated[
         list[str],
         Option(
@@ -38,12 +38,14 @@ def card(
             help="Licence of a teacher; repeatable.",
         ),
     ],
-    out: Annotated[Path, Option("--out", metavar="FILE", help="The card.")] = Path("README.md"),
-    licence: Annotated[str | None, Option("--licence", metavar="NAME", help="Its licence, as apache-2.0.")] = None,
+    out: Annotated[Path, Option("--out", metavar="FILE", help="File to write.")] = Path("README.md"),
+    licence: Annotated[
+        str | None, Option("--licence", metavar="NAME", help="Licence of the cache or run, as in apache-2.0.")
+    ] = None,
 ) -> CommandResult:
-    """Write a README for a hub or a shared disk.
+    """Write a README of a cache or run, for a hub or a shared disk.
 
-    From what a cache or run records: teachers, views, encodings and their errors, accuracy, how to use and verify it.
+    It states what the cache or run records: teachers, views, encodings and their errors, accuracy, and how to use it.
     """
     from logitcache.report.card import parse_licences, write_card
 
@@ -58,19 +60,20 @@ def report(
     ],
     overrides: Overrides,
     trust: Trust,
-    out: Annotated[Path, Option("--out", metavar="FILE", help="The page.")] = Path("report.html"),
+    out: Annotated[Path, Option("--out", metavar="FILE", help="File to write.")] = Path("report.html"),
     measure: Annotated[
-        int, Option("--measure", min=0, metavar="N", help="Run the N best models over their validation images.")
+        int, Option("--measure", min=0, metavar="N", help="Run the N best models on their validation images.")
     ] = 8,
     points: Annotated[
-        int, Option("--points", min=20, metavar="N", help="Images of confusions, similarities, PCA and t-SNE.")
+        int,
+        Option("--points", min=20, metavar="N", help="Number of images for confusion, similarities, PCA and t-SNE."),
     ] = 500,
-    latency: Annotated[bool, Option("--latency", help="Time the models that are run, too.")] = False,
+    latency: Annotated[bool, Option("--latency", help="Also time the models that are run.")] = False,
 ) -> CommandResult:
     """Write one self-contained HTML page on runs, sweeps, exported files and caches.
 
-    Curves, comparisons, calibration, confusion against the teacher, representations, views, encoding errors and
-    provenance; every figure has its data as CSV. --measure 0 reads files alone.
+    It shows curves, comparisons, calibration, confusion against the teacher, representations, views, encoding errors
+    and provenance; every figure has its data as CSV. --measure 0 only reads files and runs no model.
     """
     from logitcache.report.page.report import write_report
 
@@ -79,17 +82,15 @@ def report(
 
 
 def app(
-    runs: Annotated[
-        list[Path], Argument(metavar="RUN|FILE...", help="Folders made by training, and exported ONNX files.")
-    ],
+    runs: Annotated[list[Path], Argument(metavar="RUN|FILE...", help="Run folders and exported ONNX files.")],
     overrides: Overrides,
     trust: Trust,
     cache: Annotated[
         str | None,
-        Option("--cache", metavar="CACHE", help="Show what its teachers answered to the images that it was made of."),
+        Option("--cache", metavar="CACHE", help="Show the cached outputs of its teachers for its images."),
     ] = None,
     online: Annotated[
-        bool, Option("--online", help="Load the cache's teachers too, for images that it does not have.")
+        bool, Option("--online", help="Load the cache's teachers too, to predict images that it does not have.")
     ] = False,
     top: Annotated[int, Option("--top", min=1, metavar="K", help="Show the K most probable classes.")] = 5,
     host: Annotated[
@@ -107,12 +108,12 @@ def app(
         ),
     ] = None,
 ) -> CommandResult:
-    """Serve a page: drop an image, see what students and teachers answer.
+    """Serve a page on which students and teachers predict images that you drop.
 
-    It is served until Ctrl-C, and students answer as by predict. With --cache, an image of its data set is recognised
-    by its bytes or pixels, or chosen by index or id, and the page shows its teachers' cached answers over all views; no
-    teacher is loaded for it. --set dataset.root=DIR gives the folder of these images, other keys change the runs'
-    recipes.
+    It runs until Ctrl-C. Students predict as with the command predict. With --cache, images of its data set are
+    recognised by their bytes or pixels, or chosen by index or id, and the page shows the teachers' cached outputs over
+    all views, without loading a teacher. --set dataset.root=DIR gives the folder of these images, other keys change the
+    runs' recipes.
     """
     from logitcache.report.app.server import Page
 
@@ -122,7 +123,7 @@ def app(
 
 
 def env() -> CommandResult:
-    """Show the versions and devices that decide results."""
+    """Show the versions and devices that affect results."""
     from logitcache.report.environment import environment
 
     return CommandResult(environment(), follows=("demo",))

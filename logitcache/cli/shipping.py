@@ -19,13 +19,13 @@ from logitcache.cli.common import (
     latency_plan,
 )
 
-Run = Annotated[Path, Argument(metavar="RUN", help="A folder made by training.")]
+Run = Annotated[Path, Argument(metavar="RUN", help="A run folder.")]
 Pixels = Annotated[
     Literal["uint8", "float"],
-    Option("--pixels", help="What the graph takes and normalises: pixels of 0 to 255, or floats of 0 to 1."),
+    Option("--pixels", help="Input of the graph: pixels from 0 to 255, or floats from 0 to 1."),
 ]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")]
-Latency = Annotated[bool, Option("--latency", help="Time the file against eager torch, by turns.")]
+Latency = Annotated[bool, Option("--latency", help="Time the file and eager PyTorch alternately.")]
 LeastAgreement = Annotated[
     float,
     Option(
@@ -33,7 +33,7 @@ LeastAgreement = Annotated[
         min=0.0,
         max=1.0,
         metavar="X",
-        help="Least share of equal answers of an int8 file.",
+        help="Least share of equal predictions of an int8 file.",
     ),
 ]
 
@@ -43,15 +43,21 @@ def export(
     overrides: Overrides,
     trust: Trust,
     out: Annotated[
-        Path | None, Argument(metavar="OUT", show_default="RUN/model.onnx", help="The file; its record lies beside it.")
+        Path | None,
+        Argument(metavar="OUT", show_default="RUN/model.onnx", help="File to write; OUT.json records the comparison."),
     ] = None,
     pixels: Pixels = "uint8",
     format: Annotated[
-        Literal["onnx", "pt2"], Option("--format", help="ONNX, or the format of torch.export, which Python alone runs.")
+        Literal["onnx", "pt2"], Option("--format", help="ONNX, or the format of torch.export, which only Python runs.")
     ] = "onnx",
     tolerance: Annotated[
         float,
-        Option("--tolerance", min=0.0, metavar="X", help="Largest difference of logits, over the largest logit or 1."),
+        Option(
+            "--tolerance",
+            min=0.0,
+            metavar="X",
+            help="Largest difference of logits, relative to the largest logit or 1.",
+        ),
     ] = 1e-4,
     least_agreement: LeastAgreement = 0.9,
     overwrite: Overwrite = False,
@@ -63,9 +69,9 @@ def export(
 ) -> CommandResult:
     """Export a trained model as one file: ONNX, or torch.export's .pt2.
 
-    It takes batches of any number of images of the evaluation's size and normalises them; the metadata hold the
-    evaluation's transform, the class names and the digests of the run. The file is compared with the run over all
-    validation images, which --set validation.… chooses, and written only if they agree.
+    The graph takes batches of any size, with images of the evaluation's size, and normalises them; the metadata hold
+    the evaluation's transform, the class names and the digests of the run. The file is compared with the run on all
+    validation images (--set validation.… chooses others), and written only if they agree.
     """
     from logitcache.shipping.export import export as exported
 
@@ -91,35 +97,36 @@ CalibrationImages = Annotated[
 ]
 KeepFloat = Annotated[list[str], Option("--keep-float", metavar="LAYER", help="Keep a layer in float; repeatable.")]
 KeepWorst = Annotated[
-    int, Option("--keep-worst", min=0, metavar="K", help="Measure all layers, and keep the K worst in float.")
+    int,
+    Option(
+        "--keep-worst", min=0, metavar="K", help="Measure the sensitivity of all layers, and keep the K worst in float."
+    ),
 ]
 Method = Annotated[
     Literal["onnxruntime", "pt2e"] | None,
     Option(
         "--method",
         show_default="onnxruntime",
-        help="Quantise after training by onnxruntime, or by torchao's PT2E (extra quant).",
+        help="Quantise after training with onnxruntime, or with torchao's PT2E (extra quant).",
     ),
 ]
 Qat = Annotated[
     bool,
-    Option(
-        "--qat", help="Train for int8 on the run's own data; OUT is the new run's folder, --set changes its recipe."
-    ),
+    Option("--qat", help="Quantisation-aware training from the run's cache; OUT is the folder of the new run."),
 ]
 QuantizedOut = Annotated[
     Path | None,
     Argument(
         metavar="OUT",
         show_default="RUN/model.int8.onnx",
-        help="The file; its record lies beside it. With --qat, the folder of the run that is trained.",
+        help="File to write; OUT.json records the comparison. With --qat, the folder of the new run.",
     ),
 ]
 Sensitivity = Annotated[
-    bool, Option("--sensitivity", help="List by how much each layer alone, quantised, changes the logits.")
+    bool, Option("--sensitivity", help="List by how much quantising each layer alone changes the logits.")
 ]
 Symmetric = Annotated[
-    bool, Option("--symmetric", help="Make activations signed with zero at 0, as TensorRT takes them.")
+    bool, Option("--symmetric", help="Make activations signed with zero point 0, as TensorRT requires.")
 ]
 
 
@@ -139,18 +146,18 @@ def quantize(
     sensitivity: Sensitivity = False,
     least_agreement: LeastAgreement = 0.9,
     overwrite: Overwrite = False,
-    latency: Annotated[bool, Option("--latency", help="Time int8 against the float file, by turns.")] = False,
+    latency: Annotated[bool, Option("--latency", help="Time the int8 and the float file alternately.")] = False,
     batch_size: BatchSizes = [],  # noqa: B006
     threads: Threads = [],  # noqa: B006
     repeats: Repeats = None,
     warm_up: WarmUp = None,
 ) -> CommandResult:
-    """Quantise a trained model to int8, as one ONNX file: after training or, with --qat, by training for it.
+    """Quantise a trained model to an int8 ONNX file, after training or, with --qat, by training.
 
-    --qat goes on distilling from the run's cache with its losses and all else: the new run is one as any other, a
-    tenth of the epochs long, by a tenth of the learning rate, unless --set chooses. Weights are signed 8-bit integers
-    with a scale for each channel, activations unsigned ones. The file is compared with the run over all validation
-    images, and the integer operators that onnxruntime fuses are counted.
+    --qat continues distillation from the run's cache with the same losses, in a new run with a tenth of the epochs and
+    of the learning rate; --set changes its recipe. Weights are signed 8-bit integers with one scale per channel,
+    activations unsigned ones. The file is compared with the run on all validation images, and the integer operators
+    that onnxruntime fuses are counted.
     """
     changes = [*overrides, *granted(trust)]
     both: dict[str, Any] = {
@@ -197,29 +204,40 @@ def prune(
     trust: Trust,
     macs: Annotated[
         float | None,
-        Option("--macs", min=0.0, max=1.0, metavar="X", help="Remove channels until X of the multiply-adds are left."),
+        Option(
+            "--macs",
+            min=0.0,
+            max=1.0,
+            metavar="X",
+            help="Remove channels until at most the share X of multiply-adds is left.",
+        ),
     ] = None,
     latency: Annotated[
         float | None,
         Option(
-            "--latency", min=0.0, max=1.0, metavar="X", help="Remove channels until a batch takes X of its time here."
+            "--latency",
+            min=0.0,
+            max=1.0,
+            metavar="X",
+            help="Remove channels until a batch takes at most X of its time here.",
         ),
     ] = None,
     sparsity: Annotated[
-        float | None, Option("--sparsity", min=0.0, max=1.0, metavar="X", help="Set X of the weights to zero.")
+        float | None,
+        Option("--sparsity", min=0.0, max=1.0, metavar="X", help="Set the share X of the weights to zero."),
     ] = None,
     unpruned: Annotated[
-        list[str], Option("--unpruned", metavar="LAYER", help="Leave a layer as it is; repeatable.")
+        list[str], Option("--unpruned", metavar="LAYER", help="Do not prune this layer; repeatable.")
     ] = [],  # noqa: B006  # Typer's way
     round_to: Annotated[
-        int, Option("--round-to", min=1, metavar="N", help="Leave a multiple of N channels in each layer.")
+        int, Option("--round-to", min=1, metavar="N", help="Keep a multiple of N channels in each layer.")
     ] = 8,
     resume: Resume = False,
 ) -> CommandResult:
-    """Prune a trained model, and train what is left from the same cache.
+    """Prune a trained model, and fine-tune the rest from the same cache.
 
     Give one of --macs, --latency and --sparsity. OUT is an ordinary run: evaluate, predict, export and prune take it.
-    Fine-tuning follows the run's own recipe, which --set changes, as in --set epochs=3 --set optimizer.lr=1e-4.
+    Fine-tuning uses the run's own recipe; --set changes it, as in --set epochs=3 --set optimizer.lr=1e-4.
     """
     if sum(target is not None for target in (macs, latency, sparsity)) != 1:
         raise BadParameter("give one of the three", param_hint="--macs, --latency, --sparsity")

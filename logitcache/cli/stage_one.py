@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 FilePart = Annotated[
     str | None,
-    Option("--part", metavar="I/N", help="Write each N-th file only; 1/N to N/N write all, in any order."),
+    Option("--part", metavar="I/N", help="Write only every N-th file; parts 1/N to N/N write all, in any order."),
 ]
 
 EXIT_UNFINISHED = 75
@@ -33,18 +33,18 @@ def plan(
         Option("--batches", min=1, metavar="N", show_default="32, or 20 s", help="Probe at most N batches."),
     ] = None,
     taps: Annotated[
-        bool, Option("--taps", help="List the modules that features could tap, with what they take.")
+        bool, Option("--taps", help="List the modules that features can tap, with their shapes and bytes.")
     ] = False,
     workers: Annotated[
-        int, Option("--workers", min=1, metavar="N", help="Estimate N processes, each with a GPU if any.")
+        int, Option("--workers", min=1, metavar="N", help="Plan for N processes, each with a GPU if there are GPUs.")
     ] = 1,
     no_probe: Annotated[
-        bool, Option("--no-probe", help="Bytes and files alone, at most, in seconds: two images are answered.")
+        bool, Option("--no-probe", help="Predict only bytes and files, in seconds: each teacher runs on two images.")
     ] = False,
 ) -> CommandResult:
-    """Predict what precompute takes, before it begins.
+    """Predict the cost of precompute before running it.
 
-    Bytes, files, time, memory, and whether the disk has room; with -v every figure. Writes nothing.
+    Shows bytes, files, time, memory and whether the disk has room; -v shows every figure. Writes nothing.
     """
     from logitcache.planning import plan as planning
     from logitcache.planning.plan_text import plan_text
@@ -70,8 +70,8 @@ def precompute(
 ) -> CommandResult:
     """Run the teachers once over every view.
 
-    The same command continues after a stop, and shares the work with others of its kind. A recipe that asks for more
-    views or further teachers adds just these; with new_images: append it adds images that came since.
+    The same command continues after an interruption, and shares the work with other processes that run it. A recipe
+    with more views or teachers adds only these; with new_images: append, it adds new images.
     """
     from logitcache.report.load_own import load_own
     from logitcache.stage_one.precompute import PrecomputeRecipe
@@ -92,10 +92,10 @@ def derive(
     workers: Workers = None,
     wait: Wait = False,
 ) -> CommandResult:
-    """Make a cache from a finished one, with no teacher.
+    """Make a cache from a finished one, without running teachers.
 
-    It keeps logits in another encoding, or several teachers as one. Reads neither images nor teachers. The same command
-    continues after a stop.
+    The new cache has logits in another encoding, or several teachers averaged into one. The same command continues
+    after an interruption.
     """
     from logitcache.report.load_own import load_own
     from logitcache.stage_one.derive.derive import DeriveRecipe
@@ -118,13 +118,13 @@ def materialize(
     pixels: Annotated[
         Literal["png", "raw"], Option("--pixels", help="Images as PNG, or as raw bytes; npz is always raw.")
     ] = "png",
-    dry_run: Annotated[bool, Option("--dry-run", help="Predict files and bytes alone; write nothing.")] = False,
-    num_workers: Annotated[int, Option("--num-workers", min=0, metavar="N", help="Processes that render.")] = 2,
+    dry_run: Annotated[bool, Option("--dry-run", help="Predict files and bytes; write nothing.")] = False,
+    num_workers: Annotated[int, Option("--num-workers", min=0, metavar="N", help="Rendering processes.")] = 2,
 ) -> CommandResult:
-    """Write the views that a teacher is to answer to files.
+    """Write the views to files, for a teacher that runs elsewhere.
 
-    Each view has its key, the id of its image and the CRC-32 of its pixels. The same command continues after a stop. Of
-    a CACHE, --set dataset.root=DIR gives the folder of its images.
+    Each view has its key, the id of its image and the CRC-32 of its pixels. The same command continues after an
+    interruption. For a CACHE, --set dataset.root=DIR gives the folder of its images.
     """
     from logitcache.stage_one.materialize.materialize import materialize as write
 
@@ -155,14 +155,16 @@ def synthesize(
     ] = None,
     part: Annotated[
         str | None,
-        Option("--part", metavar="I/N", help="Make each N-th batch only; 1/N to N/N make all, in any order."),
+        Option("--part", metavar="I/N", help="Make only every N-th batch; parts 1/N to N/N make all, in any order."),
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Time two steps, and predict the rest; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Time two steps and predict the total time; write nothing.")
+    ] = False,
 ) -> CommandResult:
-    """Make images from a teacher alone, by DeepInversion: no image is read.
+    """Synthesize images from a teacher by DeepInversion, without reading images.
 
-    The teacher needs BatchNorm. OUT gets PNG files in class folders, or tar archives, and the losses that each batch
-    reached. The same command continues after a stop; precompute takes the images as any others.
+    The teacher needs BatchNorm. OUT gets PNG files in class folders, or tar archives, and the final losses of each
+    batch. The same command continues after an interruption; precompute takes the images like any others.
     """
     from logitcache.report.new_recipes.synthesis import load_synthesis
     from logitcache.stage_one.synthesize.synthesize import synthesize as run
@@ -177,27 +179,28 @@ def synthesize(
 
 def import_targets(
     recipe: Recipe,
-    answers: Annotated[str, Argument(metavar="ANSWERS", help="File of answers, or folder of several.")],
+    answers: Annotated[str, Argument(metavar="ANSWERS", help="File, or folder of files, with a teacher's outputs.")],
     overrides: Overrides,
-    whose: Annotated[str, Option("--whose", metavar="TEXT", help="Whose answers they are, for the manifest.")],
+    whose: Annotated[str, Option("--whose", metavar="TEXT", help="Description of the teacher, for the manifest.")],
     teacher: Annotated[
         str | None, Option("--teacher", metavar="NAME", show_default="the only one", help="Teacher of the recipe.")
     ] = None,
     trust_pixels: Annotated[
-        bool, Option("--trust-pixels", help="Take answers without a CRC-32 of their pixels.")
+        bool, Option("--trust-pixels", help="Accept answers without a CRC-32 of their pixels.")
     ] = False,
     num_classes: Annotated[
-        int | None, Option("--num-classes", min=1, metavar="N", help="Classes of answers that hold the top k alone.")
+        int | None,
+        Option("--num-classes", min=1, metavar="N", help="Number of classes, for answers with only the top k."),
     ] = None,
     part: Part = None,
     scheduler: Scheduler = None,
     workers: Workers = None,
     wait: Wait = False,
 ) -> CommandResult:
-    """Make a cache of answers in files.
+    """Make a cache from a teacher's outputs in files.
 
-    RECIPE is one of precompute; the files take the place of the model of one of its teachers. Resumes, shares and grows
-    as precompute does.
+    RECIPE is a precompute recipe; the files replace the model of one of its teachers. Resumes, shares and grows as
+    precompute does.
     """
     from logitcache.report.load_own import load_own
     from logitcache.stage_one.precompute import PrecomputeRecipe

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 TeachersFrom = Annotated[
     Path | None,
-    Option("--teachers-from", metavar="RECIPE", help="Take models of your own code from this precompute recipe."),
+    Option("--teachers-from", metavar="RECIPE", help="Build teachers of kind custom from this precompute recipe."),
 ]
 
 
@@ -40,17 +40,17 @@ def train_student(
     overrides: Overrides,
     trust: Trust,
     resume: Resume = False,
-    online: Annotated[bool, Option("--online", help="Put the teacher back in the loop, to compare.")] = False,
+    online: Annotated[bool, Option("--online", help="Run the teacher in the loop instead, to compare.")] = False,
     teachers_from: TeachersFrom = None,
     verify: Annotated[
         Literal["strict", "numeric", "off"] | None,
-        Option("--verify", help="How exactly rendered pixels must equal those that the teacher saw."),
+        Option("--verify", help="How exactly rendered pixels must match those that the teacher saw."),
     ] = None,
     shuffled: Annotated[
-        bool, Option("--shuffled", help="Control run: of a pairing, give each image the answers to another.")
+        bool, Option("--shuffled", help="Control run for a pairing: give each image the targets of another.")
     ] = False,
 ) -> CommandResult:
-    """Train a student from a cache, with no teacher in the loop."""
+    """Train a student from a cache, without a teacher in the loop."""
     if teachers_from is not None and not online:
         raise BadParameter("has no effect: no teachers are in the loop without --online", param_hint="--teachers-from")
     from logitcache.report.load_own import load_own, require_made
@@ -81,7 +81,7 @@ def train_student(
 
 
 def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) -> CommandResult:
-    """Train a teacher on labels, by the same loop."""
+    """Train a teacher on labels, with the same loop."""
     from logitcache.report.load_own import load_own
     from logitcache.student.distributed.ranks import joined
     from logitcache.student.training import train
@@ -96,7 +96,8 @@ def train_teacher(recipe: Recipe, overrides: Overrides, resume: Resume = False) 
 
 
 Grid = Annotated[
-    list[str], Option("--grid", metavar="KEY=V1,V2", help="Train with each of these values; repeatable, all with all.")
+    list[str],
+    Option("--grid", metavar="KEY=V1,V2", help="Train with each of these values; if repeated, with all combinations."),
 ]
 Space = Annotated[
     list[str],
@@ -110,7 +111,7 @@ Space = Annotated[
 
 def sweep(
     recipe: Recipe,
-    out: Annotated[Path, Argument(metavar="OUT", help="Folder of the runs and of the comparison.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="Folder of the runs and the comparison.")],
     overrides: Overrides,
     trust: Trust,
     grid: Grid = [],  # noqa: B006  # Typer's way
@@ -120,27 +121,27 @@ def sweep(
     ] = None,
     space: Space = [],  # noqa: B006
     trials: Annotated[
-        int | None, Option("--trials", min=1, metavar="N", help="Trials of the search, those before included.")
+        int | None, Option("--trials", min=1, metavar="N", help="Total number of trials, including earlier ones.")
     ] = None,
     seeds: Annotated[
-        int | None, Option("--seeds", min=1, metavar="N", show_default="1", help="Seeds of each cell.")
+        int | None, Option("--seeds", min=1, metavar="N", show_default="1", help="Number of seeds of each cell.")
     ] = None,
     baseline: Annotated[
         str | None,
-        Option("--baseline", metavar="CELL", help="The cell that others are compared with; by default the first."),
+        Option("--baseline", metavar="CELL", help="Cell that the others are compared with; by default the first."),
     ] = None,
     table: Annotated[
         TableFormat | None,
-        Option("--table", help="Print the comparison in a format, and no more."),
+        Option("--table", help="Print only the comparison, in this format."),
     ] = None,
     workers: Workers = None,
     scheduler: Scheduler = None,
 ) -> CommandResult:
-    """Train many students from one cache, on one stream of batches, and compare them.
+    """Train many students from one cache on shared batches, and compare them.
 
-    RECIPE is a student's, or a sweep's (kind: sweep). Cells are the product of --grid, or the --trials of a --space:
-    drawn at random, or chosen by Optuna. The same command continues what was stopped or killed; of a finished sweep it
-    prints the comparison.
+    RECIPE is a student recipe or a sweep recipe (kind: sweep). Cells are all combinations of --grid, or the --trials
+    of a --space: drawn at random, or chosen by Optuna. The same command continues after an interruption; for a finished
+    sweep, it prints the comparison.
     """
     from logitcache.report.load_own import require_made
     from logitcache.report.recipe_check import load_sweep
@@ -175,28 +176,26 @@ def _trained(result: "RunResult", is_shown: bool) -> CommandResult:
 
 
 def evaluate(
-    models: Annotated[
-        list[Path], Argument(metavar="RUN|FILE...", help="Folders made by training, and exported ONNX files.")
-    ],
+    models: Annotated[list[Path], Argument(metavar="RUN|FILE...", help="Run folders and exported ONNX files.")],
     overrides: Overrides,
     trust: Trust,
     teachers_from: TeachersFrom = None,
     latency: Annotated[
-        bool, Option("--latency", help="Time the model too, and the teachers where they can be built.")
+        bool, Option("--latency", help="Time the model too, and the teachers that can be built.")
     ] = False,
     batch_size: BatchSizes = [],  # noqa: B006  # Typer's way
     threads: Threads = [],  # noqa: B006
     repeats: Repeats = None,
     warm_up: WarmUp = None,
     table: Annotated[
-        TableFormat | None, Option("--table", help="Print the table of models in a format, and no more.")
+        TableFormat | None, Option("--table", help="Print only the table of models, in this format.")
     ] = None,
 ) -> CommandResult:
-    """Measure a trained model again; several, or an exported file, in one table beside their teachers.
+    """Evaluate a run; or several runs and exported files, with their teachers, in one table.
 
-    On the images of the first run, or with --set validation.… on others, which files alone need. If a teacher that you
-    name cannot be built or run, the figures are printed and the exit code is 2. The options from --batch-size to
-    --warm-up need --latency.
+    Uses the validation images of the first run, or those of --set validation.…, which is required without a run. If a
+    teacher that you name cannot be built or run, the other figures are printed and the exit code is 2. The options from
+    --batch-size to --warm-up need --latency.
     """
     plan = latency_plan(latency, batch_size, threads, repeats, warm_up)
     from logitcache.report.beside_teachers import compare_beside_teachers, evaluate_beside_teachers
@@ -226,26 +225,26 @@ def evaluate(
 
 
 def predict(
-    run: Annotated[Path, Argument(metavar="RUN|FILE", help="A folder made by training, or an exported ONNX file.")],
+    run: Annotated[Path, Argument(metavar="RUN|FILE", help="A run folder or an exported ONNX file.")],
     images: Annotated[
         list[str], Argument(metavar="IMAGE...", help="Image files, folders, or URLs (https://…, s3://…).")
     ],
     overrides: Overrides,
     trust: Trust,
     top: Annotated[int, Option("--top", min=1, metavar="K", help="Show the K most probable classes.")] = 5,
-    batch_size: Annotated[int, Option("--batch-size", min=1, metavar="N", help="Images at a time.")] = 32,
+    batch_size: Annotated[int, Option("--batch-size", min=1, metavar="N", help="Images per batch.")] = 32,
     orientation: Annotated[
         Literal["ignore", "apply"] | None,
         Option(
             "--orientation",
-            show_default="as for the images that the run was measured on",
-            help="Whether images are turned by their EXIF orientation.",
+            show_default="as for the run's validation images",
+            help="Whether images are rotated by their EXIF orientation.",
         ),
     ] = None,
 ) -> CommandResult:
-    """Predict the classes of images by a trained model, or an exported one.
+    """Predict the classes of images with a trained or exported model.
 
-    Images are transformed as in the run's evaluation; of a folder all images below it are taken. --set device=cpu
+    Images are transformed as in the run's evaluation. For a folder, all images below it are predicted. --set device=cpu
     chooses the device. If images cannot be read, the others are predicted and the exit code is 2.
     """
     from logitcache.errors import DataError

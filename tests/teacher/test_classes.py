@@ -315,7 +315,7 @@ def test_a_plan_counts_the_chosen_classes(tmp_path: Path) -> None:
 
 def test_the_example_of_the_docs_chooses_its_outputs(tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "how-to" / "bring-your-teacher.md").read_text()
-    section = text[text.index("## A teacher of more classes") :]
+    section = text[text.index("## A teacher with more classes than the data") :]
     block = section.partition("```yaml\n")[2].partition("```")[0]
     folder = write_images(tmp_path / "images", dict.fromkeys(("n01641577", "n01443537", "n01629819"), 4))
     entry = yaml.safe_load(block)["teachers"]["imagenet"] | teacher(DENSE32 | {"storage": "packed"})
