@@ -15,7 +15,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Preprocessing(Extended):
-    """How a model takes its pixels: (x / 255 - mean) / std, a number per channel, at `input_size`."""
+    """How pixels are normalised for a model: (x / 255 - mean) / std per channel, at `input_size`."""
 
     added: ClassVar[frozenset[str]] = frozenset({"interpolation"})
 
@@ -27,12 +27,12 @@ class Preprocessing(Extended):
     )
     input_size: Count | tuple[Count, Count] | None = Field(
         default=None,
-        description="Height and width of the images that the model takes, one number for both; by default any.",
+        description="Height and width that the model requires, one number for both; by default any size.",
         examples=[224],
     )
     interpolation: Interpolation = Field(
         default="bilinear",
-        description="How images of another size are brought to `input_size`; both ways are antialiased.",
+        description="Interpolation with which images of another size are resized to `input_size`, antialiased.",
     )
 
     @model_validator(mode="after")
@@ -54,12 +54,15 @@ class Variant(Extended):
 
     added: ClassVar[frozenset[str]] = frozenset({"compile"})
 
-    channels_last: bool = Field(default=False, description="Whether weights and images are laid out channels-last.")
+    channels_last: bool = Field(
+        default=False, description="Whether weights and images are in channels-last memory format."
+    )
     fold: bool = Field(default=False, description="Whether each BatchNorm is folded into the convolution before it.")
     compile: bool = Field(
         default=False,
-        description="Whether `torch.compile` compiles the network, with its weights as constants: seconds to minutes "
-        "at every start and for every size of a batch, which only pay on a large set; `auto` does not try it.",
+        description="Whether `torch.compile` compiles the network, with its weights as constants. This takes seconds "
+        "to minutes at every start and for every batch size, which pays off only on a large data set; `auto` does not "
+        "try it.",
     )
 
     @property

@@ -29,9 +29,9 @@ from logitcache.views.keys import Ints
 Without = Annotated[
     Literal["missing"] | tuple[str, ...],
     Field(
-        description="Images of the cache to leave out because the data set no longer has them: `missing` for all that "
-        "are gone, or a list of ids, besides which none may be missing. Only a cache to which images were appended "
-        "keeps the ids of its images.",
+        description="Images of the cache to leave out because the data set no longer has them: `missing` for all "
+        "missing images, or a list of ids, besides which none may be missing. Only works with a cache to which images "
+        "were appended, as others do not record the ids of their images.",
         examples=["missing", ["cat/07.jpg"]],
     ),
 ]

@@ -12,9 +12,9 @@ from logitcache.models.weights import load_weights, read_state
 
 
 class Checkpoint(Component):
-    """Weights of your own in an architecture: safetensors, or a torch file of weights alone.
+    """Your own weights in an architecture: safetensors, or a torch file that loads with `weights_only=True`.
 
-    The user gives the preprocessing: a file of weights does not hold it.
+    Set `preprocessing`, as a file of weights does not contain it.
     """
 
     kind: Literal["checkpoint"] = "checkpoint"
@@ -25,19 +25,19 @@ class Checkpoint(Component):
     path: str = Field(description="File of the weights.", examples=["teacher.safetensors"])
     key: str | None = Field(
         default=None,
-        description="Entry of the file that holds the weights, if it holds several things; by default the weights "
-        "are the file.",
+        description="Entry of the file that holds the weights, if there are several; by default the file is the state "
+        "dict.",
         examples=["state_dict"],
     )
     prefix: str | None = Field(
         default=None,
-        description="Prefix that is dropped from the names that have it; other names are left out. By default "
-        "names stay.",
+        description="Prefix to remove from parameter names; names without it are ignored. By default names are "
+        "unchanged.",
         examples=["module."],
     )
     num_classes: Count | None = Field(
         default=None,
-        description="Number of outputs of the weights, if the images' labels have another.",
+        description="Number of outputs of the weights, if it is not the number of classes of the images.",
         examples=[1000],
     )
 

@@ -11,7 +11,7 @@ from logitcache.models.base import BuiltModel, OwnArchitecture
 
 
 class Custom(OwnArchitecture):
-    """The nn.Module that a function of your own returns: float [B, C, H, W] to logits [B, K].
+    """The nn.Module that your own function returns: float [B, C, H, W] to logits [B, K].
 
     Logits are a tensor, the entry `logits` of a dictionary or object (Hugging Face), or the only entry of a dictionary
     or tuple. Traced modules and `torch.export(…).module()` work too, if they take batches of any size.
@@ -24,7 +24,7 @@ class Custom(OwnArchitecture):
     )
     arguments: dict[str, JsonValue] = Field(
         default={},
-        description="Keyword arguments of the function, numbers of classes and channels too if it needs them.",
+        description="Keyword arguments of the function, including numbers of classes and channels if it needs them.",
     )
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:

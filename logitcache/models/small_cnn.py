@@ -58,16 +58,16 @@ def small_cnn(width: int, depth: int, num_classes: int, in_channels: int) -> nn.
 
 
 class SmallCNN(OwnArchitecture):
-    """A small residual network for images from 8 × 8 up, with blocks at two sizes.
+    """A small residual network for images of at least 8 × 8 pixels, with blocks at two resolutions.
 
     With one block, grey images and ten classes: width 8 has 7 thousand parameters, width 32 has 112 thousand.
     """
 
     kind: Literal["small_cnn"] = "small_cnn"
     width: Count = Field(
-        default=8, description="Channels of the first blocks; those at the smaller size have twice as many."
+        default=8, description="Channels of the first blocks; those at the lower resolution have twice as many."
     )
-    depth: Count = Field(default=1, description="Blocks at each of the two sizes.")
+    depth: Count = Field(default=1, description="Blocks at each of the two resolutions.")
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:
         """Build the network with random weights."""

@@ -220,13 +220,13 @@ class OfRun(Component):
     path: str = Field(description="Folder of the run.", examples=["runs/teacher"])
     factory: str | None = Field(
         default=None,
-        description="Function that builds the model of a run of a `custom` model, as `package.module:function`; "
-        "one that a file names is never called.",
+        description="Function that builds the model of a run with a `custom` model, as `package.module:function`; a "
+        "function named in a file is never called.",
         examples=["mypackage.models:student"],
     )
     trust: Trust = Field(
         default=(),
-        description="Digest of a `model.json` that names more than the allow-list, as its refusal prints it.",
+        description="Digest of a `model.json` that names more than the allow-list; the error prints it.",
         examples=[["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"]],
     )
 
@@ -266,7 +266,7 @@ class OfRun(Component):
 
 
 class Run(OfRun):
-    """A run of `train-student` or `train-teacher`: its final weights, its normalisation."""
+    """The model of a run of `train-student` or `train-teacher`, with its final weights and normalisation."""
 
     kind: Literal["run"] = "run"
 

@@ -38,7 +38,7 @@ class Timm(Component):
         description="Name of the model, with or without the tag of its weights.", examples=["resnet50.a1_in1k"]
     )
     pretrained: bool = Field(
-        default=True, description="Whether the weights are timm's; `false` starts from random ones."
+        default=True, description="Whether to load timm's pretrained weights; `false` starts from random weights."
     )
     new_head: bool = Field(
         default=False,

@@ -36,8 +36,8 @@ class Torchvision(Component):
     kind: Literal["torchvision"] = "torchvision"
     name: str = Field(description="Name of the model.", examples=["resnet50"])
     weights: str | None = Field(
-        description="Name of the weights, `DEFAULT` or another, which bring their preprocessing; null starts from "
-        "random ones.",
+        description="Name of the weights, such as `DEFAULT`, which bring their preprocessing; null starts from random "
+        "weights.",
         examples=["IMAGENET1K_V2", None],
     )
     new_head: bool = Field(

@@ -16,8 +16,9 @@ Precision = Literal["float32", "bfloat16", "float16"]
 ChannelsLast = Annotated[
     Literal["auto"] | bool,
     Field(
-        description="Whether images and weights lie in channels-last memory format. `auto`, which the run records: on "
-        "a CPU, and on CUDA under autocast, if the model has 2-D convolutions and answers the same up to rounding.",
+        description="Whether images and weights are in channels-last memory format. `auto`: on a CPU, and on CUDA "
+        "under autocast, if the model has 2-D convolutions and its outputs do not change beyond rounding; the run "
+        "records the choice.",
     ),
 ]
 

@@ -28,7 +28,7 @@ class EnsembleBase(Component, ABC):
     kind: str
     teachers: Members | None = Field(
         default=None,
-        description="Members, teachers of the cache; by default all that have logits.",
+        description="Members: teachers of the cache; by default all that have logits.",
         examples=[["a", "b"]],
     )
 
@@ -43,8 +43,8 @@ class Mean(EnsembleBase):
     kind: Literal["mean"] = "mean"
     weights: tuple[Positive, ...] | None = Field(
         default=None,
-        description="Weight of each of `teachers`, which then are listed; scaled to a sum of 1. By default all "
-        "weigh alike.",
+        description="Weights of `teachers`, which must then be listed; normalised to a sum of 1. By default all are "
+        "equal.",
         examples=[[1, 3]],
     )
 
@@ -62,10 +62,10 @@ class Mean(EnsembleBase):
 
 
 class ByConfidence(EnsembleBase):
-    """Members count less the larger their cross-entropy L with the label: w_k = (1 - softmax(L)_k) / (M - 1).
+    """Weight members by their cross-entropy L with the label, the larger the less: w_k = (1 - softmax(L)_k) / (M - 1).
 
-    Zhang, Chen and Wang, "Confidence-aware multi-teacher knowledge distillation" (ICASSP 2022). Rows
-    without a label weigh members alike; if images are mixed, L is the mean over both labels by their shares.
+    Zhang, Chen and Wang, "Confidence-aware multi-teacher knowledge distillation" (ICASSP 2022). Rows without a label
+    weight members equally; if images are mixed, L is the mean over both labels, weighted by their shares.
     """
 
     needs_labels: ClassVar[bool] = True
@@ -79,10 +79,10 @@ class ByConfidence(EnsembleBase):
 
 
 class ByEntropy(EnsembleBase):
-    """Members count more the surer they are: the weights are softmax(-H), H each one's entropy in nats.
+    """Weight members by their confidence: the weights are softmax(-H), with H the entropy of each in nats.
 
-    Entropies as weights are from Kwon et al., "Adaptive knowledge distillation based on entropy" (ICASSP 2020), the
-    softmax of them is ours.
+    Weighting by entropy is from Kwon et al., "Adaptive knowledge distillation based on entropy" (ICASSP 2020); the
+    softmax is ours.
     """
 
     kind: Literal["by_entropy"] = "by_entropy"

@@ -7,9 +7,9 @@ from logitcache.models import Model, Preprocessing
 
 
 class LiveTeacher(Component):
-    """A teacher of the cache as a model of your own code, for `--online` and `evaluate`.
+    """A teacher of the cache whose model is your own code, for `--online` and `evaluate`.
 
-    A cache records how to build all other teachers. `--teachers-from precompute.yaml` takes these entries from the
+    Other teachers are built from the cache's manifest. `--teachers-from precompute.yaml` takes these entries from the
     recipe that filled the cache.
     """
 
@@ -18,6 +18,6 @@ class LiveTeacher(Component):
     )
     preprocessing: Preprocessing | None = Field(
         default=None,
-        description="Normalisation of the model's input; by default what the model brings along.",
+        description="Normalisation of the model's input; by default the model's own.",
         examples=[{"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}],
     )

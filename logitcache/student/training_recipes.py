@@ -42,10 +42,10 @@ class TrainingRecipe(Component):
     # So many epochs are a multiple of any views_per_image up to 10.
     stand_ins: ClassVar[dict[str, object]] = {"out": NOWHERE, "epochs": 2520}
 
-    out: str = Field(description="Folder of the run: weights, checkpoint, metrics.", examples=["runs/student"])
+    out: str = Field(description="Folder of the run, for weights, checkpoint and metrics.", examples=["runs/student"])
     model: Model | None = Field(
         default=None,
-        description="Model to train; may be left out only if `lc.train` is given the module itself.",
+        description="Model to train; may be omitted only if `lc.train` is given the module itself.",
         examples=[{"kind": "torchvision", "name": "resnet18", "weights": None}],
     )
     preprocessing: Preprocessing | None = Field(
@@ -57,54 +57,58 @@ class TrainingRecipe(Component):
     epochs: Count = Field(
         description="Epochs of the run. Epoch e replays view e modulo the number of views.", examples=[30]
     )
-    batch_size: Count = Field(default=256, description="Images of an optimiser step, of all processes together.")
+    batch_size: Count = Field(default=256, description="Images per optimiser step, over all processes together.")
     micro_batches: Count = Field(
         default=1,
-        description="Parts in which a batch is computed one after another, to fit in memory. Losses that compare "
-        "the images of a batch refuse more than one.",
+        description="Number of parts into which a batch is split, to save memory by gradient accumulation. Losses that "
+        "compare the images of a batch need 1.",
     )
     views_per_image: Count = Field(
         default=1,
-        description="k: one decode of an image serves k views. An epoch is then k views of every k-th image; "
-        "`epochs` and `batch_size` are multiples of k.",
+        description="Number k of views rendered from one decode of an image. An epoch is then k views of every k-th "
+        "image; `epochs` and `batch_size` must be multiples of k.",
     )
-    sampling: Sampling = Field(default=EveryImage(), description="Images of an epoch, always as many as there are.")
+    sampling: Sampling = Field(
+        default=EveryImage(),
+        description="How the images of an epoch are sampled; an epoch always has as many as the data set.",
+    )
     drop_last: bool = Field(
         default=False,
-        description="Whether a short last batch is left out. If one is too small for a loss that compares images, "
-        "training is refused.",
+        description="Whether to skip a last batch that is not full. If it is too small for a loss that compares "
+        "images, training is refused.",
     )
-    seed: Seed = Field(default=0, description="Seed of the initial weights, the order and dropout.")
+    seed: Seed = Field(default=0, description="Seed of the initial weights, the order of images and dropout.")
     order_seed: Seed | None = Field(
         default=None,
-        description="Seed of the order of images; by default `seed`. In a sweep, seeds of one order share batches.",
+        description="Seed of the order of images; by default `seed`. In a sweep, students with the same order share "
+        "batches.",
         examples=[0],
     )
     optimizer: Optimizer = Field(default=AdamW(), description="Optimiser and its learning rate.")
-    schedule: LearningRateSchedule = Field(
-        default=LearningRateSchedule(), description="Course of the learning rate over the run."
-    )
+    schedule: LearningRateSchedule = Field(default=LearningRateSchedule(), description="Learning rate over the run.")
     clip_norm: Positive | None = Field(
-        default=None, description="Largest norm of the gradient; by default it is not clipped.", examples=[1.0]
+        default=None,
+        description="Largest norm of the gradient, to which it is clipped; by default it is not clipped.",
+        examples=[1.0],
     )
     keep: Literal["last", "best"] = Field(
         default="last",
-        description="Weights that the run ends with: of the `last` epoch, or of the `best` one by top-1 (or mean "
+        description="Weights to save at the end: those of the `last` epoch, or of the `best` one by top-1 (or mean "
         "average precision) on `validation`.",
     )
     ema: Average | None = Field(
         default=None,
-        description="Exponential moving average of the weights, which is then measured and kept: its decay, or "
+        description="Exponential moving average of the weights, which is then evaluated and saved: its decay, or "
         "`{decay, warmup}`. By default none.",
         examples=[0.999],
     )
     precision: Precision = Field(
-        default="float32", description="Arithmetic of the forward pass, by autocast; `float16` uses a gradient scaler."
+        default="float32", description="Precision of the forward pass, by autocast; `float16` uses a gradient scaler."
     )
     tap_layouts: dict[str, ChannelLayout] = Field(
         default={},
-        description="Axis of the channels of the student's taps, by tap, as `layout` of features; by default it is "
-        "found. A run of a release without this key read every tap as `channels_first`.",
+        description="Channel axis of the student's taps, by tap, like `layout` of features; by default it is "
+        "determined automatically. Runs of versions before this key read every tap as `channels_first`.",
     )
     sync_batch_norm: bool = Field(
         default=False,
@@ -116,15 +120,15 @@ class TrainingRecipe(Component):
     compile: bool = Field(default=False, description="Whether the model runs through `torch.compile`.")
     validation: Validation | None = Field(
         default=None,
-        description="Images to measure on after an epoch; by default nothing is measured.",
+        description="Images for validation after an epoch; by default there is no validation.",
         examples=[{"cache": "caches/fashion_mnist/test.zarr"}],
     )
     trackers: Trackers = ()
     verify: Level = Field(
         default="strict",
-        description="How exactly pixels rendered here must be those that the teacher saw. `strict` refuses any "
-        "difference, also by `row_checksums` if the cache has them; `numeric` accepts the drift of "
-        "other kernels and compares the canaries alone; `off` compares nothing.",
+        description="How exactly rendered pixels must match those that the teacher saw. `strict` refuses any "
+        "difference in the canaries and, if the cache has `row_checksums`, in any row; `numeric` compares only the "
+        "canaries and accepts differences within `drift_limits`; `off` compares nothing.",
     )
     drift_limits: DriftLimits = Field(
         default=DriftLimits(), description="Differences of the canaries that `verify: numeric` accepts."
@@ -137,8 +141,8 @@ class TrainingRecipe(Component):
     )
     trust: Trust = Field(
         default=(),
-        description="Digests of manifests of caches that may name images at URLs, checkpoints and the like, as the "
-        "refusal or `logitcache inspect` prints them; `--trust DIGEST` does the same.",
+        description="Digests of the manifests of caches that may name images at URLs, checkpoints and the like; the "
+        "error and `logitcache inspect` print them. `--trust DIGEST` does the same.",
         examples=[["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"]],
     )
     checkpoint_steps: Count | None = Field(
@@ -148,8 +152,8 @@ class TrainingRecipe(Component):
     )
     num_workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
         default="auto",
-        description="Processes of each rank that render images; 0 renders in the main process. `auto`: none for a "
-        "small set, which stays on the device and is rendered there; else 2.",
+        description="Rendering processes per rank; 0 renders in the main process. `auto`: none for a small data set, "
+        "which stays on the device and is rendered there; otherwise 2.",
     )
     start_method: StartMethod = Field(default="forkserver", description="How Python starts the rendering processes.")
     device: str = Field(
@@ -204,54 +208,54 @@ class TrainingRecipe(Component):
 
 
 class StudentRecipe(TrainingRecipe):
-    """A student that learns from a cache. Its images are those of the cache, in the views that the teacher saw."""
+    """A student that learns from a cache, on the images and views that the teacher saw."""
 
     stand_ins: ClassVar[dict[str, object]] = TrainingRecipe.stand_ins | {"cache": NOWHERE}
 
     cache: str = Field(description="Cache to learn from, a folder or a URL.", examples=["caches/photos.zarr"])
     num_views: Count | None = Field(
         default=None,
-        description="Number of the cache's first views to use; by default those that it has when the run begins. A "
-        "run that continues on a cache that has grown keeps to the views that it began with.",
+        description="Number of views to use, from the first on; by default all that the cache has when the run begins. "
+        "A run resumed on a cache that has grown keeps the views that it began with.",
         examples=[8],
     )
     dataset: Dataset | None = Field(
         default=None,
-        description="Place of the images if they moved since stage one, or came from your own code; they must be "
-        "the same images. By default stage one's.",
+        description="Location of the images if they moved since stage one, or came from your own code; they must be "
+        "the same images. By default that of stage one.",
         examples=[{"kind": "image_folder", "root": "/data/photos"}],
     )
     without: Without = ()
     pairing: str | None = Field(
         default=None,
-        description="Folder that `logitcache pair` wrote: the student learns from the paired images, and `dataset` is "
-        "their place. By default from those that the teacher saw.",
+        description="Folder written by `logitcache pair`: the student learns from the paired images, and `dataset` is "
+        "their location. By default it learns from the images that the teacher saw.",
         examples=["pairs/half"],
     )
     shuffled: bool = Field(
         default=False,
-        description="Control run of a `pairing`: each image learns from the answers to another. Labels stay its own.",
+        description="Control run for a `pairing`: each image gets the targets of another image. Labels stay its own.",
     )
     teacher_dataset: Dataset | None = Field(
         default=None,
-        description="Place of the teacher's images beside a `pairing`, for `--online`, if they moved since stage one "
+        description="Location of the teacher's images, for `--online` with a `pairing`, if they moved since stage one "
         "or came from your own code.",
         examples=[{"kind": "image_folder", "root": "/data/photos"}],
     )
     replay: Replay = Field(
         default="planned",
-        description="Parameters of augmentations: drawn again from the seed, or read from a cache with "
-        "`record_parameters`.",
+        description="Source of the augmentations' parameters: `planned` draws them again from the seed, `recorded` "
+        "reads them from a cache with `record_parameters`.",
     )
     losses: Annotated[tuple[Loss, ...], Field(min_length=1)] = Field(
-        default=(KLDivergence(),), description="Losses, which are added up."
+        default=(KLDivergence(),), description="Losses, whose sum is minimised."
     )
     teachers: dict[Name, LiveTeacher] = Field(
-        default={}, description="Teachers for `--online` that are models of your own code, by their names in the cache."
+        default={}, description="Teachers of kind `custom` for `--online`, by their names in the cache."
     )
     ensembles: dict[Name, Ensemble] = Field(
         default={},
-        description="Ensembles of the cache's teachers, by names of your own, which losses use as `teacher`.",
+        description="Ensembles of the cache's teachers, by names of your choice, which losses use as `teacher`.",
         examples=[{"both": {"kind": "by_entropy", "teachers": ["a", "b"]}}],
     )
 
@@ -267,13 +271,13 @@ class StudentRecipe(TrainingRecipe):
 
 
 class TeacherRecipe(TrainingRecipe):
-    """A model that learns from labels, on a fresh view of every image in each epoch."""
+    """A model that learns from labels, with fresh augmentation of every image in each epoch."""
 
     needed: ClassVar[tuple[str, ...]] = ("model", "dataset")
 
     dataset: Dataset | None = Field(
         default=None,
-        description="Labelled images to learn from; may be left out only if `lc.train` is given the data set itself.",
+        description="Labelled images to learn from; may be omitted only if `lc.train` is given the data set itself.",
         examples=[{"kind": "image_folder", "root": "photos"}],
     )
     augmentations: tuple[Augmentation, ...] = Field(
@@ -284,7 +288,7 @@ class TeacherRecipe(TrainingRecipe):
     decode: Decode = "full"
     mixing: Mixings = ()
     losses: Annotated[tuple[LabelLoss, ...], Field(min_length=1)] = Field(
-        default=(CrossEntropy(),), description="Losses on labels, which are added up."
+        default=(CrossEntropy(),), description="Losses on labels, whose sum is minimised."
     )
 
     def _impossible(self) -> Iterator[str]:

@@ -16,29 +16,29 @@ COSTS = {"latency", "parameters", "flops"}
 
 
 class SweptStudent(StudentRecipe):
-    """The recipe of a student without `out`: each run of a sweep has a folder of its own."""
+    """The recipe of a student without `out`: each run of a sweep has its own folder."""
 
     out: str = Field(default=NOWHERE, description="Decided by the sweep.")
 
 
 class Halving(Component):
-    """Successive halving: at the end of some epochs only the best cells go on, with all their seeds.
+    """Successive halving: after given epochs, only the best cells continue, with all their seeds.
 
     Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization" (AISTATS 2016).
-    Of several metrics, cells go on front by front of those that no other surpasses in all of them, and within a front
-    by crowding distance, as in Schmucker et al., "Multi-objective asynchronous successive halving" (2021).
+    With several metrics, cells are ranked by Pareto front, and within a front by crowding distance, as in Schmucker et
+    al., "Multi-objective asynchronous successive halving" (2021).
     """
 
     epochs: Annotated[tuple[Count, ...], Field(min_length=1)] = Field(
         description="Epochs after which students are compared, ascending.", examples=[[2, 6]]
     )
     keep: Annotated[Float, Field(gt=0.0, lt=1.0)] = Field(
-        default=1 / 3, description="Share of the cells that continues after each comparison, at least one."
+        default=1 / 3, description="Share of the cells that continue after each comparison; at least one does."
     )
     metrics: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
         default=None,
-        description="Objectives as those of `search`, or columns of `metrics.jsonl`, to compare by: of a column more "
-        "is better, or less for one such as `-loss`. By default the objectives of `search`, or `accuracy`.",
+        description="What to compare by: objectives, as in `search`, or columns of `metrics.jsonl`, of which more is "
+        "better, or less if written as in `-loss`. By default the objectives of `search`, or `accuracy`.",
         examples=[["accuracy", "latency"]],
     )
 
@@ -52,38 +52,39 @@ class Halving(Component):
 class Timing(Component):
     """How the latency of a model is measured: once, in turns with others, on black images of the training size."""
 
-    batch_size: Count = Field(default=1, description="Images at a time.")
+    batch_size: Count = Field(default=1, description="Images per batch.")
     threads: Count = Field(default=1, description="CPU threads.")
-    warm_up: Count = Field(default=5, description="Batches that do not count.")
-    repeats: Count = Field(default=30, description="Batches to take the median of.")
+    warm_up: Count = Field(default=5, description="Untimed batches before the timed ones.")
+    repeats: Count = Field(default=30, description="Timed batches, of which the median is taken.")
 
 
 class SweepRecipe(Component):
-    """Students that share a recipe but for what `grid`, `search` and `cells` change, each with every seed.
+    """Students with one recipe except for the keys that `grid`, `search` and `cells` change, each trained with every
+    seed.
 
-    A key of `grid` is one of the student's recipe, as `--set` takes it, or several with commas between that change
-    together; a mapping of values names them. `cells` stand beside the grid's product, or the trials of a search.
+    A key of `grid` is a key of the student's recipe, as `--set` takes it, or several with commas between them that
+    change together; a mapping gives the values names. `cells` are trained in addition to the grid or the search.
     """
 
     kind: Literal["sweep"] = "sweep"
     student: SweptStudent = Field(
-        description="Recipe of a student, without `out`: each run has a folder of its own.",
+        description="Recipe of a student, without `out`: each run has its own folder.",
         examples=[{"cache": "caches/fashion_mnist/train.zarr", "model": {"kind": "small_cnn"}, "epochs": 16}],
     )
     grid: dict[str, Choices] = Field(
         default={},
-        description="Values by key of the student's recipe; their product makes the cells. Keys with commas between "
-        "them change together; a mapping names its values.",
+        description="Values by key of the student's recipe; every combination is a cell. Keys with commas between them "
+        "change together; a mapping gives its values names.",
         examples=[{"losses.0.temperature": [1, 2, 4]}],
     )
     cells: dict[CellName, dict[str, JsonValue]] = Field(
         default={},
-        description="Cells beside those of the grid: by name, values by key of the student's recipe.",
+        description="Cells in addition to those of the grid: by name, values by key of the student's recipe.",
         examples=[{"labels": {"losses": [{"kind": "cross_entropy"}]}}],
     )
     search: Search | None = Field(
         default=None,
-        description="Search of a space, in place of `grid`: each trial is a cell.",
+        description="Search of a space, instead of `grid`: each trial is a cell.",
         examples=[{"kind": "random", "space": {"model.width": [4, 8]}, "trials": 2}],
     )
     seeds: Count | Annotated[tuple[Seed, ...], Field(min_length=1)] = Field(
@@ -91,12 +92,12 @@ class SweepRecipe(Component):
     )
     baseline: str | None = Field(
         default=None,
-        description="Cell that others are compared with, seed by seed; by default the first.",
+        description="Cell that the others are compared with, seed by seed; by default the first.",
         examples=["labels"],
     )
     group_size: Count | None = Field(
         default=None,
-        description="Most students on one stream of batches; by default all that can share.",
+        description="Largest number of students that share batches; by default all that can.",
         examples=[16],
     )
     halving: Halving | None = Field(
@@ -104,10 +105,10 @@ class SweepRecipe(Component):
         description="Successive halving of the cells; by default all are trained to the end.",
         examples=[{"epochs": [2, 6]}],
     )
-    latency: Timing = Field(default=Timing(), description="Measurement of latency, if anything is compared by it.")
+    latency: Timing = Field(default=Timing(), description="How latency is measured, if anything is compared by it.")
     inexact_targets: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="Handling of cells whose temperature the cache's encoding does not serve within its error bound.",
+        description="Handling of cells at whose temperature the error of the cache's encoding exceeds its bound.",
     )
 
     @property

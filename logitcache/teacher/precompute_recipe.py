@@ -14,18 +14,18 @@ from logitcache.views.spec import ViewSpec
 
 
 class PrecomputeRecipe(Component):
-    """Which images, which views of them, which teachers, and where their answers go.
+    """Which images, views and teachers, and where to store the teachers' outputs.
 
-    Only `dataset`, `views`, `teachers`, `shard_rows`, `row_checksums` and `record_parameters` decide what is stored;
-    the rest may change between a run and its continuation. Several teachers answer the same pixels in one pass.
+    Only `dataset`, `views`, `teachers`, `shard_rows`, `row_checksums` and `record_parameters` determine what is stored;
+    the other keys may change when a run is continued. Several teachers run on the same pixels in one pass.
     """
 
     stand_ins: ClassVar[dict[str, object]] = {"cache": NOWHERE}
 
-    cache: str = Field(description="Cache to make, a folder or a URL.", examples=["caches/photos.zarr"])
+    cache: str = Field(description="Cache to write, a folder or a URL.", examples=["caches/photos.zarr"])
     dataset: Dataset | None = Field(
         default=None,
-        description="Images; may be left out only if `lc.precompute` is given the data set itself.",
+        description="Images; may be omitted only if `lc.precompute` is given the data set itself.",
         examples=[{"kind": "image_folder", "root": "photos"}],
     )
     views: ViewSpec = Field(
@@ -33,44 +33,43 @@ class PrecomputeRecipe(Component):
     )
     teachers: dict[TeacherName, TeacherSource] = Field(
         default={},
-        description="Teachers, by names of your own; may be left out only if `lc.precompute` is given the modules.",
+        description="Teachers, by names of your choice; may be omitted only if `lc.precompute` is given the modules.",
         examples=[{"resnet50": {"model": {"kind": "timm", "name": "resnet50.a1_in1k"}}}],
     )
     new_images: Literal["refuse", "append"] = Field(
         default="refuse",
         description="What to do with images of the data set that the cache does not have. `append` adds them in their "
-        "order after those of the cache, and only they are answered; `refuse` takes the data set for another one. "
-        "Mixed views grow by whole windows of `pairing_window` images.",
+        "order after those of the cache, and runs the teachers only on them; `refuse` is an error. Mixed views grow by "
+        "whole windows of `pairing_window` images.",
     )
-    batch_size: Count = Field(default=256, description="Images of a forward pass.")
+    batch_size: Count = Field(default=256, description="Images per forward pass.")
     num_workers: Annotated[int, Field(ge=0)] = Field(
-        default=2, description="Processes that render images; 0 renders in the main process."
+        default=2, description="Rendering processes; 0 renders in the main process."
     )
     start_method: StartMethod = Field(default="forkserver", description="How Python starts the rendering processes.")
     shard_rows: Count | None = Field(
         default=None,
-        description="Rows of a shard, the unit of work that a stop can lose. By default about 32 MiB of the "
-        "largest array and at most 65,536 rows, more from 8.4 million images on; of fewer than a "
-        "million images at most a sixteenth of a view, but 64 rows or whole pages. Hot arrays fill "
-        "whole pages of 4096 bytes: a target whose rows do not is stored packed, and the command "
-        "reports it.",
+        description="Rows of a shard, the unit of work that an interruption can lose. By default about 32 MiB of the "
+        "largest array and at most 65,536 rows, more from 8.4 million images on; for fewer than a million images at "
+        "most a sixteenth of a view, but at least 64 rows or whole pages. Hot arrays fill whole pages of 4096 bytes: a "
+        "target whose rows do not is stored packed, and the command reports it.",
         examples=[16384],
     )
     views_per_image: Count = Field(
         default=1,
-        description="Views that one decode of an image serves; so many shards are in work at a time. It changes no "
-        "byte of the cache.",
+        description="Views rendered from one decode of an image; as many shards are in progress at a time. It changes "
+        "no byte of the cache.",
     )
     row_checksums: bool = Field(
         default=False,
-        description="Whether a CRC-32 of every view's pixels is kept, 4 bytes a row before compression; students "
-        "compare every image that they render.",
+        description="Whether to store a CRC-32 of every view's pixels, 4 bytes per row before compression, with which "
+        "students compare every image that they render.",
     )
     record_parameters: bool = Field(
         default=False,
-        description="Whether the parameters that the augmentations drew are kept, for caches meant to outlive the "
-        "code that draws them: `verify` compares them, `replay: recorded` uses them, two views of them "
-        "in the memory of every process.",
+        description="Whether to store the parameters that the augmentations drew, for caches meant to outlive the code "
+        "that draws them: `verify` compares them and `replay: recorded` uses them, with two views of them in the "
+        "memory of every process.",
     )
     device: str = Field(
         default="auto",

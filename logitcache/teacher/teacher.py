@@ -35,40 +35,40 @@ Outputs = Annotated[tuple[Output, ...] | dict[str, Output], Field(min_length=1)]
 
 
 class TeacherSource(Component):
-    """A teacher, and what to keep of its answers."""
+    """A teacher, and which of its outputs to store."""
 
     model: Model | None = Field(
         default=None,
-        description="Model of the teacher; may be left out only if `lc.precompute` is given the module itself.",
+        description="Model of the teacher; may be omitted only if `lc.precompute` is given the module itself.",
         examples=[{"kind": "timm", "name": "resnet50.a1_in1k"}],
     )
     preprocessing: Preprocessing | None = Field(
         default=None,
-        description="Normalisation of the model's input; by default what the model brings along.",
+        description="Normalisation of the model's input; by default the model's own.",
         examples=[{"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}],
     )
     precision: Precision = Field(
-        default="float32", description="Arithmetic of the forward pass; `bfloat16` and `float16` are by autocast."
+        default="float32", description="Precision of the forward pass; `bfloat16` and `float16` use autocast."
     )
     speed: Literal["auto"] | Variant | None = Field(
         default=None,
-        description="Variant of the network that answers: laid out channels-last, with BatchNorm folded into "
-        "convolutions, compiled, or several of these; it rounds in its own way. `auto` times the first two before the "
-        "first shard and takes the fastest whose answers agree with the plain ones; the cache records it. By default "
-        "the network runs as built.",
+        description="Faster variant of the network: in channels-last memory format, with BatchNorm folded into "
+        "convolutions, compiled, or several of these; rounding differs. `auto` times the first two and their "
+        "combination before the first shard, and takes the fastest whose outputs agree with those of the plain "
+        "network; the cache records it. By default the network runs as built.",
         examples=["auto", {"channels_last": True, "fold": True}],
     )
     classes: Outputs | None = Field(
         default=None,
-        description="The network's output for each class of the data set, if it has others too: a list in the "
-        "order of the classes, or a map from their names or indices. Logits of other outputs are left "
-        "out before anything else is computed. By default all outputs are classes.",
+        description="The network's output for each class of the data set, if it has more outputs: a list in the order "
+        "of the classes, or a map from their names or indices. Other outputs are dropped before anything else is "
+        "computed. By default all outputs are classes.",
         examples=[[1, 25, 30], {"n01443537": 1}],
     )
-    logits: Encoding | None = Field(default=Dense(), description="Encoding of the logits; null keeps features alone.")
+    logits: Encoding | None = Field(default=Dense(), description="Encoding of the logits; null stores only features.")
     features: dict[FeatureName, Feature] = Field(
         default={},
-        description="Features to keep, by names of your own.",
+        description="Features to store, by names of your choice.",
         examples=[{"last": {"kind": "pooled", "tap": "layer4"}}],
     )
 

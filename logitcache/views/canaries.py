@@ -25,8 +25,8 @@ Level = Literal["strict", "numeric", "off"]
 class DriftLimits(Component):
     """Differences of the canaries' pixels that `verify: numeric` accepts, in levels of 255.
 
-    The defaults lie between what another CPU or release makes of a resize (mean below 0.25, at most 9 levels) and what
-    another kernel does (mean above 1, 19 levels or more).
+    The defaults lie between the effect of another CPU or release on a resize (mean below 0.25, at most 9 levels) and
+    that of another kernel (mean above 1, 19 levels or more).
     """
 
     mean: Annotated[float, Field(ge=0.0, le=255.0), Lenient] = Field(

@@ -26,7 +26,7 @@ _DIGITS = Context(prec=40)
 
 
 class EveryImage(Component):
-    """Take each image once an epoch."""
+    """Use each image once per epoch."""
 
     by_class: ClassVar[bool] = False
 
@@ -112,7 +112,7 @@ class ClassBalanced(_ByClass):
 
 
 class EffectiveNumber(_ByClass):
-    """Draw each image by the inverse of its class's effective number (1 - βⁿ) / (1 - β), n images in the class.
+    """Draw images in inverse proportion to the effective number (1 - βⁿ) / (1 - β) of their class with n images.
 
     Cui et al., "Class-balanced loss based on effective number of samples" (CVPR 2019).
     """
@@ -120,7 +120,7 @@ class EffectiveNumber(_ByClass):
     kind: Literal["effective_number"] = "effective_number"
     beta: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] = Field(
         default=0.999,
-        description="β of the effective number: near 0 draws as the images are, near 1 as `class_balanced` does.",
+        description="β of the effective number: near 0 it draws all images alike, near 1 as `class_balanced` does.",
     )
 
     def shares(self, counts: list[int]) -> list[Decimal]:

@@ -37,7 +37,7 @@ Decode = Annotated[
     Literal["full", "scaled"],
     AfterValidator(_with_resizing),
     Field(
-        description="Resolution in which files are decoded. `scaled` decodes JPEG at 1/2, 1/4 or 1/8 of its height and "
+        description="Resolution at which files are decoded. `scaled` decodes JPEG at 1/2, 1/4 or 1/8 of its height and "
         "width: the smallest scale at which every crop that the augmentations can draw has at least the pixels of the "
         "result. It is meant for large photographs, whose decoding costs most. Other files are decoded in full."
     ),

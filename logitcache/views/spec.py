@@ -40,18 +40,18 @@ class ViewSpec(Extended):
     """Deterministically augmented copies of every image.
 
     The pixels of a view are a pure function of these entries, the key (view, image) and the number of images;
-    `num_views` only counts the views that are used. With `mixing`, each image is mixed with a partner, another in each
-    view; both images of a pair are one another's partner.
+    `num_views` only sets how many views are used. With `mixing`, each image is mixed with a partner, a different one in
+    each view; partners are mutual.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"decode"})
 
     num_views: Annotated[int, Field(ge=1, lt=2**32)] = Field(
         default=1,
-        description="Number of views: augmented copies of every image. A finished cache grows by a larger number.",
+        description="Number of views: augmented copies of every image. A larger number adds views to a finished cache.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**64)] = Field(
-        default=0, description="Seed of the augmentations and of the pairs that are mixed."
+        default=0, description="Seed of the augmentations and of the mixed pairs."
     )
     augmentations: Annotated[tuple[Augmentation, ...], Field(max_length=64)] = Field(
         default=(),
@@ -63,15 +63,15 @@ class ViewSpec(Extended):
     mixing: Mixings = ()
     pairing_window: Annotated[int, Field(ge=2, multiple_of=2)] | None = Field(
         default=None,
-        description="Number of consecutive images, even, among which partners are found; by default all. A divisor "
-        "of `shard_rows` lets stage one decode each image once, others take up to two decodes. On data "
-        "sorted by class, take a window of many classes; for packed arrays, one of few shards.",
+        description="Number of consecutive images (even) within which partners are chosen; by default all. With a "
+        "divisor of `shard_rows`, stage one decodes each image once, otherwise up to twice. For data sorted by class, "
+        "choose a window of many classes; for packed arrays, one of few shards.",
         examples=[4096],
     )
     targets: Literal["exact", "linear"] = Field(
         default="exact",
-        description="Targets of mixed images. `exact`: the teacher answers the mixed image. `linear`: its answers "
-        "to the two images are mixed, an approximation that keeps no features.",
+        description="Targets of mixed images. `exact`: the teacher's outputs for the mixed image. `linear`: its "
+        "outputs for the two images are mixed, an approximation without features.",
     )
     plan_version: PlanVersion = Field(
         default_factory=lambda given: newest_plan(given.get("mixing", ())),

@@ -35,17 +35,17 @@ class Choice(NamedTuple):
 class Auto(LogitsEncoding):
     """The smallest of `packed_top_k`, `transform`, `uint8` and `dense` whose error is within a bound.
 
-    The error is the mean KL(full ‖ decoded), judged on a quarter of the calibration images and fitted on the others.
-    Bytes are those of compressed chunks.
+    The error is the mean KL(full ‖ decoded) on a quarter of the calibration images; encodings are fitted to the others.
+    Sizes are those of compressed chunks.
     """
 
     kind: Literal["auto"] = "auto"
     max_kl: Positive = Field(description="Largest mean KL(teacher ‖ decoded) in nats.", examples=[0.002])
     temperature: Positive = Field(
-        default=1.0, description="Temperature at which the KL divergence is taken; give that of the student's loss."
+        default=1.0, description="Temperature of the KL divergence; set that of the student's loss."
     )
     storage: Literal["packed"] = Field(
-        default="packed", description="Always packed: compressed by zstd, and read a shard at a time."
+        default="packed", description="Always packed: compressed with zstd, and read a shard at a time."
     )
 
     @property

@@ -12,7 +12,7 @@ from logitcache.logits import CompactLogits, Logits
 
 
 class Dense(Plain):
-    """All C logits of a row, 2 C or 4 C bytes; float16 rounds each to 11 bits, a common offset included; float32 is
+    """All C logits of a row, in 2 C or 4 C bytes; float16 rounds each to 11 bits, including a common offset; float32 is
     exact.
     """
 

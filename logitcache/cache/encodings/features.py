@@ -47,49 +47,45 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Feature(Extended):
     """The output or input of a module of the teacher, for losses on features.
 
-    Errors are recorded of `int8` and of `channels`. `float16` rounds each number to 11 bits: its relative error is at
-    most 2⁻¹¹ from 6·10⁻⁵ on (below, 3·10⁻⁸ absolute), and numbers that it cannot hold are refused. With `views.targets:
-    linear` there are no features.
+    Errors of `int8` and `channels` are recorded. `float16` rounds each number to 11 bits: its relative error is at most
+    2⁻¹¹ from 6·10⁻⁵ on (below, 3·10⁻⁸ absolute), and numbers beyond its range are refused. With `views.targets: linear`
+    there are no features.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"layout"})
 
     kind: FeatureKind = Field(
-        description="What is kept. `pooled`: the mean over places or tokens. `maps`: maps [C, H, W], tokens [N, D] "
-        "or vectors as they are. `attention`: the mean of squares over channels. `grad_cam`: where the "
-        "logit of the label (of the answer, without a label) gets its evidence; it takes a second pass "
-        "and the memory of a training step.",
+        description="What to store. `pooled`: the mean over positions or tokens. `maps`: maps [C, H, W], tokens [N, D] "
+        "or vectors as they are. `attention`: the mean of squares over channels. `grad_cam`: the Grad-CAM map of the "
+        "label (of the predicted class, without a label); it takes a backward pass and the memory of a training step.",
         examples=["pooled"],
     )
     tap: Annotated[str, Field(min_length=1, max_length=200)] = Field(
-        description="Path of a module, as `named_modules` gives it; `:input` after it takes the module's input. "
-        "The module must run exactly once in a forward pass. `logitcache plan RECIPE --taps` lists "
-        "all.",
+        description="Path of a module, as in `named_modules`; with the suffix `:input`, its input. The module must run "
+        "exactly once per forward pass. `logitcache plan RECIPE --taps` lists all.",
         examples=["layer4"],
     )
     layout: ChannelLayout = Field(
         default="auto",
-        description="Axis of the module's channels: `channels_first` ([C, H, W] or [C, N]), `channels_last` ([H, "
-        "W, C], as stages of Swin) or `tokens` ([N, D]). `auto` finds it by the axes that change when "
-        "the image is twice as large, or else by timm's `feature_info` or the shape; it is an error if "
-        "none decides.",
+        description="Channel axis of the module's output: `channels_first` ([C, H, W] or [C, N]), `channels_last` ([H, "
+        "W, C], as in Swin) or `tokens` ([N, D]). `auto` determines it from the axes that change when the image is "
+        "twice as large, or else from timm's `feature_info` or the shape; it is an error if none of them decides.",
     )
     size: Count | tuple[Count, Count] | None = Field(
         default=None,
-        description="Height and width to which maps are brought, by means over areas; one number for both. By "
-        "default they stay as they are.",
+        description="Height and width to which maps are resized, by averaging over areas; one number for both. By "
+        "default they keep their size.",
         examples=[7],
     )
     channels: Count | None = Field(
         default=None,
-        description="Number of leading components of a basis fitted to calibration rows that are kept; losses get "
-        "features of full width back. By default all channels are kept.",
+        description="Number of leading components to store, in a basis fitted to calibration rows; losses get features "
+        "of full width. By default all channels are stored.",
         examples=[64],
     )
     dtype: Literal["float16", "float32", "int8"] = Field(
         default="float16",
-        description="Type of the numbers; `int8` has a float32 scale for each channel of maps, each token, or each "
-        "vector.",
+        description="Type of the numbers; `int8` has one float32 scale per channel of maps, per token, or per vector.",
     )
     storage: Storage = "hot"
 

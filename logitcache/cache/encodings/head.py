@@ -33,10 +33,10 @@ TOLERANCE = 0.02
 
 
 class Head(LogitsEncoding):
-    """The input of the last linear layer in place of its output: 2 D or 4 D bytes for D inputs, whatever C is.
+    """The input of the last linear layer instead of its output: 2 D or 4 D bytes for D inputs, whatever C is.
 
-    The layer's weights lie in the cache, and every logit is W x + b. The input is the feature `penultimate`, which
-    losses of features use as well.
+    The layer's weights are stored in the cache, and logits are computed as W x + b. The input is also the feature
+    `penultimate`, for feature losses.
     """
 
     kind: Literal["head"] = "head"

@@ -38,11 +38,11 @@ class LargestLogits(Plain):
 
 
 class TopK(LargestLogits):
-    """The k largest log-probabilities and their classes, and of the rest log mass, mean and variance: 4 k + 12 bytes.
+    """The k largest log-probabilities and their classes, and log mass, mean and variance of the rest: 4 k + 12 bytes.
 
-    Log-probabilities, not probabilities, since float16 has no room for small ones; never renormalised, since a
-    distribution without its tail has an infinite divergence from the full one. All of a row lies together, as words of
-    two bytes: a random row is one place of the disk, and of memory.
+    Log-probabilities are stored, as float16 cannot hold small probabilities; they are not renormalised, as a
+    distribution without its tail has an infinite divergence from the full one. A row is contiguous, as words of two
+    bytes: reading a random row touches one place on disk and in memory.
     """
 
     kind: Literal["top_k"] = "top_k"
@@ -108,16 +108,17 @@ def _others(index: Tensor, num_classes: int) -> Tensor:
 
 
 class PackedTopK(LargestLogits):
-    """What `top_k` keeps, in about half the bytes: about 24 for 10 of 1,000 classes once compressed.
+    """The content of `top_k` in about half the bytes: about 24 for 10 of 1,000 classes after compression.
 
-    Classes take ⌈log₂ C⌉ bits each, log-probabilities are stored by how far each falls below the last, the rest's three
-    numbers in float16. A fall beyond 255 steps, which is e^-16 at a step of 1/16, is spread over the ranks that follow.
+    Classes take ⌈log₂ C⌉ bits each, log-probabilities are stored as differences from the previous rank, and the three
+    moments of the rest in float16. A difference beyond 255 steps (a factor of e^-16 at a step of 1/16) is spread over
+    the following ranks.
     """
 
     kind: Literal["packed_top_k"] = "packed_top_k"
     k: Count = Field(description="Number of classes kept, the most probable ones.", examples=[10])
     step: Positive = Field(
-        default=0.0625, description="Step of the log-probabilities in nats, to whose multiples they are rounded."
+        default=0.0625, description="Step in nats, to whose multiples log-probabilities are rounded."
     )
     storage: Storage = "packed"
 

@@ -26,23 +26,23 @@ TEMPERATURES = (1.5, 4.0)
 
 
 class Transform(LogitsEncoding):
-    """Every logit, as coefficients in a basis fitted to calibration rows: about 215 bytes for 1,000 classes by default.
+    """All logits, as coefficients in a basis fitted to calibration rows: about 215 bytes for 1,000 classes by default.
 
-    The decoder corrects the largest logits of its own approximation, which integers make the same everywhere, so that
-    no index is stored.
+    The decoder corrects the largest logits of its approximation; as integer arithmetic makes the approximation
+    identical everywhere, their indices need not be stored.
     """
 
     kind: Literal["transform"] = "transform"
     step: Positive = Field(
         default=0.8,
-        description="Step to whose multiples the coefficients are rounded. Half the step takes about one bit more "
-        "a coefficient and leaves a quarter of the divergence.",
+        description="Step to whose multiples coefficients are rounded. Half the step takes about one more bit per "
+        "coefficient and leaves a quarter of the divergence.",
     )
     corrections: int = Field(
         default=64, ge=0, description="Number of the largest logits that are corrected in each row."
     )
     storage: Literal["packed"] = Field(
-        default="packed", description="Always packed: compressed by zstd, and read a shard at a time."
+        default="packed", description="Always packed: compressed with zstd, and read a shard at a time."
     )
 
     def fit(self, logits: Tensor, images: Tensor | None = None) -> FittedTransform:

@@ -14,9 +14,10 @@ LEVELS = 255
 
 
 class UInt8(Plain):
-    """All C logits of a row in even steps from its smallest to its largest, C + 4 bytes; errs by half a step at most.
+    """All C logits of a row in equal steps from its smallest to its largest, in C + 4 bytes; the error is at most half
+    a step.
 
-    Half a step is (max - min) / 510 of the row.
+    Half a step is (max - min) / 510, with the extremes of the row.
     """
 
     gives: ClassVar[frozenset[str]] = frozenset({"logits", "raw logits"})

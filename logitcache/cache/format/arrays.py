@@ -15,8 +15,8 @@ from logitcache.store.shards import COMMITS, RECORD_BYTES, Shard, StoredShard, r
 Storage = Annotated[
     Literal["hot", "packed"],
     Field(
-        description="`hot`: uncompressed and read in place, row by row. `packed`: compressed by zstd and read a shard "
-        "at a time, the rest of a view ahead of its use."
+        description="`hot`: uncompressed and read in place, row by row. `packed`: compressed with zstd and read a "
+        "shard at a time, the rest of a view ahead of its use."
     ),
 ]
 

@@ -34,31 +34,31 @@ _SHOWN = 3
 class Transformers(Component):
     """A vision model of transformers; needs `pip install 'logitcache[hf]'`.
 
-    Weights are read from safetensors alone, no code of a repository is run, and what the weights lack is an error. Taps
-    are the module paths of transformers.
+    Weights are read only from safetensors, no code in a repository is run, and missing weights are an error. Taps are
+    the module paths of transformers.
     """
 
     kind: Literal["transformers"] = "transformers"
     path: str = Field(
-        description="Folder that save_pretrained wrote, or `hf://OWNER/NAME` of the Hub.",
+        description="Folder written by `save_pretrained`, or `hf://OWNER/NAME` on the Hub.",
         examples=["models/vit", "hf://google/vit-base-patch16-224"],
     )
     revision: str | None = Field(
         default=None,
-        description="Branch, tag or commit of a model of the Hub; by default its main branch.",
+        description="Branch, tag or commit of a model on the Hub; by default its main branch.",
         examples=["main"],
     )
     task: Task = Field(
         default="classification",
-        description="`classification` answers logits of the classes that the weights were trained on; `features` is "
-        "the network without a head, for `logits: null`; `zero_shot` compares images with `labels` (CLIP and SigLIP).",
+        description="`classification` outputs logits for the classes that the weights were trained on; `features` is a "
+        "network without a head, for `logits: null`; `zero_shot` compares images with `labels` (CLIP and SigLIP).",
     )
     labels: tuple[str, ...] = Field(
-        default=(), description="Names of the classes of `zero_shot`, in their order.", examples=[["cat", "dog"]]
+        default=(), description="Class names for `zero_shot`, in the order of the classes.", examples=[["cat", "dog"]]
     )
     templates: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         default=("a photo of a {}.",),
-        description="Sentences of `zero_shot`, with `{}` in the place of a label; a label is the mean of all of them.",
+        description="Prompt templates for `zero_shot`, with `{}` for the label; their embeddings are averaged.",
     )
     new_head: bool = Field(
         default=False,
@@ -142,7 +142,7 @@ class TransformersNetwork(OwnArchitecture):
 
     kind: Literal["transformers_network"] = "transformers_network"
     config: dict[str, JsonValue] = Field(
-        description="Content of the model's `config.json`; what names code or kernels is left out.",
+        description="Content of the model's `config.json`, without entries that name code or kernels.",
         examples=[{"model_type": "vit", "hidden_size": 192}],
     )
 

@@ -25,26 +25,26 @@ _SHOWN = 3
 
 
 class ImportedAnswers(Component):
-    """Answers of a teacher of another framework, or of a service, in files (NPZ, parquet, JSON lines).
+    """Outputs of a teacher from another framework, or of a service, in files (NPZ, Parquet, JSON Lines).
 
-    Rows are found by their key, `VIEW/IMAGE`. Features are tapped by the names of their columns.
+    Rows are looked up by their key, `VIEW/IMAGE`. Features are tapped by the names of their columns.
     """
 
     kind: Literal["answers"] = "answers"
     path: str = Field(description="File of the answers, or folder of several.", examples=["answers.npz"])
     whose: str = Field(
-        description="Whose answers they are, for people who read the cache's manifest.",
+        description="Description of the teacher, recorded in the cache's manifest.",
         examples=["EfficientNetV2-S of Keras 3.15, ImageNet weights"],
         min_length=1,
         max_length=1000,
     )
     pixels: Literal["proven", "trusted"] = Field(
         default="proven",
-        description="`proven` compares the CRC-32 that every answer brings with the pixels of the view; `trusted` "
-        "takes answers without one. The manifest records which.",
+        description="`proven` compares the CRC-32 of every answer with the pixels of its view; `trusted` accepts "
+        "answers without a CRC-32. The manifest records which.",
     )
     num_classes: Count | None = Field(
-        default=None, description="Number of classes of answers that hold the most probable ones.", examples=[1000]
+        default=None, description="Number of classes, if the files hold only the most probable ones.", examples=[1000]
     )
 
     def build(self, num_classes: int | None, in_channels: int) -> BuiltModel:

@@ -25,11 +25,11 @@ _SEARCH_STEPS, _MOST = 5, 0.95
 
 
 class Pruned(OfRun):
-    """The network of a run, pruned, with the weights that are left, to be trained further.
+    """The pruned network of a run with its remaining weights, for fine-tuning.
 
-    `macs` removes channels with torch-pruning: of each group of layers that depend on one another the same share,
-    those with the smallest L2 norm over the group ("DepGraph: Towards Any Structural Pruning", arXiv:2301.12900).
-    `sparsity` sets the weights with the smallest magnitude of all convolutions and linear layers to zero
+    `macs` removes channels with torch-pruning: the same share from each group of dependent layers, those with the
+    smallest L2 norm over the group ("DepGraph: Towards Any Structural Pruning", arXiv:2301.12900). `sparsity` sets the
+    weights with the smallest magnitude of all convolutions and linear layers to zero
     (torch.nn.utils.prune.global_unstructured) and keeps them at zero. The output layer keeps its classes.
     """
 
@@ -41,7 +41,7 @@ class Pruned(OfRun):
     )
     sparsity: Share | None = Field(
         default=None,
-        description="Share of the weights of convolutions and linear layers to set to zero; their shapes stay.",
+        description="Share of the weights of convolutions and linear layers to set to zero; shapes do not change.",
         examples=[0.8],
     )
     input_size: tuple[Side, Side] | None = Field(
@@ -50,12 +50,10 @@ class Pruned(OfRun):
         "input size of the run's model.",
         examples=[[32, 32]],
     )
-    round_to: Count = Field(
-        default=8, description="The number of channels that `macs` leaves in a layer is a multiple of this."
-    )
+    round_to: Count = Field(default=8, description="With `macs`, layers keep a multiple of this number of channels.")
     unpruned: tuple[str, ...] = Field(
         default=(),
-        description="Paths of layers that are not pruned, besides the output layer.",
+        description="Paths of layers that are not pruned, in addition to the output layer.",
         examples=[["features.0.0"]],
     )
 

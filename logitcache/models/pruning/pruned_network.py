@@ -29,7 +29,7 @@ Shape = Annotated[tuple[Count, ...], Field(max_length=8)]
 class PrunedNetwork(OwnArchitecture):
     """A network with fewer channels than the architecture that it was pruned from.
 
-    Each smaller parameter begins with the first values of the architecture's own along each axis.
+    Initially, each smaller parameter has the first values of the architecture's own along each axis.
     """
 
     kind: Literal["pruned_network"] = "pruned_network"

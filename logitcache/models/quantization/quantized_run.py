@@ -12,9 +12,9 @@ from logitcache.models.stored import OfRun
 
 
 class QuantizedRun(OfRun):
-    """A run's network with int8 arithmetic imitated, to train on (quantisation-aware); needs the extra `quant`.
+    """A run's network with fake int8 quantisation, for quantisation-aware training; needs the extra `quant`.
 
-    Weights are quantised by output channel, activations by tensor. Batch normalisation is folded into convolutions,
+    Weights are quantised per output channel, activations per tensor. Batch normalisation is folded into convolutions,
     and there is no dropout. `logitcache quantize RUN --qat` writes this entry.
     """
 

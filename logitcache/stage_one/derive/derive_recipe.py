@@ -11,17 +11,17 @@ from logitcache.config.recipe import NOWHERE, Component, Count, Name, Positive
 
 
 class DerivedTeacher(Component):
-    """A teacher of the new cache, made of teachers of the source."""
+    """A teacher of the new cache, made from teachers of the source."""
 
     members: Annotated[dict[TeacherName, Positive], Field(min_length=1)] | None = Field(
         default=None,
-        description="Weight of each teacher of the source that counts; by default the one that has this teacher's "
-        "name. Weights count by their ratio.",
+        description="Teachers of the source and their weights in the average; by default the teacher of this name. "
+        "Weights are normalised to a sum of 1.",
         examples=[{"resnet50": 1, "vit": 3}],
     )
     average: MeanOf | None = Field(
         default=None,
-        description="What is averaged for several members: `logits`, or `probabilities` at `temperature`.",
+        description="What to average over several members: `logits`, or `probabilities` at `temperature`.",
         examples=["probabilities"],
     )
     temperature: Positive = Field(
@@ -29,13 +29,14 @@ class DerivedTeacher(Component):
     )
     logits: Encoding | None = Field(
         default=None,
-        description="Encoding of the member's logits, or of the mean; by default none are encoded anew.",
+        description="New encoding of the member's logits, or the encoding of the average; by default logits are not "
+        "encoded again.",
         examples=[{"kind": "transform"}],
     )
     keep: tuple[Name, ...] | Literal["all"] = Field(
         default=(),
-        description="Targets of the member that are copied as they are: names of features, and `logits` unless "
-        "they are encoded anew; `all` copies all.",
+        description="Targets of the member to copy unchanged: names of features, and `logits` unless they are encoded "
+        "again; `all` copies everything.",
         examples=[["pooled"]],
     )
 
@@ -64,20 +65,21 @@ class DeriveRecipe(Component):
     stand_ins: ClassVar[dict[str, object]] = {"cache": NOWHERE, "out": NOWHERE}
 
     cache: str = Field(description="Finished cache to read, a folder or a URL.", examples=["caches/imagenet.zarr"])
-    out: str = Field(description="New cache to make, a folder or a URL.", examples=["caches/imagenet-small.zarr"])
+    out: str = Field(description="Cache to write, a folder or a URL.", examples=["caches/imagenet-small.zarr"])
     num_views: Count | None = Field(
-        default=None, description="Number of the source's first views to take; by default all.", examples=[4]
+        default=None, description="Number of views to take, from the first on; by default all.", examples=[4]
     )
     teachers: Annotated[dict[TeacherName, DerivedTeacher], Field(min_length=1)] = Field(
         description="Teachers of the new cache, by name.", examples=[{"resnet50": {"logits": {"kind": "transform"}}}]
     )
     shard_rows: Count | None = Field(
         default=None,
-        description="Rows of a shard, as for precompute. By default those of the source if something is copied, which "
-        "allows no others.",
+        description="Rows of a shard, as for precompute. If anything is copied, it must be that of the source, which "
+        "is then the default.",
         examples=[16384],
     )
     device: str = Field(
         default="auto",
-        description="Device that encodes: `auto` (the first of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or `mps`.",
+        description="Device of the encoding: `auto` (the first of CUDA, MPS and CPU), `cpu`, `cuda`, `cuda:N` or "
+        "`mps`.",
     )

@@ -28,56 +28,58 @@ class ClassGroups(Component):
 
 
 class Validation(Component):
-    """Untouched images to measure on: a data set, a cache of one with whose teacher the student is compared, or images
-    of the student's own cache that are held out from training.
+    """Validation images: a data set, a cache with whose teacher the student is compared, or images of the student's own
+    cache that are held out from training.
     """
 
     dataset: Dataset | None = Field(
         default=None,
-        description="Images to measure on, if `cache` does not name them.",
+        description="Validation images, if there is no `cache`, or their location if they moved.",
         examples=[{"kind": "image_folder", "root": "photos/val"}],
     )
     cache: str | None = Field(
         default=None,
-        description="Cache of the images to measure on; it adds agreement with the teacher and KL divergence from it.",
+        description="Cache of the validation images; it adds agreement with the teacher and KL divergence from it.",
         examples=["caches/fashion_mnist/test.zarr"],
     )
     pairing: str | None = Field(
         default=None,
-        description="Folder that `logitcache pair` wrote for `cache`: the paired images are measured on, and `dataset` "
-        "is their place if they moved. A student of a `pairing` needs one.",
+        description="Folder written by `logitcache pair` for `cache`: the paired images are the validation images, and "
+        "`dataset` is their location if they moved. Required with `cache` if the student has a `pairing`.",
         examples=["pairs/half-test"],
     )
     split: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] | None = Field(
         default=None,
-        description="Share of the images of the student's cache that it does not learn from, and is measured on: view "
-        "0 of these, labels or not. An image is held out by its index: all students of a cache hold out the same.",
+        description="Share of the student's cache to hold out from training and validate on, in view 0, with or "
+        "without labels. Whether an image is held out depends on its index: all students of a cache hold out the same "
+        "images.",
         examples=[0.1],
     )
     augmentations: tuple[Augmentation, ...] = Field(
         default=(),
-        description="Augmentations of `dataset`, in this order, without chance: a resize and a crop.",
+        description="Augmentations of `dataset`, in this order, without randomness: a resize and a crop.",
         examples=[[{"kind": "resize", "size": 256}, {"kind": "center_crop", "size": 224}]],
     )
     class_map: Annotated[dict[str, Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = Field(
         default=None,
-        description="Class of the model for each class of the images, by name or index, for `evaluate` on images "
-        "of other classes; images of classes that are left out do not count, and their number is "
-        "reported.",
+        description="Class of the model for each class of the images, by name or index, for `evaluate` on images with "
+        "other classes. Images of classes that are not listed do not count, and their number is reported.",
         examples=[{"cat": 3, "7": 5}],
     )
     threshold: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] = Field(
-        default=THRESHOLD, description="Probability above which an answer to images of any number of classes is yes."
+        default=THRESHOLD, description="Probability above which a class of multi-label data is predicted as present."
     )
     groups: ClassGroups = Field(default=ClassGroups(), description="Bounds of head and tail classes, for `evaluate`.")
     taps: tuple[str, ...] = Field(
         default=(),
-        description="Modules of the student that `evaluate` compares with the features of `cache` by linear CKA, "
-        "beside those that losses read.",
+        description="Modules of the student that `evaluate` compares with the features of `cache` by linear CKA, in "
+        "addition to those that losses use.",
         examples=[["layer4"]],
     )
-    every: Count = Field(default=1, description="Epochs between two measurements; the last epoch is always measured.")
-    batch_size: Count = Field(default=512, description="Images of a forward pass.")
+    every: Count = Field(
+        default=1, description="Number of epochs between validations; the last epoch is always validated."
+    )
+    batch_size: Count = Field(default=512, description="Images per forward pass.")
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

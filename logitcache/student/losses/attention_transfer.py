@@ -23,7 +23,7 @@ def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class AttentionTransfer(FeatureLoss):
-    """Squared difference of normalised attention (Zagoruyko and Komodakis 2017); published with weight 1000."""
+    """Squared difference of normalised attention maps (Zagoruyko and Komodakis 2017); published with weight 1000."""
 
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("attention", "maps")
 

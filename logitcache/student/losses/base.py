@@ -23,7 +23,7 @@ P = ParamSpec("P")
 LossWeight = Annotated[
     Weight,
     Field(
-        description="Factor of the loss in the sum of all losses: a number or a schedule, never below 0.",
+        description="Weight of the loss in the sum of all losses: a number or a schedule, never below 0.",
         examples=[0.5, {"kind": "warm_up", "value": 1, "epochs": 20}],
     ),
 ]
@@ -170,8 +170,8 @@ class FeatureLoss(LossBase, ABC):
 
     kind: str
     student: str = Field(
-        description="Tap of the student: the path of a module, as `named_modules` gives it; `:input` after it "
-        "takes the module's input.",
+        description="Tap of the student: the path of a module, as in `named_modules`; with the suffix `:input`, its "
+        "input.",
         examples=["layer4"],
     )
     feature: Name = Field(

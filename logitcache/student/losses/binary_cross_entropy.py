@@ -46,9 +46,9 @@ class PositiveWeights(nn.Module):
 
 
 class BinaryCrossEntropy(LossBase):
-    """Binary cross-entropy of every class against labels of any number of classes, mixed if images are.
+    """Binary cross-entropy of every class with multi-label targets, mixed if images are.
 
-    Unknown labels (-1) do not count.
+    Unknown labels (-1) are ignored.
     """
 
     asks: ClassVar[frozenset[Need]] = frozenset({"multi labels"})
@@ -57,8 +57,8 @@ class BinaryCrossEntropy(LossBase):
     kind: Literal["binary_cross_entropy"] = "binary_cross_entropy"
     positive_weight: Positive | Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
         default=1.0,
-        description="Factor of the positive labels, one for all classes or one for each; above 1 makes up for "
-        "classes that few images have.",
+        description="Factor of the positive labels, one for all classes or one for each; above 1 for classes with few "
+        "positive images.",
     )
     weight: LossWeight = constant(1.0)
 

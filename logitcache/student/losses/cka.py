@@ -34,8 +34,8 @@ def _centred_gram(features: Tensor) -> Tensor:
 class CKA(FeatureLoss):
     """One minus linear CKA within the batch, on pooled features (Kornblith et al. 2019).
 
-    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one or
-    two images.
+    It compares the images of a batch with one another, so `micro_batches` above 1 and a last batch of one or two images
+    are refused.
     """
 
     by_row: ClassVar[bool] = False

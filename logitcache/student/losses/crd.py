@@ -93,29 +93,30 @@ class ContrastiveMemory(nn.Module):
 
 
 class CRD(FeatureLoss):
-    """Tell pairs of one image from pairs of two, on embeddings of pooled features; published with weight 0.8.
+    """Contrastive representation distillation (Tian et al. 2020) on embeddings of pooled features; published with
+    weight 0.8.
 
-    The authors' noise-contrastive estimate rather than InfoNCE: the weight and K were published for it. K negatives are
-    drawn for the batch, uniformly from all images, and shared by its rows (the authors draw K for each row, B times the
-    memory); a row leaves out itself, but not other images of its class, as the authors' sampling by labels does. Two
-    banks of N × `size` float32 are kept, and in every checkpoint. Each call in training moves them: with micro_batches,
-    later ones see what earlier ones left, and parts sum to the whole on average only.
+    This is the authors' noise-contrastive estimate rather than InfoNCE, for which the weight and K were published. K
+    negatives are drawn per batch, uniformly from all images, and shared by its rows (the authors draw K for each row,
+    with B times the memory). A row excludes itself, but not other images of its class, as the authors' sampling by
+    labels does. Two memory banks of N × `size` float32 are kept, also in every checkpoint. Each call in training
+    updates them, so with micro_batches the result equals that of the whole batch only on average.
     """
 
     remembers_rows: ClassVar[bool] = True
 
     kind: Literal["crd"] = "crd"
     num_negatives: Count = Field(
-        default=16384, description="Images of the data set that each image is compared with, at most all others."
+        default=16384, description="Number of negatives that each image is compared with, at most all other images."
     )
-    temperature: Positive = Field(default=0.07, description="Divisor of the similarity of two embeddings.")
+    temperature: Positive = Field(default=0.07, description="Temperature: divisor of the similarity of two embeddings.")
     momentum: Fraction = Field(
-        default=0.5, description="Share of an image's old embedding that its memory keeps when the image is seen again."
+        default=0.5, description="Share of its old embedding that the memory bank keeps when an image is seen again."
     )
     size: Count = Field(
         default=128,
-        description="Numbers of an embedding. Memories of both models take 2 · images · `size` float32 numbers, in "
-        "each checkpoint too.",
+        description="Dimension of an embedding. The memory banks take 2 · images · `size` float32 numbers, also in "
+        "each checkpoint.",
     )
 
     def adapter(self, site: Site) -> nn.Module:

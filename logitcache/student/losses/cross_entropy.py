@@ -65,7 +65,7 @@ class LogPriors(nn.Module):
 
 
 class CrossEntropy(LossBase):
-    """Cross-entropy against the labels, mixed if images are; images without a label do not count."""
+    """Cross-entropy with the labels, mixed if images are; images without a label are ignored."""
 
     asks: ClassVar[frozenset[Need]] = frozenset({"labels"})
     exclusive: ClassVar[bool] = True
@@ -73,12 +73,12 @@ class CrossEntropy(LossBase):
 
     kind: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: Fraction = Field(
-        default=0.0, description="Share of each label's probability that is spread over all classes."
+        default=0.0, description="Share of each label's probability to spread over all classes."
     )
     logit_adjustment: Annotated[float, Field(ge=0.0), Lenient] = Field(
         default=0.0,
-        description="τ of τ log π, which is added to the logits in training only, π the class frequencies among "
-        "the training images (Menon et al. 2021). 0 adds nothing; 1 is usual for long-tailed data.",
+        description="Factor τ of τ log π, which is added to the logits during training, with π the class frequencies "
+        "of the training images (Menon et al. 2021). 0 adds nothing; 1 is usual for long-tailed data.",
     )
     weight: LossWeight = constant(1.0)
 

@@ -54,11 +54,11 @@ def _directions(log_values: Tensor) -> Tensor:
 
 
 class DIST(TemperedLoss):
-    """Correlations in place of divergences (Huang et al. 2022); published with weight 2 beside cross-entropy.
+    """Correlations instead of divergences (Huang et al. 2022); published with weight 2, together with cross-entropy.
 
-    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one or
-    two images. Correlations are exact for any number of classes: the authors add 1e-8 to the product of norms, which
-    outweighs those of rare classes.
+    It compares the images of a batch with one another, so `micro_batches` above 1 and a last batch of one or two images
+    are refused. Correlations are exact for any number of classes, whereas the authors add 1e-8 to the product of norms,
+    which dominates for rare classes.
     """
 
     asks: ClassVar[frozenset[Need]] = frozenset({"raw logits"})
@@ -76,7 +76,7 @@ class DIST(TemperedLoss):
     )
     temperature: Temperature = Field(
         default=constant(1.0),
-        description="Divisor of both models' logits before the softmax, or a schedule.",
+        description="Temperature: divisor of both models' logits before the softmax, or a schedule.",
         examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)

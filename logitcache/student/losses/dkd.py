@@ -44,10 +44,10 @@ def dkd(
 
 
 class DKD(SingleLabelLoss):
-    """Decoupled distillation, the label against the rest and the rest among themselves (Zhao et al. 2022).
+    """Decoupled distillation: the label against the other classes, and the others among themselves (Zhao et al. 2022).
 
-    It needs one label an image and goes beside `cross_entropy`. The authors let the weight rise over the first 20 of
-    240 epochs on CIFAR-100: `weight: {kind: warm_up, value: 1, epochs: 20}`.
+    It needs one label per image and is used together with `cross_entropy`. The authors increase the weight over the
+    first 20 of 240 epochs on CIFAR-100: `weight: {kind: warm_up, value: 1, epochs: 20}`.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("alpha", "beta")
@@ -59,7 +59,7 @@ class DKD(SingleLabelLoss):
     beta: Weight = Field(default=constant(8.0), description="Weight of the divergence among the other classes.")
     temperature: Temperature = Field(
         default=constant(4.0),
-        description="Divisor of both models' logits before the softmax, or a schedule.",
+        description="Temperature: divisor of both models' logits before the softmax, or a schedule.",
         examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)

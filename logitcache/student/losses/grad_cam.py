@@ -35,8 +35,8 @@ def grad_cam(logits: Tensor, student: Tensor, teacher: Tensor, classes: Tensor) 
 class GradCAM(FeatureLoss):
     """Squared difference of normalised Grad-CAM maps (Selvaraju et al. 2017; Guo et al. 2023).
 
-    Maps are of the label, or else of the class that the teacher finds. It needs logits beside the feature; `compile` is
-    refused, and attention runs by the math kernel, as fused kernels have no second derivative.
+    Maps are those of the label or, without one, of the teacher's predicted class. It needs logits in addition to the
+    feature; `compile` is refused, and attention uses the math kernel, as fused kernels have no second derivative.
     """
 
     differentiates: ClassVar[bool] = True

@@ -24,8 +24,8 @@ class Hint(FeatureLoss):
     """Squared error between the teacher's features and a 1 × 1 convolution of the student's (FitNets, Romero et al.
     2015).
 
-    Usual with weight 100. The convolution is there even if the channels agree: those of two networks mean different
-    things.
+    Usual with weight 100. The convolution is used even if the numbers of channels are equal, as channels of two
+    networks do not correspond.
     """
 
     kinds: ClassVar[tuple[FeatureKind, ...]] = ("maps", "pooled")

@@ -40,15 +40,15 @@ def standardize(logits: Logits) -> Tensor:
 
 
 class KLDivergence(TemperedLoss):
-    """KL divergence from the teacher's distribution to the student's at a temperature, times T² (Hinton 2015)."""
+    """KL divergence KL(teacher ‖ student) at a temperature T, times T² (Hinton et al. 2015)."""
 
     exclusive: ClassVar[bool] = True
 
     kind: Literal["kl_divergence"] = "kl_divergence"
     temperature: RowTemperature = Field(
         default=constant(1.0),
-        description="Divisor T of both models' logits before the softmax, or a schedule; `by_confidence` gives "
-        "each image its own.",
+        description="Temperature T: divisor of both models' logits before the softmax, or a schedule; `by_confidence` "
+        "gives each image its own.",
         examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     standardize: bool = Field(

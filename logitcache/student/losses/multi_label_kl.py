@@ -27,14 +27,14 @@ def multi_label_kl(student: Tensor, teacher: Logits, temperature: float | Tensor
 
 
 class MultiLabelKL(TemperedLoss):
-    """Binary KL divergence of every class, times T², for teachers of any number of labels an image."""
+    """Binary KL divergence of every class, times T², for multi-label teachers."""
 
     asks: ClassVar[frozenset[Need]] = frozenset({"raw logits"})
 
     kind: Literal["multi_label_kl"] = "multi_label_kl"
     temperature: Temperature = Field(
         default=constant(1.0),
-        description="Divisor T of both models' logits before the sigmoid, or a schedule.",
+        description="Temperature T: divisor of both models' logits before the sigmoid, or a schedule.",
         examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)

@@ -43,16 +43,17 @@ def nkd(
 
 
 class NKD(SingleLabelLoss):
-    """Normalised distillation: soft cross-entropy of the label and, apart, of the others (Yang et al. 2023).
+    """Normalised distillation: soft cross-entropy of the label and, separately, of the other classes (Yang et al.
+    2023).
 
-    It needs one label an image and goes beside `cross_entropy`.
+    It needs one label per image and is used together with `cross_entropy`.
     """
 
     kind: Literal["nkd"] = "nkd"
-    gamma: Weight = Field(default=constant(1.5), description="Weight of the other classes' part.")
+    gamma: Weight = Field(default=constant(1.5), description="Weight of the part of the other classes.")
     temperature: Temperature = Field(
         default=constant(1.0),
-        description="Divisor of both models' logits in the other classes' part, or a schedule.",
+        description="Temperature: divisor of both models' logits in the part of the other classes, or a schedule.",
         examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)

@@ -34,10 +34,10 @@ def _affinities(features: Tensor) -> Tensor:
 
 
 class PKT(FeatureLoss):
-    """Which images of a batch are near, as probabilities, on pooled features (Passalis and Tefas 2018); weight 30000.
+    """Probabilistic similarities of the images of a batch, on pooled features (Passalis and Tefas 2018); weight 30000.
 
-    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one
-    image.
+    It compares the images of a batch with one another, so `micro_batches` above 1 and a last batch of one image are
+    refused.
     """
 
     by_row: ClassVar[bool] = False

@@ -43,8 +43,8 @@ def _angles(pairs: Tensor) -> Tensor:
 class RKD(FeatureLoss):
     """Distances and angles between the images of a batch, on pooled features (Park et al. 2019).
 
-    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one or
-    two images. It takes memory for B² · C numbers.
+    It compares the images of a batch with one another, so `micro_batches` above 1 and a last batch of one or two images
+    are refused. It needs memory for B² · C numbers.
     """
 
     by_row: ClassVar[bool] = False

@@ -26,11 +26,10 @@ def _gram(features: Tensor) -> Tensor:
 
 
 class Similarity(FeatureLoss):
-    """Which images of a batch are alike, to the student as to the teacher (Tung and Mori 2019); published with weight
-    3000.
+    """Pairwise similarities of the images of a batch (Tung and Mori 2019); published with weight 3000.
 
-    It compares the images of a batch with one another: `micro_batches` are refused, and so is a last batch of one
-    image. Maps are compared as they are, place by place; beside a pooled feature the student is pooled too.
+    It compares the images of a batch with one another, so `micro_batches` above 1 and a last batch of one image are
+    refused. Maps are compared unpooled; with a pooled feature, the student's tap is pooled too.
     """
 
     by_row: ClassVar[bool] = False

@@ -49,11 +49,11 @@ class TeacherHead(nn.Module):
 
 
 class SRRL(FeatureLoss):
-    """Squared errors of pooled features, and of the logits that the teacher's last layer makes of the student's (Yang
-    2021).
+    """Squared errors of pooled features, and of the logits that the teacher's last layer computes from the student's
+    (Yang 2021).
 
-    Both of a linear projection of the student's pooled features, which leaves rows independent; the authors' code has
-    batch normalisation and ReLU in it. The feature is `penultimate` of a cache with `logits: {kind: head}`.
+    Both use a linear projection of the student's pooled features, which keeps rows independent; the authors' code adds
+    batch normalisation and ReLU. The feature is `penultimate` of a cache with `logits: {kind: head}`.
     """
 
     terms: ClassVar[tuple[str, ...]] = ("feature_weight", "logit_weight")
@@ -62,7 +62,7 @@ class SRRL(FeatureLoss):
     feature_weight: Weight = Field(default=constant(1.0), description="Weight of the squared error of the features.")
     logit_weight: Weight = Field(
         default=constant(1.0),
-        description="Weight of the squared error of the logits; 0 compares features alone, and needs no head.",
+        description="Weight of the squared error of the logits; 0 compares only features, and needs no head.",
     )
 
     @property

@@ -42,12 +42,13 @@ class Thermostat(StepSums):
 
 
 class Dynamic(TemperatureBase):
-    """Rise by `step` while the student lags the teacher by more than `margin`, and fall by it while the student leads.
+    """Increase by `step` while the student lags the teacher by more than `margin`, and decrease while the student
+    leads.
 
-    The gap is the student's cross-entropy with the labels less the teacher's, at T = 1, over the labelled rows of the
-    step before: the micro-batches of a step share one temperature. The first step has `start`; T stays in [min, max],
-    and if no row has a label. The rule is ours; Islam et al., "Dynamic temperature scheduler for knowledge
-    distillation" (2025), go by the same gap.
+    The gap is the student's cross-entropy with the labels minus the teacher's, at T = 1, over the labelled rows of the
+    previous step, so that the micro-batches of a step share one temperature. The first step has `start`; T stays within
+    [min, max], and does not change if no row has a label. The rule is ours; Islam et al., "Dynamic temperature
+    scheduler for knowledge distillation" (2025), use the same gap.
     """
 
     needs: ClassVar[frozenset[Literal["labels"]]] = frozenset({"labels"})
@@ -56,7 +57,7 @@ class Dynamic(TemperatureBase):
     start: Positive = Field(description="Temperature of the first step.", examples=[4])
     step: Positive = Field(description="Change of the temperature in each step.", examples=[0.01])
     margin: NonNegative = Field(
-        default=0.0, description="Gap of the cross-entropies in nats above which the student lags."
+        default=0.0, description="Gap of the cross-entropies, in nats, above which the student lags."
     )
     min: Positive = Field(description="Smallest temperature.", examples=[1])
     max: Positive = Field(description="Largest temperature.", examples=[8])
@@ -112,17 +113,19 @@ class Dynamic(TemperatureBase):
 class ConfidenceTemperature(TemperatureBase):
     """A temperature for each row: `low` + (`high` - `low`) · p_max, the teacher's largest probability at T = 1.
 
-    With `high` above `low`, rows that the teacher is sure of are softened more. The rule is ours, as it asks of the
-    teacher no more than a distribution; Wei and Bai, "Dynamic temperature knowledge distillation" (2024), go by the
-    sharpness of both models' logits.
+    With `high` above `low`, rows on which the teacher is confident are softened more. The rule is ours, as it needs
+    only the teacher's distribution; Wei and Bai, "Dynamic temperature knowledge distillation" (2024), use the sharpness
+    of both models' logits.
     """
 
     kind: Literal["by_confidence"] = "by_confidence"
     low: Positive = Field(
-        description="Temperature of a row for which the teacher is uncertain, as its largest probability nears 0.",
+        description="Temperature of a row in the limit of a largest probability of 0: the teacher is uncertain.",
         examples=[2],
     )
-    high: Positive = Field(description="Temperature of a row for which the teacher is certain.", examples=[6])
+    high: Positive = Field(
+        description="Temperature of a row whose largest probability is 1: the teacher is certain.", examples=[6]
+    )
 
     def idle(self, epochs: float) -> str | None:
         """Return why all rows have one temperature."""

@@ -38,7 +38,7 @@ class Variational(nn.Module):
 
 
 class VID(FeatureLoss):
-    """Likelihood of the teacher's features under a Gaussian around what a small network makes of the student's (Ahn
+    """Negative log-likelihood of the teacher's features under a Gaussian predicted from the student's (Ahn et al.
     2019).
 
     Usual with weight 1; its minimum is not zero.

@@ -42,15 +42,15 @@ def wsld(student: Tensor, teacher: Logits, labels: Tensor, temperature: float | 
 
 
 class WSLD(SingleLabelLoss):
-    """Soft cross-entropy, weighted by row (Zhou et al. 2021); published with weight 2.5 beside cross-entropy.
+    """Soft cross-entropy, weighted by row (Zhou et al. 2021); published with weight 2.5, together with cross-entropy.
 
-    It needs one label an image.
+    It needs one label per image.
     """
 
     kind: Literal["wsld"] = "wsld"
     temperature: Temperature = Field(
         default=constant(2.0),
-        description="Divisor of both models' logits before the softmax, or a schedule.",
+        description="Temperature: divisor of both models' logits before the softmax, or a schedule.",
         examples=[4, {"kind": "linear", "start": 8, "stop": 1}],
     )
     weight: LossWeight = constant(1.0)

@@ -22,22 +22,22 @@ STATISTICS = frozenset({"running_mean", "running_var"})
 class EMA(Component):
     """Exponential moving average after every step: e ← d · e + (1 - d) · w; after the first step e = w.
 
-    Parameters and statistics of normalisation are averaged. Other buffers are copied from the model: singular vectors
-    of spectral normalisation, codebooks and counters belong to one state of the model, and their mean to none. d is
-    `decay`, or with `warmup` min(decay, (1 + t) / (10 + t)) at step t, from 0: the update is
+    Parameters and running statistics of normalisation layers are averaged. Other buffers, such as singular vectors of
+    spectral normalisation, codebooks and counters, are copied from the model, as their mean would match no state of it.
+    d is `decay`, or with `warmup` min(decay, (1 + t) / (10 + t)) at step t, from 0: the update is
     torch.optim.swa_utils.get_ema_multi_avg_fn, the warm-up that of TensorFlow's ExponentialMovingAverage.
     """
 
     model_config = ConfigDict(json_schema_extra=or_a_number)
 
     decay: Annotated[float, Field(gt=0.0, lt=1.0), Lenient] = Field(
-        description="Largest weight d of the average so far, below 1; the number alone is short for this entry.",
+        description="Largest weight d of the average so far, below 1. The number alone is short for this entry.",
         examples=[0.999],
     )
     warmup: bool = Field(
         default=True,
-        description="Whether d is min(`decay`, (1 + t) / (10 + t)) at step t, from 0, so that early weights are "
-        "forgotten soon.",
+        description="Whether d is min(`decay`, (1 + t) / (10 + t)) at step t, from 0, so that early weights decay "
+        "quickly.",
     )
 
     @model_serializer(mode="wrap")

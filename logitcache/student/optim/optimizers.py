@@ -17,22 +17,20 @@ from logitcache.student.optim.schedules import NonNegative, beyond
 Fused = Annotated[
     Literal["auto"] | bool,
     Field(
-        description="Whether the optimiser's step is one kernel. `auto`, which the run records: on a CPU and on CUDA. "
-        "It rounds in its own way; a run of a release without this key goes on without.",
+        description="Whether the optimiser uses PyTorch's fused implementation, which rounds differently. `auto`: on a "
+        "CPU and on CUDA; the run records the choice. Runs of versions before this key resume without it.",
     ),
 ]
 Momentum = Annotated[float, Field(ge=0.0, lt=1.0), Lenient]
 
 
 class SGD(Component):
-    """Stochastic gradient descent with momentum. Biases and normalisation do not decay."""
+    """Stochastic gradient descent with momentum. Biases and normalisation parameters do not decay."""
 
     kind: Literal["sgd"] = "sgd"
-    lr: Positive = Field(default=0.1, description="Largest learning rate, reached after `schedule.warmup_epochs`.")
-    momentum: Momentum = Field(default=0.9, description="Factor of the velocity, below 1.")
-    nesterov: bool = Field(
-        default=True, description="Whether the gradient is taken after the momentum's step; needs a momentum above 0."
-    )
+    lr: Positive = Field(default=0.1, description="Peak learning rate, reached after `schedule.warmup_epochs`.")
+    momentum: Momentum = Field(default=0.9, description="Momentum, below 1.")
+    nesterov: bool = Field(default=True, description="Whether to use Nesterov momentum; needs a momentum above 0.")
     weight_decay: NonNegative = Field(default=5e-4, description="L2 penalty of the weights.")
 
     @field_serializer("nesterov")
@@ -58,14 +56,17 @@ class SGD(Component):
 
 
 class AdamW(Component):
-    """Adam with decoupled weight decay. Biases and normalisation do not decay."""
+    """Adam with decoupled weight decay. Biases and normalisation parameters do not decay."""
 
     kind: Literal["adamw"] = "adamw"
-    lr: Positive = Field(default=1e-3, description="Largest learning rate, reached after `schedule.warmup_epochs`.")
+    lr: Positive = Field(default=1e-3, description="Peak learning rate, reached after `schedule.warmup_epochs`.")
     betas: tuple[Momentum, Momentum] = Field(
-        default=(0.9, 0.999), description="Decays of the running means of the gradient and of its square, both below 1."
+        default=(0.9, 0.999),
+        description="Decay rates of the running means of the gradient and of its square, both below 1.",
     )
-    weight_decay: NonNegative = Field(default=0.05, description="Decay of the weights, per unit of learning rate.")
+    weight_decay: NonNegative = Field(
+        default=0.05, description="Decoupled weight decay, multiplied by the learning rate."
+    )
 
     def build(self, module: nn.Module, fused: bool = False) -> torch.optim.Optimizer:
         """Build the optimiser of a module's parameters; `fused`: its step is one kernel."""
@@ -87,11 +88,11 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
 
 
 class LearningRateSchedule(Component):
-    """Linear warm-up, then a cosine from the optimiser's `lr` down to `final_lr` times it."""
+    """Linear warm-up, then cosine decay from the optimiser's `lr` to `final_lr` times `lr`."""
 
     warmup_epochs: NonNegative = Field(
         default=0.0,
-        description="Epochs over which the learning rate rises from 0, fractions too; at most those of the run.",
+        description="Epochs over which the learning rate rises from 0, fractions allowed; at most those of the run.",
     )
     final_lr: Fraction = Field(
         default=0.0,

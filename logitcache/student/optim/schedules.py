@@ -81,7 +81,7 @@ class Schedule(TemperatureBase):
 
 
 class Constant(Schedule):
-    """What a plain number means, which is also its stored form."""
+    """A constant, which is also written as a plain number."""
 
     model_config = ConfigDict(json_schema_extra=or_a_number)
 
@@ -110,8 +110,7 @@ class _Between(Schedule, ABC):
     stop: Float = Field(description="Value after `epochs`.", examples=[1])
     epochs: Positive | None = Field(
         default=None,
-        description="Epochs from `start` to `stop`, fractions too; by default those of the run, which are also the "
-        "most.",
+        description="Epochs from `start` to `stop`, fractions allowed; by default, and at most, those of the run.",
         examples=[10],
     )
 
@@ -128,7 +127,7 @@ class _Between(Schedule, ABC):
 
 
 class Linear(_Between):
-    """From `start` to `stop` in equal steps over `epochs`, by default those of the run; `stop` from then on."""
+    """Linear from `start` to `stop` over `epochs`, by default those of the run; then `stop`."""
 
     kind: Literal["linear"] = "linear"
 
@@ -139,7 +138,7 @@ class Linear(_Between):
 
 
 class Cosine(_Between):
-    """From `start` to `stop` along half a cosine over `epochs`, by default those of the run; `stop` from then on."""
+    """From `start` to `stop` along half a cosine over `epochs`, by default those of the run; then `stop`."""
 
     kind: Literal["cosine"] = "cosine"
 
@@ -174,12 +173,12 @@ class Exponential(Schedule):
 
 
 class WarmUp(Schedule):
-    """From 0 in equal steps over `epochs` to `value`, which then stays."""
+    """Linear from 0 to `value` over `epochs`; then `value`."""
 
     kind: Literal["warm_up"] = "warm_up"
     value: Float = Field(description="Value after `epochs`.", examples=[1])
     epochs: Positive = Field(
-        description="Epochs of the rise from 0, fractions too; at most those of the run.", examples=[20]
+        description="Epochs of the rise from 0, fractions allowed; at most those of the run.", examples=[20]
     )
 
     @property

@@ -19,7 +19,7 @@ Tracker = Annotated[TensorBoard | WandB | Trackio | MLflow, Field(discriminator=
 Trackers = Annotated[
     tuple[Tracker, ...],
     Field(
-        description="Trackers that get the metrics of each epoch when it ends, from the first process: the rows that "
+        description="Trackers to which the first process writes the metrics of each epoch: the same rows as "
         "`logitcache log RUN` writes afterwards.",
         examples=[[{"kind": "tensorboard"}]],
     ),

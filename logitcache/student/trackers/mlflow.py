@@ -18,7 +18,7 @@ class MLflow(TrackerBase):
     extra: ClassVar[str] = "mlflow"
 
     kind: Literal["mlflow"] = "mlflow"
-    experiment: str = Field(default="logitcache", description="Name of the experiment, made if it is not there.")
+    experiment: str = Field(default="logitcache", description="Name of the experiment, created if it does not exist.")
     tracking_uri: str | None = Field(
         default=None,
         description="Server or store; by default the environment's `MLFLOW_TRACKING_URI`.",

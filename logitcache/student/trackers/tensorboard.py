@@ -17,7 +17,7 @@ class TensorBoard(TrackerBase):
     kind: Literal["tensorboard"] = "tensorboard"
     folder: str | None = Field(
         default=None,
-        description="Folder with the event files of each run in a folder of its name; by default `RUN/tensorboard`.",
+        description="Folder for the event files of all runs, in a subfolder per run; by default `RUN/tensorboard`.",
         examples=["events"],
     )
 

@@ -15,7 +15,7 @@ class WandB(TrackerBase):
     kind: Literal["wandb"] = "wandb"
     project: str = Field(default="logitcache", description="Name of the project.")
     mode: Literal["online", "offline"] = Field(
-        default="online", description="offline writes files in RUN/wandb alone, which `wandb sync` uploads."
+        default="online", description="`offline` only writes files in RUN/wandb, which `wandb sync` uploads."
     )
 
     def open(self, run: TrackedRun) -> Sink:

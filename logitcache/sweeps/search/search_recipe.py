@@ -13,13 +13,13 @@ Objectives = Annotated[tuple[Objective, ...], Field(min_length=1)]
 
 
 class Finalists(Component):
-    """Trials to train again with fresh seeds: those that the search chose by are in their favour."""
+    """Trials to train again with fresh seeds, as the results that selected them are biased in their favour."""
 
     seeds: Count = Field(default=3, description="Seeds of each finalist, which follow those of the search.")
     count: Count | None = Field(
         default=None,
-        description="Number of finalists, front by front; by default those that no other surpasses in all objectives: "
-        "of one objective the best alone.",
+        description="Number of finalists, by Pareto front; by default the first front: with one objective, only the "
+        "best trial.",
         examples=[4],
     )
 
@@ -32,10 +32,8 @@ class SearchBase(Component):
         "Keys with commas between them change together.",
         examples=[{"optimizer.lr": {"kind": "log_uniform", "low": 1e-3, "high": 0.1}, "model.width": [4, 8, 16]}],
     )
-    trials: Count = Field(
-        description="Trials of the whole search; it goes on if there are more than it had.", examples=[16]
-    )
-    seed: Seed = Field(default=0, description="Seed of the choice of trials.")
+    trials: Count = Field(description="Total number of trials; a larger number continues a search.", examples=[16])
+    seed: Seed = Field(default=0, description="Seed of the sampler.")
     objectives: Objectives = Field(
         default=("accuracy",),
         description="What trials are compared by, after their last epoch: `accuracy` (top-1, or mean average "
@@ -44,7 +42,7 @@ class SearchBase(Component):
     )
     finalists: Finalists | None = Field(
         default=None,
-        description="Trials to train again with other seeds and compare with one another; by default none.",
+        description="Trials to train again with other seeds and compare; by default none.",
         examples=[{"seeds": 3}],
     )
 
@@ -69,7 +67,7 @@ class Random(SearchBase):
     kind: Literal["random"] = "random"
     batch: Count | None = Field(
         default=None,
-        description="Trials that train together, and of which halving keeps the best; by default all.",
+        description="Number of trials that are trained together, and of which halving keeps the best; by default all.",
         examples=[8],
     )
 
@@ -80,16 +78,16 @@ class Random(SearchBase):
 
 
 class Optuna(SearchBase):
-    """Trials that learn from those before, by Optuna; needs `pip install 'logitcache[tune]'`.
+    """Trials chosen by Optuna from the results of earlier ones; needs `pip install 'logitcache[tune]'`.
 
-    Of one objective by TPE (Bergstra et al. 2011), of several by NSGA-II (Deb et al. 2002).
+    One objective is searched by TPE (Bergstra et al. 2011), several by NSGA-II (Deb et al. 2002).
     """
 
     kind: Literal["optuna"] = "optuna"
     batch: Count = Field(
         default=8,
-        description="Trials that are chosen and train together; those of them that halving leaves are a generation of "
-        "NSGA-II.",
+        description="Number of trials that are drawn and trained together; those that halving trains to the end are a "
+        "generation of NSGA-II.",
     )
 
     @property

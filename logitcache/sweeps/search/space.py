@@ -9,7 +9,7 @@ from logitcache.config.recipe import Component, Count, Float, Positive
 
 
 class Uniform(Component):
-    """Numbers from `low` to `high`, each as likely."""
+    """Numbers from `low` to `high`, uniform."""
 
     kind: Literal["uniform"] = "uniform"
     low: Float = Field(description="Smallest number.", examples=[0.1])
@@ -21,7 +21,7 @@ class Uniform(Component):
 
 
 class LogUniform(Component):
-    """Numbers from `low` to `high`, each order of magnitude as likely."""
+    """Numbers from `low` to `high`, uniform in their logarithm."""
 
     kind: Literal["log_uniform"] = "log_uniform"
     low: Positive = Field(description="Smallest number.", examples=[1e-4])
@@ -33,12 +33,12 @@ class LogUniform(Component):
 
 
 class Integer(Component):
-    """Whole numbers from `low` to `high` in equal steps, each as likely."""
+    """Whole numbers from `low` to `high` in equal steps, all equally likely."""
 
     kind: Literal["integer"] = "integer"
     low: int = Field(description="Smallest number.", examples=[4])
     high: int = Field(description="Largest number; the last step may end before it.", examples=[32])
-    step: Count = Field(default=1, description="Distance of two numbers.")
+    step: Count = Field(default=1, description="Difference between neighbouring numbers.")
 
     def at(self, share: float) -> int:
         """Return the number below which a share of the range lies."""

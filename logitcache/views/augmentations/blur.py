@@ -18,7 +18,7 @@ Sigma = Annotated[float, Field(ge=1 / STEPS, le=65536.0), Lenient]
 
 
 class GaussianBlur(TorchvisionBase):
-    """Blur by a Gaussian. Borders are mirrored."""
+    """Apply a Gaussian blur. Borders are mirrored."""
 
     columns: ClassVar[tuple[str, ...]] = ("applied", "sigma")
 

@@ -55,9 +55,8 @@ ADJUSTMENTS: tuple[Callable[[Tensor, float], Tensor], ...] = (
 class ColorJitter(TorchvisionBase):
     """Change brightness, contrast, saturation and hue in random order.
 
-    A number x stands for factors in [max(0, 1 - x), 1 + x] (hue: [-x, x]); [lowest, highest] gives the range itself. A
-    property that is left out, or whose only factor is the neutral one, does not change. Factors are drawn in steps of
-    2⁻¹². Images have one channel or three.
+    A number x means factors in [max(0, 1 - x), 1 + x] (hue: [-x, x]); [lowest, highest] gives the range itself. Omitted
+    properties do not change. Factors are drawn in steps of 2⁻¹². Images have one channel or three.
     """
 
     columns: ClassVar[tuple[str, ...]] = (
@@ -148,13 +147,13 @@ class ColorJitter(TorchvisionBase):
 
 
 class RandomGrayscale(TorchvisionBase):
-    """Turn an image to grey; it keeps its number of channels, one or three."""
+    """Convert an image to grey; it keeps its number of channels, one or three."""
 
     columns: ClassVar[tuple[str, ...]] = ("applied",)
     scale_free: ClassVar[bool] = True
 
     kind: Literal["random_grayscale"] = "random_grayscale"
-    p: Fraction = Field(default=0.1, description="Probability that an image turns to grey.")
+    p: Fraction = Field(default=0.1, description="Probability that an image is converted to grey.")
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw one bit."""

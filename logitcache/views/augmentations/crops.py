@@ -123,7 +123,7 @@ class CenterCrop(TorchvisionBase):
 
 
 class RandomCrop(AugmentationBase):
-    """Pad every side, then crop a window anywhere."""
+    """Pad every side, then crop at a random position."""
 
     columns: ClassVar[tuple[str, ...]] = ("top", "left")
 
@@ -224,10 +224,12 @@ class RandomResizedCrop(ResizingBase):
     interpolation: Interpolation = Field(default="bilinear", description="Interpolation of the resize.")
     kernel: Kernel = Field(
         default="torchvision",
-        description="Arithmetic of the resize. `torchvision` is fast, and its pixels may differ by one level "
+        description="Arithmetic of the resize. `torchvision` is fast, and its pixels may differ by a few levels "
         "between CPUs; `exact` uses integer weights and gives the same bytes on every machine.",
     )
-    ratio_knots: RatioKnots = Field(default=(), description="Computed from `ratio`; leave it out.", examples=[[]])
+    ratio_knots: RatioKnots = Field(
+        default=(), description="Computed from `ratio`; do not set it yourself.", examples=[[]]
+    )
 
     def plan(self, draws: Draws, ordinal: int, sizes: Ints) -> tuple[Ints, Ints]:
         """Draw top, left, height and width: the first of ten tries that fits, else the largest central crop."""

@@ -28,7 +28,7 @@ NUM_TRIES = 10
 
 
 class RandomErasing(AugmentationBase):
-    """Fill a rectangle of random area, aspect ratio and place.
+    """Fill a rectangle of random area, aspect ratio and position.
 
     `value: noise` is uniform bytes drawn from the key, where torchvision's `random` is Gaussian.
     """
@@ -36,7 +36,7 @@ class RandomErasing(AugmentationBase):
     columns: ClassVar[tuple[str, ...]] = ("top", "left", "height", "width", "noise_0", "noise_1")
 
     kind: Literal["random_erasing"] = "random_erasing"
-    p: Fraction = Field(default=0.5, description="Probability that an image loses a rectangle.")
+    p: Fraction = Field(default=0.5, description="Probability that a rectangle is erased.")
     scale: Annotated[tuple[Fraction, Fraction], Ordered] = Field(
         default=(0.02, 0.33), description="Range of the rectangle's area, as fractions of the image's."
     )
@@ -49,7 +49,9 @@ class RandomErasing(AugmentationBase):
         description="Content of the rectangle: a level from 0 to 255, a list of one level for each channel, or "
         "`noise`.",
     )
-    ratio_knots: RatioKnots = Field(default=(), description="Computed from `ratio`; leave it out.", examples=[[]])
+    ratio_knots: RatioKnots = Field(
+        default=(), description="Computed from `ratio`; do not set it yourself.", examples=[[]]
+    )
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is ever erased."""

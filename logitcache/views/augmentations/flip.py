@@ -14,7 +14,7 @@ from logitcache.views.keys import Draws, Ints, bernoulli
 
 
 class HorizontalFlip(AugmentationBase):
-    """Mirror left and right."""
+    """Flip left and right."""
 
     columns: ClassVar[tuple[str, ...]] = ("flipped",)
     scale_free: ClassVar[bool] = True

@@ -28,13 +28,13 @@ ImageTransform = Callable[[Tensor], object]
 NewSize = Annotated[
     Size | None,
     Field(
-        description="Side of the result, or [height, width], if the transform changes the size of an image; by "
-        "default it keeps it.",
+        description="Side of the result, or [height, width], if the transform changes the size of an image; by default "
+        "it does not.",
         examples=[32],
     ),
 ]
 DrawnBy = Annotated[
-    str, Field(description="Release of torchvision that draws the transform; filled in by stage one, leave it out.")
+    str, Field(description="Release of torchvision that draws the transform; set by stage one, do not set it yourself.")
 ]
 
 SEEDS = ("torch_seed", "numpy_seed", "python_seed")
@@ -88,10 +88,9 @@ def _checked(what: str, image: object, wanted: tuple[int, ...]) -> Tensor:
 class Torchvision(AugmentationBase):
     """Any transform of torchvision.transforms.v2, by the name of its class.
 
-    The global generators of torch, numpy and Python are seeded from the key for each image and restored. What a
-    transform draws from its seed may change with any release, so a cache made with one needs the same release of
-    torchvision: students on another are refused or, with `verify: numeric`, accepted if the canaries are within the
-    limits.
+    The global generators of torch, numpy and Python are seeded from the key for each image, and restored. What a
+    transform draws may change with any release, so a cache made with one needs the same release of torchvision:
+    students with another are refused or, with `verify: numeric`, accepted if the canaries are within the limits.
     """
 
     columns: ClassVar[tuple[str, ...]] = SEEDS
@@ -121,10 +120,10 @@ class Torchvision(AugmentationBase):
 
 
 class Custom(AugmentationBase):
-    """The callable that a function of your own returns: from a uint8 tensor [C, H, W] to another.
+    """The callable that your own function returns, from one uint8 tensor [C, H, W] to another.
 
-    Generators are seeded and the release of torchvision is recorded as for `torchvision`. A cache never names code to
-    run: a student of such a cache lists the function in `factories`.
+    Generators are seeded, and the release of torchvision is recorded, as for `torchvision`. Code named in a cache is
+    never run: a student of such a cache lists the function in `factories`.
     """
 
     columns: ClassVar[tuple[str, ...]] = SEEDS

@@ -36,12 +36,12 @@ Bins = Annotated[
     int, Field(ge=2, le=65536, description="Number of steps into which the range of each operation is divided.")
 ]
 PolicyInterpolation = Annotated[
-    Literal["nearest", "bilinear"], Field(description="Interpolation of operations that move pixels.")
+    Literal["nearest", "bilinear"], Field(description="Interpolation of geometric operations.")
 ]
 PolicyFill = Annotated[
     Fill | Annotated[tuple[Fill, ...], Field(min_length=1)] | None,
     Field(
-        description="Level, or one for each channel, of places that an operation leaves empty; by default 0, black.",
+        description="Level, or one for each channel, of pixels that an operation leaves empty; by default 0, black.",
         examples=[128, [124, 116, 104]],
     ),
 ]
@@ -175,14 +175,14 @@ def moving_steps(params: Ints) -> Ints:
 
 
 class RandAugment(TorchvisionBase):
-    """Apply operations of random kind and sign, all of one strength. Images have one channel or three."""
+    """Apply operations of random kind and sign, all with one magnitude. Images have one channel or three."""
 
     kind: Literal["rand_augment"] = "rand_augment"
     num_ops: Annotated[int, Field(ge=1, le=256)] = Field(
         default=2, description="Number of operations applied to each image."
     )
     magnitude: Annotated[int, Field(ge=0)] = Field(
-        default=9, description="Strength of every operation: the index of a bin, below `num_magnitude_bins`."
+        default=9, description="Magnitude of every operation: the index of a bin, below `num_magnitude_bins`."
     )
     num_magnitude_bins: Bins = 31
     interpolation: PolicyInterpolation = "nearest"
@@ -223,7 +223,7 @@ class RandAugment(TorchvisionBase):
 
 
 class TrivialAugmentWide(TorchvisionBase):
-    """Apply one operation of random kind, strength and sign. Images have one channel or three."""
+    """Apply one operation of random kind, magnitude and sign. Images have one channel or three."""
 
     columns: ClassVar[tuple[str, ...]] = ("operation", "bin", "sign")
 

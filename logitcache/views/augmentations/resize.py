@@ -79,7 +79,7 @@ class Resize(ResizingBase):
     interpolation: Interpolation = Field(default="bilinear", description="Interpolation of the resize.")
     kernel: Kernel = Field(
         default="torchvision",
-        description="Arithmetic of the resize. `torchvision` is fast, and its pixels may differ by one level "
+        description="Arithmetic of the resize. `torchvision` is fast, and its pixels may differ by a few levels "
         "between CPUs; `exact` uses integer weights and gives the same bytes on every machine.",
     )
 

@@ -17,11 +17,10 @@ _OFFERED = ("ids", "labels", "num_classes", "class_names", "read", "sizes", "dig
 
 
 class Custom(DatasetBase):
-    """The data set that a function of your own returns: a map-style torch data set, or an ImageDataset.
+    """The data set that your own function returns: a map-style torch data set or an ImageDataset.
 
-    Its items are images, or images and labels; its images are PIL images, uint8 tensors [C, H, W] or uint8 arrays
-    [H, W, C]. A cache never names code to run: a student of such a cache names the data set again, in its own
-    `dataset`.
+    Its items are images, or images and labels; its images are PIL images, uint8 tensors [C, H, W] or uint8 arrays [H,
+    W, C]. Code named in a cache is never run: a student of such a cache names the data set again, in its own `dataset`.
     """
 
     kind: Literal["custom"] = "custom"

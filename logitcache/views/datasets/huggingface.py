@@ -33,15 +33,15 @@ _SAVED = ("state.json", "dataset_dict.json")
 class HuggingFace(DatasetBase):
     """A data set of Hugging Face; needs `pip install 'logitcache[hf]'`.
 
-    Rows keep their order. Images are read as they were encoded, and the fingerprint is of those bytes. Folders of
-    parquet or arrow files, and those of `save_to_disk`, need no network.
+    Rows keep their order. The fingerprint covers the encoded bytes of the images. Folders of Parquet or Arrow files,
+    and those of `save_to_disk`, need no network.
     """
 
     added: ClassVar[frozenset[str]] = frozenset()
 
     kind: Literal["huggingface"] = "huggingface"
     path: str = Field(
-        description="Folder of parquet or arrow files or of `save_to_disk`, or `hf://datasets/OWNER/NAME` of the Hub.",
+        description="Folder of Parquet or Arrow files or of `save_to_disk`, or `hf://datasets/OWNER/NAME` on the Hub.",
         examples=["datasets/beans", "hf://datasets/uoft-cs/cifar10"],
     )
     name: str | None = Field(
@@ -49,19 +49,19 @@ class HuggingFace(DatasetBase):
     )
     split: str | None = Field(
         default=None,
-        description="Split, if there are several; a part of one too, as in `train[:10%]`, but of `save_to_disk`.",
+        description="Split, if there are several; a slice as in `train[:10%]` is allowed except for `save_to_disk`.",
         examples=["train"],
     )
     revision: str | None = Field(
         default=None,
-        description="Branch, tag or commit of a data set of the Hub; by default its main branch.",
+        description="Branch, tag or commit of a data set on the Hub; by default its main branch.",
         examples=["main"],
     )
     image: str = Field(default="image", description="Column of the images: encoded files, or paths of files.")
     label: str | None = Field(
         default=None,
-        description="Column of the labels: a class, or for any number of classes a list of 1, 0 and -1 (unknown). By "
-        "default images have none.",
+        description="Column of the labels: a class or, for multi-label data, a list of 1, 0 and -1 (unknown). By "
+        "default images have no labels.",
         examples=["label"],
     )
     id: str | None = Field(
@@ -75,7 +75,7 @@ class HuggingFace(DatasetBase):
     mode: Mode = "RGB"
     decoder: Decoder = "pillow"
     orientation: Orientation = "ignore"
-    streaming: bool = Field(default=False, description="Always false: rows of a stream have no number to read them by.")
+    streaming: bool = Field(default=False, description="Always false: rows of a stream cannot be read by number.")
 
     @field_validator("streaming")
     @classmethod

@@ -30,13 +30,13 @@ LARGEST = 1 << 30  # bytes of an image file: Pillow refuses one of so many pixel
 
 
 class ImageFolder(DatasetBase):
-    """Images of a folder, on this machine or at a URL that can be listed: JPEG, PNG, WebP, BMP, TIFF, PPM, GIF.
+    """Images in a folder, on disk or at a URL that can be listed: JPEG, PNG, WebP, BMP, TIFF, PPM, GIF.
 
     A folder and its copy at a URL are one data set: the same ids, order, classes and fingerprint. Images are decoded by
-    Pillow, at full resolution unless views have `decode: scaled`, and converted as torchvision's ImageFolder does: grey
-    and palette images are spread to RGB, transparency is dropped, CMYK is converted; 16-bit grey is scaled to 8 bits by
-    its high byte, floating-point images are refused. File names are compared byte by byte: a copy whose names are in
-    another Unicode form is refused.
+    Pillow, at full resolution unless views have `decode: scaled`, and converted as by torchvision's ImageFolder: grey
+    and palette images become RGB, transparency is dropped, CMYK is converted; 16-bit grey is reduced to its high byte,
+    floating-point images are refused. File names are compared byte by byte: a copy whose names have another Unicode
+    normalisation is refused.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"orientation", "split", "holdout"})
@@ -50,9 +50,9 @@ class ImageFolder(DatasetBase):
     mode: Mode = "RGB"
     labelled: bool | None = Field(
         default=None,
-        description="Whether the folders directly below `root` are the classes, in order of their names. By "
-        "default they are if there are any; `true` refuses a folder without them, `false` takes every "
-        "image below `root` without a label.",
+        description="Whether the folders directly below `root` are the classes, in the order of their names. By "
+        "default they are if there are any; `true` refuses a folder without them, `false` takes every image below "
+        "`root`, without labels.",
         examples=[True, False],
     )
     decoder: Decoder = "pillow"
@@ -60,11 +60,11 @@ class ImageFolder(DatasetBase):
     split: Split | None = Field(
         default=None,
         description="Part of the images: `validation` is every `holdout`-th image in order, `train` the others. By "
-        "default all images are taken.",
+        "default all images.",
         examples=["train", "validation"],
     )
     holdout: Annotated[int, Field(ge=2)] = Field(
-        default=10, description="Every so many images in order one belongs to `split: validation`."
+        default=10, description="Distance of the images, in order, that belong to `split: validation`."
     )
 
     def idle(self, epochs: float) -> str | None:

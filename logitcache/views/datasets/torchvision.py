@@ -30,7 +30,7 @@ _TRAIN = {"train": True, "test": False}
 class Torchvision(DatasetBase):
     """A class of torchvision.datasets, by its name.
 
-    MNIST, FashionMNIST, KMNIST, CIFAR10 and CIFAR100 are read by readers that unpickle nothing.
+    MNIST, FashionMNIST, KMNIST, CIFAR10 and CIFAR100 are read without unpickling code.
     """
 
     kind: Literal["torchvision"] = "torchvision"

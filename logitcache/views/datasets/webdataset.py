@@ -118,26 +118,26 @@ def _labels(shards: Sequence[TarShard], parts: Sequence[ShardIndex], required: b
 class WebDataset(DatasetBase):
     """Tar archives of samples.
 
-    Members that share their path up to the first dot of the file's name are a sample, and that path is its id: an
-    image, by its extension, and a label, `.cls`: a whole number (-1: none) or, for any number of classes, a list of 1,
-    0 and -1 (unknown). Either every sample has a label or none has. Other members are left out. The order is that of
-    `shards` and, within each, of the archive. Compressed archives, sparse members, links to images, two images in a
-    sample, archives that were cut or joined, and samples without an image are refused by name.
+    Members that share their path up to the first dot of the file name are a sample, and this path is its id: an image,
+    by its extension, and a label, `.cls`: a whole number (-1: none) or, for multi-label data, a list of 1, 0 and -1
+    (unknown). Either every sample has a label or none has. Other members are ignored. The order is that of `shards`
+    and, within each, of the archive. Compressed archives, sparse members, links to images, two images in a sample,
+    truncated or concatenated archives, and samples without an image are errors that name them.
     """
 
     added: ClassVar[frozenset[str]] = frozenset({"orientation"})
 
     kind: Literal["webdataset"] = "webdataset"
     shards: str | tuple[str, ...] = Field(
-        description="Archives, a pattern or a list of patterns of paths or URLs: `{000..146}` counts, `{a,b}` "
-        "lists. http(s):// takes a server that answers ranges.",
+        description="Archives: a pattern or a list of patterns of paths or URLs, with braces as in `{000..146}` and "
+        "`{a,b}`. http(s):// needs a server that supports range requests.",
         examples=["s3://bucket/train-{000..146}.tar"],
     )
     mode: Mode = "RGB"
     labelled: bool | None = Field(
         default=None,
-        description="Whether samples have labels. By default they may; `true` refuses archives without labels, "
-        "`false` ignores them.",
+        description="Whether samples have labels. By default they are read if present; `true` refuses archives without "
+        "labels, `false` ignores labels.",
         examples=[True, False],
     )
     num_classes: Count | None = Field(

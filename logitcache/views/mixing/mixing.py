@@ -189,15 +189,17 @@ class MixingBase(Component, ABC):
     kind: str
     alpha: Annotated[float, Field(gt=0.0, le=_MAX_ALPHA), Lenient] = Field(
         default=1.0,
-        description="Parameter of Beta(alpha, alpha), from which the weight of a pair is drawn: 1 draws it "
-        "uniformly, smaller values draw it near 0 and 1.",
+        description="Parameter of Beta(alpha, alpha), from which the weight of a pair is drawn: 1 is uniform, smaller "
+        "values concentrate near 0 and 1.",
     )
     p: Fraction = Field(
         default=1.0,
-        description="Probability that a pair is mixed in this way. The probabilities of all entries of "
-        "`views.mixing` sum to at most 1.",
+        description="Probability that a pair is mixed in this way; over all entries of `views.mixing`, at most 1 in "
+        "total.",
     )
-    thresholds: Thresholds = Field(default=(), description="Computed from `alpha`; leave it out.", examples=[[]])
+    thresholds: Thresholds = Field(
+        default=(), description="Computed from `alpha`; do not set it yourself.", examples=[[]]
+    )
 
     def idle(self, epochs: float) -> str | None:
         """Return why nothing is ever mixed."""
@@ -209,7 +211,7 @@ class MixingBase(Component, ABC):
 
 
 class MixUp(MixingBase):
-    """Blend the two images by the weight, rounded to 256ths."""
+    """Blend the two images with a weight, rounded to 256ths."""
 
     kind: Literal["mixup"] = "mixup"
 
@@ -220,10 +222,11 @@ class MixUp(MixingBase):
 
 
 class CutMix(MixingBase):
-    """Replace a box by the partner's; its area is 1 - λ of the image before clipping, λ the weight.
+    """Replace a box by that of the partner; its area before clipping is the share 1 - λ of the image, with λ the
+    weight.
 
-    Sides are rounded to pixels. By plan version 1 λ was rounded to 256ths first, so that no box was smaller than a
-    256th of the image, and sides to even numbers below.
+    Sides are rounded to pixels. In plan version 1, λ was first rounded to 256ths, so that no box was smaller than a
+    256th of the image, and sides were rounded down to even numbers.
     """
 
     kind: Literal["cutmix"] = "cutmix"

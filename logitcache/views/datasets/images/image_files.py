@@ -43,13 +43,13 @@ _SHOWN = 3
 Orientation = Annotated[
     Literal["ignore", "apply"],
     Field(
-        description="Handling of the EXIF orientation: `ignore` keeps pixels as they are stored, as "
-        "torchvision does; `apply` rotates them. A cache stays as it was made."
+        description="Handling of the EXIF orientation: `ignore` keeps pixels as they are stored, as torchvision does; "
+        "`apply` rotates them. A cache keeps its setting."
     ),
 ]
 Decoder = Annotated[
     Literal["pillow"],
-    Field(description="Library that turns files into pixels; the cache records it with its version."),
+    Field(description="Library that decodes files; the cache records its version."),
 ]
 
 _TURNS = {
