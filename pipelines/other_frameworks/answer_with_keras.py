@@ -1,6 +1,6 @@
-"""Let a Keras model answer the views that `materialize --format npz` wrote: MODEL VIEWS ANSWERS.
+"""Run a Keras model on the views that `materialize --format npz` wrote: MODEL VIEWS ANSWERS.
 
-Files that are answered already stay, so the same command continues. The model takes float images [B, H, W, C] of 0 to
+Existing files of answers are kept, so the same command continues. The model takes float images [B, H, W, C] of 0 to
 255 and returns logits; put its own preprocessing, or the logarithm of its probabilities, here.
 """
 

@@ -1,6 +1,6 @@
-"""Let an HTTP service answer the views that `materialize` wrote as WebDataset: URL VIEWS ANSWERS.jsonl.
+"""Send to an HTTP service the views that `materialize` wrote as WebDataset: URL VIEWS ANSWERS.jsonl.
 
-A view is posted as PNG; the service returns {"logits": [...]}, or the classes and log_probabilities that it is sure of.
+A view is posted as PNG; the service returns {"logits": [...]}, or the most probable classes and log_probabilities.
 At a rate limit (429, or 503) the script waits as long as Retry-After asks. Every answer is written as it comes, and the
 same command continues where it stopped.
 """
