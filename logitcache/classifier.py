@@ -75,7 +75,7 @@ PLAIN = Variant()
 
 
 class Classifier(nn.Module):
-    """A network that takes the pixels as they are stored: uint8 [B, C, H, W] in, logits [B, K] out.
+    """A network that takes uint8 pixels [B, C, H, W] and returns logits [B, K]; it normalises the pixels itself.
 
     Normalisation runs in float32 on the module's device. The mean and std are not part of its
     state. `classes` are the network's outputs that are its logits, in their order; by default all are.

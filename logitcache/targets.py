@@ -54,10 +54,10 @@ class _Features(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Targets(BatchValue):
-    """One teacher's answers for a batch: tensors, whatever the form in which they are kept.
+    """One teacher's targets for a batch: tensors, whatever their encoding.
 
-    compact, compact_features: the kept forms, which are small to move and to cut; each is decoded once, when its tensor
-    is first read, on the device where it is. A tensor is its own compact form.
+    compact, compact_features: the encoded forms, which are small to move and to slice; each is decoded once, when its
+    tensor is first read, on the device where it is. A tensor is its own compact form.
     """
 
     compact: Logits
@@ -68,8 +68,8 @@ class Targets(BatchValue):
     def logits(self) -> Tensor:
         """The teacher's logits [B, C], a float tensor.
 
-        Of a form that keeps no logits (top-k, mixed answers, ensembles; `keeps_logits` is False) they are log p at
-        T = 1: divided by another T that is not the distribution at T, `log_probs(T)` is.
+        If the encoding keeps no logits (top-k, mixed targets, ensembles; `keeps_logits` is False), they are log p at T
+        = 1. Dividing these by another T does not give the distribution at T; use `log_probs(T)`.
         """
         return self.compact if isinstance(self.compact, Tensor) else self.compact.logits
 
@@ -86,7 +86,7 @@ class Targets(BatchValue):
     def log_probs(self, temperature: float | Tensor = 1.0) -> Tensor:
         """Return log softmax(z / temperature), float32 [B, C], of one temperature or one for each row [B].
 
-        Right for every form. The distribution at a number is computed once, also for several losses.
+        Correct for every encoding. The distribution at one temperature is computed once, also for several losses.
         """
         if isinstance(temperature, Tensor):
             return log_probs(self.compact, temperature)
@@ -112,8 +112,8 @@ class MixedLabels(BatchValue):
 class Batch(BatchValue):
     """Images uint8 [B, C, H, W], labels int64 [B] (-1: unlabelled), keys int64 [B, 2], and targets by teacher.
 
-    Labels of any number of classes an image are int8 [B, C]: 1 for a class that is there, 0 for one that is not, -1
-    if unknown. If images are mixed with partners, `mixed` has the partners' labels and the weights.
+    Multi-label targets are int8 [B, C]: 1 if the class is present, 0 if it is absent, -1 if unknown. If images are
+    mixed with partners, `mixed` has the partners' labels and the weights.
     """
 
     images: Tensor
@@ -151,7 +151,7 @@ class Batch(BatchValue):
 
     @property
     def target_bytes(self) -> int:
-        """Bytes of the teachers' answers in the forms in which they are kept."""
+        """Bytes of the teachers' targets in their encoded forms."""
         kept: list[Tensor] = []
 
         def collected(tensor: Tensor) -> Tensor:

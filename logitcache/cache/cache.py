@@ -48,7 +48,7 @@ FILES_COMPARED = 1024
 
 
 class Cache:
-    """Targets of every view of every image, by key. Opening runs no code of the cache and writes nothing to it."""
+    """The targets of every view of every image, by key. Opening one runs no code from it and writes nothing to it."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.snapshot = snapshot
@@ -119,14 +119,14 @@ class Cache:
         return self._codecs.head(teacher)
 
     def answers(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
-        """Gather the answers of each teacher to the views of keys."""
+        """Gather the targets of each teacher for the views of keys."""
         rows = self.layout.shard_rows
         return self._codecs.targets(
             self._stored.rows(keys), lambda row: self.layout.shard(keys[row].view, keys[row].index // rows)
         )
 
     def rows(self, keys: Sequence[ViewKey]) -> dict[str, Targets]:
-        """Gather the targets of a batch of keys, by teacher: its answers, or linear mixtures of its logits."""
+        """Gather the targets of a batch of keys, by teacher: its outputs, or linear mixtures of its logits."""
         own, spec = self.answers(keys), self.manifest.views
         if spec.targets == "exact":
             return own
@@ -139,7 +139,7 @@ class Cache:
         return {name: Targets(LinearLogits(own[name].compact, partners[name].compact, share)) for name in own}
 
     def as_dask(self) -> dict[str, dict[str, Any]]:
-        """Return all answers as Dask arrays by teacher and target: float32 [V, N, ...], a chunk for each shard.
+        """Return all targets as Dask arrays by teacher and target: float32 [V, N, ...], one chunk per shard.
 
         Logits are those of the views as the teacher saw them; if only a distribution is kept (top-k), its
         log-probabilities. A shard is read, compared with its record and decoded when its chunk is computed.
@@ -178,12 +178,12 @@ class Cache:
         trust: Collection[str] = (),
         pairing: Pairing | None = None,
     ) -> Views:
-        """Bind the view specification to the images, wherever they are now, and prove that the pixels are the same.
+        """Bind the view specification to the images, wherever they are now, and verify that the pixels are the same.
 
-        `dataset` is a data set or its component; by default the images are looked for where stage one read them, or
-        with a `pairing` the paired ones where `pair` did. `factories` names the functions of the user's own code that
-        the views may call, `trust` the digests of caches that may name images at URLs (`logitcache.config.trust`).
-        Raises MismatchError, ReplayMismatchError or RefusedError with the reason and the fix.
+        `dataset` is a data set or its component; by default that of stage one or, with a `pairing`, that of `pair`.
+        `factories` names the functions of the user's own code that the views may call, `trust` the digests of caches
+        that may name images at URLs (`logitcache.config.trust`). Raises MismatchError, ReplayMismatchError or
+        RefusedError with the reason and the fix.
         """
         for name, value, known in (("verify", verify, canaries.Level), ("replay", replay, Replay)):
             if value not in get_args(known):
@@ -214,7 +214,7 @@ class Cache:
         return images_of(self.snapshot.store, manifest, images, without)
 
     def pairing(self, location: str | Path, *, shuffled: bool = False) -> Pairing:
-        """Read a pairing that `pair` wrote for this cache; `shuffled`: each image learns from another's answers."""
+        """Read a pairing that `pair` wrote for this cache; `shuffled` gives each image the targets of another."""
         return open_pairing(location, self.manifest, self.location, shuffled=shuffled)
 
     def require_dataset(self, dataset: ImageDataset) -> None:
@@ -250,7 +250,7 @@ class Cache:
         pairing: Pairing | None = None,
         **options: Unpack[LoaderOptions],
     ) -> EpochLoader:
-        """Stream batches of images and targets, once the images are proved to be those of the cache.
+        """Return a loader of batches of images and targets, after verifying that the images are those of the cache.
 
         `dataset` to `pairing` as for `views`; the further options are those of `EpochLoader`.
         """
@@ -279,12 +279,12 @@ class Cache:
 
 
 def open_cache(path: str | Path) -> Cache:
-    """Open a finished cache, in a folder or at a URL; raise CacheError when it is damaged or incomplete.
+    """Open a finished cache in a folder or at a URL; raise CacheError if it is damaged or incomplete.
 
-    Stored bytes are compared with their commit records: those of a small cache here, those of a larger one before its
-    rows are first read, and all of them before its views are rendered. Files that this machine has compared before and
-    that were not touched since are not read again, nor are the records of a large cache in a folder that was not. Those
-    at a URL are compared as they are downloaded.
+    Stored bytes are compared with their commit records: for a small cache on opening, for a larger one before its rows
+    are first read, and completely before its views are rendered. Files that this machine has compared before and that
+    have not changed are not read again, nor are the records of a large, unchanged cache in a folder. Files at a URL are
+    compared as they are downloaded.
     """
     cache = open_uncompared(path)
     if cache.snapshot.store.is_local and cache.layout.num_shards * len(cache.layout.arrays) <= FILES_COMPARED:

@@ -51,12 +51,12 @@ def plan(
     teachers: Mapping[str, nn.Module] | None = None,
     dataset: object | None = None,
 ) -> dict[str, Any]:
-    """Predict what `precompute` with this recipe takes on this machine; writes nothing.
+    """Predict the cost of `precompute` with this recipe on this machine; writes nothing.
 
-    `batches` limits the probe. `taps` lists the modules that features could tap. `workers` processes, each with a
-    device, share the work: an estimate. Without `probing` teachers answer two images: bytes and files come in seconds,
-    those of packed arrays and fitted encodings as bounds. `teachers` and `dataset` give the objects themselves, as for
-    `precompute`. Raises as that does before its first shard.
+    `batches` limits the probe. `taps` lists the modules that features can tap. `workers` estimates that many processes,
+    each with a device. Without `probing`, teachers run on only two images, and bytes and files are predicted in
+    seconds, as upper bounds for packed arrays and fitted encodings. `teachers` and `dataset` take the objects
+    themselves, as in `precompute`. Raises what `precompute` raises before its first shard.
     """
     if workers < 1 or (batches is not None and batches < 1):
         raise RecipeError(f"workers: {workers}, batches: {batches}. Fix: at least 1 of each")

@@ -72,12 +72,13 @@ def export(
     overwrite: bool = False,
     latency: LatencyPlan | None = None,
 ) -> ExportResult:
-    """Export a finished run to `out`, by default RUN/model.onnx or RUN/model.pt2, with a record in JSON beside it.
+    """Export a finished run to `out`, by default RUN/model.onnx or RUN/model.pt2, and write `out`.json about it.
 
     The graph takes images of the evaluation's size and normalises them. The file is compared with the run on the CPU
     over all validation images before it is written: logits may differ by `tolerance` times the largest logit (at least
-    1); of a run that imitated int8, `least_agreement` of the answers are equal. `overrides` name other images, as for
-    `evaluate`. Raises RecipeError for a model that cannot be exported, MismatchError for a file that answers otherwise.
+    1); for a quantised run, at least the share `least_agreement` of predictions must be equal. `overrides` name other
+    images, as for `evaluate`. Raises RecipeError for a model that cannot be exported, MismatchError if the file's
+    outputs differ.
     """
     run = Path(run)
     file = new_file(run / f"model.{format}" if out is None else out, overwrite, f".{format}")

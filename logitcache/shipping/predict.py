@@ -20,12 +20,12 @@ def predict(
     batch_size: int = 32,
     orientation: Orientation | None = None,
 ) -> tuple[Prediction, ...]:
-    """Predict the classes of images: files, folders with all that lies below, and URLs.
+    """Predict the classes of images: files, folders (with all images below them) and URLs.
 
-    `model` is a run or an exported ONNX file. Images are transformed as in the run's evaluation; equal batches of a run
-    give the logits that `evaluate` measures. `orientation`: whether the EXIF orientation is applied; by default as for
-    the images that the run was measured on. `overrides` such as device=cpu change a run's recipe; a file has none. An
-    image that cannot be read does not stop the others. Raises RecipeError for a model that cannot be loaded.
+    `model` is a run or an exported ONNX file. Images are transformed as in the run's evaluation; with equal batches,
+    the logits are those of `evaluate`. `orientation`: whether the EXIF orientation is applied; by default as for the
+    run's validation images. `overrides` such as device=cpu change a run's recipe; a file has none. An image that cannot
+    be read does not stop the others. Raises RecipeError for a model that cannot be loaded.
     """
     return predict_images(open_predictor(model, overrides, orientation, batch_size), images, top, batch_size)
 

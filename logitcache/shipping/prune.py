@@ -54,10 +54,10 @@ def prune(
     round_to: int = 8,
     resume: bool = False,
 ) -> PruneResult:
-    """Prune a run's network and train it further by the run's own recipe, into the folder `out`.
+    """Prune a run's network and fine-tune it with the run's own recipe, into the folder `out`.
 
-    Give one target: a share of the parent's multiply-adds (`macs`) or of its time (`latency`, measured here in turns,
-    8 images at a time) by removing channels, or a share of weights to set to zero (`sparsity`). `overrides` change the
+    Give one target: a share of the parent's multiply-adds (`macs`) or of its time (`latency`, measured here with
+    batches of 8) by removing channels, or a share of weights to set to zero (`sparsity`). `overrides` change the
     recipe, such as epochs=5. A stopped run continues with `resume`, to the same bytes. Raises RecipeError for a network
     that cannot be pruned, and as training.
     """

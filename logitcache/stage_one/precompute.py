@@ -207,14 +207,14 @@ def precompute(
     scheduler: str | None = None,
     workers: int | None = None,
 ) -> PrecomputeResult:
-    """Fill the recipe's cache; continues where earlier runs stopped, adds views and teachers, shares with other runs.
+    """Fill the recipe's cache; continues earlier runs, adds views and teachers, shares the work with concurrent runs.
 
-    `teachers` and `dataset` give the objects themselves in place of their recipe entries; `part` "i/n" takes only each
-    n-th shard; `wait` returns only when the cache is whole, whichever process computes it. The shards are computed by
-    the workers of a Dask cluster with the address of its `scheduler`, or with so many `workers` of this machine: each
-    opens data set and models by the recipe, and the bytes are the same. Raises MismatchError if the cache was made by
-    another recipe, DataError naming an image that cannot be read, Stopped after SIGTERM or Ctrl-C; RecipeError if no
-    scheduler answers, CacheError if workers keep dying.
+    `teachers` and `dataset` are objects in place of their recipe entries; `part` "i/n" computes only every n-th shard;
+    `wait` returns only when the cache is complete, whichever process computes it. With the address of a Dask
+    `scheduler`, or a number of `workers` on this machine, workers compute the shards: each opens data set and models
+    from the recipe, and the bytes are the same. Raises MismatchError if the cache was made with another recipe,
+    DataError naming an image that cannot be read, Stopped after SIGTERM or Ctrl-C; RecipeError if the scheduler does
+    not respond, CacheError if workers keep dying.
     """
     started, my_part, cluster = time.perf_counter(), parse_part(part), Cluster(scheduler, workers).checked()
     if not cluster.is_here:

@@ -83,14 +83,14 @@ def train(
     dataset: object | None = None,
     model: nn.Module | None = None,
 ) -> RunResult:
-    """Train to the end of the recipe and return what was measured.
+    """Train to the end of the recipe and return the results.
 
-    `dataset` and `model` are objects in place of their recipe entries. The module is trained in place, from the weights
-    that it has; a run that continues is given the same. `resume` continues from the run's checkpoint bit by bit; with
-    more `epochs` than it had, a run goes on by the schedules of the longer run. `live` answers each batch in place of
-    the cache (--online). The caller's global random state is the same afterwards. Under torchrun all processes train
-    one model together, on parts of the same batches. Raises MismatchError before the first step if cache, images and
-    recipe do not belong together, Stopped after SIGTERM or Ctrl-C.
+    `dataset` and `model` are objects in place of their recipe entries. The module is trained in place, from its current
+    weights; to resume, pass the same objects. `resume` continues from the run's checkpoint bit for bit; with more
+    `epochs`, a run follows the schedules of the longer run. `live` computes the targets of each batch instead of the
+    cache (--online). The caller's global random state does not change. Under torchrun all processes train one model
+    together, on parts of the same batches. Raises MismatchError before the first step if cache, images and recipe do
+    not belong together, Stopped after SIGTERM or Ctrl-C.
     """
     with joined() as ranks:
         given = as_given(recipe, dataset, model)

@@ -68,10 +68,7 @@ class TrainingRecipe(Component):
         description="Number k of views rendered from one decode of an image. An epoch is then k views of every k-th "
         "image; `epochs` and `batch_size` must be multiples of k.",
     )
-    sampling: Sampling = Field(
-        default=EveryImage(),
-        description="How the images of an epoch are sampled; an epoch always has as many as the data set.",
-    )
+    sampling: Sampling = Field(default=EveryImage(), description="Images of an epoch, always as many as there are.")
     drop_last: bool = Field(
         default=False,
         description="Whether to skip a last batch that is not full. If it is too small for a loss that compares "
@@ -80,16 +77,13 @@ class TrainingRecipe(Component):
     seed: Seed = Field(default=0, description="Seed of the initial weights, the order of images and dropout.")
     order_seed: Seed | None = Field(
         default=None,
-        description="Seed of the order of images; by default `seed`. In a sweep, students with the same order share "
-        "batches.",
+        description="Seed of the order of images; by default `seed`. In a sweep, equal orders share batches.",
         examples=[0],
     )
     optimizer: Optimizer = Field(default=AdamW(), description="Optimiser and its learning rate.")
     schedule: LearningRateSchedule = Field(default=LearningRateSchedule(), description="Learning rate over the run.")
     clip_norm: Positive | None = Field(
-        default=None,
-        description="Largest norm of the gradient, to which it is clipped; by default it is not clipped.",
-        examples=[1.0],
+        default=None, description="Largest norm of the gradient; by default it is not clipped.", examples=[1.0]
     )
     keep: Literal["last", "best"] = Field(
         default="last",

@@ -79,12 +79,12 @@ def read_sweep(out: Path) -> SweepResult | None:
 
 
 def sweep(recipe: SweepRecipe, out: str | Path, cluster: Cluster = HERE) -> SweepResult:
-    """Train every student of a sweep that is not finished, and compare its cells.
+    """Train all unfinished students of a sweep, and compare its cells.
 
-    Runs are ordinary run folders in `out`/runs, bit for bit those that `train` makes of the same recipes. Killed
-    anywhere, the same call continues; finished runs are not trained again, and a group that the system killed is split.
-    A student's divergence or error ends it alone. Raises RecipeError if a cell is no recipe, Stopped after SIGTERM or
-    Ctrl-C.
+    Runs are ordinary run folders in `out`/runs, bit for bit those that `train` makes from the same recipes. After a
+    kill, the same call continues; finished runs are not trained again, and a group that the system killed is split. A
+    divergence or error stops only its own student. Raises RecipeError if a cell is not a valid recipe, Stopped after
+    SIGTERM or Ctrl-C.
     """
     out = Path(out)
     members = members_of(recipe, out)

@@ -50,7 +50,7 @@ class Halving(Component):
 
 
 class Timing(Component):
-    """How the latency of a model is measured: once, in turns with others, on black images of the training size."""
+    """How to measure a model's latency: once, alternately with others, on black images of the training size."""
 
     batch_size: Count = Field(default=1, description="Images per batch.")
     threads: Count = Field(default=1, description="CPU threads.")

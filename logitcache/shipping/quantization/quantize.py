@@ -77,9 +77,10 @@ def quantize(
 
     Activations are calibrated on `num_images` unaugmented images of the run's data. Layers of `keep_float`, and the
     `keep_worst` ones whose quantisation alone changes the logits most, stay in float. `method` is onnxruntime's
-    `quantize_static` or torchao's PT2E (extra `quant`). `symmetric` activations, of quantize_static alone, are signed
-    with zero at 0, as TensorRT takes them. Raises RecipeError for a model that cannot be quantised, MismatchError if
-    fewer than `least_agreement` answers are the float run's; nothing is written then.
+    `quantize_static` or torchao's PT2E (extra `quant`). `symmetric` (only with quantize_static) makes activations
+    signed with zero point 0, as TensorRT requires. Raises RecipeError for a model that cannot be quantised, and
+    MismatchError, without writing the file, if less than the share `least_agreement` of predictions equal the float
+    run's.
     """
     if symmetric and method == "pt2e":
         raise RecipeError("PT2E makes no symmetric activations. Fix: --method onnxruntime, or leave out --symmetric")

@@ -55,7 +55,7 @@ def derive(
     scheduler: str | None = None,
     workers: int | None = None,
 ) -> PrecomputeResult:
-    """Fill the recipe's `out` from its `cache`; continues where earlier runs stopped, and shares with other runs.
+    """Fill the recipe's `out` from its `cache`; continues earlier runs, and shares the work with concurrent ones.
 
     `part`, `wait`, `scheduler` and `workers` as for `precompute`. Raises CacheError for a source that is damaged or
     incomplete, RecipeError for what it does not have, MismatchError if `out` is another cache, Stopped after SIGTERM

@@ -59,13 +59,13 @@ def synthesize(
     part: str | None = None,
     dry_run: bool = False,
 ) -> SynthesizeResult:
-    """Write batches of images to a folder or a URL, `out`; whole batches that are there stay.
+    """Synthesize batches of images into a folder or a URL, `out`; complete batches are kept.
 
-    `teacher` takes the place of the recipe's model. With a `student`, a run or a module, the round is adaptive: further
-    images, on which it and the teacher disagree. `part` "i/n" takes each n-th batch; `dry_run` writes
-    nothing, and predicts the time from two steps. Raises RecipeError for a teacher
-    without BatchNorm and for classes that would get no image, MismatchError if `out` holds images of another teacher or
-    other settings, Stopped after SIGTERM or Ctrl-C; a batch that is not finished is made again.
+    `teacher` replaces the recipe's model. With a `student`, a run or a module, an adaptive round adds images on which
+    it and the teacher disagree. `part` "i/n" makes only every n-th batch; `dry_run` writes nothing, and predicts the
+    time from two steps. Raises RecipeError for a teacher without BatchNorm and for classes that would get no image,
+    MismatchError if `out` holds images of another teacher or other settings, Stopped after SIGTERM or Ctrl-C; a batch
+    that is not finished is made again.
     """
     number, count = parse_part(part)
     if student is not None and not recipe.losses.competition:

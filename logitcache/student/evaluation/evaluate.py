@@ -62,10 +62,11 @@ def evaluate(
     latency: LatencyPlan | None = None,
     teachers: Mapping[str, Contender | None] | None = None,
 ) -> EvaluationResult:
-    """Measure a finished run on its recipe's validation images, or on others by `overrides` (validation.cache=…).
+    """Evaluate a finished run on its recipe's validation images, or on others given by `overrides`
+    (validation.cache=…).
 
-    A factory that the run's files name is not called unless the user states it again. `teachers` that are at hand are
-    weighed and timed beside the student.
+    A factory named in the run's files is not called unless the user names it again. The costs of `teachers`, if given,
+    are measured like the student's.
     """
     run = Path(run)
     recipe, classifier, validator, device = open_run(run, overrides)

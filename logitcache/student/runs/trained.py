@@ -110,10 +110,10 @@ def load_student(
 ) -> Student:
     """Load a finished run as a module on the CPU, in evaluation mode.
 
-    `model` is the caller's own module, into which the weights are loaded in place; a run that was given a module needs
-    it, or `factory`. `augmentations`, recipe entries, take the place of those that the run recorded. `factory` builds a
-    model of the user's own code, and `factories` may be called by augmentations: what a file names is never called.
-    `trust` has the digests of runs that may name models beyond the allow-list. Raises RecipeError.
+    `model` is the caller's own module, into which the weights are loaded in place; a run that trained a passed module
+    needs it, or `factory`. `augmentations`, as recipe entries, replace those that the run recorded. `factory` names a
+    function that builds the model, and `factories` those that augmentations may call: functions named only in a file
+    are never called. `trust` has the digests of runs that may name models beyond the allow-list. Raises RecipeError.
     """
     run = Path(run).expanduser()
     network = model.module if isinstance(model, Classifier) else model
