@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from distributed import Client, Future
 
 QUICK_ORDERS, FULL_ORDERS = (1_281_167,), (1_281_167, 14_197_122, 100_000_000)
-FEW, QUICK_FILES, FULL_FILES = 20_000, 40_000, 200_000
+FEW, QUICK_FILES, FULL_FILES = 40_000, 80_000, 200_000
 MANY, BLOCK = 1_000_000_000, 16_384
 """Images of an epoch in blocks, which takes as much memory of any number."""
 
@@ -235,7 +235,7 @@ def rows_of(folder: Path, quick: bool) -> Iterator[Row]:
 def main() -> int:
     """Print each figure beside its goal."""
     return run_benchmark(
-        parser_of(__doc__, "fewer images, no tasks", "where to put up to 220,000 small files"), rows_of, 52
+        parser_of(__doc__, "fewer images, no tasks", "where to put up to 240,000 small files"), rows_of, 52
     )
 
 

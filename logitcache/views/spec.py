@@ -103,8 +103,7 @@ class ViewSpec(Extended):
 
     def partners(self, num_images: int, num_first: int) -> Partners | None:
         """Return the pairs of images of a cache that began with `num_first`; None without mixing."""
-        window = self.pairing_window or num_images
-        return Partners(self.seed, num_images, window, num_first) if self.mixing else None
+        return Partners(self.seed, num_images, self.pairing_window or num_images, num_first) if self.mixing else None
 
     def plan(self, keys: Sequence[ViewKey], sizes: Ints) -> tuple[list[Ints], Ints]:
         """Draw each augmentation's parameters, int64 [B, P] each, for images of `sizes` [B, 2].
@@ -156,8 +155,7 @@ class ViewSpec(Extended):
 
     def split(self, rows: Ints) -> tuple[list[Ints], Mixture | None]:
         """Take apart what `rows` gave, into what each augmentation and the mixing drew."""
-        counts = [len(augmentation.columns) for augmentation in self.augmentations]
-        *plans, rest = np.split(rows, np.cumsum(counts), axis=1)
+        *plans, rest = np.split(rows, np.cumsum([len(one.columns) for one in self.augmentations]), axis=1)
         return plans, Mixture.of_rows(rest) if self.mixing else None
 
     def render(self, images: list[Tensor], plans: list[Ints]) -> list[tuple[list[int], Tensor]]:
@@ -192,9 +190,7 @@ class Views:
         self.dataset = dataset
         is_full = spec.decode == "full" or frame is not None  # how far is a rule of the teacher's images
         self.images: DecodedImages = dataset if is_full else reduced(dataset, spec.factors)
-        self.spec = spec
-        self.recorded = recorded
-        self.frame = frame
+        self.spec, self.recorded, self.frame = spec, recorded, frame
 
     def __getitem__(self, key: ViewKey) -> Tensor:
         """Render one view, uint8 [C, H, W]."""
