@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from logitcache.errors import RecipeError
 from logitcache.stage_one.cluster import workers
@@ -54,6 +55,8 @@ def scheduler(warm_workers: None) -> Iterator[str]:
     distributed = pytest.importorskip("distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": 0, "preload": [workers.PRELOAD]}
     with distributed.LocalCluster(host="127.0.0.1", dashboard_address=None, **options) as cluster:
+        with distributed.Client(cluster) as client:
+            client.run(torch.set_num_threads, 1)  # as this process has: a server that was there before gives them more
         yield cluster.scheduler_address
 
 
