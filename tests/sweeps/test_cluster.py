@@ -56,7 +56,7 @@ def scheduler(warm_workers: None) -> Iterator[str]:
     options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": 0, "preload": [workers.PRELOAD]}
     with distributed.LocalCluster(host="127.0.0.1", dashboard_address=None, **options) as cluster:
         with distributed.Client(cluster) as client:
-            client.run(torch.set_num_threads, 1)  # as this process has: a server that was there before gives them more
+            client.run(torch.set_num_threads, 1)  # as this process has: rounding depends on it
         yield cluster.scheduler_address
 
 
