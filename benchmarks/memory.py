@@ -6,8 +6,8 @@ Every measurement is a process of its own. What counts is memory that cannot be 
 RssShmem in /proc: pages of a mapped cache file are the system's page cache, shared by all students and given up when
 others need it. Decoded shards that the runs of a machine share have a bound of their own, LOGITCACHE_SHARED_MEMORY, and
 are left out: they are there once, and a view of them is the goal, not a fault. The baseline is the same process with
-everything imported and the model built. n images take 20 shards or more: with fewer, stage one has not yet all the
-shards in work at once that it ever has. Exits 1 when a goal is missed.
+everything imported and the model built. n images take at least 20 shards: with fewer, stage
+one ends before it holds as many shards at once as it does in a longer run. Exits 1 when a goal is missed.
 """
 
 import multiprocessing

@@ -81,6 +81,18 @@ def test_imports_point_down() -> None:
     assert not found, "\n".join(found)
 
 
+def test_files_have_300_lines_at_most_and_functions_60() -> None:
+    sources = {path: path.read_text() for path in PACKAGE.rglob("*.py")}
+    functions = (
+        (path.name, node.name, 1 + (node.end_lineno or 0) - node.lineno)
+        for path, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    assert not [path.name for path, source in sources.items() if len(source.splitlines()) > 300]
+    assert not [found for found in functions if found[2] > 60]
+
+
 def test_errors_import_nothing_of_the_package() -> None:
     tree = ast.parse((PACKAGE / "errors.py").read_text())
     assert not [n for n in imported(tree, "logitcache.errors", False) if "logitcache" in n]

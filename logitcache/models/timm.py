@@ -11,7 +11,7 @@ from logitcache.classifier import Preprocessing
 from logitcache.config.recipe import Component
 from logitcache.errors import LogitCacheError, RecipeError, needs_extra
 from logitcache.models.base import BuiltModel, PretrainedFacts, risky_options
-from logitcache.models.torchvision import Torchvision, another_count, require_known
+from logitcache.models.torchvision import another_count, imagenet_classes, require_known
 
 # timm looks these up itself, outside its list of names.
 _OUTSIDE = ("hf-hub:", "hf_hub:", "local-dir:")
@@ -80,7 +80,7 @@ class Timm(Component):
         """
         if not self.pretrained or not _LISTED.fullmatch(self.name):
             return None
-        names = Torchvision(name="resnet50", weights="DEFAULT").class_names() or ()
+        names = imagenet_classes()
         config = self._library().get_pretrained_cfg(self.name)
         return names if config is not None and config.num_classes == len(names) else None
 

@@ -119,6 +119,11 @@ class Torchvision(Component):
         return BuiltModel(module, preprocessing)
 
 
+def imagenet_classes() -> tuple[str, ...]:
+    """Return the names of ImageNet's 1,000 classes in the order of their WordNet numbers, as torchvision has them."""
+    return Torchvision(name="resnet50", weights="DEFAULT").class_names() or ()
+
+
 def require_known(name: str, known: Collection[str], library: str, what: str) -> None:
     """Raise RecipeError for a name that a library does not have, with the nearest ones."""
     if name not in known:

@@ -13,6 +13,7 @@ from logitcache.config.yaml_text import dump_inline
 from logitcache.errors import DataError, RecipeError, did_you_mean
 from logitcache.models import Timm, Torchvision, read_stored
 from logitcache.models.base import PretrainedFacts
+from logitcache.models.torchvision import imagenet_classes
 from logitcache.store.remote.client import is_remote
 from logitcache.student.runs.trained import Evaluation, EvaluationTransform, read_evaluation
 from logitcache.views.augmentations.foreign import factories_of
@@ -155,7 +156,7 @@ def inspect_folder(images: str, teacher: Source) -> Folder:
 def _are_imagenets(folders: tuple[str, ...], teacher: Source) -> bool:
     """Return whether folders have the numbers of WordNet, and a teacher the names of ImageNet's classes: one order."""
     numbered = all(re.fullmatch(r"n\d{8}", name) for name in folders)
-    return numbered and teacher.class_names == Torchvision(name="resnet50", weights="DEFAULT").class_names()
+    return numbered and teacher.class_names == imagenet_classes()
 
 
 def _roots(images: str) -> list[str]:

@@ -1,6 +1,5 @@
 """The texts of new recipes."""
 
-import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from pathlib import Path
 
 from logitcache.config.yaml_text import dump_inline
 from logitcache.report.new_recipes.sources import Folder, Source
-from logitcache.runtime.device import resolve_device
+from logitcache.runtime.device import num_cores, resolve_device
 from logitcache.runtime.tables import format_bytes
 
 NUM_VIEWS = 8
@@ -225,7 +224,7 @@ def _quoted(path: Path) -> str:
 
 
 def _workers() -> int:
-    return min(MOST_WORKERS, os.cpu_count() or 1)
+    return min(MOST_WORKERS, num_cores())
 
 
 def _square(size: tuple[int, int]) -> str:

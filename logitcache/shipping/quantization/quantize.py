@@ -79,8 +79,7 @@ def quantize(
     `keep_worst` ones whose quantisation alone changes the logits most, stay in float. `method` is onnxruntime's
     `quantize_static` or torchao's PT2E (extra `quant`). `symmetric` (only with quantize_static) makes activations
     signed with zero point 0, as TensorRT requires. Raises RecipeError for a model that cannot be quantised, and
-    MismatchError, without writing the file, if less than the share `least_agreement` of predictions equal the float
-    run's.
+    MismatchError, without writing, if less than the share `least_agreement` of predictions equal the float run's.
     """
     if symmetric and method == "pt2e":
         raise RecipeError("PT2E makes no symmetric activations. Fix: --method onnxruntime, or leave out --symmetric")
